@@ -1,0 +1,65 @@
+#!/bin/bash
+# Leaves a working .venv/bin/forebay: system packages (only those that are missing), a virtual environment of the
+# system's Python, and this checkout installed into it, editable. The second run is done as soon as it has compared
+# one checksum. VENV=DIR puts the environment elsewhere.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=${VENV:-.venv}
+PYTHON=/usr/bin/python3     # libnbd's binding exists for the system's Python only
+STAMP=$VENV/.forebay-setup
+
+# What the tests, the demo and the bench run as real clients and servers. All Python dependencies come as wheels, so
+# no compiler is needed.
+PACKAGES=(python3-venv python3-libnbd libnbd-bin nbdkit nbdkit-plugin-python qemu-utils fio curl)
+
+fail() { echo "setup: $*" >&2; exit 1; }
+
+fingerprint() { { echo "$PWD $VENV"; cat pyproject.toml Makefile tools/*; } | sha256sum; }
+
+missing_packages() {
+    local package
+    for package in "${PACKAGES[@]}"; do
+        dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q '^install ok installed' || echo "$package"
+    done
+}
+
+install_packages() {
+    if ! command -v apt-get >/dev/null; then
+        echo "setup: no apt-get here; install the equivalents of: ${PACKAGES[*]}" >&2
+        return
+    fi
+    local missing root=()
+    mapfile -t missing < <(missing_packages)
+    [ ${#missing[@]} -gt 0 ] || return 0
+    if [ "$(id -u)" -ne 0 ]; then
+        command -v sudo >/dev/null || fail "run as root, or install these first: ${missing[*]}"
+        root=(sudo)
+    fi
+    echo "setup: installing ${missing[*]}"
+    "${root[@]}" apt-get update -qq
+    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" \
+        >/dev/null
+}
+
+# An environment that does not see the system's packages, or belongs to another Python, is made anew.
+usable_venv() {
+    [ -x "$VENV/bin/python" ] || return 1
+    grep -qx 'include-system-site-packages = true' "$VENV/pyvenv.cfg" || return 1
+    [ "$("$VENV/bin/python" -c 'import sys; print(sys.version_info[:3])' 2>/dev/null)" = \
+        "$("$PYTHON" -c 'import sys; print(sys.version_info[:3])')" ]
+}
+
+if [ -x "$VENV/bin/forebay" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$(fingerprint)" ]; then
+    exit 0
+fi
+
+install_packages
+[ -x "$PYTHON" ] || fail "$PYTHON is missing: install python3"
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$PYTHON is older than 3.11"
+usable_venv || "$PYTHON" -m venv --system-site-packages --clear "$VENV"
+echo "setup: installing forebay and its dependencies into $VENV"
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+"$VENV/bin/python" -c 'import libnbdmod, nbd' || fail "libnbd's Python binding is not importable in $VENV"
+fingerprint >"$STAMP"
+echo "setup: $VENV/bin/forebay is ready"
