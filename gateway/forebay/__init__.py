@@ -1,0 +1,3 @@
+"""Forebay: VM disk images on shared storage, served to local VMs through a persistent cache."""
+
+__version__ = "0.1.0"

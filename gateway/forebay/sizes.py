@@ -1,0 +1,175 @@
+"""What operators write in a field, and what it means: sizes, durations, modes, disk names.
+
+Cheap to import, because the command validates its arguments with it on every call. Every `parse_`
+function takes what a person wrote and raises `ValueError` with a text that says what is accepted.
+"""
+
+import difflib
+import enum
+import math
+import re
+from collections.abc import Iterable
+from decimal import Decimal
+
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+_UNITS = "KMGTPE"
+_SIZE = re.compile(r"(\d{1,24}(?:\.\d{1,12})?)\s*(?:B|([KMGTPE])(iB)?)?", re.IGNORECASE | re.ASCII)
+_DECIMAL_UNIT = re.compile(r"[\d.]+\s*([KMGTPE])B", re.IGNORECASE | re.ASCII)
+_DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)\s*(ms|s|m|min|h|d)?", re.IGNORECASE | re.ASCII)
+_MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+
+LARGEST_SIZE = (1 << 63) - 1
+"""Bytes. NBD and lseek count in signed 64 bits; a larger number is a typing error."""
+
+
+class Mode(enum.StrEnum):
+    """How a disk reads and writes: design section 1. The value is the form that is printed."""
+
+    NONE = "none"
+    WRITE_AROUND = "write-around"
+    WRITE_THROUGH = "write-through"
+    WRITE_BACK = "write-back"
+    FULL_COPY = "full-copy"
+
+    @classmethod
+    def parse(cls, text: str) -> "Mode":
+        """The mode with this name, in any case. OpenNebula's names and `wt wb wa pt` are accepted
+        too.
+
+        Raises ValueError that lists the modes.
+        """
+        word = str(text).strip().lower().replace("_", "-")
+        found = _MODES.get(word)
+        if found is None:
+            hint = did_you_mean(word, _MODES)
+            raise ValueError(f"{text!r} is not a mode{hint}: use one of {', '.join(Mode)}")
+        return found
+
+
+_MODES = {mode.value: mode for mode in Mode} | {
+    "around": Mode.WRITE_AROUND,
+    "thru": Mode.WRITE_THROUGH,
+    "back": Mode.WRITE_BACK,
+    "offline": Mode.FULL_COPY,
+    "pt": Mode.NONE,
+    "wa": Mode.WRITE_AROUND,
+    "wt": Mode.WRITE_THROUGH,
+    "wb": Mode.WRITE_BACK,
+}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the known word nearest to `word`, or an empty text."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def parse_name(text: str) -> str:
+    """A disk's name, unchanged. Raises ValueError."""
+    if _NAME.fullmatch(text):
+        return text
+    raise ValueError(
+        f"{text!r} is not a name: use 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or digit"
+    )
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes, from `64K`, `20 GiB`, `1.5G` (binary units) or a bare number of bytes.
+
+    A fraction of a byte is dropped. Raises ValueError.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        return _size_in_range(text, str(text))
+    match = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(_not_a_size(text))
+    number, unit, _ = match.groups()
+    power = _UNITS.index(unit.upper()) + 1 if unit else 0
+    return _size_in_range(int(Decimal(number) * (1 << (10 * power))), str(text))
+
+
+def _size_in_range(size: int, text: str) -> int:
+    if 0 <= size <= LARGEST_SIZE:
+        return size
+    raise ValueError(f"'{text}' is out of range: a size lies between 0 and 8 EiB")
+
+
+def _not_a_size(text: object) -> str:
+    decimal = _DECIMAL_UNIT.fullmatch(text.strip()) if isinstance(text, str) else None
+    if decimal:
+        unit = decimal.group(1).upper()
+        return (
+            f"{text!r} is not a size: units are binary, write {unit} or {unit}iB instead of {unit}B"
+        )
+    return f"{text!r} is not a size: write 64K, 20 GiB, 1.5G, or a number of bytes"
+
+
+def parse_preload(text: str | int) -> int | str:
+    """How much to preload: bytes (see `parse_size`), `trace` or `all`. Raises ValueError."""
+    if isinstance(text, str) and text.strip().lower() in ("trace", "all"):
+        return text.strip().lower()
+    try:
+        return parse_size(text)
+    except ValueError as fault:
+        raise ValueError(f"{fault}, or 'trace' or 'all'") from None
+
+
+def parse_duration(text: str | float) -> float:
+    """Seconds, from `30s`, `500ms`, `2m`, `1h`, `1d` or a bare number of seconds. Raises
+    ValueError.
+    """
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        if math.isfinite(text) and text >= 0:
+            return float(text)
+        raise ValueError(f"{text!r} is not a duration: write 30s, 500ms or 2m")
+    match = _DURATION.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"{text!r} is not a duration: write 30s, 500ms or 2m")
+    number, unit = match.groups()
+    return float(Decimal(number) * _MILLISECONDS[(unit or "s").lower()] / 1000)
+
+
+def exact_size(size: int) -> str:
+    """The shortest text that `parse_size` reads back as exactly `size` bytes: `20 GiB`, `1536 MiB`,
+    `4097`.
+    """
+    for power in range(len(_UNITS), 0, -1):
+        if size and size % (1 << (10 * power)) == 0:
+            return f"{size >> (10 * power)} {_UNITS[power - 1]}iB"
+    return str(size)
+
+
+def exact_duration(seconds: float) -> str:
+    """A text that `parse_duration` reads back as exactly `seconds`: `30s`, `0.25s`."""
+    return f"{seconds:g}s" if float(f"{seconds:g}") == seconds else f"{Decimal(repr(seconds)):f}s"
+
+
+def format_size(size: float) -> str:
+    """For people, at most five characters wide where it can be: `512`, `4.0K`, `20G`, `1.5T`."""
+    if size < KIB:
+        return f"{size:.0f}"
+    for unit in _UNITS:
+        size /= KIB
+        if size < 9.95:
+            return f"{size:.1f}{unit}"
+        if size < 1023.5:
+            return f"{size:.0f}{unit}"
+    return f"{size:.0f}{_UNITS[-1]}"
+
+
+def format_duration(seconds: float) -> str:
+    """For people: `0s`, `250ms`, `1.2s`, `45s`, `2m05s`, `3h20m`, `2d04h`."""
+    if 0 < seconds < 0.9995:
+        return f"{max(1, round(seconds * 1000))}ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f}s" if seconds else "0s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
