@@ -3,7 +3,7 @@
 import logging
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
@@ -100,14 +100,15 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture
 def expect_log(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Call with a regular expression: matching records at WARNING or above are part of the test."""
-    return request.node.stash[WATCH].expect
+    watch: LogWatch = request.node.stash[WATCH]
+    return watch.expect
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[Any]
-) -> Iterator[pytest.TestReport]:
-    report: pytest.TestReport = yield
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
     if report.failed and {"seed", "rng"} & set(getattr(item, "fixturenames", ())):
         report.sections.append(("replay with", f"--seed {item.config.getoption(SEED_OPTION)}"))
     return report
