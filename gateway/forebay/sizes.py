@@ -4,19 +4,19 @@ Cheap to import, because the command validates its arguments with it on every ca
 function takes what a person wrote and raises `ValueError` with a text that says what is accepted.
 """
 
-import difflib
 import enum
 import math
 import re
 from collections.abc import Iterable
-from decimal import Decimal
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 _UNITS = "KMGTPE"
-_SIZE = re.compile(r"(\d{1,24}(?:\.\d{1,12})?)\s*(?:B|([KMGTPE])(iB)?)?", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(
+    r"(\d{1,24})(?:\.(\d{1,12}))?\s*(?:B|([KMGTPE])(iB)?)?", re.IGNORECASE | re.ASCII
+)
 _DECIMAL_UNIT = re.compile(r"[\d.]+\s*([KMGTPE])B", re.IGNORECASE | re.ASCII)
-_DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)\s*(ms|s|m|min|h|d)?", re.IGNORECASE | re.ASCII)
+_DURATION = re.compile(r"(\d{1,12})(?:\.(\d{1,12}))?\s*(ms|s|m|min|h|d)?", re.IGNORECASE | re.ASCII)
 _MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
@@ -62,6 +62,8 @@ _MODES = {mode.value: mode for mode in Mode} | {
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the known word nearest to `word`, or an empty text."""
+    import difflib  # noqa: PLC0415  (only for a message, and the command starts on every hook)
+
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
@@ -85,9 +87,10 @@ def parse_size(text: str | int) -> int:
     match = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None:
         raise ValueError(_not_a_size(text))
-    number, unit, _ = match.groups()
+    whole, fraction, unit, _ = match.groups(default="")
     power = _UNITS.index(unit.upper()) + 1 if unit else 0
-    return _size_in_range(int(Decimal(number) * (1 << (10 * power))), str(text))
+    size = int(whole + fraction) * (1 << (10 * power)) // 10 ** len(fraction)
+    return _size_in_range(size, str(text))
 
 
 def _size_in_range(size: int, text: str) -> int:
@@ -127,8 +130,9 @@ def parse_duration(text: str | float) -> float:
     match = _DURATION.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None:
         raise ValueError(f"{text!r} is not a duration: write 30s, 500ms or 2m")
-    number, unit = match.groups()
-    return float(Decimal(number) * _MILLISECONDS[(unit or "s").lower()] / 1000)
+    whole, fraction, unit = match.groups(default="")
+    milliseconds = int(whole + fraction) * _MILLISECONDS[unit.lower() or "s"]
+    return milliseconds / float(10 ** (len(fraction) + 3))
 
 
 def exact_size(size: int) -> str:
@@ -143,7 +147,7 @@ def exact_size(size: int) -> str:
 
 def exact_duration(seconds: float) -> str:
     """A text that `parse_duration` reads back as exactly `seconds`: `30s`, `0.25s`."""
-    return f"{seconds:g}s" if float(f"{seconds:g}") == seconds else f"{Decimal(repr(seconds)):f}s"
+    return f"{seconds:.12f}".rstrip("0").rstrip(".") + "s"
 
 
 def format_size(size: float) -> str:

@@ -1,0 +1,105 @@
+"""How the control API answers for work that takes long, and for what fails."""
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from forebay.errors import ForebayError
+
+log = logging.getLogger("forebay.control")
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+Work = Callable[[Progress], Awaitable[Any]]
+
+PROGRESS_INTERVAL = 0.1
+"""Seconds between progress lines. More often is more than eyes can see."""
+
+
+def failure(fault: Exception) -> tuple[int, str]:
+    """The HTTP status and the one line for a request that failed; what is our own mistake goes to
+    the log.
+    """
+    match fault:
+        case HTTPException():
+            return fault.status_code, fault.detail
+        case ForebayError():
+            return 409, str(fault)
+        case OSError():
+            return 500, f"{fault.strerror or fault}: look at the daemon's log"
+    log.error("control API: %s", type(fault).__name__, exc_info=fault)
+    return 500, f"a fault of forebay itself ({type(fault).__name__}): look at the daemon's log"
+
+
+def error(status: int, text: str) -> Response:
+    """The response that says what is wrong."""
+    return JSONResponse({"error": text}, status)
+
+
+class Operation:
+    """An ASGI response that does `work` and tells how far it is. Cancelled when the client hangs
+    up.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._progress: tuple[int, int] | None = None
+        self._changed = trio.Event()
+        self._finished = trio.Event()
+        self._outcome: dict[str, Any] = {}
+        self._status = 200
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._hang_up, receive, nursery.cancel_scope)
+            nursery.start_soon(self._run)
+            await self._answer(scope, receive, send)
+            nursery.cancel_scope.cancel()
+
+    async def _hang_up(self, receive: Receive, scope: trio.CancelScope) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        scope.cancel()
+
+    async def _run(self) -> None:
+        try:
+            self._outcome = {"result": await self._work(self._advance)}
+        except Exception as fault:  # noqa: BLE001  (whatever it is, the client is told and the daemon lives)
+            self._status, text = failure(fault)
+            self._outcome = {"error": text}
+        self._finished.set()
+        self._changed.set()
+
+    def _advance(self, done: int, total: int) -> None:
+        self._progress = (done, total)
+        self._changed.set()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._changed.wait()
+        if self._finished.is_set() and "error" in self._outcome:
+            await error(self._status, self._outcome["error"])(scope, receive, send)
+            return
+        headers = [(b"content-type", b"application/x-ndjson")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        while not self._finished.is_set():
+            await self._changed.wait()
+            self._changed = trio.Event()
+            if self._progress is not None:
+                done, total = self._progress
+                await _line(send, {"done": done, "total": total}, more=True)
+            with trio.move_on_after(PROGRESS_INTERVAL):
+                await self._finished.wait()
+        await _line(send, self._outcome, more=False)
+
+
+async def _line(send: Send, content: dict[str, Any], *, more: bool) -> None:
+    body = json.dumps(content).encode() + b"\n"
+    await send({"type": "http.response.body", "body": body, "more_body": more})
