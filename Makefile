@@ -1,7 +1,7 @@
 # make setup    leaves .venv/bin/forebay (system packages through root or sudo, only those missing)
 # make test     all levels but the lab        PYTEST_ARGS='-k name' narrows it
 # make demo     everything on a throw-away directory
-# make bench    against nbdkit and qemu-nbd   ROUNDS=5  QUICK=1  BENCH_ARGS='--only qd16'
+# make bench    against nbdkit and qemu-nbd   ROUNDS=5  QUICK=1  BENCH_ARGS="--only qd16"
 # make lint     ruff and mypy
 
 SHELL := /bin/bash
@@ -17,7 +17,7 @@ export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup test test-unit test-sim test-real demo bench lint format clean
+.PHONY: setup test test-unit test-sim test-real demo bench bench-readme bench-profile lint format clean
 
 setup:
 	@tools/setup.sh
@@ -33,7 +33,14 @@ demo: setup
 	$(BIN)/forebay demo
 
 bench: setup
-	$(BIN)/python bench/run.py --rounds $(ROUNDS) $(if $(QUICK),--quick) $(BENCH_ARGS)
+	PYTHONPATH=tests $(BIN)/python -m bench --rounds $(ROUNDS) $(if $(QUICK),--quick) $(BENCH_ARGS)
+
+# puts what the last run kept into README.md
+bench-readme: setup
+	PYTHONPATH=tests $(BIN)/python -m bench --readme
+
+bench-profile: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.profile $(BENCH_ARGS)
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

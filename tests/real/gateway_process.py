@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,11 @@ class GatewayProcess:
     allowed, the store `images` at `self.images`.
     """
 
-    def __init__(self, settings: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self, settings: Mapping[str, Mapping[str, Any]] | None = None, parent: Path = Path("/tmp")
+    ) -> None:
         # short, because a Unix socket's address holds 107 bytes
-        self.directory = Path(tempfile.mkdtemp(prefix="fb-", dir="/tmp"))
+        self.directory = Path(tempfile.mkdtemp(prefix="fb-", dir=parent))
         self.images = self.directory / "images"
         self.images.mkdir()
         self.state = self.directory / "state"
@@ -90,13 +92,13 @@ class GatewayProcess:
     def control(self) -> Path:
         return self.run / "control.sock"
 
-    def start(self, *prefix: str) -> None:
-        """Start the daemon and return when it says READY; `prefix` is a command to run it under.
+    def start(self, under: Sequence[str] = ()) -> None:
+        """Start the daemon and return when it says READY; `under` are Python's own options, as `-m cProfile`.
 
         Raises RuntimeError with the log when it ends instead, or takes too long.
         """
         assert not self.alive, "the daemon runs already"
-        command = [*prefix, sys.executable, "-m", "forebay", "serve", "--config", str(self.config)]
+        command = [sys.executable, *under, "-m", "forebay", "serve", "--config", str(self.config)]
         address = self.directory / "notify"
         address.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, self.log.open("ab") as log:

@@ -152,7 +152,10 @@ def random_image(path: Path, size: int, seed: int, holes: Sequence[tuple[int, in
 
     The content follows from `seed`; each (offset, length) of `holes`, bytes, is left sparse and reads as zeros.
     """
-    content = bytearray(random.Random(seed).randbytes(size))
+    generator = random.Random(seed)
+    content = bytearray()
+    while len(content) < size:  # randbytes() has an upper limit
+        content += generator.randbytes(min(size - len(content), 16 * MIB))
     for offset, length in holes:
         content[offset : offset + length] = bytes(length)
     with path.open("wb") as file:

@@ -1,0 +1,162 @@
+"""The test bed: images, and every server that is measured, started once and warmed."""
+
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.measure import copy_out
+
+from real.gateway_process import GatewayProcess
+from real.processes import NbdServer, nbdkit, qemu_nbd, random_image
+
+MIB = 1 << 20
+ORIGIN_DELAY = 0.2
+"""Seconds: the latency of the origin behind which parallel misses are measured."""
+
+COLD_BYTES = 256 * MIB
+"""What is read once, cold, through a gigabit: two seconds' worth."""
+
+SYNC_BYTES = 64 * MIB
+"""The region that 4 KiB writes with a flush each are spread over."""
+
+MISS_BYTES = 16 << 30
+"""Enough different places that no miss hits what an earlier round brought in."""
+
+
+@dataclass
+class Target:
+    """One server under measurement: where it listens, and whose CPU time counts."""
+
+    uri: str
+    pid: int
+    gateway: GatewayProcess | None = None
+
+    def settle(self) -> None:
+        """Let no background work of this server run into the next measurement."""
+        if self.gateway:
+            self.gateway.cli("flush", "--all", timeout=300)
+
+
+class Bed:
+    """Everything that is started, in `memory` (a directory in memory where that fits) and on `disk`."""
+
+    def __init__(self, memory: Path, disk: Path, size: int, stack: contextlib.ExitStack) -> None:
+        self.size = size
+        self.stack = stack
+        self.memory = self._scratch(memory)
+        self.disk = self._scratch(disk)
+
+    def _scratch(self, parent: Path) -> Path:
+        path = Path(tempfile.mkdtemp(prefix="fbb-", dir=parent))
+        self.stack.callback(shutil.rmtree, path, ignore_errors=True)
+        return path
+
+    @functools.cached_property
+    def image(self) -> Path:
+        """Random data all through: holes would be answered without reading anything."""
+        path = self.memory / "image.raw"
+        random_image(path, self.size, seed=1)
+        return path
+
+    def _own_image(self, name: str) -> Path:
+        """A copy of the image: writers do not share one."""
+        return Path(shutil.copyfile(self.image, self.memory / f"{name}.raw"))
+
+    def gateway(self, parent: Path, cache_size: int) -> GatewayProcess:
+        gateway = GatewayProcess({"cache": {"size": str(cache_size)}}, parent)
+        self.stack.callback(gateway.remove)
+        gateway.start()
+        return gateway
+
+    def _target(self, server: NbdServer) -> Target:
+        self.stack.callback(server.stop)
+        copy_out(server.uri, self.size)
+        return Target(server.uri, server.process.pid)
+
+    def _nbdkit(self, name: str, *plugin: str, filters: Sequence[str] = ()) -> NbdServer:
+        return nbdkit(self.memory / f"{name}.sock", "file", *plugin, filters=filters)
+
+    def readers(self, forebay: bool) -> Iterator[tuple[str, Target]]:
+        """Servers of one image that nobody writes, all warm."""
+        image = str(self.image)
+        yield "nbdkit file", self._target(self._nbdkit("kit", image))
+        cached = self._nbdkit("kit-cache", image, "cache-on-read=true", filters=["cache"])
+        yield "nbdkit cache", self._target(cached)
+        yield "qemu-nbd", self._target(qemu_nbd(self.memory / "qemu.sock", self.image))
+        if forebay:
+            gateway = self.gateway(self.memory, 3 * self.size)
+            yield "forebay", self.disk_of(gateway, "r", self.image, "write-through")
+
+    def writers(self, forebay: bool) -> Iterator[tuple[str, Target]]:
+        """Servers that acknowledge a write when it is in their cache, each with an image of its own, all warm."""
+        kit = ("cache=writeback", "cache-on-read=true")
+        image = str(self._own_image("kit-wb"))
+        yield "nbdkit cache", self._target(self._nbdkit("kit-wb", image, *kit, filters=["cache"]))
+        image_of_qemu = self._own_image("qemu-wb")
+        server = qemu_nbd(self.memory / "qemu-wb.sock", image_of_qemu, "--cache=writeback")
+        yield "qemu-nbd", self._target(server)
+        if forebay:
+            gateway = self.gateway(self.memory, 3 * self.size)
+            yield "forebay", self.disk_of(gateway, "w", self._own_image("w"), "write-back")
+
+    def syncers(self, forebay: bool) -> Iterator[tuple[str, Target]]:
+        """Write-back on the real disk, where a flush costs what the device takes."""
+        random_image(self.sync_file, SYNC_BYTES, seed=2)
+        with self.sync_file.open("rb") as file:
+            os.fsync(file.fileno())
+        if forebay:
+            gateway = self.gateway(self.disk, 4 * SYNC_BYTES)
+            image = self.disk / "sync.raw"
+            random_image(image, SYNC_BYTES, seed=3)
+            yield "forebay", self.disk_of(gateway, "s", image, "write-back")
+
+    @property
+    def sync_file(self) -> Path:
+        return self.disk / "device.raw"
+
+    def disk_of(self, gateway: GatewayProcess, name: str, image: Path, mode: str) -> Target:
+        """Attach `image`, moved into the gateway's store by a link, and warm it."""
+        stored = gateway.images / f"{name}.raw"
+        os.link(image, stored)
+        gateway.attach(name, stored.name, mode=mode)
+        copy_out(gateway.uri(name), image.stat().st_size)
+        return Target(gateway.uri(name), gateway.pid, gateway)
+
+    def missers(self, forebay: bool) -> Iterator[tuple[str, Target]]:
+        """An origin that answers late, bare and with caches in front of it; nothing warm."""
+        slow = ("pattern", str(MISS_BYTES), f"rdelay={ORIGIN_DELAY * 1000:.0f}ms")
+        origin = nbdkit(self.memory / "late.sock", *slow, filters=["delay"])
+        self.stack.callback(origin.stop)
+        yield "origin", Target(origin.uri, origin.process.pid)
+        cached = nbdkit(
+            self.memory / "late-cache.sock", *slow, "cache-on-read=true", filters=["cache", "delay"]
+        )
+        self.stack.callback(cached.stop)
+        yield "nbdkit cache", Target(cached.uri, cached.process.pid)
+        if forebay:
+            gateway = self.gateway(self.memory, 64 * MIB)
+            gateway.attach("m", origin.uri, mode="write-through")
+            yield "forebay", Target(gateway.uri("m"), gateway.pid)
+
+    def gigabit_origin(self) -> NbdServer:
+        """1 ms away, through a gigabit. A small burstiness, or the first two seconds' worth would be free."""
+        settings = ("rate=1G", "burstiness=0.1", "rdelay=1ms")
+        server = nbdkit(
+            self.memory / "far.sock",
+            "pattern",
+            str(COLD_BYTES),
+            *settings,
+            filters=["rate", "delay"],
+        )
+        self.stack.callback(server.stop)
+        return server
+
+
+def room(directory: Path) -> int:
+    """Bytes free there, for the one who asks."""
+    return shutil.disk_usage(directory).free

@@ -1,0 +1,47 @@
+"""`make bench-profile`: the daemon under cProfile while fio reads or writes cached blocks; the top functions.
+
+The profiler slows Python down and C not at all, so shares are skewed towards small functions: use it to find what is
+called too often, and the bench to see whether a change helped.
+"""
+
+import argparse
+import contextlib
+import pstats
+from pathlib import Path
+
+from bench.measure import copy_out, fio
+
+from real.gateway_process import GatewayProcess
+from real.processes import MIB, random_image
+
+SIZE = 128 * MIB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench-profile", description=__doc__)
+    parser.add_argument("--rw", default="randread")
+    parser.add_argument("--bs", default="4k")
+    parser.add_argument("--depth", type=int, default=16)
+    parser.add_argument("--mode", default="write-back")
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--lines", type=int, default=25)
+    options = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        gateway = GatewayProcess({"cache": {"size": str(3 * SIZE)}}, Path("/dev/shm"))
+        stack.callback(gateway.remove)
+        profile = gateway.directory / "profile"
+        gateway.start(under=("-m", "cProfile", "-o", str(profile)))
+        random_image(gateway.images / "p.raw", SIZE, seed=1)
+        gateway.attach("p", "p.raw", mode=options.mode)
+        copy_out(gateway.uri("p"), SIZE)
+        job = {"rw": options.rw, "bs": options.bs, "iodepth": options.depth}
+        sample = fio(gateway.uri("p"), job, options.seconds, SIZE, gateway.pid)
+        gateway.stop()
+        print(
+            f"{sample.iops or 0:.0f} IOPS, {sample.cpu_us_per_request or 0:.1f} µs CPU per request"
+        )
+        pstats.Stats(str(profile)).sort_stats("tottime").print_stats(options.lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The rows of the table: what is measured, on which servers, and the bar each has to pass."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Field = Literal["iops", "bytes_per_second", "mean_us", "p50_us", "seconds", "megabytes"]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Forebay's median against a peer's (or a constant): at least, or at most, `limit` times it."""
+
+    peer: str
+    kind: Literal["at least", "at most", "above", "below"]
+    limit: float
+
+    def holds(self, ratio: float) -> bool:
+        tests: dict[str, Callable[[float, float], bool]] = {
+            "at least": lambda a, b: a >= b,
+            "at most": lambda a, b: a <= b,
+            "above": lambda a, b: a > b,
+            "below": lambda a, b: a < b,
+        }
+        return tests[self.kind](ratio, self.limit)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of work. `group` says which servers of the bed do it; `fio` holds fio's options."""
+
+    key: str
+    title: str
+    group: Literal["read", "write", "sync", "miss", "cold", "memory"]
+    measures: Field
+    bars: tuple[Bar, ...]
+    fio: dict[str, Any] = field(default_factory=dict)
+
+
+def _random_read(depth: int, *bars: Bar, measures: Field = "iops") -> Row:
+    return Row(
+        f"read-qd{depth}",
+        f"cached 4 KiB random read, depth {depth}",
+        "read",
+        measures,
+        bars,
+        {"rw": "randread", "bs": "4k", "iodepth": depth},
+    )
+
+
+AHEAD_OF_BOTH = (Bar("nbdkit cache", "at least", 3.0), Bar("nbdkit file", "at least", 1.2))
+
+ROWS = (
+    _random_read(1, Bar("nbdkit file", "at most", 0.8), measures="mean_us"),
+    _random_read(16, *AHEAD_OF_BOTH),
+    _random_read(64, *AHEAD_OF_BOTH),
+    Row(
+        "rwmj",
+        "4 jobs, depth 4, 64 KiB random read and write, warm, write-back",
+        "write",
+        "iops",
+        (Bar("nbdkit cache", "above", 1.0), Bar("qemu-nbd", "above", 1.0)),
+        {"rw": "randrw", "bs": "64k", "iodepth": 4, "numjobs": 4},
+    ),
+    Row(
+        "sequential",
+        "cached 1 MiB sequential read, depth 4",
+        "read",
+        "bytes_per_second",
+        (Bar("nbdkit file", "at least", 1.0),),
+        {"rw": "read", "bs": "1m", "iodepth": 4},
+    ),
+    Row(
+        "write-qd16",
+        "write-back 4 KiB random write, depth 16",
+        "write",
+        "iops",
+        (Bar("nbdkit cache", "at least", 2.0),),
+        {"rw": "randwrite", "bs": "4k", "iodepth": 16},
+    ),
+    Row(
+        "write-flush",
+        "write-back 4 KiB write and flush, depth 1",
+        "sync",
+        "p50_us",
+        (Bar("device", "at most", 2.5),),
+    ),
+    Row(
+        "misses",
+        "8 misses on different blocks, origin latency 200 ms",
+        "miss",
+        "seconds",
+        (Bar("one latency", "at most", 1.2),),
+    ),
+    Row(
+        "cold",
+        "cold sequential read, origin 1 ms away through 1 Gbit/s",
+        "cold",
+        "bytes_per_second",
+        (Bar("origin", "at least", 0.95),),
+    ),
+    Row(
+        "memory",
+        "daemon memory with 1 TiB of cache indexed",
+        "memory",
+        "megabytes",
+        (Bar("300 MB", "below", 1.0),),
+    ),
+)
+
+CONSTANTS: dict[str, float] = {"one latency": 0.2, "300 MB": 300.0}
+"""Bars that are a number, not a server; in the unit of the row."""
