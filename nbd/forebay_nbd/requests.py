@@ -1,0 +1,246 @@
+"""The server's half of the transmission phase without I/O: bytes in, requests out; replies in, bytes out.
+
+RequestReader owns the memory that requests are received into, so that nothing is copied on the way: the owner receives
+into space(), says how much came with received(), and takes requests. A run of requests without payload can be taken
+as bare tuples (headers()), which is what makes deep queues of reads cheap.
+"""
+
+import errno
+from collections.abc import Iterator
+
+from .events import (
+    NEED_DATA,
+    DataChunk,
+    ErrorChunk,
+    HoleChunk,
+    NeedData,
+    NoneChunk,
+    Reply,
+    Request,
+    SimpleReply,
+    StatusChunk,
+)
+from .wire import (
+    CHUNK_DONE,
+    CHUNK_HEADER,
+    ERROR_BODY,
+    EXTENT,
+    HOLE_BODY,
+    MAX_PAYLOAD,
+    REQUEST,
+    REQUEST_FAST,
+    REQUEST_MAGIC,
+    SIMPLE_REPLY,
+    SIMPLE_REPLY_MAGIC,
+    STRUCTURED_REPLY_MAGIC,
+    U32,
+    U64,
+    Buffer,
+    Chunk,
+    Cmd,
+    CmdFlag,
+    ProtocolError,
+    RequestError,
+)
+
+_HEADER = REQUEST.size
+MAX_TEXT = 256
+"""Longest error text sent, bytes."""
+
+
+class RequestReader:
+    """Requests from bytes.
+
+    `capacity` is the receive buffer and `in_place` the longest payload parsed inside it, bytes; longer payloads get a
+    buffer of their own, into which they are received directly.
+    """
+
+    def __init__(self, capacity: int = 256 << 10, in_place: int = 128 << 10) -> None:
+        if capacity < in_place + _HEADER:
+            raise ValueError("the receive buffer has to hold a request with its payload")
+        self.view = memoryview(bytearray(capacity))
+        self.start = 0
+        self.end = 0
+        self._in_place = in_place
+        self._large: Request | None = None
+        self._filled = 0
+
+    def space(self) -> memoryview:
+        """Where the next bytes go; never empty once next_event() has said NEED_DATA."""
+        if self._large is not None:
+            return memoryview(self._large.payload)[self._filled :]
+        if self.start == self.end:
+            self.start = self.end = 0
+        return self.view[self.end :]
+
+    def received(self, count: int) -> None:
+        """`count` bytes were put into space()."""
+        if self._large is not None:
+            self._filled += count
+        else:
+            self.end += count
+
+    def feed(self, data: Buffer) -> int:
+        """Copies as much of `data` into space() as fits and returns how much that was."""
+        space = self.space()
+        count = min(len(space), len(data))
+        space[:count] = memoryview(data)[:count]
+        self.received(count)
+        return count
+
+    def wanted(self) -> int:
+        """Bytes of memory, beyond the receive buffer, that the request being received occupies."""
+        return 0 if self._large is None else self._large.length
+
+    def unparsed(self) -> bytes:
+        """The bytes of what has not been handed out yet, as another reader would have to be fed them."""
+        if self._large is None:
+            return bytes(self.view[self.start : self.end])
+        return b"".join(encode_request(self._large))[: _HEADER + self._filled]
+
+    def headers(self, most: int) -> Iterator[tuple[int, bytes, int, int]]:
+        """Up to `most` complete 28-byte pieces, as REQUEST_FAST: (magic flags type, cookie, offset, length).
+
+        They are requests only up to the first that is a WRITE or has a bad magic. Taking some is up to skip().
+        """
+        count = min((self.end - self.start) // _HEADER, most)
+        return REQUEST_FAST.iter_unpack(self.view[self.start : self.start + count * _HEADER])
+
+    def skip(self, count: int) -> None:
+        """The first `count` of headers() were dealt with."""
+        self.start += count * _HEADER
+
+    def next_event(self) -> Request | NeedData:
+        """The next request, with its payload. Raises ProtocolError where the stream cannot be followed."""
+        if self._large is not None:
+            return self._finish_large()
+        have = self.end - self.start
+        if have < _HEADER:
+            return self._make_room(have, _HEADER)
+        magic, flags, command, cookie, offset, length = REQUEST.unpack_from(self.view, self.start)
+        if magic != REQUEST_MAGIC:
+            raise ProtocolError(f"bad request magic {magic:#x}")
+        request = Request(command, flags, cookie, offset, length)
+        if command != Cmd.WRITE:
+            self.start += _HEADER
+            return request
+        if length > MAX_PAYLOAD:
+            raise ProtocolError(f"WRITE of {length} bytes")
+        return self._with_payload(request, have)
+
+    def _with_payload(self, request: Request, have: int) -> Request | NeedData:
+        whole = _HEADER + request.length
+        if have >= whole:
+            request.payload = self.view[self.start + _HEADER : self.start + whole]
+            self.start += whole
+            return request
+        if request.length <= self._in_place:
+            return self._make_room(have, whole)
+        payload = bytearray(request.length)  # untouched pages cost nothing until data arrive
+        self._filled = have - _HEADER
+        payload[: self._filled] = self.view[self.start + _HEADER : self.end]
+        self.start = self.end = 0
+        request.payload, request.owned = payload, True
+        self._large = request
+        return NEED_DATA
+
+    def _make_room(self, have: int, needed: int) -> NeedData:
+        """Moves an incomplete request to the front unless the rest of it fits where it is."""
+        if self.start + needed > len(self.view):
+            # Both ends may overlap: a memoryview assignment within one buffer behaves as memmove.
+            self.view[:have] = self.view[self.start : self.end]
+            self.start, self.end = 0, have
+        return NEED_DATA
+
+    def _finish_large(self) -> Request | NeedData:
+        request = self._large
+        if request is None or self._filled < request.length:
+            return NEED_DATA
+        self._large, self._filled = None, 0
+        return request
+
+
+def encode_request(request: Request) -> list[Buffer]:
+    """The buffers of one request: its header, and a WRITE's payload, uncopied."""
+    r = request
+    head = REQUEST.pack(REQUEST_MAGIC, r.flags, r.command, r.cookie, r.offset, r.length)
+    return [head, r.payload] if len(r.payload) else [head]
+
+
+# --- checking ----------------------------------------------------------------------
+_ALLOWED_FLAGS = {
+    Cmd.READ: CmdFlag.DF,
+    Cmd.WRITE: CmdFlag(0),
+    Cmd.FLUSH: CmdFlag(0),
+    Cmd.TRIM: CmdFlag(0),
+    Cmd.CACHE: CmdFlag(0),
+    Cmd.WRITE_ZEROES: CmdFlag.NO_HOLE | CmdFlag.FAST_ZERO,
+    Cmd.BLOCK_STATUS: CmdFlag.REQ_ONE,
+}
+"""Beside FUA, which "the server MUST accept" with every command."""
+_WRITING = frozenset((Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES))
+
+
+def check(request: Request, size: int, read_only: bool, structured: bool, contexts: bool) -> None:
+    """Raises RequestError unless the request may be carried out as it is on an export of `size` bytes.
+
+    `structured` and `contexts`: agreed on in the handshake. What has passed is trusted from then on.
+    """
+    command, flags = request.command, request.flags & ~CmdFlag.FUA
+    allowed = _ALLOWED_FLAGS.get(command)  # type: ignore[call-overload]
+    if allowed is None:
+        raise RequestError(errno.EINVAL, "unknown command")
+    if flags & ~allowed or (flags & CmdFlag.DF and not structured):
+        raise RequestError(errno.EINVAL, "flag not valid with this command")
+    if command in _WRITING and read_only:
+        raise RequestError(errno.EPERM, "the export is read-only")
+    if command == Cmd.FLUSH:
+        if request.offset or request.length:
+            raise RequestError(errno.EINVAL, "FLUSH has no range")
+        return
+    if request.offset + request.length > size:
+        full = command in (Cmd.WRITE, Cmd.WRITE_ZEROES)
+        raise RequestError(errno.ENOSPC if full else errno.EINVAL, "beyond the end of the export")
+    if command == Cmd.READ and request.length > MAX_PAYLOAD:
+        raise RequestError(errno.EINVAL, "read longer than the maximum payload")
+    if command == Cmd.BLOCK_STATUS and not (contexts and request.length):
+        raise RequestError(
+            errno.EINVAL, "no metadata context was selected" if not contexts else "empty range"
+        )
+
+
+# --- replies ----------------------------------------------------------------------
+def encode_reply(reply: Reply) -> list[Buffer]:
+    """The buffers of one reply or chunk; data are not copied."""
+    match reply:
+        case SimpleReply(cookie=cookie, error=error, data=data):
+            head = SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)
+            return [head, data] if len(data) else [head]
+        case NoneChunk(cookie=cookie):
+            return [_chunk(Chunk.NONE, cookie, True, b"")]
+        case DataChunk(cookie=cookie, offset=offset, data=data, done=done):
+            head = CHUNK_HEADER.pack(
+                STRUCTURED_REPLY_MAGIC, CHUNK_DONE * done, Chunk.OFFSET_DATA, cookie, 8 + len(data)
+            )
+            return [head + U64.pack(offset), data]
+        case HoleChunk(cookie=cookie, offset=offset, length=length, done=done):
+            return [_chunk(Chunk.OFFSET_HOLE, cookie, done, HOLE_BODY.pack(offset, length))]
+        case StatusChunk(cookie=cookie, context_id=number, extents=extents, done=done):
+            body = U32.pack(number) + b"".join(EXTENT.pack(*extent) for extent in extents)
+            return [_chunk(Chunk.BLOCK_STATUS, cookie, done, body)]
+        case ErrorChunk():
+            return [_error_chunk(reply)]
+
+
+def _chunk(kind: int, cookie: int, done: bool, body: bytes) -> bytes:
+    return (
+        CHUNK_HEADER.pack(STRUCTURED_REPLY_MAGIC, CHUNK_DONE * done, kind, cookie, len(body)) + body
+    )
+
+
+def _error_chunk(reply: ErrorChunk) -> bytes:
+    text = reply.text.encode()[:MAX_TEXT]
+    body = ERROR_BODY.pack(reply.error, len(text)) + text
+    if reply.offset is None:
+        return _chunk(Chunk.ERROR, reply.cookie, reply.done, body)
+    return _chunk(Chunk.ERROR_OFFSET, reply.cookie, reply.done, body + U64.pack(reply.offset))
