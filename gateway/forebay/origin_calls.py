@@ -1,0 +1,199 @@
+"""The system calls that origins make, in one class, so that a test can stand a failing device in its place.
+
+Python has no wrapper for fallocate's modes, statx or openat2: those go through the C library. Sources: fallocate(2),
+statx(2), openat2(2), linux/fs.h.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Buffer = bytes | bytearray | memoryview
+
+PUNCH_HOLE = 0x03
+"""FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE: the range reads as zeros and gives its space back."""
+
+ZERO_RANGE = 0x11
+"""FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE: the range reads as zeros and keeps its space."""
+
+IOV_MAX = 1024
+"""Buffers that one preadv or pwritev takes (limits.h)."""
+
+_AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+_AT_STATX_FORCE_SYNC = 0x2000
+_STATX_BASIC_STATS = 0x07FF
+_STATX_SIZE = 256
+# struct statx up to stx_ctime (statx(2)): mask blksize attributes nlink uid gid mode ino size blocks attributes_mask,
+# then atime btime ctime mtime, each seconds, nanoseconds, padding, then rdev and dev
+_STATX = struct.Struct("=IIQIIIHxxQQQQ" + "qIxxxx" * 4 + "IIII")
+
+_SYS_OPENAT2 = 437  # the same number on every architecture but alpha (openat2(2), since Linux 5.6)
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+
+_BLKGETSIZE64 = 0x80081272
+_BLKSSZGET = 0x1268
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.statx.argtypes = (
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_uint,
+    ctypes.c_char_p,
+)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a file is, as far as origins ask. Times in nanoseconds since the epoch, size in bytes."""
+
+    mode: int
+    links: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    device: int
+    owner: int = 0
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> "Status":
+        """The same, from what os.stat returned."""
+        return cls(
+            mode=found.st_mode,
+            links=found.st_nlink,
+            inode=found.st_ino,
+            size=found.st_size,
+            mtime_ns=found.st_mtime_ns,
+            ctime_ns=found.st_ctime_ns,
+            device=found.st_dev,
+            owner=found.st_uid,
+        )
+
+
+class Calls:
+    """The operating system. Every method raises OSError, and may block for as long as the storage does."""
+
+    def preadv(self, fd: int, buffers: list[bytearray | memoryview], offset: int) -> int:
+        """Bytes read; 0 at the end of the file."""
+        return os.preadv(fd, buffers, offset)
+
+    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+        """Bytes written, possibly fewer than given."""
+        return os.pwritev(fd, buffers, offset)
+
+    def fdatasync(self, fd: int) -> None:
+        """Make durable what this descriptor wrote."""
+        os.fdatasync(fd)
+
+    def seek_data(self, fd: int, offset: int) -> int:
+        """Where the next data at or after `offset` begins. ENXIO: nowhere."""
+        return os.lseek(fd, offset, os.SEEK_DATA)
+
+    def seek_hole(self, fd: int, offset: int) -> int:
+        """Where the next hole at or after `offset` begins; the end of the file counts as one."""
+        return os.lseek(fd, offset, os.SEEK_HOLE)
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        """Change the space under a range; `mode` is PUNCH_HOLE or ZERO_RANGE."""
+        while _libc.fallocate64(fd, mode, offset, length) != 0:
+            number = ctypes.get_errno()
+            if number != errno.EINTR:
+                raise OSError(number, os.strerror(number))
+
+    def status(self, fd: int) -> Status:
+        """Of an open file, as its server knows it now.
+
+        AT_STATX_FORCE_SYNC because plain fstat on NFS answers from a cache that lags seconds behind.
+        """
+        found = ctypes.create_string_buffer(_STATX_SIZE)
+        flags = _AT_EMPTY_PATH | _AT_STATX_FORCE_SYNC
+        if _libc.statx(fd, b"", flags, _STATX_BASIC_STATS, found) != 0:
+            number = ctypes.get_errno()
+            if number in (
+                errno.ENOSYS,
+                errno.EPERM,
+                errno.EINVAL,
+            ):  # an old kernel or a strict seccomp filter
+                return Status.of(os.fstat(fd))
+            raise OSError(number, os.strerror(number))
+        return _unpack_statx(found.raw)
+
+    def device_size(self, fd: int) -> int:
+        """Bytes of a block device (BLKGETSIZE64)."""
+        answer = fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8))
+        return int(struct.unpack("=Q", answer)[0])
+
+    def sector_size(self, fd: int) -> int:
+        """Bytes of a block device's logical sector (BLKSSZGET)."""
+        answer = fcntl.ioctl(fd, _BLKSSZGET, bytes(4))
+        return int(struct.unpack("=i", answer)[0])
+
+
+def _unpack_statx(raw: bytes) -> Status:
+    fields = _STATX.unpack_from(raw)
+    _mask, _blksize, _attributes, links, uid, _gid, mode, inode, size, _blocks, _known = fields[:11]
+    ctime, ctime_ns, mtime, mtime_ns, _rdev_major, _rdev_minor, major, minor = fields[15:23]
+    return Status(
+        mode=mode,
+        links=links,
+        inode=inode,
+        size=size,
+        mtime_ns=mtime * 10**9 + mtime_ns,
+        ctime_ns=ctime * 10**9 + ctime_ns,
+        device=os.makedev(major, minor),
+        owner=uid,
+    )
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (
+        ("flags", ctypes.c_uint64),
+        ("mode", ctypes.c_uint64),
+        ("resolve", ctypes.c_uint64),
+    )
+
+
+def open_beneath(root: int, path: str, flags: int) -> int:
+    """Open `path` below the directory `root` without following any link, symbolic or magic; a new descriptor.
+
+    Raises OSError: EXDEV when the path leaves `root`, ELOOP when a part of it is a symbolic link.
+    """
+    how = _OpenHow(
+        flags | os.O_CLOEXEC, 0, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
+    )
+    fd = int(
+        _libc.syscall(_SYS_OPENAT2, root, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+    )
+    if fd >= 0:
+        return fd
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EPERM) and ".." not in path.split("/"):
+        return _walk_beneath(root, path, flags)
+    raise OSError(number, os.strerror(number), path)
+
+
+def _walk_beneath(root: int, path: str, flags: int) -> int:
+    """The same where openat2 is missing or forbidden: part by part, O_NOFOLLOW at each."""
+    *folders, last = [part for part in path.split("/") if part not in ("", ".")]
+    here = root
+    try:
+        for folder in folders:
+            below = os.open(
+                folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here
+            )
+            if here != root:
+                os.close(here)
+            here = below
+        return os.open(last, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+    finally:
+        if here != root:
+            os.close(here)

@@ -1,0 +1,224 @@
+"""Blocking storage calls, off the event loop, with limits of their own for each store.
+
+A call that hangs in the kernel (an NFS server that is down) cannot be stopped. It is given up: whoever asked gets an
+error in time, the thread stays where it is and keeps its place in the limit, so that at most `FOREGROUND_THREADS`
+threads of one store ever hang. Other stores have limits of their own and do not notice.
+
+A thread touches what it was handed: an open descriptor (`Descriptor` keeps its number from being reused) and buffers
+that nobody changes any more.
+"""
+
+import contextlib
+import errno
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+import trio
+
+T = TypeVar("T")
+
+FOREGROUND_THREADS = 32
+"""Calls of one store at a time that a guest waits for: what an NFS mount keeps in flight usefully, and few enough
+threads that some ten hung stores stay below any limit of processes."""
+
+BACKGROUND_THREADS = 4
+"""Calls of one store at a time for write-back, preload and prefetch: enough to fill a gigabit link with 1 MiB calls,
+and too few to fill the store's queue in front of a guest's miss."""
+
+BACKGROUND_PATIENCE = 0.1
+"""Seconds that one background call waits for a moment without foreground calls. After that it goes ahead: write-back
+that never moves would stop the guest's writes in the end."""
+
+
+@contextlib.contextmanager
+def bounded(seconds: float, what: str) -> Iterator[None]:
+    """Give the body `seconds`, then raise OSError(ETIMEDOUT) that names `what`."""
+    with trio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise OSError(errno.ETIMEDOUT, f"{what}: no answer within {seconds:g} s")
+
+
+class Descriptor:
+    """A file descriptor that threads share. Its number stays taken until the last of them is done with it.
+
+    Without that, a thread that was given up could wake after `close` and write into whatever file got the number next.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._users = 0
+        self._closing = False
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> int:
+        with self._lock:
+            if self._closing:
+                raise OSError(errno.EBADF, "closed")
+            self._users += 1
+        return self._fd
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            last = self._closing and self._users == 0
+        if last:
+            os.close(self._fd)
+
+    def close(self) -> None:
+        """Close it now, or in the thread that leaves last. May block. Idempotent."""
+        with self._lock:
+            first, self._closing = not self._closing, True
+            now = first and self._users == 0
+        if now:
+            os.close(self._fd)
+
+
+class Call(Generic[T]):
+    """One blocking call in a thread, begun at most once.
+
+    `on_end` runs on the event loop, once: when the thread has ended, or when the call was given up before it began.
+    Until then, with nobody waiting any more, the call is `given_up`. `drop` gets a result that came too late for
+    anyone to take, in a thread: an open descriptor, say.
+    """
+
+    def __init__(
+        self,
+        do: Callable[[], T],
+        *,
+        on_end: Callable[["Call[T]"], None] | None = None,
+        drop: Callable[[T], object] | None = None,
+    ) -> None:
+        self._do = do
+        self._on_end = on_end
+        self._drop = drop
+        self._lock = threading.Lock()
+        self._token = trio.lowlevel.current_trio_token()
+        self._stopped = False  # nobody waits any more: do not begin
+        self._over = False
+        self._left: Callable[[], object] | None = None  # drops the result
+        self.begun = False
+        self.error: BaseException | None = None
+        self.ended = trio.Event()
+
+    @property
+    def given_up(self) -> bool:
+        """True while the thread runs on with nobody waiting."""
+        return self._stopped and not self.ended.is_set()
+
+    def in_thread(self) -> T:
+        """Make the call. Runs in the thread."""
+        with self._lock:
+            if self._stopped:
+                raise OSError(errno.ECANCELED, "given up before it began")
+            self.begun = True
+        try:
+            result = self._do()
+            if self._drop is not None:
+                self._left = functools.partial(self._drop, result)
+            return result
+        except BaseException as error:
+            self.error = error
+            raise
+        finally:
+            self._leave_thread()
+
+    def _leave_thread(self) -> None:
+        with self._lock:
+            self._over = True
+            late = self._stopped
+        if late:
+            if self._left is not None:
+                self._left()
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._finish)
+
+    def stop_waiting(self, *, taken: bool) -> None:
+        """The task that asked goes on; `taken`: with a result. Runs on the event loop, once."""
+        with self._lock:
+            self._stopped = True
+            over = self._over
+        if over and not taken and self._left is not None:
+            trio.lowlevel.start_thread_soon(self._left, lambda _: None)
+        if over or not self.begun:
+            self._finish()
+
+    def _finish(self) -> None:
+        self.ended.set()
+        if self._on_end is not None:
+            self._on_end(self)
+
+
+class StoreThreads:
+    """The threads of one store. Foreground calls are what a guest waits for; background calls let them go first."""
+
+    def __init__(
+        self,
+        name: str,
+        foreground: int = FOREGROUND_THREADS,
+        background: int = BACKGROUND_THREADS,
+    ) -> None:
+        self.name = name
+        self._limits = (trio.CapacityLimiter(foreground), trio.CapacityLimiter(background))
+        self._foreground = 0
+        self._quiet = trio.Event()
+        self._quiet.set()
+
+    @property
+    def busy(self) -> tuple[int, int]:
+        """Threads at work or hung, foreground and background: for status."""
+        foreground, background = self._limits
+        return int(foreground.borrowed_tokens), int(background.borrowed_tokens)
+
+    async def run(
+        self,
+        do: Callable[[], T],
+        *,
+        background: bool = False,
+        drop: Callable[[T], object] | None = None,
+    ) -> T:
+        """Call `do` in a thread and return what it returns. Raises what it raises.
+
+        Cancellation gives the call up at once; its thread goes on, and what it returns goes to `drop`.
+        """
+        return await self.wait_for(Call(do, drop=drop), background=background)
+
+    async def wait_for(self, call: Call[T], *, background: bool = False) -> T:
+        """`run`, for a call that the caller keeps a hand on."""
+        taken = False
+        try:
+            if background:
+                await self._let_foreground_go()
+                result = await self._in_thread(call, self._limits[1])
+            else:
+                with self._counted():
+                    result = await self._in_thread(call, self._limits[0])
+            taken = True
+            return result
+        finally:
+            call.stop_waiting(taken=taken)
+
+    async def _in_thread(self, call: Call[T], limiter: trio.CapacityLimiter) -> T:
+        return await trio.to_thread.run_sync(
+            call.in_thread, abandon_on_cancel=True, limiter=limiter
+        )
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        if self._foreground == 0:
+            self._quiet = trio.Event()
+        self._foreground += 1
+        try:
+            yield
+        finally:
+            self._foreground -= 1
+            if self._foreground == 0:
+                self._quiet.set()
+
+    async def _let_foreground_go(self) -> None:
+        with trio.move_on_after(BACKGROUND_PATIENCE):
+            while self._foreground:
+                await self._quiet.wait()
