@@ -1,0 +1,377 @@
+"""One writer: the marker and the lock beside an image that a gateway may write (promise 6).
+
+Beside `IMAGE` lies a directory `IMAGE.forebay/` with two files:
+
+- `lock`, held with an OFD write lock (fcntl(2)) for as long as the disk is attached. It ends with the process that
+  holds it, however that ends; on NFSv4 and GPFS it is seen by every host.
+- `owner`, a JSON object: `format` (1), `gateway` (its uuid), `host`, `pid`, `boot_id`, `disk`, `since` (UTC, ISO 8601),
+  `state` (`clean`: the image has everything; `dirty`: that gateway has data that the image lacks), and `token`, which
+  only grows. It outlives the process: it says who has data for this image, and keeps others out until that is here.
+
+The lock is asked for first, then the marker is read, then replaced (temporary name, fsync, rename, fsync of the
+directory). The same gateway takes its own marker back after a crash. A clean release removes both.
+
+Everything in `Marker` blocks and belongs in a thread; `Claim` does that.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import stat
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, Self
+
+import trio
+
+from forebay.errors import ForebayError
+from forebay.origin_threads import Call, StoreThreads, bounded
+from forebay.store import SIDECAR, FileImage, ImageFile, open_folder
+
+FORMAT = 1
+"""Of the owner file. A marker with another number is somebody newer's: refused."""
+
+LONGEST_OWNER = 64 << 10
+"""Bytes of an owner file that are read: what is longer was not written by a gateway."""
+
+LOCK_TRIES = 8
+"""How often the lock file may vanish under us (its holder is just leaving) before we give up."""
+
+_FLOCK = struct.Struct(
+    "hhqqi"
+)  # struct flock of fcntl(2): type, whence, start, length, pid (0 for OFD locks)
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+State = Literal["clean", "dirty"]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What the owner file says."""
+
+    gateway: str
+    host: str
+    pid: int
+    boot_id: str
+    disk: str
+    since: str
+    state: State
+    token: int
+    format: int = FORMAT
+
+    @classmethod
+    def of_this_process(cls, gateway: str, disk: str) -> Self:
+        """A new owner: nothing dirty, and no token yet."""
+        return cls(
+            gateway=gateway,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            boot_id=_boot_id(),
+            disk=disk,
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
+            state="clean",
+            token=0,
+        )
+
+    @classmethod
+    def parse(cls, text: bytes) -> Self:
+        """Read an owner file. Raises ValueError."""
+        found = json.loads(text)
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ValueError("not an owner file of this version")
+        for name in ("gateway", "host", "boot_id", "disk", "since"):
+            if not isinstance(found.get(name), str) or not found[name].isprintable():
+                raise ValueError(f"'{name}' is not text")
+        if found.get("state") not in ("clean", "dirty"):
+            raise ValueError("'state' is neither clean nor dirty")
+        if not all(isinstance(found.get(name), int) for name in ("pid", "token")):
+            raise ValueError("'pid' or 'token' is not a number")
+        return cls(**{name: found[name] for name in cls.__dataclass_fields__})
+
+    def __str__(self) -> str:
+        """For messages: who, what for, since when."""
+        return f"host {self.host} (disk '{self.disk}', {self.state}, since {self.since})"
+
+
+def _boot_id() -> str:
+    with contextlib.suppress(OSError):
+        return _BOOT_ID.read_text().strip()
+    return ""  # a sandbox hides it: the token and the gateway's uuid still decide
+
+
+def read_owner(image: FileImage) -> Owner | None:
+    """Who holds the image for writing, by its marker; None: nobody. Blocks.
+
+    Raises OSError, and ForebayError for a marker that cannot be read.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = _opened(stack, open_folder(image))
+            sidecar = _opened(stack, _open_sidecar(folder, image))
+        except FileNotFoundError:
+            return None
+        return _read(sidecar, image)
+
+
+class Marker:
+    """The marker of one image, held by this process. Every method blocks, and raises OSError."""
+
+    def __init__(self, image: FileImage, folder: int, sidecar: int, lock: int) -> None:
+        self.image = image
+        self._name = os.path.basename(image.path) + SIDECAR
+        self._folder = folder
+        self._sidecar = sidecar
+        self._lock = lock
+        self.owner: Owner | None = None
+
+    @classmethod
+    def take(cls, image: FileImage, file: ImageFile, me: Owner) -> Self:
+        """Make `me` the owner of the open image `file`.
+
+        Raises ForebayError that names the owner and says what to do, when there is another one.
+        """
+        for _ in range(LOCK_TRIES):
+            with contextlib.ExitStack() as undo:
+                folder = _opened(undo, open_folder(image))
+                _check_same(image, folder, file)
+                sidecar = _opened(undo, _made_sidecar(folder, image))
+                lock = _opened(undo, os.open("lock", _CREATE, 0o600, dir_fd=sidecar))
+                if not _locked(lock):
+                    raise _held(image, _read_leniently(sidecar, image))
+                if _still_there(sidecar, lock):
+                    marker = cls(image, folder, sidecar, lock)
+                    marker._begin(me)
+                    undo.pop_all()
+                    return marker
+        raise ForebayError(f"{image.key}: its owner is just changing: try again")
+
+    def _begin(self, me: Owner) -> None:
+        before = _read(self._sidecar, self.image)
+        if before is not None and before.gateway != me.gateway:
+            raise _left_behind(self.image, before)
+        # A removed marker takes its token along; the clock keeps the next one larger.
+        token = max(int(time.time()), before.token + 1 if before else 1)
+        self._write(replace(me, token=token, state=before.state if before else me.state))
+
+    def set_state(self, state: State) -> None:
+        """Say durably whether this gateway has data that the image lacks: `dirty` before the first such write is
+        acknowledged, `clean` after the last was made durable in the image.
+        """
+        assert self.owner is not None, "released"
+        if self.owner.state != state:
+            self._write(replace(self.owner, state=state))
+
+    def check(self) -> None:
+        """Raise ForebayError when the marker names somebody else now, or is gone."""
+        found = _read(self._sidecar, self.image)
+        assert self.owner is not None, "released"
+        if found is None or (found.gateway, found.token) != (self.owner.gateway, self.owner.token):
+            raise ForebayError(f"{self.image.key} was taken over by {found or 'nobody known'}")
+
+    def release(self) -> None:
+        """Take marker and lock away. With dirty data the marker stays, for only this gateway can bring that home."""
+        assert self.owner is not None, "released"
+        if self.owner.state == "clean":
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink("owner", dir_fd=self._sidecar)
+            os.fsync(self._sidecar)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink("lock", dir_fd=self._sidecar)
+            with contextlib.suppress(OSError):  # a boot trace may stay in it
+                os.rmdir(self._name, dir_fd=self._folder)
+        self.close()
+
+    def close(self) -> None:
+        """Let the lock go and leave the marker where it is, as a crash would. Idempotent."""
+        if self.owner is None:
+            return
+        self.owner = None
+        for fd in (self._lock, self._sidecar, self._folder):
+            os.close(fd)
+
+    def _write(self, owner: Owner) -> None:
+        text = json.dumps(asdict(owner), indent=1) + "\n"
+        fd = os.open("owner.new", _CREATE | os.O_TRUNC, 0o644, dir_fd=self._sidecar)
+        try:
+            os.write(fd, text.encode())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename("owner.new", "owner", src_dir_fd=self._sidecar, dst_dir_fd=self._sidecar)
+        os.fsync(self._sidecar)
+        self.owner = owner
+
+
+class Claim:
+    """A `Marker`, off the event loop. One call at a time, in order, also after one that was given up."""
+
+    def __init__(self, marker: Marker, threads: StoreThreads, timeout: float) -> None:
+        self._marker = marker
+        self._threads = threads
+        self._timeout = timeout
+        self._turn = trio.Lock()
+        self._last: Call[None] | None = None
+
+    @classmethod
+    async def take(
+        cls, image: FileImage, file: ImageFile, me: Owner, threads: StoreThreads, timeout: float
+    ) -> Self:
+        """Become the owner. Raises ForebayError when another gateway is, OSError when the store fails."""
+        with bounded(timeout, f"claiming {image.key}"):
+            marker = await threads.run(
+                lambda: Marker.take(image, file, me), drop=lambda late: late.close()
+            )
+        return cls(marker, threads, timeout)
+
+    @property
+    def state(self) -> State | None:
+        """What the marker says; None after release."""
+        owner = self._marker.owner
+        return owner.state if owner else None
+
+    @property
+    def token(self) -> int:
+        """Larger than that of every owner before."""
+        assert self._marker.owner is not None, "released"
+        return self._marker.owner.token
+
+    async def dirty(self) -> None:
+        """Before the first write that the image lacks is acknowledged. Durable when it returns.
+
+        Raises OSError; the state is then as before or as asked.
+        """
+        await self._set_state("dirty")
+
+    async def clean(self) -> None:
+        """After the last such write was made durable in the image. As `dirty`."""
+        await self._set_state("clean")
+
+    async def _set_state(self, state: State) -> None:
+        await self._one_at_a_time("marking", lambda: self._marker.set_state(state))
+
+    async def check(self) -> None:
+        """Raises ForebayError when somebody else owns the image now, OSError when the store fails."""
+        await self._one_at_a_time("looking at the owner of", self._marker.check)
+
+    async def release(self) -> None:
+        """Give the image free. With state dirty the marker stays. Raises OSError."""
+        await self._one_at_a_time("releasing", self._marker.release)
+
+    async def close(self) -> None:
+        """Let only the lock go, as a crash would: at a restart, and when the image is left dirty."""
+        await self._one_at_a_time("unlocking", self._marker.close)
+
+    async def _one_at_a_time(self, what: str, do: Callable[[], None]) -> None:
+        with bounded(self._timeout, f"{what} {self._marker.image.key}"):
+            async with self._turn:
+                if self._last is not None:
+                    await self._last.ended.wait()
+                self._last = Call(do)
+                await self._threads.wait_for(self._last)
+
+
+# -------------------------------------------------------------------------------------------------- files and messages
+
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def _opened(stack: contextlib.ExitStack, fd: int) -> int:
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _open_sidecar(folder: int, image: FileImage) -> int:
+    name = os.path.basename(image.path) + SIDECAR
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(name, flags, dir_fd=folder)
+
+
+def _made_sidecar(folder: int, image: FileImage) -> int:
+    name = os.path.basename(image.path) + SIDECAR
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o755, dir_fd=folder)
+            os.fsync(folder)
+        return _open_sidecar(folder, image)
+    except (PermissionError, NotADirectoryError) as error:
+        raise ForebayError(
+            f"{image.key}: {name} cannot be made beside it ({error.strerror}): let the daemon's user write there, "
+            "or attach with --read-only or --overlay"
+        ) from error
+
+
+def _check_same(image: FileImage, folder: int, file: ImageFile) -> None:
+    """The marker must lie beside the very file that is open: a name can be moved in between."""
+    named = os.stat(os.path.basename(image.path), dir_fd=folder, follow_symlinks=False)
+    ours = os.fstat(file.fd)
+    if (named.st_dev, named.st_ino) != (ours.st_dev, ours.st_ino):
+        raise ForebayError(f"{image.key} was just replaced by another file: try again")
+
+
+def _locked(fd: int) -> bool:
+    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _still_there(sidecar: int, lock: int) -> bool:
+    """A lock on a file that its last holder has just removed keeps nobody out."""
+    try:
+        named = os.stat("lock", dir_fd=sidecar, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return named.st_ino == os.fstat(lock).st_ino
+
+
+def _read(sidecar: int, image: FileImage) -> Owner | None:
+    try:
+        fd = os.open(
+            "owner", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=sidecar
+        )
+    except FileNotFoundError:
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError("not a file")
+        return Owner.parse(os.read(fd, LONGEST_OWNER))
+    except ValueError as fault:
+        raise ForebayError(
+            f"{image.key}: its owner marker {image.path}{SIDECAR}/owner cannot be read ({fault}): "
+            "find out which gateway wrote the image, then remove that file"
+        ) from fault
+    finally:
+        os.close(fd)
+
+
+def _read_leniently(sidecar: int, image: FileImage) -> Owner | None:
+    try:
+        return _read(sidecar, image)
+    except (OSError, ForebayError):
+        return None
+
+
+def _held(image: FileImage, owner: Owner | None) -> ForebayError:
+    return ForebayError(
+        f"{image.key} is in use by {owner or 'another gateway'}: detach it there first, "
+        "or attach it here with --read-only"
+    )
+
+
+def _left_behind(image: FileImage, owner: Owner) -> ForebayError:
+    has = "has data that the image lacks" if owner.state == "dirty" else "did not release it"
+    return ForebayError(
+        f"{image.key} belongs to {owner}, which {has}: detach it there; only if that gateway is gone for good, "
+        f"remove {image.root / image.path}{SIDECAR}/owner and lose what it had"
+    )

@@ -1,0 +1,310 @@
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from forebay import owner as owner_module
+from forebay.errors import ForebayError
+from forebay.origin_threads import StoreThreads
+from forebay.owner import Claim, Marker, Owner, read_owner
+from forebay.store import FileImage, ImageFile, open_image
+
+US, THEM = "gateway-a", "gateway-b"
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> FileImage:
+    (tmp_path / "vm.img").write_bytes(bytes(4096))
+    return FileImage("images", tmp_path, "vm.img")
+
+
+@pytest.fixture
+def file(image: FileImage) -> Iterator[ImageFile]:
+    opened = open_image(image, read_only=False)
+    yield opened
+    os.close(opened.fd)
+
+
+@pytest.fixture
+def take(image: FileImage, file: ImageFile) -> Iterator[Callable[..., Marker]]:
+    taken: list[Marker] = []
+
+    def taker(gateway: str = US, disk: str = "d") -> Marker:
+        marker = Marker.take(image, file, Owner.of_this_process(gateway, disk))
+        taken.append(marker)
+        return marker
+
+    yield taker
+    for marker in taken:
+        marker.close()
+
+
+def sidecar(image: FileImage) -> Path:
+    return image.root / "vm.img.forebay"
+
+
+def test_the_marker_says_who(image: FileImage, take: Callable[..., Marker]) -> None:
+    take(disk="web1")
+    found = json.loads((sidecar(image) / "owner").read_text())
+    assert found["gateway"] == US
+    assert found["disk"] == "web1"
+    assert found["state"] == "clean"
+    assert found["pid"] == os.getpid()
+    assert set(found) == {
+        "format", "gateway", "host", "pid", "boot_id", "disk", "since", "state", "token"
+    }  # fmt: skip
+    assert read_owner(image) == Owner.parse((sidecar(image) / "owner").read_bytes())
+
+
+def test_a_clean_release_leaves_nothing(image: FileImage, take: Callable[..., Marker]) -> None:
+    take().release()
+    assert os.listdir(image.root) == ["vm.img"]
+    assert read_owner(image) is None
+
+
+def test_a_release_leaves_what_others_keep_there(
+    image: FileImage, take: Callable[..., Marker]
+) -> None:
+    marker = take()
+    (sidecar(image) / "trace").touch()
+    marker.release()
+    assert os.listdir(sidecar(image)) == ["trace"]
+    take(THEM)
+
+
+def test_a_held_lock_keeps_everybody_out(image: FileImage, take: Callable[..., Marker]) -> None:
+    marker = take(disk="web1")
+    marker.set_state("dirty")
+    host = Owner.of_this_process(US, "").host
+    for gateway in (US, THEM):  # also a copy of our own state directory on another host
+        with pytest.raises(ForebayError, match="in use by") as refused:
+            take(gateway)
+        for part in (f"host {host}", "disk 'web1'", "dirty", "since 20", "detach it there"):
+            assert part in str(refused.value)
+
+
+@pytest.mark.parametrize("state", ["clean", "dirty"])
+def test_what_another_gateway_left_behind_is_refused_after_its_lock_is_gone(
+    image: FileImage, take: Callable[..., Marker], state: owner_module.State
+) -> None:
+    marker = take(disk="web1")
+    marker.set_state(state)
+    marker.close()
+    with pytest.raises(ForebayError, match=f"belongs to .*disk 'web1', {state}, since"):
+        take(THEM)
+    assert read_owner(image) is not None, "a refusal changes nothing"
+
+
+def test_our_own_marker_is_taken_back_with_its_state_and_a_larger_token(
+    image: FileImage, take: Callable[..., Marker]
+) -> None:
+    marker = take()
+    assert marker.owner is not None
+    token = marker.owner.token
+    marker.set_state("dirty")
+    marker.close()
+    again = take()
+    assert again.owner is not None
+    assert again.owner.state == "dirty", "what a crash left is still only ours"
+    assert again.owner.token > token
+
+
+def test_the_token_grows_although_a_clean_release_removed_it(
+    take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 2_000_000_000.0
+    monkeypatch.setattr("forebay.owner.time.time", lambda: now)
+    first = take()
+    assert first.owner is not None
+    token = first.owner.token
+    first.release()
+    now += 1
+    second = take()
+    assert second.owner is not None
+    assert second.owner.token > token
+
+
+def test_a_dirty_release_keeps_the_marker(image: FileImage, take: Callable[..., Marker]) -> None:
+    marker = take()
+    marker.set_state("dirty")
+    marker.release()
+    found = read_owner(image)
+    assert found is not None
+    assert found.state == "dirty"
+    take()  # the lock is free again, for us
+
+
+def test_a_lock_file_that_its_holder_removes_meanwhile_is_not_trusted(
+    image: FileImage, take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The race: we open the lock file, its holder unlinks it and leaves, we get a lock on nothing."""
+    first = take()
+    real = owner_module._locked
+    tries = 0
+
+    def locked(fd: int) -> bool:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            first.release()
+        return real(fd)
+
+    monkeypatch.setattr("forebay.owner._locked", locked)
+    take(THEM)
+    assert tries == 2
+    monkeypatch.undo()
+    with pytest.raises(ForebayError, match="in use by"):
+        take(US)
+
+
+def test_lost_ownership_is_noticed(image: FileImage, take: Callable[..., Marker]) -> None:
+    marker = take()
+    marker.check()
+    assert marker.owner is not None
+    other = replace(marker.owner, gateway=THEM, host="elsewhere", token=marker.owner.token + 1)
+    path = sidecar(image) / "owner"
+    path.write_text(json.dumps(asdict(other)))
+    with pytest.raises(ForebayError, match="taken over by host elsewhere"):
+        marker.check()
+    path.unlink()
+    with pytest.raises(ForebayError, match="nobody known"):
+        marker.check()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"\xff",
+        b'{"format": 2}',
+        b'{"format": 1, "gateway": "x"}',
+    ],
+)
+def test_a_marker_that_cannot_be_read_is_not_overwritten(
+    image: FileImage, take: Callable[..., Marker], text: bytes
+) -> None:
+    sidecar(image).mkdir()
+    (sidecar(image) / "owner").write_bytes(text)
+    with pytest.raises(ForebayError, match="cannot be read"):
+        take()
+    assert (sidecar(image) / "owner").read_bytes() == text
+
+
+def test_links_in_the_place_of_our_files_are_not_followed(
+    image: FileImage, take: Callable[..., Marker], tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    sidecar(image).symlink_to(victim)
+    with pytest.raises((ForebayError, OSError)):
+        take()
+    sidecar(image).unlink()
+    sidecar(image).mkdir()
+    (sidecar(image) / "lock").symlink_to(victim / "file")
+    with pytest.raises(OSError, match="symbolic"):
+        take()
+    assert os.listdir(victim) == []
+
+
+def test_the_marker_belongs_to_the_file_that_is_open(
+    image: FileImage, take: Callable[..., Marker], tmp_path: Path
+) -> None:
+    (tmp_path / "new.img").write_bytes(bytes(4096))
+    os.rename(tmp_path / "new.img", tmp_path / "vm.img")
+    with pytest.raises(ForebayError, match="replaced"):
+        take()
+
+
+def test_nothing_stays_open(image: FileImage, take: Callable[..., Marker]) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    take().release()
+    marker = take()
+    with pytest.raises(ForebayError):
+        take(THEM)
+    marker.close()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_lock_is_not_inherited(image: FileImage, take: Callable[..., Marker]) -> None:
+    """A child that outlives us (a helper, a hook) must not keep the image locked."""
+    marker = take()
+    assert not os.get_inheritable(marker._lock)
+
+
+# ------------------------------------------------------------------------------------ off the event loop
+
+
+async def test_a_claim_goes_through_its_states(image: FileImage, file: ImageFile) -> None:
+    claim = await Claim.take(image, file, Owner.of_this_process(US, "d"), StoreThreads("s"), 10)
+    for change, state in ((claim.dirty, "dirty"), (claim.dirty, "dirty"), (claim.clean, "clean")):
+        await change()
+        assert claim.state == state
+        found = read_owner(image)
+        assert found is not None
+        assert found.state == state
+    await claim.check()
+    await claim.release()
+    assert claim.state is None
+    assert read_owner(image) is None
+
+
+async def test_a_mark_that_hangs_is_not_overtaken(
+    image: FileImage, file: ImageFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`dirty` hangs and is given up; `clean` after it must not be undone by `dirty` ending late."""
+    claim = await Claim.take(image, file, Owner.of_this_process(US, "d"), StoreThreads("s"), 0.1)
+    hang = threading.Event()
+    real = Marker.set_state
+    order: list[str] = []
+
+    def slow(self: Marker, state: owner_module.State) -> None:
+        if state == "dirty":
+            hang.wait(10)
+        real(self, state)
+        order.append(state)
+
+    monkeypatch.setattr(Marker, "set_state", slow)
+    with pytest.raises(TimeoutError, match="marking images:"):
+        await claim.dirty()
+    with pytest.raises(TimeoutError):
+        await claim.clean()
+    claim._timeout = 10
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(claim.clean)
+        await trio.testing.wait_all_tasks_blocked()
+        hang.set()
+    assert order == ["dirty", "clean"]
+    await claim.release()
+
+
+async def test_a_claim_that_came_too_late_is_given_back(
+    image: FileImage, file: ImageFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = StoreThreads("s")
+    me = Owner.of_this_process(US, "d")
+    hang, done = threading.Event(), threading.Event()
+    real_take, real_close = Marker.take.__func__, Marker.close  # type: ignore[attr-defined]
+
+    def slow(cls: type[Marker], *arguments: object) -> Marker:
+        hang.wait(10)
+        return real_take(cls, *arguments)  # type: ignore[no-any-return]
+
+    def close(self: Marker) -> None:
+        real_close(self)
+        done.set()
+
+    monkeypatch.setattr(Marker, "take", classmethod(slow))
+    monkeypatch.setattr(Marker, "close", close)
+    with pytest.raises(TimeoutError, match="claiming"):
+        await Claim.take(image, file, me, threads, 0.1)
+    hang.set()
+    assert await trio.to_thread.run_sync(done.wait, 10)
+    await (await Claim.take(image, file, me, threads, 10)).release()
