@@ -71,7 +71,7 @@ class Line:
     @property
     def verdict(self) -> str:
         if self.ratio is None:
-            return self.note or "not measured"
+            return "skipped" if self.note else "not measured"
         return "yes" if self.bar.holds(self.ratio) else "NO"
 
 
@@ -142,6 +142,8 @@ def text(results: Results) -> str:
             body.append(
                 f"  {row.key:12} {server:13} {value:>12}  {results.spread(row, server):14} {cpu:>6}"
             )
+    titles = {row.key: row.title for row in ROWS}
+    body += [f"skipped: {titles[key]}: {reason}" for key, reason in results.skipped.items()]
     body += ["", *(f"{name}: {value}" for name, value in results.conditions.items())]
     return "\n".join(body)
 
