@@ -1,26 +1,24 @@
 """What a client of the daemon needs from the configuration: which file it is, and where the
 daemon's sockets lie.
 
-The command finds its daemon with this on every call, so nothing here imports pydantic. The whole
-file is checked only by `forebay.config`.
+The command finds its daemon with this on every call, so nothing here imports pydantic or pathlib.
+The whole file is checked only by `forebay.config`.
 """
 
 import os
-import tomllib
-from pathlib import Path
 from typing import Any
 
 from forebay.errors import ConfigError
 
-DEFAULT_CONFIG = Path("/etc/forebay/forebay.toml")
-DEFAULT_RUN = Path("/run/forebay")
+DEFAULT_CONFIG = "/etc/forebay/forebay.toml"
+DEFAULT_RUN = "/run/forebay"
 VARIABLE = "FOREBAY_CONFIG"
 
 _UNQUOTED = ("Expected newline or end of document", "Invalid value")
 """How tomllib's messages begin where somebody wrote `size = 20 GiB` or `mode = write-back`."""
 
 
-def config_path(named: str | os.PathLike[str] | None = None) -> Path | None:
+def config_path(named: str | os.PathLike[str] | None = None) -> str | None:
     """The file to read: the one named, or by FOREBAY_CONFIG, or the default; None where the default
     does not exist.
 
@@ -28,16 +26,17 @@ def config_path(named: str | os.PathLike[str] | None = None) -> Path | None:
     """
     chosen = named or os.environ.get(VARIABLE)
     if chosen:
-        return Path(chosen)
+        return os.fspath(chosen)
     return DEFAULT_CONFIG if os.path.lexists(DEFAULT_CONFIG) else None
 
 
-def read_toml(path: Path) -> tuple[str, dict[str, Any]]:
+def read_toml(path: str) -> tuple[str, dict[str, Any]]:
     """The text of the file and what it holds. Raises ConfigError when it cannot be read or is not
     TOML.
     """
     try:
-        text = path.read_bytes().decode()
+        with open(path, "rb") as file:
+            text = file.read().decode()
     except FileNotFoundError:
         raise ConfigError(
             [f"{path}: no such file: create it, or name another with --config or {VARIABLE}"]
@@ -50,13 +49,15 @@ def read_toml(path: Path) -> tuple[str, dict[str, Any]]:
         raise ConfigError(
             [f"{path}: not UTF-8 text (byte {fault.start}): save it as UTF-8"]
         ) from None
+    import tomllib  # noqa: PLC0415  (not where there is no file)
+
     try:
         return text, tomllib.loads(text)
     except tomllib.TOMLDecodeError as fault:
         raise ConfigError([_syntax_fault(path, text, str(fault))]) from None
 
 
-def _syntax_fault(path: Path, text: str, fault: str) -> str:
+def _syntax_fault(path: str, text: str, fault: str) -> str:
     """Split a message of tomllib, which ends its messages with `(at line 3, column 5)` or `(at end
     of document)`.
     """
@@ -69,15 +70,15 @@ def _syntax_fault(path: Path, text: str, fault: str) -> str:
     return f"{path}:{number}: not TOML: {what}: {shown!r}{quotes}"
 
 
-def run_directory(named: str | os.PathLike[str] | None = None) -> Path:
+def run_directory(named: str | os.PathLike[str] | None = None) -> str:
     """Where the daemon's sockets lie, by `gateway.run` of the file alone. Raises ConfigError."""
     path = config_path(named)
     if path is None:
         return DEFAULT_RUN
     gateway = read_toml(path)[1].get("gateway", {})
-    run = gateway.get("run", str(DEFAULT_RUN)) if isinstance(gateway, dict) else None
+    run = gateway.get("run", DEFAULT_RUN) if isinstance(gateway, dict) else None
     if not isinstance(run, str) or not os.path.isabs(run):
         raise ConfigError(
             [f"{path}: gateway.run: not an absolute path: see 'forebay check-config'"]
         )
-    return Path(run)
+    return run

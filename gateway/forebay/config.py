@@ -142,7 +142,7 @@ class GatewaySection(_Section):
 
     state: Directory = Path("/var/lib/forebay")
     """The index, and the embedded cache device. Must survive a reboot."""
-    run: Directory = DEFAULT_RUN
+    run: Directory = Path(DEFAULT_RUN)
     """Sockets. libvirt overlays record the paths in it: the same on all hosts, for ever."""
     socket_owner: User | None = None
     """User that owns the disks' sockets; without it the daemon's own."""
@@ -285,7 +285,7 @@ class Config(_Section):
             config = cls.model_validate(data)
         except ValidationError as refused:
             raise ConfigError(_faults(source, text, refused)) from None
-        config._source = source  # noqa: SLF001  (its own class)
+        config._source = Path(source)  # noqa: SLF001  (its own class)
         return config
 
     @property
@@ -390,7 +390,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
-def _faults(source: Path, text: str, refused: ValidationError) -> list[str]:
+def _faults(source: str, text: str, refused: ValidationError) -> list[str]:
     found = [(_line_of(text, fault["loc"]), fault) for fault in refused.errors(include_url=False)]
     return [
         f"{source}:{line or 1}: {_dotted(fault['loc'])}: {_what(fault)}"

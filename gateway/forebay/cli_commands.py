@@ -1,0 +1,248 @@
+"""What each sub-command does. Arguments are checked already; the result is the exit code."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from forebay.client import Client, Progress
+from forebay.client_config import run_directory
+from forebay.errors import ForebayError
+from forebay.sizes import format_size
+
+Arguments = argparse.Namespace
+
+
+def daemon(arguments: Arguments) -> Client:
+    """The daemon that the configuration points at. Raises ForebayError for a file that cannot be
+    read.
+    """
+    return Client(os.path.join(run_directory(arguments.config), "control.sock"))
+
+
+def print_json(content: Any) -> None:
+    """Indented, one object after the other."""
+    print(json.dumps(content, indent=2))
+
+
+@contextmanager
+def progress_shown(what: str) -> Iterator[Progress]:
+    """A progress bar on stderr where both it and stdout are a terminal, else nothing."""
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        yield lambda _done, _total: None
+        return
+    from forebay.render_progress import progress_bar  # noqa: PLC0415  (rich takes 60 ms)
+
+    with progress_bar(what) as advance:
+        yield advance
+
+
+# ------------------------------------------------------------------------------------- the daemon
+
+
+def serve(arguments: Arguments) -> int:
+    """Run the daemon until it is told to end."""
+    from pathlib import Path  # noqa: PLC0415
+
+    from forebay.config import Config  # noqa: PLC0415
+    from forebay.daemon import serve as run_daemon  # noqa: PLC0415
+
+    config = Config.load(arguments.config)
+    state, run = (path and Path(path).absolute() for path in (arguments.state, arguments.run))
+    run_daemon(config, state, run)
+    return 0
+
+
+def check_config(arguments: Arguments) -> int:
+    """Say that the configuration is right, and what it may lack."""
+    from forebay.config import Config  # noqa: PLC0415
+
+    config = Config.load(arguments.config)
+    for warning in config.warnings():
+        print(f"forebay: warning: {warning}", file=sys.stderr)
+    print(f"{config.source or 'built-in defaults'}: good")
+    return 0
+
+
+def dump_config(arguments: Arguments) -> int:
+    """Print what holds, defaults included, in the form of the file."""
+    from forebay.config import Config  # noqa: PLC0415
+
+    config = Config.load(arguments.config)
+    if arguments.json:
+        print(config.model_dump_json(indent=2))
+    else:
+        print(config.to_toml())
+    return 0
+
+
+def demo(_: Arguments) -> int:
+    """Show everything on a throw-away directory."""
+    from forebay.demo import main  # noqa: PLC0415
+
+    main()
+    return 0
+
+
+# ------------------------------------------------------------------------------------------ disks
+
+
+def attach(arguments: Arguments) -> int:
+    """Serve an image; prints where."""
+    content = {
+        "name": arguments.name,
+        "image": _image(arguments.image),
+        "mode": arguments.mode,
+        "cache_size": arguments.cache_size,
+        "preload": arguments.preload,
+        "read_only": arguments.read_only,
+        "overlay": arguments.overlay,
+    }
+    status = daemon(arguments).post("/disks", content)
+    if arguments.json:
+        print_json(status)
+    else:
+        print(f"{status['name']}: {status['socket']}")
+    return 0
+
+
+def _image(text: str) -> str:
+    """A path is made absolute here: the daemon has a working directory of its own."""
+    store, colon, _ = text.partition(":")
+    if text.startswith("/") or (colon and "/" not in store):
+        return text
+    return os.path.abspath(text)
+
+
+def detach(arguments: Arguments) -> int:
+    """Drain, then let go."""
+    flags = f"discard={int(arguments.discard)}&force={int(arguments.force)}"
+    with progress_shown(f"detach {arguments.name}") as progress:
+        daemon(arguments).follow("DELETE", f"/disks/{arguments.name}?{flags}", None, progress)
+    print(f"{arguments.name}: detached")
+    return 0
+
+
+def status(arguments: Arguments) -> int:
+    """The table of disks, or JSON."""
+    client = daemon(arguments)
+    disks = [client.get(f"/disks/{arguments.name}")] if arguments.name else client.get("/disks")
+    if arguments.json:
+        print_json(disks)
+        return 0
+    from forebay.render import status_table, wants_colour  # noqa: PLC0415
+
+    terminal = sys.stdout.isatty()
+    width = os.get_terminal_size().columns if terminal else None
+    print("\n".join(status_table(disks, colour=wants_colour(terminal), width=width)))
+    if terminal and not disks:
+        print("no disks yet: 'forebay attach NAME IMAGE' serves one")
+    return 0
+
+
+def flush(arguments: Arguments) -> int:
+    """Write back; done only when nothing is dirty."""
+    content = {
+        "names": [arguments.name] if arguments.name else None,
+        "timeout": arguments.timeout,
+    }
+    with progress_shown(f"flush {arguments.name or 'all disks'}") as progress:
+        result = daemon(arguments).follow("POST", "/flush", content, progress)
+    if arguments.json:
+        print_json(result)
+    if result["dirty_bytes"]:
+        raise ForebayError(
+            f"{format_size(result['dirty_bytes'])} are dirty again: guests went on writing; "
+            "pause them, or choose mode write-through, and flush again"
+        )
+    if not arguments.json:
+        print(f"{arguments.name or 'all disks'}: nothing is dirty")
+    return 0
+
+
+def mode(arguments: Arguments) -> int:
+    """Change the mode; leaving write-back drains first."""
+    with progress_shown(f"mode {arguments.name}") as progress:
+        disk = daemon(arguments).follow(
+            "POST", f"/disks/{arguments.name}/mode", {"mode": arguments.mode}, progress
+        )
+    print(f"{disk['name']}: {disk['mode']}")
+    return 0
+
+
+def preload(arguments: Arguments) -> int:
+    """Bring data in."""
+    with progress_shown(f"preload {arguments.name}") as progress:
+        disk = daemon(arguments).follow(
+            "POST", f"/disks/{arguments.name}/preload", {"amount": arguments.amount}, progress
+        )
+    print(f"{disk['name']}: {format_size(disk['cached_bytes'])} cached")
+    return 0
+
+
+def xml(arguments: Arguments) -> int:
+    """Print the disk element."""
+    from forebay.xml_disk import disk_element  # noqa: PLC0415
+
+    print(disk_element(daemon(arguments).get(f"/disks/{arguments.name}"), arguments.target))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------ cache
+
+
+def cache(arguments: Arguments) -> int:
+    """The cache device: what it holds; format; check."""
+    if arguments.action == "format":
+        return _format(arguments)
+    if arguments.force:
+        raise argparse.ArgumentTypeError("argument --force: is for 'cache format' only")
+    if arguments.action == "scrub":
+        with progress_shown("scrub") as progress:
+            found = daemon(arguments).follow("POST", "/cache/scrub", None, progress)
+    else:
+        found = daemon(arguments).get("/cache")
+    if arguments.json:
+        print_json(found)
+    else:
+        from forebay.render import key_values  # noqa: PLC0415
+
+        print("\n".join(key_values(found)))
+    return 0
+
+
+def _format(arguments: Arguments) -> int:
+    from forebay.config import Config  # noqa: PLC0415
+    from forebay.daemon import format_cache  # noqa: PLC0415
+
+    config = Config.load(arguments.config)
+    format_cache(config, arguments.force)
+    print(f"{config.cache_device}: formatted")
+    return 0
+
+
+def stats(arguments: Arguments) -> int:
+    """Rates."""
+    from forebay.cli_stats import stats as run  # noqa: PLC0415
+
+    return run(arguments.what, daemon(arguments), json_lines=arguments.json)
+
+
+RUN: dict[str, Callable[[Arguments], int]] = {
+    "serve": serve,
+    "attach": attach,
+    "detach": detach,
+    "status": status,
+    "stats": stats,
+    "flush": flush,
+    "mode": mode,
+    "preload": preload,
+    "xml": xml,
+    "cache": cache,
+    "check-config": check_config,
+    "dump-config": dump_config,
+    "demo": demo,
+}

@@ -1,0 +1,122 @@
+"""Prometheus text (exposition format 0.0.4) from what `status` and `cache_info` tell.
+
+Names follow prometheus.io/docs/practices/naming: one prefix, base units, `_total` on counters. Hits
+and misses are exported, never a ratio, which could not be summed over hosts. The label of a disk
+is its name alone; image and mode stand in `forebay_disk_info`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from forebay import __version__
+
+Values = Mapping[str, Any]
+
+
+class Metric(NamedTuple):
+    """A family with one sample for each `(labels, key)`: `key` is where status or cache_info has
+    it.
+    """
+
+    name: str
+    kind: str
+    text: str
+    samples: tuple[tuple[str, str], ...]
+
+
+def _one(name: str, kind: str, text: str, key: str) -> Metric:
+    return Metric(name, kind, text, (("", key),))
+
+
+DISK_METRICS = (
+    Metric(
+        "cache_hits_total",
+        "counter",
+        "Requests that the cache answered.",
+        (('op="read"', "read_hits"), ('op="write"', "write_hits")),
+    ),
+    Metric(
+        "cache_misses_total",
+        "counter",
+        "Requests that needed the origin.",
+        (('op="read"', "read_misses"), ('op="write"', "write_misses")),
+    ),
+    _one("read_bytes_total", "counter", "Bytes that clients read.", "read_bytes"),
+    _one("written_bytes_total", "counter", "Bytes that clients wrote.", "written_bytes"),
+    _one("origin_read_bytes_total", "counter", "Bytes read from the image.", "origin_read_bytes"),
+    _one(
+        "origin_written_bytes_total",
+        "counter",
+        "Bytes written to the image.",
+        "origin_written_bytes",
+    ),
+    _one("origin_errors_total", "counter", "Requests that the image failed.", "origin_errors"),
+    _one("disk_size_bytes", "gauge", "Size of the disk.", "size"),
+    _one("cached_bytes", "gauge", "Bytes of the disk that the cache holds.", "cached_bytes"),
+    _one("dirty_bytes", "gauge", "Bytes that only the cache holds.", "dirty_bytes"),
+    _one("oldest_dirty_seconds", "gauge", "Age of the oldest of them.", "lag_seconds"),
+    _one("nbd_connections", "gauge", "Clients that are connected.", "clients"),
+)
+"""One sample for each disk; what a status does not have is left out."""
+
+CACHE_METRICS = (
+    _one("cache_size_bytes", "gauge", "Size of the cache device.", "size"),
+    _one("cache_used_bytes", "gauge", "Bytes of it that hold data.", "used_bytes"),
+    _one("cache_clean_bytes", "gauge", "Bytes of it that the images have too.", "clean_bytes"),
+    _one("cache_private_bytes", "gauge", "Bytes of it that belong to one disk.", "private_bytes"),
+    _one("cache_journal_bytes", "gauge", "Bytes of its write journal in use.", "journal_bytes"),
+    _one("cache_free_blocks", "gauge", "Blocks that nothing is in.", "free_slots"),
+    _one("evicted_blocks_total", "counter", "Blocks given away for others.", "evicted_blocks"),
+    _one("damaged_blocks", "gauge", "Blocks taken out of use.", "damaged_slots"),
+)
+
+
+def metrics_text(disks: Sequence[Values], cache: Values) -> str:
+    """The page at `/metrics`."""
+    lines = [
+        *_family("build_info", "gauge", "What runs.", [(f'version="{__version__}"', 1)]),
+        *_family("disk_info", "gauge", "The disks, by words.", [(_words(d), 1) for d in disks]),
+    ]
+    for metric in DISK_METRICS:
+        lines += _family(metric.name, metric.kind, metric.text, _disk_samples(metric, disks))
+    for metric in CACHE_METRICS:
+        found = [(labels, cache[key]) for labels, key in metric.samples if key in cache]
+        lines += _family(metric.name, metric.kind, metric.text, found)
+    working = cache.get("state")
+    if working is not None:
+        ok = int(working == "ok")
+        lines += _family("cache_ok", "gauge", "1 while the cache device works.", [("", ok)])
+    return "\n".join(lines) + "\n"
+
+
+def _disk_samples(metric: Metric, disks: Iterable[Values]) -> Iterator[tuple[str, float]]:
+    for disk in disks:
+        for labels, key in metric.samples:
+            if key in disk:
+                yield ",".join(filter(None, (_label("disk", disk["name"]), labels))), disk[key]
+
+
+def _words(disk: Values) -> str:
+    told = {"disk": disk["name"], "image": disk["image"], "mode": disk["mode"]}
+    told |= {"state": disk["state"], "overlay": disk["overlay"], "read_only": disk["read_only"]}
+    return ",".join(_label(key, value) for key, value in told.items())
+
+
+def _label(name: str, value: object) -> str:
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    for character, written in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n")):
+        text = text.replace(character, written)
+    return f'{name}="{text}"'
+
+
+def _family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float]]) -> Iterator[str]:
+    """A family's lines; none where there is no sample."""
+    heading = (f"# HELP forebay_{name} {text}", f"# TYPE forebay_{name} {kind}")
+    for number, (labels, value) in enumerate(samples):
+        if number == 0:
+            yield from heading
+        yield f"forebay_{name}{'{' + labels + '}' if labels else ''} {_number(value)}"
+
+
+def _number(value: float) -> str:
+    return f"{value}"
