@@ -19,6 +19,7 @@ from bench.rows import ROWS, Row
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 MIB = 1 << 20
+TIB = 1 << 40
 
 COPIES = 9
 """How many images' worth of room the bed takes at most: image, two copies, four caches, and air."""
@@ -154,10 +155,11 @@ class Run:
                 "forebay_cache.synthetic, which makes such an index, is not there"
             )
             return
-        gateway = bed.gateway(bed.disk, 256 * MIB)
-        gateway.stop()
-        command = [sys.executable, "-m", "forebay_cache.synthetic", str(gateway.state), "1TiB"]
-        subprocess.run(command, check=True)
+        gateway = bed.gateway(bed.disk, TIB, start=False)
+        gateway.state.mkdir()
+        places = ["--device", gateway.state / "cache.img", "--index", gateway.state / "index"]
+        command = [sys.executable, "-m", "forebay_cache.synthetic", *places, "--size", TIB]
+        subprocess.run([str(word) for word in command], check=True)
         gateway.start()
         self._note(row, 0, "forebay", Sample(megabytes=measure.memory(gateway.pid)))
 

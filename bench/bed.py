@@ -67,10 +67,11 @@ class Bed:
         """A copy of the image: writers do not share one."""
         return Path(shutil.copyfile(self.image, self.memory / f"{name}.raw"))
 
-    def gateway(self, parent: Path, cache_size: int) -> GatewayProcess:
+    def gateway(self, parent: Path, cache_size: int, *, start: bool = True) -> GatewayProcess:
         gateway = GatewayProcess({"cache": {"size": str(cache_size)}}, parent)
         self.stack.callback(gateway.remove)
-        gateway.start()
+        if start:
+            gateway.start()
         return gateway
 
     def _target(self, server: NbdServer) -> Target:

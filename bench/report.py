@@ -223,9 +223,9 @@ def plot(results: Results, path: Path) -> None:
             middle = statistics.median(values)
             axis.barh(place, middle, color=COLOURS.get(server, PEER_COLOUR))
             axis.plot(values, [place] * len(values), ".", color="#333", markersize=3)
-            axis.annotate(
-                f" {shown(middle, row.measures)}", (0, place), va="center", fontsize=8, color="#000"
-            )
+            ink = "#fff" if server in COLOURS else "#000"
+            label = f" {shown(middle, row.measures)}"
+            axis.annotate(label, (0, place), va="center", fontsize=8, color=ink)
         for bar in row.bars:
             peer = results.median(row, bar.peer)
             if peer:
