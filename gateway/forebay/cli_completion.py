@@ -7,8 +7,8 @@ import shtab
 PREAMBLE = {
     "bash": """
 _forebay_disks() {
-  local run="${FOREBAY_RUN:-/run/forebay}" socket
-  for socket in "$run"/disks/"$1"*.sock; do
+  local socket
+  for socket in /run/forebay/disks/"$1"*.sock; do
     [ -S "$socket" ] && basename "$socket" .sock
   done
 }
@@ -16,7 +16,7 @@ _forebay_disks() {
     "zsh": """
 _forebay_disks() {
   local -a disks
-  disks=(${FOREBAY_RUN:-/run/forebay}/disks/*.sock(N:t:r))
+  disks=(/run/forebay/disks/*.sock(N:t:r))
   _describe 'disk' disks
 }
 """,
