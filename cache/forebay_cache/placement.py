@@ -33,7 +33,8 @@ _PATIENCE: Final = 256  # fruitless steps before victims() takes what is there: 
 _PROBATION_SHARE: Final = 10  # one evictable block in so many is on probation
 _FRESH_SHARE: Final = 40  # one slot in so many is fresh, see _settle()
 _FRESH_MAX: Final = 1024  # but no more than 64 MiB of blocks
-_GHOST_MAX: Final = 1 << 22  # entries of one generation: 8 MiB
+_GHOST_SHARE: Final = 4  # one slot in so many gets an entry in a generation of ghosts
+_GHOST_MAX: Final = 1 << 22  # entries: 8 MiB
 _RECYCLED_MAX: Final = 1 << 14  # free slots remembered by number; the others are found by search
 
 
@@ -158,11 +159,11 @@ class Placement:
         self._frontier = frontier
         self._unscanned = frontier
         self._scanned = frontier == 0
-        self._free_hand = frontier % slots
+        self._free_hand = frontier
         self._recycled: deque[int] = deque()
         self._fresh: deque[int] = deque()
         self._fresh_limit = min(_FRESH_MAX, slots // _FRESH_SHARE)
-        self._ghost = _Ghost(min(_GHOST_MAX, slots // 2))
+        self._ghost = _Ghost(min(_GHOST_MAX, slots // _GHOST_SHARE))
         self._main = _Pool(slots, MAIN)
         self._leaving = _Pool(slots, PROBATION)  # the generation that probation's hand goes through
         self._joining = _Pool(slots, PROBATION | _STEP)  # the one that new blocks join
@@ -217,15 +218,25 @@ class Placement:
             if self.state[slot] & ~TOUCHED == FREE:
                 return slot
         unscanned = self._unscanned if self._scanned else 0
-        wanted = [FREE, FREE | TOUCHED] if self.free > unscanned else []
-        for value in [*wanted, UNSCANNED, UNSCANNED | TOUCHED]:
-            for start, end in ((self._free_hand, self.slots), (0, self._free_hand)):
-                slot = self.state.find(value, start, end)
-                self.examined += (slot + 1 if slot >= 0 else end) - start
-                if slot >= 0:
-                    self._free_hand = (slot + 1) % self.slots
-                    return slot
+        for value, there in ((FREE, self.free > unscanned), (UNSCANNED, unscanned > 0)):
+            if there and (slot := self._search(value)) >= 0:
+                return slot
+            # A touch of a slot without a block changes nothing but the value to look for.
+            if there and (slot := self._search(value | TOUCHED)) >= 0:
+                return slot
         raise AssertionError(f"{self.free} slots counted free, none found")
+
+    def _search(self, value: int) -> int:
+        """The next slot in that state from where the last search ended, or -1."""
+        hand = self._free_hand
+        slot = self.state.find(value, hand)
+        self.examined += (slot + 1 if slot >= 0 else self.slots) - hand
+        if slot < 0 and hand:
+            slot = self.state.find(value, 0, hand)
+            self.examined += slot + 1 if slot >= 0 else hand
+        if slot >= 0:
+            self._free_hand = slot + 1
+        return slot
 
     def release(self, slot: int) -> None:
         """The slot is free again: its removal is durable, or it was taken and never used."""
