@@ -42,13 +42,13 @@ class Mode(enum.StrEnum):
     FULL_COPY = "full-copy"
 
     @classmethod
-    def parse(cls, text: str) -> "Mode":
+    def parse(cls, text: object) -> "Mode":
         """The mode with this name, in any case. OpenNebula's names and `wt wb wa pt` are accepted
         too.
 
         Raises ValueError that lists the modes.
         """
-        word = str(text).strip().lower().replace("_", "-")
+        word = text.strip().lower().replace("_", "-") if isinstance(text, str) else ""
         found = _MODES.get(word)
         if found is None:
             hint = did_you_mean(word, _MODES)
@@ -140,7 +140,8 @@ def parse_duration(text: str | float) -> float:
         raise ValueError(f"{text!r} is not a duration: write 30s, 500ms or 2m")
     whole, fraction, unit = match.groups(default="")
     milliseconds = int(whole + fraction) * _MILLISECONDS[unit.lower() or "s"]
-    return milliseconds / float(10 ** (len(fraction) + 3))
+    scale: int = 10 ** (len(fraction) + 3)
+    return milliseconds / scale
 
 
 def exact_size(size: int) -> str:
