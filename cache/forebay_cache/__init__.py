@@ -1,0 +1,30 @@
+"""A persistent block cache: clean blocks shared by image, private ones by disk, on one local device, indexed by LMDB.
+
+It knows nothing of NBD, of images' homes or of modes: those are the business of whoever puts the layers together.
+"""
+
+from forebay_cache.cache import Cache
+from forebay_cache.clean import invalidate, mark_hot
+from forebay_cache.errors import CacheError, CacheFull
+from forebay_cache.fill import Filler, ReadAhead, Source
+from forebay_cache.layer import Layer
+from forebay_cache.recovery import format_device, open_cache
+from forebay_cache.settle import pages_of, settle
+from forebay_cache.view import View
+
+__all__ = [
+    "Cache",
+    "CacheError",
+    "CacheFull",
+    "Filler",
+    "Layer",
+    "ReadAhead",
+    "Source",
+    "View",
+    "format_device",
+    "invalidate",
+    "mark_hot",
+    "open_cache",
+    "pages_of",
+    "settle",
+]

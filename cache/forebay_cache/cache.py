@@ -1,0 +1,681 @@
+"""The block cache: slots, layers, and what makes their changes durable.
+
+All state is changed on the event loop, between two awaits; threads only move bytes. What is durable when, and in
+which order, is written down in ``cache/README.md``: read it before adding an ``await`` here.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import resource
+from array import array
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import trio
+
+from forebay_cache import ops
+from forebay_cache.device import Device
+from forebay_cache.errors import CacheFull
+from forebay_cache.geometry import BLOCK, PAGE_BLOCKS, SECTOR, SECTORS
+from forebay_cache.index import PAGE_KEY, SLOT_KEY, Changes, Index, LayerRecord, Meta
+from forebay_cache.journal import Journal, JournalFull
+from forebay_cache.layer import ABSENT, SLOT_SHIFT, Layer
+from forebay_cache.placement import TOUCHED, Placement
+from forebay_cache.worker import Worker
+
+log = logging.getLogger(__name__)
+
+#: A commit is made this long after the first change that it takes in: what a killed daemon loses of a warm cache.
+COMMIT_SECONDS = 2.0
+#: ... or when so many slots have new checksums; bounds memory and the length of a commit.
+COMMIT_SLOTS = 8192
+#: Pages of the index kept in memory: about 20 MB, and lookups for 128 GiB without touching LMDB.
+PAGES_KEPT = 32768
+#: How long to wait after a failed commit: the state directory may be full.
+COMMIT_RETRY_SECONDS = 1.0
+#: How often the loop asks whether memory that it took for resident was paged out.
+RESIDENCY_SECONDS = 0.05
+
+
+class Round:
+    """Those who wait for the same sync or commit."""
+
+    __slots__ = ("done", "error")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.error: BaseException | None = None
+
+
+class Together:
+    """Runs a piece of work for all who ask: one running, one queued, later askers join the queued one."""
+
+    def __init__(self, work: Callable[[], Awaitable[None]]) -> None:
+        self._work = work
+        self._lock = trio.Lock()
+        self._queued: Round | None = None
+
+    async def __call__(self) -> None:
+        """Returns after a run of the work that began after this call. Raises what the work raised.
+
+        Cancellation while waiting leaves the run to the others; a run that was begun is finished.
+        """
+        turn = self._queued
+        if turn is None:
+            turn = self._queued = Round()
+        async with self._lock:
+            if not turn.done:
+                self._queued = None
+                with trio.CancelScope(shield=True):
+                    try:
+                        await self._work()
+                    except Exception as error:
+                        turn.error = error
+                turn.done = True
+        if turn.error is not None:
+            raise turn.error
+
+    async def idle(self) -> None:
+        """Wait until the run that is going on, if any, has ended."""
+        async with self._lock:
+            pass
+
+
+def _anonymous(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, max(size, 4096), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+class Cache:
+    """An open cache. Made by :func:`forebay_cache.recovery.open_cache`; :meth:`run` has to be running."""
+
+    def __init__(
+        self, device: Device, index: Index, journal: Journal, placement: Placement
+    ) -> None:
+        self.device = device
+        self.index = index
+        self.journal = journal
+        self.placement = placement
+        self.meta: Meta = index.meta
+        self.uuid = index.meta.uuid
+        slots = device.slots
+        # Anonymous maps: memory is taken only for the slots that are used.
+        self._ready_map = _anonymous(slots * 2)
+        #: per slot, sectors that were checked and are believed to be in memory: these are served from the map
+        self.ready = memoryview(self._ready_map).cast("H")
+        #: per slot, layer << 40 | block
+        self.owner = memoryview(_anonymous(slots * 8)).cast("Q")
+        self.layers: dict[int, Layer] = {}
+        self._by_name: dict[str, Layer] = {}
+        #: checksums of slots changed since the last commit began, and of those being committed
+        self.sums: dict[int, array[int]] = {}
+        self.sums_committing: dict[int, array[int]] = {}
+        #: sectors written since the last sync began (key: layer << 40 | block), and those being synced
+        self.open_sectors: dict[int, int] = {}
+        self.syncing: dict[int, int] = {}
+        self._ops: list[bytes] = []
+        self._ops_bytes = 0
+        self._freed: list[int] = []
+        self._limbo: list[tuple[int, list[int]]] = []
+        self._leaving = 0
+        self._evicting: set[int] = set()
+        self._clock = 0
+        self._pins: dict[int, int] = {}
+        self._next_pin = 0
+        self._records: dict[tuple[str, str], dict[str, Any]] = {}
+        self._records_changed: set[tuple[str, str]] = set()
+        self._layers_gone: set[int] = set()
+        #: regions of clean layers whose origin may be written: durable, waiting, and to be forgotten
+        self.hot: set[tuple[int, int]] = set()
+        self._hot_new: set[tuple[int, int]] = set()
+        self._hot_gone: set[tuple[int, int]] = set()
+        #: fills on their way, and the sectors of theirs that a write has overtaken: key -> masks
+        self.filling: dict[int, list[list[int]]] = {}
+        self.failed: OSError | None = None
+        self.damaged_slots = 0
+        self.evicted_blocks = 0
+        #: finds out which slots are free, where that was not done at the start; None when it is known
+        self.scan: Callable[[], Awaitable[None]] | None = None
+        self._sync_worker = Worker("device-sync")
+        self.sync = Together(self._sync)
+        self.commit = Together(self._commit)
+        self._wanted = trio.Event()
+        self._evict_wanted = trio.Event()
+        self._freed_some = trio.Event()
+        self._low = min(max(16, slots // 64), 2048, max(1, slots // 4))
+        self._closing = False
+
+    # -- layers -----------------------------------------------------------------------------------------------
+
+    def register(self, layer: Layer) -> None:
+        self.layers[layer.id] = layer
+        if not layer.dead:
+            self._by_name[layer.name] = layer
+
+    def layer(self, name: str) -> Layer | None:
+        """The live layer of that name."""
+        return self._by_name.get(name)
+
+    def layers_named(self, prefix: str) -> list[Layer]:
+        """Live layers whose name begins so, oldest first."""
+        found = [x for n, x in self._by_name.items() if n.startswith(prefix)]
+        return sorted(found, key=lambda x: x.id)
+
+    def make_layer(self, name: str, *, private: bool) -> Layer:
+        """A new empty layer; it exists after a crash if anything that was journaled after it does."""
+        assert name not in self._by_name, name
+        layer = Layer(self.meta.next_layer, LayerRecord(name, private))
+        self.meta.next_layer += 1
+        layer.changed = True
+        self.register(layer)
+        self.note(ops.layer_made(layer.id, private, name))
+        self.want_commit()
+        return layer
+
+    async def load(self, layer: Layer, numbers: Iterable[int]) -> None:
+        """Bring pages of the index into memory. Raises lmdb.Error."""
+        for number in numbers:
+            while number not in layer.pages:
+                waiting = layer.loading.get(number)
+                if isinstance(waiting, trio.Event):
+                    await waiting.wait()
+                    continue
+                layer.loading[number] = event = trio.Event()
+                try:
+                    raw = await trio.to_thread.run_sync(self.index.page, layer.id, number)
+                    layer.adopt(number, raw)
+                finally:
+                    del layer.loading[number]
+                    event.set()
+
+    def drop_layer(self, layer: Layer) -> None:
+        """The layer is no more: its slots come free in the background, also after a crash in between."""
+        layer.dead = True
+        layer.changed = True
+        self._by_name.pop(layer.name, None)
+        self.want_commit()
+
+    async def _bury(self, layer: Layer) -> None:
+        """Free what a dead layer holds, a piece at a time, then forget the layer."""
+        number = 0
+        while True:
+            found = await trio.to_thread.run_sync(self.index.pages, layer.id, number, 256)
+            numbers = {n for n, _ in found}
+            # Pages in memory are newer than the index: empty those first.
+            for n, raw in found:
+                layer.adopt(n, raw)
+            numbers.update(n for n, page in layer.pages.items() if page is not ABSENT)
+            for n in numbers:
+                self._empty_page(layer, n)
+            await self.commit()
+            if not found:
+                break
+            number = max(n for n, _ in found) + 1
+        del self.layers[layer.id]
+        self._layers_gone.add(layer.id)
+        await self.commit()
+
+    def _empty_page(self, layer: Layer, number: int) -> None:
+        page = layer.writable(number)
+        for i in range(PAGE_BLOCKS):
+            self.clear_entry(layer, page, i)
+
+    def clear_entry(self, layer: Layer, page: array[int], i: int) -> None:
+        """Forget one block of a layer; its slots may be reused after the next commit."""
+        word = page[i]
+        if not word:
+            return
+        layer.sectors -= (word & 0xFFFF).bit_count()
+        page[i] = 0
+        if word >> SLOT_SHIFT:
+            self.free_slot(layer, (word >> SLOT_SHIFT) - 1)
+        if layer.private:
+            second = page[PAGE_BLOCKS + i]
+            page[PAGE_BLOCKS + i] = 0
+            if second >> SLOT_SHIFT:
+                self.free_slot(layer, (second >> SLOT_SHIFT) - 1)
+
+    # -- slots ------------------------------------------------------------------------------------------------
+
+    def take_slot(self, layer: Layer, block: int) -> int:
+        """A slot for a block of the layer, or -1: then ask for :meth:`room` and try again.
+
+        Whoever puts it into the layer's page counts it in ``layer.slots``; until then it is :meth:`abandon`-ed.
+        """
+        slot = self.placement.take()
+        if self.placement.free < self._low:
+            self._evict_wanted.set()
+        if slot is None:
+            return -1
+        key = layer.id << 40 | block
+        self.owner[slot] = key
+        self.ready[slot] = 0
+        self.placement.insert(slot, key, held=layer.private)
+        if slot >= self.meta.frontier:
+            self.meta.frontier = slot + 1
+        self.sums[slot] = array("I", bytes(4 * SECTORS))
+        self.want_commit()
+        return slot
+
+    def free_slot(self, layer: Layer, slot: int) -> None:
+        """The slot's content is no longer named in memory; it is reused once that is durable and nobody reads it."""
+        layer.slots -= 1
+        self.abandon(slot)
+
+    def abandon(self, slot: int) -> None:
+        """The same for a slot that was taken and never entered in a page."""
+        if slot in self._evicting:
+            self._evicting.discard(slot)
+        else:
+            self.placement.quarantine(slot)
+        self._forget_slot(slot)
+
+    def _forget_slot(self, slot: int) -> None:
+        self.ready[slot] = 0
+        self.sums.pop(slot, None)
+        self._leaving += 1
+        self._freed.append(slot)
+        self.want_commit()
+
+    def take_slot_soon(self) -> None:
+        """Somebody needs a slot and there is none: start to evict."""
+        self._evict_wanted.set()
+
+    async def load_sums(self, slots: Iterable[int]) -> None:
+        """Bring the checksums of slots into memory, for whoever is about to change some of them."""
+        wanted = set(slots)
+        while missing := [
+            s for s in wanted if s not in self.sums and s not in self.sums_committing
+        ]:
+            found = await trio.to_thread.run_sync(self.index.sums, missing)
+            for slot in missing:
+                if slot not in self.sums and slot not in self.sums_committing:
+                    self.sums[slot] = array("I", found.get(slot, bytes(4 * SECTORS)))
+
+    async def room(self, slots: int) -> None:
+        """Wait until that many slots can be had. Raises :class:`CacheFull` when no eviction can bring them."""
+        while self.placement.free < slots:
+            coming = self._leaving or self._evicting or self.placement.evictable()
+            if self.scan is None and not coming:
+                raise CacheFull
+            self._evict_wanted.set()
+            event = self._freed_some
+            with trio.move_on_after(0.5):
+                await event.wait()
+
+    def evicting(self, slot: int) -> bool:
+        """Whether the slot was chosen to be evicted just now."""
+        return slot in self._evicting
+
+    def was_touched(self, slot: int) -> bool:
+        """Whether the block was asked for since the last time this was called or a hand of the placement passed."""
+        state = self.placement.state[slot]
+        self.placement.state[slot] = state & ~TOUCHED
+        return bool(state & TOUCHED)
+
+    def heat(self, regions: list[tuple[int, int]]) -> None:
+        """Put regions on record as hot: durable after the next sync, and in the index from the next commit on."""
+        for layer, region in regions:
+            self.note(ops.hot(layer, region))
+        self._hot_new.update(regions)
+        self._hot_gone.difference_update(regions)
+
+    def adopt_hot(self, regions: set[tuple[int, int]], *, keep: bool) -> None:
+        """At recovery: regions that are on record stay so, or are settled and leave it with the next commit."""
+        (self._hot_new if keep else self._hot_gone).update(regions)
+
+    def cool(self, layer: Layer) -> None:
+        """Nothing written to the origin of this layer is undurable or under way: its regions are hot no longer."""
+        cold = {r for r in self.hot if r[0] == layer.id}
+        self.hot -= cold
+        self._hot_new -= cold
+        self._hot_gone |= cold
+
+    def pin(self) -> int:
+        """Keep every slot from being reused until :meth:`unpin`: somebody still reads from the map."""
+        self._next_pin += 1
+        self._pins[self._next_pin] = self._clock
+        return self._next_pin
+
+    def unpin(self, token: int) -> None:
+        del self._pins[token]
+        if self._limbo:
+            self._release()
+
+    def _release(self) -> None:
+        oldest = min(self._pins.values(), default=self._clock + 1)
+        while self._limbo and self._limbo[0][0] < oldest:
+            _, slots = self._limbo.pop(0)
+            for slot in slots:
+                self.placement.release(slot)
+            self._leaving -= len(slots)
+        event, self._freed_some = self._freed_some, trio.Event()
+        event.set()
+
+    # -- the journal ------------------------------------------------------------------------------------------
+
+    def note(self, op: bytes) -> None:
+        """Add a record to the frame that the next :meth:`publish` writes."""
+        self._ops.append(op)
+        self._ops_bytes += len(op)
+
+    def journal_room(self, length: int) -> bool:
+        """Whether records for a write of ``length`` bytes can be journaled now."""
+        need = self._ops_bytes + (length // SECTOR + 2) * 4 + (length // BLOCK + 4) * 32
+        return self.journal.fits(need)
+
+    def publish(self) -> None:
+        """Hand the records to the kernel: from now on a killed daemon has them. Raises OSError."""
+        if not self._ops:
+            return
+        frame = b"".join(self._ops)
+        self._ops.clear()
+        self._ops_bytes = 0
+        try:
+            self.journal.append(frame)
+        except JournalFull:
+            raise OSError(errno.ENOSPC, "the intent journal is full") from None
+        except OSError as error:
+            self.fail(error)
+            raise
+        if self.journal.used * 2 > self.device.layout.journal_size:
+            self._wanted.set()
+
+    def fail(self, error: OSError) -> None:
+        """The device cannot be written: from now on it serves what it has and takes nothing new."""
+        if self.failed is None and error.errno != errno.ENOSPC:
+            log.error("cache device %s failed: %s", self.device.path, error.strerror)
+            self.failed = error
+
+    # -- durability -------------------------------------------------------------------------------------------
+
+    async def _sync(self) -> None:
+        self.publish()
+        if self.failed:
+            raise OSError(errno.EIO, f"cache device: {self.failed.strerror}")
+        self.syncing, self.open_sectors = self.open_sectors, {}
+        try:
+            await self._sync_worker.run(self.device.sync)
+        except OSError as error:
+            self.fail(error)
+            raise
+        finally:
+            # After an error nothing is written in place any more, so forgetting is safe.
+            self.syncing = {}
+
+    def want_commit(self) -> None:
+        """Something has to become durable, within COMMIT_SECONDS."""
+        if len(self.sums) >= COMMIT_SLOTS:
+            self._wanted.set()
+
+    def changed(self) -> bool:
+        return bool(
+            self._closing
+            or self._freed
+            or self.sums
+            or self._records_changed
+            or self._hot_gone
+            or self._layers_gone
+            or self.journal.used
+            or self._ops
+            or any(x.changed for x in self.layers.values())
+        )
+
+    def snapshot(self) -> tuple[Changes, Callable[[], None], Callable[[], None]]:
+        """What a commit stores, as of now, and what to do when it succeeded or failed. Between two awaits."""
+        self.publish()
+        mark = self.journal.mark()
+        meta = Meta(**vars(self.meta))
+        meta.journal_offset, meta.journal_sequence = mark[0].offset, mark[0].sequence
+        changes = Changes(meta)
+        dirty: list[tuple[Layer, set[int]]] = []
+        for layer in self.layers.values():
+            if layer.dirty:
+                dirty.append((layer, layer.dirty))
+                for number in layer.dirty:
+                    key = PAGE_KEY.pack(layer.id, number)
+                    changes.pages.append((key, layer.pages[number].tobytes()))
+                layer.dirty = set()
+            if layer.changed:
+                changes.layers[layer.id] = layer.record()
+                layer.changed = False
+        changes.pages.sort()
+        sums = self.sums
+        self.sums_committing, self.sums = sums, {}
+        changes.sums = sorted((SLOT_KEY.pack(s), v.tobytes()) for s, v in sums.items())
+        gone, self._layers_gone = self._layers_gone, set()
+        changes.layers.update((ident, None) for ident in gone)
+        records, self._records_changed = self._records_changed, set()
+        changes.records = {key: self._records.get(key) for key in records}
+        hot_new, self._hot_new = self._hot_new, set()
+        hot_gone, self._hot_gone = self._hot_gone, set()
+        changes.hot = [(PAGE_KEY.pack(*r), True) for r in hot_new if r not in hot_gone]
+        changes.hot += [(PAGE_KEY.pack(*r), False) for r in hot_gone]
+        freed, self._freed = self._freed, []
+        clock = self._clock
+        self._clock += 1
+
+        def succeeded() -> None:
+            self.sums_committing = {}
+            self.journal.trim(mark)
+            if freed:
+                self._limbo.append((clock, freed))
+                self._release()
+            self._shed_pages()
+
+        def failed() -> None:
+            for layer, numbers in dirty:
+                layer.dirty |= numbers
+            for ident in changes.layers:
+                if ident in self.layers:
+                    self.layers[ident].changed = True
+            self.sums_committing = {}
+            self.sums = {**sums, **self.sums}
+            self._layers_gone |= gone
+            self._records_changed |= records
+            self._hot_new |= hot_new
+            self._hot_gone |= hot_gone
+            self._freed = freed + self._freed
+
+        return changes, succeeded, failed
+
+    async def _commit(self) -> None:
+        """Data first, then the index; then slots given up before may be used again."""
+        if not self.changed():
+            return
+        changes, succeeded, failed = self.snapshot()
+        try:
+            await self.sync()
+            await self.index.commit(changes)
+        except BaseException:
+            failed()
+            raise
+        succeeded()
+
+    def _shed_pages(self) -> None:
+        excess = sum(len(x.pages) for x in self.layers.values()) - PAGES_KEPT
+        if excess <= 0:
+            return
+        for layer in self.layers.values():
+            drop = [n for n in layer.pages if n not in layer.dirty][: max(0, excess)]
+            for number in drop:
+                del layer.pages[number]
+            excess -= len(drop)
+
+    # -- records of the layers above --------------------------------------------------------------------------
+
+    def record(self, kind: str, name: str) -> dict[str, Any] | None:
+        """What was stored under that kind and name; do not change it in place."""
+        return self._records.get((kind, name))
+
+    def records(self, kind: str) -> dict[str, dict[str, Any]]:
+        return {n: v for (k, n), v in self._records.items() if k == kind}
+
+    def put_record(self, kind: str, name: str, value: dict[str, Any] | None) -> None:
+        """Store or (None) remove a record: in memory now, durable after :meth:`commit`."""
+        if value is None:
+            self._records.pop((kind, name), None)
+        else:
+            self._records[kind, name] = value
+        self._records_changed.add((kind, name))
+
+    def adopt_records(self, records: dict[tuple[str, str], dict[str, Any]]) -> None:
+        self._records = records
+
+    # -- background -------------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Commit, evict and clean up until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._committer)
+            nursery.start_soon(self._evictor)
+            nursery.start_soon(self._residency)
+            nursery.start_soon(self._undertaker)
+            nursery.start_soon(self._scanner)
+            task_status.started()
+
+    async def _committer(self) -> None:
+        while True:
+            with trio.move_on_after(COMMIT_SECONDS):
+                await self._wanted.wait()
+            self._wanted = trio.Event()
+            try:
+                await self.commit()
+            except (OSError, lmdb.Error) as error:
+                log.error("index commit failed, trying again: %s", error)
+                await trio.sleep(COMMIT_RETRY_SECONDS)
+
+    async def _undertaker(self) -> None:
+        while True:
+            for layer in [x for x in self.layers.values() if x.dead]:
+                try:
+                    await self._bury(layer)
+                except (OSError, lmdb.Error) as error:
+                    log.error("freeing %s failed, trying again: %s", layer.name, error)
+            await trio.sleep(COMMIT_RETRY_SECONDS / 4)
+
+    async def _evictor(self) -> None:
+        while True:
+            await self._evict_wanted.wait()
+            self._evict_wanted = trio.Event()
+            missing = self._low - self.placement.free - self._leaving
+            if missing > 0 and self.scan is None:
+                await self._evict(self.placement.victims(missing))
+            if self._freed:
+                try:
+                    await self.commit()
+                except (OSError, lmdb.Error):
+                    await trio.sleep(COMMIT_RETRY_SECONDS)
+
+    async def _evict(self, victims: list[int]) -> None:
+        self._evicting.update(victims)
+        try:
+            for slot in victims:
+                key = self.owner[slot]
+                layer = self.layers[key >> 40]
+                number, i = divmod(key & 0xFFFFFFFFFF, PAGE_BLOCKS)
+                if number not in layer.pages:
+                    await self.load(layer, [number])
+                # Whoever freed the slot in the meantime has taken it out of the set.
+                if slot in self._evicting and self.evict_slot(layer, number, i, slot):
+                    self._evicting.discard(slot)
+        finally:
+            for slot in self._evicting:
+                self.placement.keep(slot)
+            self._evicting.clear()
+
+    def evict_slot(self, layer: Layer, number: int, i: int, slot: int) -> bool:
+        """Take a clean block, whose slot is quarantined, out of its layer; what is known to be zero stays known."""
+        word = layer.pages[number][i]
+        if word >> SLOT_SHIFT != slot + 1 or layer.private:
+            return False
+        zero = word >> 16 & 0xFFFF
+        layer.sectors -= (word & 0xFFFF & ~zero).bit_count()
+        layer.writable(number)[i] = zero << 16 | zero
+        self.placement.evicted(slot, self.owner[slot])
+        layer.slots -= 1
+        self._forget_slot(slot)
+        self.evicted_blocks += 1
+        return True
+
+    def retire(self, layer: Layer, block: int, slot: int) -> None:
+        """Give up a damaged clean block, and its slot for as long as the daemon runs."""
+        number, i = divmod(block, PAGE_BLOCKS)
+        page = layer.pages.get(number)
+        if page is None or page[i] >> SLOT_SHIFT != slot + 1 or slot in self._evicting:
+            return
+        zero = page[i] >> 16 & 0xFFFF
+        layer.sectors -= (page[i] & 0xFFFF & ~zero).bit_count()
+        layer.writable(number)[i] = zero << 16 | zero
+        layer.slots -= 1
+        self.ready[slot] = 0
+        self.placement.quarantine(slot)
+
+    async def _scanner(self) -> None:
+        if self.scan is not None:
+            await self.scan()
+            self.scan = None
+            self._evict_wanted.set()
+
+    async def _residency(self) -> None:
+        """When reads through the map had to wait for the device, trust no page to be in memory any more."""
+        faults = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+        while True:
+            await trio.sleep(RESIDENCY_SECONDS)
+            now = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+            if now != faults:
+                faults = now
+                self.forget_ready()
+
+    def forget_ready(self) -> None:
+        """Check and fetch every sector again before it is served from the map."""
+        self._ready_map.madvise(mmap.MADV_DONTNEED)  # private and anonymous: reads as zeros again
+
+    # -- life -------------------------------------------------------------------------------------------------
+
+    def info(self) -> dict[str, Any]:
+        """Figures for ``forebay cache info``; bytes unless named otherwise."""
+        layout = self.device.layout
+        clean = sum(x.slots for x in self.layers.values() if not x.private)
+        private = sum(x.slots for x in self.layers.values() if x.private)
+        return {
+            "device": str(self.device.path),
+            "uuid": self.uuid,
+            "format": self.meta.format,
+            "size": layout.size,
+            "block_size": layout.block_size,
+            "slots": layout.slots,
+            "free_slots": self.placement.free,
+            "used_bytes": (clean + private) * BLOCK,
+            "clean_bytes": clean * BLOCK,
+            "private_bytes": private * BLOCK,
+            "journal_bytes": self.journal.used,
+            "evicted_blocks": self.evicted_blocks,
+            "damaged_slots": self.damaged_slots,
+            "state": "failed" if self.failed else "recovering" if self.scan else "ok",
+            "error": self.failed.strerror if self.failed else None,
+        }
+
+    async def close(self) -> None:
+        """Commit, mark the end as clean, let go of device and index."""
+        self.meta.clean = self._closing = True
+        try:
+            await self.commit()
+        except (OSError, lmdb.Error) as error:
+            log.error("the last commit failed, the next start will recover: %s", error)
+        self.release()
+
+    def release(self) -> None:
+        """Let go of device and index without a commit, as a crash would."""
+        self._sync_worker.close()
+        self.index.close()
+        self.device.close()
+
+
+def boot_id() -> str:
+    """The running kernel's boot id: what the page cache held is gone when it changes."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,0 +1,274 @@
+"""The cache device: a block device or a regular file, its superblock, and the only code that reads and writes it.
+
+Layout, in bytes (see ``cache/README.md``)::
+
+    0            superblock, 4096
+    1 MiB        intent journal (``journal_size``)
+    data_offset  slots of one block each
+
+The superblock is written once, by :func:`format_device`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+import uuid
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from forebay_cache.errors import CacheError
+from forebay_cache.geometry import BLOCK
+
+Buffer = bytes | bytearray | memoryview
+
+MAGIC = b"FOREBAY\0"
+FORMAT = 1
+SUPERBLOCK = 4096
+JOURNAL_OFFSET = 1 << 20
+_SUPER = struct.Struct("<8sII16sQQQQ")
+_BLKGETSIZE64 = 0x80081272
+#: Looked at before formatting: partition tables, LVM labels, every file system's superblock lie here.
+_PROBE = 1 << 20
+#: Below this there is no room for a journal and a few slots.
+SMALLEST = 4 << 20
+
+
+@dataclass(frozen=True)
+class Superblock:
+    """What a formatted device says of itself; sizes in bytes."""
+
+    uuid: uuid.UUID
+    block_size: int
+    size: int
+    journal_size: int
+    data_offset: int
+    slots: int
+
+    def pack(self) -> bytes:
+        body = _SUPER.pack(
+            MAGIC,
+            FORMAT,
+            self.block_size,
+            self.uuid.bytes,
+            self.size,
+            self.journal_size,
+            self.data_offset,
+            self.slots,
+        )
+        body = body.ljust(SUPERBLOCK - 4, b"\0")
+        return body + zlib.crc32(body).to_bytes(4, "little")
+
+    @classmethod
+    def unpack(cls, raw: bytes, path: Path) -> Superblock:
+        """Raises :class:`CacheError` on a damaged superblock or a format this version does not know."""
+        if zlib.crc32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
+            raise CacheError(
+                f"{path}: the superblock is damaged; if nothing dirty can be on it, run "
+                "'forebay cache format --force'"
+            )
+        _, version, block_size, ident, size, journal, data, slots = _SUPER.unpack_from(raw)
+        if version != FORMAT:
+            raise CacheError(
+                f"{path}: cache format {version}, this version knows only {FORMAT}; "
+                "drain it with the version that wrote it"
+            )
+        return cls(uuid.UUID(bytes=ident), block_size, size, journal, data, slots)
+
+
+def plan(size: int, ident: uuid.UUID) -> Superblock:
+    """Lay out a device of ``size`` bytes. Raises :class:`CacheError` when it is too small."""
+    if size < SMALLEST:
+        raise CacheError(f"a cache of {size} bytes is too small: at least {SMALLEST >> 20} MiB")
+    journal = min(max(size // 64, 256 << 10), 32 << 20) // BLOCK * BLOCK
+    data = JOURNAL_OFFSET + journal
+    return Superblock(ident, BLOCK, size, journal, data, (size - data) // BLOCK)
+
+
+def size_of(fd: int) -> int:
+    """Size in bytes of the open file or block device."""
+    info = os.fstat(fd)
+    if stat.S_ISBLK(info.st_mode):
+        raw = fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8))
+        return int.from_bytes(raw, "little")
+    return info.st_size
+
+
+def _read_all(fd: int, length: int, offset: int) -> bytes:
+    parts = []
+    while length > 0:
+        part = os.pread(fd, length, offset)
+        if not part:
+            break
+        parts.append(part)
+        offset += len(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+def is_blank(fd: int) -> bool:
+    """True when neither end of the device holds anything."""
+    size = size_of(fd)
+    head = _read_all(fd, min(size, _PROBE), 0)
+    tail = _read_all(fd, min(size, _PROBE), max(0, size - _PROBE))
+    return not head.strip(b"\0") and not tail.strip(b"\0")
+
+
+def read_superblock(fd: int, path: Path) -> Superblock | None:
+    """The superblock, or None when the device does not begin with our magic."""
+    raw = _read_all(fd, SUPERBLOCK, 0)
+    if len(raw) < SUPERBLOCK or not raw.startswith(MAGIC):
+        return None
+    return Superblock.unpack(raw, path)
+
+
+def open_device(path: Path, *, create_size: int | None = None) -> int:
+    """Open and lock the device; create a sparse file of ``create_size`` bytes where there is none.
+
+    Raises :class:`CacheError` when it is missing, in use, or not a file or block device.
+    """
+    if create_size is not None and not path.exists():
+        _create_file(path, create_size)
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        if stat.S_ISBLK(os.stat(path).st_mode):
+            flags |= os.O_EXCL  # refused while mounted or held by LVM, md, another of us
+        fd = os.open(path, flags)
+    except FileNotFoundError:
+        raise CacheError(
+            f"{path}: no such cache device; create it or correct [cache] device"
+        ) from None
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise CacheError(f"{path}: in use by another program; see 'lsblk {path}'") from None
+        raise CacheError(f"{path}: {error.strerror}") from None
+    try:
+        _lock(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _lock(fd: int, path: Path) -> None:
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
+        raise CacheError(f"{path}: a cache device is a block device or a regular file")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CacheError(
+            f"{path}: another forebay uses this cache device; stop it, or give this one its own"
+        ) from None
+
+
+def _create_file(path: Path, size: int) -> None:
+    partial = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, size)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(partial, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise CacheError(f"{path}: cannot create the cache file: {error.strerror}") from None
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and creations in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_format(fd: int, path: Path, ident: uuid.UUID) -> Superblock:
+    """Write an empty journal, then the superblock; the caller has made sure that nothing is lost by it."""
+    layout = plan(size_of(fd), ident)
+    try:
+        zeros = bytes(1 << 20)
+        for start in range(0, layout.journal_size, len(zeros)):
+            part = min(len(zeros), layout.journal_size - start)
+            os.pwrite(fd, zeros[:part], JOURNAL_OFFSET + start)
+        os.fsync(fd)
+        os.pwrite(fd, layout.pack(), 0)
+        os.fsync(fd)
+    except OSError as error:
+        raise CacheError(
+            f"{path}: cannot format: {error.strerror}; free space there or choose another device"
+        ) from None
+    return layout
+
+
+class Device:
+    """An open, locked, formatted cache device. Offsets in bytes; slots counted from 0.
+
+    ``map`` is a read-only mapping of the whole device: slices of it go straight to ``sendmsg``, nothing else
+    touches it, so a page that cannot be read is an error code of a system call and not a signal.
+    """
+
+    def __init__(self, fd: int, path: Path, layout: Superblock) -> None:
+        self.fd = fd
+        self.path = path
+        self.layout = layout
+        self.data_offset = layout.data_offset
+        self._mmap = mmap.mmap(fd, layout.size, mmap.MAP_SHARED, mmap.PROT_READ)
+        with contextlib.suppress(OSError):
+            self._mmap.madvise(mmap.MADV_RANDOM)
+        self.map = memoryview(self._mmap)
+
+    @property
+    def slots(self) -> int:
+        return self.layout.slots
+
+    def at(self, slot: int, start: int = 0) -> int:
+        """Where byte ``start`` of a slot lies on the device."""
+        return self.data_offset + slot * BLOCK + start
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Write all of ``data``. Raises OSError; what then lies there is unknown."""
+        done = os.pwrite(self.fd, data, offset)
+        while done < len(data):
+            part = os.pwrite(self.fd, memoryview(data)[done:], offset + done)
+            if part == 0:
+                raise OSError(errno.EIO, "short write to the cache device")
+            done += part
+
+    def read_into(self, offset: int, buffers: Sequence[bytearray | memoryview]) -> None:
+        """Fill the buffers from one contiguous range. Raises OSError."""
+        want = sum(len(b) for b in buffers)
+        done = os.preadv(self.fd, buffers, offset)
+        if done == want:
+            return
+        whole = _read_all(self.fd, want, offset)
+        if len(whole) != want:
+            raise OSError(errno.EIO, "short read from the cache device")
+        for buffer in buffers:
+            buffer[:] = whole[: len(buffer)]
+            whole = whole[len(buffer) :]
+
+    def sync(self) -> None:
+        """Make everything written so far durable. Raises OSError: then nothing may be assumed durable."""
+        os.fdatasync(self.fd)
+
+    def close(self) -> None:
+        """Unlock and close; slices of the map that replies still hold stay valid."""
+        fcntl.flock(
+            self.fd, fcntl.LOCK_UN
+        )  # the map keeps a duplicate of the descriptor, and so the lock
+        with contextlib.suppress(BufferError):
+            self.map.release()
+            self._mmap.close()
+        os.close(self.fd)

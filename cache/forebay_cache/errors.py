@@ -1,0 +1,11 @@
+"""What can go wrong in the block cache, told apart by what the caller has to do about it."""
+
+from __future__ import annotations
+
+
+class CacheError(Exception):
+    """The cache cannot be opened or changed as asked. One line: what is wrong and what to do."""
+
+
+class CacheFull(Exception):
+    """No slot can be had: every one holds data that only the cache has. Nothing was written."""

@@ -1,0 +1,59 @@
+"""Units of the cache, and how they are packed into words.
+
+A *block* is 64 KiB, the unit of placement; a *sector* is 4 KiB, the unit of what is valid. A *page* of the index
+describes 64 blocks, 4 MiB of an image. A mask is 16 bits, bit n for sector n of a block.
+"""
+
+from __future__ import annotations
+
+BLOCK = 65536
+BLOCK_SHIFT = 16
+SECTOR = 4096
+SECTOR_SHIFT = 12
+SECTORS = BLOCK // SECTOR
+FULL = (1 << SECTORS) - 1
+
+PAGE_SHIFT = 22
+PAGE_BLOCKS = 1 << (PAGE_SHIFT - BLOCK_SHIFT)
+
+#: MASKS[first][last]: sectors first..last of a block, both included.
+MASKS: tuple[tuple[int, ...], ...] = tuple(
+    tuple((2 << last) - (1 << first) if last >= first else 0 for last in range(SECTORS))
+    for first in range(SECTORS)
+)
+
+ZERO_BLOCK = bytes(BLOCK)
+ZERO_SECTOR_CRC = 0xC71C0011  # zlib.crc32(bytes(4096))
+
+
+def block_runs(offset: int, length: int) -> list[tuple[int, int, int]]:
+    """Cut a byte range at block borders: ``[(block, start in block, length)]``."""
+    runs = []
+    while length > 0:
+        start = offset & (BLOCK - 1)
+        part = min(length, BLOCK - start)
+        runs.append((offset >> BLOCK_SHIFT, start, part))
+        offset += part
+        length -= part
+    return runs
+
+
+def sector_runs(mask: int) -> list[tuple[int, int]]:
+    """Runs of set bits of a mask: ``[(first sector, count)]``."""
+    runs = []
+    first = 0
+    while mask >> first:
+        if mask >> first & 1:
+            count = 1
+            while mask >> (first + count) & 1:
+                count += 1
+            runs.append((first, count))
+            first += count
+        else:
+            first += 1
+    return runs
+
+
+def covered(start: int, length: int) -> int:
+    """Mask of the sectors that a byte range inside one block touches."""
+    return MASKS[start >> SECTOR_SHIFT][(start + length - 1) >> SECTOR_SHIFT]

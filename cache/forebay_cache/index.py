@@ -1,0 +1,240 @@
+"""The index: an LMDB environment that says what lies in which slot. Committed in one transaction at a time.
+
+Tables (keys big endian so that they sort, values little endian)::
+
+    meta     b"state"          Meta, as JSON
+    pages    layer u32, page u32 -> words u64[] (see layer.py)
+    sums     slot u32          -> crc32 u32[16], one per sector
+    layers   layer u32         -> LayerRecord, as JSON
+    hot      layer u32, region u32 -> b""      regions that an origin write may have touched
+    records  kind NUL name     -> JSON          what the layers above keep here (disks, images)
+
+Commits are durable (``sync`` and ``metasync``, no writable map), in one thread of their own: LMDB binds a write
+transaction to its thread, and a commit takes a millisecond that the event loop does not have. LMDB's own creation is
+not crash-atomic, so a new environment is made under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from forebay_cache.device import sync_directory
+from forebay_cache.errors import CacheError
+from forebay_cache.worker import Worker
+
+FORMAT = 1
+PAGE_KEY = struct.Struct(">II")
+SLOT_KEY = struct.Struct(">I")
+_TABLES = ("meta", "pages", "sums", "layers", "hot", "records")
+
+
+@dataclass
+class Meta:
+    """What has to change together with the index."""
+
+    uuid: str
+    fresh: bool = True  # nothing was ever stored: a blank device may be formatted for it
+    boot_id: str = ""
+    clean: bool = True
+    journal_offset: int = 0
+    journal_sequence: int = 1
+    frontier: int = 0  # no slot at or above this was ever used
+    next_layer: int = 1
+    format: int = FORMAT
+
+
+@dataclass
+class LayerRecord:
+    """A layer as the index keeps it; counts in slots and sectors."""
+
+    name: str
+    private: bool
+    slots: int = 0
+    sectors: int = 0
+    dead: bool = False
+
+
+@dataclass
+class Changes:
+    """One commit: everything that is to become durable together."""
+
+    meta: Meta
+    pages: list[tuple[bytes, bytes]] = field(default_factory=list)
+    sums: list[tuple[bytes, bytes]] = field(default_factory=list)
+    layers: dict[int, LayerRecord | None] = field(default_factory=dict)
+    hot: list[tuple[bytes, bool]] = field(default_factory=list)
+    records: dict[tuple[str, str], dict[str, Any] | None] = field(default_factory=dict)
+
+
+def _open(path: Path, slots: int) -> lmdb.Environment:
+    # Address space only: the worst case is one block in each page, about 700 bytes for a slot.
+    size = max(256 << 20, slots * 3072)
+    return lmdb.open(
+        str(path),
+        map_size=size,
+        max_dbs=len(_TABLES),
+        max_readers=64,
+        sync=True,
+        metasync=True,
+        writemap=False,
+        readahead=False,
+    )
+
+
+def create(path: Path) -> None:
+    """Make an empty index at ``path`` with a uuid of its own, durable when this returns."""
+    partial = path.with_name(path.name + ".new")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    env = _open(partial, 0)
+    try:
+        with env.begin(write=True) as txn:
+            meta = env.open_db(b"meta", txn=txn)
+            for table in _TABLES[1:]:
+                env.open_db(table.encode(), txn=txn)
+            state = Meta(uuid=str(uuid.uuid4()))
+            txn.put(b"state", json.dumps(asdict(state)).encode(), db=meta)
+        env.sync(True)
+    finally:
+        env.close()
+    sync_directory(partial)
+    partial.rename(path)
+    sync_directory(path.parent)
+
+
+class Index:
+    """An open index. Reads from any thread; :meth:`commit` hands over to the writer thread."""
+
+    def __init__(self, path: Path, slots: int) -> None:
+        try:
+            if not path.exists():
+                create(path)
+            self._env = _open(path, slots)
+            self._db = {n: self._env.open_db(n.encode(), create=False) for n in _TABLES}
+            with self._env.begin() as txn:
+                raw = txn.get(b"state", db=self._db["meta"])
+        except (lmdb.Error, OSError) as error:
+            raise CacheError(
+                f"{path}: cannot open the index: {error}; see 'Recovery' in the README"
+            ) from None
+        state = json.loads(raw) if raw else {"format": "unknown"}
+        if state["format"] != FORMAT:
+            self._env.close()
+            raise CacheError(
+                f"{path}: index format {state['format']}, this version knows only {FORMAT}; "
+                "drain it with the version that wrote it"
+            )
+        self.path = path
+        self.meta = Meta(**state)
+        self._env.reader_check()
+        self._writer = Worker("index-writer")
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def page(self, layer: int, number: int) -> bytes | None:
+        """The words of one page, or None where the layer has nothing there."""
+        with self._env.begin() as txn:
+            value: bytes | None = txn.get(PAGE_KEY.pack(layer, number), db=self._db["pages"])
+            return value
+
+    def sums(self, slots: Iterable[int]) -> dict[int, bytes]:
+        """Checksums of the slots that have some."""
+        with self._env.begin() as txn:
+            found = {s: txn.get(SLOT_KEY.pack(s), db=self._db["sums"]) for s in slots}
+        return {slot: value for slot, value in found.items() if value is not None}
+
+    def pages(self, layer: int, after: int, limit: int) -> list[tuple[int, bytes]]:
+        """Up to ``limit`` pages of a layer from page number ``after`` on."""
+        found: list[tuple[int, bytes]] = []
+        with self._env.begin() as txn, txn.cursor(db=self._db["pages"]) as cursor:
+            if not cursor.set_range(PAGE_KEY.pack(layer, after)):
+                return found
+            for key, value in cursor:
+                owner, number = PAGE_KEY.unpack(key)
+                if owner != layer or len(found) == limit:
+                    break
+                found.append((number, value))
+        return found
+
+    def all_pages(self, start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        """Up to ``limit`` (key, value) of the whole table from ``start`` on, in key order."""
+        found: list[tuple[bytes, bytes]] = []
+        with self._env.begin() as txn, txn.cursor(db=self._db["pages"]) as cursor:
+            if cursor.set_range(start):
+                for key, value in cursor:
+                    if len(found) == limit:
+                        break
+                    found.append((key, value))
+        return found
+
+    def layers(self) -> dict[int, LayerRecord]:
+        with self._env.begin() as txn, txn.cursor(db=self._db["layers"]) as cursor:
+            return {SLOT_KEY.unpack(k)[0]: LayerRecord(**json.loads(v)) for k, v in cursor}
+
+    def records(self) -> dict[tuple[str, str], dict[str, Any]]:
+        found = {}
+        with self._env.begin() as txn, txn.cursor(db=self._db["records"]) as cursor:
+            for key, value in cursor:
+                kind, _, name = key.decode().partition("\0")
+                found[kind, name] = json.loads(value)
+        return found
+
+    def hot(self) -> Iterator[tuple[int, int]]:
+        with self._env.begin() as txn, txn.cursor(db=self._db["hot"]) as cursor:
+            yield from [PAGE_KEY.unpack(key) for key, _ in cursor]
+
+    # -- writing ----------------------------------------------------------------------------------------------
+
+    def commit_now(self, changes: Changes) -> None:
+        """Commit from the calling thread: only before the event loop runs, or after it ended."""
+        self._writer.run_now(lambda: self._commit(changes))
+
+    async def commit(self, changes: Changes) -> None:
+        """Make the changes durable, all or none. Raises lmdb.Error or OSError; then neither may be assumed.
+
+        Not cancellable: a commit that was begun is waited for.
+        """
+        await self._writer.run(lambda: self._commit(changes))
+
+    def _commit(self, changes: Changes) -> None:
+        with self._env.begin(write=True) as txn:
+            db = self._db
+            empty = [key for key, value in changes.pages if not value.strip(b"\0")]
+            for key in empty:
+                txn.delete(key, db=db["pages"])
+            gone = set(empty)
+            with txn.cursor(db=db["pages"]) as cursor:
+                cursor.putmulti([item for item in changes.pages if item[0] not in gone])
+            with txn.cursor(db=db["sums"]) as cursor:
+                cursor.putmulti(changes.sums)
+            for layer, record in changes.layers.items():
+                key = SLOT_KEY.pack(layer)
+                if record is None:
+                    txn.delete(key, db=db["layers"])
+                else:
+                    txn.put(key, json.dumps(asdict(record)).encode(), db=db["layers"])
+            for key, present in changes.hot:
+                if present:
+                    txn.put(key, b"", db=db["hot"])
+                else:
+                    txn.delete(key, db=db["hot"])
+            for (kind, name), value in changes.records.items():
+                key = f"{kind}\0{name}".encode()
+                if value is None:
+                    txn.delete(key, db=db["records"])
+                else:
+                    txn.put(key, json.dumps(value).encode(), db=db["records"])
+            txn.put(b"state", json.dumps(asdict(changes.meta)).encode(), db=db["meta"])
+
+    def close(self) -> None:
+        self._writer.close()
+        self._env.close()

@@ -1,0 +1,75 @@
+"""Records of the intent journal: what each says, and how it is packed.
+
+Head of every record, 16 bytes little endian: ``kind u8 | side u8 | mask u16 | layer u32 | a u32 | b u32``.
+
+=========  ======================================  ==============================  ==========================
+kind       meaning                                 a, b                            followed by
+=========  ======================================  ==============================  ==========================
+WRITE      private sectors got data                block, slot; side: 0 or 1       crc32 u32 of each sector
+ZERO       private sectors became zeros            block, new side bits            nothing
+DROP       clean sectors are no longer valid       block, 0                        nothing
+HOT        the origin is written in this region    region, 0                       nothing
+LAYER      a layer was made; mask: name's length   0, 0; side: 1 when private      its name, UTF-8
+=========  ======================================  ==============================  ==========================
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+WRITE, ZERO, DROP, HOT, LAYER = 1, 2, 3, 4, 5
+HEAD = struct.Struct("<BBHIII")
+_CRCS = [struct.Struct(f"<{n}I") for n in range(17)]
+
+
+class Op(NamedTuple):
+    """One record, as :func:`unpack` gives it."""
+
+    kind: int
+    side: int
+    mask: int
+    layer: int
+    a: int
+    b: int
+    crcs: tuple[int, ...] = ()
+    name: str = ""
+
+
+def write(side: int, mask: int, layer: int, block: int, slot: int, crcs: list[int]) -> bytes:
+    return HEAD.pack(WRITE, side, mask, layer, block, slot) + _CRCS[len(crcs)].pack(*crcs)
+
+
+def zero(mask: int, layer: int, block: int, sides: int) -> bytes:
+    return HEAD.pack(ZERO, 0, mask, layer, block, sides)
+
+
+def drop(mask: int, layer: int, block: int) -> bytes:
+    return HEAD.pack(DROP, 0, mask, layer, block, 0)
+
+
+def hot(layer: int, region: int) -> bytes:
+    return HEAD.pack(HOT, 0, 0, layer, region, 0)
+
+
+def layer_made(layer: int, private: bool, name: str) -> bytes:
+    raw = name.encode()
+    return HEAD.pack(LAYER, private, len(raw), layer, 0, 0) + raw
+
+
+def unpack(payload: bytes) -> Iterator[Op]:
+    """The records of one frame, in order."""
+    at = 0
+    while at < len(payload):
+        kind, side, mask, layer, a, b = HEAD.unpack_from(payload, at)
+        at += HEAD.size
+        if kind == WRITE:
+            packer = _CRCS[mask.bit_count()]
+            yield Op(kind, side, mask, layer, a, b, packer.unpack_from(payload, at))
+            at += packer.size
+        elif kind == LAYER:
+            yield Op(kind, side, mask, layer, a, b, (), payload[at : at + mask].decode())
+            at += mask
+        else:
+            yield Op(kind, side, mask, layer, a, b)

@@ -1,0 +1,382 @@
+"""What a disk sees: its private layers, newest first, over the clean layer of its image, over the origin.
+
+:meth:`View.read_now` is the hot path: one page lookup in each layer, two masks, a slice of the map. It serves only
+sectors that are *ready*: checked against their checksum, and believed to be in memory. Everything else goes through
+:meth:`View.read`, which fetches and checks in a thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import zlib
+from array import array
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import trio
+
+from forebay_cache.cache import Cache
+from forebay_cache.device import Buffer
+from forebay_cache.geometry import (
+    BLOCK,
+    FULL,
+    MASKS,
+    PAGE_BLOCKS,
+    PAGE_SHIFT,
+    SECTOR,
+    SECTOR_SHIFT,
+    SECTORS,
+    ZERO_BLOCK,
+    block_runs,
+    covered,
+)
+from forebay_cache.layer import SLOT_SHIFT, ZERO_SHIFT, Layer
+from forebay_cache.placement import TOUCHED
+
+log = logging.getLogger(__name__)
+
+#: fetch(offset, length) -> the bytes of the origin; it also keeps them in the clean layer
+Fetch = Callable[[int, int], Awaitable[Buffer]]
+
+
+class Piece(NamedTuple):
+    """Where a byte range comes from: ``slot`` >= 0 in the cache, -1 nothing but zeros, -2 the origin."""
+
+    offset: int
+    length: int
+    slot: int
+    private: bool
+
+
+ZEROS, ORIGIN = -1, -2
+#: A checksum that does not match may be a write that came in between: look again so often before calling it damage.
+_ATTEMPTS = 3
+
+
+class View:
+    """One disk's way through the layers. ``private`` is ordered newest first; ``clean`` None reads the origin only."""
+
+    def __init__(
+        self, cache: Cache, private: list[Layer], clean: Layer | None, fetch: Fetch
+    ) -> None:
+        self.cache = cache
+        self.private = private
+        self.clean = clean
+        self.fetch = fetch
+        self.hits = 0
+        self.misses = 0
+        #: reads at or beyond this offset take the slow path, so that read-ahead can go on
+        self.lookahead = 1 << 63
+        self._map = cache.device.map
+        self._data = cache.device.data_offset
+        self._ready = cache.ready
+        self._state = cache.placement.state
+
+    def read_now(self, offset: int, length: int) -> Buffer | None:
+        """A range inside one block, if it can be had at once as one buffer; else None."""
+        start = offset & 0xFFFF
+        if start + length > BLOCK or not length or offset >= self.lookahead:
+            return None
+        need = MASKS[start >> SECTOR_SHIFT][(start + length - 1) >> SECTOR_SHIFT]
+        number = offset >> PAGE_SHIFT
+        i = (offset >> 16) & 63
+        for layer in self.private:
+            if layer.sectors:
+                page = layer.pages.get(number)
+                if page is None:
+                    return None
+                word = page[i]
+                if word & need:
+                    return self._private_now(page, i, need, start, length)
+        layer_ = self.clean
+        if layer_ is None:
+            return None
+        page = layer_.pages.get(number)
+        if page is None:
+            return None
+        word = page[i]
+        if word & need != need:
+            return None
+        if word >> ZERO_SHIFT & need:
+            if word >> ZERO_SHIFT & need != need:
+                return None
+            self.hits += 1
+            return ZERO_BLOCK[:length] if length != BLOCK else ZERO_BLOCK
+        slot = (word >> SLOT_SHIFT) - 1
+        if self._ready[slot] & need != need:
+            return None
+        self._state[slot] |= TOUCHED
+        self.hits += 1
+        at = self._data + (slot << 16) + start
+        return self._map[at : at + length]
+
+    def _private_now(
+        self, page: array[int], i: int, need: int, start: int, length: int
+    ) -> Buffer | None:
+        word = page[i]
+        if word & need != need:
+            return None
+        zero = word >> ZERO_SHIFT & need
+        if zero:
+            if zero != need:
+                return None
+            self.hits += 1
+            return ZERO_BLOCK[:length]
+        second = page[PAGE_BLOCKS + i]
+        side = second & need
+        if not side:
+            slot = (word >> SLOT_SHIFT) - 1
+        elif side == need:
+            slot = (second >> SLOT_SHIFT) - 1
+        else:
+            return None
+        if self._ready[slot] & need != need:
+            return None
+        self.hits += 1
+        at = self._data + (slot << 16) + start
+        return self._map[at : at + length]
+
+    async def read(self, offset: int, length: int) -> list[Buffer]:
+        """The bytes, from wherever they are. Buffers that are slices of the map stay valid until the next await.
+
+        Raises OSError: EIO for damaged private data, or what the origin answered.
+        """
+        for attempt in range(_ATTEMPTS):
+            await self.load(offset, length)
+            pieces = self.plan(offset, length)
+            if all(p.slot == ZEROS or self._is_ready(p) for p in pieces):
+                self.hits += 1
+                return [self._slice(p) for p in pieces]
+            missed = any(p.slot == ORIGIN for p in pieces)
+            got = await self._collect(pieces, last=attempt == _ATTEMPTS - 1)
+            if got is not None:
+                self.misses += missed
+                self.hits += not missed
+                return got
+        raise AssertionError("the last attempt decides")
+
+    async def load(self, offset: int, length: int) -> None:
+        """Bring the pages of a range into memory, in every layer."""
+        first, last = offset >> PAGE_SHIFT, (offset + length - 1) >> PAGE_SHIFT
+        for layer in [*self.private, *([self.clean] if self.clean else [])]:
+            missing = [n for n in range(first, last + 1) if n not in layer.pages]
+            if missing and layer.private and not layer.sectors and not layer.slots:
+                for number in missing:
+                    layer.adopt(number, None)
+            elif missing:
+                await self.cache.load(layer, missing)
+
+    def plan(self, offset: int, length: int) -> list[Piece]:
+        """Cut a range whose pages are loaded by where its bytes come from, neighbours joined."""
+        pieces: list[Piece] = []
+        for block, start, part in block_runs(offset, length):
+            for found in self._plan_block(block, start, part):
+                last = pieces[-1] if pieces else None
+                if (
+                    last
+                    and last.slot == found.slot
+                    and (found.slot < 0 or _same_block(last, found))
+                ):
+                    pieces[-1] = last._replace(length=last.length + found.length)
+                else:
+                    pieces.append(found)
+        return pieces
+
+    def _plan_block(self, block: int, start: int, length: int) -> list[Piece]:
+        need = covered(start, length)
+        sources: list[tuple[int, int, bool]] = []  # (mask, slot, private)
+        number, i = divmod(block, PAGE_BLOCKS)
+        for layer in self.private:
+            page = layer.pages.get(number) if layer.sectors else None
+            if page is None:
+                continue
+            word, second = page[i], page[PAGE_BLOCKS + i]
+            hit = word & need & FULL
+            if hit:
+                zero = word >> ZERO_SHIFT & hit
+                side = second & hit & ~zero
+                sources.append((zero, ZEROS, True))
+                sources.append((side, (second >> SLOT_SHIFT) - 1, True))
+                sources.append((hit & ~zero & ~side, (word >> SLOT_SHIFT) - 1, True))
+                need &= ~hit
+        page = self.clean.pages.get(number) if self.clean else None
+        if page is not None and need:
+            word = page[i]
+            hit = word & need & FULL
+            zero = word >> ZERO_SHIFT & hit
+            sources.append((zero, ZEROS, False))
+            sources.append((hit & ~zero, (word >> SLOT_SHIFT) - 1, False))
+            need &= ~hit
+        sources.append((need, ORIGIN, False))
+        return _cut(block, start, length, [s for s in sources if s[0]])
+
+    def _is_ready(self, piece: Piece) -> bool:
+        if piece.slot < 0:
+            return False
+        mask = covered(piece.offset & 0xFFFF, piece.length)
+        return self._ready[piece.slot] & mask == mask
+
+    def _slice(self, piece: Piece) -> Buffer:
+        if piece.slot == ZEROS:
+            return _zeros(piece.length)
+        self._state[piece.slot] |= TOUCHED
+        at = self._data + (piece.slot << 16) + (piece.offset & 0xFFFF)
+        return self._map[at : at + piece.length]
+
+    async def _collect(self, pieces: list[Piece], *, last: bool) -> list[Buffer] | None:
+        """Get every piece, the slow ones side by side. None: some did not match their checksum, plan again.
+
+        What is ready now is copied now: it may move meanwhile.
+        """
+        got: list[Buffer] = [b""] * len(pieces)
+        checks: list[tuple[int, Piece]] = []
+        misses: list[tuple[int, Piece]] = []
+        for n, piece in enumerate(pieces):
+            if piece.slot == ORIGIN:
+                misses.append((n, piece))
+            elif piece.slot == ZEROS or self._is_ready(piece):
+                got[n] = bytes(self._slice(piece))
+            else:
+                checks.append((n, piece))
+        bad: list[Piece] = []
+        tasks = [partial(self._miss, n, piece, got) for n, piece in misses]
+        if checks:
+            tasks.append(partial(self._check, checks, got, bad))
+        await _side_by_side(tasks)
+        if bad and last:
+            await self._damaged(bad)
+            return await self._collect(
+                [p._replace(slot=ORIGIN) if p in bad else p for p in pieces], last=True
+            )
+        return None if bad else got
+
+    async def _miss(self, n: int, piece: Piece, got: list[Buffer]) -> None:
+        got[n] = await self.fetch(piece.offset, piece.length)
+
+    async def _check(
+        self, checks: list[tuple[int, Piece]], got: list[Buffer], bad: list[Piece]
+    ) -> None:
+        """Read whole slots from the device, and serve from them what matches its checksum."""
+        cache = self.cache
+        slots = {piece.slot for _, piece in checks}
+        token = cache.pin()
+        try:
+            read = await trio.to_thread.run_sync(_read_slots, cache, slots)
+        finally:
+            cache.unpin(token)
+        for n, piece in checks:
+            data, crcs, stored = read[piece.slot]
+            sums = cache.sums.get(piece.slot) or cache.sums_committing.get(piece.slot) or stored
+            good = sum(1 << s for s in range(SECTORS) if crcs[s] == sums[s])
+            start = piece.offset & 0xFFFF
+            need = covered(start, piece.length)
+            if good & need == need:
+                if not cache.failed:
+                    self._ready[piece.slot] |= good
+                self._state[piece.slot] |= TOUCHED
+                got[n] = data[start : start + piece.length]
+            else:
+                bad.append(piece)
+
+    async def _damaged(self, bad: list[Piece]) -> None:
+        """Give damaged clean blocks up; they are fetched again. Raises OSError(EIO) for private data."""
+        cache = self.cache
+        for piece in bad:
+            cache.damaged_slots += 1
+            block = piece.offset >> 16
+            log.error(
+                "cache device %s: slot %d is damaged (%s data of block %d)",
+                cache.device.path,
+                piece.slot,
+                "private" if piece.private else "clean",
+                block,
+            )
+            if piece.private:
+                raise OSError(errno.EIO, "dirty data in the cache is damaged")
+            assert self.clean is not None
+            cache.retire(self.clean, block, piece.slot)
+
+
+async def _side_by_side(tasks: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    """Run the tasks at once; the first OSError of any of them is raised, bare."""
+    if len(tasks) == 1:
+        await tasks[0]()
+        return
+    errors: list[OSError] = []
+
+    async def one(task: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await task()
+        except OSError as error:
+            errors.append(error)
+
+    async with trio.open_nursery() as nursery:
+        for task in tasks:
+            nursery.start_soon(one, task)
+    if errors:
+        raise errors[0]
+
+
+def _read_slots(
+    cache: Cache, slots: set[int]
+) -> dict[int, tuple[memoryview, list[int], array[int]]]:
+    """In a thread: content, checksums as computed and checksums as stored, of each slot."""
+    stored = cache.index.sums(slots)
+    found = {}
+    for slot in slots:
+        data = bytearray(BLOCK)
+        view = memoryview(data)
+        unreadable = 0
+        try:
+            cache.device.read_into(cache.device.at(slot), [data])
+        except OSError:
+            unreadable = _read_sectors(cache, slot, view)
+        crcs = [
+            -1 if unreadable >> s & 1 else zlib.crc32(view[s * SECTOR : (s + 1) * SECTOR])
+            for s in range(SECTORS)
+        ]
+        found[slot] = (view, crcs, array("I", stored.get(slot, bytes(4 * SECTORS))))
+    return found
+
+
+def _read_sectors(cache: Cache, slot: int, view: memoryview) -> int:
+    """Read a slot sector by sector; returns the mask of those that could not be read."""
+    unreadable = 0
+    for s in range(SECTORS):
+        try:
+            cache.device.read_into(
+                cache.device.at(slot, s * SECTOR), [view[s * SECTOR : (s + 1) * SECTOR]]
+            )
+        except OSError:
+            unreadable |= 1 << s
+    return unreadable
+
+
+def _same_block(a: Piece, b: Piece) -> bool:
+    return a.offset >> 16 == b.offset >> 16
+
+
+def _zeros(length: int) -> Buffer:
+    return ZERO_BLOCK[:length] if length <= BLOCK else bytes(length)
+
+
+def _cut(block: int, start: int, length: int, sources: list[tuple[int, int, bool]]) -> list[Piece]:
+    """Pieces of one block, in order, from disjoint masks that together cover the range."""
+    if len(sources) == 1:
+        _, slot, private = sources[0]
+        return [Piece((block << 16) + start, length, slot, private)]
+    pieces: list[Piece] = []
+    at, end = start, start + length
+    while at < end:
+        sector = at >> SECTOR_SHIFT
+        slot, private = next((s, p) for mask, s, p in sources if mask >> sector & 1)
+        stop = min(end, (sector + 1) << SECTOR_SHIFT)
+        last = pieces[-1] if pieces else None
+        if last and last.slot == slot:
+            pieces[-1] = last._replace(length=last.length + stop - at)
+        else:
+            pieces.append(Piece((block << 16) + at, stop - at, slot, private))
+        at = stop
+    return pieces
