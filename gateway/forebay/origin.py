@@ -2,7 +2,7 @@
 
 All offsets and lengths are bytes. One open descriptor does all the I/O of an image, so that a lock held on it fences
 every write (an unlocked second descriptor would write past a lost NFS lease). It is buffered; O_DIRECT takes aligned
-buffers in `FileOrigin._read` and aligned pieces in `_pieces`, and nothing else here.
+buffers in `FileOrigin._read` and aligned pieces in `pieces`, and nothing else here.
 
 When a call is given up (`origin_timeout`, or its task was cancelled) its thread may still change the image later. So a
 range with such a change under way is neither read nor written by anyone else before that thread has ended: an old
@@ -231,7 +231,7 @@ class FileOrigin:
         """
         self._check_change(offset, sum(len(memoryview(buffer)) for buffer in data))
         at = offset
-        for piece, length in _pieces(data):
+        for piece, length in pieces(data):
             write = partial(self._write, at, piece)
             await self._change(f"writing {self.label}", write, at, length, background)
             at += length
@@ -320,9 +320,7 @@ class FileOrigin:
     # -------------------------------------------------------------------------------------------------------- checks
 
     def _check(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            text = f"{self.label} has {self.size} bytes: none at {offset} + {length}"
-            raise OSError(errno.EINVAL, text)
+        check_range(self.label, self.size, offset, length)
 
     def _check_change(self, offset: int, length: int) -> None:
         if self.read_only:
@@ -356,7 +354,13 @@ class BlockOrigin(FileOrigin):
         return True
 
 
-def _pieces(data: Sequence[Buffer]) -> Iterator[tuple[list[Buffer], int]]:
+def check_range(label: str, size: int, offset: int, length: int) -> None:
+    """Raise OSError(EINVAL) unless the range lies in an image of `size` bytes."""
+    if offset < 0 or length < 0 or offset + length > size:
+        raise OSError(errno.EINVAL, f"{label} has {size} bytes: none at {offset} + {length}")
+
+
+def pieces(data: Sequence[Buffer]) -> Iterator[tuple[list[Buffer], int]]:
     """The data again, in lists of at most WRITE_PIECE bytes and IOV_MAX buffers, each with its length.
 
     What could change later is copied, just before its list is asked for.

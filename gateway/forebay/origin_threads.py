@@ -13,7 +13,7 @@ import errno
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Generic, TypeVar
 
 import trio
@@ -152,8 +152,46 @@ class Call(Generic[T]):
             self._on_end(self)
 
 
+class Lanes:
+    """Places in front of one store. Foreground calls are what a guest waits for; background calls let them go first."""
+
+    def __init__(self, foreground: int, background: int) -> None:
+        self._limits = (trio.CapacityLimiter(foreground), trio.CapacityLimiter(background))
+        self._foreground = 0
+        self._quiet = trio.Event()
+        self._quiet.set()
+
+    @property
+    def busy(self) -> tuple[int, int]:
+        """Places taken, foreground and background."""
+        foreground, background = self._limits
+        return int(foreground.borrowed_tokens), int(background.borrowed_tokens)
+
+    @contextlib.asynccontextmanager
+    async def queue(self, background: bool) -> AsyncIterator[trio.CapacityLimiter]:
+        """Stand in line while the body runs; the body takes its place from the limiter that this gives."""
+        if background:
+            await self._let_foreground_go()
+            yield self._limits[1]
+            return
+        if self._foreground == 0:
+            self._quiet = trio.Event()
+        self._foreground += 1
+        try:
+            yield self._limits[0]
+        finally:
+            self._foreground -= 1
+            if self._foreground == 0:
+                self._quiet.set()
+
+    async def _let_foreground_go(self) -> None:
+        with trio.move_on_after(BACKGROUND_PATIENCE):
+            while self._foreground:
+                await self._quiet.wait()
+
+
 class StoreThreads:
-    """The threads of one store. Foreground calls are what a guest waits for; background calls let them go first."""
+    """The threads of one store."""
 
     def __init__(
         self,
@@ -162,16 +200,12 @@ class StoreThreads:
         background: int = BACKGROUND_THREADS,
     ) -> None:
         self.name = name
-        self._limits = (trio.CapacityLimiter(foreground), trio.CapacityLimiter(background))
-        self._foreground = 0
-        self._quiet = trio.Event()
-        self._quiet.set()
+        self._lanes = Lanes(foreground, background)
 
     @property
     def busy(self) -> tuple[int, int]:
         """Threads at work or hung, foreground and background: for status."""
-        foreground, background = self._limits
-        return int(foreground.borrowed_tokens), int(background.borrowed_tokens)
+        return self._lanes.busy
 
     async def run(
         self,
@@ -190,35 +224,11 @@ class StoreThreads:
         """`run`, for a call that the caller keeps a hand on."""
         taken = False
         try:
-            if background:
-                await self._let_foreground_go()
-                result = await self._in_thread(call, self._limits[1])
-            else:
-                with self._counted():
-                    result = await self._in_thread(call, self._limits[0])
+            async with self._lanes.queue(background) as limiter:
+                result = await trio.to_thread.run_sync(
+                    call.in_thread, abandon_on_cancel=True, limiter=limiter
+                )
             taken = True
             return result
         finally:
             call.stop_waiting(taken=taken)
-
-    async def _in_thread(self, call: Call[T], limiter: trio.CapacityLimiter) -> T:
-        return await trio.to_thread.run_sync(
-            call.in_thread, abandon_on_cancel=True, limiter=limiter
-        )
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        if self._foreground == 0:
-            self._quiet = trio.Event()
-        self._foreground += 1
-        try:
-            yield
-        finally:
-            self._foreground -= 1
-            if self._foreground == 0:
-                self._quiet.set()
-
-    async def _let_foreground_go(self) -> None:
-        with trio.move_on_after(BACKGROUND_PATIENCE):
-            while self._foreground:
-                await self._quiet.wait()

@@ -1,0 +1,196 @@
+"""The source of one disk: its image, opened when it can be, with the claim on it where the disk writes to it."""
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from forebay.errors import ForebayError
+from forebay.nbd_origin import NbdOrigin
+from forebay.origin import BlockOrigin, FileOrigin, Origin
+from forebay.origin_threads import StoreThreads, bounded
+from forebay.owner import Claim, Owner, read_owner
+from forebay.store import DeviceImage, FileImage, Image, ImageFile, open_device, open_image
+
+log = logging.getLogger("forebay.origin")
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a disk does with its image: writes it, lies over it, or reads it only."""
+
+    disk: str
+    gateway: str
+    read_only: bool = False
+    overlay: bool = False
+
+    @property
+    def writes(self) -> bool:
+        """Whether the image itself is written."""
+        return not (self.read_only or self.overlay)
+
+
+class Source:
+    """An image for one disk. `key` names it for ever; `label` is what the operator wrote.
+
+    `size` in bytes: as recorded, or what the first `open` found. It never changes under a disk: an image that has
+    another one is refused.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        label: str,
+        use: Use,
+        *,
+        threads: StoreThreads,
+        timeout: float,
+        nursery: trio.Nursery,
+        size: int | None = None,
+    ) -> None:
+        """`nursery`: for connections. `size`: as recorded when the disk was attached; None at the first time."""
+        self.image = image
+        self.key = image.key
+        self.label = label
+        self.use = use
+        self.file_id: tuple[int, int] | None = None
+        self._size = size
+        self._threads = threads
+        self._timeout = timeout
+        self._nursery = nursery
+        self._claim: Claim | None = None
+        self._prepared: Origin | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        assert self._size is not None, "neither recorded nor opened"
+        return self._size
+
+    @property
+    def marker(self) -> "Source | None":
+        """Where to say whether the image lacks data (`dirty`, `clean`); None for a disk that never writes it."""
+        return self if self.use.writes and isinstance(self.image, FileImage) else None
+
+    def same_image(self, other: "Source") -> bool:
+        """Whether both lead to one image, be it by two stores or two mounts."""
+        if self.file_id is not None and self.file_id == other.file_id:
+            return True
+        return self.key == other.key or _path(self.image) == _path(other.image) != ""
+
+    async def prepare(self) -> None:
+        """Open the image now, for the next `open` to hand out. For attach: a fault shows before anything is changed.
+
+        Raises ForebayError, and OSError from failing storage.
+        """
+        self._prepared = await self._open(first=True)
+
+    async def open(self) -> Origin:
+        """An origin, claimed if the disk writes. Raises OSError, also for what an operator has to put right."""
+        if self._prepared is not None:
+            origin, self._prepared = self._prepared, None
+            return origin
+        try:
+            return await self._open(first=False)
+        except ForebayError as fault:
+            raise OSError(errno.EIO, str(fault)) from fault
+
+    async def _open(self, first: bool) -> Origin:
+        origin = await self._opened(first)
+        if self._size is None:
+            self._size = origin.size
+        if origin.size != self._size:
+            await _closed(origin)
+            raise ForebayError(
+                f"{self.label} has {origin.size} bytes and had {self._size}: detach the disk and attach it again"
+            )
+        return origin
+
+    async def _opened(self, first: bool) -> Origin:
+        image, read_only = self.image, not self.use.writes
+        if isinstance(image, FileImage):
+            file = await self._in_thread(
+                lambda: open_image(image, read_only=read_only, any_format=not first)
+            )
+            origin = FileOrigin(file, self.label, threads=self._threads, timeout=self._timeout)
+            try:
+                await self._check_owner(image, file)
+            except BaseException:
+                await _closed(origin)
+                raise
+            return origin
+        if isinstance(image, DeviceImage):
+            file = await self._in_thread(lambda: open_device(image, read_only=read_only))
+            return BlockOrigin(file, self.label, threads=self._threads, timeout=self._timeout)
+        return await NbdOrigin.open(
+            self._nursery, image, self.label, read_only=read_only, timeout=self._timeout
+        )
+
+    async def _in_thread(self, do: Callable[[], ImageFile]) -> ImageFile:
+        with bounded(self._timeout, f"opening {self.label}"):
+            return await self._threads.run(do, drop=lambda late: os.close(late.fd))
+
+    # ------------------------------------------------------------------------------------------------------- the owner
+
+    async def _check_owner(self, image: FileImage, file: ImageFile) -> None:
+        if file.status is not None:
+            self.file_id = (file.status.device, file.status.inode)
+        if self.use.writes:
+            await self._take(image, file)
+            return
+        with bounded(self._timeout, f"looking for the owner of {self.label}"):
+            owner = await self._threads.run(lambda: read_owner(image))
+        if owner is None or owner.gateway == self.use.gateway:
+            return
+        if self.use.overlay:
+            raise ForebayError(
+                f"{self.key} is written by {owner}, and an overlay needs an image that stays as it is: "
+                "detach it there first"
+            )
+        log.warning("%s is written by %s: '%s' may read old data", self.key, owner, self.use.disk)
+
+    async def _take(self, image: FileImage, file: ImageFile) -> None:
+        if self._claim is not None:
+            await self._claim.check()
+            return
+        me = Owner.of_this_process(self.use.gateway, self.use.disk)
+        self._claim = await Claim.take(image, file, me, self._threads, self._timeout)
+
+    async def dirty(self) -> None:
+        """Durably on record: the image lacks data that this gateway has. Raises OSError, also before the first open."""
+        await self._held().dirty()
+
+    async def clean(self) -> None:
+        """Durably on record: the image has everything. Raises OSError."""
+        await self._held().clean()
+
+    def _held(self) -> Claim:
+        if self._claim is None:
+            raise OSError(
+                errno.EIO, f"{self.label} was not reached yet, so it is not ours to write"
+            )
+        return self._claim
+
+    async def release(self, *, keep: bool = False) -> None:
+        """Let the image go; with `keep`, as a restart does, leave the marker that says whose it is. Raises OSError."""
+        if self._prepared is not None:
+            await _closed(self._prepared)
+            self._prepared = None
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            await (claim.close() if keep else claim.release())
+
+
+def _path(image: Image) -> str:
+    if isinstance(image, FileImage):
+        return str(image.root / image.path)
+    return image.path if isinstance(image, DeviceImage) else ""
+
+
+async def _closed(origin: Origin) -> None:
+    with contextlib.suppress(OSError):
+        await origin.close()
