@@ -4,6 +4,7 @@
 
 import contextlib
 import errno
+import os
 import random
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -53,6 +54,12 @@ async def origin_on(
         finally:
             await origin.close()
             nursery.cancel_scope.cancel()
+
+
+def pause(server: NbdServer) -> None:
+    """Return when all of its threads have stopped: kill(2) does not wait for that."""
+    server.pause()
+    os.waitid(os.P_PID, server.process.pid, os.WSTOPPED)
 
 
 def patience(origin: NbdOrigin, seconds: float) -> None:
@@ -198,7 +205,7 @@ async def test_a_hung_server_is_an_error_in_time_and_stops_nothing_else(
 ) -> None:
     hung, well = start_nbdkit("file", path), start_nbdkit("file", path)
     async with origin_on(hung, timeout=SHORT) as dead, origin_on(well) as alive:
-        hung.pause()
+        pause(hung)
         async with trio.open_nursery() as nursery:
 
             async def miss() -> None:
@@ -219,7 +226,7 @@ async def test_a_late_write_never_lands_on_a_newer_one(
     server = start_nbdkit("file", path)
     slot = bytearray(b"old" * 1000)
     async with origin_on(server, timeout=SHORT) as origin:
-        server.pause()
+        pause(server)
         with pytest.raises(TimeoutError):
             await origin.write(0, [memoryview(slot)])
         slot[:] = b"xxx" * 1000
@@ -264,7 +271,7 @@ async def test_a_restarted_server_is_found_again(
 
         with trio.fail_after(10):
             async with trio.open_nursery() as nursery:
-                first.pause()
+                pause(first)
                 for index in range(4):
                     nursery.start_soon(read, index * 4096)
                 await trio.testing.wait_all_tasks_blocked()
@@ -342,7 +349,7 @@ async def test_a_caller_who_gives_up_does_not_break_the_connection(
 ) -> None:
     server = start_nbdkit("file", path)
     async with origin_on(server) as origin:
-        server.pause()
+        pause(server)
         for _ in range(3):  # 12 MiB fill the socket, so that the next is cut off half-sent
             with trio.move_on_after(0.05):
                 await origin.write(0, [bytes(4 * MIB)])
