@@ -263,7 +263,8 @@ def _info(option: int, fields: _Data) -> ev.OptionReply:
         return ev.OtherInfo(option, kind, fields.rest())
     if len(fields.data) != layout.size:
         raise _MalformedError(f"information of {len(fields.data)} bytes, not {layout.size}")
-    _, *values = layout.unpack(fields.rest())
+    fields.rest()
+    _, *values = layout.unpack(fields.data)
     return (
         ev.ExportInfo(option, *values) if kind == Info.EXPORT else ev.BlockSizeInfo(option, *values)
     )

@@ -13,7 +13,7 @@ import trio
 from .budget import Budget
 from .export import Export
 from .limits import Limits
-from .wire import Buffer
+from .wire import Buffer, rest
 
 
 class Outbox:
@@ -62,7 +62,7 @@ class Outbox:
             return True
         if sent == total:
             return True
-        self._unsent = _rest(buffers, sent)
+        self._unsent = rest(buffers, sent)
         return False
 
     def _keep(self, buffers: list[Buffer]) -> list[Buffer]:
@@ -128,7 +128,7 @@ class Outbox:
             self.broken = True
             return
         self.stalled_since = None
-        self._unsent = _rest(part, sent) + self._unsent[len(part) :]
+        self._unsent = rest(part, sent) + self._unsent[len(part) :]
 
     def discard(self) -> None:
         """Drops what is left, at the end of the connection."""
@@ -145,12 +145,3 @@ class Outbox:
         if self._pin is not None and self.export is not None:
             self.export.unpin(self._pin)
         self._pin = None
-
-
-def _rest(buffers: list[Buffer], sent: int) -> list[Buffer]:
-    """What of `buffers` is left after the first `sent` bytes."""
-    for index, buffer in enumerate(buffers):
-        if sent < len(buffer):
-            return [memoryview(buffer)[sent:], *buffers[index + 1 :]]
-        sent -= len(buffer)
-    return []

@@ -20,6 +20,7 @@ from .events import (
     SimpleReply,
     StatusChunk,
 )
+from .receive import ReceiveBuffer
 from .wire import (
     CHUNK_DONE,
     CHUNK_HEADER,
@@ -48,45 +49,19 @@ MAX_TEXT = 256
 """Longest error text sent, bytes."""
 
 
-class RequestReader:
+class RequestReader(ReceiveBuffer):
     """Requests from bytes.
 
     `capacity` is the receive buffer and `in_place` the longest payload parsed inside it, bytes; longer payloads get a
-    buffer of their own, into which they are received directly.
+    buffer of their own.
     """
 
     def __init__(self, capacity: int = 256 << 10, in_place: int = 128 << 10) -> None:
         if capacity < in_place + _HEADER:
             raise ValueError("the receive buffer has to hold a request with its payload")
-        self.view = memoryview(bytearray(capacity))
-        self.start = 0
-        self.end = 0
+        super().__init__(capacity)
         self._in_place = in_place
         self._large: Request | None = None
-        self._filled = 0
-
-    def space(self) -> memoryview:
-        """Where the next bytes go; never empty once next_event() has said NEED_DATA."""
-        if self._large is not None:
-            return memoryview(self._large.payload)[self._filled :]
-        if self.start == self.end:
-            self.start = self.end = 0
-        return self.view[self.end :]
-
-    def received(self, count: int) -> None:
-        """`count` bytes were put into space()."""
-        if self._large is not None:
-            self._filled += count
-        else:
-            self.end += count
-
-    def feed(self, data: Buffer) -> int:
-        """Copies as much of `data` into space() as fits and returns how much that was."""
-        space = self.space()
-        count = min(len(space), len(data))
-        space[:count] = memoryview(data)[:count]
-        self.received(count)
-        return count
 
     def wanted(self) -> int:
         """Bytes of memory, beyond the receive buffer, that the request being received occupies."""
@@ -114,9 +89,9 @@ class RequestReader:
         """The next request, with its payload. Raises ProtocolError where the stream cannot be followed."""
         if self._large is not None:
             return self._finish_large()
-        have = self.end - self.start
-        if have < _HEADER:
-            return self._make_room(have, _HEADER)
+        if self.end - self.start < _HEADER:
+            self._make_room(_HEADER)
+            return NEED_DATA
         magic, flags, command, cookie, offset, length = REQUEST.unpack_from(self.view, self.start)
         if magic != REQUEST_MAGIC:
             raise ProtocolError(f"bad request magic {magic:#x}")
@@ -126,37 +101,29 @@ class RequestReader:
             return request
         if length > MAX_PAYLOAD:
             raise ProtocolError(f"WRITE of {length} bytes")
-        return self._with_payload(request, have)
+        return self._with_payload(request)
 
-    def _with_payload(self, request: Request, have: int) -> Request | NeedData:
+    def _with_payload(self, request: Request) -> Request | NeedData:
         whole = _HEADER + request.length
-        if have >= whole:
+        if self.end - self.start >= whole:
             request.payload = self.view[self.start + _HEADER : self.start + whole]
             self.start += whole
             return request
         if request.length <= self._in_place:
-            return self._make_room(have, whole)
+            self._make_room(whole)
+            return NEED_DATA
         payload = bytearray(request.length)  # untouched pages cost nothing until data arrive
-        self._filled = have - _HEADER
-        payload[: self._filled] = self.view[self.start + _HEADER : self.end]
-        self.start = self.end = 0
         request.payload, request.owned = payload, True
         self._large = request
-        return NEED_DATA
-
-    def _make_room(self, have: int, needed: int) -> NeedData:
-        """Moves an incomplete request to the front unless the rest of it fits where it is."""
-        if self.start + needed > len(self.view):
-            # Both ends may overlap: a memoryview assignment within one buffer behaves as memmove.
-            self.view[:have] = self.view[self.start : self.end]
-            self.start, self.end = 0, have
+        self.start += _HEADER
+        self._aim(memoryview(payload))
         return NEED_DATA
 
     def _finish_large(self) -> Request | NeedData:
         request = self._large
-        if request is None or self._filled < request.length:
+        if request is None or not self._hit():
             return NEED_DATA
-        self._large, self._filled = None, 0
+        self._large = None
         return request
 
 

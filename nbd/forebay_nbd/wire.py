@@ -225,3 +225,12 @@ def wire_errno(code: int | None) -> int:
 def local_errno(code: int) -> int:
     """The errno for an error number received from a server; "an unexpected error value" counts as EINVAL."""
     return code if code in SUPPORTED_ERRNOS else errno.EINVAL
+
+
+def rest(buffers: list[Buffer], sent: int) -> list[Buffer]:
+    """What of `buffers` is left to be sent after their first `sent` bytes."""
+    for index, buffer in enumerate(buffers):
+        if sent < len(buffer):
+            return [memoryview(buffer)[sent:], *buffers[index + 1 :]]
+        sent -= len(buffer)
+    return []
