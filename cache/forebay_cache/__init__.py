@@ -9,7 +9,7 @@ from forebay_cache.errors import CacheError, CacheFull
 from forebay_cache.fill import Filler, ReadAhead, Source
 from forebay_cache.layer import Layer
 from forebay_cache.recovery import format_device, open_cache
-from forebay_cache.settle import pages_of, settle
+from forebay_cache.settle import pages_of, pin_layer, settle
 from forebay_cache.view import View
 
 __all__ = [
@@ -26,5 +26,6 @@ __all__ = [
     "mark_hot",
     "open_cache",
     "pages_of",
+    "pin_layer",
     "settle",
 ]

@@ -254,7 +254,7 @@ class Cache:
         key = layer.id << 40 | block
         self.owner[slot] = key
         self.ready[slot] = 0
-        self.placement.insert(slot, key, held=layer.private)
+        self.placement.insert(slot, key, held=layer.held)
         if slot >= self.meta.frontier:
             self.meta.frontier = slot + 1
         self.sums[slot] = array("I", bytes(4 * SECTORS))
@@ -586,12 +586,14 @@ class Cache:
         finally:
             for slot in self._evicting:
                 self.placement.keep(slot)
+                if self.layers[self.owner[slot] >> 40].held:
+                    self.placement.hold(slot)
             self._evicting.clear()
 
     def evict_slot(self, layer: Layer, number: int, i: int, slot: int) -> bool:
         """Take a clean block, whose slot is quarantined, out of its layer; what is known to be zero stays known."""
         word = layer.pages[number][i]
-        if word >> SLOT_SHIFT != slot + 1 or layer.private:
+        if word >> SLOT_SHIFT != slot + 1 or layer.held:
             return False
         zero = word >> 16 & 0xFFFF
         layer.sectors -= (word & 0xFFFF & ~zero).bit_count()

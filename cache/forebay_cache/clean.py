@@ -280,7 +280,7 @@ def _candidates(cache: Cache, layer: Layer, count: int) -> Iterator[tuple[int, i
     for number, page in layer.pages.items():
         for i in range(PAGE_BLOCKS):
             slot = (page[i] >> SLOT_SHIFT) - 1
-            if slot >= 0 and not cache.evicting(slot):
+            if slot >= 0 and not cache.evicting(slot) and not layer.pinned:
                 (touched if cache.was_touched(slot) else untouched).append((slot, number, i))
         if len(untouched) >= count:
             break

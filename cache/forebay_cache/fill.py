@@ -40,6 +40,12 @@ class Source(Protocol):
         """Exactly ``length`` bytes. Raises OSError."""
 
 
+class Tally(Protocol):
+    """Whoever is charged for what a fetch reads from the origin."""
+
+    origin_read_bytes: int
+
+
 class Flight:
     """One origin read in the air."""
 
@@ -65,16 +71,16 @@ class Filler:
         self._unstored = 0
         self.waiting = 0  # guests' misses in the air: background work looks at it and stands aside
 
-    async def fetch(self, offset: int, length: int) -> Buffer:
+    async def fetch(self, offset: int, length: int, tally: Tally) -> Buffer:
         """Bytes of the origin for a guest. Raises OSError. Cancelling leaves the flights to the others."""
         self.waiting += 1
         try:
-            return await self._fetch(offset, length, background=False)
+            return await self._fetch(offset, length, tally, background=False)
         finally:
             self.waiting -= 1
 
-    async def _fetch(self, offset: int, length: int, *, background: bool) -> Buffer:
-        flights = self.launch(offset, length, background=background)
+    async def _fetch(self, offset: int, length: int, tally: Tally, *, background: bool) -> Buffer:
+        flights = self.launch(offset, length, tally, background=background)
         for flight in flights:
             await flight.landed.wait()
             if flight.error is not None:
@@ -82,7 +88,9 @@ class Filler:
         parts = [_part(flight, offset, length) for flight in flights]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def launch(self, offset: int, length: int, *, background: bool = False) -> list[Flight]:
+    def launch(
+        self, offset: int, length: int, tally: Tally, *, background: bool = False
+    ) -> list[Flight]:
         """Flights that together cover the range: those in the air already, and new ones for the rest."""
         flights: list[Flight] = []
         block, end = offset >> BLOCK_SHIFT, (offset + length - 1 >> BLOCK_SHIFT) + 1
@@ -94,6 +102,7 @@ class Filler:
                 while stop < most and stop not in self._flights:
                     stop += 1
                 flight = self._start(block, stop, background)
+                tally.origin_read_bytes += flight.length
             flights.append(flight)
             block = (flight.offset + flight.length - 1 >> BLOCK_SHIFT) + 1
         return flights
@@ -147,21 +156,20 @@ class Filler:
                 self._flights.pop(n, None)
         clean.overtake(self.cache, self.layer, offset, length)
 
-    async def prefetch(self, offset: int, length: int, *, background: bool) -> None:
-        """Bring what is missing of a range into the cache; errors are the next reader's to see."""
+    async def prefetch(
+        self, offset: int, length: int, tally: Tally, *, background: bool = False
+    ) -> None:
+        """Bring what is missing of a range into the cache. Raises OSError."""
         for start, part in await self.missing(offset, length):
-            try:
-                await self._fetch(start, part, background=background)
-            except OSError:
-                return
+            await self._fetch(start, part, tally, background=background)
 
-    def ahead(self, offset: int, length: int) -> None:
-        """Start fetching a range without waiting for it."""
-        self._nursery.start_soon(self._ahead, offset, length)
+    def ahead(self, offset: int, length: int, tally: Tally) -> None:
+        """Start fetching a range without waiting for it; errors are the next reader's to see."""
+        self._nursery.start_soon(self._ahead, offset, length, tally)
 
-    async def _ahead(self, offset: int, length: int) -> None:
+    async def _ahead(self, offset: int, length: int, tally: Tally) -> None:
         for start, part in await self.missing(offset, length):
-            self.launch(start, part)
+            self.launch(start, part, tally)
 
     async def missing(self, offset: int, length: int) -> list[tuple[int, int]]:
         """What of a range is not wholly in the clean layer: ``[(offset, length)]``, whole blocks, at most CHUNK each."""
@@ -196,8 +204,9 @@ def _part(flight: Flight, offset: int, length: int) -> memoryview:
 class ReadAhead:
     """Watches the slow reads of one disk; keeps a window fetched ahead of a sequential reader."""
 
-    def __init__(self, filler: Filler) -> None:
+    def __init__(self, filler: Filler, tally: Tally) -> None:
         self._filler = filler
+        self._tally = tally
         self._end = -1
         self._streak = 0
         self._fetched = 0
@@ -218,7 +227,7 @@ class ReadAhead:
         if stop - start >= min(window // 2, CHUNK) or (
             stop == self._filler.source.size and stop > start
         ):
-            self._filler.ahead(start, stop - start)
+            self._filler.ahead(start, stop - start, self._tally)
             self._fetched = stop
         if self._fetched >= self._filler.source.size:
             return 1 << 63

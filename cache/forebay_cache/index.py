@@ -61,6 +61,7 @@ class LayerRecord:
     slots: int = 0
     sectors: int = 0
     dead: bool = False
+    pinned: bool = False  # clean, and yet never evicted: the whole image is to stay
 
 
 @dataclass

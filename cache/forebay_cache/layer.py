@@ -62,6 +62,7 @@ class Layer:
         "loading",
         "name",
         "pages",
+        "pinned",
         "private",
         "sectors",
         "slots",
@@ -74,6 +75,7 @@ class Layer:
         self.slots = record.slots
         self.sectors = record.sectors
         self.dead = record.dead
+        self.pinned = record.pinned
         self.cap = 0  # most slots it may hold, 0: no limit of its own
         self.pages: dict[int, array[int]] = {}
         self.dirty: set[int] = set()
@@ -81,7 +83,14 @@ class Layer:
         self.changed = False
 
     def record(self) -> LayerRecord:
-        return LayerRecord(self.name, self.private, self.slots, self.sectors, self.dead)
+        return LayerRecord(
+            self.name, self.private, self.slots, self.sectors, self.dead, self.pinned
+        )
+
+    @property
+    def held(self) -> bool:
+        """Whether its slots must not be evicted."""
+        return self.private or self.pinned
 
     def writable(self, number: int) -> array[int]:
         """The page, which must be loaded, ready to be changed: it will be in the next commit."""

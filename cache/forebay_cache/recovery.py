@@ -348,7 +348,7 @@ def _adopt(cache: Cache, found: list[tuple[bytes, bytes]]) -> None:
     for key, raw in found:
         ident, number = PAGE_KEY.unpack(key)
         layer = cache.layers.get(ident)
-        held = layer is not None and layer.private
+        held = layer is not None and layer.held
         first = ident << 40 | number * PAGE_BLOCKS
         for i, word in enumerate(array("Q", raw)):
             slot = (word >> SLOT_SHIFT) - 1

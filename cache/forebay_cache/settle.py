@@ -37,6 +37,21 @@ async def pages_of(cache: Cache, layer: Layer) -> list[int]:
         after = found[-1][0] + 1
 
 
+async def pin_layer(cache: Cache, layer: Layer, pinned: bool) -> None:
+    """Keep all of a clean layer from being evicted, or no longer."""
+    layer.pinned = pinned
+    layer.changed = True
+    change = cache.placement.hold if pinned else cache.placement.unhold
+    for number in await pages_of(cache, layer):
+        await cache.load(layer, [number])
+        for i in range(PAGE_BLOCKS):
+            slot = (layer.pages[number][i] >> SLOT_SHIFT) - 1
+            if slot >= 0 and not cache.evicting(slot):
+                change(slot)
+        if layer.pinned != pinned:  # somebody changed their mind meanwhile
+            return
+
+
 async def settle(cache: Cache, frozen: Layer, filler: Filler) -> None:
     """Move everything from a frozen private layer to the clean one of ``filler``. The origin has it, durably.
 
@@ -152,7 +167,8 @@ def _hand_over(
         frozen.slots -= 1
         clean.slots += 1
         cache.owner[slot] = clean.id << 40 | number * PAGE_BLOCKS + i
-        cache.placement.unhold(slot)
+        if not clean.pinned:
+            cache.placement.unhold(slot)
     cache.clear_entry(frozen, page, i)
     target[i] = pack(slot, zeros, kept | zeros)
     clean.sectors += (kept | zeros).bit_count()

@@ -1,0 +1,452 @@
+"""One disk as its VM sees it: an NBD export over the layers of the cache, with the policy that its mode asks for."""
+
+import errno
+import logging
+from collections.abc import Callable
+from typing import Any, Self
+
+import trio
+
+from forebay.config import DiskSettings
+from forebay.errors import ForebayError
+from forebay.extents import CACHED_CONTEXT, allocation, cached
+from forebay.hydrate import hydrate, preload_range
+from forebay.image import WATCH_SECONDS, Image, Images
+from forebay.origin_source import Source
+from forebay.policies import OriginWrites, Policy, PrivateWrites
+from forebay.ranges import Gate, Ranges
+from forebay.sizes import Mode
+from forebay.writeback import WriteBack
+from forebay_cache import Layer, ReadAhead, View, pin_layer
+from forebay_cache.device import Buffer
+from forebay_cache.geometry import BLOCK, SECTOR
+
+log = logging.getLogger("forebay.disk")
+
+Progress = Callable[[int, int], None]
+
+PRIVATE_MODES = (Mode.WRITE_BACK, Mode.FULL_COPY)
+
+
+class Disk:
+    """Implements forebay_nbd.Export. Made by :meth:`open`; :meth:`run` has to be running."""
+
+    rotational = False
+    preferred_block = SECTOR
+    contexts: tuple[str, ...] = (CACHED_CONTEXT,)
+
+    def __init__(
+        self, image: Image, name: str, source: Source, settings: DiskSettings, *, read_only: bool
+    ) -> None:
+        self.image = image
+        self.block_cache = image.cache
+        self.name = name
+        self.source = source
+        self.settings = settings
+        self.mode = Mode(settings.mode)
+        self.size = source.size
+        self.read_only = read_only
+        self.overlay = source.use.overlay
+        self.ranges = Ranges()
+        self.gate = Gate()
+        self.view = View(self.block_cache, [], None, self._fetch)
+        self.writeback = WriteBack(self)
+        self.marked = False
+        self.write_hits = self.write_misses = 0
+        self.origin_read_bytes = self.origin_written_bytes = 0
+        self.copied: float | None = None  # how much of a full copy is there, 0..1
+        self._ahead = ReadAhead(image.filler, self)
+        self._marking = trio.Lock()
+        self._dirty_since: dict[int, float] = {}
+        self._generation = 0
+        self._hydration: trio.CancelScope | None = None
+        self._nursery: trio.Nursery | None = None
+        self._policy: Policy = OriginWrites(self, keep=False)
+        self.read_now = self.view.read_now
+        self.write_now = self._policy.write_now
+        self.publish = self.block_cache.publish
+        self.pin = self.block_cache.pin
+        self.unpin = self.block_cache.unpin
+
+    @classmethod
+    async def open(
+        cls,
+        images: Images,
+        name: str,
+        source: Source,
+        settings: DiskSettings,
+        *,
+        read_only: bool,
+        overlay: bool,
+    ) -> Self:
+        """A disk on an image, with what the cache holds of it. Raises ForebayError."""
+        assert overlay == source.use.overlay
+        image = await images.acquire(source)
+        disk = cls(image, name, source, settings, read_only=read_only)
+        try:
+            disk._check_fits(disk.mode)
+            disk.view.private = images.cache.layers_named(disk._prefix)[::-1]
+            disk.marked = any(x.sectors for x in disk.view.private) and not overlay
+            disk._generation = len(disk.view.private)
+            for layer in disk.view.private:
+                if layer.sectors:
+                    disk._dirty_since[layer.id] = trio.current_time()
+            disk._choose()
+            image.watch(disk.view)
+            image.layer.cap = settings.cache_size // BLOCK
+        except BaseException:
+            await image.leave(source, disk.view)
+            raise
+        return disk
+
+    @property
+    def _prefix(self) -> str:
+        return f"disk:{self.name}:"
+
+    def _check_fits(self, mode: Mode) -> None:
+        if mode is not Mode.FULL_COPY:
+            return
+        room = self.block_cache.device.slots * BLOCK
+        if self.size > room * 9 // 10:
+            raise ForebayError(
+                f"a full copy of {self.image.key} takes {self.size} bytes, and the cache has {room}: "
+                "use write-back, or a larger cache device"
+            )
+
+    # -- modes ------------------------------------------------------------------------------------------------
+
+    @property
+    def writes_private(self) -> bool:
+        """Whether writes go to a private layer."""
+        return not self.read_only and (self.overlay or self.mode in PRIVATE_MODES)
+
+    @property
+    def writes_back(self) -> bool:
+        """Whether private data is written to the image by itself."""
+        return self.mode is Mode.WRITE_BACK and not self.overlay and not self.read_only
+
+    def _choose(self) -> None:
+        """Set up the layers and the policy of the mode."""
+        if self.writes_private:
+            if not self.view.private:
+                self.view.private = [self._new_layer()]
+            self._policy = PrivateWrites(self)
+        else:
+            self._policy = OriginWrites(self, keep=self.mode is Mode.WRITE_THROUGH)
+        self.write_now = self._write_now if self.writes_private else _never
+        self.view.clean = None if self.mode is Mode.NONE else self.image.layer
+
+    def _new_layer(self) -> Layer:
+        self._generation += 1
+        while self.block_cache.layer(f"{self._prefix}{self._generation}"):
+            self._generation += 1
+        return self.block_cache.make_layer(f"{self._prefix}{self._generation}", private=True)
+
+    def freeze(self) -> None:
+        """From now on writes go to a new layer: what is dirty at this instant stays together."""
+        self.view.private = [self._new_layer(), *self.view.private]
+
+    def settled(self, layer: Layer) -> None:
+        """The frozen layer is empty: all of it is in the image, and clean."""
+        self.view.private = [x for x in self.view.private if x is not layer]
+        self._dirty_since.pop(layer.id, None)
+
+    async def set_mode(self, mode: Mode, progress: Progress) -> None:
+        """Change over while clients are connected. Raises ForebayError or OSError; the mode is the old one then."""
+        if mode is self.mode:
+            return
+        self._check_fits(mode)
+        leaves_private = self.writes_private and not self.overlay and mode not in PRIVATE_MODES
+        if leaves_private:
+            await self.drain(progress)
+        async with self.gate.closed():
+            if leaves_private:
+                await self.drain(progress)
+                for layer in self.view.private:
+                    self.block_cache.drop_layer(layer)
+                self.view.private = []
+            else:
+                await self._policy.flush()
+            was, self.mode = self.mode, mode
+            self._choose()
+        self._stop_hydration()
+        if was is Mode.FULL_COPY:
+            self.copied = None
+            await pin_layer(self.block_cache, self.image.layer, pinned=False)
+        self._start_hydration()
+
+    # -- state ------------------------------------------------------------------------------------------------
+
+    @property
+    def dirty_bytes(self) -> int:
+        """What the image lacks; an overlay's own data is not meant for it."""
+        if self.overlay:
+            return 0
+        return sum(x.sectors for x in self.view.private) * SECTOR
+
+    def note_dirty(self) -> None:
+        """Something was written to the open layer."""
+        top = self.view.private[0].id
+        if top not in self._dirty_since:
+            self._dirty_since[top] = trio.current_time()
+
+    def lag_seconds(self) -> float:
+        """Age of the oldest data that the image does not have."""
+        if not self.dirty_bytes or not self._dirty_since:
+            return 0.0
+        return trio.current_time() - min(self._dirty_since.values())
+
+    def state(self) -> str:
+        """One word for the STATE column; `reason` in the status says more."""
+        if self.image.conflict is not None:
+            return "conflict"
+        if self.block_cache.failed is not None:
+            return "pass-through"
+        if self.image.origin is None:
+            return "degraded"
+        if self.writeback.error is not None:
+            return "lagging"
+        if self.copied is not None and self.copied < 1:
+            return "copying"
+        return "ready"
+
+    def status(self) -> dict[str, Any]:
+        """The keys of the contract, but for clients and socket."""
+        clean = 0 if self.mode is Mode.NONE else self.image.layer.sectors * SECTOR
+        own = sum(x.sectors for x in self.view.private) * SECTOR
+        return {
+            "name": self.name,
+            "image": self.image.key,
+            "mode": self.mode.value,
+            "state": self.state(),
+            "reason": self.image.conflict or self.image.unreachable or self.writeback.error,
+            "read_only": self.read_only,
+            "overlay": self.overlay,
+            "size": self.size,
+            "cached_bytes": min(clean + own, self.size),
+            "dirty_bytes": self.dirty_bytes,
+            "private_bytes": own,
+            "copied": self.copied,
+            "lag_seconds": round(self.lag_seconds(), 3),
+            "lag_bytes": self.dirty_bytes,
+            "read_hits": self.view.hits,
+            "read_misses": self.view.misses,
+            "write_hits": self.write_hits,
+            "write_misses": self.write_misses,
+            "origin_read_bytes": self.origin_read_bytes,
+            "origin_written_bytes": self.origin_written_bytes,
+        }
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    async def _fetch(self, offset: int, length: int) -> Buffer:
+        if self.view.clean is None:
+            self.origin_read_bytes += length
+            return await self.image.read(offset, length)
+        return await self.image.filler.fetch(offset, length, self)
+
+    async def read(self, offset: int, length: int) -> list[Buffer]:
+        """Implements Export."""
+        if not length:
+            return []
+        self._check_conflict()
+        misses = self.view.misses
+        beyond = offset >= self.view.lookahead
+        buffers = await self.view.read(offset, length)
+        if beyond or self.view.misses != misses:
+            self.view.lookahead = self._look_ahead(offset, length)
+        return buffers
+
+    def _look_ahead(self, offset: int, length: int) -> int:
+        return self._ahead.note(offset, length) if self.view.clean is not None else 1 << 63
+
+    async def cache(self, offset: int, length: int) -> None:
+        """Bring a range in."""
+        if self.view.clean is not None:
+            await self.image.filler.prefetch(offset, length, self)
+
+    async def extents(
+        self, context: str, offset: int, length: int, one: bool
+    ) -> list[tuple[int, int]]:
+        """Implements Export."""
+        find = cached if context == CACHED_CONTEXT else allocation
+        return await find(self, offset, length)
+
+    # -- writing ----------------------------------------------------------------------------------------------
+
+    def _check_conflict(self) -> None:
+        if self.image.conflict is not None:
+            raise OSError(errno.EIO, self.image.conflict)
+
+    def must_wait(self, length: int) -> bool:
+        """Whether a write of that many bytes has to go the long way."""
+        if self.gate.shut or self.image.conflict is not None or self.block_cache.failed is not None:
+            return True
+        if self.overlay:
+            return False
+        return not self.marked or self.dirty_bytes + length > self.settings.max_dirty
+
+    def _write_now(self, offset: int, data: memoryview) -> bool:
+        return self._policy.write_now(offset, data)
+
+    async def admit(self, length: int) -> None:
+        """Wait until that much may become dirty. Raises OSError."""
+        if self.overlay:
+            return
+        await self._mark()
+        if self.mode is Mode.WRITE_BACK:
+            with trio.move_on_after(self.settings.origin_timeout):
+                while self.dirty_bytes + length > max(self.settings.max_dirty, length):
+                    await self.writeback.passed(1.0)
+                return
+            raise OSError(errno.ENOSPC, "max_dirty is reached and nothing could be written back")
+
+    async def write_back_some(self) -> bool:
+        """The cache is full: have something written back. False: that would not help."""
+        if self.overlay or not self.dirty_bytes:
+            return False
+        return await self.writeback.passed(1.0) or self.writes_back
+
+    async def _mark(self) -> None:
+        """Say beside the image, durably, that it will lack data, before it does."""
+        if not self.marked:
+            async with self._marking:
+                if self.source.marker is not None and not self.marked:
+                    await self.source.marker.dirty()
+                self.marked = True
+
+    async def unmark(self) -> None:
+        """Say that the image has everything, unless that changed meanwhile."""
+        async with self._marking:
+            if self.dirty_bytes == 0:
+                self.marked = False  # from here on whoever writes waits for the lock
+                if self.source.marker is not None and self.image.origin is not None:
+                    await self.source.marker.clean()
+
+    async def write(self, offset: int, data: memoryview, fua: bool) -> None:
+        """Implements Export."""
+        self._check_conflict()
+        if not len(data):
+            return
+        async with self.gate.passing():
+            await self._policy.write(offset, data)
+        if fua:
+            await self._policy.flush()
+
+    async def flush(self) -> None:
+        """Implements Export."""
+        self._check_conflict()
+        if not self.read_only:
+            await self._policy.flush()
+
+    async def zero(self, offset: int, length: int, fua: bool, no_hole: bool, fast: bool) -> None:
+        """Implements Export."""
+        self._check_conflict()
+        if fast and not self.writes_private:
+            raise OSError(errno.ENOTSUP, "zeroing may be as slow as writing here")
+        if not length:
+            return
+        async with self.gate.passing():
+            await self._policy.zero(offset, length, may_trim=not no_hole)
+        if fua:
+            await self._policy.flush()
+
+    async def trim(self, offset: int, length: int, fua: bool) -> None:
+        """Implements Export: whole sectors become zeros, so that they never change by themselves."""
+        start = -(-offset // SECTOR) * SECTOR
+        end = (offset + length) // SECTOR * SECTOR
+        if start < end:
+            await self.zero(start, end - start, fua, no_hole=False, fast=False)
+
+    async def drain(self, progress: Progress) -> None:
+        """Write back everything that is dirty, in whatever mode. Raises OSError."""
+        if self.writes_private and not self.overlay:
+            await self.writeback.drain(progress)
+        elif not self.read_only and not self.overlay:
+            await self.image.flush()
+        else:
+            progress(0, 0)
+
+    # -- clients ----------------------------------------------------------------------------------------------
+
+    def opened(self) -> None:
+        """Implements Export."""
+
+    def closed(self) -> None:
+        """Implements Export."""
+
+    # -- background -------------------------------------------------------------------------------------------
+
+    async def preload(self, amount: int | str, progress: Progress) -> None:
+        """Bring in the first `amount` bytes, or `all`. Raises ForebayError or OSError."""
+        if amount == "trace":
+            raise ForebayError("preload of a boot trace is not there yet: give a size, or 'all'")
+        length = self.size if amount == "all" else min(int(amount), self.size)
+        if self.view.clean is None:
+            raise ForebayError(
+                f"'{self.name}' is in mode none, which caches nothing: change its mode"
+            )
+        await preload_range(self, length, progress)
+
+    def _start_hydration(self) -> None:
+        if self.mode is Mode.FULL_COPY and self._nursery is not None:
+            self.copied = 0.0
+            self._hydration = trio.CancelScope()
+            self._nursery.start_soon(hydrate, self, self._hydration)
+
+    def _stop_hydration(self) -> None:
+        if self._hydration is not None:
+            self._hydration.cancel()
+            self._hydration = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Write back, copy, preload and watch the image until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            if not self.read_only and not self.overlay:
+                nursery.start_soon(self.writeback.run)
+            nursery.start_soon(self._watch)
+            self._start_hydration()
+            if self.settings.preload and self.mode is not Mode.NONE:
+                nursery.start_soon(self._preload_at_attach)
+            task_status.started()
+
+    async def _watch(self) -> None:
+        while True:
+            await trio.sleep(1.0 if self.image.origin is None else WATCH_SECONDS)
+            await self.image.look()
+
+    async def _preload_at_attach(self) -> None:
+        try:
+            await self.preload(self.settings.preload, _silent)
+        except (OSError, ForebayError) as error:
+            log.warning("%s: preload ended: %s", self.name, error)
+
+    async def close(self, *, discard: bool) -> None:
+        """At detach: drop what is private. `discard` says that it is meant to be lost where it is dirty."""
+        assert discard or not self.dirty_bytes, "drain first"
+        for layer in self.view.private:
+            self.block_cache.drop_layer(layer)
+        if self.dirty_bytes:
+            log.warning("%s: %d dirty bytes are dropped as asked", self.name, self.dirty_bytes)
+        if self.image.layer.pinned:
+            await pin_layer(self.block_cache, self.image.layer, pinned=False)
+        self.view.private = []
+        if discard and self.marked:
+            await self.unmark_discarded()
+        await self.image.leave(self.source, self.view)
+
+    async def unmark_discarded(self) -> None:
+        """What the image lacked is gone for good, so it lacks nothing any more."""
+        try:
+            await self.unmark()
+        except OSError as error:
+            log.warning("%s: its marker could not be cleared: %s", self.name, error.strerror)
+
+
+def _never(offset: int, data: memoryview) -> bool:
+    return False
+
+
+def _silent(done: int, total: int) -> None:
+    pass

@@ -1,0 +1,251 @@
+"""An image on this host: its origin, and the clean blocks that all disks on it share."""
+
+import errno
+import logging
+from dataclasses import astuple
+from typing import Any
+
+import trio
+
+from forebay.origin import Identity, Origin
+from forebay.origin_source import Source
+from forebay_cache import Cache, Filler, Layer, View
+from forebay_cache.device import Buffer
+
+log = logging.getLogger("forebay.image")
+
+RETRY_SECONDS = 1.0
+"""How soon an origin that could not be reached is tried again; doubled each time, up to RETRY_MOST."""
+RETRY_MOST = 15.0
+
+WATCH_SECONDS = 5.0
+"""How often an image is looked at for changes that somebody else made."""
+
+
+class Images:
+    """The images in use, each once however many disks lie on it."""
+
+    def __init__(self, cache: Cache, nursery: trio.Nursery) -> None:
+        self.cache = cache
+        self.nursery = nursery
+        self._open: dict[str, Image] = {}
+
+    async def acquire(self, source: Source) -> "Image":
+        """The image of a source, which is one user more; reached now if it can be. :meth:`Image.leave` ends it."""
+        image = self._open.get(source.key)
+        if image is None:
+            image = self._open[source.key] = Image(self, source)
+        image.sources.append(source)
+        await image.try_reach()
+        return image
+
+    async def forget(self, image: "Image") -> None:
+        """Nobody uses it any more."""
+        if self._open.get(image.key) is image:
+            del self._open[image.key]
+        await image.close()
+
+
+class Image:
+    """One image: `filler` fetches from it, `layer` holds its clean blocks, `origin` is None while it cannot be reached.
+
+    `conflict` says why the image must not be touched: it changed while the cache had data that it lacks.
+    """
+
+    def __init__(self, images: Images, source: Source) -> None:
+        self.key = source.key
+        self.size = source.size
+        self.cache = images.cache
+        self.sources: list[Source] = []
+        self.origin: Origin | None = None
+        self.conflict: str | None = None
+        self.unreachable: str | None = None
+        self.written_bytes = 0
+        self._images = images
+        self._reaching = trio.Lock()
+        self._views: list[View] = []
+        self._writes = 0  # begun so far
+        self._seen_writes = 0  # when the identity on record was taken
+        self._writing = 0  # under way now
+        self._unflushed = False
+        self._next_try = 0.0
+        self._pause = RETRY_SECONDS
+        self.layer = self._layer()
+        self.filler = Filler(self.cache, self.layer, self, images.nursery)
+
+    @property
+    def name(self) -> str:
+        """Of the clean layer."""
+        return f"image:{self.key}"
+
+    @property
+    def written(self) -> bool:
+        """Whether a disk here may write the image."""
+        return any(s.use.writes for s in self.sources)
+
+    def _layer(self) -> Layer:
+        return self.cache.layer(self.name) or self.cache.make_layer(self.name, private=False)
+
+    # -- the origin -------------------------------------------------------------------------------------------
+
+    async def try_reach(self) -> None:
+        """Open the origin if it is not; a failure is noted, and tried again when its time has come."""
+        async with self._reaching:
+            if self.origin is not None or trio.current_time() < self._next_try:
+                return
+            try:
+                origin = await self.sources[-1].open()
+                identity = await origin.identity()
+            except OSError as error:
+                if self.unreachable is None:
+                    log.warning("%s cannot be reached: %s", self.key, error.strerror or error)
+                self.unreachable = error.strerror or str(error)
+                self._next_try = trio.current_time() + self._pause
+                self._pause = min(2 * self._pause, RETRY_MOST)
+                return
+            if self.unreachable is not None:
+                log.warning("%s can be reached again", self.key)
+            self.unreachable = None
+            self._pause = RETRY_SECONDS
+            self._compare(identity)
+            self.origin = origin
+
+    def _compare(self, identity: Identity) -> None:
+        """Forget what the cache has of an image that somebody else has changed since."""
+        known = self.cache.record("image", self.key)
+        if known is None or known["identity"] is None:
+            if known is not None:
+                # We were writing it when we ended unexpectedly; the owner marker kept others out since.
+                self._remember(identity)
+                return
+        elif tuple(known["identity"]) != astuple(identity):
+            self._changed()
+        self._remember(identity)
+
+    def _changed(self) -> None:
+        if self.has_private():
+            self.conflict = (
+                f"{self.key} was changed by somebody else while the cache holds data that it lacks: "
+                "detach with --discard to give that data up"
+            )
+            log.error("%s", self.conflict)
+            return
+        if self.layer.sectors:
+            log.warning("%s was changed by somebody else: its cached blocks are dropped", self.key)
+        self.refresh()
+
+    def has_private(self) -> bool:
+        """Whether a disk that writes this image has data that it lacks."""
+        return any(
+            x.sectors
+            for s in self.sources
+            if s.use.writes
+            for x in self.cache.layers_named(f"disk:{s.use.disk}:")
+        )
+
+    def refresh(self) -> None:
+        """Drop every clean block; all disks on the image go on without."""
+        old = self.layer
+        pinned = old.pinned
+        self.cache.drop_layer(old)
+        self.layer = self._layer()
+        self.layer.pinned = pinned
+        self.layer.cap = old.cap
+        self.filler.overtaken(0, self.size)
+        self.filler.layer = self.layer
+        for view in self._views:
+            if view.clean is old:
+                view.clean = self.layer
+
+    def _remember(self, identity: Identity | None) -> None:
+        value: dict[str, Any] = {"identity": None if identity is None else list(astuple(identity))}
+        if self.cache.record("image", self.key) != value:
+            self.cache.put_record("image", self.key, value)
+
+    def watch(self, view: View) -> None:
+        """The view follows when the clean blocks are dropped."""
+        self._views.append(view)
+
+    def reached(self) -> Origin:
+        """The origin. Raises OSError(EIO) while there is none."""
+        if self.conflict is not None:
+            raise OSError(errno.EIO, self.conflict)
+        if self.origin is None:
+            raise OSError(errno.EIO, f"{self.key} cannot be reached: {self.unreachable}")
+        return self.origin
+
+    async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
+        """Bytes of the origin. Raises OSError."""
+        if self.origin is None and self.conflict is None:
+            await self.try_reach()
+        return await self.reached().read(offset, length, background)
+
+    async def beginning_to_write(self) -> None:
+        """Before the first write: the identity on record is no longer to be trusted, durably."""
+        self._writes += 1
+        self._unflushed = True
+        known = self.cache.record("image", self.key)
+        if known is None or known["identity"] is not None:
+            self._remember(None)
+            await self.cache.commit()
+
+    async def flush(self) -> None:
+        """Make what was written to the origin durable. Raises OSError."""
+        if self._unflushed:
+            writes = self._writes
+            await self.reached().flush()
+            if writes == self._writes:
+                self._unflushed = False
+
+    # -- the watch --------------------------------------------------------------------------------------------
+
+    async def look(self) -> None:
+        """Notice a change by somebody else, or take down what the image looks like after our own writes."""
+        await self.try_reach()
+        if self.origin is None or self.conflict is not None:
+            return
+        before = self._writes
+        try:
+            if self._seen_writes != before:
+                await self.flush()
+            identity = await self.origin.identity()
+        except OSError as error:
+            if error.errno == errno.ESTALE:
+                self.conflict = f"{self.key}: {error.strerror}: detach the disk and attach it again"
+                log.error("%s", self.conflict)
+            return
+        if self._writes != before or self._unflushed:
+            return
+        if self._seen_writes != before:
+            self._seen_writes = before
+            self._remember(identity)
+            self.cache.cool(self.layer)
+            return
+        known = self.cache.record("image", self.key)
+        if known is not None and known["identity"] is not None:
+            self._compare(identity)
+
+    # -- the end ----------------------------------------------------------------------------------------------
+
+    async def leave(self, source: Source, view: View) -> None:
+        """One user less; the last one closes the origin."""
+        self.sources.remove(source)
+        if view in self._views:
+            self._views.remove(view)
+        if not self.sources:
+            await self._images.forget(self)
+
+    async def close(self) -> None:
+        """Flush, take down what the image looks like, and let the origin go."""
+        origin = self.origin
+        if origin is None:
+            return
+        try:
+            await self.flush()
+            if self.conflict is None:
+                self._remember(await origin.identity())
+                self.cache.cool(self.layer)
+        except OSError as error:
+            log.warning("%s: %s", self.key, error.strerror)
+        self.origin = None
+        await origin.close()

@@ -1,0 +1,207 @@
+"""Where a disk's writes go: to the origin, or to a private layer of the cache. One policy for each; modes choose.
+
+Both take the same calls. Offsets and lengths are bytes, any; what is not whole sectors is completed from what the disk
+reads there, under a lock on the sectors concerned.
+"""
+
+import errno
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from forebay_cache import CacheFull, Layer, clean, invalidate, mark_hot, private
+from forebay_cache.device import Buffer
+from forebay_cache.geometry import BLOCK, SECTOR, block_runs
+
+if TYPE_CHECKING:
+    from forebay.disk import Disk
+
+PIECE = 1 << 20
+"""A long request is stored in pieces of this size, so that it needs only so much room in the journal at a time."""
+
+ZERO_PIECE = 64 << 20
+"""The same for zeros, of which nothing is stored but a few bytes a block."""
+
+
+class Policy(Protocol):
+    """What a mode does with writes. Raises OSError; ENOSPC when there is no room and none is coming."""
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        """Take whole sectors without waiting, if that is possible."""
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Store; may be acknowledged afterwards."""
+
+    async def zero(self, offset: int, length: int, may_trim: bool) -> None:
+        """Make the range read as zeros; may be acknowledged afterwards."""
+
+    async def flush(self) -> None:
+        """Make all that was acknowledged durable."""
+
+
+class OriginWrites:
+    """none, write-around, write-through: the origin first, then (write-through) the clean layer."""
+
+    def __init__(self, disk: "Disk", *, keep: bool) -> None:
+        """`keep`: what was written stays cached."""
+        self._disk = disk
+        self._keep = keep
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        """Never: the origin is not on this host."""
+        return False
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Forget the sectors, durably enough; write the origin; remember what was written."""
+        disk = self._disk
+        disk.write_misses += 1
+        start, end = _sectors(offset, len(data))
+        async with disk.ranges.hold(start, end):
+            await self._announce(start, end)
+            await disk.image.reached().write(offset, [data])
+            disk.origin_written_bytes += len(data)
+            disk.image.filler.overtaken(start, end - start)
+            if self._keep:
+                await self._store(offset, data)
+
+    async def _announce(self, start: int, end: int) -> None:
+        disk = self._disk
+        image = disk.image
+        await image.beginning_to_write()
+        await mark_hot(disk.block_cache, image.layer, start, end - start)
+        image.filler.overtaken(start, end - start)
+        await invalidate(disk.block_cache, image.layer, start, end - start)
+
+    async def _store(self, offset: int, data: memoryview) -> None:
+        first = -(-offset // SECTOR) * SECTOR
+        last = (offset + len(data)) // SECTOR * SECTOR
+        if first < last:
+            layer = self._disk.image.layer
+            blocks = [block for block, _, _ in block_runs(first, last - first)]
+            with clean.filling(self._disk.block_cache, layer, blocks) as cells:
+                whole = data[first - offset : last - offset]
+                await clean.store(self._disk.block_cache, layer, first, whole, cells)
+
+    async def zero(self, offset: int, length: int, may_trim: bool) -> None:
+        """The same with zeros, which need no slot."""
+        disk = self._disk
+        disk.write_misses += 1
+        start, end = _sectors(offset, length)
+        async with disk.ranges.hold(start, end):
+            await self._announce(start, end)
+            await disk.image.reached().zero(offset, length, may_trim)
+            disk.image.filler.overtaken(start, end - start)
+
+    async def flush(self) -> None:
+        """The origin has it durably."""
+        await self._disk.image.flush()
+
+
+class PrivateWrites:
+    """write-back, full-copy and overlays: a private layer of the cache, durable with the device's next sync."""
+
+    def __init__(self, disk: "Disk") -> None:
+        self._disk = disk
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        """Whole sectors that can be stored at once, where nothing has to be announced, waited for or slowed down."""
+        disk = self._disk
+        if (offset | len(data)) & (SECTOR - 1) or disk.must_wait(len(data)):
+            return False
+        held = disk.ranges.held
+        if held and not disk.ranges.free(offset, offset + len(data)):
+            return False
+        if private.write(disk.block_cache, disk.view.private[0], offset, data):
+            disk.write_hits += 1
+            disk.note_dirty()
+            return True
+        return False
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Any range, with all the waiting there may be."""
+        disk = self._disk
+        disk.write_hits += 1
+        start, end = _sectors(offset, len(data))
+        async with disk.ranges.hold(start, end):
+            whole = await self._whole(start, end, offset, data)
+            for at in range(0, len(whole), PIECE):
+                await self._store(start + at, whole[at : at + PIECE])
+
+    async def _whole(self, start: int, end: int, offset: int, data: memoryview) -> memoryview:
+        """The data, made whole sectors with what the disk has around it."""
+        if start == offset and end == offset + len(data):
+            return data
+        merged = bytearray(end - start)
+        if start < offset:
+            merged[:SECTOR] = await self._sector(start)
+        if end > offset + len(data) and (end - start > SECTOR or start == offset):
+            merged[-SECTOR:] = await self._sector(end - SECTOR)
+        merged[offset - start : offset - start + len(data)] = data
+        return memoryview(merged)
+
+    async def _sector(self, offset: int) -> bytes:
+        length = min(SECTOR, self._disk.size - offset)
+        buffers = await self._disk.view.read(offset, length)
+        return b"".join(buffers).ljust(SECTOR, b"\0")
+
+    async def _store(self, offset: int, data: memoryview) -> None:
+        disk = self._disk
+        await disk.admit(len(data))
+        with trio.move_on_after(disk.settings.origin_timeout) as patience:
+            while True:
+                layer = disk.view.private[0]  # a new one, if it was frozen meanwhile
+                if private.write(disk.block_cache, layer, offset, data):
+                    disk.note_dirty()
+                    return disk.block_cache.publish()
+                await self._prepare(layer, offset, len(data), zeros=False)
+        assert patience.cancelled_caught
+        raise OSError(errno.ENOSPC, "the cache is full of data that could not be written back")
+
+    async def _prepare(self, layer: Layer, offset: int, length: int, *, zeros: bool) -> None:
+        disk = self._disk
+        try:
+            await private.prepare(disk.block_cache, layer, offset, length, zeros=zeros)
+        except CacheFull:
+            if not await disk.write_back_some():
+                raise OSError(errno.ENOSPC, "the cache is full") from None
+
+    async def zero(self, offset: int, length: int, may_trim: bool) -> None:
+        """Whole sectors become zeros without being stored; the rest is written."""
+        disk = self._disk
+        first = -(-offset // SECTOR) * SECTOR
+        last = (offset + length) // SECTOR * SECTOR
+        if offset + length == disk.size:
+            last = -(-disk.size // SECTOR) * SECTOR
+        if first >= last:
+            await self.write(offset, memoryview(bytes(length)))
+            return
+        if offset < first:
+            await self.write(offset, memoryview(bytes(first - offset)))
+        if offset + length > last:
+            await self.write(last, memoryview(bytes(offset + length - last)))
+        disk.write_hits += 1
+        async with disk.ranges.hold(first, last):
+            for at in range(first, last, ZERO_PIECE):
+                await self._zero(at, min(ZERO_PIECE, last - at))
+
+    async def _zero(self, offset: int, length: int) -> None:
+        disk = self._disk
+        await disk.admit(0)
+        for at in range(offset, offset + length, 16 * BLOCK):
+            part = min(16 * BLOCK, offset + length - at)
+            while not private.zero(disk.block_cache, disk.view.private[0], at, part):
+                await self._prepare(disk.view.private[0], at, part, zeros=True)
+            disk.note_dirty()
+            disk.block_cache.publish()
+
+    async def flush(self) -> None:
+        """The cache device has it durably."""
+        await self._disk.block_cache.sync()
+
+
+def _sectors(offset: int, length: int) -> tuple[int, int]:
+    """The whole sectors that a range touches: (start, end) in bytes."""
+    return offset // SECTOR * SECTOR, -(-(offset + length) // SECTOR) * SECTOR
+
+
+__all__ = ["Buffer", "OriginWrites", "Policy", "PrivateWrites"]

@@ -1,0 +1,227 @@
+"""Write-back: what only the cache has, written to the image, one instant at a time.
+
+A pass freezes the open private layer (a new one takes its place between two awaits), makes it durable, writes all of
+it to the origin, makes that durable, and only then lets it become clean. Until then reads find it in the frozen
+layer, and a crash finds it there again: the pass is done once more. So what is written is always what the disk held
+at one instant, all of it.
+"""
+
+import errno
+import logging
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from forebay_cache import Layer, View, pages_of, settle
+from forebay_cache.device import Buffer
+from forebay_cache.geometry import BLOCK, FULL, PAGE_BLOCKS, PAGE_SHIFT, SECTOR, sector_runs
+from forebay_cache.layer import ZERO_SHIFT
+
+if TYPE_CHECKING:
+    from forebay.disk import Disk, Progress
+
+log = logging.getLogger("forebay.writeback")
+
+RUN_MOST = 1 << 20
+"""Bytes of one write to the origin."""
+
+WRITERS = 4
+"""Writes to the origin at the same time: enough to hide its latency, few enough to leave it to the guests' misses."""
+
+YIELD_SECONDS = 0.002
+YIELD_MOST = 25
+"""How long, and how often at most, a write-back write stands aside for misses that guests wait for."""
+
+RETRY_MOST = 30.0
+"""Most seconds between two tries at an origin that fails; the first pause is one second."""
+
+
+class WriteBack:
+    """The write-back of one disk. `frozen`, oldest first, are the layers that a pass has not finished with."""
+
+    def __init__(self, disk: "Disk") -> None:
+        self._disk = disk
+        self._lock = trio.Lock()
+        self._wanted = trio.Event()
+        self._passed = trio.Event()
+        self.error: str | None = None
+
+    @property
+    def frozen(self) -> list[Layer]:
+        """Oldest first."""
+        return self._disk.view.private[:0:-1]
+
+    def want(self) -> None:
+        """Begin a pass as soon as possible."""
+        self._wanted.set()
+
+    async def passed(self, seconds: float) -> bool:
+        """Wait for the end of a pass; False when none ended in that time."""
+        self.want()
+        event = self._passed
+        with trio.move_on_after(seconds):
+            await event.wait()
+            return True
+        return False
+
+    async def run(self) -> None:
+        """Write back what is old enough, or too much, until cancelled. Failing passes are tried again."""
+        pause = 1.0
+        while True:
+            await self._due()
+            try:
+                await self.checkpoint()
+                pause = 1.0
+            except OSError as error:
+                await trio.sleep(pause)
+                pause = min(2 * pause, RETRY_MOST)
+                log.debug("%s: %s", self._disk.name, error)
+
+    async def _due(self) -> None:
+        """Wait until data is half as old, or half as much, as it may become: the pass itself takes time too."""
+        disk = self._disk
+        while True:
+            if disk.writes_back:
+                if disk.dirty_bytes * 2 >= disk.settings.max_dirty and disk.dirty_bytes:
+                    return
+                if disk.lag_seconds() * 2 >= disk.settings.max_lag and disk.dirty_bytes:
+                    return
+            with trio.move_on_after(min(1.0, disk.settings.max_lag / 8)):
+                await self._wanted.wait()
+            if self._wanted.is_set():
+                self._wanted = trio.Event()
+                if disk.dirty_bytes:
+                    return
+
+    async def checkpoint(self, progress: "Progress | None" = None) -> None:
+        """One pass over everything that is dirty as it begins. Raises OSError; nothing is lost then.
+
+        Cancelled, it leaves a frozen layer that the next pass finishes.
+        """
+        disk = self._disk
+        async with self._lock:
+            try:
+                if not self.frozen and disk.view.private[0].sectors:
+                    disk.freeze()
+                await disk.block_cache.sync()
+                for layer in self.frozen:
+                    await self._write_out(layer, progress)
+                await self._rest()
+                self.error = None
+            except OSError as error:
+                if self.error is None:
+                    log.warning(
+                        "%s: write-back failed, trying again: %s", disk.name, error.strerror
+                    )
+                self.error = error.strerror or str(error)
+                raise
+            finally:
+                event, self._passed = self._passed, trio.Event()
+                event.set()
+
+    async def _write_out(self, layer: Layer, progress: "Progress | None") -> None:
+        disk = self._disk
+        await disk.image.beginning_to_write()
+        work = _Work(disk, layer, progress)
+        await work.all()
+        await disk.image.flush()
+        await settle(disk.block_cache, layer, disk.image.filler)
+        disk.settled(layer)
+        disk.block_cache.drop_layer(layer)
+
+    async def _rest(self) -> None:
+        """Say beside the image that it has everything, if it has."""
+        disk = self._disk
+        if disk.dirty_bytes == 0 and disk.marked:
+            await disk.block_cache.commit()
+            await disk.unmark()
+
+    async def drain(self, progress: "Progress") -> None:
+        """Passes until nothing is dirty. Raises OSError."""
+        disk = self._disk
+        total = disk.dirty_bytes
+        done = 0
+
+        def advance(part: int, _total: int) -> None:
+            nonlocal done, total
+            done += part
+            total = max(total, done)
+            progress(done, total)
+
+        progress(0, total)
+        while disk.dirty_bytes or disk.marked:
+            await self.checkpoint(advance)
+        progress(total, total)
+
+
+class _Work:
+    """Writes one frozen layer to the origin, several runs at a time."""
+
+    def __init__(self, disk: "Disk", layer: Layer, progress: "Progress | None") -> None:
+        self._disk = disk
+        self._layer = layer
+        self._progress = progress
+        self._view = View(disk.block_cache, [layer], None, _nothing)
+        self._errors: list[OSError] = []
+        self._slots = trio.Semaphore(WRITERS)
+
+    async def all(self) -> None:
+        """Raises OSError; then the origin has some of it."""
+        cache, layer = self._disk.block_cache, self._layer
+        async with trio.open_nursery() as nursery:
+            for number in await pages_of(cache, layer):
+                await cache.load(layer, [number])
+                for offset, length, zero in self._runs(number):
+                    await self._slots.acquire()
+                    if self._errors:
+                        self._slots.release()
+                        break
+                    nursery.start_soon(partial(self._one, offset, length, zero=zero))
+        if self._errors:
+            raise self._errors[0]
+
+    def _runs(self, number: int) -> list[tuple[int, int, bool]]:
+        """(offset, length, zeros) in bytes of what the layer holds in one page, neighbours joined."""
+        page = self._layer.pages[number]
+        runs: list[tuple[int, int, bool]] = []
+        for i in range(PAGE_BLOCKS):
+            word = page[i]
+            zeros = word >> ZERO_SHIFT & FULL
+            found = [(*run, False) for run in sector_runs(word & FULL & ~zeros)]
+            found += [(*run, True) for run in sector_runs(zeros)]
+            for first, count, zero in sorted(found):
+                offset = (number << PAGE_SHIFT) + i * BLOCK + first * SECTOR
+                length = min(count * SECTOR, self._disk.size - offset)
+                last = runs[-1] if runs else None
+                joined = last and last[2] == zero and last[0] + last[1] == offset
+                if last and joined and (zero or last[1] + length <= RUN_MOST):
+                    runs[-1] = (last[0], last[1] + length, zero)
+                else:
+                    runs.append((offset, length, zero))
+        return runs
+
+    async def _one(self, offset: int, length: int, *, zero: bool) -> None:
+        disk = self._disk
+        try:
+            for _ in range(YIELD_MOST):
+                if not disk.image.filler.waiting:
+                    break
+                await trio.sleep(YIELD_SECONDS)
+            origin = disk.image.reached()
+            if zero:
+                await origin.zero(offset, length, may_trim=True)
+            else:
+                # Slots of a frozen layer stay as they are until it is settled, so slices of the map stay valid.
+                await origin.write(offset, await self._view.read(offset, length), background=True)
+                disk.origin_written_bytes += length
+            if self._progress is not None:
+                self._progress(length, 0)
+        except OSError as error:
+            self._errors.append(error)
+        finally:
+            self._slots.release()
+
+
+async def _nothing(offset: int, length: int) -> Buffer:
+    raise OSError(errno.EIO, f"no private data at {offset}")
