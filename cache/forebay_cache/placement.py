@@ -317,6 +317,7 @@ class Placement:
             pool, most = self._turn()
             self._sweep(pool, min(most, count - found), chosen, forced=patience <= 0)
             patience -= len(chosen) == found
+            assert patience > -_PATIENCE, "blocks are counted where there are none"
         return chosen
 
     def _turn(self) -> tuple[_Pool, int]:
@@ -326,12 +327,8 @@ class Placement:
         if self._main.total and surplus <= 0:
             return self._main, self._main.total
         if not self._leaving.total:
-            self._turn_generations()
+            self._leaving, self._joining = self._joining, self._leaving
         return self._leaving, max(1, surplus)
-
-    def _turn_generations(self) -> None:
-        self._leaving, self._joining = self._joining, self._leaving
-        self._leaving.hand = self._joining.hand
 
     def _sweep(self, pool: _Pool, most: int, chosen: list[int], *, forced: bool) -> None:
         """Take the hand of `pool` through the rest of one region, or until it has found `most` victims."""

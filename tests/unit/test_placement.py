@@ -117,6 +117,26 @@ def test_a_touched_block_outlives_those_that_came_once() -> None:
     assert not set(victims) & set(wanted)
 
 
+def test_a_touched_block_is_passed_over_while_others_can_be_had() -> None:
+    placement = Placement(100)
+    blocks = fill(placement, range(100))
+    touch(placement, blocks[85:95])
+    replace(placement, range(1000, 1080))
+    assert not set(placement.victims(20)) & set(blocks[85:95])
+
+
+def test_a_touch_counts_after_a_hold_too() -> None:
+    placement = Placement(100)
+    blocks = fill(placement, range(100))
+    for slot in blocks[:10]:
+        placement.hold(slot)
+    touch(placement, blocks[:10])
+    for slot in blocks[:10]:
+        placement.unhold(slot)
+    victims = replace(placement, range(1000, 1300))
+    assert not set(victims) & set(blocks[:10])
+
+
 def test_what_is_touched_when_it_comes_in_counts_as_one_use() -> None:
     """A scan by small requests touches each block several times at once."""
     placement = Placement(400)
@@ -143,28 +163,38 @@ def test_a_block_asked_for_again_soon_after_it_left_goes_to_main() -> None:
     assert not set(victims) & set(returned)
 
 
+def evict_key(placement: Placement, key: int) -> None:
+    """Have the key come and go, on probation."""
+    (slot,) = fill(placement, iter([key]))
+    placement.quarantine(slot)
+    placement.evicted(slot, key)
+    placement.release(slot)
+
+
 def test_ghosts_are_forgotten_in_the_end() -> None:
-    placement = Placement(100)
-    fill(placement, range(100))
-    (first,) = placement.victims(1)
-    placement.evicted(first, 12345)
-    placement.release(first)
-    for key in range(1000, 1060):  # more than two generations of 25
-        (victim,) = placement.victims(1)
-        placement.evicted(victim, key)
-        placement.release(victim)
-        fill(placement, range(key + 10_000, key + 10_001))
-    (slot,) = fill(placement, iter([12345]))
+    placement = Placement(400)
+    for key in range(100):
+        evict_key(placement, key)
+    for key in range(1000, 1202):  # two generations, of a quarter of the slots each
+        evict_key(placement, key)
+    slots = fill(placement, range(100))
+    assert all(placement.state[slot] & PROBATION for slot in slots)
+
+
+def test_a_block_that_main_let_go_is_no_ghost() -> None:
+    placement = Placement(4)
+    placement.adopt(0, held=False)
+    assert placement.victims(1) == [0]
+    placement.evicted(0, 77)
+    placement.release(0)
+    (slot,) = fill(placement, iter([77]))
     assert placement.state[slot] & PROBATION
 
 
 def test_keys_of_any_size_can_be_ghosts() -> None:
     placement = Placement(64)
     for key in (0, 1, 1 << 40, (1 << 64) - 1, 1 << 100):
-        (slot,) = fill(placement, iter([key]))
-        placement.quarantine(slot)
-        placement.evicted(slot, key)
-        placement.release(slot)
+        evict_key(placement, key)
         (again,) = fill(placement, iter([key]))
         assert placement.state[again] == MAIN, f"{key:#x} was not remembered"
 
@@ -277,6 +307,16 @@ def test_without_a_frontier_what_is_not_adopted_is_free() -> None:
     assert sorted(fill(placement, range(4))) == [0, 1, 3]
 
 
+def test_a_slot_adopted_after_its_release_is_not_given() -> None:
+    placement = Placement(2)
+    slot = placement.take()
+    assert slot is not None
+    placement.release(slot)
+    placement.adopt(slot, held=False)
+    assert placement.take() == 1 - slot
+    assert placement.take() is None
+
+
 def test_a_scan_that_is_behind_does_not_bring_back_what_has_changed() -> None:
     placement = Placement(8, frontier=4)
     placement.quarantine(0)  # dropped before the scan came to it
@@ -370,6 +410,25 @@ def test_free_slots_are_found_without_going_round_for_each() -> None:
     placement.scanned()
     assert len(fill(placement, range(1000))) == 1000
     assert placement.examined <= 3 * TERABYTE
+
+
+def test_released_slots_are_found_without_a_search() -> None:
+    placement = Placement(TERABYTE, frontier=TERABYTE)
+    slots = Random(2).sample(range(TERABYTE), 1000)
+    for slot in slots:
+        placement.adopt(slot, held=False)
+        placement.quarantine(slot)
+        placement.release(slot)
+    assert [placement.take() for _ in slots] == slots
+    assert placement.examined == 0
+
+
+def test_counts_that_went_wrong_are_an_error_and_not_an_endless_search() -> None:
+    placement = Placement(100)
+    fill(placement, range(100))
+    placement.state[:] = bytes(100)
+    with pytest.raises(AssertionError, match="counted"):
+        placement.victims(1)
 
 
 # Against a model
