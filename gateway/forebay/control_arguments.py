@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -87,10 +88,12 @@ async def arguments(
 
 async def _body(request: Request) -> bytes:
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > LONGEST_BODY:
-            raise HTTPException(413, f"the request is too long: send at most {LONGEST_BODY} bytes")
+    async with aclosing(request.stream()) as parts:
+        async for part in parts:
+            body += part
+            if len(body) > LONGEST_BODY:
+                text = f"the request is too long: send at most {LONGEST_BODY} bytes"
+                raise HTTPException(413, text)
     return body
 
 

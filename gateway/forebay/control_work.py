@@ -33,7 +33,7 @@ def failure(fault: Exception) -> tuple[int, str]:
         case ForebayError():
             return 409, str(fault)
         case OSError():
-            return 500, f"{fault.strerror or fault}: look at the daemon's log"
+            return 500, f"{fault.strerror or type(fault).__name__}: look at the daemon's log"
     log.error("control API: %s", type(fault).__name__, exc_info=fault)
     return 500, f"a fault of forebay itself ({type(fault).__name__}): look at the daemon's log"
 
@@ -44,12 +44,15 @@ def error(status: int, text: str) -> Response:
 
 
 class Operation:
-    """An ASGI response that does `work` and tells how far it is. Cancelled when the client hangs
-    up.
+    """An ASGI response that does `work` and tells how far it is.
+
+    The work, and it alone, is cancelled when the client hangs up: hypercorn closes connections in
+    the task that sends, and what is cancelled in there stays open.
     """
 
     def __init__(self, work: Work) -> None:
         self._work = work
+        self._scope = trio.CancelScope()
         self._progress: tuple[int, int] | None = None
         self._changed = trio.Event()
         self._finished = trio.Event()
@@ -59,22 +62,27 @@ class Operation:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._hang_up, receive, nursery.cancel_scope)
+            nursery.start_soon(self._hang_up, receive)
             nursery.start_soon(self._run)
-            await self._answer(scope, receive, send)
+            await self._changed.wait()
+            if self._finished.is_set() and "result" not in self._outcome:
+                await self._refuse(scope, receive, send)
+            else:
+                await self._tell(send)
             nursery.cancel_scope.cancel()
 
-    async def _hang_up(self, receive: Receive, scope: trio.CancelScope) -> None:
+    async def _hang_up(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        scope.cancel()
+        self._scope.cancel()
 
     async def _run(self) -> None:
-        try:
-            self._outcome = {"result": await self._work(self._advance)}
-        except Exception as fault:  # noqa: BLE001  (whatever it is, the client is told and the daemon lives)
-            self._status, text = failure(fault)
-            self._outcome = {"error": text}
+        with self._scope:
+            try:
+                self._outcome = {"result": await self._work(self._advance)}
+            except Exception as fault:  # noqa: BLE001  (the client is told, and the daemon lives)
+                self._status, text = failure(fault)
+                self._outcome = {"error": text}
         self._finished.set()
         self._changed.set()
 
@@ -82,11 +90,11 @@ class Operation:
         self._progress = (done, total)
         self._changed.set()
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._changed.wait()
-        if self._finished.is_set() and "error" in self._outcome:
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._outcome:
             await error(self._status, self._outcome["error"])(scope, receive, send)
-            return
+
+    async def _tell(self, send: Send) -> None:
         headers = [(b"content-type", b"application/x-ndjson")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         while not self._finished.is_set():
@@ -97,7 +105,8 @@ class Operation:
                 await _line(send, {"done": done, "total": total}, more=True)
             with trio.move_on_after(PROGRESS_INTERVAL):
                 await self._finished.wait()
-        await _line(send, self._outcome, more=False)
+        if self._outcome:
+            await _line(send, self._outcome, more=False)
 
 
 async def _line(send: Send, content: dict[str, Any], *, more: bool) -> None:

@@ -76,9 +76,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
-def parse_name(text: str) -> str:
+def parse_name(text: object) -> str:
     """A disk's name, unchanged. Raises ValueError."""
-    if re.fullmatch(_NAME, text):
+    if isinstance(text, str) and re.fullmatch(_NAME, text):
         return text
     raise ValueError(
         f"{text!r} is not a name: use 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or digit"

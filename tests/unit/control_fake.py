@@ -1,0 +1,151 @@
+"""A gateway without disks, for what stands in front of it: the control API and the command."""
+
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from forebay.config import Config, GatewaySection
+from forebay.control import serve_control
+from forebay.errors import ForebayError
+from forebay.metrics import metrics_text
+from forebay.sizes import GIB, MIB, Mode
+
+Progress = Callable[[int, int], None]
+
+CACHE = {
+    "device": "/dev/vg0/forebay",
+    "size": 20 * GIB,
+    "used_bytes": 3 * GIB,
+    "free_slots": 12,
+    "evicted_blocks": 7,
+    "state": "ok",
+    "error": None,
+}
+
+
+def disk(name: str, **differs: Any) -> dict[str, Any]:
+    """A status with the contract's keys."""
+    return {
+        "name": name,
+        "image": f"images:{name}.raw",
+        "mode": "write-back",
+        "state": "ok",
+        "read_only": False,
+        "overlay": False,
+        "size": 20 * GIB,
+        "cached_bytes": 3 * GIB,
+        "dirty_bytes": 0,
+        "lag_seconds": 0.0,
+        "read_hits": 900,
+        "read_misses": 100,
+        "write_hits": 50,
+        "write_misses": 5,
+        "origin_read_bytes": 7 * MIB,
+        "origin_written_bytes": MIB,
+        "clients": 1,
+        "socket": f"/run/forebay/disks/{name}.sock",
+    } | differs
+
+
+class FakeGateway:
+    """Holds statuses; work goes in `steps` of one MiB, and then waits for `finish` where that is set.
+
+    `calls` are the requests that reached it, `fail` is raised by the next one, `cancelled` lists
+    the work whose client hung up.
+    """
+
+    def __init__(self, *names: str, control_group: str | None = None) -> None:
+        self.config = Config(gateway=GatewaySection(control_group=control_group))
+        self.disks = {name: disk(name) for name in names}
+        self.calls: list[tuple[Any, ...]] = []
+        self.fail: Exception | None = None
+        self.steps = 0
+        self.finish: trio.Event | None = None
+        self.cancelled: list[str] = []
+        self.left_dirty = 0
+        self.began = trio.Event()
+        self.ended = trio.Event()
+
+    def _called(self, *call: Any) -> None:
+        self.calls.append(call)
+        if self.fail is not None:
+            raise self.fail
+
+    async def _work(self, what: str, progress: Progress) -> None:
+        self.began.set()
+        try:
+            for step in range(self.steps):
+                progress(step * MIB, self.steps * MIB)
+                await trio.lowlevel.checkpoint()
+            if self.finish is not None:
+                await self.finish.wait()
+        except trio.Cancelled:
+            self.cancelled.append(what)
+            raise
+        finally:
+            self.ended.set()
+        if self.fail is not None:
+            raise self.fail
+
+    async def attach(self, name: str, image: str, **settings: Any) -> dict[str, Any]:
+        self._called("attach", name, image, settings)
+        if name in self.disks:
+            raise ForebayError(f"'{name}' is attached already: detach it, or choose another name")
+        self.disks[name] = disk(name, image=image, mode=str(settings["mode"] or "write-through"))
+        return self.disks[name]
+
+    async def detach(self, name: str, *, discard: bool, force: bool, progress: Progress) -> None:
+        self.calls.append(("detach", name, discard, force))
+        await self._work("detach", progress)
+        del self.disks[name]
+
+    def status(self, name: str | None = None) -> list[dict[str, Any]]:
+        if name is not None and name not in self.disks:
+            raise ForebayError(f"no disk '{name}': see 'forebay status'")
+        return [d for d in self.disks.values() if name in (None, d["name"])]
+
+    async def flush(
+        self, names: list[str] | None, *, timeout: float | None, progress: Progress
+    ) -> None:
+        self.calls.append(("flush", names, timeout))
+        await self._work("flush", progress)
+        for name in self.disks if names is None else names:
+            self.disks[name]["dirty_bytes"] = self.left_dirty
+
+    async def set_mode(self, name: str, mode: Mode, progress: Progress) -> dict[str, Any]:
+        self.calls.append(("mode", name, mode))
+        await self._work("mode", progress)
+        self.disks[name]["mode"] = str(mode)
+        return self.disks[name]
+
+    async def preload(self, name: str, amount: int | str, progress: Progress) -> None:
+        self.calls.append(("preload", name, amount))
+        await self._work("preload", progress)
+
+    def cache_info(self) -> dict[str, Any]:
+        self._called("cache_info")
+        return CACHE
+
+    async def scrub(self, progress: Progress) -> dict[str, Any]:
+        self.calls.append(("scrub",))
+        await self._work("scrub", progress)
+        return {"checked_bytes": 3 * GIB, "damaged_slots": 0}
+
+    def metrics(self) -> str:
+        self._called("metrics")
+        return metrics_text(self.status(), CACHE)
+
+
+@asynccontextmanager
+async def served(gateway: FakeGateway) -> AsyncIterator[Path]:
+    """The real control API on a socket of its own; gives the run directory."""
+    with tempfile.TemporaryDirectory(prefix="fb-") as directory:
+        run = Path(directory)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve_control, gateway, run / "control.sock")
+            yield run
+            nursery.cancel_scope.cancel()
