@@ -18,6 +18,10 @@ from forebay.store import DeviceImage, FileImage, Image, ImageFile, open_device,
 
 log = logging.getLogger("forebay.origin")
 
+START_SECONDS = 2.0
+"""What a store may take at the daemon's start before its disks come up without it. Local ones need milliseconds, and
+QEMU's reconnect-delay is tens of seconds."""
+
 
 @dataclass(frozen=True)
 class Use:
@@ -63,7 +67,9 @@ class Source:
         self._timeout = timeout
         self._nursery = nursery
         self._claim: Claim | None = None
+        self._origin: Origin | None = None  # the last one handed out
         self._prepared: Origin | None = None
+        self._hurried = size is not None
 
     @property
     def size(self) -> int:
@@ -90,14 +96,27 @@ class Source:
         self._prepared = await self._open(first=True)
 
     async def open(self) -> Origin:
-        """An origin, claimed if the disk writes. Raises OSError, also for what an operator has to put right."""
+        """An origin, claimed if the disk writes. Raises OSError, also for what an operator has to put right.
+
+        The first attempt after a restart is short: a disk that is warm must not wait for a store that hangs.
+        """
         if self._prepared is not None:
-            origin, self._prepared = self._prepared, None
-            return origin
+            self._origin, self._prepared = self._prepared, None
+            return self._origin
+        hurried, self._hurried = self._hurried, False
+        patience = START_SECONDS if hurried else float("inf")
         try:
-            return await self._open(first=False)
+            with bounded(patience, f"opening {self.label}"):
+                self._origin = await self._open(first=False)
         except ForebayError as fault:
             raise OSError(errno.EIO, str(fault)) from fault
+        return self._origin
+
+    async def close_prepared(self) -> None:
+        """Another disk on the same image was there before: its origin serves both."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            await _closed(prepared)
 
     async def _open(self, first: bool) -> Origin:
         origin = await self._opened(first)
@@ -175,14 +194,33 @@ class Source:
             )
         return self._claim
 
-    async def release(self, *, keep: bool = False) -> None:
-        """Let the image go; with `keep`, as a restart does, leave the marker that says whose it is. Raises OSError."""
-        if self._prepared is not None:
-            await _closed(self._prepared)
-            self._prepared = None
+    async def release(self) -> None:
+        """Let the image go, and take the marker away. The origins that were handed out are closed already.
+
+        Raises OSError and ForebayError; the marker then stays: a write that hangs could still arrive.
+        """
+        if self._origin is not None:
+            await self._origin.settle()
+        if self._prepared is None and self._claim is None and self.marker is not None:
+            self._prepared = await self._open(first=False)  # ours from before a restart
+        if self._claim is not None:
+            await (
+                self._claim.clean()
+            )  # what the image lacked was brought home, or dropped on purpose
+        await self.abandon()
+
+    async def abandon(self) -> None:
+        """After an attach that failed: give back what it took, and no more. Raises OSError."""
+        await self.close_prepared()
         claim, self._claim = self._claim, None
         if claim is not None:
-            await (claim.close() if keep else claim.release())
+            await claim.release()
+
+    async def leave(self) -> None:
+        """Let the image go and leave the marker, which says whose it is: what a restart does. Raises OSError."""
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            await claim.close()
 
 
 def _path(image: Image) -> str:
@@ -192,5 +230,5 @@ def _path(image: Image) -> str:
 
 
 async def _closed(origin: Origin) -> None:
-    with contextlib.suppress(OSError):
+    with trio.CancelScope(shield=True), contextlib.suppress(OSError):
         await origin.close()

@@ -153,7 +153,9 @@ def _resolve_nbd(config: Config, text: str) -> NbdImage:
 
 
 def _allowed(pattern: str, image: NbdImage) -> bool:
-    """Server and export are matched apart: a `*` for the one must not reach into the other."""
+    """Server and export are matched apart: a `*` for the one must not reach into the other. `*` alone is everything."""
+    if pattern == "*":
+        return True
     scheme, _, rest = pattern.partition("://")
     server, _, export = rest.partition("/")
     if scheme == "nbd+unix":

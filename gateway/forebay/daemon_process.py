@@ -1,0 +1,239 @@
+"""The daemon as a process: its directories and their locks, its log, its signals, how it begins and ends."""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import lmdb
+import trio
+
+import forebay_cache
+from forebay.config import Config
+from forebay.control import Gateway as Controlled
+from forebay.control import serve_control
+from forebay.errors import ForebayError
+from forebay.notify import keep_alive, notify
+from forebay_cache import Cache, CacheError
+
+log = logging.getLogger("forebay.daemon")
+
+STOP_SECONDS = 60.0
+"""The whole of a stop. What is not done by then is given up: the journal has what was acknowledged."""
+
+ALARM_SECONDS = 90
+"""When even that hangs, SIGALRM ends the process. No worse than a crash: see promise 1."""
+
+_PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6}
+
+
+class _Runnable(Controlled, Protocol):
+    async def resume(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+MakeGateway = Callable[[Config, Cache, trio.Nursery], _Runnable]
+
+
+def run_process(config: Config, state: Path | None, run: Path | None, make: MakeGateway) -> int:
+    """Run until told to stop; 0. Raises ForebayError when it cannot start."""
+    places = {"state": state, "run": run}
+    given = {name: path for name, path in places.items() if path is not None}
+    config = config.model_copy(update={"gateway": config.gateway.model_copy(update=given)})
+    _log_to_stderr()
+    with (
+        _locked(config.gateway.state, "--state", 0o700),
+        _locked(config.gateway.run, "--run", 0o755),
+    ):
+        (config.gateway.run / "disks").mkdir(exist_ok=True)
+        _remove_stale_sockets(config.gateway.run)
+        try:
+            trio.run(_main, config, make)
+        except BaseExceptionGroup as group:
+            fault = _cause(group)
+            if fault is None:
+                raise
+            raise _one_line(fault) from group
+        except (CacheError, OSError, lmdb.Error) as fault:
+            raise _one_line(fault) from fault
+    return 0
+
+
+async def _main(config: Config, make: MakeGateway) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        cache = open_cache(config)
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(cache.run)
+                await _serve(config, make(config, cache, nursery), nursery, signals)
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(STOP_SECONDS):
+                await cache.close()
+
+
+async def _serve(
+    config: Config, gateway: _Runnable, nursery: trio.Nursery, signals: AsyncIterator[int]
+) -> None:
+    async with trio.open_nursery() as control:
+        try:
+            await gateway.resume()
+            path = config.gateway.run / "control.sock"
+            await control.start(serve_control, gateway, path)
+            nursery.start_soon(keep_alive)
+            notify("READY=1")
+            log.info("ready: %d disks", len(gateway.status()))
+            await anext(signals)
+        finally:
+            notify("STOPPING=1")
+            signal.alarm(ALARM_SECONDS)
+            control.cancel_scope.cancel()
+            with trio.move_on_after(STOP_SECONDS) as scope:
+                scope.shield = True
+                await gateway.stop()
+            if scope.cancelled_caught:
+                log.error("the stop took too long and was cut short; nothing acknowledged is lost")
+
+
+def open_cache(config: Config) -> Cache:
+    """The cache on its device. Raises CacheError and OSError."""
+    section = config.cache
+    return forebay_cache.open_cache(
+        _device(config),
+        config.gateway.state / "index",
+        size=section.size,
+        block_size=section.block_size,
+    )
+
+
+def format_cache(config: Config, force: bool) -> None:
+    """Make the cache device empty; `force`: also when something unknown is on it. The daemon must not run.
+
+    Raises ForebayError.
+    """
+    state = config.gateway.state
+    with _locked(state, "--state", 0o700):
+        try:
+            size = config.cache.size
+            forebay_cache.format_device(_device(config), state / "index", size=size, force=force)
+        except (CacheError, OSError, lmdb.Error) as fault:
+            raise _one_line(fault) from fault
+
+
+def _device(config: Config) -> Path:
+    """Where the cache lies. Only a file is made when it is missing: a device that is gone stays gone."""
+    path = config.cache_device
+    if path.is_relative_to("/dev") and not path.exists():
+        raise CacheError(f"{path}: no such device: activate it, or correct [cache] device")
+    return path
+
+
+# ---------------------------------------------------------------------------------------- directories
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, option: str, mode: int) -> Iterator[None]:
+    """Make the directory, and hold its lock file: two daemons on one are impossible. Raises ForebayError."""
+    try:
+        directory.mkdir(mode=mode, parents=True, exist_ok=True)
+        fd = os.open(
+            directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
+    except OSError as fault:
+        raise ForebayError(
+            f"{directory}: {fault.strerror}: let the daemon's user write there, or choose another {option}"
+        ) from fault
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as fault:
+            if fault.errno != errno.EWOULDBLOCK:
+                raise ForebayError(
+                    f"{directory}/lock: {fault.strerror}: use a local directory"
+                ) from fault
+            raise ForebayError(
+                f"{directory} is in use by another daemon (pid {_pid(fd)}): stop that one, "
+                f"or give this one {option} of its own"
+            ) from None
+        _note_pid(fd, directory)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _pid(fd: int) -> str:
+    text = os.pread(fd, 20, 0).decode(errors="replace").strip()
+    return text if text.isdecimal() else "unknown"
+
+
+def _note_pid(fd: int, directory: Path) -> None:
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    except OSError as fault:
+        raise ForebayError(
+            f"{directory}: {fault.strerror}: make room there, then start again"
+        ) from fault
+
+
+def _remove_stale_sockets(run: Path) -> None:
+    """What a killed daemon left. Its lock is ours, so nobody answers there any more."""
+    for path in (run / "disks").glob("*.sock*"):
+        path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------- faults, log
+
+
+def _cause(group: BaseExceptionGroup[BaseException]) -> Exception | None:
+    """The one fault that an operator can do something about, if a group has nothing else."""
+    known, other = group.split((ForebayError, CacheError, OSError, lmdb.Error))
+    if known is None or other is not None:
+        return None
+    found: BaseException = known
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found if isinstance(found, Exception) else None
+
+
+def _one_line(fault: Exception) -> ForebayError:
+    if isinstance(fault, ForebayError):
+        return fault
+    if isinstance(fault, OSError):
+        where = f"{fault.filename}: " if fault.filename else ""
+        what = fault.strerror or str(fault)
+        hint = (
+            "make room there" if fault.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
+        )
+        return ForebayError(f"{where}{what}: {hint}, then start again")
+    if isinstance(fault, lmdb.Error):
+        return ForebayError(
+            f"the index cannot be opened ({fault}): see that its disk has room and works"
+        )
+    return ForebayError(str(fault))
+
+
+class _Format(logging.Formatter):
+    """With the priority that systemd reads (sd-daemon(3)) where stderr is its journal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if "JOURNAL_STREAM" not in os.environ:
+            return text
+        prefix = f"<{_PRIORITIES.get(record.levelno, 7)}>"
+        return "\n".join(prefix + line for line in text.splitlines())
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Format("%(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
