@@ -93,7 +93,7 @@ class _Ghost:
         self._added = 0
 
     def _blank(self) -> "array[int]":
-        return array("H", bytes(2 << self._bits))
+        return array("H", (0,)) * (1 << self._bits)
 
     def _place(self, key: int) -> tuple[int, int]:
         mixed = hash((key, key >> 61))  # mixes all bits, which an integer's own hash does not
@@ -153,7 +153,9 @@ class Placement:
             raise ValueError(f"{slots} slots with the frontier at {frontier}")
         self.slots = slots
         self.state = bytearray(slots)
-        self.state[:frontier] = bytes((UNSCANNED,)) * frontier
+        for start in range(0, frontier, _REGION):  # in pieces: a second terabyte's worth stays away
+            length = min(_REGION, frontier - start)
+            self.state[start : start + length] = bytes((UNSCANNED,)) * length
         self.free = slots - frontier
         self.examined = 0  # bytes of `state` that searches have looked at: the cost of the policy
         self._frontier = frontier

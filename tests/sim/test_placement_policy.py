@@ -344,7 +344,7 @@ def test_boot_and_scan_is_served_better_than_by_any_other() -> None:
     [
         # points of hit ratio at least won, or (negative) at most lost against LRU
         ("the same, one request a block", 1200, 5),
-        ("boot", 1200, 9),
+        ("boot", 1200, 11),
         ("boot", 4800, 0),
         ("loop", 1200, 0),
         ("loop", 2400, 30),
