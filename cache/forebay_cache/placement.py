@@ -285,7 +285,9 @@ class Placement:
     def unhold(self, slot: int) -> None:
         """The block may be evicted; one on probation starts it anew."""
         state = self.state[slot]
-        if state & HELD:
+        if state & ~TOUCHED == UNSCANNED:
+            self.adopt(slot, held=False)
+        elif state & HELD:
             self._admit(slot, state & ~HELD)
         else:
             self._evictable_pool(slot)

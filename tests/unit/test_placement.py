@@ -329,8 +329,10 @@ def test_a_scan_that_is_behind_does_not_bring_back_what_has_changed() -> None:
     placement.adopt(2, held=True)
     placement.unhold(2)
     placement.adopt(2, held=True)
+    placement.unhold(3)  # written back before the scan came to it
+    placement.adopt(3, held=True)
     assert placement.free == 5
-    assert placement.victims(8) == [2]
+    assert placement.victims(8) == [2, 3]
     assert placement.take() in {0, 4, 5, 6, 7}
 
 
@@ -548,6 +550,20 @@ class PlacementMachine(RuleBasedStateMachine):
         self.unscanned.remove(slot)
         self.blocks[slot] = slot
         if held:
+            self.held.add(slot)
+
+    @precondition(lambda self: self.scanning and self.unscanned)
+    @rule(data=st.data(), call=st.sampled_from(["hold", "unhold", "quarantine"]))
+    def use_before_the_scan(self, data: st.DataObject, call: str) -> None:
+        slot = self._some(self.unscanned, data)
+        getattr(self.placement, call)(slot)
+        self.placement.adopt(slot, held=call == "unhold")  # the scan, which is behind
+        self.unscanned.remove(slot)
+        if call == "quarantine":
+            self.leaving.add(slot)
+        else:
+            self.blocks[slot] = slot
+        if call == "hold":
             self.held.add(slot)
 
     @precondition(lambda self: self.scanning)
