@@ -1,0 +1,95 @@
+import pytest
+
+from forebay.render import (
+    Cell,
+    Column,
+    hit_percent,
+    key_values,
+    megabytes,
+    mode_of,
+    rate,
+    status_table,
+    table,
+    wants_colour,
+)
+from forebay.sizes import MIB
+from unit.control_fake import disk
+
+
+def test_columns_are_aligned() -> None:
+    columns = (Column("NAME"), Column("SIZE", right=True))
+    rows = [[Cell("a"), Cell("20G")], [Cell("longer"), Cell("5")]]
+    assert table(columns, rows) == ["NAME    SIZE", "a        20G", "longer     5"]
+    assert table(columns, []) == ["NAME  SIZE"]
+
+
+def test_colour_changes_nothing_but_colour() -> None:
+    disks = [disk("a", dirty_bytes=5, state="degraded"), disk("b")]
+    plain, coloured = status_table(disks), status_table(disks, colour=True)
+    assert not any("\x1b" in line for line in plain)
+    assert "\x1b[31mdegraded" in coloured[1]
+    assert "\x1b[33m" in coloured[1]
+    assert "\x1b" not in coloured[2]
+
+
+def test_image_is_cut_in_the_middle_to_fit_a_terminal() -> None:
+    long = disk("a", image="images:" + "deep/" * 30 + "debian-12.raw")
+    heading, line = status_table([long], width=100)
+    assert max(len(heading), len(line)) == 100
+    assert line.split()[1].startswith("images:deep")
+    assert line.split()[1].endswith("debian-12.raw")
+    assert "…" in line
+    assert "…" not in status_table([long])[1]
+    assert status_table([long], width=10)[1].split()[1] == "image…12.raw"  # never to nothing
+
+
+@pytest.mark.parametrize(
+    ("terminal", "variables", "colour"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"NO_COLOR": "1"}, False),
+        (True, {"NO_COLOR": ""}, True),
+        (True, {"TERM": "dumb"}, False),
+    ],
+)
+def test_colour_is_for_terminals(
+    terminal: bool, variables: dict[str, str], colour: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert wants_colour(terminal) is colour
+
+
+def test_words() -> None:
+    assert (hit_percent(0, 0), hit_percent(1, 2), hit_percent(5, 0)) == ("-", "33.3", "100.0")
+    assert mode_of(disk("a", read_only=True, overlay=True)) == "write-back,overlay,ro"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (0.4, "0"), (999, "999"), (999.6, "1.0k"), (12345, "12k"), (999_900, "1.0M")],
+)
+def test_rate(number: float, text: str) -> None:
+    assert rate(number) == text
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"), [(0, "0.00"), (3.414, "3.41"), (12.34, "12.3"), (1240, "1240")]
+)
+def test_megabytes(amount: float, text: str) -> None:
+    assert megabytes(amount * MIB) == text
+
+
+def test_keys_and_values_have_units() -> None:
+    values = {"size": 2 * MIB, "used_bytes": 5, "age_seconds": 90, "ok": True, "error": None}
+    assert key_values(values) == [
+        "size         2.0M (2097152)",
+        "used_bytes   5",
+        "age_seconds  1m30s",
+        "ok           yes",
+        "error        -",
+    ]
+    assert key_values({}) == []
