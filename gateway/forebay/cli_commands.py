@@ -52,8 +52,7 @@ def serve(arguments: Arguments) -> int:
 
     config = Config.load(arguments.config)
     state, run = (path and Path(path).absolute() for path in (arguments.state, arguments.run))
-    run_daemon(config, state, run)
-    return 0
+    return run_daemon(config, state, run)
 
 
 def check_config(arguments: Arguments) -> int:
@@ -133,11 +132,13 @@ def status(arguments: Arguments) -> int:
     if arguments.json:
         print_json(disks)
         return 0
-    from forebay.render import status_table, wants_colour  # noqa: PLC0415
+    from forebay.render import reasons, status_table, wants_colour  # noqa: PLC0415
 
     terminal = sys.stdout.isatty()
     width = os.get_terminal_size().columns if terminal else None
     print("\n".join(status_table(disks, colour=wants_colour(terminal), width=width)))
+    if terminal and (why := reasons(disks)):
+        print("", *why, sep="\n")
     if terminal and not disks:
         print("no disks yet: 'forebay attach NAME IMAGE' serves one")
     return 0
@@ -157,6 +158,11 @@ def flush(arguments: Arguments) -> int:
         raise ForebayError(
             f"{format_size(result['dirty_bytes'])} are dirty again: guests went on writing; "
             "pause them, or choose mode write-through, and flush again"
+        )
+    if result["not_served"]:
+        raise ForebayError(
+            f"{', '.join(result['not_served'])}: not served, so what is dirty there stays: "
+            "see 'forebay status'"
         )
     if not arguments.json:
         print(f"{arguments.name or 'all disks'}: nothing is dirty")

@@ -119,16 +119,20 @@ def _counters_of_nothing() -> tuple[str, ...]:
 def rates(
     name: str | None, before: Iterable[Disk], after: Sequence[Disk], seconds: float
 ) -> dict[str, Any]:
-    """One interval as JSON tells it: per second, bytes, a ratio of 0 to 1, and what is dirty now."""
+    """One interval as JSON tells it: per second, bytes, a ratio of 0 to 1, and what is dirty now.
+
+    None stands for what the daemon does not count.
+    """
     moved = difference(before, after)
     asked = moved["read_hits"] + moved["read_misses"]
+    counted = {"reads", "writes"}.union(*after)
     return {
         "time": round(time.time(), 3),
         "seconds": round(seconds, 3),
         "name": name,
         "disks": len(after),
         **{
-            f"{key}_per_second": round(moved[key] / seconds, 3)
+            f"{key}_per_second": round(moved[key] / seconds, 3) if key in counted else None
             for key in (*COUNTERS, *ORIGIN_COUNTERS)
         },
         "hit_ratio": round(moved["read_hits"] / asked, 4) if asked else None,
@@ -144,16 +148,20 @@ def line(values: Mapping[str, Any]) -> str:
     fields = (
         rate(values["reads_per_second"]),
         rate(values["writes_per_second"]),
-        megabytes(values["read_bytes_per_second"]),
-        megabytes(values["written_bytes_per_second"]),
+        _megabytes(values["read_bytes_per_second"]),
+        _megabytes(values["written_bytes_per_second"]),
         "-" if ratio is None else f"{100 * ratio:.1f}",
-        megabytes(values["origin_read_bytes_per_second"]),
-        megabytes(values["origin_written_bytes_per_second"]),
+        _megabytes(values["origin_read_bytes_per_second"]),
+        _megabytes(values["origin_written_bytes_per_second"]),
         format_size(values["dirty_bytes"]),
         format_duration(values["lag_seconds"]),
         str(values["clients"]),
     )
     return _aligned(fields)
+
+
+def _megabytes(per_second: float | None) -> str:
+    return "-" if per_second is None else megabytes(per_second)
 
 
 def heading() -> str:
@@ -172,8 +180,8 @@ def total_row(disk: Disk) -> list[Cell]:
         disk["name"],
         f"{counted['reads']:.0f}",
         f"{counted['writes']:.0f}",
-        format_size(counted["read_bytes"]),
-        format_size(counted["written_bytes"]),
+        format_size(counted["read_bytes"]) if "read_bytes" in disk else "-",
+        format_size(counted["written_bytes"]) if "written_bytes" in disk else "-",
         hit_percent(counted["read_hits"], counted["read_misses"]),
         format_size(counted["origin_read_bytes"]),
         format_size(counted["origin_written_bytes"]),

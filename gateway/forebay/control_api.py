@@ -25,6 +25,9 @@ from forebay.sizes import Mode
 Status = dict[str, Any]
 """What is told about one disk; the keys of the contract and more."""
 
+NOT_SERVED = "failed"
+"""The state of a disk on record that could not be opened; what it has dirty is not known."""
+
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -185,6 +188,7 @@ class Control:
             return {
                 "names": [disk["name"] for disk in disks],
                 "dirty_bytes": sum(disk["dirty_bytes"] for disk in disks),
+                "not_served": [disk["name"] for disk in disks if disk["state"] == NOT_SERVED],
             }
 
         return Operation(work)

@@ -11,8 +11,8 @@ from forebay.sizes import MIB, format_duration, format_size
 
 BOLD, RED, YELLOW = "1", "31", "33"
 
-_TROUBLE = ("error", "fail", "degrad", "broken", "lost", "stale", "full", "pass")
-"""Parts of a disk's state that an operator should look at."""
+_HEALTHY = ("ready", "copying")
+"""States that need no look; every other one is coloured."""
 
 
 class Cell(NamedTuple):
@@ -115,7 +115,7 @@ def status_row(disk: Mapping[str, Any]) -> list[Cell]:
         Cell(disk["image"]),
         Cell(format_size(disk["size"])),
         Cell(mode_of(disk)),
-        Cell(state, RED if any(word in state.lower() for word in _TROUBLE) else ""),
+        Cell(state, "" if state in _HEALTHY else RED),
         Cell(format_size(disk["cached_bytes"])),
         Cell(format_size(dirty), attention),
         Cell(format_duration(disk["lag_seconds"]), attention),
@@ -129,6 +129,13 @@ def status_table(
 ) -> list[str]:
     """`forebay status`."""
     return table(STATUS_COLUMNS, map(status_row, disks), colour=colour, width=width)
+
+
+def reasons(disks: Iterable[Mapping[str, Any]]) -> list[str]:
+    """`name: state: why`, for the disks that need a look."""
+    return [
+        f"{disk['name']}: {disk['state']}: {disk['reason']}" for disk in disks if disk.get("reason")
+    ]
 
 
 def key_values(values: Mapping[str, Any]) -> list[str]:

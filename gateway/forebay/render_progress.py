@@ -27,6 +27,17 @@ def progress_bar(what: str, console: Console | None = None) -> Iterator[Advance]
         TimeRemainingColumn(),
         console=console or Console(stderr=True),
     )
-    with bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    task = bar.add_task(what, total=None)
+
+    def advance(done: int, total: int) -> None:
+        if not total:
+            return  # nothing to do: no bar
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield advance
+        bar.update(task, completed=bar.tasks[0].total)
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -33,7 +33,7 @@ def disk(name: str, **differs: Any) -> dict[str, Any]:
         "name": name,
         "image": f"images:{name}.raw",
         "mode": "write-back",
-        "state": "ok",
+        "state": "ready",
         "read_only": False,
         "overlay": False,
         "size": 20 * GIB,

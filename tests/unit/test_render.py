@@ -8,6 +8,7 @@ from forebay.render import (
     megabytes,
     mode_of,
     rate,
+    reasons,
     status_table,
     table,
     wants_colour,
@@ -61,6 +62,11 @@ def test_colour_is_for_terminals(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert wants_colour(terminal) is colour
+
+
+def test_reasons_are_told() -> None:
+    disks = [disk("a", state="degraded", reason="ESTALE"), disk("b", reason=None), disk("c")]
+    assert reasons(disks) == ["a: degraded: ESTALE"]
 
 
 def test_words() -> None:
