@@ -9,6 +9,7 @@ from forebay_cache.errors import CacheError, CacheFull
 from forebay_cache.fill import Filler, ReadAhead, Source
 from forebay_cache.layer import Layer
 from forebay_cache.recovery import format_device, open_cache
+from forebay_cache.scrub import scrub
 from forebay_cache.settle import pages_of, pin_layer, settle
 from forebay_cache.view import View
 
@@ -27,5 +28,6 @@ __all__ = [
     "open_cache",
     "pages_of",
     "pin_layer",
+    "scrub",
     "settle",
 ]

@@ -36,6 +36,8 @@ COMMIT_SECONDS = 2.0
 COMMIT_SLOTS = 8192
 #: Pages of the index kept in memory: about 20 MB, and lookups for 128 GiB without touching LMDB.
 PAGES_KEPT = 32768
+#: Checksums of slots kept after a commit, about 200 bytes each.
+SUMS_KEPT = 32768
 #: How long to wait after a failed commit: the state directory may be full.
 COMMIT_RETRY_SECONDS = 1.0
 #: How often the loop asks whether memory that it took for resident was paged out.
@@ -114,6 +116,8 @@ class Cache:
         #: checksums of slots changed since the last commit began, and of those being committed
         self.sums: dict[int, array[int]] = {}
         self.sums_committing: dict[int, array[int]] = {}
+        #: what the index has of slots that were changed not long ago, so that the next change need not ask it
+        self.sums_kept: dict[int, array[int]] = {}
         #: sectors written since the last sync began (key: layer << 40 | block), and those being synced
         self.open_sectors: dict[int, int] = {}
         self.syncing: dict[int, int] = {}
@@ -257,6 +261,7 @@ class Cache:
         self.placement.insert(slot, key, held=layer.held)
         if slot >= self.meta.frontier:
             self.meta.frontier = slot + 1
+        self.sums_kept.pop(slot, None)
         self.sums[slot] = array("I", bytes(4 * SECTORS))
         self.want_commit()
         return slot
@@ -277,6 +282,7 @@ class Cache:
     def _forget_slot(self, slot: int) -> None:
         self.ready[slot] = 0
         self.sums.pop(slot, None)
+        self.sums_kept.pop(slot, None)
         self._leaving += 1
         self._freed.append(slot)
         self.want_commit()
@@ -365,8 +371,7 @@ class Cache:
 
     def journal_room(self, length: int) -> bool:
         """Whether records for a write of ``length`` bytes can be journaled now."""
-        need = self._ops_bytes + (length // SECTOR + 2) * 4 + (length // BLOCK + 4) * 32
-        return self.journal.fits(need)
+        return self.journal.fits(self._ops_bytes + 256 + (length >> 7))
 
     def publish(self) -> None:
         """Hand the records to the kernel: from now on a killed daemon has them. Raises OSError."""
@@ -461,6 +466,9 @@ class Cache:
 
         def succeeded() -> None:
             self.sums_committing = {}
+            if len(self.sums_kept) > SUMS_KEPT:
+                self.sums_kept = {}
+            self.sums_kept.update(sums)
             self.journal.trim(mark)
             if freed:
                 self._limbo.append((clock, freed))
@@ -576,7 +584,9 @@ class Cache:
         try:
             for slot in victims:
                 key = self.owner[slot]
-                layer = self.layers[key >> 40]
+                layer = self.layers.get(key >> 40)
+                if layer is None or slot not in self._evicting:
+                    continue
                 number, i = divmod(key & 0xFFFFFFFFFF, PAGE_BLOCKS)
                 if number not in layer.pages:
                     await self.load(layer, [number])
@@ -586,7 +596,8 @@ class Cache:
         finally:
             for slot in self._evicting:
                 self.placement.keep(slot)
-                if self.layers[self.owner[slot] >> 40].held:
+                layer = self.layers.get(self.owner[slot] >> 40)
+                if layer is not None and layer.held:
                     self.placement.hold(slot)
             self._evicting.clear()
 

@@ -277,12 +277,16 @@ def _make_room_in(cache: Cache, layer: Layer, count: int) -> None:
 def _candidates(cache: Cache, layer: Layer, count: int) -> Iterator[tuple[int, int, int]]:
     untouched: list[tuple[int, int, int]] = []
     touched: list[tuple[int, int, int]] = []
-    for number, page in layer.pages.items():
+    numbers = list(layer.pages)
+    for n in range(len(numbers)):
+        number = numbers[(layer.hand + n) % len(numbers)]
+        page = layer.pages[number]
         for i in range(PAGE_BLOCKS):
             slot = (page[i] >> SLOT_SHIFT) - 1
             if slot >= 0 and not cache.evicting(slot) and not layer.pinned:
                 (touched if cache.was_touched(slot) else untouched).append((slot, number, i))
         if len(untouched) >= count:
+            layer.hand += n
             break
     yield from (untouched + touched)[:count]
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from forebay_cache.device import JOURNAL_OFFSET, Device
 
 _HEADER = struct.Struct("<IIQII")
+_HEADER_SIZE = _HEADER.size
 _COVERED = struct.Struct("<QI")
 _MAGIC = 0x4C4A4246  # "FBJL"
 _WRAP = 0x57524246  # "FBRW"
@@ -58,7 +59,7 @@ class Journal:
 
     def fits(self, payload: int) -> bool:
         """Whether a frame of that many bytes can be appended now, wherever it falls in the ring."""
-        return self.used + 2 * (_HEADER.size + payload + 8) < self._size
+        return self._total - self._trimmed + 2 * (_HEADER_SIZE + payload + 8) < self._size
 
     def append(self, payload: bytes) -> None:
         """Write one frame. Raises :class:`JournalFull`, or OSError when the device refuses."""

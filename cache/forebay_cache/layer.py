@@ -58,6 +58,7 @@ class Layer:
         "changed",
         "dead",
         "dirty",
+        "hand",
         "id",
         "loading",
         "name",
@@ -77,6 +78,7 @@ class Layer:
         self.dead = record.dead
         self.pinned = record.pinned
         self.cap = 0  # most slots it may hold, 0: no limit of its own
+        self.hand = 0  # where the search for a victim among its own blocks goes on
         self.pages: dict[int, array[int]] = {}
         self.dirty: set[int] = set()
         self.loading: dict[int, object] = {}

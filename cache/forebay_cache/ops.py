@@ -38,22 +38,35 @@ class Op(NamedTuple):
 
 
 def write(side: int, mask: int, layer: int, block: int, slot: int, crcs: list[int]) -> bytes:
+    """Private sectors got data; ``crcs``: one for each bit of ``mask``."""
     return HEAD.pack(WRITE, side, mask, layer, block, slot) + _CRCS[len(crcs)].pack(*crcs)
 
 
+_WRITE_ONE = struct.Struct("<BBHIIII")
+
+
+def write_one(side: int, mask: int, layer: int, block: int, slot: int, crc: int) -> bytes:
+    """:func:`write` of one sector."""
+    return _WRITE_ONE.pack(WRITE, side, mask, layer, block, slot, crc)
+
+
 def zero(mask: int, layer: int, block: int, sides: int) -> bytes:
+    """Private sectors became zeros."""
     return HEAD.pack(ZERO, 0, mask, layer, block, sides)
 
 
 def drop(mask: int, layer: int, block: int) -> bytes:
+    """Clean sectors are no longer valid."""
     return HEAD.pack(DROP, 0, mask, layer, block, 0)
 
 
 def hot(layer: int, region: int) -> bytes:
+    """The origin is about to be written in this region."""
     return HEAD.pack(HOT, 0, 0, layer, region, 0)
 
 
 def layer_made(layer: int, private: bool, name: str) -> bytes:
+    """A layer was made."""
     raw = name.encode()
     return HEAD.pack(LAYER, private, len(raw), layer, 0, 0) + raw
 

@@ -6,15 +6,19 @@ durable state may name is never overwritten. Nothing here awaits; what would hav
 
 from __future__ import annotations
 
+import os
 import zlib
 from array import array
 
 from forebay_cache import ops
 from forebay_cache.cache import Cache
 from forebay_cache.geometry import (
+    BLOCK,
+    BLOCK_SHIFT,
     FULL,
     MASKS,
     PAGE_BLOCKS,
+    PAGE_SHIFT,
     SECTOR,
     SECTOR_SHIFT,
     block_runs,
@@ -32,13 +36,69 @@ def write(cache: Cache, layer: Layer, offset: int, data: memoryview) -> bool:
     before the reply. False: nothing (or only a prefix, harmlessly) was done; something has to be loaded or waited for
     first, see :func:`prepare`. Raises OSError when the device refuses.
     """
-    if not cache.journal_room(len(data)):
+    length = len(data)
+    if not cache.journal_room(length):
         return False
+    if (offset & (BLOCK - 1)) + length <= BLOCK:
+        try:
+            done = _overwrite(cache, layer, offset, data)
+        except OSError as error:
+            cache.fail(error)
+            raise
+        if done is not None:
+            return done
     at = 0
-    for block, start, length in block_runs(offset, len(data)):
-        if not _write_block(cache, layer, block, start, data[at : at + length]):
+    for block, start, part in block_runs(offset, length):
+        if not _write_block(cache, layer, block, start, data[at : at + part]):
             return False
-        at += length
+        at += part
+    return True
+
+
+def _overwrite(cache: Cache, layer: Layer, offset: int, data: memoryview) -> bool | None:
+    """The usual case of :func:`_write_block`, in one piece because it is most of what a write costs.
+
+    One block, one side, a slot that is there, checksums that are in memory. None: it is not that simple.
+    """
+    page = layer.pages.get(offset >> PAGE_SHIFT)
+    if page is None:
+        return False
+    i = (offset >> BLOCK_SHIFT) & (PAGE_BLOCKS - 1)
+    start = offset & (BLOCK - 1)
+    length = len(data)
+    first = start >> SECTOR_SHIFT
+    mask = MASKS[first][(start + length - 1) >> SECTOR_SHIFT]
+    block = offset >> BLOCK_SHIFT
+    key = layer.id << 40 | block
+    if cache.syncing and cache.syncing.get(key, 0) & mask:
+        return False
+    word, second = page[i], page[PAGE_BLOCKS + i]
+    opened = cache.open_sectors.get(key, 0)
+    target = _target(word, second, mask, opened)
+    if target and target != mask:
+        return None
+    slot = ((second if target else word) >> SLOT_SHIFT) - 1
+    sums = cache.sums.get(slot)
+    if slot < 0 or sums is None:
+        return None
+    device = cache.device
+    if os.pwrite(device.fd, data, device.data_offset + (slot << BLOCK_SHIFT) + start) != length:
+        return None
+    if length == SECTOR:
+        sums[first] = crc = _crc32(data)
+        cache.note(ops.write_one(target != 0, mask, layer.id, block, slot, crc))
+    else:
+        crcs = [_crc32(data[n : n + SECTOR]) for n in range(0, length, SECTOR)]
+        sums[first : first + len(crcs)] = array("I", crcs)
+        cache.note(ops.write(target != 0, mask, layer.id, block, slot, crcs))
+    cache.ready[slot] |= mask
+    if word & mask != mask:
+        layer.sectors += (mask & ~word).bit_count()
+    page[i] = word & ~(mask << ZERO_SHIFT) | mask
+    page[PAGE_BLOCKS + i] = second & ~mask | target
+    layer.dirty.add(offset >> PAGE_SHIFT)
+    layer.changed = True
+    cache.open_sectors[key] = opened | mask
     return True
 
 
@@ -116,10 +176,10 @@ def changing_sums(cache: Cache, slot: int) -> array[int] | None:
     """The checksums of a slot, to be changed in place and stored by the next commit; None: load them first."""
     sums = cache.sums.get(slot)
     if sums is None:
-        committing = cache.sums_committing.get(slot)
-        if committing is None:
+        known = cache.sums_committing.get(slot) or cache.sums_kept.get(slot)
+        if known is None:
             return None
-        sums = cache.sums[slot] = committing[:]
+        sums = cache.sums[slot] = known[:]
     return sums
 
 

@@ -23,6 +23,7 @@ from forebay_cache.geometry import (
     sector_runs,
 )
 from forebay_cache.layer import ABSENT, SLOT_SHIFT, ZERO_SHIFT, Layer, pack
+from forebay_cache.private import changing_sums
 
 
 async def pages_of(cache: Cache, layer: Layer) -> list[int]:
@@ -128,9 +129,8 @@ def _copied(
 
 
 def _sums(cache: Cache, slot: int) -> array[int]:
-    sums = cache.sums.get(slot)
-    if sums is None:
-        sums = cache.sums[slot] = cache.sums_committing[slot][:]
+    sums = changing_sums(cache, slot)
+    assert sums is not None, "loaded just now"
     return sums
 
 

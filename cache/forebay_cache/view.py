@@ -263,7 +263,7 @@ class View:
         slots = {piece.slot for _, piece in checks}
         token = cache.pin()
         try:
-            read = await trio.to_thread.run_sync(_read_slots, cache, slots)
+            read = await trio.to_thread.run_sync(read_slots, cache, slots)
         finally:
             cache.unpin(token)
         for n, piece in checks:
@@ -319,7 +319,7 @@ async def _side_by_side(tasks: Sequence[Callable[[], Awaitable[None]]]) -> None:
         raise errors[0]
 
 
-def _read_slots(
+def read_slots(
     cache: Cache, slots: set[int]
 ) -> dict[int, tuple[memoryview, list[int], array[int]]]:
     """In a thread: content, checksums as computed and checksums as stored, of each slot."""

@@ -23,7 +23,7 @@ from forebay.origin_source import Source, Use
 from forebay.origin_threads import StoreThreads, bounded
 from forebay.sizes import Mode, did_you_mean, format_size, parse_name
 from forebay.store import resolve
-from forebay_cache import Cache, CacheError
+from forebay_cache import Cache, CacheError, scrub
 
 __all__ = ["Gateway", "format_cache", "serve"]
 
@@ -308,13 +308,7 @@ class Gateway:
 
     async def scrub(self, progress: Progress) -> dict[str, Any]:
         """Check everything on the cache device; what was found."""
-        scrub = getattr(self._cache, "scrub", None)
-        if scrub is None:
-            raise ForebayError(
-                "scrub is not part of this version: 'forebay cache format' starts afresh"
-            )
-        found: dict[str, Any] = await scrub(progress)
-        return found
+        return await scrub(self._cache, progress)
 
     def metrics(self) -> str:
         """Prometheus text."""

@@ -59,6 +59,7 @@ class Disk:
         self._marking = trio.Lock()
         self._dirty_since: dict[int, float] = {}
         self._generation = 0
+        self._open_most = 0
         self._hydration: trio.CancelScope | None = None
         self._nursery: trio.Nursery | None = None
         self._policy: Policy = OriginWrites(self, keep=False)
@@ -133,7 +134,8 @@ class Disk:
             self._policy = PrivateWrites(self)
         else:
             self._policy = OriginWrites(self, keep=self.mode is Mode.WRITE_THROUGH)
-        self.write_now = self._write_now if self.writes_private else _never
+        self.write_now = self._policy.write_now
+        self._limit()
         self.view.clean = None if self.mode is Mode.NONE else self.image.layer
 
     def _new_layer(self) -> Layer:
@@ -145,11 +147,19 @@ class Disk:
     def freeze(self) -> None:
         """From now on writes go to a new layer: what is dirty at this instant stays together."""
         self.view.private = [self._new_layer(), *self.view.private]
+        self._limit()
+
+    def _limit(self) -> None:
+        """How many sectors the open layer may hold before writes wait: what is frozen counts too."""
+        frozen = sum(x.sectors for x in self.view.private[1:])
+        most = self.settings.max_dirty // SECTOR if self.mode is Mode.WRITE_BACK else self.size
+        self._open_most = max(0, most - frozen)
 
     def settled(self, layer: Layer) -> None:
         """The frozen layer is empty: all of it is in the image, and clean."""
         self.view.private = [x for x in self.view.private if x is not layer]
         self._dirty_since.pop(layer.id, None)
+        self._limit()
 
     async def set_mode(self, mode: Mode, progress: Progress) -> None:
         """Change over while clients are connected. Raises ForebayError or OSError; the mode is the old one then."""
@@ -284,10 +294,7 @@ class Disk:
             return True
         if self.overlay:
             return False
-        return not self.marked or self.dirty_bytes + length > self.settings.max_dirty
-
-    def _write_now(self, offset: int, data: memoryview) -> bool:
-        return self._policy.write_now(offset, data)
+        return not self.marked or self.view.private[0].sectors + (length >> 12) > self._open_most
 
     async def admit(self, length: int) -> None:
         """Wait until that much may become dirty. Raises OSError."""
@@ -442,10 +449,6 @@ class Disk:
             await self.unmark()
         except OSError as error:
             log.warning("%s: its marker could not be cleared: %s", self.name, error.strerror)
-
-
-def _never(offset: int, data: memoryview) -> bool:
-    return False
 
 
 def _silent(done: int, total: int) -> None:
