@@ -5,11 +5,9 @@ so a host without a file is served too. A wrong file is refused as a whole, with
 """
 
 import grp
-import json
 import os
 import pwd
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -26,6 +24,7 @@ from pydantic import (
 )
 
 from forebay.client_config import DEFAULT_RUN, config_path, read_toml
+from forebay.config_text import line_of, toml_lines
 from forebay.errors import ConfigError, ForebayError
 from forebay.sizes import (
     GIB,
@@ -47,6 +46,9 @@ BLOCK_SIZES = (64 * KIB,)
 
 SMALLEST_CACHE = 16 * BLOCK_SIZES[0]
 """Bytes. Less cannot hold one large request and evict at the same time."""
+
+KVM = "kvm"
+"""The default group of sockets: QEMU runs in it on Debian and Fedora."""
 
 LONGEST_RUN = 107 - len("/disks/d.sock.new")
 """Bytes of path. The address of a Unix socket holds 107 (unix(7)); a disk's name is checked at
@@ -91,13 +93,13 @@ def _known_group(name: str) -> str:
     return name
 
 
-def _default_group() -> str | None:
-    """`kvm`, the group QEMU runs in on Debian and Fedora; None (the daemon's own) on a host that
-    has no such group.
-    """
+def _socket_group(name: str) -> str | None:
+    """A group of this host. KVM may be missing, written or not: one file then fits all hosts."""
     try:
-        return grp.getgrnam("kvm").gr_name
-    except KeyError:
+        return _known_group(name)
+    except ValueError:
+        if name != KVM:
+            raise
         return None
 
 
@@ -128,6 +130,7 @@ FileMode = Annotated[
 ]
 User = Annotated[str, AfterValidator(_known_user)]
 Group = Annotated[str, AfterValidator(_known_group)]
+SocketGroup = Annotated[str, AfterValidator(_socket_group)]
 
 
 # ----------------------------------------------------------------------------------------- sections
@@ -146,8 +149,8 @@ class GatewaySection(_Section):
     """Sockets. libvirt overlays record the paths in it: the same on all hosts, for ever."""
     socket_owner: User | None = None
     """User that owns the disks' sockets; without it the daemon's own."""
-    socket_group: Group | None = Field(default_factory=_default_group)
-    """Group of the disks' sockets, the one QEMU runs in."""
+    socket_group: SocketGroup | None = Field(default_factory=lambda: _socket_group(KVM))
+    """Group of the disks' sockets, the one QEMU runs in; the daemon's own on a host without kvm."""
     socket_mode: FileMode = 0o660
     """File mode of the disks' sockets; connecting needs write permission."""
     control_group: Group | None = None
@@ -328,47 +331,26 @@ class Config(_Section):
 
     def warnings(self) -> list[str]:
         """What is allowed but perhaps not meant: one line each."""
+        found = []
+        if self.gateway.socket_group is None:
+            found.append(
+                f"gateway.socket_group: no group '{KVM}' on this host, sockets are the daemon's own: "
+                "name the group that QEMU runs in"
+            )
         if not (self.stores or self.origins.nbd or self.origins.devices):
-            return [
+            found.append(
                 "no image can be attached: add a [stores.NAME] with a path, a directory of images"
-            ]
-        return [
+            )
+        found += (
             f"stores.{name}.path: {store.path} is no directory now: mount it before attaching"
             for name, store in self.stores.items()
             if not store.path.is_dir()
-        ]
+        )
+        return found
 
     def to_toml(self) -> str:
         """The effective configuration as TOML; reading it back gives an equal one."""
-        return "\n".join(_toml(self.model_dump(mode="json", exclude_none=True)))
-
-
-# ---------------------------------------------------------------------------------------- TOML text
-
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
-
-
-def _toml(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in data.items():
-        if not isinstance(value, dict):
-            yield f"{_key(key)} = {_value(value)}"
-    for key, value in data.items():
-        if not isinstance(value, dict):
-            continue
-        path = prefix + _key(key)
-        if not value or not all(isinstance(inner, dict) for inner in value.values()):
-            yield f"[{path}]"
-        yield from _toml(value, path + ".")
-        yield ""
-
-
-def _key(key: str) -> str:
-    return key if _BARE_KEY.fullmatch(key) else _value(key)
-
-
-def _value(value: str | list[str]) -> str:
-    """JSON's strings are TOML's basic strings but for DEL (toml.io 1.0, String)."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return "\n".join(toml_lines(self.model_dump(mode="json", exclude_none=True)))
 
 
 # ------------------------------------------------------------------------------------------- faults
@@ -391,7 +373,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 
 
 def _faults(source: str, text: str, refused: ValidationError) -> list[str]:
-    found = [(_line_of(text, fault["loc"]), fault) for fault in refused.errors(include_url=False)]
+    found = [(line_of(text, fault["loc"]), fault) for fault in refused.errors(include_url=False)]
     return [
         f"{source}:{line or 1}: {_dotted(fault['loc'])}: {_what(fault)}"
         for line, fault in sorted(found, key=lambda pair: pair[0] or 0)
@@ -423,29 +405,3 @@ def _unknown_key(loc: tuple[int | str, ...]) -> str:
     if elsewhere and not hint:
         return f"unknown key here: it belongs in [{'] or ['.join(elsewhere)}]"
     return f"unknown {'key' if section else 'section'}{hint}: known are {', '.join(known)}"
-
-
-_HEADER = re.compile(r"\s*\[([^\[\]]+)\]")
-_ASSIGNMENT = re.compile(r"\s*([\w.\"-]+)\s*=")
-
-
-def _line_of(text: str, loc: tuple[int | str, ...]) -> int | None:
-    """The line of a key, else of its section's header, in a plainly written file; None when neither
-    was found.
-    """
-    wanted = [str(part) for part in loc if isinstance(part, str)]
-    section: list[str] = []
-    header = None
-    for number, line in enumerate(text.splitlines(), 1):
-        if match := _HEADER.match(line):
-            section = _parts(match.group(1))
-            if section in (wanted, wanted[:-1]):
-                header = number
-        elif (match := _ASSIGNMENT.match(line)) and section + _parts(match.group(1)) == wanted:
-            return number
-    return header
-
-
-def _parts(dotted: str) -> list[str]:
-    """A dotted TOML key, quoted parts (which may hold dots) included."""
-    return [quoted or bare for quoted, bare in re.findall(r"\"([^\"]*)\"|([\w-]+)", dotted)]

@@ -17,6 +17,7 @@ CONTRACT = """
 [gateway]
 state = "/var/lib/forebay"
 run = "/run/forebay"
+socket_group = "kvm"
 socket_mode = "0660"
 
 [cache]
@@ -79,16 +80,21 @@ def test_defaults_work_without_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run_directory() == str(config.gateway.run) == "/run/forebay"
 
 
-def test_the_default_group_is_kvm_where_the_host_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_kvm_is_the_default_and_may_be_missing(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = grp.getgrnam("root")
-    monkeypatch.setattr(grp, "getgrnam", lambda name: root if name == "kvm" else None)
-    assert Config().gateway.socket_group == "root"
 
     def none(name: str) -> None:
         raise KeyError(name)
 
+    monkeypatch.setattr(grp, "getgrnam", lambda name: root)
+    assert Config().gateway.socket_group == "kvm"
     monkeypatch.setattr(grp, "getgrnam", none)
     assert Config().gateway.socket_group is None
+    written = load(file, "[gateway]\nsocket_group = 'kvm'\n")
+    assert written.gateway.socket_group is None
+    assert "no group 'kvm' on this host" in written.warnings()[0]
 
 
 def test_disk_inherits_from_its_store_and_the_store_from_the_defaults(file: Path) -> None:
@@ -163,10 +169,11 @@ def test_shipped_file_shows_every_key_with_its_default(file: Path) -> None:
 
 
 def test_warnings_name_what_is_missing(file: Path, tmp_path: Path) -> None:
-    assert "add a [stores.NAME]" in Config().warnings()[0]
-    [warning] = load(file, '[stores.a]\npath = "/no/such"\n').warnings()
+    group = '[gateway]\nsocket_group = "root"\n'
+    assert "add a [stores.NAME]" in load(file, group).warnings()[0]
+    [warning] = load(file, group + '[stores.a]\npath = "/no/such"\n').warnings()
     assert warning.startswith("stores.a.path: /no/such is no directory now")
-    assert load(file, f'[stores.a]\npath = "{tmp_path}"\n').warnings() == []
+    assert load(file, group + f'[stores.a]\npath = "{tmp_path}"\n').warnings() == []
 
 
 # --------------------------------------------------------------------------------- what is wrong
