@@ -166,46 +166,45 @@ def test_stale_sockets_are_removed_at_the_start(gateway: GatewayProcess) -> None
 # ---------------------------------------------------------------------------- attaching and detaching
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["x", "images:none.raw"], "no such image"),
-        (["x", "images:../secret"], "leads out of its store"),
-        (["x", "imags:a.raw"], "did you mean 'images'"),
-        (["x", "images:link"], "symbolic link"),
-        (["x", "images:folder"], "is a directory"),
-        (["x", "images:empty"], "is empty"),
-        (["x", "images:q.qcow2"], "qemu-img convert"),
-        (["d", "images:a.raw"], "there is a disk 'd' already"),
-        (["x", "images:a.raw"], "written by disk 'd'"),
-        (["x", "images:a.raw", "--read-only"], "written by disk 'd'"),
-        (["x", "images:a.raw", "--overlay"], "written by disk 'd'"),
-        (["x", "images:b.raw", "--overlay", "--read-only"], "leave one"),
-        (["x", "nbd+unix:///?socket=/none.sock"], "/none.sock"),
-        (["x", "/etc/passwd"], "not a block device"),
-        (["n" * 64, "images:b.raw"], "choose a shorter name"),
-    ],
-)
+REFUSED = [
+    (["x", "images:none.raw"], "no such image"),
+    (["x", "images:../secret"], "leads out of its store"),
+    (["x", "imags:a.raw"], "did you mean 'images'"),
+    (["x", "images:link"], "symbolic link"),
+    (["x", "images:folder"], "is a directory"),
+    (["x", "images:empty"], "is empty"),
+    (["x", "images:q.qcow2"], "qemu-img convert"),
+    (["d", "images:a.raw"], "there is a disk 'd' already"),
+    (["x", "images:a.raw"], "written by disk 'd'"),
+    (["x", "images:a.raw", "--read-only"], "written by disk 'd'"),
+    (["x", "images:a.raw", "--overlay"], "written by disk 'd'"),
+    (["x", "images:b.raw", "--overlay", "--read-only"], "leave one"),
+    (["x", "nbd+unix:///?socket=/none.sock"], "/none.sock"),
+    (["x", "/etc/passwd"], "not a block device"),
+    (["x/y", "images:b.raw"], "is not a name"),
+    (["n" * 64, "images:b.raw"], "choose a shorter name"),
+]
+
+
 def test_what_cannot_be_attached_is_one_line_and_changes_nothing(
-    gateway: GatewayProcess, content: bytes, arguments: list[str], says: str
+    make_gateway: MakeGateway,
 ) -> None:
-    if says == "choose a shorter name":
-        gateway.stop()
-        gateway.run = gateway.directory / ("r" * 30)
-        gateway.configure({"gateway": {"run": str(gateway.run)}})
-        gateway.start()
+    gateway = make_gateway(start=False)
+    gateway.run = gateway.directory / ("r" * 30)  # so that a long name makes too long a path
+    gateway.configure({"gateway": {"run": str(gateway.run)}})
+    gateway.start()
     images = gateway.images
-    random_image(images / "b.raw", MIB, seed=2)
+    for name in ("a.raw", "b.raw"):
+        random_image(images / name, MIB, seed=2)
     (images / "folder").mkdir()
     (images / "empty").touch()
     (images / "link").symlink_to("/etc/passwd")
     (images / "q.qcow2").write_bytes(b"QFI\xfb" + bytes(1000))
     gateway.attach("d", "a.raw")
     before = tree(images), gateway.cli("status", "--json").stdout
-    done = gateway.cli("attach", *arguments, check=False)
-    assert done.returncode in (1, 2)
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert says in done.stderr
+    for arguments, says in REFUSED:
+        done = gateway.cli("attach", *arguments, check=False)
+        one_line(done, says, code=2 if says == "is not a name" else 1)
     assert (tree(images), gateway.cli("status", "--json").stdout) == before
 
 
@@ -474,6 +473,7 @@ def test_an_origin_that_hangs_stops_only_its_own_disk(
         server.resume()
     wait_for(lambda: gateway.status("hung")["state"] != "degraded")
     assert len(connect(gateway.uri("hung")).pread(SIZE, 0)) == SIZE
+    gateway.kill()  # nbdkit ends when its clients are gone
 
 
 # ------------------------------------------------------------------------------------------ systemd

@@ -1,0 +1,201 @@
+"""The source of a disk: opened when it can be, claimed while it writes, given back when nothing can be written late."""
+
+import json
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from forebay.errors import ForebayError
+from forebay.origin_calls import Buffer, Calls
+from forebay.origin_source import Source, Use
+from forebay.origin_threads import StoreThreads
+from forebay.owner import Marker, Owner
+from forebay.store import FileImage, open_image
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> FileImage:
+    (tmp_path / "vm.img").write_bytes(b"x" * SIZE)
+    return FileImage("images", tmp_path, "vm.img")
+
+
+@asynccontextmanager
+async def sources(image: FileImage, timeout: float = 30) -> AsyncIterator[Callable[..., Source]]:
+    """`make(size=..., read_only=..., overlay=..., gateway=...)` makes a source of the image."""
+    async with trio.open_nursery() as nursery:
+        threads = StoreThreads("s")
+
+        def make(size: int | None = None, gateway: str = "us", **how: Any) -> Source:
+            use = Use("d", gateway, **how)
+            return Source(
+                image, "vm", use, threads=threads, timeout=timeout, nursery=nursery, size=size
+            )
+
+        yield make
+        nursery.cancel_scope.cancel()
+
+
+def marker(image: FileImage) -> dict[str, Any] | None:
+    path = image.root / "vm.img.forebay" / "owner"
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return found
+
+
+async def test_a_source_from_attach_to_detach(image: FileImage) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    async with sources(image) as make:
+        source = make()
+        await source.prepare()
+        assert source.size == SIZE
+        origin = await source.open()
+        await source.dirty()
+        assert (marker(image) or {})["state"] == "dirty"
+        await origin.close()
+        again = await source.open()  # after the origin broke, say: the claim is still ours
+        await again.close()
+        await source.release()
+        assert marker(image) is None
+        assert os.listdir(image.root) == ["vm.img"]
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+async def test_what_a_restart_left_is_given_back_although_it_was_not_opened_since(
+    image: FileImage,
+) -> None:
+    async with sources(image) as make:
+        first = make()
+        await first.prepare()
+        await first.dirty()
+        await first.leave()
+        assert marker(image) is not None
+        second = make(size=SIZE)
+        with pytest.raises(OSError, match="not reached yet"):
+            await second.dirty()
+        await second.release()
+        assert os.listdir(image.root) == ["vm.img"]
+
+
+async def test_an_attach_that_fails_gives_back_what_it_took(image: FileImage) -> None:
+    async with sources(image) as make:
+        source = make()
+        await source.prepare()
+        await source.abandon()
+        assert os.listdir(image.root) == ["vm.img"]
+
+
+async def test_an_image_of_another_size_is_not_opened_under_a_disk(image: FileImage) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    async with sources(image) as make:
+        source = make(size=SIZE // 2, read_only=True)
+        with pytest.raises(OSError, match="1048576 bytes and had 524288: detach the disk"):
+            await source.open()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+async def test_an_image_that_is_taken_meanwhile_is_not_written(image: FileImage) -> None:
+    async with sources(image) as make:
+        ours = make()
+        await ours.prepare()
+        await ours.leave()
+        path = image.root / "vm.img.forebay" / "owner"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "gateway": "them"}))
+        with pytest.raises(OSError, match="belongs to host"):
+            await make(size=SIZE).open()
+        with pytest.raises(ForebayError, match="overlay needs an image that stays"):
+            await make(overlay=True).prepare()
+
+
+@pytest.mark.expect_log("is written by host .* 'd' may read old data")
+async def test_reading_what_another_gateway_writes_is_told(image: FileImage) -> None:
+    file = open_image(image, read_only=False)
+    held = Marker.take(image, file, Owner.of_this_process("them", "theirs"))
+    async with sources(image) as make:
+        source = make(read_only=True)
+        await source.prepare()
+        await source.release()
+    held.release()
+    os.close(file.fd)
+
+
+async def test_a_write_that_hangs_keeps_the_marker(
+    image: FileImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another gateway must not begin to write while one of our writes may still arrive."""
+    back = threading.Event()
+    real = Calls.pwritev
+
+    def hang(self: Calls, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+        back.wait(20)
+        return real(self, fd, buffers, offset)
+
+    monkeypatch.setattr(Calls, "pwritev", hang)
+    async with sources(image, timeout=0.2) as make:
+        source = make()
+        await source.prepare()
+        origin = await source.open()
+        with pytest.raises(TimeoutError):
+            await origin.write(0, [b"late"])
+        await origin.close()
+        with pytest.raises(TimeoutError, match="hung write"):
+            await source.release()
+        assert marker(image) is not None
+        back.set()
+        origin.timeout = 20  # type: ignore[attr-defined]
+        await source.release()
+        assert marker(image) is None
+
+
+async def test_the_first_attempt_after_a_restart_is_short(
+    image: FileImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forebay.origin_source.START_SECONDS", 0.1)
+    back = threading.Event()
+
+    def hang(*_: object, **__: object) -> object:
+        back.wait(20)
+        raise OSError("late")
+
+    descriptors = len(os.listdir("/proc/self/fd"))
+    async with sources(image) as make:
+        source = make(size=SIZE)
+        with monkeypatch.context() as patch:
+            patch.setattr("forebay.origin_source.open_image", hang)
+            with trio.fail_after(10), pytest.raises(TimeoutError, match="opening vm"):
+                await source.open()
+        back.set()
+        origin = await source.open()
+        assert origin.size == SIZE
+        await origin.close()
+        await source.release()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+async def test_one_image_by_two_names(image: FileImage, tmp_path: Path) -> None:
+    async with sources(image) as make:
+        ours = make(read_only=True)
+        threads = StoreThreads("t")
+
+        def other(name: FileImage) -> Source:
+            use = Use("e", "us", read_only=True)
+            return Source(name, "e", use, threads=threads, timeout=9, nursery=ours._nursery)
+
+        assert ours.same_image(
+            other(FileImage("parent", tmp_path.parent, f"{tmp_path.name}/vm.img"))
+        )
+        (tmp_path / "mount").mkdir()
+        os.link(tmp_path / "vm.img", tmp_path / "mount" / "vm.img")  # as a bind mount shows it
+        mounted = other(FileImage("mount", tmp_path / "mount", "vm.img"))
+        assert not ours.same_image(mounted), "not known before it is open"
+        for one in (ours, mounted):
+            await one.prepare()
+        assert ours.same_image(mounted)
+        for one in (ours, mounted):
+            await one.release()
