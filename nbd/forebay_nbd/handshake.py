@@ -146,7 +146,7 @@ class ServerHandshake(_Handshake):
         if data is None:
             return ev.NEED_DATA
         (flags,) = CLIENT_FLAGS.unpack(data)
-        if flags & ~self.FLAGS:
+        if flags & ~int(self.FLAGS):
             raise ProtocolError(f"unknown client flags {flags:#x}")
         self.fixed = bool(flags & HandshakeFlag.FIXED_NEWSTYLE)
         self.no_zeroes = bool(flags & HandshakeFlag.NO_ZEROES)

@@ -153,11 +153,14 @@ def check(request: Request, size: int, read_only: bool, structured: bool, contex
 
     `structured` and `contexts`: agreed on in the handshake. What has passed is trusted from then on.
     """
-    command, flags = request.command, request.flags & ~CmdFlag.FUA
+    command = request.command
+    flags = request.flags & ~int(
+        CmdFlag.FUA
+    )  # the complement of an IntFlag has its known bits only
     allowed = _ALLOWED_FLAGS.get(command)  # type: ignore[call-overload]
     if allowed is None:
         raise RequestError(errno.EINVAL, "unknown command")
-    if flags & ~allowed or (flags & CmdFlag.DF and not structured):
+    if flags & ~int(allowed) or (flags & CmdFlag.DF and not structured):
         raise RequestError(errno.EINVAL, "flag not valid with this command")
     if command in _WRITING and read_only:
         raise RequestError(errno.EPERM, "the export is read-only")
