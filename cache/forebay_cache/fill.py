@@ -49,12 +49,13 @@ class Tally(Protocol):
 class Flight:
     """One origin read in the air."""
 
-    __slots__ = ("data", "error", "landed", "length", "offset")
+    __slots__ = ("data", "error", "landed", "length", "offset", "stored")
 
     def __init__(self, offset: int, length: int) -> None:
         self.offset = offset
         self.length = length
         self.landed = trio.Event()
+        self.stored = trio.Event()  # what could be kept of it is kept
         self.data = memoryview(b"")
         self.error: OSError | None = None
 
@@ -75,12 +76,12 @@ class Filler:
         """Bytes of the origin for a guest. Raises OSError. Cancelling leaves the flights to the others."""
         self.waiting += 1
         try:
-            return await self._fetch(offset, length, tally, background=False)
+            return await self._fetch(offset, length, tally)
         finally:
             self.waiting -= 1
 
-    async def _fetch(self, offset: int, length: int, tally: Tally, *, background: bool) -> Buffer:
-        flights = self.launch(offset, length, tally, background=background)
+    async def _fetch(self, offset: int, length: int, tally: Tally) -> Buffer:
+        flights = self.launch(offset, length, tally)
         for flight in flights:
             await flight.landed.wait()
             if flight.error is not None:
@@ -133,6 +134,7 @@ class Filler:
                 flight.error = OSError(errno.ESHUTDOWN, "the gateway is stopping")
                 flight.landed.set()
             self._forget(flight, blocks)
+            flight.stored.set()
 
     async def _store(self, flight: Flight, cells: dict[int, list[int]]) -> None:
         data = flight.data
@@ -159,9 +161,12 @@ class Filler:
     async def prefetch(
         self, offset: int, length: int, tally: Tally, *, background: bool = False
     ) -> None:
-        """Bring what is missing of a range into the cache. Raises OSError."""
+        """Bring what is missing of a range into the cache; it is there when this returns. Raises OSError."""
         for start, part in await self.missing(offset, length):
-            await self._fetch(start, part, tally, background=background)
+            for flight in self.launch(start, part, tally, background=background):
+                await flight.stored.wait()
+                if flight.error is not None:
+                    raise OSError(flight.error.errno or errno.EIO, flight.error.strerror)
 
     def ahead(self, offset: int, length: int, tally: Tally) -> None:
         """Start fetching a range without waiting for it; errors are the next reader's to see."""

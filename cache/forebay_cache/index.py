@@ -16,7 +16,9 @@ not crash-atomic, so a new environment is made under a temporary name and rename
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import shutil
 import struct
 import uuid
@@ -176,6 +178,20 @@ class Index:
                         break
                     found.append((key, value))
         return found
+
+    def give_back(self) -> None:
+        """Let go of the memory that reading through LMDB's map has taken.
+
+        It is the kernel's cache of the index file, counted as this process's as long as it is mapped in.
+        """
+        path = str((self.path / "data.mdb").resolve())
+        libc = ctypes.CDLL(None, use_errno=True)
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if line.endswith(path):
+                start, end = (int(part, 16) for part in line.split()[0].split("-"))
+                libc.madvise(
+                    ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED
+                )
 
     def layers(self) -> dict[int, LayerRecord]:
         with self._env.begin() as txn, txn.cursor(db=self._db["layers"]) as cursor:

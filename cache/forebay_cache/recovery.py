@@ -48,6 +48,8 @@ OLDER = (-1, -1, -1)
 DEFAULT_SIZE = 20 << 30
 #: Up to here the scan for free slots (0.25 s for a million) is done before the cache is open; above, behind its back.
 SCAN_AT_ONCE = 1 << 18
+#: The memory that reading the index takes is given back after so many pieces of it: 32 MB.
+SCAN_ROUNDS = 64
 #: After a replay sequence numbers go on from here on, so that frames behind a torn one are never taken for new ones.
 SEQUENCE_GAP = 1 << 20
 
@@ -335,11 +337,16 @@ def scan_now(cache: Cache) -> None:
 async def scan_slowly(cache: Cache) -> None:
     """The same for a large index while guests are served: read in a thread, adopted in slices of half a millisecond."""
     key = b""
+    rounds = 0
     while found := await trio.to_thread.run_sync(cache.index.all_pages, key, 512):
+        rounds += 1
+        if rounds % SCAN_ROUNDS == 0:
+            cache.index.give_back()
         for n in range(0, len(found), 16):
             _adopt(cache, found[n : n + 16])
             await trio.lowlevel.checkpoint()
         key = found[-1][0] + b"\0"
+    cache.index.give_back()
     cache.placement.scanned()
 
 

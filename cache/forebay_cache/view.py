@@ -67,6 +67,7 @@ class View:
         self.fetch = fetch
         self.hits = 0
         self.misses = 0
+        self.read_bytes = 0
         #: reads at or beyond this offset take the slow path, so that read-ahead can go on
         self.lookahead = 1 << 63
         self._map = cache.device.map
@@ -103,12 +104,14 @@ class View:
             if word >> ZERO_SHIFT & need != need:
                 return None
             self.hits += 1
+            self.read_bytes += length
             return ZERO_BLOCK[:length] if length != BLOCK else ZERO_BLOCK
         slot = (word >> SLOT_SHIFT) - 1
         if self._ready[slot] & need != need:
             return None
         self._state[slot] |= TOUCHED
         self.hits += 1
+        self.read_bytes += length
         at = self._data + (slot << 16) + start
         return self._map[at : at + length]
 
@@ -123,6 +126,7 @@ class View:
             if zero != need:
                 return None
             self.hits += 1
+            self.read_bytes += length
             return ZERO_BLOCK[:length]
         second = page[PAGE_BLOCKS + i]
         side = second & need
@@ -135,6 +139,7 @@ class View:
         if self._ready[slot] & need != need:
             return None
         self.hits += 1
+        self.read_bytes += length
         at = self._data + (slot << 16) + start
         return self._map[at : at + length]
 
@@ -143,6 +148,7 @@ class View:
 
         Raises OSError: EIO for damaged private data, or what the origin answered.
         """
+        self.read_bytes += length
         for attempt in range(_ATTEMPTS):
             await self.load(offset, length)
             pieces = self.plan(offset, length)

@@ -298,4 +298,4 @@ class _Demo:
 def _ratio(before: dict[str, Any], after: dict[str, Any]) -> float:
     hits = after["read_hits"] - before["read_hits"]
     misses = after["read_misses"] - before["read_misses"]
-    return 100 * hits / max(1, hits + misses)
+    return float(100 * hits / max(1, hits + misses))

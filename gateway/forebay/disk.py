@@ -52,7 +52,7 @@ class Disk:
         self.view = View(self.block_cache, [], None, self._fetch)
         self.writeback = WriteBack(self)
         self.marked = False
-        self.write_hits = self.write_misses = 0
+        self.write_hits = self.write_misses = self.written_bytes = 0
         self.origin_read_bytes = self.origin_written_bytes = 0
         self.copied: float | None = None  # how much of a full copy is there, 0..1
         self._ahead = ReadAhead(image.filler, self)
@@ -239,6 +239,10 @@ class Disk:
             "copied": self.copied,
             "lag_seconds": round(self.lag_seconds(), 3),
             "lag_bytes": self.dirty_bytes,
+            "reads": self.view.hits + self.view.misses,
+            "writes": self.write_hits + self.write_misses,
+            "read_bytes": self.view.read_bytes,
+            "written_bytes": self.written_bytes,
             "read_hits": self.view.hits,
             "read_misses": self.view.misses,
             "write_hits": self.write_hits,
@@ -335,6 +339,7 @@ class Disk:
         self._check_conflict()
         if not len(data):
             return
+        self.written_bytes += len(data)
         async with self.gate.passing():
             await self._policy.write(offset, data)
         if fua:

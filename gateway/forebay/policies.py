@@ -113,6 +113,7 @@ class PrivateWrites:
             return False
         if private.write(disk.block_cache, disk.view.private[0], offset, data):
             disk.write_hits += 1
+            disk.written_bytes += len(data)
             disk.note_dirty()
             return True
         return False
