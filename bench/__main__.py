@@ -68,15 +68,21 @@ class Run:
         self.memory = memory
         self.results: Results = {}
         self.skipped: dict[str, str] = {}
+        self.failed = False
         self.forebay = not options.peers_only
 
     def run(self) -> None:
         rows = [row for row in ROWS if self.options.only in row.key]
         for group in dict.fromkeys(row.group for row in rows):
             mine = [row for row in rows if row.group == group]
-            with contextlib.ExitStack() as stack:
-                bed = Bed(self.memory, self.options.disk, self.options.size * MIB, stack)
-                getattr(self, f"_run_{group}")(bed, mine)
+            try:
+                with contextlib.ExitStack() as stack:
+                    bed = Bed(self.memory, self.options.disk, self.options.size * MIB, stack)
+                    getattr(self, f"_run_{group}")(bed, mine)
+            except (RuntimeError, AssertionError, OSError, subprocess.CalledProcessError) as fault:
+                print(f"FAILED: {fault}", flush=True)  # the other rows are still worth having
+                self.failed = True
+                self.skipped |= {row.key: f"failed: {str(fault).splitlines()[0]}" for row in mine}
 
     def _rounds(self, names: list[str]) -> Iterator[tuple[int, str]]:
         """Every server in every round, each round beginning with another one."""
@@ -141,7 +147,7 @@ class Run:
                 sample = measure.copy_out(origin.uri, COLD_BYTES)
             else:
                 gateway = bed.gateway(bed.memory, 2 * COLD_BYTES)
-                gateway.attach("cold", origin.uri, mode="write-through")
+                gateway.attach("cold", origin.uri, "--read-only", mode="write-through")
                 sample = measure.copy_out(gateway.uri("cold"), COLD_BYTES, gateway.pid)
                 gateway.remove()
             self._note(row, number, name, sample)
@@ -156,7 +162,6 @@ class Run:
             )
             return
         gateway = bed.gateway(bed.disk, TIB, start=False)
-        gateway.state.mkdir()
         places = ["--device", gateway.state / "cache.img", "--index", gateway.state / "index"]
         command = [sys.executable, "-m", "forebay_cache.synthetic", *places, "--size", TIB]
         subprocess.run([str(word) for word in command], check=True)
@@ -204,9 +209,9 @@ def main() -> int:
     run.run()
     results = report.Results(conditions(options, memory), run.results, run.skipped)
     print("\n" + report.text(results))
-    if options.only or options.peers_only:
-        print("\nnot kept: a run of some rows or without Forebay is no result")
-        return 0
+    if options.only or options.peers_only or run.failed:
+        print("\nnot kept: a run of some rows, without Forebay or with a failure is no result")
+        return int(run.failed)
     report.keep(results, kept)
     print(f"\nkept in {kept.relative_to(HERE.parent)}, with the same name .md and .png")
     return 0

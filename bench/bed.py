@@ -42,6 +42,15 @@ class Target:
             self.gateway.cli("flush", "--all", timeout=300)
 
 
+def make_gateway(parent: Path, cache_size: int) -> GatewayProcess:
+    """A daemon, not started, with everything it has below `parent`."""
+    gateway = GatewayProcess({"cache": {"size": str(cache_size)}}, parent)
+    gateway.state.mkdir()
+    with (gateway.state / "cache.img").open("wb") as file:
+        file.truncate(cache_size)  # below /dev, and so in /dev/shm, only what exists is opened
+    return gateway
+
+
 class Bed:
     """Everything that is started, in `memory` (a directory in memory where that fits) and on `disk`."""
 
@@ -68,7 +77,7 @@ class Bed:
         return Path(shutil.copyfile(self.image, self.memory / f"{name}.raw"))
 
     def gateway(self, parent: Path, cache_size: int, *, start: bool = True) -> GatewayProcess:
-        gateway = GatewayProcess({"cache": {"size": str(cache_size)}}, parent)
+        gateway = make_gateway(parent, cache_size)
         self.stack.callback(gateway.remove)
         if start:
             gateway.start()
@@ -121,11 +130,12 @@ class Bed:
         return self.disk / "device.raw"
 
     def disk_of(self, gateway: GatewayProcess, name: str, image: Path, mode: str) -> Target:
-        """Attach `image`, moved into the gateway's store by a link, and warm it."""
+        """Attach `image`, moved into the gateway's store, and warm it; the common image only to read."""
         stored = gateway.images / f"{name}.raw"
-        os.link(image, stored)
-        gateway.attach(name, stored.name, mode=mode)
-        copy_out(gateway.uri(name), image.stat().st_size)
+        shared = image == self.image
+        (os.link if shared else os.rename)(image, stored)
+        gateway.attach(name, stored.name, *(["--read-only"] if shared else []), mode=mode)
+        copy_out(gateway.uri(name), stored.stat().st_size)
         return Target(gateway.uri(name), gateway.pid, gateway)
 
     def missers(self, forebay: bool) -> Iterator[tuple[str, Target]]:
@@ -141,7 +151,7 @@ class Bed:
         yield "nbdkit cache", Target(cached.uri, cached.process.pid)
         if forebay:
             gateway = self.gateway(self.memory, 64 * MIB)
-            gateway.attach("m", origin.uri, mode="write-through")
+            gateway.attach("m", origin.uri, "--read-only", mode="write-through")
             yield "forebay", Target(gateway.uri("m"), gateway.pid)
 
     def gigabit_origin(self) -> NbdServer:

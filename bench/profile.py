@@ -9,9 +9,9 @@ import contextlib
 import pstats
 from pathlib import Path
 
+from bench.bed import make_gateway
 from bench.measure import copy_out, fio
 
-from real.gateway_process import GatewayProcess
 from real.processes import MIB, random_image
 
 SIZE = 128 * MIB
@@ -22,19 +22,25 @@ def main() -> None:
     parser.add_argument("--rw", default="randread")
     parser.add_argument("--bs", default="4k")
     parser.add_argument("--depth", type=int, default=16)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--mode", default="write-back")
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--lines", type=int, default=25)
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        gateway = GatewayProcess({"cache": {"size": str(3 * SIZE)}}, Path("/dev/shm"))
+        gateway = make_gateway(Path("/dev/shm"), 3 * SIZE)
         stack.callback(gateway.remove)
         profile = gateway.directory / "profile"
         gateway.start(under=("-m", "cProfile", "-o", str(profile)))
         random_image(gateway.images / "p.raw", SIZE, seed=1)
         gateway.attach("p", "p.raw", mode=options.mode)
         copy_out(gateway.uri("p"), SIZE)
-        job = {"rw": options.rw, "bs": options.bs, "iodepth": options.depth}
+        job = {
+            "rw": options.rw,
+            "bs": options.bs,
+            "iodepth": options.depth,
+            "numjobs": options.jobs,
+        }
         sample = fio(gateway.uri("p"), job, options.seconds, SIZE, gateway.pid)
         gateway.stop()
         print(
