@@ -204,9 +204,8 @@ class Source:
         if self._prepared is None and self._claim is None and self.marker is not None:
             self._prepared = await self._open(first=False)  # ours from before a restart
         if self._claim is not None:
-            await (
-                self._claim.clean()
-            )  # what the image lacked was brought home, or dropped on purpose
+            # what the image lacked was brought home, or dropped on purpose
+            await self._claim.clean()
         await self.abandon()
 
     async def abandon(self) -> None:

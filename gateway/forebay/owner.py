@@ -178,15 +178,20 @@ class Marker:
     def release(self) -> None:
         """Take marker and lock away. With dirty data the marker stays, for only this gateway can bring that home."""
         assert self.owner is not None, "released"
-        if self.owner.state == "clean":
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink("owner", dir_fd=self._sidecar)
-            os.fsync(self._sidecar)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink("lock", dir_fd=self._sidecar)
-            with contextlib.suppress(OSError):  # a boot trace may stay in it
-                os.rmdir(self._name, dir_fd=self._folder)
-        self.close()
+        try:
+            if self.owner.state == "clean":
+                self._remove()
+        finally:
+            self.close()
+
+    def _remove(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink("owner", dir_fd=self._sidecar)
+        os.fsync(self._sidecar)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink("lock", dir_fd=self._sidecar)
+        with contextlib.suppress(OSError):  # a boot trace may stay in it
+            os.rmdir(self._name, dir_fd=self._folder)
 
     def close(self) -> None:
         """Let the lock go and leave the marker where it is, as a crash would. Idempotent."""
