@@ -1,0 +1,160 @@
+"""A disk's socket: opened, shut in time whatever clients wait for, and opened again."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from forebay.config import GatewaySection
+from forebay.daemon_socket import Door, socket_path
+from forebay.errors import ForebayError
+from forebay_nbd.client import Client
+
+
+class Memory:
+    """An export that holds 1 MiB of memory; reads wait while `hang` is set."""
+
+    name = "d"
+    size = 1 << 20
+    read_only = False
+    rotational = False
+    preferred_block = 4096
+    contexts: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.content = bytearray(os.urandom(self.size))
+        self.hang: trio.Event | None = None
+
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        return None
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        return False
+
+    def publish(self) -> None:
+        pass
+
+    def pin(self) -> int:
+        return 0
+
+    def unpin(self, token: int) -> None:
+        pass
+
+    async def read(self, offset: int, length: int) -> list[bytes | bytearray | memoryview]:
+        if self.hang is not None:
+            await self.hang.wait()
+        return [bytes(self.content[offset : offset + length])]
+
+    async def write(self, offset: int, data: memoryview, fua: bool) -> None:
+        self.content[offset : offset + len(data)] = data
+
+    async def flush(self) -> None:
+        pass
+
+    async def trim(self, offset: int, length: int, fua: bool) -> None:
+        pass
+
+    async def zero(self, offset: int, length: int, fua: bool, no_hole: bool, fast: bool) -> None:
+        raise OSError(errno.ENOTSUP, "no")
+
+    async def cache(self, offset: int, length: int) -> None:
+        pass
+
+    async def extents(
+        self, context: str, offset: int, length: int, one: bool
+    ) -> list[tuple[int, int]]:
+        return [(length, 0)]
+
+    def opened(self) -> None:
+        pass
+
+    def closed(self) -> None:
+        pass
+
+
+@pytest.fixture
+def run(short_path: Path) -> Path:
+    (short_path / "disks").mkdir()
+    return short_path
+
+
+def section(run: Path) -> GatewaySection:
+    return GatewaySection(run=run, socket_group=None)
+
+
+async def test_a_door_opens_and_shuts_and_opens_again(run: Path) -> None:
+    disk = Memory()
+    path = socket_path(run, "d")
+    door = Door(disk, path, section(run))
+    async with trio.open_nursery() as nursery:
+        for _ in range(2):
+            await door.open(nursery)
+            assert os.listdir(run / "disks") == ["d.sock"]
+            client = await Client.connect(nursery, str(path), "d")
+            assert door.clients == 1
+            assert await client.pread(5, 100) == disk.content[5:105]
+            await door.shut(5)
+            assert os.listdir(run / "disks") == []
+            assert door.clients == 0
+            with pytest.raises(ConnectionError):
+                await client.pread(5, 100)
+        await door.shut(5)  # once more does no harm
+
+
+async def test_requests_in_flight_are_answered_before_the_door_is_shut(run: Path) -> None:
+    disk = Memory()
+    disk.hang = trio.Event()
+    door = Door(disk, socket_path(run, "d"), section(run))
+    answers: list[bytearray] = []
+    async with trio.open_nursery() as nursery:
+        await door.open(nursery)
+        client = await Client.connect(nursery, str(door.path), "")
+
+        async def read() -> None:
+            answers.append(await client.pread(0, 4096))
+
+        nursery.start_soon(read)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        nursery.start_soon(door.shut, 20)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert not answers
+        disk.hang.set()
+    assert answers == [disk.content[:4096]]
+
+
+async def test_a_request_that_hangs_does_not_keep_the_door_open(run: Path) -> None:
+    disk = Memory()
+    disk.hang = trio.Event()
+    door = Door(disk, socket_path(run, "d"), section(run))
+    async with trio.open_nursery() as nursery:
+        await door.open(nursery)
+        client = await Client.connect(nursery, str(door.path), "")
+
+        async def read() -> None:
+            with pytest.raises(ConnectionError):
+                await client.pread(0, 4096)
+
+        nursery.start_soon(read)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        with trio.fail_after(5):
+            await door.shut(0.1)
+
+
+async def test_a_door_that_cannot_be_made_says_so(run: Path) -> None:
+    door = Door(Memory(), run / "none" / "d.sock", section(run))
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(ForebayError, match=r"cannot make the socket .*none/d\.sock"):
+            await door.open(nursery)
+
+
+async def test_a_socket_that_is_not_ours_is_left_alone(run: Path) -> None:
+    door = Door(Memory(), socket_path(run, "d"), section(run))
+    async with trio.open_nursery() as nursery:
+        await door.open(nursery)
+        door.path.unlink()
+        door.path.touch()
+        await door.shut(5)
+    assert os.listdir(run / "disks") == ["d.sock"]
