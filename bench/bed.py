@@ -24,6 +24,9 @@ COLD_BYTES = 256 * MIB
 SYNC_BYTES = 64 * MIB
 """The region that 4 KiB writes with a flush each are spread over."""
 
+MOST_ALLOCATED = 16 << 30
+"""Bytes of cache file; the index of a terabyte is measured on a sparse one."""
+
 MISS_BYTES = 16 << 30
 """Enough different places that no miss hits what an earlier round brought in."""
 
@@ -43,11 +46,18 @@ class Target:
 
 
 def make_gateway(parent: Path, cache_size: int) -> GatewayProcess:
-    """A daemon, not started, with everything it has below `parent`."""
+    """A daemon, not started, with everything it has below `parent`.
+
+    Its cache file is allocated, as a logical volume is: what is measured is the cache, not the file system that finds
+    room for it. Below /dev, and so in /dev/shm, the daemon makes no file itself.
+    """
     gateway = GatewayProcess({"cache": {"size": str(cache_size)}}, parent)
     gateway.state.mkdir()
     with (gateway.state / "cache.img").open("wb") as file:
-        file.truncate(cache_size)  # below /dev, and so in /dev/shm, only what exists is opened
+        if cache_size > MOST_ALLOCATED:
+            file.truncate(cache_size)
+        else:
+            os.posix_fallocate(file.fileno(), 0, cache_size)
     return gateway
 
 
