@@ -8,6 +8,7 @@ between read_now() and the sendmsg that carries its buffer, except under the out
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from os import sched_yield
 from time import perf_counter
 
 import trio
@@ -286,6 +287,7 @@ class Connection:
             if self._keen and self._alone and not self._slow.count:
                 limit = asleep + self.limits.poll_seconds
                 while perf_counter() < limit:
+                    sched_yield()  # the client may be waiting for this very core
                     try:
                         return recv_into(space)
                     except BlockingIOError:
