@@ -375,8 +375,11 @@ def _held(image: FileImage, owner: Owner | None) -> ForebayError:
 
 
 def _left_behind(image: FileImage, owner: Owner) -> ForebayError:
-    has = "has data that the image lacks" if owner.state == "dirty" else "did not release it"
+    if owner.state == "dirty":
+        has, then = "has data that the image lacks", "and lose that data"
+    else:
+        has, then = "did not release it", "and lose nothing"
     return ForebayError(
-        f"{image.key} belongs to {owner}, which {has}: detach it there; only if that gateway is gone for good, "
-        f"remove {image.root / image.path}{SIDECAR}/owner and lose what it had"
+        f"{image.key} belongs to {owner}, which {has}: detach it there; only if that gateway is "
+        f"gone for good, remove {image.root / image.path}{SIDECAR}/owner {then}"
     )

@@ -489,3 +489,61 @@ def test_the_watchdog_is_petted(tmp_path: Path) -> None:
         with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
             assert [manager.recv(100) for _ in range(3)] == [b"WATCHDOG=1"] * 3
             process.kill()
+
+
+@contextlib.contextmanager
+def hanging_store(directory: Path, server: NbdServer) -> Iterator[Path]:
+    """A directory whose one file, `nbd`, is in the kernel's hands: with the server paused, reading it hangs."""
+    need("nbdfuse", "umount")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("/dev/fuse may not be used here")
+    store = directory / "store"
+    store.mkdir()
+    process = subprocess.Popen(["nbdfuse", str(store), server.uri], stdin=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: (store / "nbd").exists() or process.poll() is not None)
+        yield store
+    finally:
+        server.resume()
+        subprocess.run(["umount", "-l", str(store)], check=False)
+        process.kill()
+        process.wait()
+
+
+def test_a_store_that_hangs_in_the_kernel_stops_only_its_own_disk(
+    gateway: GatewayProcess,
+    content: bytes,
+    connect: Connect,
+    start_nbdkit: Callable[..., NbdServer],
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("libnbdmod", reason="python3-libnbd is not installed")
+    import nbd
+
+    gateway.allow_log("cannot be reached|can be reached again")
+    random_image(tmp_path / "b.raw", SIZE, seed=2)
+    server = start_nbdkit("file", tmp_path / "b.raw")
+    with hanging_store(tmp_path, server) as store:
+        gateway.configure(
+            {"stores.slow": {"path": str(store)}, "defaults": {"origin_timeout": "3s"}}
+        )
+        gateway.restart()
+        gateway.attach("hung", "slow:nbd", "--read-only")
+        gateway.attach("well", "a.raw")
+        client = connect(gateway.uri("hung"))
+        warm = bytes(client.pread(65536, 0))
+        server.pause()
+        pending = [client.aio_pread(nbd.Buffer(4096), MIB + i * 65536) for i in range(40)]
+        assert bytes(connect(gateway.uri("well")).pread(SIZE, 0)) == content
+        assert bytes(connect(gateway.uri("hung")).pread(65536, 0)) == warm, "a hit is a hit"
+        assert not any(client.aio_command_completed(one) for one in pending)
+        server.resume()
+        gateway.stop()  # not before: what FUSE has in hand outlives SIGKILL, unlike NFS
+        server.pause()
+        gateway.start()  # it comes up although the store hangs
+        assert bytes(connect(gateway.uri("hung")).pread(65536, 0)) == warm
+        assert bytes(connect(gateway.uri("well")).pread(SIZE, 0)) == content
+        server.resume()
+        wait_for(lambda: gateway.status("hung")["state"] != "degraded")
+        assert len(connect(gateway.uri("hung")).pread(SIZE, 0)) == SIZE
+        gateway.stop()
