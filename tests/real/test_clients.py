@@ -129,7 +129,9 @@ def test_requests_of_32_mib(
     client.set_strict_mode(0)
     with pytest.raises(nbd.Error):
         client.pread(32 * MIB + 1, 0)
-    assert client.pread(10, 40 * MIB - 10) == model[-10:], "too much was asked, and no more happened"
+    assert client.pread(10, 40 * MIB - 10) == model[-10:], (
+        "too much was asked, and no more happened"
+    )
     assert disk.file_after_flush() == model
 
 
@@ -244,7 +246,9 @@ def _zero_ranges(mapped: list[dict[str, Any]]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_nbdcopy_both_ways(mode: str, make_disk: MakeDisk, tmp_path: Path, rng: random.Random) -> None:
+def test_nbdcopy_both_ways(
+    mode: str, make_disk: MakeDisk, tmp_path: Path, rng: random.Random
+) -> None:
     disk = make_disk(mode, SIZE + 54321)
     copy = tmp_path / "copy.raw"
     parallel = ("--connections=4", "--threads=2", "--requests=16")
