@@ -200,6 +200,7 @@ class Connection:
                         await self._serve(batch)
             await self._out.drain()
         finally:
+            self._slow.payload_done()
             export.closed()
         if batch.error is not None:
             raise batch.error
