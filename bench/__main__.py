@@ -156,14 +156,12 @@ class Run:
         [row] = rows
         if not self.forebay:
             return
-        if importlib.util.find_spec("forebay_cache.synthetic") is None:
-            self.skipped[row.key] = (
-                "forebay_cache.synthetic, which makes such an index, is not there"
-            )
+        if importlib.util.find_spec("bench.synthetic") is None:
+            self.skipped[row.key] = "bench.synthetic, which makes such an index, is not there"
             return
         gateway = bed.gateway(bed.disk, TIB, start=False)
         places = ["--device", gateway.state / "cache.img", "--index", gateway.state / "index"]
-        command = [sys.executable, "-m", "forebay_cache.synthetic", *places, "--size", TIB]
+        command = [sys.executable, "-m", "bench.synthetic", *places, "--size", TIB]
         subprocess.run([str(word) for word in command], check=True)
         gateway.start()
         self._note(row, 0, "forebay", Sample(megabytes=measure.memory(gateway.pid)))

@@ -21,7 +21,7 @@ import trio
 from forebay_cache import ops
 from forebay_cache.device import Device
 from forebay_cache.errors import CacheFull
-from forebay_cache.geometry import BLOCK, PAGE_BLOCKS, SECTOR, SECTORS
+from forebay_cache.geometry import BLOCK, PAGE_BLOCKS, SECTORS
 from forebay_cache.index import PAGE_KEY, SLOT_KEY, Changes, Index, LayerRecord, Meta
 from forebay_cache.journal import Journal, JournalFull
 from forebay_cache.layer import ABSENT, SLOT_SHIFT, Layer
@@ -76,7 +76,7 @@ class Together:
                 with trio.CancelScope(shield=True):
                     try:
                         await self._work()
-                    except Exception as error:
+                    except Exception as error:  # noqa: BLE001  (all who wait for the run get it)
                         turn.error = error
                 turn.done = True
         if turn.error is not None:
@@ -156,6 +156,7 @@ class Cache:
     # -- layers -----------------------------------------------------------------------------------------------
 
     def register(self, layer: Layer) -> None:
+        """Take a layer, as the index has it or new, into the books."""
         self.layers[layer.id] = layer
         if not layer.dead:
             self._by_name[layer.name] = layer
@@ -348,6 +349,7 @@ class Cache:
         return self._next_pin
 
     def unpin(self, token: int) -> None:
+        """Nothing is read from the map any more under this token of :meth:`pin`."""
         del self._pins[token]
         if self._limbo:
             self._release()
@@ -418,6 +420,7 @@ class Cache:
             self._wanted.set()
 
     def changed(self) -> bool:
+        """Whether a commit would have anything to store, or to free."""
         return bool(
             self._closing
             or self._freed
@@ -521,6 +524,7 @@ class Cache:
         return self._records.get((kind, name))
 
     def records(self, kind: str) -> dict[str, dict[str, Any]]:
+        """All records of a kind, by name."""
         return {n: v for (k, n), v in self._records.items() if k == kind}
 
     def put_record(self, kind: str, name: str, value: dict[str, Any] | None) -> None:
@@ -532,6 +536,7 @@ class Cache:
         self._records_changed.add((kind, name))
 
     def adopt_records(self, records: dict[tuple[str, str], dict[str, Any]]) -> None:
+        """At recovery: what the index has."""
         self._records = records
 
     # -- background -------------------------------------------------------------------------------------------

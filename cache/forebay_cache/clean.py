@@ -291,9 +291,7 @@ def _candidates(cache: Cache, layer: Layer, count: int) -> Iterator[tuple[int, i
     yield from (untouched + touched)[:count]
 
 
-def mark_zero(
-    cache: Cache, layer: Layer, offset: int, length: int, cells: dict[int, list[int]]
-) -> None:
+def mark_zero(layer: Layer, offset: int, length: int, cells: dict[int, list[int]]) -> None:
     """The origin has a hole here: remember whole sectors as zeros without storing any. The pages are loaded."""
     for block, start, part in block_runs(offset, length):
         number, i = divmod(block, PAGE_BLOCKS)

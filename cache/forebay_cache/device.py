@@ -53,6 +53,7 @@ class Superblock:
     slots: int
 
     def pack(self) -> bytes:
+        """The 4096 bytes that lie on the device; the last four are a CRC32 of the others."""
         body = _SUPER.pack(
             MAGIC,
             FORMAT,
@@ -231,6 +232,7 @@ class Device:
 
     @property
     def slots(self) -> int:
+        """How many there are."""
         return self.layout.slots
 
     def at(self, slot: int, start: int = 0) -> int:

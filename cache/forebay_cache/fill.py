@@ -161,7 +161,7 @@ class Filler:
     async def prefetch(
         self, offset: int, length: int, tally: Tally, *, background: bool = False
     ) -> None:
-        """Bring what is missing of a range into the cache; it is there when this returns. Raises OSError."""
+        """Bring what is missing of a range in; it is in the cache when this returns. Raises OSError."""
         for start, part in await self.missing(offset, length):
             for flight in self.launch(start, part, tally, background=background):
                 await flight.stored.wait()
@@ -177,7 +177,7 @@ class Filler:
             self.launch(start, part, tally)
 
     async def missing(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """What of a range is not wholly in the clean layer: ``[(offset, length)]``, whole blocks, at most CHUNK each."""
+        """``[(offset, length)]`` of whole blocks that the clean layer lacks, each at most CHUNK."""
         length = min(length, self.source.size - offset)
         if length <= 0:
             return []

@@ -194,10 +194,12 @@ class Index:
                 )
 
     def layers(self) -> dict[int, LayerRecord]:
+        """All layers, by number."""
         with self._env.begin() as txn, txn.cursor(db=self._db["layers"]) as cursor:
             return {SLOT_KEY.unpack(k)[0]: LayerRecord(**json.loads(v)) for k, v in cursor}
 
     def records(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """All records, by kind and name."""
         found = {}
         with self._env.begin() as txn, txn.cursor(db=self._db["records"]) as cursor:
             for key, value in cursor:
@@ -206,6 +208,7 @@ class Index:
         return found
 
     def hot(self) -> Iterator[tuple[int, int]]:
+        """(layer, region) of all regions on record as hot."""
         with self._env.begin() as txn, txn.cursor(db=self._db["hot"]) as cursor:
             yield from [PAGE_KEY.unpack(key) for key, _ in cursor]
 
@@ -253,5 +256,6 @@ class Index:
             txn.put(b"state", json.dumps(asdict(changes.meta)).encode(), db=db["meta"])
 
     def close(self) -> None:
+        """End the writer thread and close the environment."""
         self._writer.close()
         self._env.close()

@@ -38,6 +38,7 @@ ZERO_SHIFT = 16
 
 
 def new_page(private: bool) -> array[int]:
+    """An empty page that may be written."""
     return array("Q", bytes((16 if private else 8) * PAGE_BLOCKS))
 
 
@@ -85,6 +86,7 @@ class Layer:
         self.changed = False
 
     def record(self) -> LayerRecord:
+        """As the index keeps it."""
         return LayerRecord(
             self.name, self.private, self.slots, self.sectors, self.dead, self.pinned
         )

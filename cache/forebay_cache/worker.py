@@ -26,7 +26,7 @@ class Worker:
         def work() -> None:
             try:
                 job()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  (raised where run() was called)
                 failure.append(error)
             token.run_sync_soon(finished.set)
 
@@ -44,7 +44,7 @@ class Worker:
         def work() -> None:
             try:
                 job()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  (raised where run_now() was called)
                 failure.append(error)
             done.set()
 
@@ -54,6 +54,7 @@ class Worker:
             raise failure[0]
 
     def close(self) -> None:
+        """End the thread when it has done what it was given."""
         self._jobs.put(None)
         self._thread.join()
 

@@ -42,7 +42,7 @@ async def _step(disk: "Disk", offset: int, length: int) -> None:
 
     async def stream() -> None:
         for start, part in gaps:
-            while filler.waiting:
+            while filler.waiting:  # noqa: ASYNC110  (guests' misses come and go all the time)
                 await trio.sleep(YIELD_SECONDS)
             try:
                 await filler.prefetch(start, part, disk, background=True)
@@ -68,7 +68,7 @@ async def _note_holes(disk: "Disk", offset: int, length: int) -> None:
         for part, flags in extents:
             first, last = -(-at // SECTOR) * SECTOR, (at + part) // SECTOR * SECTOR
             if flags & HOLE and first < last:
-                clean.mark_zero(disk.block_cache, layer, first, last - first, cells)
+                clean.mark_zero(layer, first, last - first, cells)
             at += part
 
 

@@ -224,4 +224,4 @@ class _Work:
 
 
 async def _nothing(offset: int, length: int) -> Buffer:
-    raise OSError(errno.EIO, f"no private data at {offset}")
+    raise OSError(errno.EIO, f"no private data in {length} bytes at {offset}")
