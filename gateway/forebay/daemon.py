@@ -330,9 +330,18 @@ class Gateway:
         await together(partial(one.door.shut, CLIENTS_SECONDS) for one in disks)
         for one in disks:
             await one.rest()
+        with trio.move_on_after(RELEASE_SECONDS):
+            await together(partial(self._last_look, one) for one in disks)
         await self._commit()
         with trio.move_on_after(RELEASE_SECONDS):
             await together(partial(self._let_go, one) for one in disks)
+
+    async def _last_look(self, one: Attached) -> None:
+        """Take down what the image looks like after our own writes, so that the next start notices those of others."""
+        try:
+            await one.disk.image.look()
+        except OSError as fault:
+            log.info("%s: its image could not be looked at: %s", one.name, fault)
 
     async def _let_go(self, one: Attached) -> None:
         with contextlib.suppress(OSError, ForebayError):  # the lock ends with the process

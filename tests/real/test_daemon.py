@@ -299,6 +299,24 @@ def test_a_guest_may_write_the_mark_of_another_format(
     assert bytes(connect(gateway.uri("d")).pread(4, 0)) == b"QFI\xfb"
 
 
+@pytest.mark.parametrize("wrote", [False, True])
+def test_an_image_that_changed_while_the_daemon_was_stopped_is_read_anew(
+    gateway: GatewayProcess, content: bytes, connect: Connect, wrote: bool
+) -> None:
+    gateway.allow_log("was changed by somebody else")
+    gateway.attach("d", "a.raw", mode="write-through")
+    client = connect(gateway.uri("d"))
+    assert bytes(client.pread(SIZE, 0)) == content
+    if wrote:  # just before the end, so that only the end can take down what the image looks like
+        client.pwrite(b"guest" * 100, MIB)
+        client.flush()
+    assert gateway.stop() == 0
+    with (gateway.images / "a.raw").open("r+b") as image:
+        image.write(b"other" * 100)
+    gateway.start()
+    assert bytes(connect(gateway.uri("d")).pread(500, 0)) == b"other" * 100
+
+
 def test_a_warm_disk_comes_up_without_its_store(
     gateway: GatewayProcess, content: bytes, connect: Connect
 ) -> None:
