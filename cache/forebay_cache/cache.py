@@ -26,7 +26,7 @@ from forebay_cache.index import PAGE_KEY, SLOT_KEY, Changes, Index, LayerRecord,
 from forebay_cache.journal import Journal, JournalFull
 from forebay_cache.layer import ABSENT, SLOT_SHIFT, Layer
 from forebay_cache.placement import TOUCHED, Placement
-from forebay_cache.worker import Worker
+from forebay_cache.syncer import Syncer
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Cache:
         self.evicted_blocks = 0
         #: finds out which slots are free, where that was not done at the start; None when it is known
         self.scan: Callable[[], Awaitable[None]] | None = None
-        self._sync_worker = Worker("device-sync")
+        self._syncer = Syncer(device.fd, device.sync)
         self.sync = Together(self._sync)
         self.commit = Together(self._commit)
         self._wanted = trio.Event()
@@ -406,7 +406,7 @@ class Cache:
             raise OSError(errno.EIO, f"cache device: {self.failed.strerror}")
         self.syncing, self.open_sectors = self.open_sectors, {}
         try:
-            await self._sync_worker.run(self.device.sync)
+            await self._syncer()
         except OSError as error:
             self.fail(error)
             raise
@@ -689,7 +689,7 @@ class Cache:
 
     def release(self) -> None:
         """Let go of device and index without a commit, as a crash would."""
-        self._sync_worker.close()
+        self._syncer.close()
         self.index.close()
         self.device.close()
 
