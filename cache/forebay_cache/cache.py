@@ -70,7 +70,11 @@ class Together:
         turn = self._queued
         if turn is None:
             turn = self._queued = Round()
-        async with self._lock:
+        try:
+            self._lock.acquire_nowait()  # without the pass through the scheduler that acquire() always makes
+        except trio.WouldBlock:
+            await self._lock.acquire()
+        try:
             if not turn.done:
                 self._queued = None
                 with trio.CancelScope(shield=True):
@@ -79,6 +83,8 @@ class Together:
                     except Exception as error:  # noqa: BLE001  (all who wait for the run get it)
                         turn.error = error
                 turn.done = True
+        finally:
+            self._lock.release()
         if turn.error is not None:
             raise turn.error
 
