@@ -1,8 +1,10 @@
 """What the tests with real clients share: tools that are run to their end, and one disk on a fresh image."""
 
 import contextlib
+import http.client
 import json
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -78,7 +80,10 @@ class OneDisk:
         return self.gateway.uri(self.name)
 
     def status(self) -> dict[str, Any]:
-        return self.gateway.status(self.name)
+        """The object of `forebay status --json`."""
+        found = ask(self.gateway, f"/disks/{self.name}")
+        assert isinstance(found, dict)
+        return found
 
     def flush(self) -> None:
         self.gateway.cli("flush", self.name)
@@ -97,9 +102,26 @@ class OneDisk:
         return done.stdout
 
 
+class _Control(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=TOOL_TIMEOUT)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(self._path))
+
+
+def ask(gateway: GatewayProcess, path: str) -> Any:
+    """What the control API answers to GET `path`: what the command shows, without starting it."""
+    with contextlib.closing(_Control(gateway.control)) as control:
+        control.request("GET", path)
+        return json.loads(control.getresponse().read())
+
+
 def cache_info(gateway: GatewayProcess) -> dict[str, Any]:
     """The object of `forebay cache info --json`."""
-    found = json.loads(gateway.cli("cache", "info", "--json").stdout)
+    found = ask(gateway, "/cache")
     assert isinstance(found, dict)
     return found
 

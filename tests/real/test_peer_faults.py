@@ -4,6 +4,7 @@ Where a peer shows its fault in a second and every time, a test does that too: s
 the right way. Those tests are named `..._peer`; they say nothing about Forebay, and may go when the peer is mended.
 """
 
+import contextlib
 import os
 import random
 import time
@@ -227,7 +228,7 @@ def test_misses_wait_together(slow: OneDisk, connect: Connect) -> None:
     offsets = [3 * MIB * number + 2 * MIB for number in range(8)]
     eight, found = read_together(client, offsets)
     assert found == [slow.content[at : at + 4096] for at in offsets]
-    assert LATENCY <= one
+    assert one >= LATENCY
     assert eight < 2 * one, "eight latencies one after the other would be eight times as long"
 
 
@@ -282,7 +283,7 @@ def test_a_cache_device_without_room_is_refused_or_passed_by(
             gateway.start()
         except RuntimeError as fault:
             gateway.allow_log(".")
-            assert "exit 1" in str(fault)
+            assert "exit 1" in str(fault)  # noqa: PT017  (a start that works is as good)
             lines = gateway.log_text().splitlines()
             assert len(lines) == 1, lines
             assert str(small) in lines[0]
@@ -302,11 +303,12 @@ def fill_up(directory: Path) -> None:
     """Take all the room there is."""
     ballast = os.open(directory / "ballast", os.O_WRONLY | os.O_CREAT)
     try:
-        with pytest.raises(OSError, match="space"):
-            while True:
-                os.write(ballast, bytes(4096))
+        with contextlib.suppress(OSError):
+            while os.write(ballast, bytes(4096)):
+                pass
     finally:
         os.close(ballast)
+    assert not os.statvfs(directory).f_bavail
 
 
 @pytest.mark.parametrize("mode", ["write-through", "write-back"])
