@@ -91,14 +91,13 @@ class Journal:
     def replay(self) -> Iterator[bytes]:
         """Payloads from the start position on; afterwards the head is behind the last good frame."""
         while True:
-            found = self._frame(self.head.offset)
-            skipped = 0
-            if found is None and self.head.offset and self._may_wrap():
-                skipped = self._size - self.head.offset
-                found = self._frame(0)
+            start, skipped = self.head.offset, 0
+            found = self._frame(start)
+            if found is None and start and self._may_wrap():
+                start, skipped = 0, self._size - start
+                found = self._frame(start)
             if found is None:
                 return
-            start = 0 if skipped else self.head.offset
             length = _HEADER.size + len(found) + -len(found) % 8
             self._total += skipped + length
             self.head = Position(start + length, self.head.sequence + 1)
