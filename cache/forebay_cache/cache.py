@@ -6,6 +6,7 @@ which order, is written down in ``cache/README.md``: read it before adding an ``
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import mmap
@@ -382,19 +383,18 @@ class Cache:
         return self.journal.fits(self._ops_bytes + 256 + (length >> 7))
 
     def publish(self) -> None:
-        """Hand the records to the kernel: from now on a killed daemon has them. Raises OSError."""
+        """Hand the records to the kernel: from now on a killed daemon has them. Raises OSError; they are kept then."""
         if not self._ops:
             return
-        frame = b"".join(self._ops)
-        self._ops.clear()
-        self._ops_bytes = 0
         try:
-            self.journal.append(frame)
+            self.journal.append(b"".join(self._ops))
         except JournalFull:
             raise OSError(errno.ENOSPC, "the intent journal is full") from None
         except OSError as error:
             self.fail(error)
             raise
+        self._ops.clear()
+        self._ops_bytes = 0
         if self.journal.used * 2 > self.device.layout.journal_size:
             self._wanted.set()
 
@@ -441,7 +441,10 @@ class Cache:
 
     def snapshot(self) -> tuple[Changes, Callable[[], None], Callable[[], None]]:
         """What a commit stores, as of now, and what to do when it succeeded or failed. Between two awaits."""
-        self.publish()
+        with contextlib.suppress(
+            OSError
+        ):  # a full journal: what has no room there is in this commit
+            self.publish()
         mark = self.journal.mark()
         meta = Meta(**vars(self.meta))
         meta.journal_offset, meta.journal_sequence = mark[0].offset, mark[0].sequence

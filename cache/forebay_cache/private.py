@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from array import array
+from typing import NamedTuple
 
 from forebay_cache import ops
 from forebay_cache.cache import Cache
@@ -81,16 +82,18 @@ def _overwrite(cache: Cache, layer: Layer, offset: int, data: memoryview) -> boo
     sums = cache.sums.get(slot)
     if slot < 0 or sums is None:
         return None
+    if length == SECTOR:
+        crcs = [_crc32(data)]
+        cache.note(ops.write_one(target != 0, mask, layer.id, block, slot, crcs[0]))
+    else:
+        crcs = [_crc32(data[n : n + SECTOR]) for n in range(0, length, SECTOR)]
+        cache.note(ops.write(target != 0, mask, layer.id, block, slot, crcs))
+    if opened & mask:
+        cache.publish()  # in place: see _put()
     device = cache.device
     if os.pwrite(device.fd, data, device.data_offset + (slot << BLOCK_SHIFT) + start) != length:
         return None
-    if length == SECTOR:
-        sums[first] = crc = _crc32(data)
-        cache.note(ops.write_one(target != 0, mask, layer.id, block, slot, crc))
-    else:
-        crcs = [_crc32(data[n : n + SECTOR]) for n in range(0, length, SECTOR)]
-        sums[first : first + len(crcs)] = array("I", crcs)
-        cache.note(ops.write(target != 0, mask, layer.id, block, slot, crcs))
+    sums[first : first + len(crcs)] = array("I", crcs)
     cache.ready[slot] |= mask
     if word & mask != mask:
         layer.sectors += (mask & ~word).bit_count()
@@ -113,7 +116,8 @@ def _write_block(cache: Cache, layer: Layer, block: int, start: int, data: memor
     if cache.syncing and cache.syncing.get(key, 0) & mask:
         return False
     word, second = page[i], page[PAGE_BLOCKS + i]
-    target = _target(word, second, mask, cache.open_sectors.get(key, 0))
+    opened = cache.open_sectors.get(key, 0)
+    target = _target(word, second, mask, opened)
     slots = [(word >> SLOT_SHIFT) - 1, (second >> SLOT_SHIFT) - 1]
     had = tuple(slots)
     sums = _slots_for(cache, layer, block, slots, mask & ~target, target)
@@ -122,7 +126,8 @@ def _write_block(cache: Cache, layer: Layer, block: int, start: int, data: memor
     try:
         for side, part in ((0, mask & ~target), (1, target)):
             if part:
-                _put(cache, layer, block, first, data, slots[side], sums[side], side, part)
+                place = _Place(layer.id, block, slots[side], side)
+                _put(cache, place, first, data, sums[side], part, in_place=bool(opened & part))
     except OSError as error:
         for slot in set(slots) - set(had):
             cache.abandon(slot)
@@ -183,28 +188,47 @@ def changing_sums(cache: Cache, slot: int) -> array[int] | None:
     return sums
 
 
+class _Place(NamedTuple):
+    """Where sectors of a block go."""
+
+    layer: int
+    block: int
+    slot: int
+    side: int
+
+
 def _put(
     cache: Cache,
-    layer: Layer,
-    block: int,
+    place: _Place,
     first: int,
     data: memoryview,
-    slot: int,
     sums: array[int] | None,
-    side: int,
     part: int,
+    *,
+    in_place: bool,
 ) -> None:
+    """Write the sectors ``part`` of ``data``, which begins at sector ``first``, and note it.
+
+    Data that was acknowledged, though not flushed, may lie in the same place. Then the record goes to the kernel first:
+    killed between the two, replay finds both checksums, and one of them fits. Where nothing was, the data goes
+    first: replay then either knows of it or does not.
+    """
     assert sums is not None
-    crcs = []
-    for start, count in sector_runs(part):
-        piece = data[(start - first) * SECTOR : (start + count - first) * SECTOR]
-        cache.device.write(cache.device.at(slot, start * SECTOR), piece)
-        for n in range(count):
-            crc = _crc32(piece[n * SECTOR : (n + 1) * SECTOR])
-            sums[start + n] = crc
-            crcs.append(crc)
-    cache.ready[slot] |= part
-    cache.note(ops.write(side, part, layer.id, block, slot, crcs))
+    runs = [
+        (start, data[(start - first) * SECTOR : (start + count - first) * SECTOR])
+        for start, count in sector_runs(part)
+    ]
+    crcs = [
+        _crc32(piece[n : n + SECTOR]) for _, piece in runs for n in range(0, len(piece), SECTOR)
+    ]
+    cache.note(ops.write(place.side, part, place.layer, place.block, place.slot, crcs))
+    if in_place:
+        cache.publish()
+    for start, piece in runs:
+        cache.device.write(cache.device.at(place.slot, start * SECTOR), piece)
+        for n in range(len(piece) // SECTOR):
+            sums[start + n] = crcs.pop(0)
+    cache.ready[place.slot] |= part
 
 
 def zero(cache: Cache, layer: Layer, offset: int, length: int) -> bool:

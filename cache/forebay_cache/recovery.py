@@ -1,10 +1,11 @@
 """Opening a cache: match device and index, replay the intent journal, find out which slots are free.
 
-Same boot id as the last run: the kernel still has every page that was written, so every record of the journal counts.
-Another boot id: the machine went down. Then a record is a claim. Everything that was flushed is there, whole; of
-what was not, data may be missing or torn. So for each sector the newest claim whose data matches its checksum is
-taken, down to what the index says; and clean blocks of hot regions are dropped, because nobody knows which of the
-writes to their origin arrived.
+A record of the journal is a claim. For each sector the newest claim whose data matches its checksum is taken, down to
+what the index says. Same boot id as the last run: the kernel still has every page that was written, so the newest claim
+holds, or the one before where the daemon was killed between a record and its data; anything else is damage, and is
+kept as such. Another boot id: the machine went down. Everything that was flushed is there, whole; of what was not,
+data may be missing or torn; and clean blocks of hot regions are dropped, because nobody knows which of the writes to
+their origin arrived.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def _start(device: Device, index: Index, boot: str) -> Cache:
         layer = Layer(ident, record)
         layer.changed = ident in replay.made
         cache.register(layer)
-    replay.apply(cache, verify=not survived)
+    replay.apply(cache, survived=survived)
     hot = set(index.hot()) | replay.hot
     if survived:
         cache.hot = hot
@@ -211,7 +212,7 @@ class _Replay:
         for sector, crc in zip(_bits(op.mask), op.crcs, strict=True):
             block.claims.setdefault(sector, []).append((op.side, op.b, crc))
 
-    def apply(self, cache: Cache, *, verify: bool) -> None:
+    def apply(self, cache: Cache, *, survived: bool) -> None:
         for (ident, block), mask in self._drops.items():
             layer = cache.layers.get(ident)
             if layer is not None:
@@ -219,12 +220,12 @@ class _Replay:
         for (ident, block), claimed in self._blocks.items():
             layer = cache.layers.get(ident)
             if layer is not None and not layer.dead:
-                _apply_block(cache, layer, block, claimed, verify=verify)
+                _apply_block(cache, layer, block, claimed, survived=survived)
         if self.records:
             log.info(
                 "recovered %d journal records%s",
                 self.records,
-                " after a power loss" if verify else "",
+                "" if survived else " after a power loss",
             )
 
 
@@ -256,7 +257,9 @@ def _drop_sectors(cache: Cache, layer: Layer, block: int, mask: int) -> None:
     page[i] = pack(slot, zero, valid)
 
 
-def _apply_block(cache: Cache, layer: Layer, block: int, claimed: _Block, *, verify: bool) -> None:
+def _apply_block(
+    cache: Cache, layer: Layer, block: int, claimed: _Block, *, survived: bool
+) -> None:
     number, i = divmod(block, PAGE_BLOCKS)
     page = _load(cache, layer, number)
     word, second = page[i], page[PAGE_BLOCKS + i]
@@ -271,7 +274,9 @@ def _apply_block(cache: Cache, layer: Layer, block: int, claimed: _Block, *, ver
     layer.sectors -= (page[i] & FULL).bit_count()
     for sector, claims in claimed.claims.items():
         bit = 1 << sector
-        chosen = _choose(cache, sector, claims, verify=verify)
+        chosen = _choose(cache, sector, claims)
+        if chosen == OLDER and survived and not _fits(cache, sector, page, i):
+            chosen = claims[-1]  # damaged: whoever reads it shall hear of it
         if chosen == OLDER:
             continue
         valid |= bit
@@ -291,20 +296,33 @@ def _apply_block(cache: Cache, layer: Layer, block: int, claimed: _Block, *, ver
 
 
 def _choose(
-    cache: Cache, sector: int, claims: list[tuple[int, int, int] | None], *, verify: bool
+    cache: Cache, sector: int, claims: list[tuple[int, int, int] | None]
 ) -> tuple[int, int, int] | None:
     """The newest claim that holds; OLDER when none does and the index has the last word."""
     for claim in reversed(claims):
-        if claim is None or not verify:
-            return claim
-        data = bytearray(SECTOR)
-        try:
-            cache.device.read_into(cache.device.at(claim[1], sector * SECTOR), [data])
-        except OSError:
-            continue
-        if zlib.crc32(data) == claim[2]:
+        if claim is None or _crc_at(cache, claim[1], sector) == claim[2]:
             return claim
     return OLDER
+
+
+def _crc_at(cache: Cache, slot: int, sector: int) -> int:
+    """Checksum of what lies on the device; -1 when it cannot be read."""
+    data = bytearray(SECTOR)
+    try:
+        cache.device.read_into(cache.device.at(slot, sector * SECTOR), [data])
+    except OSError:
+        return -1
+    return zlib.crc32(data)
+
+
+def _fits(cache: Cache, sector: int, page: array[int], i: int) -> bool:
+    """Whether what the index says of a sector of a private block holds."""
+    word, second = page[i], page[PAGE_BLOCKS + i]
+    if not word >> sector & 1 or word >> ZERO_SHIFT >> sector & 1:
+        return True
+    slot = ((second if second >> sector & 1 else word) >> SLOT_SHIFT) - 1
+    stored = cache.index.sums([slot]).get(slot, bytes(4 * SECTORS))
+    return _crc_at(cache, slot, sector) == array("I", stored)[sector]
 
 
 def _set_sum(cache: Cache, slot: int, sector: int, crc: int) -> None:

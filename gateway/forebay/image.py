@@ -2,6 +2,8 @@
 
 import errno
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import astuple
 from typing import Any
 
@@ -64,10 +66,10 @@ class Image:
         self._images = images
         self._reaching = trio.Lock()
         self._views: list[View] = []
-        self._writes = 0  # begun so far
-        self._seen_writes = 0  # when the identity on record was taken
-        self._writing = 0  # under way now
-        self._unflushed = False
+        self._writing = 0  # writes to the origin under way
+        self._written = 0  # writes ended so far, in whatever way
+        self._flushed = 0  # how many of them are durable
+        self._noted = 0  # how many the identity on record has seen
         self._next_try = 0.0
         self._pause = RETRY_SECONDS
         self.layer = self._layer()
@@ -180,22 +182,33 @@ class Image:
             await self.try_reach()
         return await self.reached().read(offset, length, background)
 
-    async def beginning_to_write(self) -> None:
-        """Before the first write: the identity on record is no longer to be trusted, durably."""
-        self._writes += 1
-        self._unflushed = True
-        known = self.cache.record("image", self.key)
-        if known is None or known["identity"] is not None:
-            self._remember(None)
-            await self.cache.commit()
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[None]:
+        """Around each write to the origin and its announcement.
+
+        Before the first one the identity on record is given up, durably: our own writes change it.
+        """
+        self._writing += 1
+        try:
+            known = self.cache.record("image", self.key)
+            if known is None or known["identity"] is not None:
+                self._remember(None)
+                await self.cache.commit()
+            yield
+        finally:
+            self._writing -= 1
+            self._written += 1
 
     async def flush(self) -> None:
-        """Make what was written to the origin durable. Raises OSError."""
-        if self._unflushed:
-            writes = self._writes
+        """Make the writes that have ended durable. Raises OSError."""
+        written = self._written
+        if self._flushed != written:
             await self.reached().flush()
-            if writes == self._writes:
-                self._unflushed = False
+            self._flushed = max(self._flushed, written)
+
+    def _at_rest(self) -> bool:
+        """Whether nothing is being written, and all that was is durable."""
+        return not self._writing and self._flushed == self._written
 
     # -- the watch --------------------------------------------------------------------------------------------
 
@@ -204,9 +217,9 @@ class Image:
         await self.try_reach()
         if self.origin is None or self.conflict is not None:
             return
-        before = self._writes
+        written = self._written
         try:
-            if self._seen_writes != before:
+            if not self._writing:
                 await self.flush()
             identity = await self.origin.identity()
         except OSError as error:
@@ -214,10 +227,10 @@ class Image:
                 self.conflict = f"{self.key}: {error.strerror}: detach the disk and attach it again"
                 log.error("%s", self.conflict)
             return
-        if self._writes != before or self._unflushed:
+        if self._written != written or not self._at_rest():
             return
-        if self._seen_writes != before:
-            self._seen_writes = before
+        if self._noted != written:
+            self._noted = written
             self._remember(identity)
             self.cache.cool(self.layer)
             return

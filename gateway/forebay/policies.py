@@ -57,18 +57,19 @@ class OriginWrites:
         disk = self._disk
         disk.write_misses += 1
         start, end = _sectors(offset, len(data))
-        async with disk.ranges.hold(start, end):
+        async with disk.ranges.hold(start, end), disk.image.writing():
             await self._announce(start, end)
-            await disk.image.reached().write(offset, [data])
+            try:
+                await disk.image.reached().write(offset, [data])
+            finally:  # also when it failed or was given up: a fill may have read what was there before
+                disk.image.filler.overtaken(start, end - start)
             disk.origin_written_bytes += len(data)
-            disk.image.filler.overtaken(start, end - start)
             if self._keep:
                 await self._store(offset, data)
 
     async def _announce(self, start: int, end: int) -> None:
         disk = self._disk
         image = disk.image
-        await image.beginning_to_write()
         await mark_hot(disk.block_cache, image.layer, start, end - start)
         image.filler.overtaken(start, end - start)
         await invalidate(disk.block_cache, image.layer, start, end - start)
@@ -88,10 +89,12 @@ class OriginWrites:
         disk = self._disk
         disk.write_misses += 1
         start, end = _sectors(offset, length)
-        async with disk.ranges.hold(start, end):
+        async with disk.ranges.hold(start, end), disk.image.writing():
             await self._announce(start, end)
-            await disk.image.reached().zero(offset, length, may_trim)
-            disk.image.filler.overtaken(start, end - start)
+            try:
+                await disk.image.reached().zero(offset, length, may_trim)
+            finally:
+                disk.image.filler.overtaken(start, end - start)
 
     async def flush(self) -> None:
         """The origin has it durably."""

@@ -122,9 +122,8 @@ class WriteBack:
 
     async def _write_out(self, layer: Layer, progress: "Progress | None") -> None:
         disk = self._disk
-        await disk.image.beginning_to_write()
-        work = _Work(disk, layer, progress)
-        await work.all()
+        async with disk.image.writing():
+            await _Work(disk, layer, progress).all()
         await disk.image.flush()
         await settle(disk.block_cache, layer, disk.image.filler)
         disk.settled(layer)
