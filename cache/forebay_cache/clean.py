@@ -234,7 +234,8 @@ def _publish(
     word = page[i] if page is not None else None
     slot = -1 if word is None else (word >> SLOT_SHIFT) - 1
     usable = word is not None and not layer.dead
-    if part.fresh and (not usable or slot >= 0):
+    full = layer.cap and layer.slots >= layer.cap  # others were stored meanwhile
+    if part.fresh and (not usable or slot >= 0 or full):
         cache.abandon(part.slot)
         return
     if not usable or (not part.fresh and part.slot != slot):
