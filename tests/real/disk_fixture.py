@@ -85,6 +85,13 @@ class OneDisk:
         assert isinstance(found, dict)
         return found
 
+    def commit(self) -> None:
+        """Have the index on disk at once: with a change of the record of a disk, all before it is durable.
+
+        Without it, what was filled in the last seconds before a kill may be fetched again.
+        """
+        self.gateway.cli("mode", self.name, self.status()["mode"])
+
     def flush(self) -> None:
         self.gateway.cli("flush", self.name)
         assert self.status()["dirty_bytes"] == 0

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ MakeGateway = Callable[..., GatewayProcess]
 Done: TypeAlias = "subprocess.CompletedProcess[str]"
 
 SIZE = 2 * MIB
+SMALL = {"cache": {"size": "16 MiB"}}
+"""What is compared byte by byte."""
 
 
 def one_line(done: Done, *says: str) -> None:
@@ -170,11 +173,6 @@ def test_a_wrong_command_is_one_line(busy: GatewayProcess, words: list[str], say
 # ----------------------------------------------------------------------------------------- the configuration
 
 
-def faulty(gateway: GatewayProcess, text: bytes) -> Done:
-    gateway.config.write_bytes(text)
-    return gateway.cli("serve", check=False, timeout=30)
-
-
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -197,9 +195,9 @@ def test_a_wrong_configuration_is_one_line(
 ) -> None:
     gateway = make_gateway(start=False)
     before = files(gateway.directory)
-    one_line(faulty(gateway, text), says)
-    for command in ("check-config", "dump-config"):
-        one_line(gateway.cli(command, check=False), says)
+    gateway.config.write_bytes(text)
+    for command in ("serve", "check-config", "dump-config") if says == "cache.size" else ("serve",):
+        one_line(gateway.cli(command, check=False, timeout=30), says)
     gateway.config.unlink()
     del before["forebay.toml"]
     assert files(gateway.directory) == before
@@ -208,7 +206,8 @@ def test_a_wrong_configuration_is_one_line(
 def test_every_fault_of_a_configuration_is_told(make_gateway: MakeGateway) -> None:
     gateway = make_gateway(start=False)
     text = b"[cache]\nsize = 'x'\nblok_size = 1\n[defaults]\nmode = 'y'\n[stores.a]\n"
-    done = faulty(gateway, text)
+    gateway.config.write_bytes(text)
+    done = gateway.cli("serve", check=False, timeout=30)
     assert done.returncode in (1, 2)
     lines = done.stderr.splitlines()
     for path in ("cache.size", "cache.blok_size", "defaults.mode", "stores.a.path"):
@@ -339,8 +338,9 @@ def test_a_file_system_on_the_device_is_refused(make_gateway: MakeGateway, tmp_p
 
 
 def test_a_device_that_shrank_is_refused_and_works_again_when_it_is_whole(
-    gateway: GatewayProcess, connect: Connect
+    make_gateway: MakeGateway, connect: Connect
 ) -> None:
+    gateway = make_gateway(SMALL)
     content = random_image(gateway.images / "a.raw", SIZE, 1)
     gateway.attach("d", "a.raw", mode="write-back")
     client = connect(gateway.uri("d"))
@@ -362,7 +362,7 @@ def test_a_device_that_shrank_is_refused_and_works_again_when_it_is_whole(
 
 def test_a_device_of_another_index_is_refused(make_gateway: MakeGateway, connect: Connect) -> None:
     """The LV of another instance: its data is not this index's, and this index is not given up for it."""
-    first, second = make_gateway(), make_gateway()
+    first, second = make_gateway(SMALL), make_gateway(SMALL)
     for gateway in (first, second):
         random_image(gateway.images / "a.raw", SIZE, 1)
         gateway.attach("d", "a.raw", mode="write-back")

@@ -325,6 +325,7 @@ def test_fio_verifies(mode: str, make_disk: MakeDisk, tmp_path: Path) -> None:
             "--io_size=6M",
             "--verify=crc32c",
             "--verify_fatal=1",
+            "--verify_state_save=0",
             "--do_verify=1",
             "--fsync=100",
             f"--aux-path={tmp_path}",
