@@ -1,13 +1,15 @@
 """After write-back: what a frozen private layer held is in the origin now, so it becomes clean.
 
-A block that the clean layer has no slot for is handed over as it is. Otherwise its sectors are copied into the clean
-slot first; they are shadowed by the private layer until the entry changes hands, which happens between two awaits, so
-that one commit stores both sides of it.
+A block of which the clean layer has nothing more is handed over, slot and all. Otherwise its sectors are copied into
+the clean slot first; they are shadowed by the private layer until the entry changes hands, which happens between two
+awaits, so that one commit stores both sides of it.
 """
 
 from __future__ import annotations
 
+import zlib
 from array import array
+from typing import NamedTuple
 
 import trio
 
@@ -63,69 +65,104 @@ async def settle(cache: Cache, frozen: Layer, filler: Filler) -> None:
         await cache.load(frozen, [number])
         await cache.load(clean, [number])
         filler.overtaken(number << PAGE_SHIFT, PAGE_BLOCKS * BLOCK)
-        copied = await _copy(cache, frozen, clean, number)
+        copied = await _copy(cache, _jobs(cache, frozen, clean, number))
         for i in range(PAGE_BLOCKS):
             _hand_over(cache, frozen, clean, number, i, copied.get(i, (-1, 0)))
 
 
-async def _copy(
-    cache: Cache, frozen: Layer, clean: Layer, number: int
-) -> dict[int, tuple[int, int]]:
-    """Copy the sectors of blocks that have a clean slot too; the clean copies are not looked at meanwhile.
+class _Job(NamedTuple):
+    """Sectors of one block of the page to be copied from one slot to another."""
 
-    Returns which sectors were copied where, by block of the page: ``{i: (slot, mask)}``.
+    i: int
+    source: int
+    to: int
+    mask: int
+
+
+#: What was copied, by block of the page: (slot, sectors)
+_Copied = dict[int, tuple[int, int]]
+
+
+def _jobs(cache: Cache, frozen: Layer, clean: Layer, number: int) -> list[_Job]:
+    """What has to be copied so that each block ends in one slot.
+
+    Where the clean block has data that the private one lacks, its slot stays and gets the private sectors. Elsewhere
+    the private slot with more of the data takes its place, and gets the sectors that lie in the other one.
     """
-    jobs: list[tuple[int, int, int, int]] = []  # (from slot, to slot, mask, i)
+    jobs: list[_Job] = []
     page, target = frozen.pages[number], clean.pages[number]
     for i in range(PAGE_BLOCKS):
-        word, second = page[i], page[PAGE_BLOCKS + i]
-        slot = (target[i] >> SLOT_SHIFT) - 1
-        if slot < 0 or cache.evicting(slot):
-            continue
-        data = word & ~(word >> ZERO_SHIFT) & FULL
-        side = second & data
-        for source, mask in ((word, data & ~side), (second, side)):
-            if mask:
-                jobs.append(((source >> SLOT_SHIFT) - 1, slot, mask, i))
-    copied: dict[int, tuple[int, int]] = {}
+        slots, data = _private_slots(page, i)
+        old = (target[i] >> SLOT_SHIFT) - 1
+        if old >= 0 and _data(target[i]) & ~page[i]:
+            if not cache.evicting(old):
+                jobs += [_Job(i, slots[side], old, data[side]) for side in (0, 1) if data[side]]
+        elif data[0] and data[1]:
+            major = _major(data)
+            jobs.append(_Job(i, slots[1 - major], slots[major], data[1 - major]))
+    return jobs
+
+
+def _data(word: int) -> int:
+    return word & ~(word >> ZERO_SHIFT) & FULL
+
+
+def _private_slots(page: array[int], i: int) -> tuple[list[int], list[int]]:
+    """Both slots of a private block, and the sectors whose data lies in each."""
+    word, second = page[i], page[PAGE_BLOCKS + i]
+    data = _data(word)
+    side = second & data
+    return [(word >> SLOT_SHIFT) - 1, (second >> SLOT_SHIFT) - 1], [data & ~side, side]
+
+
+def _major(data: list[int]) -> int:
+    return 1 if data[1].bit_count() > data[0].bit_count() else 0
+
+
+async def _copy(cache: Cache, jobs: list[_Job]) -> _Copied:
+    """Do the jobs. Nobody looks at the places written: the frozen layer names others, and lies above the clean one."""
+    copied: _Copied = {}
     if not jobs:
         return copied
-    await cache.load_sums([s for job in jobs for s in job[:2]])
     token = cache.pin()
     try:
-        for _, to, mask, _ in jobs:
-            cache.ready[to] &= ~mask
-        await trio.to_thread.run_sync(_copy_sectors, cache, jobs)
-        await cache.load_sums([s for job in jobs for s in job[:2]])
-        for source, to, mask, i in jobs:
-            if (clean.pages[number][i] >> SLOT_SHIFT) - 1 == to:
-                _copied(cache, clean, number, i, source, to, mask)
-                copied[i] = (to, copied.get(i, (to, 0))[1] | mask)
+        for job in jobs:
+            cache.ready[job.to] &= ~job.mask
+        crcs = await trio.to_thread.run_sync(_copy_sectors, cache, jobs)
+        await cache.load_sums([slot for job in jobs for slot in (job.source, job.to)])
+        for job in jobs:
+            good = _take_sums(cache, job, crcs[job])
+            cache.ready[job.to] |= good
+            slot, mask = copied.get(job.i, (job.to, 0))
+            copied[job.i] = (slot, mask | job.mask)
     finally:
         cache.unpin(token)
     return copied
 
 
-def _copy_sectors(cache: Cache, jobs: list[tuple[int, int, int, int]]) -> None:
-    for source, to, mask, _ in jobs:
-        for first, count in sector_runs(mask):
+def _copy_sectors(cache: Cache, jobs: list[_Job]) -> dict[_Job, list[int]]:
+    """In a thread. Returns checksums of what was copied, by sector."""
+    found = {}
+    for job in jobs:
+        crcs = found[job] = [-1] * SECTORS
+        for first, count in sector_runs(job.mask):
             data = bytearray(count * SECTOR)
-            cache.device.read_into(cache.device.at(source, first * SECTOR), [data])
-            cache.device.write(cache.device.at(to, first * SECTOR), data)
+            cache.device.read_into(cache.device.at(job.source, first * SECTOR), [data])
+            cache.device.write(cache.device.at(job.to, first * SECTOR), data)
+            for n in range(count):
+                crcs[first + n] = zlib.crc32(memoryview(data)[n * SECTOR : (n + 1) * SECTOR])
+    return found
 
 
-def _copied(
-    cache: Cache, clean: Layer, number: int, i: int, source: int, to: int, mask: int
-) -> None:
-    """The clean slot has the sectors now. Its checksums are the private ones: a bad copy shows when it is read."""
-    sums, known = _sums(cache, to), _sums(cache, source)
+def _take_sums(cache: Cache, job: _Job, crcs: list[int]) -> int:
+    """The copies have the checksums of their source, so a bad copy shows when it is read; the good ones as a mask."""
+    sums, known = _sums(cache, job.to), _sums(cache, job.source)
+    good = 0
     for sector in range(SECTORS):
-        if mask >> sector & 1:
+        if job.mask >> sector & 1:
             sums[sector] = known[sector]
-    page = clean.writable(number)
-    word = page[i]
-    clean.sectors += (mask & ~word).bit_count()
-    page[i] = pack(to, word >> ZERO_SHIFT & FULL & ~mask, word & FULL | mask)
+            good |= (crcs[sector] == known[sector]) << sector
+    return good
 
 
 def _sums(cache: Cache, slot: int) -> array[int]:
@@ -137,46 +174,55 @@ def _sums(cache: Cache, slot: int) -> array[int]:
 def _hand_over(
     cache: Cache, frozen: Layer, clean: Layer, number: int, i: int, copied: tuple[int, int]
 ) -> None:
-    page = frozen.pages[number]
-    word = page[i]
-    if not word & FULL:
+    """One block changes layers; both pages go into the same commit."""
+    if not frozen.pages[number][i] & FULL:
         return
-    second = page[PAGE_BLOCKS + i]
     page, target = frozen.writable(number), clean.writable(number)
+    old = (target[i] >> SLOT_SHIFT) - 1
+    if old >= 0 and copied[0] == old:
+        _merge(clean, target, i, page[i], done=copied[1])
+    else:
+        _replace(cache, frozen, clean, number, i, copied)
+    cache.clear_entry(frozen, page, i)
+
+
+def _merge(clean: Layer, target: array[int], i: int, word: int, *, done: int) -> None:
+    """The clean slot stays, and has the sectors ``done`` of the private block as well."""
     old = target[i]
-    valid, zero = word & FULL, word >> ZERO_SHIFT & FULL
+    zero = word >> ZERO_SHIFT & FULL
+    stale = word & FULL & ~done & ~zero  # could not be copied
+    valid = old & FULL & ~stale | done | zero
+    clean.sectors += valid.bit_count() - (old & FULL).bit_count()
+    target[i] = pack(
+        (old >> SLOT_SHIFT) - 1, old >> ZERO_SHIFT & FULL & ~stale & ~done | zero, valid
+    )
+
+
+def _replace(
+    cache: Cache, frozen: Layer, clean: Layer, number: int, i: int, copied: tuple[int, int]
+) -> None:
+    """A private slot becomes the clean one. What lies in the other private slot and was not copied is dropped."""
+    page, target = frozen.pages[number], clean.pages[number]
+    old = target[i]
     if old >> SLOT_SHIFT:
-        done = copied[1] if copied[0] == (old >> SLOT_SHIFT) - 1 else 0
-        _merge(clean, target, i, zero=zero, stale=valid & ~zero & ~done)
-        cache.clear_entry(frozen, page, i)
-        return
-    clean.sectors -= (old & FULL).bit_count()
-    data = valid & ~zero
-    side = second & data
-    slots = [(word >> SLOT_SHIFT) - 1, (second >> SLOT_SHIFT) - 1]
-    keep = 1 if side.bit_count() > (data & ~side).bit_count() else 0
-    kept = side if keep else data & ~side
-    slot = slots[keep] if kept else -1
-    zeros = (old >> ZERO_SHIFT & FULL & ~valid) | zero
+        cache.free_slot(clean, (old >> SLOT_SHIFT) - 1)
+    slots, data = _private_slots(page, i)
+    major = _major(data)
+    kept = data[major]
+    slot = slots[major] if kept else -1
+    if slot >= 0 and copied[0] == slot:
+        kept |= copied[1]
+    zero = old >> ZERO_SHIFT & FULL & ~page[i] | page[i] >> ZERO_SHIFT & FULL
     if slot >= 0:
         # The frozen entry must not free the slot that it gives away.
-        if keep:
-            page[PAGE_BLOCKS + i] = second & FULL
+        if major:
+            page[PAGE_BLOCKS + i] &= FULL
         else:
-            page[i] = word & 0xFFFFFFFF
+            page[i] &= 0xFFFFFFFF
         frozen.slots -= 1
         clean.slots += 1
         cache.owner[slot] = clean.id << 40 | number * PAGE_BLOCKS + i
         if not clean.pinned:
             cache.placement.unhold(slot)
-    cache.clear_entry(frozen, page, i)
-    target[i] = pack(slot, zeros, kept | zeros)
-    clean.sectors += (kept | zeros).bit_count()
-
-
-def _merge(clean: Layer, target: array[int], i: int, *, zero: int, stale: int) -> None:
-    """What became zero is zero in the clean block too; what could not be copied is not valid there any more."""
-    word = target[i]
-    valid = word & FULL & ~stale | zero
-    clean.sectors += valid.bit_count() - (word & FULL).bit_count()
-    target[i] = pack((word >> SLOT_SHIFT) - 1, word >> ZERO_SHIFT & FULL & ~stale | zero, valid)
+    clean.sectors += (kept | zero).bit_count() - (old & FULL).bit_count()
+    target[i] = pack(slot, zero, kept | zero)
