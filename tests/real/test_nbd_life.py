@@ -314,6 +314,37 @@ async def test_a_frozen_connection_goes_on_elsewhere(short_path: Path) -> None:
         assert export.memory[:300_000] == b"x" * 200_000 + b"y" * 100_000
 
 
+@pytest.mark.parametrize("size", [4, 300_000], ids=["in place", "own buffer"])
+async def test_a_request_that_found_no_room_moves_too(short_path: Path, size: int) -> None:
+    """Parsed, but not begun: neither lost nor done twice."""
+    export = MemoryExport(slow=True)
+    limits = Limits(inflight_requests=1)
+    async with serving(short_path, export, limits) as running, Raw(running.path) as client:
+        await client.enter()
+        await client.send(request(3, cookie=1) + request(1, 0, size, cookie=2, payload=b"x" * size))
+        await client.send(request(0, 0, 4, cookie=3))
+        await until(lambda: export.waiting == 1)
+        await trio.testing.wait_all_tasks_blocked()
+        (connection,) = running.server.connections
+        connection.freeze()
+        export.gate.set()
+        await until(lambda: not running.server.connections)
+        assert await client.simple() == (0, 1, b"")
+        session = connection.session
+        assert session is not None
+        assert session.unparsed.startswith(request(1, 0, size, cookie=2, payload=b"x" * size))
+        assert export.log == ["flush"]
+
+        export.slow = False
+        moved = socket.socket(fileno=connection.sock.detach())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(running.server.resume, moved, session)
+            replies = await answers(client, {2: 0, 3: 4})
+            assert replies.keys() == {2, 3}
+            await client.send(request(2))
+        assert export.memory[:size] == b"x" * size
+
+
 async def test_a_handshake_is_not_frozen_but_ended(short_path: Path) -> None:
     async with serving(short_path) as running, Raw(running.path) as client:
         await client.hello()
