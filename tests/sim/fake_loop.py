@@ -1,0 +1,202 @@
+"""A trio loop in which nothing depends on anything but a seed: one thread, a clock of its own, latencies by dice.
+
+What the code under test hands to threads (origin calls, index commits, device syncs, slow reads) is run here by the
+loop itself, at a moment drawn at random between the call and its return. So every interleaving that threads could
+bring can come up, time costs nothing, and a seed replays to the byte.
+"""
+
+import contextlib
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar, TypeVarTuple, Unpack
+from unittest import mock
+
+import outcome
+import trio
+from trio.testing import MockClock
+
+import forebay_cache.cache
+import forebay_cache.index
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+#: Seconds that a call may take before and after it does its work. 0 is no time, but others may run.
+LATENCIES = (0.0, 0.0, 0.0, 0.0001, 0.0003, 0.001, 0.004)
+
+
+class Dice:
+    """All randomness of one run."""
+
+    def __init__(self, seed: object) -> None:
+        self.random = random.Random(repr(seed))
+
+    async def pause(self, scale: float = 1.0) -> None:
+        """Let some time pass, or none; others may run in any case."""
+        await trio.sleep(self.random.choice(LATENCIES) * scale)
+
+
+class FakeWorker:
+    """Stands for forebay_cache.worker.Worker: the job is done by the loop, some time after it was handed over."""
+
+    dice: Dice
+
+    def __init__(self, name: str) -> None:
+        self._lock = trio.Lock()
+
+    async def run(self, job: Callable[[], None]) -> None:
+        with trio.CancelScope(shield=True):
+            async with self._lock:
+                await self.dice.pause()
+                try:
+                    job()
+                finally:
+                    await self.dice.pause()
+
+    def run_now(self, job: Callable[[], None]) -> None:
+        job()
+
+    def close(self) -> None:
+        pass
+
+
+class FakeSyncer:
+    """Stands for forebay_cache.syncer.Syncer: a sync takes in what was written before it was asked for.
+
+    A kernel may also take in what is written while it is at it. Nobody may rely on that, so ``begin``, if set, is told
+    where to draw the line.
+    """
+
+    dice: Dice
+    begin: Callable[[], None] | None = None
+
+    def __init__(self, fd: int, sync: Callable[[], None]) -> None:
+        self._sync = sync
+
+    async def __call__(self) -> None:
+        if self.begin is not None:
+            self.begin()
+        if self.dice.random.random() < 0.3:  # done before anybody else had a turn
+            self._sync()
+            return
+        with trio.CancelScope(shield=True):
+            await self.dice.pause()
+            try:
+                self._sync()
+            finally:
+                await self.dice.pause()
+
+    def close(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def simulated(dice: Dice) -> Iterator[type[FakeSyncer]]:
+    """Within it, threads are fake and trio's scheduler follows the dice. Gives the class of the fake syncers."""
+
+    async def run_sync(
+        job: Callable[[Unpack[Ts]], T],
+        *args: *Ts,
+        abandon_on_cancel: bool = False,
+        limiter: trio.CapacityLimiter | None = None,
+    ) -> T:
+        await dice.pause()
+        result = job(*args)
+        with trio.CancelScope(shield=True):
+            await dice.pause()
+        return result
+
+    worker = type("SeededWorker", (FakeWorker,), {"dice": dice})
+    syncer = type("SeededSyncer", (FakeSyncer,), {"dice": dice})
+    scheduler = random.Random(dice.random.random())
+    with contextlib.ExitStack() as stack:
+        for target, name, value in (
+            (trio.to_thread, "run_sync", run_sync),
+            (forebay_cache.cache, "Syncer", syncer),
+            (forebay_cache.index, "Worker", worker),
+            (forebay_cache.cache, "RESIDENCY_SECONDS", 1e9),
+            (trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
+            (trio._core._run, "_r", scheduler),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        yield syncer
+
+
+class Loop:
+    """A trio run that goes on between calls from plain code: time stands still while nobody calls.
+
+    trio's guest mode, with this object as the host. With a clock that jumps, trio never has to wait for anything, so
+    it never uses the thread that guest mode has for that.
+    """
+
+    def __init__(self) -> None:
+        self._queue: deque[Callable[[], object]] = deque()
+        self._ended: outcome.Outcome[Any] | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._nursery: trio.Nursery | None = None
+        self.clock = MockClock(autojump_threshold=0)
+        trio.lowlevel.start_guest_run(
+            self._main,
+            run_sync_soon_threadsafe=self._queue.append,
+            done_callback=self._done,
+            host_uses_signal_set_wakeup_fd=True,
+            clock=self.clock,
+        )
+        self._pump(lambda: self._nursery is not None)
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await trio.sleep_forever()
+
+    def _done(self, result: outcome.Outcome[Any]) -> None:
+        self._ended = result
+
+    def _pump(self, until: Callable[[], bool]) -> None:
+        while not until():
+            if self._ended is not None:
+                self._ended.unwrap()
+                raise AssertionError("the loop has ended")
+            self._queue.popleft()()
+
+    @property
+    def nursery(self) -> trio.Nursery:
+        """For background tasks; an exception of theirs ends the loop and is raised by :meth:`run`."""
+        assert self._nursery is not None
+        return self._nursery
+
+    def run(self, do: Callable[[Unpack[Ts]], Awaitable[T]], *args: *Ts) -> T:
+        """Call an async function in the loop; what it returns or raises."""
+        got: list[outcome.Outcome[T]] = []
+
+        async def call() -> None:
+            got.append(await outcome.acapture(do, *args))
+
+        def start() -> None:
+            self.nursery.start_soon(call)
+
+        assert self._token is not None
+        self._token.run_sync_soon(start)
+        self._pump(lambda: bool(got))
+        return got[0].unwrap()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can be run any more: a background task has raised something."""
+        return self._ended is not None
+
+    def close(self) -> None:
+        """Cancel everything and end. Raises what a background task raises then."""
+        if self._ended is not None:
+            return
+        assert self._token is not None
+        self._token.run_sync_soon(self.nursery.cancel_scope.cancel)
+        while not self.ended:
+            self._queue.popleft()()
+        self._outcome().unwrap()
+
+    def _outcome(self) -> outcome.Outcome[Any]:
+        assert self._ended is not None
+        return self._ended

@@ -1,0 +1,237 @@
+"""An image that lives nowhere: what is durable, what is not yet, and what fails on command.
+
+The fault model. A write lands in pieces, in order, some time between its call and its return; other calls see what
+has landed. It is durable once a flush that began after the write returned has returned. A power cut of the origin's
+host leaves what is durable and any subset, by 512 bytes, of the rest. A flush that fails may (``lose``) have thrown
+the data away as kernels do: it is read back until the power goes, and no later flush makes it durable or says so.
+"""
+
+import errno
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from forebay.origin import Identity
+from forebay.origin_source import Use
+from sim.fake_loop import Dice
+
+SECTOR = 4096
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass
+class Piece:
+    """Something that landed and is not durable. ``returned``: its write has been answered."""
+
+    offset: int
+    data: bytes
+    returned: bool = False
+
+    def overlaps(self, other: "Piece") -> bool:
+        return self.offset < other.offset + len(other.data) and other.offset < self.offset + len(
+            self.data
+        )
+
+
+class FakeOrigin:
+    """Implements forebay.origin.Origin. ``scale`` stretches its latencies."""
+
+    read_only = False
+    label = "fake"
+
+    def __init__(self, dice: Dice, content: bytes, scale: float = 4.0) -> None:
+        self.dice = dice
+        self.scale = scale
+        self.size = len(content)
+        self.visible = bytearray(content)
+        self.durable = bytearray(content)
+        self.pending: list[Piece] = []
+        self.lost: list[Piece] = []
+        self.changes = 0
+        self.written = 0
+        self.sync_failures = 0
+        #: how many of the next calls fail, by method; -1: all
+        self.faults: dict[str, int] = {}
+        self.lose = False
+        self.allocated = bytearray(
+            content[at : at + SECTOR].count(0) < SECTOR or dice.random.random() < 0.5
+            for at in range(0, self.size, SECTOR)
+        )
+
+    # -- faults -----------------------------------------------------------------------------------------------
+
+    def heal(self) -> None:
+        self.faults.clear()
+
+    def _fault(self, call: str) -> None:
+        left = self.faults.get(call, 0)
+        if left:
+            self.faults[call] = left - 1
+            if not self.faults[call]:
+                del self.faults[call]
+            raise OSError(errno.EIO, f"injected: {call}")
+
+    # -- Origin -----------------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
+        self._check(offset, length)
+        await self.dice.pause(self.scale)
+        self._fault("read")
+        data = bytes(self.visible[offset : offset + length])
+        await self.dice.pause(self.scale)
+        return data
+
+    async def write(self, offset: int, data: Sequence[Buffer], background: bool = False) -> None:
+        whole = b"".join(
+            data
+        )  # before anything else: slices of the map may change at the next await
+        self._check(offset, len(whole))
+        await self._change(offset, whole, "write", allocate=True)
+
+    async def zero(self, offset: int, length: int, may_trim: bool) -> None:
+        self._check(offset, length)
+        await self._change(offset, bytes(length), "zero", allocate=not may_trim)
+
+    async def trim(self, offset: int, length: int) -> None:
+        self._check(offset, length)
+        await self._change(offset, bytes(length), "zero", allocate=False)
+
+    async def flush(self) -> None:
+        covered = [piece for piece in self.pending if piece.returned]
+        await self.dice.pause(self.scale)
+        try:
+            self._fault("flush")
+        except OSError:
+            self.sync_failures += 1
+            if self.lose:
+                self.lost += covered
+                self._forget(covered)
+            raise
+        self._harden(covered)
+        await self.dice.pause(self.scale)
+
+    async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        self._check(offset, length)
+        await self.dice.pause(self.scale)
+        self._fault("extents")
+        found: list[tuple[int, int]] = []
+        at = offset
+        while at < offset + length:
+            stop = min(offset + length, (at // SECTOR + 1) * SECTOR)
+            flags = 0 if self.allocated[at // SECTOR] else 3
+            if found and found[-1][1] == flags:
+                found[-1] = (found[-1][0] + stop - at, flags)
+            else:
+                found.append((stop - at, flags))
+            at = stop
+        return found
+
+    async def identity(self) -> Identity:
+        await self.dice.pause(self.scale)
+        self._fault("identity")
+        return Identity(self.size, mtime_ns=self.changes, ctime_ns=self.changes, inode=1)
+
+    async def settle(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    # -- the medium -------------------------------------------------------------------------------------------
+
+    def _check(self, offset: int, length: int) -> None:
+        assert 0 <= offset < offset + length <= self.size, (offset, length, self.size)
+
+    async def _change(self, offset: int, data: bytes, call: str, *, allocate: bool) -> None:
+        await self.dice.pause(self.scale)
+        random = self.dice.random
+        pieces: list[Piece] = []
+        cuts = sorted(
+            random.randrange(0, len(data) + 1) // 512 * 512
+            for _ in range(random.choice((0, 0, 1, 2)))
+        )
+        try:
+            for start, stop in zip([0, *cuts], [*cuts, len(data)], strict=True):
+                if random.random() < 0.5:  # before the last piece has landed, or any
+                    self._fault(call)
+                if start < stop:
+                    pieces.append(self._land(offset + start, data[start:stop], allocate=allocate))
+                if cuts:
+                    await self.dice.pause(self.scale)
+            self._fault(call)
+            await self.dice.pause(self.scale)
+        finally:
+            for piece in pieces:
+                piece.returned = True
+        self.written += len(data)
+
+    def _land(self, offset: int, data: bytes, *, allocate: bool) -> Piece:
+        self.visible[offset : offset + len(data)] = data
+        end = offset + len(data)
+        for sector in range(offset // SECTOR, -(-end // SECTOR)):
+            whole = offset <= sector * SECTOR and min((sector + 1) * SECTOR, self.size) <= end
+            if allocate:
+                self.allocated[sector] = 1
+            elif whole:
+                self.allocated[sector] = 0
+        self.changes += 1
+        piece = Piece(offset, data)
+        self.pending.append(piece)
+        return piece
+
+    def _harden(self, covered: list[Piece]) -> None:
+        for n, piece in enumerate(self.pending):
+            # What is older than something durable in the same place can never come back.
+            if any(piece is c or (piece.overlaps(c) and c in self.pending[n:]) for c in covered):
+                self.durable[piece.offset : piece.offset + len(piece.data)] = piece.data
+        self._forget(covered)
+
+    def _forget(self, covered: list[Piece]) -> None:
+        last = {id(c): n for n, c in enumerate(self.pending)}
+        self.pending = [
+            p
+            for n, p in enumerate(self.pending)
+            if not any(p is c or (p.overlaps(c) and last.get(id(c), -1) > n) for c in covered)
+        ]
+
+    def undurable(self) -> list[tuple[int, int]]:
+        """(offset, length) of all that a power cut could take."""
+        return [(p.offset, len(p.data)) for p in [*self.pending, *self.lost]]
+
+
+class FakeMarker:
+    """What lies beside the image: whether it lacks data."""
+
+    def __init__(self, source: "FakeSource") -> None:
+        self._source = source
+        self.is_dirty = False
+
+    async def dirty(self) -> None:
+        await self._source.dice.pause()
+        self.is_dirty = True
+        await self._source.dice.pause()
+
+    async def clean(self) -> None:
+        source, origin = self._source, self._source.origin
+        durable = origin.lost or source.discarding or origin.visible == origin.durable
+        assert durable, "called clean before it was durable"
+        await self._source.dice.pause()
+        self.is_dirty = False
+        await self._source.dice.pause()
+
+
+class FakeSource:
+    """Implements what Disk and Image use of forebay.origin_source.Source."""
+
+    def __init__(self, origin: FakeOrigin, disk: str, *, overlay: bool) -> None:
+        self.origin = origin
+        self.dice = origin.dice
+        self.key = self.label = "images:fake.raw"
+        self.use = Use(disk, "gateway", read_only=False, overlay=overlay)
+        self.size = origin.size
+        self.discarding = False  # the operator gives up what the image lacks
+        self.marker = FakeMarker(self) if self.use.writes else None
+
+    async def open(self) -> FakeOrigin:
+        await self.dice.pause()
+        self.origin._fault("open")
+        return self.origin

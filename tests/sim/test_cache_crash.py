@@ -1,0 +1,527 @@
+"""The power is cut, or the daemon killed, at a random instant; what was flushed, or acknowledged, has to be there.
+
+Guests write to a disk in some mode while it is filled, evicted, committed and written back. At random instants the
+state of the host is noted; afterwards, for each of them, several ways are tried in which the media could have come out
+of it (fake_device.py, fake_origin.py), and the real recovery and a real disk read everything back:
+
+* a sector holds what it held at the last flush, or something written later; after SIGKILL what was acknowledged last;
+* it keeps it: a clean block shows what the origin has, so that eviction never changes it;
+* no slot is named twice, and nothing that a commit made durable is damaged.
+
+Each bug that `PLANTED` puts into the code must be found this way; else the test is too weak.
+
+``FOREBAY_SIM_SECONDS=N`` looks for N seconds instead of the default; ``--seed N`` begins elsewhere. A failure names
+the history's own seed, and ``FOREBAY_SIM_HISTORY=N`` runs that one alone.
+"""
+
+import logging
+import os
+import shutil
+import struct
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import trio
+import trio.testing
+
+import forebay.policies
+import forebay_cache.private
+import forebay_cache.recovery
+from forebay.disk import Disk
+from forebay.image import Image
+from forebay.sizes import Mode
+from forebay_cache import View
+from forebay_cache.cache import Cache
+from forebay_cache.device import Device
+from forebay_cache.errors import CacheFull
+from forebay_cache.geometry import BLOCK, SECTOR
+from forebay_cache.journal import Journal
+from forebay_cache.view import ORIGIN
+from sim.fake_device import TEAR, Recorder, torn
+from sim.fake_host import Host, Listener, check_cache, nothing, settings
+from sim.fake_loop import Dice, simulated
+from sim.fake_origin import FakeOrigin
+
+SECONDS = float(os.environ.get("FOREBAY_SIM_SECONDS", "10"))
+ONE_HISTORY = os.environ.get("FOREBAY_SIM_HISTORY")
+PLANTED_TRIES = 40
+
+SIZE = 52 * BLOCK
+COUNT = SIZE // SECTOR
+GUESTS = 3
+OPS = 30
+CUTS = 6
+WAYS = 3
+
+CHUNK = 256
+
+#: A full copy does not fit.
+MODES = (Mode.WRITE_BACK, Mode.WRITE_BACK, Mode.WRITE_THROUGH, Mode.WRITE_AROUND, Mode.NONE)
+
+ZERO = bytes(SECTOR)
+
+
+def content(sector: int, version: int) -> bytes:
+    """What a guest writes the ``version``-th time: each 512 bytes of it say so."""
+    return struct.pack("<QQ", sector, version) * (SECTOR // 16)
+
+
+def told(data: bytes) -> str:
+    """What a sector holds, in words."""
+    parts = [struct.unpack_from("<QQ", data, at) for at in range(0, SECTOR, 512)]
+    if len(set(parts)) > 1:
+        return f"torn {parts}"
+    return f"version {parts[0][1]} of sector {parts[0][0]}" if any(data) else "zeros"
+
+
+@dataclass
+class Ledger:
+    """What every sector of a disk has held: the last flushed value and all later ones are legal after a power cut."""
+
+    values: list[list[bytes]]
+    acked: list[int] = field(default_factory=lambda: [0] * COUNT)
+    flushed: list[int] = field(default_factory=lambda: [0] * COUNT)
+
+    def copy(self) -> "Ledger":
+        return Ledger([list(v) for v in self.values], list(self.acked), list(self.flushed))
+
+
+@dataclass
+class Moment:
+    """A host as it was at one instant."""
+
+    number: int
+    writes: int
+    durable: int
+    index: bytes
+    ledger: Ledger
+    mode: Mode
+    visible: bytes
+    hardened: bytes
+    pending: list[tuple[int, bytes]]
+    changes: int
+
+
+class Broken(AssertionError):
+    """A promise was broken."""
+
+
+class History:
+    """One life of one host, from a seed, and the moments of it that are looked at."""
+
+    def __init__(self, seed: str, directory: Path, modes: Sequence[Mode]) -> None:
+        self.seed = seed
+        self.modes = modes
+        self.dice = Dice(seed)
+        self.random = self.dice.random
+        self.directory = directory
+        self.moments: list[Moment] = []
+        self.recorder = Recorder(self._moment)
+        self.states = 0
+        self._rate = 0.0
+        self._disk: Disk | None = None
+        self._events = 0
+
+    def run(self) -> None:
+        """Raises Broken, or whatever the code under test raises."""
+        with simulated(self.dice) as syncer:
+            with self.recorder.recording(syncer):
+                trio.run(self._live, clock=_clock())
+            for moment in self.moments:
+                for way in range(WAYS):
+                    self._look(moment, way)
+
+    # -- living -----------------------------------------------------------------------------------------------
+
+    async def _live(self) -> None:
+        base = [ZERO if s % 7 == 0 else content(s, 0) for s in range(COUNT)]
+        self.origin = FakeOrigin(self.dice, b"".join(base), scale=self.random.choice((1.0, 8.0)))
+        self.ledger = Ledger([[value] for value in base])
+        self.overlay = self.modes is MODES and self.random.random() < 0.15
+        self.mode = self.random.choice(self.modes)
+        self.limits: dict[str, Any] = {
+            "max_dirty": self.random.choice((1 << 20, 1 << 30)),
+            "max_lag": self.random.choice((0.05, 1.0, 30.0)),
+        }
+        async with trio.open_nursery() as nursery:
+            host = Host(self.directory / "life", self.origin, nursery)
+            await host.start()
+            self._disk = await host.attach(
+                "d", settings(self.mode, **self.limits), overlay=self.overlay
+            )
+            self.recorder.watch(
+                host.device_file, host.device_file.parent / "index", host.cache.device.fd
+            )
+            self.host = host
+            self._rate = 0.02
+            async with trio.open_nursery() as guests:
+                for guest in range(GUESTS):
+                    guests.start_soon(self._guest, guest)
+                guests.start_soon(self._operator)
+            await trio.sleep(self.random.choice((0, 0.1, 3)))
+            self._rate = 0.0
+            self._disk = None
+            await host._end()
+            host.cache.release()
+
+    def _moment(self) -> None:
+        self._events += 1
+        if self._disk is None or len(self.moments) >= CUTS or self.random.random() >= self._rate:
+            return
+        origin, recorder = self.origin, self.recorder
+        self.moments.append(
+            Moment(
+                self._events,
+                len(recorder.writes),
+                recorder.durable,
+                recorder.index,
+                self.ledger.copy(),
+                self._disk.mode,
+                bytes(origin.visible),
+                bytes(origin.durable),
+                [(p.offset, p.data) for p in origin.pending],
+                origin.changes,
+            )
+        )
+
+    async def _guest(self, guest: int) -> None:
+        """Changes only sectors that are its own, so that each has one history."""
+        do = [
+            self._write,
+            self._write,
+            self._write,
+            self._zero,
+            self._flush,
+            self._flush,
+            self._read,
+        ]
+        for _ in range(self.random.randrange(OPS)):
+            try:
+                await self.random.choice(do)(guest)
+            except (OSError, CacheFull):
+                assert self.overlay, "no room, and nothing that cannot be evicted or written back"
+            if self.random.random() < 0.3:
+                await self.dice.pause(10)
+
+    async def _write(self, guest: int) -> None:
+        assert self._disk is not None
+        first, count = self._own(guest)
+        new = [content(s, len(self.ledger.values[s])) for s in range(first, first + count)]
+        self._begin(first, new)
+        data = memoryview(b"".join(new))
+        fua = self.random.random() < 0.2
+        if not fua and self._disk.write_now(first * SECTOR, data):
+            self._disk.publish()
+        else:
+            await self._disk.write(first * SECTOR, data, fua)
+        self._ended(first, count, flushed=fua)
+
+    async def _zero(self, guest: int) -> None:
+        assert self._disk is not None
+        first, count = self._own(guest)
+        self._begin(first, [ZERO] * count)
+        if self.random.random() < 0.5:
+            await self._disk.trim(first * SECTOR, count * SECTOR, False)
+        else:
+            await self._disk.zero(first * SECTOR, count * SECTOR, False, True, False)
+        self._ended(first, count, flushed=False)
+
+    def _begin(self, first: int, new: list[bytes]) -> None:
+        for n, value in enumerate(new):
+            self.ledger.values[first + n].append(value)
+
+    def _ended(self, first: int, count: int, *, flushed: bool) -> None:
+        ledger = self.ledger
+        for s in range(first, first + count):
+            ledger.acked[s] = len(ledger.values[s]) - 1
+            if flushed:
+                ledger.flushed[s] = ledger.acked[s]
+
+    def _own(self, guest: int) -> tuple[int, int]:
+        """A run of sectors of this guest's: of each 24 it has 8. Some places are written again and again."""
+        period = self.random.choice((0, 1, 2, 3, 30, 31, self.random.randrange(COUNT // 24)))
+        first = self.random.randrange(8)
+        return period * 24 + guest * 8 + first, self.random.randrange(1, 9 - first)
+
+    async def _flush(self, guest: int) -> None:
+        assert self._disk is not None
+        acked = list(self.ledger.acked)
+        await self._disk.flush()
+        self.ledger.flushed = [max(a, b) for a, b in zip(acked, self.ledger.flushed, strict=True)]
+
+    async def _read(self, guest: int) -> None:
+        assert self._disk is not None
+        first = self.random.randrange(COUNT - 1)
+        count = min(self.random.choice((1, 16, 64)), COUNT - first)
+        await self._disk.read(first * SECTOR, count * SECTOR)
+
+    async def _operator(self) -> None:
+        assert self._disk is not None
+        for _ in range(self.random.randrange(8)):
+            await trio.sleep(self.random.choice((0.001, 0.01, 0.1, 1.0)))
+            what = self.random.randrange(6)
+            if what == 0:
+                await self._disk.drain(nothing)
+            elif what == 1:
+                await self.host.cache.commit()
+            elif what == 2:
+                await self._disk.image.look()
+            elif what == 3:
+                self.host.cache.forget_ready()
+            elif what == 4 and not self.overlay:
+                await self._disk.set_mode(self.random.choice(self.modes), nothing)
+
+    # -- looking ----------------------------------------------------------------------------------------------
+
+    def _look(self, moment: Moment, way: int) -> None:
+        """One way in which the moment could have been the last."""
+        self.states += 1
+        killed = way == 0
+        recorder = self.recorder
+        device = bytearray(recorder.base)
+        until = moment.writes if killed else moment.durable
+        for offset, data in recorder.writes[:until]:
+            device[offset : offset + len(data)] = data
+        image = bytearray(moment.visible if killed else moment.hardened)
+        if not killed:
+            torn(self.random, device, recorder.writes[moment.durable : moment.writes])
+            torn(self.random, image, moment.pending)
+        origin = FakeOrigin(self.dice, bytes(image), scale=0.0)
+        origin.changes = moment.changes
+        directory = self.directory / f"{self.states}"
+        logged: list[logging.LogRecord] = []
+        with _listening(logged):
+            try:
+                trio.run(
+                    self._examine, moment, directory, bytes(device), origin, killed, clock=_clock()
+                )
+            except Exception as error:
+                what = "killed" if killed else "power cut"
+                raise Broken(
+                    f"history {self.seed}, moment {moment.number}, {what}, mode {moment.mode}"
+                    f"{', overlay' if self.overlay else ''}: {_first(error)!r}"
+                ) from error
+            finally:
+                shutil.rmtree(directory, ignore_errors=True)
+        if logged:
+            raise Broken(f"history {self.seed}, moment {moment.number}: {logged[0].getMessage()}")
+
+    async def _examine(
+        self, moment: Moment, directory: Path, device: bytes, origin: FakeOrigin, killed: bool
+    ) -> None:
+        async with trio.open_nursery() as nursery:
+            host = Host(directory, origin, nursery)
+            host.put(device, moment.index)
+            await host.start("first" if killed else "second")
+            disk = await host.attach(
+                "d", settings(moment.mode, **self.limits), overlay=self.overlay
+            )
+            ledger = moment.ledger
+            floor = ledger.acked if killed else ledger.flushed
+            found = await _contents(disk.read)
+            for s, data in enumerate(found):
+                legal = ledger.values[s][floor[s] :]
+                if data not in legal and not _torn_from(data, legal):
+                    older = [n for n, v in enumerate(ledger.values[s]) if v == data]
+                    raise AssertionError(
+                        f"sector {s} holds {told(data)} (its values {older}), "
+                        f"not one from {floor[s]} to {len(ledger.values[s]) - 1}"
+                    )
+            await self._check_clean(disk, origin)
+            await check_cache(host.cache)
+            if self.random.random() < 0.3 and not self.overlay:
+                await disk.drain(nothing)
+                assert bytes(origin.visible) == b"".join(found), "what is written back differs"
+            again = await _contents(disk.read)
+            assert again == found, "a second read differs"
+            await host._end()
+            host.cache.release()
+
+    async def _check_clean(self, disk: Disk, origin: FakeOrigin) -> None:
+        """Where nothing private lies above it, a clean block says what the origin says."""
+        view = View(disk.block_cache, [], disk.image.layer, origin.read)
+        for first in range(0, COUNT if disk.view.clean is not None else 0, 16):
+            await disk.view.load(first * SECTOR, 16 * SECTOR)
+            for piece in disk.view.plan(first * SECTOR, 16 * SECTOR):
+                if not piece.private and piece.slot != ORIGIN:
+                    buffers = await view.read(piece.offset, piece.length)
+                    data = b"".join(bytes(b) for b in buffers)
+                    image = origin.visible[piece.offset : piece.offset + piece.length]
+                    assert data == image, f"at {piece.offset}: clean is {told(data)}"
+
+
+def _torn_from(data: bytes, legal: list[bytes]) -> bool:
+    """Every 512 bytes are those of a legal value: what a disk may do to writes that were not flushed."""
+    return all(
+        any(data[at : at + TEAR] == value[at : at + TEAR] for value in legal)
+        for at in range(0, SECTOR, TEAR)
+    )
+
+
+async def _contents(read: Callable[[int, int], Awaitable[list[Any]]]) -> list[bytes]:
+    found: list[bytes] = []
+    for first in range(0, COUNT, CHUNK):
+        count = min(CHUNK, COUNT - first)
+        data = b"".join(bytes(b) for b in await read(first * SECTOR, count * SECTOR))
+        found += [data[n : n + SECTOR] for n in range(0, len(data), SECTOR)]
+    return found
+
+
+def _clock() -> trio.testing.MockClock:
+    return trio.testing.MockClock(autojump_threshold=0)
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+@contextmanager
+def _listening(records: list[logging.LogRecord]) -> Iterator[None]:
+    handler = Listener(records)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+@contextmanager
+def _directory() -> Iterator[Path]:
+    fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="forebay-", dir=fast) as name:
+        yield Path(name)
+
+
+def run_history(seed: str, modes: Sequence[Mode] = MODES) -> int:
+    """How many states were looked at. Raises Broken."""
+    with _directory() as directory:
+        history = History(seed, directory, modes)
+        try:
+            history.run()
+        except Broken:
+            raise
+        except Exception as error:
+            raise Broken(f"history {seed}: while alive: {_first(error)!r}") from error
+        return history.states
+
+
+@pytest.mark.timeout(SECONDS + 120)
+@pytest.mark.expect_log(".*")  # each history looks at its log itself
+def test_what_was_flushed_survives(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    if ONE_HISTORY is not None:
+        run_history(ONE_HISTORY)
+        return
+    end = time.monotonic() + SECONDS
+    states = histories = 0
+    while time.monotonic() < end:
+        states += run_history(f"{seed}.{histories}")
+        histories += 1
+    with capsys.disabled():
+        print(f" {states} states of {histories} histories ", end="")
+
+
+# -- bugs that have to be found ---------------------------------------------------------------------------------
+
+
+def _no_device_sync(stack: ExitStack) -> None:
+    _replace(stack, Device, "sync", lambda self: None)
+
+
+def _index_before_data(stack: ExitStack) -> None:
+    async def commit(self: Cache) -> None:
+        if self.changed():
+            changes, succeeded, failed = self.snapshot()
+            try:
+                await self.index.commit(changes)
+                await self.sync()
+            except BaseException:
+                failed()
+                raise
+            succeeded()
+
+    _replace(stack, Cache, "_commit", commit)
+
+
+def _reuse_at_once(stack: ExitStack) -> None:
+    forget = Cache._forget_slot
+
+    def forget_and_release(self: Cache, slot: int) -> None:
+        forget(self, slot)
+        self._freed.remove(slot)
+        self._leaving -= 1
+        self.placement.release(slot)
+
+    _replace(stack, Cache, "_forget_slot", forget_and_release)
+
+
+def _overwrite_in_place(stack: ExitStack) -> None:
+    def target(word: int, second: int, mask: int, opened: int) -> int:
+        return second & mask & word & 0xFFFF
+
+    _replace(stack, forebay_cache.private, "_target", target)
+
+
+def _no_hot_regions(stack: ExitStack) -> None:
+    async def mark_hot(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    _replace(stack, forebay.policies, "mark_hot", mark_hot)
+
+
+def _no_journal(stack: ExitStack) -> None:
+    _replace(stack, Journal, "replay", lambda self: iter(()))
+
+
+def _clean_before_durable(stack: ExitStack) -> None:
+    async def flush(self: Image) -> None:
+        await trio.lowlevel.checkpoint()
+
+    _replace(stack, Image, "flush", flush)
+
+
+def _unchecked_replay(stack: ExitStack) -> None:
+    _replace(stack, forebay_cache.recovery, "_choose", lambda cache, sector, claims: claims[-1])
+
+
+def _replace(stack: ExitStack, target: object, name: str, value: object) -> None:
+    stack.enter_context(mock.patch.object(target, name, value))
+
+
+BACK, THROUGH = (Mode.WRITE_BACK,), (Mode.WRITE_THROUGH,)
+
+#: The bug, and the modes in which it does harm.
+PLANTED: dict[str, tuple[Callable[[ExitStack], None], Sequence[Mode]]] = {
+    "no device sync": (_no_device_sync, BACK),
+    "index before data": (_index_before_data, BACK),
+    "freed slots reused at once": (_reuse_at_once, BACK),
+    "overwritten in place": (_overwrite_in_place, BACK),
+    "no hot regions": (_no_hot_regions, THROUGH),
+    "journal not replayed": (_no_journal, BACK),
+    "origin not flushed": (_clean_before_durable, THROUGH),
+    "clean before the origin is durable": (_clean_before_durable, BACK),
+    "replay takes torn data": (_unchecked_replay, BACK),
+}
+
+
+@pytest.mark.expect_log(".*")
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bug_is_found(bug: str, seed: int) -> None:
+    plant, modes = PLANTED[bug]
+    for number in range(PLANTED_TRIES):
+        with ExitStack() as stack:
+            plant(stack)
+            try:
+                run_history(f"{seed}.planted.{number}", modes)
+            except Broken as found:
+                print(f"found in history {number}: {found}")
+                return
+    pytest.fail(f"{PLANTED_TRIES} histories, and nothing was found")
