@@ -102,7 +102,7 @@ class WriteBack:
         disk = self._disk
         async with self._lock:
             try:
-                if not self.frozen and disk.view.private[0].sectors:
+                if not self.frozen and any(x.sectors for x in disk.view.private):
                     disk.freeze()
                 await disk.block_cache.sync()
                 for layer in self.frozen:
