@@ -86,7 +86,10 @@ class Batch:
         outcome = None if self._waiting is None else self._again()
         reader = self._reader
         while outcome is None:
-            if reader.end - reader.start < _HEADER:
+            have = reader.end - reader.start
+            if have < _HEADER:
+                if not have and not reader.wanted():
+                    return Outcome.ALL_TAKEN
                 return self._other() or Outcome.FULL
             (head,) = U64.unpack_from(reader.view, reader.start)
             if head == PLAIN_READ:
