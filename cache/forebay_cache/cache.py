@@ -146,6 +146,10 @@ class Cache:
         self._hot_gone: set[tuple[int, int]] = set()
         #: fills on their way, and the sectors of theirs that a write has overtaken: key -> masks
         self.filling: dict[int, list[list[int]]] = {}
+        #: slots of clean blocks that a thread is writing to: nobody else does, or the later write could come first
+        self.storing: set[int] = set()
+        #: (layer, start, end) in bytes of origin writes under way: what is read there meanwhile is not stored
+        self.overwriting: list[tuple[int, int, int]] = []
         self.failed: OSError | None = None
         self.damaged_slots = 0
         self.evicted_blocks = 0
@@ -203,6 +207,12 @@ class Cache:
                 finally:
                     del layer.loading[number]
                     event.set()
+
+    def page(self, layer: Layer, number: int) -> array[int]:
+        """A page that was loaded not long ago. Should it have been shed since, the index has it as it was."""
+        if number not in layer.pages:
+            layer.adopt(number, self.index.page(layer.id, number))
+        return layer.pages[number]
 
     def drop_layer(self, layer: Layer) -> None:
         """The layer is no more: its slots come free in the background, also after a crash in between."""
@@ -517,10 +527,12 @@ class Cache:
         succeeded()
 
     def _shed_pages(self) -> None:
-        excess = sum(len(x.pages) for x in self.layers.values()) - PAGES_KEPT
+        """Pages of private layers stay: there are few, and every read asks for them first."""
+        shared = [x for x in self.layers.values() if not x.private]
+        excess = sum(len(x.pages) for x in shared) - PAGES_KEPT
         if excess <= 0:
             return
-        for layer in self.layers.values():
+        for layer in shared:
             drop = [n for n in layer.pages if n not in layer.dirty][: max(0, excess)]
             for number in drop:
                 del layer.pages[number]
@@ -617,7 +629,7 @@ class Cache:
 
     def evict_slot(self, layer: Layer, number: int, i: int, slot: int) -> bool:
         """Take a clean block, whose slot is quarantined, out of its layer; what is known to be zero stays known."""
-        word = layer.pages[number][i]
+        word = self.page(layer, number)[i]
         if word >> SLOT_SHIFT != slot + 1 or layer.held:
             return False
         zero = word >> 16 & 0xFFFF

@@ -49,6 +49,11 @@ class _Part(NamedTuple):
 def filling(cache: Cache, layer: Layer, blocks: Sequence[int]) -> Iterator[dict[int, list[int]]]:
     """Note what origin writes overtake while a fill of these blocks is on its way: ``{block: [mask]}``."""
     cells: dict[int, list[int]] = {block: [0] for block in blocks}
+    for ident, first, last in cache.overwriting:
+        if ident == layer.id:
+            for block, start, part in block_runs(first, last - first):
+                if block in cells:
+                    cells[block][0] |= covered(start, part)
     for block, cell in cells.items():
         cache.filling.setdefault(layer.id << 40 | block, []).append(cell)
     try:
@@ -59,6 +64,17 @@ def filling(cache: Cache, layer: Layer, blocks: Sequence[int]) -> Iterator[dict[
             cache.filling[key] = [c for c in cache.filling[key] if c is not cell]
             if not cache.filling[key]:
                 del cache.filling[key]
+
+
+@contextmanager
+def overwriting(cache: Cache, layer: Layer, offset: int, length: int) -> Iterator[None]:
+    """Around a write to the origin: what anybody reads from there meanwhile may be old, and is not stored."""
+    mine = (layer.id, offset, offset + length)
+    cache.overwriting.append(mine)
+    try:
+        yield
+    finally:
+        cache.overwriting.remove(mine)
 
 
 def overtake(cache: Cache, layer: Layer, offset: int, length: int) -> None:
@@ -77,9 +93,9 @@ async def invalidate(cache: Cache, layer: Layer, offset: int, length: int) -> No
     overtake(cache, layer, offset, length)
     for at in range(offset, offset + length, 64 * BLOCK):
         runs = block_runs(at, min(64 * BLOCK, offset + length - at))
-        await cache.load(layer, {block // PAGE_BLOCKS for block, _, _ in runs})
         if not cache.journal_room(SECTOR * len(runs)):
             await cache.commit()
+        await cache.load(layer, {block // PAGE_BLOCKS for block, _, _ in runs})
         for block, start, part in runs:
             drop(cache, layer, block, covered(start, part))
     cache.publish()
@@ -88,7 +104,7 @@ async def invalidate(cache: Cache, layer: Layer, offset: int, length: int) -> No
 def drop(cache: Cache, layer: Layer, block: int, mask: int) -> None:
     """Take sectors out of a clean block whose page is loaded; the record still has to be published."""
     number, i = divmod(block, PAGE_BLOCKS)
-    word = layer.pages[number][i]
+    word = cache.page(layer, number)[i]
     if not word & mask:
         return
     cache.note(ops.drop(mask, layer.id, block))
@@ -157,23 +173,25 @@ async def _store_group(
             pass
     if layer.cap and layer.slots + len(runs) > layer.cap:
         _make_room_in(cache, layer, layer.slots + len(runs) - layer.cap)
-    token = (
-        cache.pin()
-    )  # nobody else gets the slots that we write to, even if they are given up meanwhile
+    # Nobody else gets the slots that are written to here, even if they are given up meanwhile.
+    token = cache.pin()
+    parts = _prepare(cache, layer, runs, data, cells)
+    storing = {part.slot for part in parts if part.slot >= 0}
+    cache.storing |= storing
+    sums: list[dict[int, int]] = [{} for _ in parts]
+    written = False
     try:
-        parts = _prepare(cache, layer, runs, data, cells)
-        sums: list[dict[int, int]] = [{} for _ in parts]
-        try:
-            await trio.to_thread.run_sync(_write, cache, parts, sums)
-        except OSError as error:
-            cache.fail(error)
-            for part in parts:
-                if part.fresh:
-                    cache.abandon(part.slot)
-            return
+        await trio.to_thread.run_sync(_write, cache, parts, sums)
+        written = True
+    except OSError as error:
+        cache.fail(error)
+    finally:  # also when cancelled
+        cache.storing -= storing
         for part, crcs in zip(parts, sums, strict=True):
-            _publish(cache, layer, part, crcs, cells)
-    finally:
+            if written:
+                _publish(cache, layer, part, crcs, cells)
+            elif part.fresh:
+                cache.abandon(part.slot)
         cache.unpin(token)
 
 
@@ -198,6 +216,8 @@ def _prepare(
             continue
         zero = _zeros(piece, mask)
         slot = (word >> SLOT_SHIFT) - 1
+        if slot in cache.storing:
+            continue
         fresh = False
         if mask & ~zero and slot < 0:
             if layer.cap and layer.slots >= layer.cap:
@@ -251,6 +271,8 @@ def _publish(
                 sums[sector] = crc
         cache.ready[part.slot] |= stored
         layer.slots += part.fresh
+        if part.fresh:  # the layer may have been pinned, or unpinned, since the slot was taken
+            (cache.placement.hold if layer.held else cache.placement.unhold)(part.slot)
     elif part.fresh:
         cache.abandon(part.slot)
         if not zero:

@@ -34,8 +34,9 @@ async def pages_of(cache: Cache, layer: Layer) -> list[int]:
     after = 0
     while True:
         found = await trio.to_thread.run_sync(cache.index.pages, layer.id, after, 1024)
-        numbers.update(n for n, _ in found if n not in layer.pages)
-        if len(found) < 1024:
+        numbers.update(n for n, _ in found)
+        if len(found) < 1024:  # what was loaded or made while the index was asked counts too
+            numbers.update(n for n, page in layer.pages.items() if page is not ABSENT)
             return sorted(numbers)
         after = found[-1][0] + 1
 
@@ -47,12 +48,13 @@ async def pin_layer(cache: Cache, layer: Layer, pinned: bool) -> None:
     change = cache.placement.hold if pinned else cache.placement.unhold
     for number in await pages_of(cache, layer):
         await cache.load(layer, [number])
-        for i in range(PAGE_BLOCKS):
-            slot = (layer.pages[number][i] >> SLOT_SHIFT) - 1
-            if slot >= 0 and not cache.evicting(slot):
-                change(slot)
         if layer.pinned != pinned:  # somebody changed their mind meanwhile
             return
+        page = cache.page(layer, number)
+        for i in range(PAGE_BLOCKS):
+            slot = (page[i] >> SLOT_SHIFT) - 1
+            if slot >= 0 and not cache.evicting(slot):
+                change(slot)
 
 
 async def settle(cache: Cache, frozen: Layer, filler: Filler) -> None:
@@ -90,12 +92,12 @@ def _jobs(cache: Cache, frozen: Layer, clean: Layer, number: int) -> list[_Job]:
     the private slot with more of the data takes its place, and gets the sectors that lie in the other one.
     """
     jobs: list[_Job] = []
-    page, target = frozen.pages[number], clean.pages[number]
+    page, target = cache.page(frozen, number), cache.page(clean, number)
     for i in range(PAGE_BLOCKS):
         slots, data = _private_slots(page, i)
         old = (target[i] >> SLOT_SHIFT) - 1
         if old >= 0 and _data(target[i]) & ~page[i]:
-            if not cache.evicting(old):
+            if not cache.evicting(old) and old not in cache.storing:
                 jobs += [_Job(i, slots[side], old, data[side]) for side in (0, 1) if data[side]]
         elif data[0] and data[1]:
             major = _major(data)
@@ -125,6 +127,8 @@ async def _copy(cache: Cache, jobs: list[_Job]) -> _Copied:
     if not jobs:
         return copied
     token = cache.pin()
+    storing = {job.to for job in jobs}
+    cache.storing |= storing
     try:
         for job in jobs:
             cache.ready[job.to] &= ~job.mask
@@ -136,6 +140,7 @@ async def _copy(cache: Cache, jobs: list[_Job]) -> _Copied:
             slot, mask = copied.get(job.i, (job.to, 0))
             copied[job.i] = (slot, mask | job.mask)
     finally:
+        cache.storing -= storing
         cache.unpin(token)
     return copied
 
@@ -175,8 +180,9 @@ def _hand_over(
     cache: Cache, frozen: Layer, clean: Layer, number: int, i: int, copied: tuple[int, int]
 ) -> None:
     """One block changes layers; both pages go into the same commit."""
-    if not frozen.pages[number][i] & FULL:
+    if not cache.page(frozen, number)[i] & FULL:
         return
+    cache.page(clean, number)
     page, target = frozen.writable(number), clean.writable(number)
     old = (target[i] >> SLOT_SHIFT) - 1
     if old >= 0 and copied[0] == old:

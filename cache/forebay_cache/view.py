@@ -149,19 +149,22 @@ class View:
         Raises OSError: EIO for damaged private data, or what the origin answered.
         """
         self.read_bytes += length
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(2 * _ATTEMPTS):
             await self.load(offset, length)
             pieces = self.plan(offset, length)
             if all(p.slot == ZEROS or self._is_ready(p) for p in pieces):
                 self.hits += 1
                 return [self._slice(p) for p in pieces]
-            missed = any(p.slot == ORIGIN for p in pieces)
-            got = await self._collect(pieces, last=attempt == _ATTEMPTS - 1)
-            if got is not None:
+            bad: list[Piece] = []
+            got = await self._collect(pieces, bad)
+            if not bad:
+                missed = any(p.slot == ORIGIN for p in pieces)
                 self.misses += missed
                 self.hits += not missed
                 return got
-        raise AssertionError("the last attempt decides")
+            if attempt >= _ATTEMPTS:
+                self._damaged(bad)
+        raise OSError(errno.EIO, "the cache device gives other data at each reading")
 
     async def load(self, offset: int, length: int) -> None:
         """Bring the pages of a range into memory, in every layer."""
@@ -195,9 +198,9 @@ class View:
         sources: list[tuple[int, int, bool]] = []  # (mask, slot, private)
         number, i = divmod(block, PAGE_BLOCKS)
         for layer in self.private:
-            page = layer.pages.get(number) if layer.sectors else None
-            if page is None:
+            if not layer.sectors:
                 continue
+            page = self.cache.page(layer, number)
             word, second = page[i], page[PAGE_BLOCKS + i]
             hit = word & need & FULL
             if hit:
@@ -207,8 +210,8 @@ class View:
                 sources.append((side, (second >> SLOT_SHIFT) - 1, True))
                 sources.append((hit & ~zero & ~side, (word >> SLOT_SHIFT) - 1, True))
                 need &= ~hit
-        page = self.clean.pages.get(number) if self.clean else None
-        if page is not None and need:
+        if self.clean is not None and need:
+            page = self.cache.page(self.clean, number)
             word = page[i]
             hit = word & need & FULL
             zero = word >> ZERO_SHIFT & hit
@@ -231,8 +234,8 @@ class View:
         at = self._data + (piece.slot << 16) + (piece.offset & 0xFFFF)
         return self._map[at : at + piece.length]
 
-    async def _collect(self, pieces: list[Piece], *, last: bool) -> list[Buffer] | None:
-        """Get every piece, the slow ones side by side. None: some did not match their checksum, plan again.
+    async def _collect(self, pieces: list[Piece], bad: list[Piece]) -> list[Buffer]:
+        """Get every piece, the slow ones side by side; ``bad`` gets those that did not match their checksum.
 
         What is ready now is copied now: it may move meanwhile.
         """
@@ -246,17 +249,11 @@ class View:
                 got[n] = bytes(self._slice(piece))
             else:
                 checks.append((n, piece))
-        bad: list[Piece] = []
         tasks = [partial(self._miss, n, piece, got) for n, piece in misses]
         if checks:
             tasks.append(partial(self._check, checks, got, bad))
         await _side_by_side(tasks)
-        if bad and last:
-            await self._damaged(bad)
-            return await self._collect(
-                [p._replace(slot=ORIGIN) if p in bad else p for p in pieces], last=True
-            )
-        return None if bad else got
+        return got
 
     async def _miss(self, n: int, piece: Piece, got: list[Buffer]) -> None:
         got[n] = await self.fetch(piece.offset, piece.length)
@@ -286,7 +283,7 @@ class View:
             else:
                 bad.append(piece)
 
-    async def _damaged(self, bad: list[Piece]) -> None:
+    def _damaged(self, bad: list[Piece]) -> None:
         """Give damaged clean blocks up; they are fetched again. Raises OSError(EIO) for private data."""
         cache = self.cache
         for piece in bad:

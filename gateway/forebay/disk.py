@@ -52,6 +52,7 @@ class Disk:
         self.view = View(self.block_cache, [], None, self._fetch)
         self.writeback = WriteBack(self)
         self.marked = False
+        self._mode_to_be: Mode | None = None  # as soon as what is dirty has been written back
         self.write_hits = self.write_misses = self.written_bytes = 0
         self.origin_read_bytes = self.origin_written_bytes = 0
         self.copied: float | None = None  # how much of a full copy is there, 0..1
@@ -88,6 +89,9 @@ class Disk:
             disk._check_fits(disk.mode)
             disk.view.private = images.cache.layers_named(disk._prefix)[::-1]
             disk.marked = any(x.sectors for x in disk.view.private) and not overlay
+            if disk.marked and not disk.writes_private and not read_only:
+                # The mode was changed, or the configuration, and we ended before the data had gone to the image.
+                disk._mode_to_be, disk.mode = disk.mode, Mode.WRITE_BACK
             disk._generation = len(disk.view.private)
             for layer in disk.view.private:
                 if layer.sectors:
@@ -419,10 +423,22 @@ class Disk:
             if not self.read_only and not self.overlay:
                 nursery.start_soon(self.writeback.run)
             nursery.start_soon(self._watch)
+            if self._mode_to_be is not None:
+                nursery.start_soon(self._change_over, self._mode_to_be)
             self._start_hydration()
             if self.settings.preload and self.mode is not Mode.NONE:
                 nursery.start_soon(self._preload_at_attach)
             task_status.started()
+
+    async def _change_over(self, mode: Mode) -> None:
+        """Finish a change of mode that an earlier life began."""
+        log.info("%s: dirty data is written back before the mode becomes %s", self.name, mode.value)
+        while True:
+            try:
+                return await self.set_mode(mode, _silent)
+            except OSError as error:
+                log.info("%s: still in write-back: %s", self.name, error.strerror)
+            await trio.sleep(WATCH_SECONDS)
 
     async def _watch(self) -> None:
         while True:
@@ -452,6 +468,9 @@ class Disk:
     async def unmark_discarded(self) -> None:
         """What the image lacked is gone for good, so it lacks nothing any more."""
         try:
+            await (
+                self.image.flush()
+            )  # a pass that was not finished may have left something of itself in the image
             await self.unmark()
         except OSError as error:
             log.warning("%s: its marker could not be cleared: %s", self.name, error.strerror)

@@ -66,10 +66,16 @@ class Image:
         self._images = images
         self._reaching = trio.Lock()
         self._views: list[View] = []
+        known = images.cache.record("image", self.key)
         self._writing = 0  # writes to the origin under way
-        self._written = 0  # writes ended so far, in whatever way
+        # What an earlier life wrote and did not live to take note of may not be durable yet: that counts as one.
+        self._written = int(
+            known is not None and known["identity"] is None
+        )  # writes ended so far, in whatever way
         self._flushed = 0  # how many of them are durable
         self._noted = 0  # how many the identity on record has seen
+        self._distrusting = trio.Lock()
+        self._distrusted = False  # durably on record: the identity is changing
         self._next_try = 0.0
         self._pause = RETRY_SECONDS
         self.layer = self._layer()
@@ -160,6 +166,7 @@ class Image:
                 view.clean = self.layer
 
     def _remember(self, identity: Identity | None) -> None:
+        self._distrusted = False
         value: dict[str, Any] = {"identity": None if identity is None else list(astuple(identity))}
         if self.cache.record("image", self.key) != value:
             self.cache.put_record("image", self.key, value)
@@ -190,10 +197,12 @@ class Image:
         """
         self._writing += 1
         try:
-            known = self.cache.record("image", self.key)
-            if known is None or known["identity"] is not None:
-                self._remember(None)
-                await self.cache.commit()
+            if not self._distrusted:
+                async with self._distrusting:
+                    if not self._distrusted:
+                        self._remember(None)
+                        await self.cache.commit()
+                        self._distrusted = True
             yield
         finally:
             self._writing -= 1
@@ -205,6 +214,11 @@ class Image:
         if self._flushed != written:
             await self.reached().flush()
             self._flushed = max(self._flushed, written)
+
+    @property
+    def sync_failures(self) -> int:
+        """How often a flush of the origin failed, whoever asked for it: each time something may be lost."""
+        return self.origin.sync_failures if self.origin is not None else 0
 
     def _at_rest(self) -> bool:
         """Whether nothing is being written, and all that was is durable."""

@@ -5,6 +5,8 @@ reads there, under a lock on the sectors concerned.
 """
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import trio
@@ -46,6 +48,7 @@ class OriginWrites:
         """`keep`: what was written stays cached."""
         self._disk = disk
         self._keep = keep
+        self._failures = disk.image.sync_failures
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """Never: the origin is not on this host."""
@@ -58,11 +61,9 @@ class OriginWrites:
         disk.write_misses += 1
         start, end = _sectors(offset, len(data))
         async with disk.ranges.hold(start, end), disk.image.writing():
-            await self._announce(start, end)
-            try:
+            with self._overwriting(start, end):
+                await self._announce(start, end)
                 await disk.image.reached().write(offset, [data])
-            finally:  # also when it failed or was given up: a fill may have read what was there before
-                disk.image.filler.overtaken(start, end - start)
             disk.origin_written_bytes += len(data)
             if self._keep:
                 await self._store(offset, data)
@@ -71,8 +72,18 @@ class OriginWrites:
         disk = self._disk
         image = disk.image
         await mark_hot(disk.block_cache, image.layer, start, end - start)
-        image.filler.overtaken(start, end - start)
         await invalidate(disk.block_cache, image.layer, start, end - start)
+
+    @contextmanager
+    def _overwriting(self, start: int, end: int) -> Iterator[None]:
+        """Around the write itself: what fills read meanwhile is neither kept nor given to whoever asks later."""
+        image = self._disk.image
+        image.filler.overtaken(start, end - start)
+        with clean.overwriting(self._disk.block_cache, image.layer, start, end - start):
+            try:
+                yield
+            finally:
+                image.filler.overtaken(start, end - start)
 
     async def _store(self, offset: int, data: memoryview) -> None:
         first = -(-offset // SECTOR) * SECTOR
@@ -90,15 +101,21 @@ class OriginWrites:
         disk.write_misses += 1
         start, end = _sectors(offset, length)
         async with disk.ranges.hold(start, end), disk.image.writing():
-            await self._announce(start, end)
-            try:
+            with self._overwriting(start, end):
+                await self._announce(start, end)
                 await disk.image.reached().zero(offset, length, may_trim)
-            finally:
-                disk.image.filler.overtaken(start, end - start)
 
     async def flush(self) -> None:
-        """The origin has it durably."""
-        await self._disk.image.flush()
+        """The origin has it durably. A failure that somebody else was told of is told here once too."""
+        image = self._disk.image
+        try:
+            await image.flush()
+            if image.sync_failures != self._failures:
+                raise OSError(
+                    errno.EIO, "a flush of the image failed: what was written may be lost"
+                )
+        finally:
+            self._failures = image.sync_failures
 
 
 class PrivateWrites:

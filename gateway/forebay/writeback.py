@@ -122,10 +122,15 @@ class WriteBack:
 
     async def _write_out(self, layer: Layer, progress: "Progress | None") -> None:
         disk = self._disk
+        failures = disk.image.sync_failures
         async with disk.image.writing():
             await _Work(disk, layer, progress).all()
         await disk.image.flush()
+        if disk.image.sync_failures != failures:
+            raise OSError(errno.EIO, "a flush of the image failed meanwhile: all is written again")
         await settle(disk.block_cache, layer, disk.image.filler)
+        # The clean layer has slots now that durable state gives to this one: nothing may be written there before.
+        await disk.block_cache.commit()
         disk.settled(layer)
         disk.block_cache.drop_layer(layer)
 
