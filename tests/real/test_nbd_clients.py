@@ -204,7 +204,7 @@ async def test_libnbd_errors_keep_the_connection(short_path: Path) -> None:
                 (lambda: h.block_status(512, 0, lambda *_: 0), "EINVAL"),
             ):
                 with pytest.raises(nbd.Error) as caught:
-                    wrong()
+                    wrong()  # type: ignore[no-untyped-call]
                 assert caught.value.errno == name
             assert h.pread(10_000, 0) == bytes(10_000)
             h.shutdown()
@@ -227,7 +227,7 @@ async def test_read_only_means_eperm(short_path: Path) -> None:
                 lambda: h.trim(1, 0),
             ):
                 with pytest.raises(nbd.Error) as caught:
-                    wrong()
+                    wrong()  # type: ignore[no-untyped-call]
                 assert caught.value.errno == "EPERM"
             h.flush()
             assert h.pread(9, 0) == bytes(9)

@@ -232,7 +232,7 @@ async def test_requests_in_flight_complete_at_shutdown(short_path: Path) -> None
         assert (await answers(client, {1: 0, 2: 4})).keys() == {1, 2}
         assert await client.hangs_up() == b""
         await running.ended.wait()
-        assert export.memory[:4] == b"data"
+        assert bytes(export.memory[:4]) == b"data"
 
 
 async def test_replies_of_a_stalled_client_are_sent_at_shutdown(short_path: Path) -> None:

@@ -152,7 +152,8 @@ def test_payloads_around_the_size_of_the_buffer(length: int) -> None:
     data = b"".join(b"".join(encode_request(request)) for request in requests)
     for step in (1, 7, 64, 10_000):
         reader = RequestReader(capacity=150, in_place=100)
-        got, view = [], memoryview(data)
+        got: list[ev.Request] = []
+        view = memoryview(data)
         while view or len(got) < len(requests):
             event = reader.next_event()
             if isinstance(event, ev.NeedData):
@@ -162,14 +163,15 @@ def test_payloads_around_the_size_of_the_buffer(length: int) -> None:
             else:
                 got.append(
                     ev.Request(
-                        **{**_fields(event), "payload": bytes(event.payload), "owned": False}
+                        event.command,
+                        event.flags,
+                        event.cookie,
+                        event.offset,
+                        event.length,
+                        bytes(event.payload),
                     )
                 )
         assert got == requests
-
-
-def _fields(request: ev.Request) -> dict[str, object]:
-    return {name: getattr(request, name) for name in ev.Request.__slots__}  # type: ignore[attr-defined]
 
 
 def test_a_payload_of_its_own_survives_a_move_to_another_process() -> None:
@@ -360,7 +362,7 @@ def test_data_land_where_they_were_asked_for_in_any_order() -> None:
         ev.NoneChunk(COOKIE),
     ]
     view = memoryview(b"".join(b"".join(encode_reply(reply)) for reply in stream))
-    got = []
+    got: list[object] = []
     while len(got) < len(stream):
         event = reader.next_event()
         if isinstance(event, ev.NeedData):
