@@ -1,5 +1,7 @@
 """The handshake: one table of (state, event, bytes) for both readers and both writers, and what may not be said."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -149,7 +151,7 @@ def test_what_a_client_says(state: State, event: ev.ClientOption, data: bytes) -
 
 
 @pytest.mark.parametrize(("asked", "event", "data"), SERVER_SAYS, ids=ids)
-def test_what_a_server_says(asked: ev.ClientOption | None, event: object, data: bytes) -> None:
+def test_what_a_server_says(asked: ev.ClientOption | None, event: Any, data: bytes) -> None:
     def listener() -> ClientHandshake:
         half = client(State.START, asked)
         half.no_zeroes = not (isinstance(event, ev.ExportBegins) and event.zeroes)
