@@ -20,7 +20,7 @@ import stat
 import struct
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,11 +115,27 @@ def _read_all(fd: int, length: int, offset: int) -> bytes:
 
 
 def is_blank(fd: int) -> bool:
-    """True when neither end of the device holds anything."""
+    """True when a file holds nothing but zeros, or when neither end of a device holds anything else."""
     size = size_of(fd)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return not any(_read_all(fd, n, at).strip(b"\0") for at, n in _written(fd, size))
     head = _read_all(fd, min(size, _PROBE), 0)
     tail = _read_all(fd, min(size, _PROBE), max(0, size - _PROBE))
     return not head.strip(b"\0") and not tail.strip(b"\0")
+
+
+def _written(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what a sparse file holds, in pieces."""
+    at = 0
+    while at < size:
+        try:
+            at = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: holes from here to the end
+            return
+        end = os.lseek(fd, at, os.SEEK_HOLE)
+        for start in range(at, end, _PROBE):
+            yield start, min(_PROBE, end - start)
+        at = end
 
 
 def read_superblock(fd: int, path: Path) -> Superblock | None:

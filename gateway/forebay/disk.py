@@ -171,11 +171,11 @@ class Disk:
             return
         self._check_fits(mode)
         leaves_private = self.writes_private and not self.overlay and mode not in PRIVATE_MODES
-        if leaves_private:
-            await self.drain(progress)
+        if leaves_private and self.dirty_bytes:
+            await self.writeback.checkpoint()  # most of it, while the VM goes on writing
         async with self.gate.closed():
             if leaves_private:
-                await self.drain(progress)
+                await self.writeback.finish(progress)
                 for layer in self.view.private:
                     self.block_cache.drop_layer(layer)
                 self.view.private = []
@@ -461,6 +461,8 @@ class Disk:
         if self.image.layer.pinned:
             await pin_layer(self.block_cache, self.image.layer, pinned=False)
         self.view.private = []
+        if discard and self.image.conflict is not None:
+            self.image.give_up()
         if discard and self.marked:
             await self.unmark_discarded()
         await self.image.leave(self.source, self.view)

@@ -128,7 +128,10 @@ class Image:
                 return
         elif tuple(known["identity"]) != astuple(identity):
             self._changed()
-        self._remember(identity)
+        if (
+            self.conflict is None
+        ):  # else the one we know stays on record: it is a conflict after a restart too
+            self._remember(identity)
 
     def _changed(self) -> None:
         if self.has_private():
@@ -150,6 +153,11 @@ class Image:
             if s.use.writes
             for x in self.cache.layers_named(f"disk:{s.use.disk}:")
         )
+
+    def give_up(self) -> None:
+        """The operator dropped what the cache had for an image that changed: its clean blocks go too."""
+        self.refresh()
+        self.cache.put_record("image", self.key, None)
 
     def refresh(self) -> None:
         """Drop every clean block; all disks on the image go on without."""
@@ -193,8 +201,10 @@ class Image:
     async def writing(self) -> AsyncIterator[None]:
         """Around each write to the origin and its announcement.
 
-        Before the first one the identity on record is given up, durably: our own writes change it.
+        Before the first one the identity on record is given up, durably: our own writes change it. Raises OSError
+        where the origin must not, or cannot, be written.
         """
+        self.reached()
         self._writing += 1
         try:
             if not self._distrusted:

@@ -38,6 +38,7 @@ class Gate:
     def __init__(self) -> None:
         self.shut = False
         self._inside = 0
+        self._closing = trio.Lock()
         self._opened = trio.Event()
         self._emptied = trio.Event()
 
@@ -58,13 +59,13 @@ class Gate:
     @asynccontextmanager
     async def closed(self) -> AsyncIterator[None]:
         """Hold new writes, wait for those inside; reads do not notice."""
-        assert not self.shut, "one change at a time"
-        self.shut = True
-        try:
-            while self._inside:
-                await self._emptied.wait()
-            yield
-        finally:
-            self.shut = False
-            event, self._opened = self._opened, trio.Event()
-            event.set()
+        async with self._closing:
+            self.shut = True
+            try:
+                while self._inside:
+                    await self._emptied.wait()
+                yield
+            finally:
+                self.shut = False
+                event, self._opened = self._opened, trio.Event()
+                event.set()

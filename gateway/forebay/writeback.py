@@ -33,6 +33,9 @@ YIELD_SECONDS = 0.002
 YIELD_MOST = 25
 """How long, and how often at most, a write-back write stands aside for misses that guests wait for."""
 
+PASSES_BESIDE_WRITES = 2
+"""How often a drain tries to catch up with a VM that writes, before it has it wait."""
+
 RETRY_MOST = 30.0
 """Most seconds between two tries at an origin that fails; the first pause is one second."""
 
@@ -142,21 +145,35 @@ class WriteBack:
             await disk.unmark()
 
     async def drain(self, progress: "Progress") -> None:
-        """Passes until nothing is dirty. Raises OSError."""
+        """Write back until nothing is dirty. Raises OSError.
+
+        A VM that goes on writing is let go on for most of it, and waits for the last, short, pass.
+        """
         disk = self._disk
-        total = disk.dirty_bytes
+        for _ in range(PASSES_BESIDE_WRITES):
+            if not (disk.dirty_bytes or disk.marked):
+                break
+            await self._pass(progress)
+        if disk.dirty_bytes or disk.marked:
+            async with disk.gate.closed():
+                await self.finish(progress)
+
+    async def finish(self, progress: "Progress") -> None:
+        """The same where no writes come any more."""
+        while self._disk.dirty_bytes or self._disk.marked:
+            await self._pass(progress)
+
+    async def _pass(self, progress: "Progress") -> None:
+        total = self._disk.dirty_bytes
         done = 0
 
         def advance(part: int, _total: int) -> None:
-            nonlocal done, total
+            nonlocal done
             done += part
-            total = max(total, done)
-            progress(done, total)
+            progress(done, max(total, done))
 
         progress(0, total)
-        while disk.dirty_bytes or disk.marked:
-            await self.checkpoint(advance)
-        progress(total, total)
+        await self.checkpoint(advance)
 
 
 class _Work:

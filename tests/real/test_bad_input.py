@@ -291,7 +291,6 @@ def test_a_file_with_foreign_content_is_refused(
     assert "cache.img" not in state_files(gateway)
 
 
-@pytest.mark.xfail(reason="only the first and the last part of a device are looked at")
 def test_a_file_with_foreign_content_in_its_middle_is_refused(
     make_gateway: MakeGateway, tmp_path: Path
 ) -> None:

@@ -479,10 +479,6 @@ def _round_trip(pairs: list[tuple[str, str]]) -> list[str]:
     return way
 
 
-BUSY = "draining goes on for as long as a client goes on writing"
-
-
-@pytest.mark.xfail(reason=BUSY)
 @pytest.mark.parametrize("command", ["mode", "flush"])
 def test_a_client_that_never_pauses_does_not_hold_up(
     command: str, make_disk: MakeDisk, tmp_path: Path

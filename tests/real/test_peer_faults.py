@@ -504,7 +504,6 @@ def test_an_origin_that_changes_under_a_disk_is_noticed(
     assert "changed" in gateway.log_text() or disk.status()["reason"]
 
 
-@pytest.mark.xfail(reason="a conflict is forgotten at the next start, and by detach --discard")
 def test_an_origin_that_changed_under_dirty_data_is_a_conflict_and_told(
     gateway: GatewayProcess, connect: Connect
 ) -> None:
