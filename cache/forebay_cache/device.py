@@ -118,10 +118,13 @@ def is_blank(fd: int) -> bool:
     """True when a file holds nothing but zeros, or when neither end of a device holds anything else."""
     size = size_of(fd)
     if stat.S_ISREG(os.fstat(fd).st_mode):
-        return not any(_read_all(fd, n, at).strip(b"\0") for at, n in _written(fd, size))
-    head = _read_all(fd, min(size, _PROBE), 0)
-    tail = _read_all(fd, min(size, _PROBE), max(0, size - _PROBE))
-    return not head.strip(b"\0") and not tail.strip(b"\0")
+        return all(_is_zero(_read_all(fd, n, at)) for at, n in _written(fd, size))
+    ends = ((0, min(size, _PROBE)), (max(0, size - _PROBE), min(size, _PROBE)))
+    return all(_is_zero(_read_all(fd, n, at)) for at, n in ends)
+
+
+def _is_zero(data: bytes) -> bool:
+    return data == bytes(len(data))
 
 
 def _written(fd: int, size: int) -> Iterator[tuple[int, int]]:
