@@ -109,7 +109,7 @@ class Bed:
         yield "nbdkit cache", self._target(cached)
         yield "qemu-nbd", self._target(qemu_nbd(self.memory / "qemu.sock", self.image))
         if forebay:
-            gateway = self.gateway(self.memory, 3 * self.size)
+            gateway = self.gateway(self.memory, 6 * self.size)
             yield "forebay", self.disk_of(gateway, "r", self.image, "write-through")
 
     def writers(self, forebay: bool) -> Iterator[tuple[str, Target]]:
@@ -121,7 +121,7 @@ class Bed:
         server = qemu_nbd(self.memory / "qemu-wb.sock", image_of_qemu, "--cache=writeback")
         yield "qemu-nbd", self._target(server)
         if forebay:
-            gateway = self.gateway(self.memory, 3 * self.size)
+            gateway = self.gateway(self.memory, 6 * self.size)
             yield "forebay", self.disk_of(gateway, "w", self._own_image("w"), "write-back")
 
     def syncers(self, forebay: bool) -> Iterator[tuple[str, Target]]:

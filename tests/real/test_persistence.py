@@ -250,7 +250,8 @@ def test_a_warm_cache_is_warm_at_once_after_a_kill(
 ) -> None:
     disk = attach(gateway, "write-through")
     connect(disk.uri).pread(2 * MIB, 0)
-    assert disk.status()["cached_bytes"] >= 2 * MIB
+    # A fill is stored after its reader has been answered.
+    wait_for(lambda: disk.status()["cached_bytes"] >= 2 * MIB, "not stored", 10)
     disk.commit()
     for _ in range(2):
         gateway.restart(kill=True)
