@@ -14,9 +14,10 @@ from pathlib import Path
 import lmdb
 
 from forebay_cache.device import open_device, size_of, write_format
-from forebay_cache.geometry import FULL, PAGE_BLOCKS, SECTORS, ZERO_SECTOR_CRC
-from forebay_cache.index import PAGE_KEY, SLOT_KEY, Changes, Index, LayerRecord
+from forebay_cache.geometry import FULL, PAGE_BLOCKS, SECTORS
+from forebay_cache.index import GROUP_KEY, PAGE_KEY, Changes, Index, LayerRecord
 from forebay_cache.layer import pack
+from forebay_cache.sums import GROUP, ZERO_SECTOR_SUM
 
 IMAGES = 16
 BATCH = 1 << 18
@@ -46,9 +47,10 @@ def build(device: Path, index: Path, size: int) -> int:
 def _fill(index: Path, slots: int, pages_each: int) -> None:
     env = lmdb.open(str(index), map_size=slots * 3072, max_dbs=8, sync=False, metasync=False)
     pages, sums = env.open_db(b"pages"), env.open_db(b"sums")
-    value = struct.pack("<I", ZERO_SECTOR_CRC) * SECTORS
+    value = struct.pack("<I", ZERO_SECTOR_SUM) * SECTORS * GROUP
     for start in range(0, slots, BATCH):
-        keys = ((SLOT_KEY.pack(s), value) for s in range(start, min(start + BATCH, slots)))
+        groups = range(start // GROUP, -(-min(start + BATCH, slots) // GROUP))
+        keys = ((GROUP_KEY.pack(group), value) for group in groups)
         with env.begin(write=True) as txn, txn.cursor(db=sums) as cursor:
             cursor.putmulti(keys, append=True)
     for layer in range(1, IMAGES + 1):

@@ -22,11 +22,12 @@ import trio
 from forebay_cache import ops
 from forebay_cache.device import Device
 from forebay_cache.errors import CacheFull
-from forebay_cache.geometry import BLOCK, PAGE_BLOCKS, SECTORS
-from forebay_cache.index import PAGE_KEY, SLOT_KEY, Changes, Index, LayerRecord, Meta
+from forebay_cache.geometry import BLOCK, PAGE_BLOCKS
+from forebay_cache.index import PAGE_KEY, Changes, Index, LayerRecord, Meta
 from forebay_cache.journal import Journal, JournalFull
 from forebay_cache.layer import ABSENT, SLOT_SHIFT, Layer
 from forebay_cache.placement import TOUCHED, Placement
+from forebay_cache.sums import UNKNOWN, Sums
 from forebay_cache.syncer import Syncer
 
 log = logging.getLogger(__name__)
@@ -34,11 +35,9 @@ log = logging.getLogger(__name__)
 #: A commit is made this long after the first change that it takes in: what a killed daemon loses of a warm cache.
 COMMIT_SECONDS = 2.0
 #: ... or when so many slots have new checksums; bounds memory and the length of a commit.
-COMMIT_SLOTS = 8192
+COMMIT_SLOTS = 65536
 #: Pages of the index kept in memory: about 20 MB, and lookups for 128 GiB without touching LMDB.
 PAGES_KEPT = 32768
-#: Checksums of slots kept after a commit, about 200 bytes each.
-SUMS_KEPT = 32768
 #: How long to wait after a failed commit: the state directory may be full.
 COMMIT_RETRY_SECONDS = 1.0
 #: How often the loop asks whether memory that it took for resident was paged out.
@@ -116,20 +115,17 @@ class Cache:
         self._ready_map = _anonymous(slots * 2)
         #: per slot, sectors that were checked and are believed to be in memory: these are served from the map
         self.ready = memoryview(self._ready_map).cast("H")
-        #: per slot, layer << 40 | block
+        #: per slot, layer << 32 | block
         self.owner = memoryview(_anonymous(slots * 8)).cast("Q")
         self.layers: dict[int, Layer] = {}
         self._by_name: dict[str, Layer] = {}
-        #: checksums of slots changed since the last commit began, and of those being committed
-        self.sums: dict[int, array[int]] = {}
-        self.sums_committing: dict[int, array[int]] = {}
-        #: what the index has of slots that were changed not long ago, so that the next change need not ask it
-        self.sums_kept: dict[int, array[int]] = {}
-        #: sectors written since the last sync began (key: layer << 40 | block), and those being synced
+        self.sums = Sums(slots)
+        #: sectors written since the last sync began (key: layer << 32 | block), and those being synced
         self.open_sectors: dict[int, int] = {}
         self.syncing: dict[int, int] = {}
         self._ops: list[bytes] = []
         self._ops_bytes = 0
+        self._late: list[tuple[int, int, int, memoryview]] = []
         self._freed: list[int] = []
         self._limbo: list[tuple[int, list[int]]] = []
         self._leaving = 0
@@ -273,14 +269,13 @@ class Cache:
             self._evict_wanted.set()
         if slot is None:
             return -1
-        key = layer.id << 40 | block
+        key = layer.id << 32 | block
         self.owner[slot] = key
         self.ready[slot] = 0
         self.placement.insert(slot, key, held=layer.held)
         if slot >= self.meta.frontier:
             self.meta.frontier = slot + 1
-        self.sums_kept.pop(slot, None)
-        self.sums[slot] = array("I", bytes(4 * SECTORS))
+        self.sums.fresh(slot)
         self.want_commit()
         return slot
 
@@ -299,8 +294,7 @@ class Cache:
 
     def _forget_slot(self, slot: int) -> None:
         self.ready[slot] = 0
-        self.sums.pop(slot, None)
-        self.sums_kept.pop(slot, None)
+        self.sums.forget(slot)
         self._leaving += 1
         self._freed.append(slot)
         self.want_commit()
@@ -311,14 +305,16 @@ class Cache:
 
     async def load_sums(self, slots: Iterable[int]) -> None:
         """Bring the checksums of slots into memory, for whoever is about to change some of them."""
-        wanted = set(slots)
-        while missing := [
-            s for s in wanted if s not in self.sums and s not in self.sums_committing
-        ]:
+        missing = [s for s in set(slots) if self.sums.state[s] == UNKNOWN]
+        if missing:
             found = await trio.to_thread.run_sync(self.index.sums, missing)
             for slot in missing:
-                if slot not in self.sums and slot not in self.sums_committing:
-                    self.sums[slot] = array("I", found.get(slot, bytes(4 * SECTORS)))
+                self.sums.adopt(slot, found.get(slot))
+
+    def load_sums_now(self, slot: int) -> None:
+        """The same for one slot, at once: the index is a page fault away at most."""
+        if self.sums.state[slot] == UNKNOWN:
+            self.sums.adopt(slot, self.index.sums([slot]).get(slot))
 
     async def room(self, slots: int) -> None:
         """Wait until that many slots can be had. Raises :class:`CacheFull` when no eviction can bring them."""
@@ -388,6 +384,13 @@ class Cache:
         self._ops.append(op)
         self._ops_bytes += len(op)
 
+    def write_later(self, slot: int, mask: int, at: int, data: memoryview) -> None:
+        """Have :meth:`publish` write ``data`` behind the records: sectors whose data was acknowledged are overwritten.
+
+        Killed in between, replay finds the old checksum and the new, and one of them fits.
+        """
+        self._late.append((slot, mask, at, data))
+
     def journal_room(self, length: int) -> bool:
         """Whether records for a write of ``length`` bytes can be journaled now."""
         return self.journal.fits(self._ops_bytes + 256 + (length >> 7))
@@ -396,21 +399,34 @@ class Cache:
         """Hand the records to the kernel: from now on a killed daemon has them. Raises OSError; they are kept then."""
         if not self._ops:
             return
+        late, self._late = self._late, []
         try:
             self.journal.append(b"".join(self._ops))
-        except JournalFull:
-            raise OSError(errno.ENOSPC, "the intent journal is full") from None
-        except OSError as error:
+            self._ops.clear()
+            self._ops_bytes = 0
+            for _, _, at, data in late:
+                self.device.write(at, data)
+        except (OSError, JournalFull) as error:
+            for slot, mask, _, _ in late:
+                self.ready[slot] &= ~mask  # what lies there is not what its checksum says
+            if isinstance(error, JournalFull):
+                raise OSError(errno.ENOSPC, "the intent journal is full") from None
             self.fail(error)
             raise
-        self._ops.clear()
-        self._ops_bytes = 0
         if self.journal.used * 2 > self.device.layout.journal_size:
             self._wanted.set()
 
-    def fail(self, error: OSError) -> None:
-        """The device cannot be written: from now on it serves what it has and takes nothing new."""
-        if self.failed is None and error.errno != errno.ENOSPC:
+    def check(self) -> None:
+        """Raises OSError(EIO) once the device has failed: what is durable there must not be written over."""
+        if self.failed is not None:
+            raise OSError(errno.EIO, f"cache device: {self.failed.strerror}")
+
+    def fail(self, error: OSError, *, syncing: bool = False) -> None:
+        """The device cannot be written: from now on it serves what it has and takes nothing new.
+
+        No room for a block, in a sparse file, is no failure; no room for what was taken already is one.
+        """
+        if self.failed is None and (syncing or error.errno != errno.ENOSPC):
             log.error("cache device %s failed: %s", self.device.path, error.strerror)
             self.failed = error
 
@@ -418,21 +434,19 @@ class Cache:
 
     async def _sync(self) -> None:
         self.publish()
-        if self.failed:
-            raise OSError(errno.EIO, f"cache device: {self.failed.strerror}")
+        self.check()
         self.syncing, self.open_sectors = self.open_sectors, {}
         try:
             await self._syncer()
         except OSError as error:
-            self.fail(error)
+            self.fail(error, syncing=True)  # a later sync would succeed, and lie
             raise
         finally:
-            # After an error nothing is written in place any more, so forgetting is safe.
             self.syncing = {}
 
     def want_commit(self) -> None:
         """Something has to become durable, within COMMIT_SECONDS."""
-        if len(self.sums) >= COMMIT_SLOTS:
+        if self.sums.pending >= COMMIT_SLOTS:
             self._wanted.set()
 
     def changed(self) -> bool:
@@ -440,7 +454,7 @@ class Cache:
         return bool(
             self._closing
             or self._freed
-            or self.sums
+            or self.sums.pending
             or self._records_changed
             or self._hot_gone
             or self._layers_gone
@@ -471,9 +485,7 @@ class Cache:
                 changes.layers[layer.id] = layer.record()
                 layer.changed = False
         changes.pages.sort()
-        sums = self.sums
-        self.sums_committing, self.sums = sums, {}
-        changes.sums = sorted((SLOT_KEY.pack(s), v.tobytes()) for s, v in sums.items())
+        changes.sums = self.sums.take()
         gone, self._layers_gone = self._layers_gone, set()
         changes.layers.update((ident, None) for ident in gone)
         records, self._records_changed = self._records_changed, set()
@@ -487,15 +499,12 @@ class Cache:
         self._clock += 1
 
         def succeeded() -> None:
-            self.sums_committing = {}
-            if len(self.sums_kept) > SUMS_KEPT:
-                self.sums_kept = {}
-            self.sums_kept.update(sums)
             self.journal.trim(mark)
             if freed:
                 self._limbo.append((clock, freed))
                 self._release()
             self._shed_pages()
+            self.sums.shed()
 
         def failed() -> None:
             for layer, numbers in dirty:
@@ -503,8 +512,7 @@ class Cache:
             for ident in changes.layers:
                 if ident in self.layers:
                     self.layers[ident].changed = True
-            self.sums_committing = {}
-            self.sums = {**sums, **self.sums}
+            self.sums.put_back(changes.sums)
             self._layers_gone |= gone
             self._records_changed |= records
             self._hot_new |= hot_new
@@ -610,10 +618,10 @@ class Cache:
         try:
             for slot in victims:
                 key = self.owner[slot]
-                layer = self.layers.get(key >> 40)
+                layer = self.layers.get(key >> 32)
                 if layer is None or slot not in self._evicting:
                     continue
-                number, i = divmod(key & 0xFFFFFFFFFF, PAGE_BLOCKS)
+                number, i = divmod(key & 0xFFFFFFFF, PAGE_BLOCKS)
                 if number not in layer.pages:
                     await self.load(layer, [number])
                 # Whoever freed the slot in the meantime has taken it out of the set.
@@ -622,7 +630,7 @@ class Cache:
         finally:
             for slot in self._evicting:
                 self.placement.keep(slot)
-                layer = self.layers.get(self.owner[slot] >> 40)
+                layer = self.layers.get(self.owner[slot] >> 32)
                 if layer is not None and layer.held:
                     self.placement.hold(slot)
             self._evicting.clear()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -21,13 +19,12 @@ from forebay_cache.geometry import (
     SECTOR,
     SECTORS,
     ZERO_BLOCK,
-    ZERO_SECTOR_CRC,
     block_runs,
     covered,
     sector_runs,
 )
 from forebay_cache.layer import SLOT_SHIFT, ZERO_SHIFT, Layer, pack
-from forebay_cache.private import changing_sums
+from forebay_cache.sums import checksums
 
 #: Origin writes are announced by region of this many bytes: one sync for a region, not one for a write.
 REGION_SHIFT = 22
@@ -55,12 +52,12 @@ def filling(cache: Cache, layer: Layer, blocks: Sequence[int]) -> Iterator[dict[
                 if block in cells:
                     cells[block][0] |= covered(start, part)
     for block, cell in cells.items():
-        cache.filling.setdefault(layer.id << 40 | block, []).append(cell)
+        cache.filling.setdefault(layer.id << 32 | block, []).append(cell)
     try:
         yield cells
     finally:
         for block, cell in cells.items():
-            key = layer.id << 40 | block
+            key = layer.id << 32 | block
             cache.filling[key] = [c for c in cache.filling[key] if c is not cell]
             if not cache.filling[key]:
                 del cache.filling[key]
@@ -81,7 +78,7 @@ def overtake(cache: Cache, layer: Layer, offset: int, length: int) -> None:
     """Fills under way for this range must not publish what they read."""
     if cache.filling:
         for block, start, part in block_runs(offset, length):
-            for cell in cache.filling.get(layer.id << 40 | block, ()):
+            for cell in cache.filling.get(layer.id << 32 | block, ()):
                 cell[0] |= covered(start, part)
 
 
@@ -242,8 +239,7 @@ def _write(cache: Cache, parts: list[_Part], sums: list[dict[int, int]]) -> None
         for start, count in sector_runs(part.mask & ~part.zero):
             piece = part.data[(start - part.first) * SECTOR : (start + count - part.first) * SECTOR]
             cache.device.write(cache.device.at(part.slot, start * SECTOR), piece)
-            for n in range(count):
-                crcs[start + n] = zlib.crc32(piece[n * SECTOR : (n + 1) * SECTOR])
+            crcs.update(enumerate(checksums(piece), start))
 
 
 def _publish(
@@ -265,10 +261,11 @@ def _publish(
     zero = part.zero & mask
     stored = mask & ~zero
     if part.slot >= 0 and stored:
-        sums = changing_sums(cache, part.slot) or _stored_sums(cache, part.slot)
+        cache.load_sums_now(part.slot)
+        cache.sums.change(part.slot)
         for sector, crc in crcs.items():
             if stored >> sector & 1:
-                sums[sector] = crc
+                cache.sums.values[part.slot * SECTORS + sector] = crc
         cache.ready[part.slot] |= stored
         layer.slots += part.fresh
         if part.fresh:  # the layer may have been pinned, or unpinned, since the slot was taken
@@ -281,13 +278,6 @@ def _publish(
     keep = part.slot if stored or not part.fresh else -1
     old_zero, old_valid = word >> ZERO_SHIFT & FULL, word & FULL
     layer.writable(number)[i] = pack(keep, old_zero & ~stored | zero, old_valid | mask)
-
-
-def _stored_sums(cache: Cache, slot: int) -> array[int]:
-    """Sums of a slot that was not changed since the last commit: they are in the index, a page fault away at most."""
-    raw = cache.index.sums([slot]).get(slot, bytes(4 * SECTORS))
-    sums = cache.sums[slot] = array("I", raw)
-    return sums
 
 
 def _make_room_in(cache: Cache, layer: Layer, count: int) -> None:
@@ -325,6 +315,3 @@ def mark_zero(layer: Layer, offset: int, length: int, cells: dict[int, list[int]
         if mask:
             layer.writable(number)[i] = word | mask << ZERO_SHIFT | mask
             layer.sectors += mask.bit_count()
-
-
-assert zlib.crc32(bytes(SECTOR)) == ZERO_SECTOR_CRC

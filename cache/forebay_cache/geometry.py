@@ -23,7 +23,6 @@ MASKS: tuple[tuple[int, ...], ...] = tuple(
 )
 
 ZERO_BLOCK = bytes(BLOCK)
-ZERO_SECTOR_CRC = 0xC71C0011  # zlib.crc32(bytes(4096))
 
 
 def block_runs(offset: int, length: int) -> list[tuple[int, int, int]]:

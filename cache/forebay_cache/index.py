@@ -4,7 +4,7 @@ Tables (keys big endian so that they sort, values little endian)::
 
     meta     b"state"          Meta, as JSON
     pages    layer u32, page u32 -> words u64[] (see layer.py)
-    sums     slot u32          -> crc32 u32[16], one per sector
+    sums     group u32         -> checksum u32[16][16]: of each sector of slots 16 * group to 16 * group + 15
     layers   layer u32         -> LayerRecord, as JSON
     hot      layer u32, region u32 -> b""      regions that an origin write may have touched
     records  kind NUL name     -> JSON          what the layers above keep here (disks, images)
@@ -22,7 +22,7 @@ import mmap
 import shutil
 import struct
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,14 @@ import lmdb
 
 from forebay_cache.device import sync_directory
 from forebay_cache.errors import CacheError
+from forebay_cache.sums import GROUP, SIZE, Taken
 from forebay_cache.worker import Worker
 
-FORMAT = 1
+FORMAT = 2
 PAGE_KEY = struct.Struct(">II")
-SLOT_KEY = struct.Struct(">I")
+LAYER_KEY = struct.Struct(">I")
+GROUP_KEY = struct.Struct(">I")
+ALL_OF_GROUP = (1 << GROUP) - 1
 _TABLES = ("meta", "pages", "sums", "layers", "hot", "records")
 
 
@@ -72,7 +75,7 @@ class Changes:
 
     meta: Meta
     pages: list[tuple[bytes, bytes]] = field(default_factory=list)
-    sums: list[tuple[bytes, bytes]] = field(default_factory=list)
+    sums: list[Taken] = field(default_factory=list)
     layers: dict[int, LayerRecord | None] = field(default_factory=dict)
     hot: list[tuple[bytes, bool]] = field(default_factory=list)
     records: dict[tuple[str, str], dict[str, Any] | None] = field(default_factory=dict)
@@ -149,11 +152,15 @@ class Index:
             value: bytes | None = txn.get(PAGE_KEY.pack(layer, number), db=self._db["pages"])
             return value
 
-    def sums(self, slots: Iterable[int]) -> dict[int, bytes]:
+    def sums(self, slots: Collection[int]) -> dict[int, bytes]:
         """Checksums of the slots that have some."""
         with self._env.begin() as txn:
-            found = {s: txn.get(SLOT_KEY.pack(s), db=self._db["sums"]) for s in slots}
-        return {slot: value for slot, value in found.items() if value is not None}
+            db = self._db["sums"]
+            groups = {s // GROUP: b"" for s in slots}
+            for group in groups:
+                groups[group] = txn.get(GROUP_KEY.pack(group), db=db) or b""
+        found = {s: groups[s // GROUP][s % GROUP * SIZE : (s % GROUP + 1) * SIZE] for s in slots}
+        return {slot: value for slot, value in found.items() if value}
 
     def pages(self, layer: int, after: int, limit: int) -> list[tuple[int, bytes]]:
         """Up to ``limit`` pages of a layer from page number ``after`` on."""
@@ -196,7 +203,7 @@ class Index:
     def layers(self) -> dict[int, LayerRecord]:
         """All layers, by number."""
         with self._env.begin() as txn, txn.cursor(db=self._db["layers"]) as cursor:
-            return {SLOT_KEY.unpack(k)[0]: LayerRecord(**json.loads(v)) for k, v in cursor}
+            return {LAYER_KEY.unpack(k)[0]: LayerRecord(**json.loads(v)) for k, v in cursor}
 
     def records(self) -> dict[tuple[str, str], dict[str, Any]]:
         """All records, by kind and name."""
@@ -234,10 +241,10 @@ class Index:
             gone = set(empty)
             with txn.cursor(db=db["pages"]) as cursor:
                 cursor.putmulti([item for item in changes.pages if item[0] not in gone])
-            with txn.cursor(db=db["sums"]) as cursor:
-                cursor.putmulti(changes.sums)
+            for taken in changes.sums:
+                _put_sums(txn, db["sums"], taken)
             for layer, record in changes.layers.items():
-                key = SLOT_KEY.pack(layer)
+                key = LAYER_KEY.pack(layer)
                 if record is None:
                     txn.delete(key, db=db["layers"])
                 else:
@@ -259,3 +266,15 @@ class Index:
         """End the writer thread and close the environment."""
         self._writer.close()
         self._env.close()
+
+
+def _put_sums(txn: lmdb.Transaction, db: Any, taken: Taken) -> None:
+    """Store the sums of some slots of a group beside those of the others."""
+    key, value = GROUP_KEY.pack(taken.group), taken.raw
+    if taken.slots != ALL_OF_GROUP:
+        merged = bytearray(txn.get(key, db=db) or len(value))
+        for n in range(GROUP):
+            if taken.slots >> n & 1:
+                merged[n * SIZE : (n + 1) * SIZE] = value[n * SIZE : (n + 1) * SIZE]
+        value = bytes(merged)
+    txn.put(key, value, db=db)

@@ -6,10 +6,11 @@ durable state may name is never overwritten. Nothing here awaits; what would hav
 
 from __future__ import annotations
 
-import os
-import zlib
+import contextlib
 from array import array
 from typing import NamedTuple
+
+from xxhash import xxh3_64_intdigest
 
 from forebay_cache import ops
 from forebay_cache.cache import Cache
@@ -22,84 +23,115 @@ from forebay_cache.geometry import (
     PAGE_SHIFT,
     SECTOR,
     SECTOR_SHIFT,
+    SECTORS,
     block_runs,
     sector_runs,
 )
 from forebay_cache.layer import ABSENT, SLOT_SHIFT, ZERO_SHIFT, Layer
-
-_crc32 = zlib.crc32
+from forebay_cache.sums import CHANGED, checksums
 
 
 def write(cache: Cache, layer: Layer, offset: int, data: memoryview) -> bool:
     """Store whole sectors; ``offset`` and ``len(data)`` are multiples of a sector.
 
-    True: the data is in the kernel's hands, and so will the records be after ``cache.publish()``, which has to come
-    before the reply. False: nothing (or only a prefix, harmlessly) was done; something has to be loaded or waited for
-    first, see :func:`prepare`. Raises OSError when the device refuses.
+    True: data and records are in the kernel's hands after ``cache.publish()``, which has to come before the reply,
+    before anything is read, and before ``data`` changes. False: nothing (or only a prefix, harmlessly) was done;
+    something has to be loaded or waited for first, see :func:`prepare`. Raises OSError when the device refuses.
     """
+    cache.check()
     length = len(data)
     if not cache.journal_room(length):
         return False
-    if (offset & (BLOCK - 1)) + length <= BLOCK:
-        try:
-            done = _overwrite(cache, layer, offset, data)
-        except OSError as error:
-            cache.fail(error)
-            raise
-        if done is not None:
-            return done
-    at = 0
-    for block, start, part in block_runs(offset, length):
-        if not _write_block(cache, layer, block, start, data[at : at + part]):
-            return False
-        at += part
+    try:
+        if (offset & (BLOCK - 1)) + length <= BLOCK:
+            done = _write_simply(cache, layer, offset, data)
+            if done is not None:
+                return done
+        at = 0
+        for block, start, part in block_runs(offset, length):
+            if not _write_block(cache, layer, block, start, data[at : at + part]):
+                cache.publish()  # `data` may change before the next try
+                return False
+            at += part
+    except OSError as error:
+        cache.fail(error)
+        with contextlib.suppress(OSError):
+            cache.publish()
+        raise
     return True
 
 
-def _overwrite(cache: Cache, layer: Layer, offset: int, data: memoryview) -> bool | None:
+def _write_simply(  # noqa: C901  (calls cost more than what they would hide)
+    cache: Cache, layer: Layer, offset: int, data: memoryview
+) -> bool | None:
     """The usual case of :func:`_write_block`, in one piece because it is most of what a write costs.
 
-    One block, one side, a slot that is there, checksums that are in memory. None: it is not that simple.
+    Sectors of one block that go to the same slot. None: it is not that simple. Raises OSError; nothing was done then.
     """
-    page = layer.pages.get(offset >> PAGE_SHIFT)
+    number = offset >> PAGE_SHIFT
+    page = layer.pages.get(number)
     if page is None:
         return False
-    i = (offset >> BLOCK_SHIFT) & (PAGE_BLOCKS - 1)
+    block = offset >> BLOCK_SHIFT
+    i = block & (PAGE_BLOCKS - 1)
     start = offset & (BLOCK - 1)
     length = len(data)
     first = start >> SECTOR_SHIFT
     mask = MASKS[first][(start + length - 1) >> SECTOR_SHIFT]
-    block = offset >> BLOCK_SHIFT
-    key = layer.id << 40 | block
+    key = layer.id << 32 | block
     if cache.syncing and cache.syncing.get(key, 0) & mask:
         return False
     word, second = page[i], page[PAGE_BLOCKS + i]
     opened = cache.open_sectors.get(key, 0)
     target = _target(word, second, mask, opened)
-    if target and target != mask:
-        return None
-    slot = ((second if target else word) >> SLOT_SHIFT) - 1
-    sums = cache.sums.get(slot)
-    if slot < 0 or sums is None:
-        return None
-    if length == SECTOR:
-        crcs = [_crc32(data)]
-        cache.note(ops.write_one(target != 0, mask, layer.id, block, slot, crcs[0]))
+    if target:
+        if target != mask:
+            return None
+        slot = (second >> SLOT_SHIFT) - 1
     else:
-        crcs = [_crc32(data[n : n + SECTOR]) for n in range(0, length, SECTOR)]
-        cache.note(ops.write(target != 0, mask, layer.id, block, slot, crcs))
-    if opened & mask:
-        cache.publish()  # in place: see _put()
+        slot = (word >> SLOT_SHIFT) - 1
+    fresh = slot < 0
+    if fresh:
+        if target and not word >> SLOT_SHIFT:
+            return None
+        slot = cache.take_slot(layer, block)
+        if slot < 0:
+            return False
+    sums = cache.sums
+    if sums.state[slot] != CHANGED and not sums.change(slot):
+        return False
     device = cache.device
-    if os.pwrite(device.fd, data, device.data_offset + (slot << BLOCK_SHIFT) + start) != length:
-        return None
-    sums[first : first + len(crcs)] = array("I", crcs)
+    at = device.data_offset + (slot << BLOCK_SHIFT) + start
+    if opened & mask:
+        cache.write_later(slot, mask, at, data)
+    else:
+        try:
+            device.write(at, data)
+        except OSError:
+            if fresh:
+                cache.abandon(slot)
+            raise
+    at = slot * SECTORS + first
+    if length == SECTOR:
+        sums.values[at] = value = xxh3_64_intdigest(data) & 0xFFFFFFFF
+        cache.note(ops.write_one(target != 0, mask, layer.id, block, slot, value))
+    else:
+        values = checksums(data)
+        sums.values[at : at + len(values)] = array("I", values)
+        cache.note(ops.write(target != 0, mask, layer.id, block, slot, values))
     cache.ready[slot] |= mask
-    if word & mask != mask:
-        layer.sectors += (mask & ~word).bit_count()
+    if page is ABSENT:
+        page = layer.writable(number)
+    if fresh:
+        layer.slots += 1
+        if target:
+            second |= (slot + 1) << SLOT_SHIFT
+        else:
+            word |= (slot + 1) << SLOT_SHIFT
+    layer.sectors += (mask & ~word).bit_count()
     page[i] = word & ~(mask << ZERO_SHIFT) | mask
     page[PAGE_BLOCKS + i] = second & ~mask | target
-    layer.dirty.add(offset >> PAGE_SHIFT)
+    layer.dirty.add(number)
     layer.changed = True
     cache.open_sectors[key] = opened | mask
     return True
@@ -112,7 +144,7 @@ def _write_block(cache: Cache, layer: Layer, block: int, start: int, data: memor
         return False
     first = start >> SECTOR_SHIFT
     mask = MASKS[first][first + (len(data) >> SECTOR_SHIFT) - 1]
-    key = layer.id << 40 | block
+    key = layer.id << 32 | block
     if cache.syncing and cache.syncing.get(key, 0) & mask:
         return False
     word, second = page[i], page[PAGE_BLOCKS + i]
@@ -120,18 +152,16 @@ def _write_block(cache: Cache, layer: Layer, block: int, start: int, data: memor
     target = _target(word, second, mask, opened)
     slots = [(word >> SLOT_SHIFT) - 1, (second >> SLOT_SHIFT) - 1]
     had = tuple(slots)
-    sums = _slots_for(cache, layer, block, slots, mask & ~target, target)
-    if sums is None:
+    if not _slots_for(cache, layer, block, slots, mask & ~target, target):
         return False
     try:
         for side, part in ((0, mask & ~target), (1, target)):
             if part:
                 place = _Place(layer.id, block, slots[side], side)
-                _put(cache, place, first, data, sums[side], part, in_place=bool(opened & part))
-    except OSError as error:
+                _put(cache, place, first, data, part, in_place=bool(opened & part))
+    except OSError:
         for slot in set(slots) - set(had):
             cache.abandon(slot)
-        cache.fail(error)
         raise
     page = layer.writable(number)
     layer.slots += (slots[0] != had[0]) + (slots[1] != had[1])
@@ -157,35 +187,19 @@ def _target(word: int, second: int, mask: int, opened: int) -> int:
 
 def _slots_for(
     cache: Cache, layer: Layer, block: int, slots: list[int], first: int, second: int
-) -> list[array[int] | None] | None:
-    """Make sure of slots and their checksums for the sides that are written; None: cannot be had now."""
-    wanted = [bool(first), bool(second)]
-    missing = sum(wanted[side] and slots[side] < 0 for side in (0, 1))
-    if missing > cache.placement.free:
+) -> bool:
+    """Make sure of slots and their checksums for the sides that are written; False: cannot be had now."""
+    wanted = [side for side, part in ((0, first), (1, second)) if part]
+    if sum(slots[side] < 0 for side in wanted) > cache.placement.free:
         cache.take_slot_soon()
-        return None
-    sums: list[array[int] | None] = [None, None]
-    for side in (0, 1):
-        if wanted[side] and slots[side] >= 0:
-            sums[side] = changing_sums(cache, slots[side])
-            if sums[side] is None:
-                return None
-    for side in (0, 1):
-        if wanted[side] and slots[side] < 0:
+        return False
+    for side in wanted:
+        if slots[side] >= 0 and not cache.sums.change(slots[side]):
+            return False
+    for side in wanted:
+        if slots[side] < 0:
             slots[side] = cache.take_slot(layer, block)
-            sums[side] = cache.sums[slots[side]]
-    return sums
-
-
-def changing_sums(cache: Cache, slot: int) -> array[int] | None:
-    """The checksums of a slot, to be changed in place and stored by the next commit; None: load them first."""
-    sums = cache.sums.get(slot)
-    if sums is None:
-        known = cache.sums_committing.get(slot) or cache.sums_kept.get(slot)
-        if known is None:
-            return None
-        sums = cache.sums[slot] = known[:]
-    return sums
+    return True
 
 
 class _Place(NamedTuple):
@@ -198,48 +212,35 @@ class _Place(NamedTuple):
 
 
 def _put(
-    cache: Cache,
-    place: _Place,
-    first: int,
-    data: memoryview,
-    sums: array[int] | None,
-    part: int,
-    *,
-    in_place: bool,
+    cache: Cache, place: _Place, first: int, data: memoryview, part: int, *, in_place: bool
 ) -> None:
-    """Write the sectors ``part`` of ``data``, which begins at sector ``first``, and note it.
-
-    Data that was acknowledged, though not flushed, may lie in the same place. Then the record goes to the kernel first:
-    killed between the two, replay finds both checksums, and one of them fits. Where nothing was, the data goes
-    first: replay then either knows of it or does not.
-    """
-    assert sums is not None
-    runs = [
-        (start, data[(start - first) * SECTOR : (start + count - first) * SECTOR])
-        for start, count in sector_runs(part)
-    ]
-    crcs = [
-        _crc32(piece[n : n + SECTOR]) for _, piece in runs for n in range(0, len(piece), SECTOR)
-    ]
-    cache.note(ops.write(place.side, part, place.layer, place.block, place.slot, crcs))
-    if in_place:
-        cache.publish()
-    for start, piece in runs:
-        cache.device.write(cache.device.at(place.slot, start * SECTOR), piece)
-        for n in range(len(piece) // SECTOR):
-            sums[start + n] = crcs.pop(0)
+    """Write the sectors ``part`` of ``data``, which begins at sector ``first``, and note it."""
+    noted: list[int] = []
+    for start, count in sector_runs(part):
+        piece = data[(start - first) * SECTOR : (start + count - first) * SECTOR]
+        at = cache.device.at(place.slot, start * SECTOR)
+        if in_place:
+            cache.write_later(place.slot, part, at, piece)
+        else:
+            cache.device.write(at, piece)
+        values = checksums(piece)
+        at = place.slot * SECTORS + start
+        cache.sums.values[at : at + count] = array("I", values)
+        noted += values
+    cache.note(ops.write(place.side, part, place.layer, place.block, place.slot, noted))
     cache.ready[place.slot] |= part
 
 
 def zero(cache: Cache, layer: Layer, offset: int, length: int) -> bool:
     """Make whole sectors read as zeros without storing any; the terms of :func:`write`."""
+    cache.check()
     if not cache.journal_room(length // 16):
         return False
     for block, start, part in block_runs(offset, length):
         number, i = divmod(block, PAGE_BLOCKS)
         if layer.pages.get(number) is None:
             return False
-        key = layer.id << 40 | block
+        key = layer.id << 32 | block
         mask = MASKS[start >> SECTOR_SHIFT][(start + part - 1) >> SECTOR_SHIFT]
         if cache.syncing and cache.syncing.get(key, 0) & mask:
             return False
@@ -254,7 +255,7 @@ def _zero_block(cache: Cache, layer: Layer, number: int, i: int, mask: int, key:
         page[i] = FULL << ZERO_SHIFT | FULL
         layer.sectors += FULL.bit_count()
         cache.open_sectors.pop(key, None)
-        cache.note(ops.zero(FULL, layer.id, key & 0xFFFFFFFFFF, 0))
+        cache.note(ops.zero(FULL, layer.id, key & 0xFFFFFFFF, 0))
         return
     word, second = page[i], page[PAGE_BLOCKS + i]
     opened = cache.open_sectors.get(key, 0)
@@ -263,7 +264,7 @@ def _zero_block(cache: Cache, layer: Layer, number: int, i: int, mask: int, key:
     page[i] = word | mask << ZERO_SHIFT | mask
     page[PAGE_BLOCKS + i] = second & ~mask | target
     cache.open_sectors[key] = opened | mask
-    cache.note(ops.zero(mask, layer.id, key & 0xFFFFFFFFFF, (second & ~mask | target) & FULL))
+    cache.note(ops.zero(mask, layer.id, key & 0xFFFFFFFF, (second & ~mask | target) & FULL))
 
 
 async def prepare(
@@ -293,7 +294,7 @@ def _missing(cache: Cache, layer: Layer, block: int, start: int, length: int) ->
     page = layer.pages.get(number, ABSENT)
     word, second = page[i], page[PAGE_BLOCKS + i]
     mask = MASKS[start >> SECTOR_SHIFT][(start + length - 1) >> SECTOR_SHIFT]
-    target = _target(word, second, mask, cache.open_sectors.get(layer.id << 40 | block, 0))
+    target = _target(word, second, mask, cache.open_sectors.get(layer.id << 32 | block, 0))
     return (bool(mask & ~target) and not word >> SLOT_SHIFT) + (
         bool(target) and not second >> SLOT_SHIFT
     )

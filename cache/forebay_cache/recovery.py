@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import uuid
-import zlib
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from forebay_cache.index import PAGE_KEY, Index, LayerRecord
 from forebay_cache.journal import Journal, Position
 from forebay_cache.layer import SLOT_SHIFT, ZERO_SHIFT, Layer, pack
 from forebay_cache.placement import TOUCHED, UNSCANNED, Placement
+from forebay_cache.sums import checksum
 
 log = logging.getLogger(__name__)
 
@@ -312,7 +312,7 @@ def _crc_at(cache: Cache, slot: int, sector: int) -> int:
         cache.device.read_into(cache.device.at(slot, sector * SECTOR), [data])
     except OSError:
         return -1
-    return zlib.crc32(data)
+    return checksum(data)
 
 
 def _fits(cache: Cache, sector: int, page: array[int], i: int) -> bool:
@@ -326,11 +326,9 @@ def _fits(cache: Cache, sector: int, page: array[int], i: int) -> bool:
 
 
 def _set_sum(cache: Cache, slot: int, sector: int, crc: int) -> None:
-    sums = cache.sums.get(slot)
-    if sums is None:
-        raw = cache.index.sums([slot]).get(slot, bytes(4 * SECTORS))
-        sums = cache.sums[slot] = array("I", raw)
-    sums[sector] = crc
+    cache.load_sums_now(slot)
+    cache.sums.change(slot)
+    cache.sums.values[slot * SECTORS + sector] = crc
 
 
 def _drop_hot(cache: Cache, regions: set[tuple[int, int]]) -> None:
@@ -374,7 +372,7 @@ def _adopt(cache: Cache, found: list[tuple[bytes, bytes]]) -> None:
         ident, number = PAGE_KEY.unpack(key)
         layer = cache.layers.get(ident)
         held = layer is not None and layer.held
-        first = ident << 40 | number * PAGE_BLOCKS
+        first = ident << 32 | number * PAGE_BLOCKS
         for i, word in enumerate(array("Q", raw)):
             slot = (word >> SLOT_SHIFT) - 1
             # What is known by now is newer than what the index said when it was read.

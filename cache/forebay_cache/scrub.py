@@ -7,10 +7,10 @@ from collections.abc import Callable
 import trio
 
 from forebay_cache.cache import Cache
-from forebay_cache.geometry import BLOCK, FULL, PAGE_BLOCKS, SECTORS
+from forebay_cache.geometry import BLOCK, FULL, PAGE_BLOCKS
 from forebay_cache.layer import ABSENT, SLOT_SHIFT, ZERO_SHIFT, Layer
 from forebay_cache.settle import pages_of
-from forebay_cache.view import read_slots
+from forebay_cache.view import matching, read_slots
 
 
 async def scrub(cache: Cache, progress: Callable[[int, int], None]) -> dict[str, int]:
@@ -36,6 +36,7 @@ async def scrub(cache: Cache, progress: Callable[[int, int], None]) -> dict[str,
 async def _check(cache: Cache, layer: Layer, number: int, i: int, found: dict[str, int]) -> None:
     for slot, mask in _held(layer, number, i):
         found["checked_bytes"] += BLOCK
+        before = cache.sums.get(slot)
         token = cache.pin()
         try:
             data = await trio.to_thread.run_sync(read_slots, cache, {slot})
@@ -43,9 +44,11 @@ async def _check(cache: Cache, layer: Layer, number: int, i: int, found: dict[st
             cache.unpin(token)
         if (slot, mask) not in _held(layer, number, i):
             continue  # changed meanwhile: what was read says nothing
-        _, crcs, stored = data[slot]
-        sums = cache.sums.get(slot) or cache.sums_committing.get(slot) or stored
-        if any(mask >> s & 1 and crcs[s] != sums[s] for s in range(SECTORS)):
+        _, sums, stored = data[slot]
+        now = cache.sums.get(slot)
+        if before is not None and now != before:
+            continue  # overwritten in place meanwhile
+        if mask & ~matching(sums, now or stored):
             cache.damaged_slots += 1
             if layer.private:
                 found["damaged_private"] += 1

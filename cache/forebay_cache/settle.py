@@ -7,7 +7,6 @@ awaits, so that one commit stores both sides of it.
 
 from __future__ import annotations
 
-import zlib
 from array import array
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from forebay_cache.geometry import (
     sector_runs,
 )
 from forebay_cache.layer import ABSENT, SLOT_SHIFT, ZERO_SHIFT, Layer, pack
-from forebay_cache.private import changing_sums
+from forebay_cache.sums import checksums
 
 
 async def pages_of(cache: Cache, layer: Layer) -> list[int]:
@@ -154,26 +153,22 @@ def _copy_sectors(cache: Cache, jobs: list[_Job]) -> dict[_Job, list[int]]:
             data = bytearray(count * SECTOR)
             cache.device.read_into(cache.device.at(job.source, first * SECTOR), [data])
             cache.device.write(cache.device.at(job.to, first * SECTOR), data)
-            for n in range(count):
-                crcs[first + n] = zlib.crc32(memoryview(data)[n * SECTOR : (n + 1) * SECTOR])
+            crcs[first : first + count] = checksums(data)
     return found
 
 
 def _take_sums(cache: Cache, job: _Job, crcs: list[int]) -> int:
     """The copies have the checksums of their source, so a bad copy shows when it is read; the good ones as a mask."""
-    sums, known = _sums(cache, job.to), _sums(cache, job.source)
+    for slot in (job.to, job.source):
+        cache.load_sums_now(slot)  # unless loaded just now
+    cache.sums.change(job.to)
+    values, to, source = cache.sums.values, job.to * SECTORS, job.source * SECTORS
     good = 0
     for sector in range(SECTORS):
         if job.mask >> sector & 1:
-            sums[sector] = known[sector]
-            good |= (crcs[sector] == known[sector]) << sector
+            values[to + sector] = values[source + sector]
+            good |= (crcs[sector] == values[source + sector]) << sector
     return good
-
-
-def _sums(cache: Cache, slot: int) -> array[int]:
-    sums = changing_sums(cache, slot)
-    assert sums is not None, "loaded just now"
-    return sums
 
 
 def _hand_over(
@@ -227,7 +222,7 @@ def _replace(
             page[i] &= 0xFFFFFFFF
         frozen.slots -= 1
         clean.slots += 1
-        cache.owner[slot] = clean.id << 40 | number * PAGE_BLOCKS + i
+        cache.owner[slot] = clean.id << 32 | number * PAGE_BLOCKS + i
         if not clean.pinned:
             cache.placement.unhold(slot)
     clean.sectors += (kept | zero).bit_count() - (old & FULL).bit_count()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import zlib
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -34,6 +33,7 @@ from forebay_cache.geometry import (
 )
 from forebay_cache.layer import SLOT_SHIFT, ZERO_SHIFT, Layer
 from forebay_cache.placement import TOUCHED
+from forebay_cache.sums import SIZE, checksums
 
 log = logging.getLogger(__name__)
 
@@ -270,9 +270,8 @@ class View:
         finally:
             cache.unpin(token)
         for n, piece in checks:
-            data, crcs, stored = read[piece.slot]
-            sums = cache.sums.get(piece.slot) or cache.sums_committing.get(piece.slot) or stored
-            good = sum(1 << s for s in range(SECTORS) if crcs[s] == sums[s])
+            data, found, stored = read[piece.slot]
+            good = matching(found, cache.sums.get(piece.slot) or stored)
             start = piece.offset & 0xFFFF
             need = covered(start, piece.length)
             if good & need == need:
@@ -322,10 +321,8 @@ async def _side_by_side(tasks: Sequence[Callable[[], Awaitable[None]]]) -> None:
         raise errors[0]
 
 
-def read_slots(
-    cache: Cache, slots: set[int]
-) -> dict[int, tuple[memoryview, list[int], array[int]]]:
-    """In a thread: content, checksums as computed and checksums as stored, of each slot."""
+def read_slots(cache: Cache, slots: set[int]) -> dict[int, tuple[memoryview, list[int], bytes]]:
+    """In a thread: content, checksums as computed and (u32[16]) as stored, of each slot."""
     stored = cache.index.sums(slots)
     found = {}
     for slot in slots:
@@ -336,12 +333,16 @@ def read_slots(
             cache.device.read_into(cache.device.at(slot), [data])
         except OSError:
             unreadable = _read_sectors(cache, slot, view)
-        crcs = [
-            -1 if unreadable >> s & 1 else zlib.crc32(view[s * SECTOR : (s + 1) * SECTOR])
-            for s in range(SECTORS)
-        ]
-        found[slot] = (view, crcs, array("I", stored.get(slot, bytes(4 * SECTORS))))
+        sums = checksums(view)
+        if unreadable:
+            sums = [-1 if unreadable >> s & 1 else value for s, value in enumerate(sums)]
+        found[slot] = (view, sums, stored.get(slot, bytes(SIZE)))
     return found
+
+
+def matching(sums: list[int], stored: bytes) -> int:
+    """Mask of the sectors whose checksum is the one that is stored."""
+    return sum(1 << s for s, value in enumerate(array("I", stored)) if sums[s] == value)
 
 
 def _read_sectors(cache: Cache, slot: int, view: memoryview) -> int:

@@ -78,8 +78,6 @@ class Batch:
             outcome = self._run()
         except ProtocolError as exc:
             self.error, outcome = exc, Outcome.BROKEN
-        if self._accepted:
-            self._publish()
         return outcome
 
     def _run(self) -> Outcome:
@@ -173,6 +171,8 @@ class Batch:
                     failure(Request(Cmd.WRITE, 0, int.from_bytes(cookie)), self._structured, exc)
                 )
             pos = stop
+        if self._accepted:
+            self._publish()
         if pos == reader.start:
             return self._other()
         reader.start = pos
@@ -230,6 +230,7 @@ class Batch:
             if not self._export.write_now(request.offset, memoryview(request.payload)):
                 return False
             self._accepted.append(request.cookie.to_bytes(8))
+            self._publish()
         elif request.command == Cmd.FLUSH or request.length:
             return False
         else:

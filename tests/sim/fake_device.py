@@ -74,7 +74,6 @@ class Recorder:
             system = _System(self)
             for target, name, value in (
                 (forebay_cache.device, "os", system),
-                (forebay_cache.private, "os", system),
                 (Index, "_commit", lambda index, changes: self.commit(commit, index, changes)),
                 (syncer, "begin", staticmethod(self.begin)),
             ):
