@@ -454,25 +454,28 @@ class Disk:
     async def close(self, *, discard: bool) -> None:
         """At detach: drop what is private. `discard` says that it is meant to be lost where it is dirty."""
         assert discard or not self.dirty_bytes, "drain first"
-        for layer in self.view.private:
-            self.block_cache.drop_layer(layer)
         if self.dirty_bytes:
             log.warning("%s: %d dirty bytes are dropped as asked", self.name, self.dirty_bytes)
-        if self.image.layer.pinned:
-            await pin_layer(self.block_cache, self.image.layer, pinned=False)
+        # A pass that was not finished wrote to the image under clean blocks that its frozen layer hides.
+        begun = bool(self.dirty_bytes) and len(self.view.private) > 1
+        for layer in self.view.private:  # no await until all of it is dropped: one commit has it
+            self.block_cache.drop_layer(layer)
         self.view.private = []
         if discard and self.image.conflict is not None:
             self.image.give_up()
+        elif begun:
+            self.image.refresh()
+        if self.image.layer.pinned:
+            await pin_layer(self.block_cache, self.image.layer, pinned=False)
         if discard and self.marked:
-            await self.unmark_discarded()
+            await self._unmark_discarded()
         await self.image.leave(self.source, self.view)
 
-    async def unmark_discarded(self) -> None:
+    async def _unmark_discarded(self) -> None:
         """What the image lacked is gone for good, so it lacks nothing any more."""
         try:
-            await (
-                self.image.flush()
-            )  # a pass that was not finished may have left something of itself in the image
+            await self.block_cache.commit()  # else a kill now would bring it back, unmarked
+            await self.image.flush()  # of a pass that was not finished
             await self.unmark()
         except OSError as error:
             log.warning("%s: its marker could not be cleared: %s", self.name, error.strerror)

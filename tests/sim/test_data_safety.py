@@ -1,0 +1,94 @@
+"""Faults that cost data or a daemon once, each step by step on the simulated host."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from forebay.disk import Disk
+from forebay.sizes import Mode
+from forebay_cache.geometry import BLOCK
+from sim.fake_host import Host, settings
+from sim.fake_loop import Dice, simulated
+from sim.fake_origin import FakeOrigin
+
+SIZE = 24 * BLOCK
+OLD, NEW = b"o" * BLOCK, b"n" * BLOCK
+
+
+def play(directory: Path, story: Callable[[Host], Awaitable[None]], size: int = SIZE) -> None:
+    """Tell a story on a host whose image holds nothing but ``OLD``. Everything in it follows from one seed."""
+    dice = Dice("story")
+
+    async def live() -> None:
+        async with trio.open_nursery() as nursery:
+            host = Host(directory, FakeOrigin(dice, OLD * (size // BLOCK)), nursery)
+            await host.start()
+            await story(host)
+            await host._end()
+            host.cache.release()
+
+    with simulated(dice):
+        trio.run(live, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+async def read(disk: Disk, offset: int = 0, length: int = BLOCK) -> bytes:
+    """As a guest does."""
+    return b"".join(bytes(part) for part in await disk.read(offset, length))
+
+
+# -- what is given up leaves nothing behind ---------------------------------------------------------------------
+
+
+@pytest.mark.expect_log("write-back failed|dropped as asked")
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_an_unfinished_pass_wrote_is_read_after_a_discard(
+    tmp_path: Path, restarted: bool
+) -> None:
+    """The frozen layer hid the clean blocks of before; they must not be served once it is dropped."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        assert await read(disk) == OLD
+        await disk.write(0, memoryview(NEW), False)
+        host.origin.faults["flush"] = -1
+        with pytest.raises(OSError, match="injected"):
+            await disk.writeback.checkpoint()
+        assert host.origin.visible[:BLOCK] == NEW
+        if restarted:
+            await host.stop()
+            await host.start()
+            disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        assert disk.dirty_bytes
+        host.origin.heal()
+        await host.detach("d", discard=True)
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        assert await read(disk) == NEW
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("dropped as asked")
+def test_the_marker_goes_after_what_it_tells_of(tmp_path: Path) -> None:
+    """A daemon killed in between finds both, or neither."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        await disk.write(0, memoryview(NEW), True)
+        await host.cache.commit()
+        layer = disk.view.private[0].id
+        marker = host.sources["d"].marker
+        assert marker is not None
+        clean = marker.clean
+
+        async def watched() -> None:
+            assert host.cache.index.layers()[layer].dead, "the data would be back after a kill"
+            await clean()
+
+        marker.clean = watched  # type: ignore[method-assign]
+        await host.detach("d", discard=True)
+        assert not marker.is_dirty
+
+    play(tmp_path, story)
