@@ -61,6 +61,35 @@ def write(cache: Cache, layer: Layer, offset: int, data: memoryview) -> bool:
     return True
 
 
+def write_run(cache: Cache, layer: Layer, writes: list[tuple[int, memoryview]]) -> int:
+    """:func:`write` of as many of some (offset, data) as can be had now, in order; returns how many.
+
+    Data of parts of sectors cannot. Raises OSError for the first one; a later one that fails is left to be tried again.
+    """
+    cache.check()
+    if not cache.journal_room(sum([len(data) for _, data in writes])):
+        return 0
+    taken = 0
+    try:
+        for offset, data in writes:
+            length = len(data)
+            if (offset | length) & (SECTOR - 1):
+                break
+            done = None
+            if (offset & (BLOCK - 1)) + length <= BLOCK:
+                done = _write_simply(cache, layer, offset, data)
+            if done is None:
+                done = write(cache, layer, offset, data)
+            if not done:
+                break
+            taken += 1
+    except OSError as error:
+        cache.fail(error)
+        if not taken:
+            raise
+    return taken
+
+
 def _write_simply(  # noqa: C901  (calls cost more than what they would hide)
     cache: Cache, layer: Layer, offset: int, data: memoryview
 ) -> bool | None:

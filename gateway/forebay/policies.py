@@ -28,8 +28,8 @@ ZERO_PIECE = 64 << 20
 class Policy(Protocol):
     """What a mode does with writes. Raises OSError; ENOSPC when there is no room and none is coming."""
 
-    def write_now(self, offset: int, data: memoryview) -> bool:
-        """Take whole sectors without waiting, if that is possible."""
+    def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
+        """See :meth:`forebay_nbd.Export.write_now`."""
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Store; may be acknowledged afterwards."""
@@ -50,10 +50,10 @@ class OriginWrites:
         self._keep = keep
         self._failures = disk.image.sync_failures
 
-    def write_now(self, offset: int, data: memoryview) -> bool:
-        """Never: the origin is not on this host."""
-        del offset, data
-        return False
+    def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
+        """None: the origin is not on this host."""
+        del writes
+        return 0
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Forget the sectors, durably enough; write the origin; remember what was written."""
@@ -124,20 +124,22 @@ class PrivateWrites:
     def __init__(self, disk: "Disk") -> None:
         self._disk = disk
 
-    def write_now(self, offset: int, data: memoryview) -> bool:
+    def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
         """Whole sectors that can be stored at once, where nothing has to be announced, waited for or slowed down."""
         disk = self._disk
-        if (offset | len(data)) & (SECTOR - 1) or disk.must_wait(len(data)):
-            return False
-        held = disk.ranges.held
-        if held and not disk.ranges.free(offset, offset + len(data)):
-            return False
-        if private.write(disk.block_cache, disk.view.private[0], offset, data):
-            disk.write_hits += 1
-            disk.written_bytes += len(data)
+        if disk.ranges.held:
+            writes = disk.ranges.free_ones(writes)
+        length = sum([len(data) for _, data in writes])
+        if disk.must_wait(length):
+            return 0
+        taken = private.write_run(disk.block_cache, disk.view.private[0], writes)
+        if taken:
+            disk.write_hits += taken
+            disk.written_bytes += (
+                length if taken == len(writes) else sum(len(data) for _, data in writes[:taken])
+            )
             disk.note_dirty()
-            return True
-        return False
+        return taken
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Any range, with all the waiting there may be."""

@@ -17,6 +17,13 @@ class Ranges:
         """Whether nobody holds a byte of start..end."""
         return all(end <= a or b <= start for a, b in self.held)
 
+    def free_ones(self, writes: list[tuple[int, memoryview]]) -> list[tuple[int, memoryview]]:
+        """Those (offset, data) that come before the first one of which somebody holds a byte."""
+        for n, (offset, data) in enumerate(writes):
+            if not self.free(offset, offset + len(data)):
+                return writes[:n]
+        return writes
+
     @asynccontextmanager
     async def hold(self, start: int, end: int) -> AsyncIterator[None]:
         """Wait until the range is free, then hold it. Cancelled while waiting, nothing is held."""

@@ -1,7 +1,8 @@
 """The hot loops: everything one recv brought, answered without waiting. Nothing here awaits.
 
 A run of plain READs is taken as bare tuples and costs one read_now() each; a run of plain WRITEs is handed to
-write_now() straight from the receive buffer. Whatever else comes takes the general path, one Request at a time.
+write_now() as a whole, straight from the receive buffer. Whatever else comes takes the general path, one Request at
+a time.
 """
 
 import enum
@@ -62,7 +63,6 @@ class Batch:
         self._head_size = DATA_CHUNK_FAST.size if structured else len(SIMPLE_OK) + 8
         self._buffers: list[Buffer] = []
         self._total = 0
-        self._accepted: list[bytes] = []
         self._waiting: Request | None = None
         self.error: ProtocolError | None = None
 
@@ -141,13 +141,10 @@ class Batch:
         """A run of WRITEs without flags whose payloads lie complete in the receive buffer."""
         reader, size = self._reader, self._size
         view, pos, end = reader.view, reader.start, reader.end
-        unpack, write_now, accept = (
-            REQUEST_FAST.unpack_from,
-            self._export.write_now,
-            self._accepted.append,
-        )
-        outcome = None
-        while end - pos >= _HEADER and outcome is None:
+        unpack = REQUEST_FAST.unpack_from
+        writes: list[tuple[int, memoryview]] = []
+        cookies: list[bytes] = []
+        while end - pos >= _HEADER:
             head, cookie, offset, length = unpack(view, pos)
             stop = pos + _HEADER + length
             if (
@@ -158,38 +155,49 @@ class Batch:
                 or self._read_only
             ):
                 break
-            payload = view[pos + _HEADER : stop]
-            try:
-                if write_now(offset, payload):
-                    accept(cookie)
-                else:
-                    outcome = self._later(
-                        Request(Cmd.WRITE, 0, int.from_bytes(cookie), offset, length, payload)
-                    )
-            except OSError as exc:
-                self._reply(
-                    failure(Request(Cmd.WRITE, 0, int.from_bytes(cookie)), self._structured, exc)
-                )
+            writes.append((offset, view[pos + _HEADER : stop]))
+            cookies.append(cookie)
             pos = stop
-        if self._accepted:
-            self._publish()
-        if pos == reader.start:
+        if not writes:
             return self._other()
-        reader.start = pos
+        return self._take(writes, cookies)
+
+    def _take(self, writes: list[tuple[int, memoryview]], cookies: list[bytes]) -> Outcome | None:
+        """Hands writes over, as many at a time as the export takes; those that have to wait are started."""
+        outcome = None
+        begun = 0
+        while begun < len(writes) and outcome is None:
+            taken, failed = 0, None
+            try:
+                taken = self._export.write_now(writes[begun:] if begun else writes)
+            except OSError as exc:
+                failed = exc
+            if taken:
+                self._publish(cookies[begun : begun + taken])
+                begun += taken
+                continue
+            offset, data = writes[begun]
+            cookie = int.from_bytes(cookies[begun])
+            request = Request(Cmd.WRITE, 0, cookie, offset, len(data), data)
+            begun += 1
+            if failed is not None:
+                self._reply(failure(request, self._structured, failed))
+            else:
+                outcome = self._later(request)
+        self._reader.start += sum(_HEADER + len(data) for _, data in writes[:begun])
         return outcome
 
-    def _publish(self) -> None:
+    def _publish(self, cookies: list[bytes]) -> None:
         """Acknowledges what write_now() took."""
-        accepted, self._accepted = self._accepted, []
         try:
             self._export.publish()
         except OSError as exc:
-            for cookie in accepted:
+            for cookie in cookies:
                 self._reply(
                     failure(Request(Cmd.WRITE, 0, int.from_bytes(cookie)), self._structured, exc)
                 )
         else:
-            self._reply([SIMPLE_OK + SIMPLE_OK.join(accepted)])
+            self._reply([SIMPLE_OK + SIMPLE_OK.join(cookies)])
 
     # --- the general path ----------------------------------------------------------------------
     def _reply(self, buffers: list[Buffer]) -> None:
@@ -227,10 +235,9 @@ class Batch:
         elif request.command == Cmd.WRITE and request.length:
             if request.flags & CmdFlag.FUA:
                 return False
-            if not self._export.write_now(request.offset, memoryview(request.payload)):
+            if not self._export.write_now([(request.offset, memoryview(request.payload))]):
                 return False
-            self._accepted.append(request.cookie.to_bytes(8))
-            self._publish()
+            self._publish([request.cookie.to_bytes(8)])
         elif request.command == Cmd.FLUSH or request.length:
             return False
         else:

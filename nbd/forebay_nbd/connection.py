@@ -7,7 +7,7 @@ between read_now() and the sendmsg that carries its buffer, except under the out
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import sched_yield
 from time import perf_counter
 
@@ -16,6 +16,7 @@ import trio
 from . import events as ev
 from .batch import Batch, Outcome
 from .budget import Budget
+from .events import Request
 from .export import Export
 from .handshake import ServerHandshake, State
 from .limits import Limits
@@ -34,7 +35,10 @@ class Session:
     structured: bool
     contexts: dict[int, str] = field(default_factory=dict)
     unparsed: bytes = b""
-    """Bytes received but not begun to be answered; mostly none, at most one request and a receive buffer."""
+    """Requests received and not answered; mostly none. What was begun, within the limits of what may be in flight, then
+    at most one request and a receive buffer."""
+    unsent: bytes = b""
+    """Replies that the client did not take yet: they go first."""
 
 
 class _Turn:
@@ -44,7 +48,7 @@ class _Turn:
 
 
 class Connection:
-    """A connected client. run() does everything; stop(), freeze() and abort() end it from outside.
+    """A connected client. run() does everything; stop(), freeze(), hurry() and abort() end it from outside.
 
     `shed` is called when the server's memory is used up and this connection has to wait for it.
     """
@@ -61,9 +65,12 @@ class Connection:
         self.export: Export | None = None
         self.session: Session | None = None
         """Set once transmission has begun."""
+        self.frozen = False
+        """After freeze(), when run() has returned: the socket is open, and `session` says how to go on with it."""
         self._life = trio.CancelScope(shield=True)
         self._haggling = trio.CancelScope()
         self._reading = trio.CancelScope()
+        self._working = trio.CancelScope()
         self._out = Outbox(sock, limits, budget, self.abort)
         self._slow = SlowRequests(self._out, limits, budget)
         self._reader = RequestReader(limits.receive_buffer, limits.in_place_bytes)
@@ -72,6 +79,7 @@ class Connection:
         self._alone = False
         self._turn_ends = 0.0
         self._freezing = False
+        self._unfed = memoryview(b"")
 
     # --- from outside ----------------------------------------------------------------------
     def abort(self) -> None:
@@ -92,10 +100,27 @@ class Connection:
     def freeze(self) -> None:
         """As stop(), but run() leaves the socket open and `session` complete, for another process to resume().
 
-        Only for connections in transmission; a handshake is simply ended.
+        Only for connections in transmission whose client is there (`frozen` says so); a handshake is simply ended.
         """
         self._freezing = True
         self.stop()
+
+    def hurry(self) -> None:
+        """After freeze(): waits for nothing any more. What was begun and has no reply is part of `session`.
+
+        Doing it again in the other process is right for every command: nobody was told that it was done.
+        """
+        self._working.cancel()
+
+    @property
+    def unanswered_since(self) -> float | None:
+        """Trio time since when the oldest request that had to wait does so; None where none does."""
+        return self._slow.unanswered_since
+
+    @property
+    def answered(self) -> int:
+        """Requests that had to wait and were answered."""
+        return self._slow.answered
 
     @property
     def stalled_since(self) -> float | None:
@@ -132,10 +157,9 @@ class Connection:
                 self._close()
 
     def _close(self) -> None:
-        frozen = self._freezing and self.session is not None and not self._out.broken
         self._out.discard()
         trio.lowlevel.notify_closing(self.sock)
-        if not frozen:
+        if not self.frozen:
             self.sock.close()
 
     # --- handshake ----------------------------------------------------------------------
@@ -191,34 +215,40 @@ class Connection:
             session.structured,
             bool(session.contexts),
         )
+        left = False
         export.opened()
         try:
-            async with trio.open_nursery() as nursery:
-                self._slow.begin(nursery, export, session.structured, session.contexts)
-                with self._reading:
-                    if await self._first(batch, session.unparsed):
-                        await self._serve(batch)
-            await self._out.drain()
+            with self._working:
+                async with trio.open_nursery() as nursery:
+                    self._slow.begin(nursery, export, session.structured, session.contexts)
+                    with self._reading:
+                        if await self._first(batch, session):
+                            await self._serve(batch)
+                        left = True
+                await self._out.drain()
         finally:
             self._slow.payload_done()
             export.closed()
         if batch.error is not None:
             raise batch.error
-        if self._freezing:
-            waiting = batch.waiting()
-            unbegun = b"" if waiting is None else b"".join(encode_request(waiting))
-            self.session = Session(
-                session.export_name,
-                session.structured,
-                session.contexts,
-                unbegun + self._reader.unparsed(),
-            )
+        if self._freezing and not left and not self._out.broken:
+            self.session = self._carried_on(session, batch.waiting())
+            self.frozen = True
 
-    async def _first(self, batch: Batch, data: bytes) -> bool:
+    def _carried_on(self, session: Session, waiting: Request | None) -> Session:
+        """The session as another process finds it: requests without a reply first, then what was not parsed."""
+        unanswered = self._slow.unanswered() + ([] if waiting is None else [waiting])
+        requests = [b"".join(encode_request(one)) for one in unanswered]
+        unparsed = b"".join([*requests, self._reader.unparsed(), self._unfed])
+        return replace(session, unparsed=unparsed, unsent=self._out.unsent())
+
+    async def _first(self, batch: Batch, session: Session) -> bool:
         """Serves what came before this connection's first recv: behind the handshake, or in another process."""
-        view = memoryview(data)
-        while view:
-            view = view[self._reader.feed(view) :]
+        if session.unsent and not self._out.send([session.unsent], len(session.unsent)):
+            await self._out.drain()
+        self._unfed = memoryview(session.unparsed)
+        while self._unfed:
+            self._unfed = self._unfed[self._reader.feed(self._unfed) :]
             if not await self._answer(batch):
                 return False
             if self._reader.wanted():

@@ -28,14 +28,15 @@ class Export(Protocol):
         only between pin() and unpin().
         """
 
-    def write_now(self, offset: int, data: memoryview) -> bool:
-        """True: accepted, `data` copied, not yet safe to acknowledge before publish(). False: use write()."""
+    def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
+        """Takes the first n of some (offset, data) and returns n; the next one, if any, goes to write().
+
+        What was taken may be acknowledged, read, and its memory used again, only after publish(). Raises OSError for
+        the first one; when a later one fails, those before it are returned.
+        """
 
     def publish(self) -> None:
-        """Called once per batch that has write_now() calls, before any of them is acknowledged.
-
-        An OSError here is the answer to all of them.
-        """
+        """Called after each write_now(). An OSError here is the answer to all that it took."""
 
     def pin(self) -> int:
         """From now on buffers handed out stay as they are; the token ends that, given to unpin()."""

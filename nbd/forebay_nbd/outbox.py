@@ -130,6 +130,10 @@ class Outbox:
         self.stalled_since = None
         self._unsent = rest(part, sent) + self._unsent[len(part) :]
 
+    def unsent(self) -> bytes:
+        """What the socket did not take yet; another process may go on with it."""
+        return b"".join(self._unsent)
+
     def discard(self) -> None:
         """Drops what is left, at the end of the connection."""
         self._unsent = []

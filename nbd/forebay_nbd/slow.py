@@ -63,6 +63,9 @@ class SlowRequests:
         self._structured = False
         self._contexts: dict[int, str] = {}
         self._payload = 0
+        self._unanswered: dict[int, tuple[Request, float]] = {}  # oldest first, with trio's time
+        self.answered = 0
+        """Requests answered so far."""
         self.count = 0
         self.bytes = 0
         self.payload_since: float | None = None
@@ -133,12 +136,24 @@ class SlowRequests:
                 return False
             request.payload = bytes(request.payload)
         self.count += 1
+        self._unanswered[id(request)] = (request, trio.current_time())
         self._nursery.start_soon(self._run, request, size)
         return True
+
+    def unanswered(self) -> list[Request]:
+        """What was begun and has no reply: under way, or, when the tasks were cancelled, to be done again."""
+        return [request for request, _ in self._unanswered.values()]
+
+    @property
+    def unanswered_since(self) -> float | None:
+        """Trio time since when the oldest of them is under way."""
+        return next((began for _, began in self._unanswered.values()), None)
 
     async def _run(self, request: Request, size: int) -> None:
         try:
             buffers = await self._answer(request)
+            del self._unanswered[id(request)]
+            self.answered += 1
             # No await here: the buffers may be slices of the export's memory.
             if not self._out.send(buffers, sum(map(len, buffers))):
                 await self._out.drain()

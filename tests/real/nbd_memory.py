@@ -33,6 +33,8 @@ class MemoryExport:
     pins: int = 0
     waiting: int = 0
     most_waiting: int = 0
+    most_at_once: int = 1 << 20
+    """Writes that one write_now() takes."""
     now: int = 0
     """Requests answered by read_now() and write_now()."""
     publications: int = 0
@@ -63,14 +65,22 @@ class MemoryExport:
         self.now += 1
         return self.memory[offset : offset + length]
 
-    def write_now(self, offset: int, data: memoryview) -> bool:
+    def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
         if self.slow:
-            return False
-        self._fail()
-        self.now += 1
-        self.unpublished += 1
-        self.memory[offset : offset + len(data)] = data
-        return True
+            return 0
+        for taken, (offset, data) in enumerate(writes):
+            if taken == self.most_at_once:
+                return taken
+            try:
+                self._fail()
+            except OSError:
+                if not taken:
+                    raise
+                return taken
+            self.now += 1
+            self.unpublished += 1
+            self.memory[offset : offset + len(data)] = data
+        return len(writes)
 
     def publish(self) -> None:
         self.publications += 1

@@ -31,8 +31,8 @@ class Memory:
     def read_now(self, offset: int, length: int) -> bytes | None:
         return None
 
-    def write_now(self, offset: int, data: memoryview) -> bool:
-        return False
+    def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
+        return 0
 
     def publish(self) -> None:
         pass

@@ -169,7 +169,7 @@ async def test_a_bug_in_the_export_is_eio_and_nothing_else(short_path: Path) -> 
 @pytest.mark.expect_log("connection failed")
 async def test_a_bug_on_the_fast_path_costs_one_connection(short_path: Path) -> None:
     class Buggy(MemoryExport):
-        def write_now(self, offset: int, data: memoryview) -> bool:
+        def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
             raise ValueError("a bug")
 
     async with serving(short_path, Buggy()) as running:
@@ -343,6 +343,77 @@ async def test_a_request_that_found_no_room_moves_too(short_path: Path, size: in
             assert replies.keys() == {2, 3}
             await client.send(request(2))
         assert export.memory[:size] == b"x" * size
+
+
+async def test_what_hangs_moves_unanswered(short_path: Path) -> None:
+    """A store that does not answer must not hold up a restart: what it was asked for is asked for again."""
+    export = MemoryExport(slow=True)
+    async with serving(short_path, export) as running, Raw(running.path) as client:
+        await client.enter()
+        write = request(1, 4096, 5, cookie=1, payload=b"hello")
+        await client.send(write + request(0, 4096, 5, cookie=2))
+        await until(lambda: export.waiting == 2)
+        (connection,) = running.server.connections
+        assert connection.unanswered_since is not None
+        connection.freeze()
+        await trio.testing.wait_all_tasks_blocked()
+        assert running.server.connections, "it waits for what is in flight"
+        connection.hurry()
+        await until(lambda: not running.server.connections)
+        assert connection.frozen
+        assert connection.session is not None
+        assert connection.session.unparsed == write + request(0, 4096, 5, cookie=2)
+
+        export.slow = False
+        moved = socket.socket(fileno=connection.sock.detach())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(running.server.resume, moved, connection.session)
+            replies = await answers(client, {1: 0, 2: 5})
+            assert replies.keys() == {1, 2}
+            await client.send(request(2))
+        assert export.memory[4096:4101] == b"hello"
+
+
+async def test_replies_that_were_not_taken_move_in_their_place(short_path: Path) -> None:
+    """A client that reads nothing for a while: not a byte of its replies is lost, doubled or out of order."""
+    export = MemoryExport()
+    async with serving(short_path, export) as running, Raw(running.path) as client:
+        await client.enter()
+        size, count = 256 << 10, 64
+        for number in range(count):
+            await client.send(request(0, 0, size, cookie=number))
+        await until(lambda: any(c.stalled_since for c in running.server.connections))
+        sessions = 0
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                (connection,) = running.server.connections
+                connection.freeze()
+                connection.hurry()
+                await until(lambda: not running.server.connections)  # noqa: B023
+                assert connection.frozen
+                assert connection.session is not None
+                assert connection.session.unsent
+                sessions += 1
+                moved = socket.socket(fileno=connection.sock.detach())
+                nursery.start_soon(running.server.resume, moved, connection.session)
+                await until(lambda: running.server.connections)
+                await trio.testing.wait_all_tasks_blocked()
+            for number in range(count):
+                assert await client.simple(size) == (0, number, bytes(export.memory[:size]))
+            await client.send(request(2))
+        assert sessions == 3
+
+
+async def test_a_client_that_left_is_not_moved(short_path: Path) -> None:
+    async with serving(short_path) as running, Raw(running.path) as client:
+        await client.enter()
+        (connection,) = running.server.connections
+        await client.send(request(2))
+        connection.freeze()
+        await until(lambda: not running.server.connections)
+        assert connection.frozen == (not connection.sock._closed)  # type: ignore[attr-defined]
+        if connection.frozen:
+            connection.sock.close()
 
 
 async def test_a_handshake_is_not_frozen_but_ended(short_path: Path) -> None:

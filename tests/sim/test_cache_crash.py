@@ -217,10 +217,14 @@ class History:
         self._begin(first, new)
         data = memoryview(b"".join(new))
         fua = self.random.random() < 0.2
-        if not fua and self._disk.write_now(first * SECTOR, data):
+        cut = self.random.randrange(len(data) // SECTOR + 1) * SECTOR
+        run = [(first * SECTOR, data[:cut]), (first * SECTOR + cut, data[cut:])]
+        run = [write for write in run if len(write[1])]
+        taken = 0 if fua else self._disk.write_now(run)
+        if taken:
             self._disk.publish()
-        else:
-            await self._disk.write(first * SECTOR, data, fua)
+        for offset, part in run[taken:]:
+            await self._disk.write(offset, part, fua)
         self._ended(first, count, flushed=fua)
 
     async def _zero(self, guest: int) -> None:

@@ -371,7 +371,7 @@ class DiskMachine(RuleBasedStateMachine):
             await disk.zero(offset, len(new), False, op[3], fast)
         elif op[0] == "trim":
             await disk.trim(offset, len(new), op[3])
-        elif not op[3] and disk.write_now(offset, memoryview(new)):
+        elif not op[3] and disk.write_now([(offset, memoryview(new))]):
             disk.publish()
         else:
             await disk.write(offset, memoryview(new), op[3])
