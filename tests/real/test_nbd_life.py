@@ -404,18 +404,6 @@ async def test_replies_that_were_not_taken_move_in_their_place(short_path: Path)
         assert sessions == 3
 
 
-async def test_a_client_that_left_is_not_moved(short_path: Path) -> None:
-    async with serving(short_path) as running, Raw(running.path) as client:
-        await client.enter()
-        (connection,) = running.server.connections
-        await client.send(request(2))
-        connection.freeze()
-        await until(lambda: not running.server.connections)
-        assert connection.frozen == (not connection.sock._closed)  # type: ignore[attr-defined]
-        if connection.frozen:
-            connection.sock.close()
-
-
 async def test_a_handshake_is_not_frozen_but_ended(short_path: Path) -> None:
     async with serving(short_path) as running, Raw(running.path) as client:
         await client.hello()
