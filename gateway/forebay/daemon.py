@@ -249,6 +249,7 @@ class Gateway:
                 "or detach it with --discard and lose what only the cache has"
             )
         del self._disks[disk.name]
+        self._images.drop_disk(disk.name, disk.record.key)
         self._cache.put_record("disk", disk.name, None)
         await self._commit()
 

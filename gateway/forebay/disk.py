@@ -11,7 +11,7 @@ from forebay.config import DiskSettings
 from forebay.errors import ForebayError
 from forebay.extents import CACHED_CONTEXT, allocation, cached
 from forebay.hydrate import hydrate, preload_range
-from forebay.image import WATCH_SECONDS, Image, Images
+from forebay.image import WATCH_SECONDS, Image, Images, image_of, layer_prefix
 from forebay.origin_source import Source
 from forebay.policies import OriginWrites, Policy, PrivateWrites
 from forebay.ranges import Gate, Ranges
@@ -87,7 +87,7 @@ class Disk:
         disk = cls(image, name, source, settings, read_only=read_only)
         try:
             disk._check_fits(disk.mode)
-            disk.view.private = images.cache.layers_named(disk._prefix)[::-1]
+            disk.view.private = disk._layers()
             disk.marked = any(x.sectors for x in disk.view.private) and not overlay
             if disk.marked and not disk.writes_private and not read_only:
                 # The mode was changed, or the configuration, and we ended before the data had gone to the image.
@@ -104,9 +104,17 @@ class Disk:
             raise
         return disk
 
-    @property
-    def _prefix(self) -> str:
-        return f"disk:{self.name}:"
+    def _layers(self) -> list[Layer]:
+        """What the cache has for this disk, newest first. Raises ForebayError where it is another image's."""
+        layers = self.block_cache.layers_named(layer_prefix(self.name))
+        for layer in layers:
+            key = image_of(layer)
+            if key is not None and key != self.image.key:
+                raise ForebayError(
+                    f"the cache holds data that disk '{self.name}' wrote for {key}: attach that image "
+                    "under this name and detach it again, or choose another name"
+                )
+        return layers[::-1]
 
     def _check_fits(self, mode: Mode) -> None:
         if mode is not Mode.FULL_COPY:
@@ -144,9 +152,12 @@ class Disk:
 
     def _new_layer(self) -> Layer:
         self._generation += 1
-        while self.block_cache.layer(f"{self._prefix}{self._generation}"):
+        while (name := self._layer_name()) and self.block_cache.layer(name):
             self._generation += 1
-        return self.block_cache.make_layer(f"{self._prefix}{self._generation}", private=True)
+        return self.block_cache.make_layer(name, private=True)
+
+    def _layer_name(self) -> str:
+        return f"{layer_prefix(self.name)}{self._generation}:{self.image.key}"
 
     def freeze(self) -> None:
         """From now on writes go to a new layer: what is dirty at this instant stays together."""

@@ -24,6 +24,17 @@ WATCH_SECONDS = 5.0
 """How often an image is looked at for changes that somebody else made."""
 
 
+def layer_prefix(disk: str) -> str:
+    """How the names of a disk's private layers begin. After it: a number, a colon, the key of the image."""
+    return f"disk:{disk}:"
+
+
+def image_of(layer: Layer) -> str | None:
+    """The key of the image whose disk the private layer belongs to; None where an older version made it."""
+    parts = layer.name.split(":", 3)
+    return parts[3] if len(parts) > 3 else None
+
+
 class Images:
     """The images in use, each once however many disks lie on it."""
 
@@ -40,6 +51,19 @@ class Images:
         image.sources.append(source)
         await image.try_reach()
         return image
+
+    def drop_disk(self, disk: str, key: str) -> None:
+        """Drop what only the cache has of a disk that is not served; gone with the next commit."""
+        layers = self.cache.layers_named(layer_prefix(disk))
+        for layer in layers:
+            self.cache.drop_layer(layer)
+        if len(layers) > 1:  # a pass may have written to the image under its clean blocks
+            image = self._open.get(key)
+            clean = self.cache.layer(f"image:{key}")
+            if image is not None:
+                image.refresh()
+            elif clean is not None:
+                self.cache.drop_layer(clean)
 
     async def forget(self, image: "Image") -> None:
         """Nobody uses it any more."""
@@ -151,7 +175,7 @@ class Image:
             x.sectors
             for s in self.sources
             if s.use.writes
-            for x in self.cache.layers_named(f"disk:{s.use.disk}:")
+            for x in self.cache.layers_named(layer_prefix(s.use.disk))
         )
 
     def give_up(self) -> None:

@@ -372,6 +372,27 @@ def test_a_disk_whose_store_is_no_longer_configured_is_shown(
     assert [one["name"] for one in json.loads(gateway.cli("status", "--json").stdout)] == ["e"]
 
 
+def test_a_disk_that_is_not_served_leaves_nothing_to_the_next_of_its_name(
+    gateway: GatewayProcess, content: bytes, connect: Connect
+) -> None:
+    gateway.allow_log("disk 'd' is not served: no store 'old'")
+    old = gateway.directory / "old"
+    old.mkdir()
+    random_image(old / "a.raw", SIZE, seed=1)
+    gateway.configure({"stores.old": {"path": str(old), "mode": "full-copy"}})
+    gateway.restart()
+    gateway.attach("d", "old:a.raw")
+    client = connect(gateway.uri("d"))
+    client.pwrite(b"x" * 65536, 0)
+    client.shutdown()
+    gateway.configure({})
+    gateway.restart()
+    gateway.cli("detach", "d", "--discard")
+    gateway.attach("d", "a.raw", mode="write-back")
+    assert gateway.status("d")["dirty_bytes"] == 0
+    assert connect(gateway.uri("d")).pread(65536, 0) == content[:65536]
+
+
 # ----------------------------------------------------------------------------------- two gateways
 
 

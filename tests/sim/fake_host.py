@@ -79,8 +79,10 @@ class Host:
 
     # -- disks ------------------------------------------------------------------------------------------------
 
-    async def attach(self, name: str, settings: DiskSettings, *, overlay: bool = False) -> Disk:
-        source = FakeSource(self.origin, name, overlay=overlay)
+    async def attach(
+        self, name: str, settings: DiskSettings, *, overlay: bool = False, **of_source: Any
+    ) -> Disk:
+        source = FakeSource(self.origin, name, overlay=overlay, **of_source)
         if source.marker is not None:
             source.marker.is_dirty = self._marks.get(name, False)
         disk = await Disk.open(

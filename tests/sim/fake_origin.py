@@ -222,10 +222,12 @@ class FakeMarker:
 class FakeSource:
     """Implements what Disk and Image use of forebay.origin_source.Source."""
 
-    def __init__(self, origin: FakeOrigin, disk: str, *, overlay: bool) -> None:
+    def __init__(
+        self, origin: FakeOrigin, disk: str, *, overlay: bool, key: str = "images:fake.raw"
+    ) -> None:
         self.origin = origin
         self.dice = origin.dice
-        self.key = self.label = "images:fake.raw"
+        self.key = self.label = key
         self.use = Use(disk, "gateway", read_only=False, overlay=overlay)
         self.size = origin.size
         self.discarding = False  # the operator gives up what the image lacks

@@ -8,6 +8,7 @@ import trio
 import trio.testing
 
 from forebay.disk import Disk
+from forebay.errors import ForebayError
 from forebay.sizes import Mode
 from forebay_cache.geometry import BLOCK
 from sim.fake_host import Host, settings
@@ -90,5 +91,51 @@ def test_the_marker_goes_after_what_it_tells_of(tmp_path: Path) -> None:
         marker.clean = watched  # type: ignore[method-assign]
         await host.detach("d", discard=True)
         assert not marker.is_dirty
+
+    play(tmp_path, story)
+
+
+def test_a_disk_never_takes_what_was_written_for_another_image(tmp_path: Path) -> None:
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        await disk.write(0, memoryview(NEW), True)
+        await host.stop()
+        await host.start()
+        with pytest.raises(ForebayError, match=r"'d' wrote for images:fake\.raw"):
+            await host.attach("d", settings(Mode.WRITE_BACK), key="images:other.raw")
+        await host.attach("e", settings(Mode.WRITE_BACK), key="images:other.raw")
+        disk = await host.attach("d", settings(Mode.WRITE_BACK))
+        assert await read(disk) == NEW
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("write-back failed")
+def test_a_disk_that_is_not_served_is_given_up_whole(tmp_path: Path) -> None:
+    """With it go the clean blocks under a pass that was not finished, for the other disks on the image too."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        assert await read(disk) == OLD
+        await disk.write(0, memoryview(NEW), False)
+        host.origin.faults["flush"] = -1
+        with pytest.raises(OSError, match="injected"):
+            await disk.writeback.checkpoint()
+        await host.stop()
+        host.origin.heal()
+        for other in (False, True):
+            await host.start()
+            overlay = await host.attach("o", settings(Mode.WRITE_BACK), overlay=True)
+            if other:
+                host.images.drop_disk("d", "images:fake.raw")
+                assert await read(overlay) == NEW
+                assert not host.cache.layers_named("disk:d:")
+            else:
+                assert await read(overlay) == OLD
+            await host.stop()
+        await host.start()
+        host.images.drop_disk("d", "images:fake.raw")
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        assert await read(disk) == NEW
 
     play(tmp_path, story)
