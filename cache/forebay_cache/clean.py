@@ -268,7 +268,9 @@ def _publish(
                 cache.sums.values[part.slot * SECTORS + sector] = crc
         cache.ready[part.slot] |= stored
         layer.slots += part.fresh
-        if part.fresh:  # the layer may have been pinned, or unpinned, since the slot was taken
+        # The layer may have been pinned, or unpinned, since the slot was taken. Of what is chosen to be evicted,
+        # the evictor itself keeps, and holds, what it must not take.
+        if part.fresh and not cache.evicting(part.slot):
             (cache.placement.hold if layer.held else cache.placement.unhold)(part.slot)
     elif part.fresh:
         cache.abandon(part.slot)

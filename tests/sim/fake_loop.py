@@ -70,9 +70,20 @@ class FakeSyncer:
 
     dice: Dice
     begin: Callable[[], None] | None = None
+    pending = False
 
     def __init__(self, fd: int, sync: Callable[[], None]) -> None:
         self._sync = sync
+
+    @property
+    def quick(self) -> bool:
+        return self.dice.random.random() < 0.3
+
+    def now(self) -> bool:
+        if self.begin is not None:
+            self.begin()
+        self._sync()
+        return True
 
     async def __call__(self) -> None:
         if self.begin is not None:
@@ -116,6 +127,7 @@ def simulated(dice: Dice) -> Iterator[type[FakeSyncer]]:
             (forebay_cache.cache, "Syncer", syncer),
             (forebay_cache.index, "Worker", worker),
             (forebay_cache.cache, "RESIDENCY_SECONDS", 1e9),
+            (forebay_cache.cache, "PAGES_KEPT", dice.random.choice((0, 1, 32768))),
             (trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
             (trio._core._run, "_r", scheduler),
         ):
