@@ -7,6 +7,7 @@ from forebay_cache.cache import Cache
 from forebay_cache.clean import invalidate, mark_hot
 from forebay_cache.errors import CacheError, CacheFull
 from forebay_cache.fill import Filler, ReadAhead, Source
+from forebay_cache.growth import extend, extend_device
 from forebay_cache.layer import Layer
 from forebay_cache.recovery import format_device, open_cache
 from forebay_cache.scrub import scrub
@@ -22,6 +23,8 @@ __all__ = [
     "ReadAhead",
     "Source",
     "View",
+    "extend",
+    "extend_device",
     "format_device",
     "invalidate",
     "mark_hot",

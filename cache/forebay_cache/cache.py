@@ -11,16 +11,17 @@ import errno
 import logging
 import mmap
 import resource
+import weakref
 from array import array
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lmdb
 import trio
 
 from forebay_cache import ops
-from forebay_cache.device import Device
+from forebay_cache.device import Device, Superblock
 from forebay_cache.errors import CacheFull
 from forebay_cache.geometry import BLOCK, PAGE_BLOCKS
 from forebay_cache.index import PAGE_KEY, Changes, Index, LayerRecord, Meta
@@ -42,6 +43,13 @@ PAGES_KEPT = 32768
 COMMIT_RETRY_SECONDS = 1.0
 #: How often the loop asks whether memory that it took for resident was paged out.
 RESIDENCY_SECONDS = 0.05
+
+
+class Follower(Protocol):
+    """Holds on to :attr:`Cache.ready` and :attr:`Device.map`."""
+
+    def follow(self) -> None:
+        """Take them anew."""
 
 
 class Round:
@@ -98,6 +106,11 @@ def _anonymous(size: int) -> mmap.mmap:
     return mmap.mmap(-1, max(size, 4096), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
+def _low_water(slots: int) -> int:
+    """Fewer free slots than this, and something is evicted."""
+    return min(max(16, slots // 64), 2048, max(1, slots // 4))
+
+
 class Cache:
     """An open cache. Made by :func:`forebay_cache.recovery.open_cache`; :meth:`run` has to be running."""
 
@@ -116,7 +129,8 @@ class Cache:
         #: per slot, sectors that were checked and are believed to be in memory: these are served from the map
         self.ready = memoryview(self._ready_map).cast("H")
         #: per slot, layer << 32 | block
-        self.owner = memoryview(_anonymous(slots * 8)).cast("Q")
+        self._owner_map = _anonymous(slots * 8)
+        self.owner = memoryview(self._owner_map).cast("Q")
         self.layers: dict[int, Layer] = {}
         self._by_name: dict[str, Layer] = {}
         self.sums = Sums(slots)
@@ -146,6 +160,8 @@ class Cache:
         self.storing: set[int] = set()
         #: (layer, start, end) in bytes of origin writes under way: what is read there meanwhile is not stored
         self.overwriting: list[tuple[int, int, int]] = []
+        #: all that read from the maps, to be told when these move
+        self.views: weakref.WeakSet[Follower] = weakref.WeakSet()
         self.failed: OSError | None = None
         self.damaged_slots = 0
         self.evicted_blocks = 0
@@ -157,8 +173,30 @@ class Cache:
         self._wanted = trio.Event()
         self._evict_wanted = trio.Event()
         self._freed_some = trio.Event()
-        self._low = min(max(16, slots // 64), 2048, max(1, slots // 4))
+        self._low = _low_water(slots)
         self._closing = False
+
+    def adopt(self, layout: Superblock) -> None:
+        """The device has grown, and says so durably: use the new slots. Between two awaits.
+
+        Raises OSError when there is no memory for that; then the cache goes on as large as it was.
+        """
+        slots = layout.slots
+        self.sums.grow(slots)
+        self.owner.release()
+        self.ready.release()
+        try:
+            self._owner_map.resize(max(slots * 8, 4096))
+            self._ready_map.resize(max(slots * 2, 4096))
+            self.device.adopt(layout)
+        finally:
+            self.owner = memoryview(self._owner_map).cast("Q")
+            self.ready = memoryview(self._ready_map).cast("H")
+            for view in self.views:
+                view.follow()
+        self.placement.grow(slots)
+        self._low = _low_water(slots)
+        self._release()
 
     # -- layers -----------------------------------------------------------------------------------------------
 

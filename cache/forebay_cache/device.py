@@ -3,10 +3,12 @@
 Layout, in bytes (see ``cache/README.md``)::
 
     0            superblock, 4096
+    4096         its copy, 4096
     1 MiB        intent journal (``journal_size``)
     data_offset  slots of one block each
 
-The superblock is written once, by :func:`format_device`.
+The superblock is written by :func:`write_format`, and again when the device has grown: the copy first, so that a power
+cut in the middle of one leaves the other.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ import mmap
 import os
 import stat
 import struct
+import time
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from forebay_cache.errors import CacheError
@@ -29,9 +32,13 @@ from forebay_cache.geometry import BLOCK
 
 Buffer = bytes | bytearray | memoryview
 
+#: Called with (bytes done, bytes in all), from whatever thread the work is in.
+Progress = Callable[[int, int], None]
+
 MAGIC = b"FOREBAY\0"
 FORMAT = 1
 SUPERBLOCK = 4096
+COPY_OFFSET = SUPERBLOCK
 JOURNAL_OFFSET = 1 << 20
 _SUPER = struct.Struct("<8sII16sQQQQ")
 _BLKGETSIZE64 = 0x80081272
@@ -39,6 +46,10 @@ _BLKGETSIZE64 = 0x80081272
 _PROBE = 1 << 20
 #: Below this there is no room for a journal and a few slots.
 SMALLEST = 4 << 20
+#: Space for a file is reserved in pieces of this size, so that progress can be told.
+_RESERVE = 1 << 30
+#: udev holds a block device locked for a moment while it looks what is on it, as after each time it was written.
+_LOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,10 @@ class Superblock:
     journal_size: int
     data_offset: int
     slots: int
+
+    def grown(self, size: int) -> Superblock:
+        """The layout with ``size`` bytes: more slots, everything else where it was."""
+        return replace(self, size=size, slots=(size - self.data_offset) // BLOCK)
 
     def pack(self) -> bytes:
         """The 4096 bytes that lie on the device; the last four are a CRC32 of the others."""
@@ -70,7 +85,7 @@ class Superblock:
     @classmethod
     def unpack(cls, raw: bytes, path: Path) -> Superblock:
         """Raises :class:`CacheError` on a damaged superblock or a format this version does not know."""
-        if zlib.crc32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
+        if not _is_whole(raw):
             raise CacheError(
                 f"{path}: the superblock is damaged; if nothing dirty can be on it, run "
                 "'forebay cache format --force'"
@@ -82,6 +97,10 @@ class Superblock:
                 "drain it with the version that wrote it"
             )
         return cls(uuid.UUID(bytes=ident), block_size, size, journal, data, slots)
+
+
+def _is_whole(raw: bytes) -> bool:
+    return zlib.crc32(raw[:-4]) == int.from_bytes(raw[-4:], "little")
 
 
 def plan(size: int, ident: uuid.UUID) -> Superblock:
@@ -142,11 +161,31 @@ def _written(fd: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def read_superblock(fd: int, path: Path) -> Superblock | None:
-    """The superblock, or None when the device does not begin with our magic."""
+    """The superblock, or None when the device does not begin with our magic.
+
+    Where a power cut tore it, its copy. Raises :class:`CacheError` when both are damaged, or the format is unknown.
+    """
     raw = _read_all(fd, SUPERBLOCK, 0)
     if len(raw) < SUPERBLOCK or not raw.startswith(MAGIC):
         return None
+    if not _is_whole(raw):
+        copy = _read_all(fd, SUPERBLOCK, COPY_OFFSET)
+        if copy.startswith(MAGIC) and _is_whole(copy):
+            raw = copy
     return Superblock.unpack(raw, path)
+
+
+def write_superblock(fd: int, layout: Superblock) -> None:
+    """Replace the superblock. At any instant one of the two copies on the device is whole. Raises OSError."""
+    for offset in (COPY_OFFSET, 0):
+        os.pwrite(fd, layout.pack(), offset)
+        os.fdatasync(fd)
+
+
+def erase(fd: int) -> None:
+    """Nobody takes this device for a cache any more. Raises OSError."""
+    os.pwrite(fd, bytes(COPY_OFFSET + SUPERBLOCK), 0)
+    os.fdatasync(fd)
 
 
 def open_device(path: Path, *, create_size: int | None = None) -> int:
@@ -181,12 +220,19 @@ def _lock(fd: int, path: Path) -> None:
     mode = os.fstat(fd).st_mode
     if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
         raise CacheError(f"{path}: a cache device is a block device or a regular file")
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CacheError(
-            f"{path}: another forebay uses this cache device; stop it, or give this one its own"
-        ) from None
+    # A block device is ours alone already (O_EXCL); the lock keeps udev from looking at what we are writing.
+    deadline = time.monotonic() + (_LOCK_SECONDS if stat.S_ISBLK(mode) else 0)
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            raise CacheError(
+                f"{path}: another forebay uses this cache device; stop it, or give this one its own"
+            ) from None
+        return
 
 
 def _create_file(path: Path, size: int) -> None:
@@ -225,11 +271,63 @@ def write_format(fd: int, path: Path, ident: uuid.UUID) -> Superblock:
         os.fsync(fd)
         os.pwrite(fd, layout.pack(), 0)
         os.fsync(fd)
+        os.pwrite(fd, layout.pack(), COPY_OFFSET)
+        os.fsync(fd)
     except OSError as error:
         raise CacheError(
             f"{path}: cannot format: {error.strerror}; free space there or choose another device"
         ) from None
     return layout
+
+
+def reserve(fd: int, path: Path, size: int, progress: Progress) -> None:
+    """Make a regular file ``size`` bytes long, its new part with space of its own, durably.
+
+    Raises :class:`CacheError` when there is no room, and the file has the length it had; OSError from fsync.
+    """
+    old = os.fstat(fd).st_size
+    try:
+        for start in range(old, size, _RESERVE):
+            progress(start - old, size - old)
+            os.posix_fallocate(fd, start, min(_RESERVE, size - start))
+    except OSError as error:
+        os.ftruncate(fd, old)
+        raise CacheError(
+            f"{path}: cannot be made {size} bytes: {error.strerror}; make room there, or say less"
+        ) from None
+    os.fsync(fd)
+    progress(size - old, size - old)
+
+
+def grow(
+    fd: int, path: Path, layout: Superblock, size: int | None, progress: Progress
+) -> Superblock:
+    """Let the cache on the device take all of it; a file is made ``size`` bytes long first. The new layout.
+
+    Killed at any moment, the device holds the old layout or the new, and enough bytes for it. Raises
+    :class:`CacheError` when it would not become larger, and OSError.
+    """
+    now = size_of(fd)
+    if size is not None and size < max(now, layout.size):
+        raise CacheError(
+            f"{path}: is {max(now, layout.size)} bytes already, more than {size}: a cache only grows; "
+            "for a smaller one remove it and create another"
+        )
+    larger = layout.grown(size or now)
+    if larger.slots <= layout.slots:
+        raise CacheError(
+            f"{path}: the cache takes all of its {now} bytes already: say a larger size, or make the "
+            "device larger first"
+        )
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        reserve(fd, path, larger.size, progress)
+    elif larger.size > now:
+        raise CacheError(
+            f"{path}: a device of {now} bytes cannot be made {size}: make the device larger first, "
+            "then extend the cache without a size"
+        )
+    write_superblock(fd, larger)
+    return larger
 
 
 class Device:
@@ -242,12 +340,17 @@ class Device:
     def __init__(self, fd: int, path: Path, layout: Superblock) -> None:
         self.fd = fd
         self.path = path
-        self.layout = layout
         self.data_offset = layout.data_offset
-        self._mmap = mmap.mmap(fd, layout.size, mmap.MAP_SHARED, mmap.PROT_READ)
+        self.adopt(layout)
+
+    def adopt(self, layout: Superblock) -> None:
+        """Map the device anew: it has grown. Slices of the old map stay valid. Raises OSError, and nothing changed."""
+        new = mmap.mmap(self.fd, layout.size, mmap.MAP_SHARED, mmap.PROT_READ)
         with contextlib.suppress(OSError):
-            self._mmap.madvise(mmap.MADV_RANDOM)
-        self.map = memoryview(self._mmap)
+            new.madvise(mmap.MADV_RANDOM)
+        self.layout = layout
+        self._mmap = new
+        self.map = memoryview(new)
 
     @property
     def slots(self) -> int:

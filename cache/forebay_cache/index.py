@@ -81,12 +81,21 @@ class Changes:
     records: dict[tuple[str, str], dict[str, Any] | None] = field(default_factory=dict)
 
 
+#: Address space for the index, bytes. The worst case is one block in each page: about 700 for a clean slot, twice that
+#: for a private one. What is taken above it is room for a device that grows while the map cannot.
+_MAP_LEAST = 32 << 30
+_MAP_PER_SLOT = 12288
+_MAP_NEEDED_PER_SLOT = 1536
+
+
+def _map_size(slots: int) -> int:
+    return max(_MAP_LEAST, slots * _MAP_PER_SLOT)
+
+
 def _open(path: Path, slots: int) -> lmdb.Environment:
-    # Address space only: the worst case is one block in each page, about 700 bytes for a slot.
-    size = max(256 << 20, slots * 3072)
     return lmdb.open(
         str(path),
-        map_size=size,
+        map_size=_map_size(slots),
         max_dbs=len(_TABLES),
         max_readers=64,
         sync=True,
@@ -96,8 +105,8 @@ def _open(path: Path, slots: int) -> lmdb.Environment:
     )
 
 
-def create(path: Path) -> None:
-    """Make an empty index at ``path`` with a uuid of its own, durable when this returns."""
+def create(path: Path, ident: uuid.UUID | None = None) -> None:
+    """Make an empty index at ``path``, with that uuid or one of its own, durable when this returns."""
     partial = path.with_name(path.name + ".new")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -107,7 +116,7 @@ def create(path: Path) -> None:
             meta = env.open_db(b"meta", txn=txn)
             for table in _TABLES[1:]:
                 env.open_db(table.encode(), txn=txn)
-            state = Meta(uuid=str(uuid.uuid4()))
+            state = Meta(uuid=str(ident or uuid.uuid4()))
             txn.put(b"state", json.dumps(asdict(state)).encode(), db=meta)
         env.sync(True)
     finally:
@@ -140,9 +149,14 @@ class Index:
                 "drain it with the version that wrote it"
             )
         self.path = path
+        self._most_slots = _map_size(slots) // _MAP_NEEDED_PER_SLOT
         self.meta = Meta(**state)
         self._env.reader_check()
         self._writer = Worker("index-writer")
+
+    def fits(self, slots: int) -> bool:
+        """Whether the index of a device with so many slots has room in the map, which is as large as it was made."""
+        return slots <= self._most_slots
 
     # -- reading ----------------------------------------------------------------------------------------------
 

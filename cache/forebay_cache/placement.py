@@ -50,6 +50,13 @@ class _Pool:
         self._counts = [0] * regions
         self._present = bytearray(regions)
 
+    def grow(self, slots: int) -> None:
+        """There are `slots` now."""
+        more = ((slots + _REGION - 1) >> _REGION_BITS) - len(self._counts)
+        self._slots = slots
+        self._counts += [0] * more
+        self._present += bytes(more)
+
     def add(self, slot: int, count: int = 1) -> None:
         """Count `count` slots of the region of `slot` in."""
         region = slot >> _REGION_BITS
@@ -174,6 +181,19 @@ class Placement:
             self._pools[MAIN | level | touched] = self._main
         for pool, touched in product((self._leaving, self._joining), (0, TOUCHED)):
             self._pools[pool.untouched | touched] = pool
+
+    def grow(self, slots: int) -> None:
+        """The device has `slots` slots now: the new ones are free. `state` stays the same object."""
+        more = slots - self.slots
+        if more < 0:
+            raise ValueError(f"{self.slots} slots cannot become {slots}")
+        self.state += bytes(more)
+        self.slots = slots
+        self.free += more
+        self._fresh_limit = min(_FRESH_MAX, slots // _FRESH_SHARE)
+        self._ghost = _Ghost(min(_GHOST_MAX, slots // _GHOST_SHARE))  # what it remembered is lost
+        for pool in (self._main, self._leaving, self._joining):
+            pool.grow(slots)
 
     # Recovery
 

@@ -35,7 +35,7 @@ from forebay_cache.device import (
 )
 from forebay_cache.errors import CacheError
 from forebay_cache.geometry import FULL, PAGE_BLOCKS, SECTOR, SECTORS
-from forebay_cache.index import PAGE_KEY, Index, LayerRecord
+from forebay_cache.index import PAGE_KEY, Index, LayerRecord, create
 from forebay_cache.journal import Journal, Position
 from forebay_cache.layer import SLOT_SHIFT, ZERO_SHIFT, Layer, pack
 from forebay_cache.placement import TOUCHED, UNSCANNED, Placement
@@ -381,13 +381,24 @@ def _adopt(cache: Cache, found: list[tuple[bytes, bytes]]) -> None:
                 placement.adopt(slot, held=held)
 
 
-def format_device(path: Path, index: Path, *, size: int | None = None, force: bool = False) -> None:
-    """Make an empty cache, device and index. Raises :class:`CacheError` when something would be lost, unless forced."""
+def format_device(
+    path: Path,
+    index: Path,
+    *,
+    size: int | None = None,
+    force: bool = False,
+    ident: uuid.UUID | None = None,
+) -> None:
+    """Make an empty cache, device and index, with that uuid or one of its own.
+
+    Raises :class:`CacheError` when something would be lost, unless forced.
+    """
     fd = open_device(path, create_size=size or DEFAULT_SIZE)
     try:
         if not force:
             _refuse_loss(fd, path, index)
         shutil.rmtree(index, ignore_errors=True)
+        create(index, ident)
         fresh = Index(index, size_of(fd) // 65536)
         ident = uuid.UUID(fresh.meta.uuid)
         fresh.close()

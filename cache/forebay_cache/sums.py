@@ -67,6 +67,17 @@ class Sums:
         self._pages: dict[int, None] = {}
         self.pending = 0  # slots changed since the last take(), about
 
+    def grow(self, slots: int) -> None:
+        """There are so many slots now. Raises OSError when there is no memory; what is there stays valid."""
+        self.state.release()
+        self.values.release()
+        try:
+            self._values.resize(-(-slots // _PAGE) * mmap.PAGESIZE)
+            self._state.resize(max(slots, 1))
+        finally:
+            self.values = memoryview(self._values).cast("I")
+            self.state = memoryview(self._state)
+
     def fresh(self, slot: int) -> None:
         """The slot is given to somebody new: whatever is known of it is void."""
         self.values[slot * SECTORS : (slot + 1) * SECTORS] = _NONE

@@ -70,10 +70,15 @@ class View:
         self.read_bytes = 0
         #: reads at or beyond this offset take the slow path, so that read-ahead can go on
         self.lookahead = 1 << 63
-        self._map = cache.device.map
         self._data = cache.device.data_offset
-        self._ready = cache.ready
         self._state = cache.placement.state
+        self.follow()
+        cache.views.add(self)
+
+    def follow(self) -> None:
+        """Take the cache's maps anew: they move when the device grows."""
+        self._map = self.cache.device.map
+        self._ready = self.cache.ready
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
         """A range inside one block, if it can be had at once as one buffer; else None."""
