@@ -216,6 +216,16 @@ def _cache(parser: Parser) -> None:
     _json(parser)
 
 
+def _fuse(parser: Parser) -> None:
+    add = parser.add_argument
+    add("mount", metavar="MOUNT", help="the directory to mount at")
+    add("--allow-other", action="store_true", help="let other users in, as far as modes allow")
+    text = "how long a request waits for a daemon that is away, then fails (default: 10s)"
+    add("--wait", metavar="TIME", type=DURATION, default=10.0, help=text)
+    text = "how long a daemon may answer nothing until it counts as away (default: 2m)"
+    add("--patience", metavar="TIME", type=DURATION, default=120.0, help=text)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "serve": ("run the daemon in the foreground", _serve),
     "attach": ("serve an image as a disk", _attach),
@@ -227,6 +237,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "preload": ("bring part of an image into the cache", _preload),
     "xml": ("the libvirt <disk> element of a disk", _xml),
     "cache": ("look at, format or check the cache device", _cache),
+    "fuse": ("mount disks and images as files, in the foreground", _fuse),
     "check-config": ("say what is wrong with the configuration", _nothing),
     "dump-config": ("print the effective configuration", _json),
     "demo": ("show everything on a throw-away directory", _nothing),

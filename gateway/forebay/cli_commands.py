@@ -237,6 +237,19 @@ def stats(arguments: Arguments) -> int:
     return run(arguments.what, daemon(arguments), json_lines=arguments.json)
 
 
+def fuse(arguments: Arguments) -> int:
+    """Mount disks and images as files until told to end."""
+    from pathlib import Path  # noqa: PLC0415
+
+    from forebay.config import Config  # noqa: PLC0415
+    from forebay.fuse_door import Settings, mount  # noqa: PLC0415
+
+    settings = Settings(
+        allow_other=arguments.allow_other, wait=arguments.wait, patience=arguments.patience
+    )
+    return mount(Config.load(arguments.config), Path(arguments.mount), settings)
+
+
 RUN: dict[str, Callable[[Arguments], int]] = {
     "serve": serve,
     "attach": attach,
@@ -248,6 +261,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "preload": preload,
     "xml": xml,
     "cache": cache,
+    "fuse": fuse,
     "check-config": check_config,
     "dump-config": dump_config,
     "demo": demo,

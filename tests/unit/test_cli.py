@@ -469,7 +469,7 @@ async def test_stats_waits_for_a_daemon_that_is_restarted(
 
 def test_every_command_of_the_contract_is_there() -> None:
     contract = "serve attach detach status stats flush mode preload xml cache check-config "
-    assert set(COMMANDS) == set(RUN) == set((contract + "dump-config demo").split())
+    assert set(COMMANDS) == set(RUN) == set((contract + "dump-config demo fuse").split())
 
 
 @pytest.mark.parametrize(

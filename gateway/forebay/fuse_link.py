@@ -1,0 +1,163 @@
+"""One disk's NBD connection as the mount needs it: back when the daemon is, and no request waits for ever."""
+
+import errno
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from forebay_nbd import Buffer, Client
+
+log = logging.getLogger("forebay.fuse")
+
+CONNECT_SECONDS = 5.0
+"""A daemon that runs lets us in at once."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.02, 1.0
+"""Seconds between two attempts to reconnect: systemd starts a daemon that crashed within 200 ms."""
+
+T = TypeVar("T")
+Check = Callable[[Client], Awaitable[str | None]]
+
+
+class Link:
+    """A connection to the NBD socket `path`. Offsets and lengths are bytes.
+
+    Every request raises OSError. When the daemon is away it waits for it for `wait` seconds counted from when it was
+    first missed, then fails with EIO, and so does every other until the daemon is back: requests that were not
+    answered are repeated then, which is harmless because reads, writes and flushes of a disk can be. A daemon that
+    answers nothing at all for `patience` seconds while it owes answers counts as away. What came back as another disk
+    is ESTALE.
+    """
+
+    def __init__(
+        self, nursery: trio.Nursery, path: str, export: str, *, wait: float, patience: float
+    ) -> None:
+        self.path = path
+        self.export = export
+        self.size = 0
+        self.read_only = True
+        self._nursery = nursery
+        self._wait = wait
+        self._patience = patience
+        self._check: Check | None = None
+        self._client: Client | None = None
+        self._up = trio.Event()
+        self._missed_at = 0.0
+        self._stale: str | None = None
+        self._owed = 0
+        self._heard_at = 0.0
+        self._scope = trio.CancelScope()
+
+    async def open(self, check: Check | None = None) -> None:
+        """Connect. Raises OSError. `check` says after each reconnection why this is not the same disk any more."""
+        client = await self._connect()
+        self._client = client
+        self.size, self.read_only = client.size, client.read_only
+        self._check = check
+        self._nursery.start_soon(self._watch)
+
+    async def close(self) -> None:
+        """Say goodbye. Requests in flight, of which there should be none, fail."""
+        self._scope.cancel()
+        self._stale = self._stale or f"{self.export}: closed"
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
+
+    # ---------------------------------------------------------------------------------------------------- requests
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """`length` bytes from `offset` on."""
+        return await self._ask(lambda client: client.pread(offset, length))
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        """Write `data` at `offset`. The daemon has it when this returns: it survives the end of both processes."""
+        await self._ask(lambda client: client.pwrite(offset, data))
+
+    async def zero(self, offset: int, length: int) -> None:
+        """The range reads as zeros."""
+        await self._ask(lambda client: client.zero(offset, length))
+
+    async def flush(self) -> None:
+        """NBD FLUSH: what was written survives a power cut."""
+        await self._ask(lambda client: client.flush())
+
+    async def _ask(self, request: Callable[[Client], Awaitable[T]]) -> T:
+        while True:
+            client = self._client or await self._returned()
+            if not self._owed:
+                self._heard_at = trio.current_time()
+            self._owed += 1
+            try:
+                return await request(client)
+            except ConnectionError as fault:
+                self._lost(client, fault)
+            finally:
+                self._owed -= 1
+                self._heard_at = trio.current_time()
+
+    # ------------------------------------------------------------------------------------------ away and back again
+
+    async def _returned(self) -> Client:
+        """The next connection. Raises OSError when the daemon has been away for too long."""
+        left = self._missed_at + self._wait - trio.current_time()
+        if self._stale is None and left > 0:
+            with trio.move_on_after(left):
+                await self._up.wait()
+        if self._stale is not None:
+            raise OSError(errno.ESTALE, self._stale)
+        if self._client is None:
+            raise OSError(errno.EIO, f"{self.export}: the daemon is away")
+        return self._client
+
+    def _lost(self, client: Client, fault: OSError) -> None:
+        if client is not self._client:
+            return
+        log.warning("%s: %s; reconnecting", self.export, fault.strerror or fault)
+        self._client = None
+        self._up = trio.Event()
+        self._missed_at = trio.current_time()
+        self._nursery.start_soon(self._reconnect)
+
+    async def _reconnect(self) -> None:
+        pause = FIRST_PAUSE
+        with self._scope:
+            while self._client is None and self._stale is None:
+                try:
+                    client = await self._connect()
+                    self._stale = await self._different(client)
+                except OSError:
+                    await trio.sleep(pause)
+                    pause = min(2 * pause, LONGEST_PAUSE)
+                    continue
+                if self._stale is None:
+                    self._client = client
+                    log.warning("%s: the daemon is back", self.export)
+                else:
+                    log.error("%s", self._stale)
+                    await client.aclose()
+            self._up.set()
+
+    async def _connect(self) -> Client:
+        return await Client.connect(
+            self._nursery, self.path, self.export, contexts=(), timeout=CONNECT_SECONDS
+        )
+
+    async def _different(self, client: Client) -> str | None:
+        """Why this is another disk than the one that was opened."""
+        if (client.size, client.read_only) != (self.size, self.read_only):
+            return f"{self.export}: came back with another size or access: open it again"
+        return await self._check(client) if self._check else None
+
+    async def _watch(self) -> None:
+        """Give a connection up that takes requests and answers none."""
+        with self._scope:
+            while True:
+                await trio.sleep(self._patience / 4)
+                client = self._client
+                silent = trio.current_time() - self._heard_at
+                if client is not None and self._owed and silent > self._patience:
+                    self._lost(client, TimeoutError(errno.ETIMEDOUT, f"silent for {silent:.0f} s"))
+                    await client.aclose()
