@@ -17,6 +17,7 @@ from forebay.daemon_socket import Door, socket_path
 from forebay.daemon_together import Progress, Shares, together
 from forebay.disk import Disk
 from forebay.errors import ForebayError
+from forebay.handover import Inheritance, Sockets, give
 from forebay.image import Images
 from forebay.metrics import metrics_text
 from forebay.origin_source import Source, Use
@@ -34,6 +35,10 @@ Status = dict[str, Any]
 CLIENTS_SECONDS = 20.0
 """How long requests in flight have at detach and at stop. Then their clients are cut off; they repeat what was not
 answered. Below systemd's usual 90 s for the whole stop."""
+
+HAND_OVER_SECONDS = 0.25
+"""How long a restart waits for requests in flight, and for stores: guests wait meanwhile, and what has no answer then
+is done by the next process."""
 
 RELEASE_SECONDS = 10.0
 """How long a store may take to give an image back. The marker that stays behind then is ours to take again."""
@@ -170,21 +175,23 @@ class Gateway:
             await attached.disk.close(discard=True)
             await self._commit()
 
-    async def resume(self) -> None:
-        """Bring back the disks on record, each whether or not its origin can be reached."""
+    async def resume(self, inherited: Inheritance) -> None:
+        """Bring back the disks on record, each whether or not its origin can be reached, and their clients."""
         known = self._cache.records("disk")
         await together(
-            partial(self._resume, name, Record.read(known[name])) for name in sorted(known)
+            partial(self._resume, name, Record.read(known[name]), inherited)
+            for name in sorted(known)
         )
+        inherited.drop_rest("it is not served")
 
-    async def _resume(self, name: str, record: Record) -> None:
+    async def _resume(self, name: str, record: Record, inherited: Inheritance) -> None:
         try:
-            await self._bring_back(name, record)
+            await self._bring_back(name, record, inherited)
         except (ForebayError, OSError, CacheError) as fault:
             log.error("disk '%s' is not served: %s", name, fault)
             self._disks[name] = Absent(name, record, str(fault))
 
-    async def _bring_back(self, name: str, record: Record) -> None:
+    async def _bring_back(self, name: str, record: Record, inherited: Inheritance) -> None:
         path = socket_path(self.config.gateway.run, name)
         source, settings = self._source(name, record, record.size)
         if source.key != record.key:
@@ -193,7 +200,7 @@ class Gateway:
                 "give the store its old name and path, or detach the disk"
             )
         attached = await self._opened(record, source, settings, path)
-        await attached.start(self._nursery)
+        await attached.start(self._nursery, inherited.take(name))
         self._disks[name] = attached
 
     # ------------------------------------------------------------------------------------------------------ detaching
@@ -263,6 +270,10 @@ class Gateway:
             raise ForebayError(f"'{name}' is not served: {found.why}")
         raise ForebayError(f"no disk '{name}'{did_you_mean(name, self._disks)}: see forebay status")
 
+    def attached(self) -> list[Attached]:
+        """The disks that are served."""
+        return [one for one in self._disks.values() if isinstance(one, Attached)]
+
     def status(self, name: str | None = None) -> list[Status]:
         """All disks by name, or the one."""
         if name is None:
@@ -325,17 +336,40 @@ class Gateway:
 
     # ------------------------------------------------------------------------------------------------------- the end
 
-    async def stop(self) -> None:
-        """Answer what is in flight, hang up, end all work. Bounded; what is dirty stays in the cache, durably."""
-        disks = [one for one in self._disks.values() if isinstance(one, Attached)]
-        await together(partial(one.door.shut, CLIENTS_SECONDS) for one in disks)
+    async def stop(self, *, hand_over: bool = False) -> None:
+        """Answer what is in flight, hang up, end all work. Bounded; what is dirty stays in the cache, durably.
+
+        `hand_over`: do not hang up, but give the sockets to the service manager; clients wait, so it takes no longer
+        than it must.
+        """
+        disks = self.attached()
+        patience = HAND_OVER_SECONDS if hand_over else RELEASE_SECONDS
+        if hand_over:
+            await self._commit()  # most of it while clients are served
+            await self._hand_over(disks)
+        else:
+            await together(partial(one.door.shut, CLIENTS_SECONDS) for one in disks)
         for one in disks:
             await one.rest()
-        with trio.move_on_after(RELEASE_SECONDS):
+        with trio.move_on_after(patience):
             await together(partial(self._last_look, one) for one in disks)
         await self._commit()
-        with trio.move_on_after(RELEASE_SECONDS):
+        with trio.move_on_after(patience):
             await together(partial(self._let_go, one) for one in disks)
+
+    async def _hand_over(self, disks: list[Attached]) -> None:
+        """What was acknowledged is in the journal: whatever happens from here on, the next process finds it."""
+        began = trio.current_time()
+        frozen: dict[str, Sockets] = {}
+
+        async def freeze(one: Attached) -> None:
+            frozen[one.name] = await one.door.freeze(HAND_OVER_SECONDS)
+
+        await together(partial(freeze, one) for one in disks)
+        count = sum(len(sockets.clients) for sockets in frozen.values())
+        if give(frozen):
+            took = 1000 * (trio.current_time() - began)
+            log.info("handed over: %d disks, %d clients, in %.0f ms", len(disks), count, took)
 
     async def _last_look(self, one: Attached) -> None:
         """Take down what the image looks like after our own writes, so that the next start notices those of others."""

@@ -9,6 +9,7 @@ import trio
 from forebay.config import Config, DiskSettings
 from forebay.daemon_socket import Door
 from forebay.disk import Disk
+from forebay.handover import Sockets
 from forebay.origin_source import Source
 from forebay.sizes import Mode
 
@@ -68,12 +69,14 @@ class Attached:
         """The disk's name."""
         return self.source.use.disk
 
-    async def start(self, nursery: trio.Nursery) -> None:
-        """Begin background work, then accept clients. Raises ForebayError."""
-        await nursery.start(self._run)
+    async def start(self, nursery: trio.Nursery, inherited: Sockets | None = None) -> None:
+        """Begin background work, then accept clients, and go on with inherited ones. Raises ForebayError."""
         try:
-            await self.door.open(nursery)
+            await nursery.start(self._run)
+            await self.door.open(nursery, inherited)
         except BaseException:
+            if inherited is not None:
+                inherited.hang_up()
             with trio.CancelScope(shield=True):
                 await self.rest()
             raise
@@ -89,6 +92,13 @@ class Attached:
         """End background work."""
         self._scope.cancel()
         await self._ended.wait()
+
+    def pulse(self) -> tuple[int, ...]:
+        """Changes whenever something moves: a request is answered, the origin or the cache takes or gives something."""
+        found = self.disk.status()
+        counters = ("reads", "writes", "cached_bytes", "private_bytes")
+        origin = ("origin_read_bytes", "origin_written_bytes")
+        return (self.door.answered, *(found[key] for key in (*counters, *origin)))
 
     def status(self) -> dict[str, Any]:
         """The keys of the contract, and more."""

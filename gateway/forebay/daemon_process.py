@@ -18,8 +18,11 @@ import forebay_cache
 from forebay.config import Config
 from forebay.control import Gateway as Controlled
 from forebay.control import serve_control
+from forebay.daemon_disk import Attached
 from forebay.errors import ForebayError
-from forebay.notify import keep_alive, notify
+from forebay.handover import Inheritance
+from forebay.notify import notify
+from forebay.watchdog import feed
 from forebay_cache import Cache, CacheError
 
 log = logging.getLogger("forebay.daemon")
@@ -34,9 +37,11 @@ _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, loggin
 
 
 class _Runnable(Controlled, Protocol):
-    async def resume(self) -> None: ...
+    async def resume(self, inherited: Inheritance) -> None: ...
 
-    async def stop(self) -> None: ...
+    def attached(self) -> list[Attached]: ...
+
+    async def stop(self, *, hand_over: bool = False) -> None: ...
 
 
 MakeGateway = Callable[[Config, Cache, trio.Nursery], _Runnable]
@@ -48,31 +53,41 @@ def run_process(config: Config, state: Path | None, run: Path | None, make: Make
     given = {name: path for name, path in places.items() if path is not None}
     config = config.model_copy(update={"gateway": config.gateway.model_copy(update=given)})
     _log_to_stderr()
-    with (
-        _locked(config.gateway.state, "--state", 0o700),
-        _locked(config.gateway.run, "--run", 0o755),
-    ):
-        (config.gateway.run / "disks").mkdir(exist_ok=True)
-        _remove_stale_sockets(config.gateway.run)
-        try:
-            trio.run(_main, config, make)
-        except BaseExceptionGroup as group:
-            fault = _cause(group)
-            if fault is None:
-                raise
-            raise _one_line(fault) from group
-        except (CacheError, OSError, lmdb.Error) as fault:
-            raise _one_line(fault) from fault
+    inherited = Inheritance.find()
+    try:
+        with (
+            _locked(config.gateway.state, "--state", 0o700),
+            _locked(config.gateway.run, "--run", 0o755),
+        ):
+            (config.gateway.run / "disks").mkdir(exist_ok=True)
+            _remove_stale_sockets(config.gateway.run, inherited.paths)
+            _run(config, make, inherited)
+    except ForebayError as fault:
+        inherited.failed(str(fault))
+        raise
     return 0
 
 
-async def _main(config: Config, make: MakeGateway) -> None:
+def _run(config: Config, make: MakeGateway, inherited: Inheritance) -> None:
+    try:
+        trio.run(_main, config, make, inherited)
+    except BaseExceptionGroup as group:
+        fault = _cause(group)
+        if fault is None:
+            raise
+        raise _one_line(fault) from group
+    except (CacheError, OSError, lmdb.Error) as fault:
+        raise _one_line(fault) from fault
+
+
+async def _main(config: Config, make: MakeGateway, inherited: Inheritance) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         cache = open_cache(config)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(cache.run)
-                await _serve(config, make(config, cache, nursery), nursery, signals)
+                gateway = make(config, cache, nursery)
+                await _serve(config, gateway, inherited, nursery, signals)
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(STOP_SECONDS):
@@ -80,24 +95,30 @@ async def _main(config: Config, make: MakeGateway) -> None:
 
 
 async def _serve(
-    config: Config, gateway: _Runnable, nursery: trio.Nursery, signals: AsyncIterator[int]
+    config: Config,
+    gateway: _Runnable,
+    inherited: Inheritance,
+    nursery: trio.Nursery,
+    signals: AsyncIterator[int],
 ) -> None:
+    planned = False
     async with trio.open_nursery() as control:
         try:
-            await gateway.resume()
+            inherited.claim()
+            await gateway.resume(inherited)
             path = config.gateway.run / "control.sock"
             await control.start(serve_control, gateway, path)
-            nursery.start_soon(keep_alive)
+            nursery.start_soon(feed, gateway.attached)
             notify("READY=1")
             log.info("ready: %d disks", len(gateway.status()))
-            await anext(signals)
+            planned = await anext(signals) == signal.SIGTERM
         finally:
-            notify("STOPPING=1")
+            managed = notify("STOPPING=1")
             signal.alarm(ALARM_SECONDS)
             control.cancel_scope.cancel()
             with trio.move_on_after(STOP_SECONDS) as scope:
                 scope.shield = True
-                await gateway.stop()
+                await gateway.stop(hand_over=planned and managed)
             if scope.cancelled_caught:
                 log.error("the stop took too long and was cut short; nothing acknowledged is lost")
 
@@ -184,10 +205,11 @@ def _note_pid(fd: int, directory: Path) -> None:
         ) from fault
 
 
-def _remove_stale_sockets(run: Path) -> None:
+def _remove_stale_sockets(run: Path, inherited: set[Path]) -> None:
     """What a killed daemon left. Its lock is ours, so nobody answers there any more."""
     for path in (run / "disks").glob("*.sock*"):
-        path.unlink(missing_ok=True)
+        if path not in inherited:
+            path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------- faults, log

@@ -1,6 +1,7 @@
 """A disk's own NBD socket, and who is connected to it."""
 
 import grp
+import logging
 import os
 import pwd
 import socket
@@ -10,13 +11,22 @@ import trio
 
 from forebay.config import GatewaySection
 from forebay.errors import ForebayError
-from forebay_nbd import Export, Server
+from forebay.handover import Client, Sockets
+from forebay_nbd import Connection, Export, Server
+
+log = logging.getLogger("forebay.daemon")
 
 LONGEST_ADDRESS = 107
 """Bytes of a Unix socket's address (unix(7))."""
 
 BACKLOG = 64
 """Connections that may wait to be accepted: QEMU opens a few per disk, copying tools up to sixteen."""
+
+HANDSHAKE_SECONDS = 0.2
+"""How long who is just connecting may take before a hand-over; clients need a millisecond."""
+
+HURRY_SECONDS = 2.0
+"""How long requests that are not waited for any more take to let go. Those that do not are lost with their client."""
 
 _NEW = ".new"
 
@@ -63,46 +73,92 @@ class Door:
 
     def __init__(self, export: Export, path: Path, section: GatewaySection) -> None:
         self.path = path
+        self._export = export
         self._section = section
         self._server = Server(
             lambda name: export if name in ("", export.name) else None, lambda: [export.name]
         )
         self._scope: trio.CancelScope | None = None
         self._shut = trio.Event()
+        self._accepting: int | None = None
+        self._leaving = False
 
     @property
     def clients(self) -> int:
         """Connections in transmission."""
         return sum(one.session is not None for one in self._server.connections)
 
-    async def open(self, nursery: trio.Nursery) -> None:
-        """Accept clients. Raises ForebayError."""
+    @property
+    def unanswered_since(self) -> float | None:
+        """Trio time since when the oldest request without an answer is under way; None where there is none."""
+        since = (one.unanswered_since for one in self._server.connections)
+        return min((one for one in since if one is not None), default=None)
+
+    @property
+    def answered(self) -> int:
+        """Changes whenever a request that had to wait is answered."""
+        return sum(one.answered for one in self._server.connections)
+
+    async def open(self, nursery: trio.Nursery, inherited: Sockets | None = None) -> None:
+        """Accept clients, and go on with those that the process before left. Raises ForebayError."""
+        sockets = inherited or Sockets()
         try:
-            listener = listen(self.path, self._section)
+            listener = self._listener(sockets)
         except (OSError, KeyError) as fault:
+            sockets.hang_up()
             raise ForebayError(
                 f"cannot make the socket {self.path}: {fault}: check [gateway] in the configuration"
             ) from None
         self._shut = trio.Event()
         self._scope = trio.CancelScope()
-        await nursery.start(self._serve, listener, self._scope)
+        await nursery.start(self._serve, listener, sockets.clients, self._scope)
+
+    def _listener(self, inherited: Sockets) -> trio.SocketListener:
+        found, inherited.listener = inherited.listener, None
+        if found is None:
+            return listen(self.path, self._section)
+        if inherited.path != self.path:
+            found.close()
+            return listen(self.path, self._section)
+        try:
+            _give(self.path, self._section)
+            found.setblocking(False)
+            return trio.SocketListener(trio.socket.from_stdlib_socket(found))
+        except BaseException:
+            found.close()
+            raise
 
     async def _serve(
         self,
         listener: trio.SocketListener,
+        clients: list[Client],
         scope: trio.CancelScope,
         *,
         task_status: trio.TaskStatus[None],
     ) -> None:
         ours = self.path.lstat().st_ino
+        self._accepting = listener.socket.fileno()
         try:
-            with scope:
-                await self._server.serve(listener, task_status=task_status)
+            async with trio.open_nursery() as nursery:
+                for client in clients:
+                    self._go_on(client, nursery)
+                with scope:
+                    await self._server.serve(listener, task_status=task_status)
         finally:
-            if self.path.exists() and self.path.lstat().st_ino == ours:
+            if not self._leaving and self.path.exists() and self.path.lstat().st_ino == ours:
                 self.path.unlink()
-            self._scope = None
+            self._scope = self._accepting = None
             self._shut.set()
+
+    def _go_on(self, client: Client, nursery: trio.Nursery) -> None:
+        """Serve a client of the process before, if the disk still is what it was told."""
+        if (client.size, client.read_only) == (self._export.size, self._export.read_only):
+            nursery.start_soon(self._server.resume, client.sock, client.session)
+        else:
+            log.error(
+                "%s: its size or access changed: a client has to reconnect", self._export.name
+            )
+            Sockets(clients=[client]).hang_up()
 
     async def shut(self, seconds: float) -> None:
         """Accept nobody any more, let requests in flight finish, for at most so many seconds, then hang up."""
@@ -115,3 +171,40 @@ class Door:
         for connection in list(self._server.connections):
             connection.abort()
         await self._shut.wait()
+
+    async def freeze(self, seconds: float) -> Sockets:
+        """Stop serving and leave the sockets as they are, for another process: listener, clients, the path.
+
+        Requests in flight have so many seconds to finish; then they move too, and are done again.
+        """
+        if self._scope is None or self._accepting is None:
+            return Sockets()
+        with trio.move_on_after(HANDSHAKE_SECONDS):
+            while any(one.session is None for one in self._server.connections):  # noqa: ASYNC110 - nobody tells
+                await trio.sleep(HANDSHAKE_SECONDS / 20)
+        found = Sockets(socket.socket(fileno=os.dup(self._accepting)), self.path)
+        self._leaving = True
+        connections = list(self._server.connections)
+        for connection in connections:
+            connection.freeze()
+        self._scope.cancel()
+        await self._all_frozen(connections, seconds)
+        found.clients = [self._frozen(one) for one in connections if one.frozen]
+        return found
+
+    async def _all_frozen(self, connections: list[Connection], seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await self._shut.wait()
+        for connection in connections:
+            connection.hurry()
+        with trio.move_on_after(HURRY_SECONDS):
+            await self._shut.wait()
+            return
+        for connection in list(self._server.connections):
+            connection.abort()
+        await self._shut.wait()
+
+    def _frozen(self, connection: Connection) -> Client:
+        assert connection.session is not None
+        session, export = connection.session, self._export
+        return Client(connection.sock, session, export.size, export.read_only)
