@@ -13,7 +13,7 @@ import mmap
 import resource
 import weakref
 from array import array
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,6 +95,11 @@ class Together:
             self._lock.release()
         if turn.error is not None:
             raise turn.error
+
+    @property
+    def running(self) -> bool:
+        """Whether the work is being done."""
+        return self._lock.locked()
 
     async def idle(self) -> None:
         """Wait until the run that is going on, if any, has ended."""
@@ -473,14 +478,44 @@ class Cache:
     async def _sync(self) -> None:
         self.publish()
         self.check()
+        if self._syncer.pending:
+            with self._syncing():
+                await self._syncer.finish()
         self.syncing, self.open_sectors = self.open_sectors, {}
-        try:
+        with self._syncing():
             await self._syncer()
+
+    @contextlib.contextmanager
+    def _syncing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             self.fail(error, syncing=True)  # a later sync would succeed, and lie
             raise
         finally:
-            self.syncing = {}
+            if not self._syncer.pending:
+                self.syncing = {}
+
+    def sync_now(self) -> bool:
+        """:meth:`sync`, if the device is done in a moment. False: ask for a sync. Raises OSError."""
+        if self.sync.running or not self._syncer.quick or self._syncer.pending:
+            return False
+        self.publish()
+        self.check()
+        self.syncing, self.open_sectors = self.open_sectors, {}
+        with self._syncing():
+            if self._syncer.now():
+                return True
+            if not self._syncer.pending:
+                self.open_sectors = self.syncing  # nothing was begun
+        return False
+
+    async def synced(self) -> None:
+        """Wait until no sync is under way. Raises OSError."""
+        if self._syncer.pending:
+            await self.sync()
+        else:
+            await self.sync.idle()
 
     def want_commit(self) -> None:
         """Something has to become durable, within COMMIT_SECONDS."""

@@ -308,7 +308,7 @@ async def prepare(
     if not cache.journal_room(length):
         await cache.commit()
     if cache.syncing:
-        await cache.sync.idle()
+        await cache.synced()
     if zeros:
         return
     await cache.load_sums(_known_slots(layer, runs))

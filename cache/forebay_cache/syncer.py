@@ -45,6 +45,8 @@ class Syncer:
         self._sync = sync
         self._worker: Worker | None = None
         self._quick = True
+        self.pending = False
+        """What now() began goes on."""
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._context = ctypes.c_ulong(0)
         self._iocb = ctypes.create_string_buffer(
@@ -68,25 +70,57 @@ class Syncer:
         self._numbers = None
         self._worker = Worker("device-sync")
 
+    @property
+    def quick(self) -> bool:
+        """Whether :meth:`now` is worth a try."""
+        return self._quick and self._worker is None
+
+    def now(self) -> bool:
+        """Sync, if the device is done in a moment. False: it goes on, and is waited for by :meth:`finish`.
+
+        Raises OSError: then nothing may be assumed durable.
+        """
+        if not self._begin():
+            return False
+        self.pending = True
+        if not self._get(self._moment):
+            return False
+        self._drain()
+        self._done_with()
+        return True
+
+    async def finish(self) -> None:
+        """Wait for what :meth:`now` began, if it goes on. Raises OSError. Not cancellable."""
+        if self.pending:
+            await self._wait()
+
     async def __call__(self) -> None:
         """Raises OSError: then nothing may be assumed durable. Not cancellable."""
-        if self._worker is None:
-            if self._call(2, self._context, 1, self._list) == 1:
-                result = await self._wait()
-                if result < 0:
-                    raise OSError(-result, os.strerror(-result))
-                return
-            if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EAGAIN):
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            self._use_thread()
-        assert self._worker is not None
-        await self._worker.run(self._sync)
+        if self._begin():
+            self.pending = True
+            if self._quick and self._get(self._moment):
+                self._drain()
+                self._done_with()
+            else:
+                await self._wait()
+        else:
+            assert self._worker is not None
+            await self._worker.run(self._sync)
 
-    async def _wait(self) -> int:
-        """The result of what was submitted."""
-        if self._quick and self._get(self._moment):
-            self._drain()
-            return self._result()
+    def _begin(self) -> bool:
+        """False: the kernel does not do it, from now on a thread has to."""
+        assert not self.pending
+        if self._worker is not None:
+            return False
+        if self._call(2, self._context, 1, self._list) == 1:
+            return True
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EAGAIN):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self._use_thread()
+        return False
+
+    async def _wait(self) -> None:
+        """For what was begun."""
         with trio.CancelScope(shield=True):
             began = trio.current_time()
             while not self._get(self._no_time):
@@ -94,7 +128,7 @@ class Syncer:
                 self._drain()
         self._drain()
         self._quick = trio.current_time() - began < QUICK_SECONDS
-        return self._result()
+        self._done_with()
 
     def _get(self, patience: object) -> bool:
         return self._call(3, self._context, 1, 1, self._done, patience) == 1
@@ -105,8 +139,11 @@ class Syncer:
         except BlockingIOError:
             pass
 
-    def _result(self) -> int:
-        return int(_EVENT.unpack(self._done)[2])
+    def _done_with(self) -> None:
+        self.pending = False
+        result = int(_EVENT.unpack(self._done)[2])
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
 
     def close(self) -> None:
         """Give everything back. No call may be under way."""

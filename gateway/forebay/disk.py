@@ -361,6 +361,12 @@ class Disk:
         if fua:
             await self._policy.flush()
 
+    def flush_now(self) -> bool:
+        """Implements Export."""
+        if self.image.conflict is not None or self.read_only:
+            return False
+        return self._policy.flush_now()
+
     async def flush(self) -> None:
         """Implements Export."""
         self._check_conflict()

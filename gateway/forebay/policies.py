@@ -37,6 +37,9 @@ class Policy(Protocol):
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
         """Make the range read as zeros; may be acknowledged afterwards."""
 
+    def flush_now(self) -> bool:
+        """:meth:`flush`, if that takes but a moment."""
+
     async def flush(self) -> None:
         """Make all that was acknowledged durable."""
 
@@ -104,6 +107,10 @@ class OriginWrites:
             with self._overwriting(start, end):
                 await self._announce(start, end)
                 await disk.image.reached().zero(offset, length, may_trim)
+
+    def flush_now(self) -> bool:
+        """Never, as write_now()."""
+        return False
 
     async def flush(self) -> None:
         """The origin has it durably. A failure that somebody else was told of is told here once too."""
@@ -218,6 +225,10 @@ class PrivateWrites:
                 await self._prepare(disk.view.private[0], at, part, zeros=True)
             disk.note_dirty()
             disk.block_cache.publish()
+
+    def flush_now(self) -> bool:
+        """The same, if the cache device is done in a moment."""
+        return self._disk.block_cache.sync_now()
 
     async def flush(self) -> None:
         """The cache device has it durably."""

@@ -238,7 +238,11 @@ class Batch:
             if not self._export.write_now([(request.offset, memoryview(request.payload))]):
                 return False
             self._publish([request.cookie.to_bytes(8)])
-        elif request.command == Cmd.FLUSH or request.length:
+        elif request.command == Cmd.FLUSH:
+            if not self._export.flush_now():
+                return False
+            self._reply(success(request, self._structured))
+        elif request.length:
             return False
         else:
             self._reply(success(request, self._structured))

@@ -38,6 +38,9 @@ class Export(Protocol):
     def publish(self) -> None:
         """Called after each write_now(). An OSError here is the answer to all that it took."""
 
+    def flush_now(self) -> bool:
+        """True: as flush(), in a moment. False: use flush(). Raises OSError."""
+
     def pin(self) -> int:
         """From now on buffers handed out stay as they are; the token ends that, given to unpin()."""
 

@@ -82,6 +82,9 @@ class MemoryExport:
             self.memory[offset : offset + len(data)] = data
         return len(writes)
 
+    def flush_now(self) -> bool:
+        return False
+
     def publish(self) -> None:
         self.publications += 1
         self.unpublished = 0

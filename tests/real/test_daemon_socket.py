@@ -37,6 +37,9 @@ class Memory:
     def publish(self) -> None:
         pass
 
+    def flush_now(self) -> bool:
+        return False
+
     def pin(self) -> int:
         return 0
 

@@ -82,3 +82,38 @@ async def test_without_the_kernels_way_a_thread_does_it(
     assert thread.calls == 1
     syncer.close()
     os.close(fd)
+
+
+async def test_now_is_done_in_a_moment_or_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
+    syncer = Syncer(fd, Thread(fd))
+    if not syncer.quick:
+        pytest.skip("the kernel refuses asynchronous fdatasync here")
+    monkeypatch.setattr(syncer, "_moment", syncer._no_time)  # no device is that quick
+    went_on = 0
+    for _ in range(20):
+        os.pwrite(fd, os.urandom(1 << 20), 0)
+        if not syncer.now():
+            went_on += 1
+            assert syncer.pending
+            await syncer.finish()
+        assert not syncer.pending
+        await syncer()
+    assert went_on
+    syncer.close()
+    os.close(fd)
+
+
+async def test_now_begins_nothing_where_the_kernel_refuses() -> None:
+    reader, writer = os.pipe()
+    syncer = Syncer(writer, Thread(writer))
+    assert not syncer.now()
+    assert not syncer.pending
+    with pytest.raises(OSError, match="Invalid"):
+        await syncer()
+    assert not syncer.quick
+    syncer.close()
+    os.close(reader)
+    os.close(writer)
