@@ -5,7 +5,7 @@
 #    source ~/.local/share/bash_completion/forebay
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_forebay_subparsers=(serve attach detach status stats flush mode preload xml cache fuse check-config dump-config demo)
+_shtab_forebay_subparsers=(serve attach detach status stats flush mode preload xml libvirt-hook cache fuse check-config dump-config demo)
 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
 _shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --json)
@@ -15,7 +15,8 @@ _shtab_forebay_stats_option_strings=(-h --help --config --json)
 _shtab_forebay_flush_option_strings=(-h --help --config --all --timeout --json)
 _shtab_forebay_mode_option_strings=(-h --help --config)
 _shtab_forebay_preload_option_strings=(-h --help --config)
-_shtab_forebay_xml_option_strings=(-h --help --config --target)
+_shtab_forebay_xml_option_strings=(-h --help --config --target --libvirt --metadata)
+_shtab_forebay_libvirt_hook_option_strings=(-h --help --config)
 _shtab_forebay_cache_option_strings=(-h --help --config --force --json)
 _shtab_forebay_fuse_option_strings=(-h --help --config --allow-other --wait --patience)
 _shtab_forebay_check_config_option_strings=(-h --help --config)
@@ -41,6 +42,7 @@ _shtab_forebay_preload_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_preload___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_xml_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_xml___config_COMPGEN=_shtab_compgen_files
+_shtab_forebay_libvirt_hook___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_cache___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_fuse___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_check_config___config_COMPGEN=_shtab_compgen_files
@@ -49,7 +51,7 @@ _shtab_forebay_demo___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay___config_COMPGEN=_shtab_compgen_files
 
 _shtab_forebay_cache_pos_0_choices=(info format scrub)
-_shtab_forebay_pos_0_choices=(serve attach detach status stats flush mode preload xml cache fuse check-config dump-config demo)
+_shtab_forebay_pos_0_choices=(serve attach detach status stats flush mode preload xml libvirt-hook cache fuse check-config dump-config demo)
 _shtab_forebay___print_completion_choices=(bash zsh tcsh)
 
 _shtab_forebay_serve__h_nargs=0
@@ -80,6 +82,9 @@ _shtab_forebay_preload__h_nargs=0
 _shtab_forebay_preload___help_nargs=0
 _shtab_forebay_xml__h_nargs=0
 _shtab_forebay_xml___help_nargs=0
+_shtab_forebay_xml___metadata_nargs=0
+_shtab_forebay_libvirt_hook__h_nargs=0
+_shtab_forebay_libvirt_hook___help_nargs=0
 _shtab_forebay_cache__h_nargs=0
 _shtab_forebay_cache___help_nargs=0
 _shtab_forebay_cache___force_nargs=0

@@ -200,6 +200,22 @@ def _xml(parser: Parser) -> None:
     _name(parser)
     target = _checked(_target)
     parser.add_argument("--target", metavar="DEV", type=target, default="vda", help="default: vda")
+    text = "for this version of libvirt (default: the one on this host)"
+    parser.add_argument("--libvirt", metavar="VERSION", type=_checked(_libvirt_version), help=text)
+    text = "the <metadata> element from which libvirt's hook attaches it"
+    parser.add_argument("--metadata", action="store_true", help=text)
+
+
+def _libvirt_version(text: str) -> Any:
+    from forebay.libvirt_version import parse_version
+
+    return parse_version(text)
+
+
+def _libvirt_hook(parser: Parser) -> None:
+    for name in ("domain", "operation", "sub_operation"):
+        parser.add_argument(name, metavar=name.upper())
+    parser.add_argument("extra", metavar="EXTRA", nargs="?", default="-")
 
 
 def _cache(parser: Parser) -> None:
@@ -236,6 +252,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "mode": ("change how a disk reads and writes", _mode),
     "preload": ("bring part of an image into the cache", _preload),
     "xml": ("the libvirt <disk> element of a disk", _xml),
+    "libvirt-hook": ("what libvirt's hook calls, with the domain's XML on stdin", _libvirt_hook),
     "cache": ("look at, format or check the cache device", _cache),
     "fuse": ("mount disks and images as files, in the foreground", _fuse),
     "check-config": ("say what is wrong with the configuration", _nothing),

@@ -105,7 +105,18 @@ def attach(arguments: Arguments) -> int:
         print_json(status)
     else:
         print(f"{status['name']}: {status['socket']}")
+        from forebay.libvirt_version import installed_version  # noqa: PLC0415
+
+        _warn_of_old_libvirt(installed_version())
     return 0
+
+
+def _warn_of_old_libvirt(version: tuple[int, int, int] | None) -> None:
+    """On stderr, where this libvirt is too old for <reconnect>."""
+    from forebay.libvirt_version import knows_reconnect, reconnect_warning  # noqa: PLC0415
+
+    if version is not None and not knows_reconnect(version):
+        print(f"forebay: warning: {reconnect_warning(version)}", file=sys.stderr)
 
 
 def _image(text: str) -> str:
@@ -190,11 +201,31 @@ def preload(arguments: Arguments) -> int:
 
 
 def xml(arguments: Arguments) -> int:
-    """Print the disk element."""
-    from forebay.xml_disk import disk_element  # noqa: PLC0415
+    """Print the disk element, or that for the hook."""
+    from forebay.libvirt_version import installed_version  # noqa: PLC0415
+    from forebay.xml_disk import disk_element, metadata_element  # noqa: PLC0415
 
-    print(disk_element(daemon(arguments).get(f"/disks/{arguments.name}"), arguments.target))
+    disk = daemon(arguments).get(f"/disks/{arguments.name}")
+    if arguments.metadata:
+        print(metadata_element(disk))
+        return 0
+    version = arguments.libvirt or installed_version()
+    print(disk_element(disk, arguments.target, version))
+    _warn_of_old_libvirt(version)
     return 0
+
+
+def libvirt_hook(arguments: Arguments) -> int:
+    """What libvirt's hook for QEMU does."""
+    from forebay.libvirt_hook import run  # noqa: PLC0415
+
+    return run(
+        arguments.domain,
+        arguments.operation,
+        arguments.sub_operation,
+        arguments.extra,
+        arguments.config,
+    )
 
 
 # ------------------------------------------------------------------------------------------ cache
@@ -260,6 +291,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "mode": mode,
     "preload": preload,
     "xml": xml,
+    "libvirt-hook": libvirt_hook,
     "cache": cache,
     "fuse": fuse,
     "check-config": check_config,

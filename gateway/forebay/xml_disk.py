@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from forebay.libvirt_domain import NAMESPACE
+from forebay.libvirt_version import Version, knows_reconnect
+
 BUSES = {"vd": "virtio", "sd": "scsi", "hd": "ide", "xvd": "xen"}
 """The bus that a target's name stands for; libvirt guesses by the same prefixes."""
 
@@ -42,23 +45,39 @@ def _prefix(target: str) -> str:
     return found.group(1)
 
 
-def disk_element(disk: Mapping[str, Any], target: str) -> str:
+def disk_element(disk: Mapping[str, Any], target: str, version: Version | None = None) -> str:
     """The element for a disk's status, for `virsh attach-device` or a domain's `<devices>`.
 
     `cache='none'` leaves flushing to the guest; `cache='unsafe'` would hide its flushes from the
-    gateway. libvirt before 9.2.0 drops `<reconnect>` without a word.
+    gateway. `version` is the libvirt that will read it, None for a new one: versions before 9.2
+    drop `<reconnect>` without a word, so they are not given it.
     """
     bus = BUSES[_prefix(target)]
+    reconnect = f"    <reconnect delay='{RECONNECT_DELAY}'/>\n" if knows_reconnect(version) else ""
     readonly = "  <readonly/>\n" if disk["read_only"] else ""
     return (
         "<disk type='network' device='disk'>\n"
         "  <driver name='qemu' type='raw' cache='none' discard='unmap' detect_zeroes='unmap'/>\n"
         f"  <source protocol='nbd' name={_quoted(disk['name'])}>\n"
         f"    <host transport='unix' socket={_quoted(disk['socket'])}/>\n"
-        f"    <reconnect delay='{RECONNECT_DELAY}'/>\n"
+        f"{reconnect}"
         "  </source>\n"
         f"  <target dev='{target}' bus='{bus}'/>\n"
         f"{readonly}"
         f"  <serial>{serial_of(disk['name'])}</serial>\n"
         "</disk>"
+    )
+
+
+def metadata_element(disk: Mapping[str, Any]) -> str:
+    """The element for a domain's `<metadata>` from which the hook attaches this disk at the VM's
+    start (libvirt_domain.py). What the store's settings decide is left to them.
+    """
+    given = {"name": disk["name"], "image": disk["image"], "mode": disk["mode"]}
+    given |= {flag: "yes" for flag in ("read_only", "overlay") if disk[flag]}
+    written = " ".join(f"{key.replace('_', '-')}={_quoted(given[key])}" for key in given)
+    return (
+        f"<forebay:disks xmlns:forebay='{NAMESPACE}'>\n"
+        f"  <forebay:disk {written}/>\n"
+        "</forebay:disks>"
     )

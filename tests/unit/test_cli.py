@@ -469,7 +469,7 @@ async def test_stats_waits_for_a_daemon_that_is_restarted(
 
 def test_every_command_of_the_contract_is_there() -> None:
     contract = "serve attach detach status stats flush mode preload xml cache check-config "
-    assert set(COMMANDS) == set(RUN) == set((contract + "dump-config demo fuse").split())
+    assert set(COMMANDS) == set(RUN) == set((contract + "dump-config demo fuse libvirt-hook").split())
 
 
 @pytest.mark.parametrize(
@@ -544,7 +544,7 @@ print(code, sorted(heavy & set(sys.modules)), file=sys.stderr)
 
 
 @pytest.mark.parametrize(
-    "argv", ["status", "status --json", "flush", "xml a", "stats", "mode a wb"]
+    "argv", ["status", "status --json", "flush", "xml a --libvirt 9.2", "stats", "mode a wb"]
 )
 async def test_asking_the_daemon_imports_little(argv: str) -> None:
     async with served(FakeGateway("a")) as run:

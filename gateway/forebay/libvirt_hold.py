@@ -1,0 +1,100 @@
+"""Which domain a disk was attached for: `RUN/libvirt/NAME`, one file a disk.
+
+The file names the domain. While a process detaches the disk it holds a lock on the file and has its process id in it,
+so that the next start of the domain can call that off. Everything lies under RUN: a reboot ends all domains.
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from forebay.errors import ForebayError
+
+CALL_OFF_SECONDS = 10.0
+"""How long a process that was told to leave a disk alone may take to end."""
+
+_LOOK_AGAIN = 0.02
+
+
+class Hold:
+    """The hold on one disk. Methods raise OSError."""
+
+    def __init__(self, run: str, disk: str) -> None:
+        self.path = Path(run, "libvirt", disk)
+
+    def domain(self) -> tuple[str, str] | None:
+        """UUID and name of the domain, or None."""
+        try:
+            uuid, _, name = self.path.read_text().partition("\n")[0].partition(" ")
+        except FileNotFoundError:
+            return None
+        return (uuid, name) if uuid else None
+
+    def take(self, uuid: str, name: str) -> None:
+        """From now on the disk is this domain's."""
+        self.path.parent.mkdir(mode=0o755, exist_ok=True)
+        new = self.path.with_name(f".{self.path.name}.new")
+        new.write_text(f"{uuid} {name}\n")
+        new.rename(self.path)
+
+    def drop(self) -> None:
+        """The disk is nobody's."""
+        self.path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def detaching(self) -> Iterator[bool]:
+        """Be the one who detaches the disk; False when another process is that already."""
+        with self.path.open("r+b", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            after = len(file.readline())
+            file.truncate(after)
+            file.write(b"%d\n" % os.getpid())
+            yield True
+
+    def call_off(self) -> bool:
+        """End the process that detaches the disk, if there is one; whether there was.
+
+        Raises ForebayError when it does not end.
+        """
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return False
+        with file:
+            deadline = time.monotonic() + CALL_OFF_SECONDS
+            called = False
+            while not _unlocked(file.fileno()):
+                if time.monotonic() > deadline:
+                    raise ForebayError(
+                        f"'{self.path.name}' is still being detached: try again when it is done"
+                    )
+                if not called:
+                    called = _end(os.pread(file.fileno(), 4096, 0))
+                time.sleep(_LOOK_AGAIN)
+            return called
+
+
+def _unlocked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _end(content: bytes) -> bool:
+    """SIGTERM to the process on the second line; False when it has not put itself there yet."""
+    lines = content.split(b"\n")
+    if len(lines) < 3 or not lines[1].isdigit():
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(lines[1]), signal.SIGTERM)
+    return True
