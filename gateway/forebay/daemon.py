@@ -336,17 +336,17 @@ class Gateway:
 
     # ------------------------------------------------------------------------------------------------------- the end
 
-    async def stop(self, *, hand_over: bool = False) -> None:
+    async def stop(self, *, hand_over: bool = False) -> bool:
         """Answer what is in flight, hang up, end all work. Bounded; what is dirty stays in the cache, durably.
 
         `hand_over`: do not hang up, but give the sockets to the service manager; clients wait, so it takes no longer
-        than it must.
+        than it must. Whether the manager took them.
         """
         disks = self.attached()
         patience = HAND_OVER_SECONDS if hand_over else RELEASE_SECONDS
         if hand_over:
             await self._commit()  # most of it while clients are served
-            await self._hand_over(disks)
+            hand_over = await self._hand_over(disks)
         else:
             await together(partial(one.door.shut, CLIENTS_SECONDS) for one in disks)
         for one in disks:
@@ -356,8 +356,9 @@ class Gateway:
         await self._commit()
         with trio.move_on_after(patience):
             await together(partial(self._let_go, one) for one in disks)
+        return hand_over
 
-    async def _hand_over(self, disks: list[Attached]) -> None:
+    async def _hand_over(self, disks: list[Attached]) -> bool:
         """What was acknowledged is in the journal: whatever happens from here on, the next process finds it."""
         began = trio.current_time()
         frozen: dict[str, Sockets] = {}
@@ -367,9 +368,11 @@ class Gateway:
 
         await together(partial(freeze, one) for one in disks)
         count = sum(len(sockets.clients) for sockets in frozen.values())
-        if give(frozen):
-            took = 1000 * (trio.current_time() - began)
-            log.info("handed over: %d disks, %d clients, in %.0f ms", len(disks), count, took)
+        if not give(frozen):
+            return False
+        took = 1000 * (trio.current_time() - began)
+        log.info("handed over: %d disks, %d clients, in %.0f ms", len(disks), count, took)
+        return True
 
     async def _last_look(self, one: Attached) -> None:
         """Take down what the image looks like after our own writes, so that the next start notices those of others."""

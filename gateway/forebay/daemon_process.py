@@ -8,16 +8,15 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import lmdb
 import trio
 
 import forebay_cache
 from forebay.config import Config
-from forebay.control import Gateway as Controlled
-from forebay.control import serve_control
 from forebay.daemon_disk import Attached
 from forebay.errors import ForebayError
 from forebay.handover import Inheritance
@@ -36,15 +35,18 @@ ALARM_SECONDS = 90
 _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6}
 
 
-class _Runnable(Controlled, Protocol):
-    async def resume(self, inherited: Inheritance) -> None: ...
+if TYPE_CHECKING:
+    from forebay.control import Gateway as Controlled
 
-    def attached(self) -> list[Attached]: ...
+    class _Runnable(Controlled, Protocol):
+        async def resume(self, inherited: Inheritance) -> None: ...
 
-    async def stop(self, *, hand_over: bool = False) -> None: ...
+        def attached(self) -> list[Attached]: ...
+
+        async def stop(self, *, hand_over: bool = False) -> bool: ...
 
 
-MakeGateway = Callable[[Config, Cache, trio.Nursery], _Runnable]
+MakeGateway = Callable[[Config, Cache, trio.Nursery], "_Runnable"]
 
 
 def run_process(config: Config, state: Path | None, run: Path | None, make: MakeGateway) -> int:
@@ -61,16 +63,21 @@ def run_process(config: Config, state: Path | None, run: Path | None, make: Make
         ):
             (config.gateway.run / "disks").mkdir(exist_ok=True)
             _remove_stale_sockets(config.gateway.run, inherited.paths)
-            _run(config, make, inherited)
+            handed_over = _run(config, make, inherited)
     except ForebayError as fault:
         inherited.failed(str(fault))
         raise
+    if handed_over:
+        # Guests wait for the next process, and taking the interpreter apart would take as long as all of the above.
+        logging.shutdown()
+        os._exit(0)
     return 0
 
 
-def _run(config: Config, make: MakeGateway, inherited: Inheritance) -> None:
+def _run(config: Config, make: MakeGateway, inherited: Inheritance) -> bool:
+    """Whether the sockets were handed over at the end."""
     try:
-        trio.run(_main, config, make, inherited)
+        return trio.run(_main, config, make, inherited)
     except BaseExceptionGroup as group:
         fault = _cause(group)
         if fault is None:
@@ -80,34 +87,37 @@ def _run(config: Config, make: MakeGateway, inherited: Inheritance) -> None:
         raise _one_line(fault) from fault
 
 
-async def _main(config: Config, make: MakeGateway, inherited: Inheritance) -> None:
+async def _main(config: Config, make: MakeGateway, inherited: Inheritance) -> bool:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         cache = open_cache(config)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(cache.run)
                 gateway = make(config, cache, nursery)
-                await _serve(config, gateway, inherited, nursery, signals)
+                handed_over = await _serve(config, gateway, inherited, nursery, signals)
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(STOP_SECONDS):
                 await cache.close()
+    return handed_over
 
 
 async def _serve(
     config: Config,
-    gateway: _Runnable,
+    gateway: "_Runnable",
     inherited: Inheritance,
     nursery: trio.Nursery,
     signals: AsyncIterator[int],
-) -> None:
-    planned = False
+) -> bool:
+    planned = handed_over = False
     async with trio.open_nursery() as control:
         try:
             inherited.claim()
             await gateway.resume(inherited)
+            # 100 ms to import: after the guests that may be waiting, and beside what they do.
+            server = await trio.to_thread.run_sync(import_module, "forebay.control")
             path = config.gateway.run / "control.sock"
-            await control.start(serve_control, gateway, path)
+            await control.start(server.serve_control, gateway, path)
             nursery.start_soon(feed, gateway.attached)
             notify("READY=1")
             log.info("ready: %d disks", len(gateway.status()))
@@ -118,9 +128,10 @@ async def _serve(
             control.cancel_scope.cancel()
             with trio.move_on_after(STOP_SECONDS) as scope:
                 scope.shield = True
-                await gateway.stop(hand_over=planned and managed)
+                handed_over = await gateway.stop(hand_over=planned and managed)
             if scope.cancelled_caught:
                 log.error("the stop took too long and was cut short; nothing acknowledged is lost")
+    return handed_over
 
 
 def open_cache(config: Config) -> Cache:
