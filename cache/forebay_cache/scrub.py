@@ -45,10 +45,10 @@ async def _check(cache: Cache, layer: Layer, number: int, i: int, found: dict[st
         if (slot, mask) not in _held(layer, number, i):
             continue  # changed meanwhile: what was read says nothing
         _, sums, stored = data[slot]
-        now = cache.sums.get(slot)
-        if before is not None and now != before:
+        now = cache.sums.get(slot) or stored
+        if now != (before or stored):
             continue  # overwritten in place meanwhile
-        if mask & ~matching(sums, now or stored):
+        if mask & ~matching(sums, now):
             cache.damaged_slots += 1
             if layer.private:
                 found["damaged_private"] += 1

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import trio
 
 from forebay_cache.cache import Cache
+from forebay_cache.clean import drop
 from forebay_cache.fill import Filler
 from forebay_cache.geometry import (
     BLOCK,
@@ -25,6 +26,9 @@ from forebay_cache.geometry import (
 )
 from forebay_cache.layer import ABSENT, SLOT_SHIFT, ZERO_SHIFT, Layer, pack
 from forebay_cache.sums import checksums
+
+#: Bytes of a write whose records take the journal as much room as the drops of a whole page.
+_DROPS = 2 * PAGE_BLOCKS * SECTOR
 
 
 async def pages_of(cache: Cache, layer: Layer) -> list[int]:
@@ -65,8 +69,12 @@ async def settle(cache: Cache, frozen: Layer, filler: Filler) -> None:
     for number in await pages_of(cache, frozen):
         await cache.load(frozen, [number])
         await cache.load(clean, [number])
+        if not cache.journal_room(_DROPS):
+            await cache.commit()
         filler.overtaken(number << PAGE_SHIFT, PAGE_BLOCKS * BLOCK)
-        copied = await _copy(cache, _jobs(cache, frozen, clean, number))
+        jobs = _jobs(cache, frozen, clean, number)
+        _drop_shadowed(cache, clean, number, jobs)
+        copied = await _copy(cache, jobs)
         for i in range(PAGE_BLOCKS):
             _hand_over(cache, frozen, clean, number, i, copied.get(i, (-1, 0)))
 
@@ -104,6 +112,15 @@ def _jobs(cache: Cache, frozen: Layer, clean: Layer, number: int) -> list[_Job]:
     return jobs
 
 
+def _drop_shadowed(cache: Cache, clean: Layer, number: int, jobs: list[_Job]) -> None:
+    """Forget clean sectors before others are copied over them: a copy that is not finished damages nothing then."""
+    page = cache.page(clean, number)
+    for job in jobs:
+        if (page[job.i] >> SLOT_SHIFT) - 1 == job.to:
+            drop(cache, clean, number * PAGE_BLOCKS + job.i, job.mask)
+    cache.publish()
+
+
 def _data(word: int) -> int:
     return word & ~(word >> ZERO_SHIFT) & FULL
 
@@ -135,7 +152,7 @@ async def _copy(cache: Cache, jobs: list[_Job]) -> _Copied:
         await cache.load_sums([slot for job in jobs for slot in (job.source, job.to)])
         for job in jobs:
             good = _take_sums(cache, job, crcs[job])
-            cache.ready[job.to] |= good
+            cache.ready[job.to] = cache.ready[job.to] & ~job.mask | good  # a reader may have set it
             slot, mask = copied.get(job.i, (job.to, 0))
             copied[job.i] = (slot, mask | job.mask)
     finally:

@@ -51,7 +51,8 @@ class Piece(NamedTuple):
 
 
 ZEROS, ORIGIN = -1, -2
-#: A checksum that does not match may be a write that came in between: look again so often before calling it damage.
+#: A checksum that does not match may be a write that came in between: look again so often before calling it damage,
+#: and as often as it takes where the checksum has changed.
 _ATTEMPTS = 3
 
 
@@ -154,20 +155,23 @@ class View:
         Raises OSError: EIO for damaged private data, or what the origin answered.
         """
         self.read_bytes += length
-        for attempt in range(2 * _ATTEMPTS):
+        attempts = 0
+        while attempts < 2 * _ATTEMPTS:
             await self.load(offset, length)
             pieces = self.plan(offset, length)
             if all(p.slot == ZEROS or self._is_ready(p) for p in pieces):
                 self.hits += 1
                 return [self._slice(p) for p in pieces]
+            again: list[Piece] = []
             bad: list[Piece] = []
-            got = await self._collect(pieces, bad)
-            if not bad:
+            got = await self._collect(pieces, again, bad)
+            if not again:
                 missed = any(p.slot == ORIGIN for p in pieces)
                 self.misses += missed
                 self.hits += not missed
                 return got
-            if attempt >= _ATTEMPTS:
+            attempts += bool(bad)  # else a guest writes there, which makes it ready
+            if attempts > _ATTEMPTS:
                 self._damaged(bad)
         raise OSError(errno.EIO, "the cache device gives other data at each reading")
 
@@ -239,9 +243,12 @@ class View:
         at = self._data + (piece.slot << 16) + (piece.offset & 0xFFFF)
         return self._map[at : at + piece.length]
 
-    async def _collect(self, pieces: list[Piece], bad: list[Piece]) -> list[Buffer]:
-        """Get every piece, the slow ones side by side; ``bad`` gets those that did not match their checksum.
+    async def _collect(
+        self, pieces: list[Piece], again: list[Piece], bad: list[Piece]
+    ) -> list[Buffer]:
+        """Get every piece, the slow ones side by side.
 
+        ``again`` gets those that did not match their checksum, ``bad`` those of them whose checksum stayed the same.
         What is ready now is copied now: it may move meanwhile.
         """
         got: list[Buffer] = [b""] * len(pieces)
@@ -256,7 +263,7 @@ class View:
                 checks.append((n, piece))
         tasks = [partial(self._miss, n, piece, got) for n, piece in misses]
         if checks:
-            tasks.append(partial(self._check, checks, got, bad))
+            tasks.append(partial(self._check, checks, got, again, bad))
         await _side_by_side(tasks)
         return got
 
@@ -264,11 +271,16 @@ class View:
         got[n] = await self.fetch(piece.offset, piece.length)
 
     async def _check(
-        self, checks: list[tuple[int, Piece]], got: list[Buffer], bad: list[Piece]
+        self,
+        checks: list[tuple[int, Piece]],
+        got: list[Buffer],
+        again: list[Piece],
+        bad: list[Piece],
     ) -> None:
         """Read whole slots from the device, and serve from them what matches its checksum."""
         cache = self.cache
         slots = {piece.slot for _, piece in checks}
+        before = {slot: cache.sums.get(slot) for slot in slots}
         token = cache.pin()
         try:
             read = await trio.to_thread.run_sync(read_slots, cache, slots)
@@ -276,15 +288,18 @@ class View:
             cache.unpin(token)
         for n, piece in checks:
             data, found, stored = read[piece.slot]
-            good = matching(found, cache.sums.get(piece.slot) or stored)
+            now = cache.sums.get(piece.slot) or stored
+            good = matching(found, now)
             start = piece.offset & 0xFFFF
             need = covered(start, piece.length)
+            if not cache.failed:
+                self._ready[piece.slot] |= good
             if good & need == need:
-                if not cache.failed:
-                    self._ready[piece.slot] |= good
                 self._state[piece.slot] |= TOUCHED
                 got[n] = data[start : start + piece.length]
-            else:
+                continue
+            again.append(piece)
+            if now == (before[piece.slot] or stored):
                 bad.append(piece)
 
     def _damaged(self, bad: list[Piece]) -> None:

@@ -1,19 +1,29 @@
 """Faults that cost data or a daemon once, each step by step on the simulated host."""
 
 from collections.abc import Awaitable, Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import trio
 import trio.testing
 
+import forebay_cache.view
 from forebay.disk import Disk
 from forebay.errors import ForebayError
 from forebay.sizes import Mode
-from forebay_cache.geometry import BLOCK
+from forebay_cache import scrub
+from forebay_cache.geometry import BLOCK, SECTOR
+from forebay_cache.sums import UNKNOWN
+from forebay_cache.view import read_slots
 from sim.fake_host import Host, settings
 from sim.fake_loop import Dice, simulated
 from sim.fake_origin import FakeOrigin
+
+# The package has functions of these names.
+SCRUB, SETTLE = import_module("forebay_cache.scrub"), import_module("forebay_cache.settle")
 
 SIZE = 24 * BLOCK
 OLD, NEW = b"o" * BLOCK, b"n" * BLOCK
@@ -137,5 +147,101 @@ def test_a_disk_that_is_not_served_is_given_up_whole(tmp_path: Path) -> None:
         host.images.drop_disk("d", "images:fake.raw")
         disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
         assert await read(disk) == NEW
+
+    play(tmp_path, story)
+
+
+# -- what looks like damage and is none -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paged_out", [False, True])
+def test_a_sector_that_is_overwritten_again_and_again_can_be_read(
+    tmp_path: Path, paged_out: bool
+) -> None:
+    """Together with one that has to be checked, while each check comes too late for the first."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        await disk.write(0, memoryview(NEW), False)
+        host.cache.forget_ready()
+        version = 0
+
+        def overwritten_meanwhile(*args: Any) -> object:
+            nonlocal version
+            found = read_slots(*args)
+            if version < 9:
+                version += 1
+                assert disk.write_now([(0, memoryview(bytes([version]) * SECTOR))])
+                disk.publish()
+            if version < 9 and paged_out:
+                host.cache.forget_ready()
+            return found
+
+        with mock.patch.object(forebay_cache.view, "read_slots", overwritten_meanwhile):
+            got = await read(disk, 0, 2 * SECTOR)
+        assert got == bytes([version]) * SECTOR + NEW[:SECTOR]
+        assert version == (9 if paged_out else 1)
+
+    play(tmp_path, story)
+
+
+def test_scrub_does_not_judge_what_changes_under_it(tmp_path: Path) -> None:
+    """Sums that nobody had in memory before, and a sector that moved away and came back."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        cache = host.cache
+
+        def write(data: bytes) -> None:
+            """Acknowledged and, as if by a guest's flush, durable: the next version goes to the other place."""
+            for slot in range(cache.meta.frontier):
+                cache.load_sums_now(slot)
+            assert disk.write_now([(0, memoryview(data))])
+            disk.publish()
+            cache.device.sync()
+            cache.open_sectors.clear()
+
+        await disk.write(0, memoryview(NEW), True)
+        for data in (b"1", b"2"):
+            write(data * SECTOR)
+        await cache.commit()
+        cache.sums.state[:] = bytes([UNKNOWN]) * cache.device.slots
+
+        def changed_meanwhile(*args: Any) -> object:
+            found = read_slots(*args)
+            for data in (b"3", b"4"):
+                write(data * SECTOR)
+            return found
+
+        with mock.patch.object(SCRUB, "read_slots", changed_meanwhile):
+            found = await scrub(cache, lambda *_: None)
+        assert (found["damaged_private"], found["checked_bytes"]) == (0, BLOCK)
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("write-back failed")
+def test_a_settled_block_that_was_copied_in_part_is_not_damaged(tmp_path: Path) -> None:
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        assert await read(disk) == OLD
+        await disk.write(0, memoryview(NEW[:SECTOR]), False)
+        copy = SETTLE._copy_sectors
+
+        def interrupted(*args: Any) -> None:
+            copy(*args)
+            raise OSError("injected")
+
+        with (
+            mock.patch.object(SETTLE, "_copy_sectors", interrupted),
+            pytest.raises(OSError, match="injected"),
+        ):
+            await disk.writeback.checkpoint()
+        found = await scrub(host.cache, lambda *_: None)
+        assert (found["damaged_clean"], found["damaged_private"]) == (0, 0)
+        assert await read(disk) == NEW[:SECTOR] + OLD[SECTOR:]
+        await disk.writeback.checkpoint()
+        assert await read(disk) == NEW[:SECTOR] + OLD[SECTOR:]
+        assert disk.view.misses == 1
 
     play(tmp_path, story)
