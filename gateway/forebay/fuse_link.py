@@ -48,7 +48,8 @@ class Link:
         self._stale: str | None = None
         self._owed = 0
         self._heard_at = 0.0
-        self._scope = trio.CancelScope()
+        self._watching = trio.CancelScope()
+        self._reconnecting = trio.CancelScope()
 
     async def open(self, check: Check | None = None) -> None:
         """Connect. Raises OSError. `check` says after each reconnection why this is not the same disk any more."""
@@ -60,7 +61,8 @@ class Link:
 
     async def close(self) -> None:
         """Say goodbye. Requests in flight, of which there should be none, fail."""
-        self._scope.cancel()
+        self._watching.cancel()
+        self._reconnecting.cancel()
         self._stale = self._stale or f"{self.export}: closed"
         client, self._client = self._client, None
         if client is not None:
@@ -123,7 +125,7 @@ class Link:
 
     async def _reconnect(self) -> None:
         pause = FIRST_PAUSE
-        with self._scope:
+        with trio.CancelScope() as self._reconnecting:
             while self._client is None and self._stale is None:
                 try:
                     client = await self._connect()
@@ -153,7 +155,7 @@ class Link:
 
     async def _watch(self) -> None:
         """Give a connection up that takes requests and answers none."""
-        with self._scope:
+        with self._watching:
             while True:
                 await trio.sleep(self._patience / 4)
                 client = self._client

@@ -62,6 +62,8 @@ class DisksPlace:
         if not path:
             return Found(folder=True, mode=0o555, mtime_ns=self._started_ns)
         disk = (await self._daemon.disks()).get(path[0])
+        if disk is None:  # it may have been attached just now
+            disk = (await self._daemon.disks(fresh=True)).get(path[0])
         if disk is None or len(path) > 1 or _ours(disk):
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         return found_disk(disk)
@@ -70,7 +72,8 @@ class DisksPlace:
         """The disks, without those that stand for images."""
         if path:
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        return [disk.name for disk in (await self._daemon.disks()).values() if not _ours(disk)]
+        disks = await self._daemon.disks(fresh=True)
+        return [disk.name for disk in disks.values() if not _ours(disk)]
 
 
 class ImagesPlace:
