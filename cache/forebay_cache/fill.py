@@ -59,6 +59,10 @@ class Flight:
         self.data = memoryview(b"")
         self.error: OSError | None = None
 
+    def blocks(self) -> range:
+        """The numbers of the blocks it brings."""
+        return range(self.offset >> BLOCK_SHIFT, (self.offset + self.length - 1 >> BLOCK_SHIFT) + 1)
+
 
 class Filler:
     """Fetches for one image; all disks on it share it. ``nursery`` outlives every guest's request."""
@@ -105,7 +109,7 @@ class Filler:
                 flight = self._start(block, stop, background)
                 tally.origin_read_bytes += flight.length
             flights.append(flight)
-            block = (flight.offset + flight.length - 1 >> BLOCK_SHIFT) + 1
+            block = flight.blocks().stop
         return flights
 
     def _start(self, block: int, stop: int, background: bool) -> Flight:
@@ -117,10 +121,8 @@ class Filler:
         return flight
 
     async def _fly(self, flight: Flight, background: bool) -> None:
-        first, last = flight.offset >> BLOCK_SHIFT, flight.offset + flight.length - 1 >> BLOCK_SHIFT
-        blocks = range(first, last + 1)
         try:
-            with clean.filling(self.cache, self.layer, blocks) as cells:
+            with clean.filling(self.cache, self.layer, flight.blocks()) as cells:
                 try:
                     data = await self.source.read(flight.offset, flight.length, background)
                     flight.data = memoryview(data)
@@ -133,7 +135,7 @@ class Filler:
             if not flight.landed.is_set():
                 flight.error = OSError(errno.ESHUTDOWN, "the gateway is stopping")
                 flight.landed.set()
-            self._forget(flight, blocks)
+            self._forget(flight)
             flight.stored.set()
 
     async def _store(self, flight: Flight, cells: dict[int, list[int]]) -> None:
@@ -146,8 +148,8 @@ class Filler:
         finally:
             self._unstored -= len(data)
 
-    def _forget(self, flight: Flight, blocks: range) -> None:
-        for n in blocks:
+    def _forget(self, flight: Flight) -> None:
+        for n in flight.blocks():
             if self._flights.get(n) is flight:
                 del self._flights[n]
 
@@ -155,7 +157,11 @@ class Filler:
         """The origin is being written here, or just was: nobody joins these flights, and they store nothing of it."""
         if self._flights:
             for n in range(offset >> BLOCK_SHIFT, (offset + length - 1 >> BLOCK_SHIFT) + 1):
-                self._flights.pop(n, None)
+                flight = self._flights.get(n)
+                if flight is not None:
+                    self._forget(
+                        flight
+                    )  # all of it: whoever joins a flight takes what it needs from it
         clean.overtake(self.cache, self.layer, offset, length)
 
     async def prefetch(

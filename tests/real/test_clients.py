@@ -326,7 +326,7 @@ async def test_a_late_fill_does_not_overwrite_what_was_written_meanwhile(
 
     def late(*arguments: Any) -> None:
         monkeypatch.setattr(forebay_cache.clean, "_write", really)
-        until.wait(20)
+        until.wait(3)
         really(*arguments)
 
     async def nothing(offset: int, length: int) -> bytes:

@@ -1,0 +1,72 @@
+"""Misses: who may share an origin read with whom."""
+
+from pathlib import Path
+
+import trio
+import trio.testing
+
+from forebay_cache import Filler, open_cache
+from forebay_cache.geometry import BLOCK
+
+
+class Origin:
+    """Reads what it held when the read began, and answers when it is let."""
+
+    def __init__(self) -> None:
+        self.size = 16 * BLOCK
+        self.content = b"o"
+        self.reads: list[tuple[int, int]] = []
+        self.gates: list[trio.Event] = []
+
+    async def read(self, offset: int, length: int, background: bool = False) -> bytes:
+        del background
+        self.reads.append((offset // BLOCK, length // BLOCK))
+        data = self.content * length
+        self.gates.append(trio.Event())
+        await self.gates[-1].wait()
+        return data
+
+
+class Tally:
+    origin_read_bytes = 0
+
+
+async def test_a_read_that_joins_a_flight_takes_nothing_from_it_that_was_written_meanwhile(
+    tmp_path: Path,
+) -> None:
+    cache = open_cache(tmp_path / "cache", tmp_path / "index", size=16 << 20, block_size=65536)
+    origin = Origin()
+    got: list[bytes] = []
+    async with trio.open_nursery() as nursery:
+        filler = Filler(cache, cache.make_layer("image:i", private=False), origin, nursery)
+
+        async def fetch(block: int, count: int) -> None:
+            got.append(bytes(await filler.fetch(block * BLOCK, count * BLOCK, Tally())))
+
+        nursery.start_soon(fetch, 0, 3)
+        await trio.testing.wait_all_tasks_blocked()
+        filler.overtaken(1 * BLOCK, BLOCK)
+        origin.content = b"n"
+        filler.overtaken(1 * BLOCK, BLOCK)
+        nursery.start_soon(fetch, 0, 2)
+        await trio.testing.wait_all_tasks_blocked()
+        for gate in origin.gates:
+            gate.set()
+    old, new = sorted(got, key=len, reverse=True)
+    assert set(old) == set(b"o"), "it was under way when the write came: either is right"
+    assert set(new[BLOCK:]) == set(b"n"), "it began after the write had ended"
+    cache.release()
+
+
+async def test_a_block_is_fetched_once_however_many_ask(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "cache", tmp_path / "index", size=16 << 20, block_size=65536)
+    origin = Origin()
+    async with trio.open_nursery() as nursery:
+        filler = Filler(cache, cache.make_layer("image:i", private=False), origin, nursery)
+        for start, length in ((0, 4), (1, 2), (3, 3), (0, 1)):
+            nursery.start_soon(filler.fetch, start * BLOCK, length * BLOCK, Tally())
+            await trio.testing.wait_all_tasks_blocked()
+        assert origin.reads == [(0, 4), (4, 2)]
+        for gate in origin.gates:
+            gate.set()
+    cache.release()
