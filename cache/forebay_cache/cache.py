@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import lmdb
 import trio
 
 from forebay_cache import ops
@@ -232,7 +231,7 @@ class Cache:
         return layer
 
     async def load(self, layer: Layer, numbers: Iterable[int]) -> None:
-        """Bring pages of the index into memory. Raises lmdb.Error."""
+        """Bring pages of the index into memory. Raises OSError."""
         for number in numbers:
             while number not in layer.pages:
                 waiting = layer.loading.get(number)
@@ -660,7 +659,7 @@ class Cache:
             self._wanted = trio.Event()
             try:
                 await self.commit()
-            except (OSError, lmdb.Error) as error:
+            except OSError as error:
                 log.error("index commit failed, trying again: %s", error)
                 await trio.sleep(COMMIT_RETRY_SECONDS)
 
@@ -669,7 +668,7 @@ class Cache:
             for layer in [x for x in self.layers.values() if x.dead]:
                 try:
                     await self._bury(layer)
-                except (OSError, lmdb.Error) as error:
+                except OSError as error:
                     log.error("freeing %s failed, trying again: %s", layer.name, error)
             await trio.sleep(COMMIT_RETRY_SECONDS / 4)
 
@@ -677,14 +676,19 @@ class Cache:
         while True:
             await self._evict_wanted.wait()
             self._evict_wanted = trio.Event()
-            missing = self._low - self.placement.free - self._leaving
-            if missing > 0 and self.scan is None:
-                await self._evict(self.placement.victims(missing))
-            if self._freed:
-                try:
-                    await self.commit()
-                except (OSError, lmdb.Error):
-                    await trio.sleep(COMMIT_RETRY_SECONDS)
+            try:
+                await self._evict_some()
+            except OSError as error:
+                log.error("nothing can be evicted, trying again: %s", error)
+                await trio.sleep(COMMIT_RETRY_SECONDS)
+                self._evict_wanted.set()
+
+    async def _evict_some(self) -> None:
+        missing = self._low - self.placement.free - self._leaving
+        if missing > 0 and self.scan is None:
+            await self._evict(self.placement.victims(missing))
+        if self._freed:
+            await self.commit()
 
     async def _evict(self, victims: list[int]) -> None:
         self._evicting.update(victims)
@@ -736,8 +740,13 @@ class Cache:
         self.placement.quarantine(slot)
 
     async def _scanner(self) -> None:
-        if self.scan is not None:
-            await self.scan()
+        while self.scan is not None:
+            try:
+                await self.scan()
+            except OSError as error:
+                log.error("looking for free slots failed, trying again: %s", error)
+                await trio.sleep(COMMIT_RETRY_SECONDS)
+                continue
             self.scan = None
             self._evict_wanted.set()
 
@@ -785,7 +794,7 @@ class Cache:
         self.meta.clean = self._closing = True
         try:
             await self.commit()
-        except (OSError, lmdb.Error) as error:
+        except OSError as error:
             log.error("the last commit failed, the next start will recover: %s", error)
         self.release()
 

@@ -11,7 +11,7 @@ import trio
 from forebay_cache import ops
 from forebay_cache.cache import Cache
 from forebay_cache.device import Buffer
-from forebay_cache.errors import CacheFull
+from forebay_cache.errors import CacheFull, IndexFault
 from forebay_cache.geometry import (
     BLOCK,
     FULL,
@@ -137,13 +137,16 @@ async def store(
     """Keep ``data``, read from (or written to) the origin at ``offset``; both are whole sectors.
 
     Sectors that are valid already, or were overtaken (``cells`` of :func:`filling`), are left alone. Never raises for
-    want of room or a failing device: then less is kept.
+    want of room, or a failing device or index: then less is kept.
     """
     view = memoryview(data)
     runs = block_runs(offset, len(view))
     if cache.failed:
         return
-    await cache.load(layer, {block // PAGE_BLOCKS for block, _, _ in runs})
+    try:
+        await cache.load(layer, {block // PAGE_BLOCKS for block, _, _ in runs})
+    except IndexFault:
+        return
     at = 0
     for group in _groups(runs):
         size = sum(part for _, _, part in group)
@@ -261,7 +264,10 @@ def _publish(
     zero = part.zero & mask
     stored = mask & ~zero
     if part.slot >= 0 and stored:
-        cache.load_sums_now(part.slot)
+        try:
+            cache.load_sums_now(part.slot)
+        except IndexFault:  # a slot that is not fresh: those of a fresh one are in memory
+            return
         cache.sums.change(part.slot)
         for sector, crc in crcs.items():
             if stored >> sector & 1:

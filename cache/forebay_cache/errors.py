@@ -9,3 +9,7 @@ class CacheError(Exception):
 
 class CacheFull(Exception):
     """No slot can be had: every one holds data that only the cache has. Nothing was written."""
+
+
+class IndexFault(OSError):
+    """The index cannot be read or written now. ENOSPC: its file system, or the room it was given, is full; else EIO."""

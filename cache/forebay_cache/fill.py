@@ -8,6 +8,7 @@ what it read is not stored.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from typing import Protocol
 
@@ -16,6 +17,7 @@ import trio
 from forebay_cache import clean
 from forebay_cache.cache import Cache
 from forebay_cache.device import Buffer
+from forebay_cache.errors import IndexFault
 from forebay_cache.geometry import BLOCK, BLOCK_SHIFT, FULL, PAGE_BLOCKS, SECTOR
 from forebay_cache.layer import Layer
 
@@ -179,8 +181,9 @@ class Filler:
         self._nursery.start_soon(self._ahead, offset, length, tally)
 
     async def _ahead(self, offset: int, length: int, tally: Tally) -> None:
-        for start, part in await self.missing(offset, length):
-            self.launch(start, part, tally)
+        with contextlib.suppress(IndexFault):
+            for start, part in await self.missing(offset, length):
+                self.launch(start, part, tally)
 
     async def missing(self, offset: int, length: int) -> list[tuple[int, int]]:
         """``[(offset, length)]`` of whole blocks that the clean layer lacks, each at most CHUNK."""

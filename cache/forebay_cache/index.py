@@ -17,12 +17,15 @@ not crash-atomic, so a new environment is made under a temporary name and rename
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import mmap
 import shutil
 import struct
+import threading
 import uuid
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from typing import Any
 import lmdb
 
 from forebay_cache.device import sync_directory
-from forebay_cache.errors import CacheError
+from forebay_cache.errors import CacheError, IndexFault
 from forebay_cache.sums import GROUP, SIZE, Taken
 from forebay_cache.worker import Worker
 
@@ -126,15 +129,24 @@ def create(path: Path, ident: uuid.UUID | None = None) -> None:
     sync_directory(path.parent)
 
 
+def _fault(error: lmdb.Error) -> IndexFault:
+    full = isinstance(error, (lmdb.MapFullError, lmdb.DiskError))
+    return IndexFault(errno.ENOSPC if full else errno.EIO, f"the index fails: {error}")
+
+
 class Index:
-    """An open index. Reads from any thread; :meth:`commit` hands over to the writer thread."""
+    """An open index. Reads from any thread; :meth:`commit` hands over to the writer thread.
+
+    What lmdb raises leaves this class as :class:`IndexFault`. After a failure to write the root of its tree lmdb
+    refuses everything (MDB_PANIC) until it is opened anew, which finds the last commit that went well: the next
+    transaction does that.
+    """
 
     def __init__(self, path: Path, slots: int) -> None:
         try:
             if not path.exists():
                 create(path)
-            self._env = _open(path, slots)
-            self._db = {n: self._env.open_db(n.encode(), create=False) for n in _TABLES}
+            self._open(path, slots)
             with self._env.begin() as txn:
                 raw = txn.get(b"state", db=self._db["meta"])
         except (lmdb.Error, OSError) as error:
@@ -152,7 +164,54 @@ class Index:
         self._most_slots = _map_size(slots) // _MAP_NEEDED_PER_SLOT
         self.meta = Meta(**state)
         self._env.reader_check()
+        self._slots = slots
+        self._users = 0  # transactions under way
+        self._idle = threading.Condition()
+        self._panicked = False
         self._writer = Worker("index-writer")
+
+    def _open(self, path: Path, slots: int) -> None:
+        self._env = _open(path, slots)
+        self._db = {n: self._env.open_db(n.encode(), create=False) for n in _TABLES}
+
+    @contextmanager
+    def _transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction[bytes]]:
+        """Raises IndexFault. Where it writes: committed at the end, or nothing was done, as far as anybody knows."""
+        try:
+            with self._begun(write) as txn:
+                yield txn
+        except lmdb.Error as error:
+            raise _fault(error) from None
+        finally:
+            self._leave()
+
+    def _begun(self, write: bool) -> lmdb.Transaction[bytes]:
+        self._enter()
+        try:
+            return self._env.begin(write=write)
+        except lmdb.PanicError:
+            self._panicked = True
+            self._leave()
+            self._enter()
+            return self._env.begin(write=write)
+
+    def _enter(self) -> None:
+        """One user more, of an environment that works."""
+        with self._idle:
+            try:
+                if self._panicked:
+                    self._idle.wait_for(lambda: not self._users or not self._panicked)
+                if self._panicked:
+                    self._env.close()
+                    self._open(self.path, self._slots)
+                    self._panicked = False
+            finally:
+                self._users += 1
+
+    def _leave(self) -> None:
+        with self._idle:
+            self._users -= 1
+            self._idle.notify_all()
 
     def fits(self, slots: int) -> bool:
         """Whether the index of a device with so many slots has room in the map, which is as large as it was made."""
@@ -162,13 +221,13 @@ class Index:
 
     def page(self, layer: int, number: int) -> bytes | None:
         """The words of one page, or None where the layer has nothing there."""
-        with self._env.begin() as txn:
+        with self._transaction() as txn:
             value: bytes | None = txn.get(PAGE_KEY.pack(layer, number), db=self._db["pages"])
             return value
 
     def sums(self, slots: Collection[int]) -> dict[int, bytes]:
         """Checksums of the slots that have some."""
-        with self._env.begin() as txn:
+        with self._transaction() as txn:
             db = self._db["sums"]
             groups = {s // GROUP: b"" for s in slots}
             for group in groups:
@@ -179,7 +238,7 @@ class Index:
     def pages(self, layer: int, after: int, limit: int) -> list[tuple[int, bytes]]:
         """Up to ``limit`` pages of a layer from page number ``after`` on."""
         found: list[tuple[int, bytes]] = []
-        with self._env.begin() as txn, txn.cursor(db=self._db["pages"]) as cursor:
+        with self._transaction() as txn, txn.cursor(db=self._db["pages"]) as cursor:
             if not cursor.set_range(PAGE_KEY.pack(layer, after)):
                 return found
             for key, value in cursor:
@@ -192,7 +251,7 @@ class Index:
     def all_pages(self, start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
         """Up to ``limit`` (key, value) of the whole table from ``start`` on, in key order."""
         found: list[tuple[bytes, bytes]] = []
-        with self._env.begin() as txn, txn.cursor(db=self._db["pages"]) as cursor:
+        with self._transaction() as txn, txn.cursor(db=self._db["pages"]) as cursor:
             if cursor.set_range(start):
                 for key, value in cursor:
                     if len(found) == limit:
@@ -216,22 +275,22 @@ class Index:
 
     def layers(self) -> dict[int, LayerRecord]:
         """All layers, by number."""
-        with self._env.begin() as txn, txn.cursor(db=self._db["layers"]) as cursor:
+        with self._transaction() as txn, txn.cursor(db=self._db["layers"]) as cursor:
             return {LAYER_KEY.unpack(k)[0]: LayerRecord(**json.loads(v)) for k, v in cursor}
 
     def records(self) -> dict[tuple[str, str], dict[str, Any]]:
         """All records, by kind and name."""
         found = {}
-        with self._env.begin() as txn, txn.cursor(db=self._db["records"]) as cursor:
+        with self._transaction() as txn, txn.cursor(db=self._db["records"]) as cursor:
             for key, value in cursor:
                 kind, _, name = key.decode().partition("\0")
                 found[kind, name] = json.loads(value)
         return found
 
-    def hot(self) -> Iterator[tuple[int, int]]:
+    def hot(self) -> list[tuple[int, int]]:
         """(layer, region) of all regions on record as hot."""
-        with self._env.begin() as txn, txn.cursor(db=self._db["hot"]) as cursor:
-            yield from [PAGE_KEY.unpack(key) for key, _ in cursor]
+        with self._transaction() as txn, txn.cursor(db=self._db["hot"]) as cursor:
+            return [PAGE_KEY.unpack(key) for key, _ in cursor]
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -240,14 +299,14 @@ class Index:
         self._writer.run_now(lambda: self._commit(changes))
 
     async def commit(self, changes: Changes) -> None:
-        """Make the changes durable, all or none. Raises lmdb.Error or OSError; then neither may be assumed.
+        """Make the changes durable, all or none. Raises IndexFault or OSError; then neither may be assumed.
 
         Not cancellable: a commit that was begun is waited for.
         """
         await self._writer.run(lambda: self._commit(changes))
 
     def _commit(self, changes: Changes) -> None:
-        with self._env.begin(write=True) as txn:
+        with self._transaction(write=True) as txn:
             db = self._db
             empty = [key for key, value in changes.pages if not value.strip(b"\0")]
             for key in empty:

@@ -301,7 +301,7 @@ async def prepare(
 ) -> None:
     """Wait for what :func:`write` (or :func:`zero`) said False to: pages, checksums, slots, a sync, the journal.
 
-    Raises :class:`forebay_cache.errors.CacheFull`, OSError or lmdb.Error.
+    Raises :class:`forebay_cache.errors.CacheFull` or OSError.
     """
     runs = block_runs(offset, length)
     await cache.load(layer, {block // PAGE_BLOCKS for block, _, _ in runs})

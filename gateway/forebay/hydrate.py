@@ -81,10 +81,10 @@ async def hydrate(disk: "Disk", scope: trio.CancelScope) -> None:
 
     with scope:
         layer = disk.image.layer
-        if not layer.pinned:
-            await pin_layer(disk.block_cache, layer, pinned=True)
         while True:
             try:
+                if not layer.pinned:
+                    await pin_layer(disk.block_cache, layer, pinned=True)
                 await preload_range(disk, disk.size, progress)
                 if not await disk.image.filler.missing(0, disk.size):
                     disk.copied = 1.0

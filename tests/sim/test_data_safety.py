@@ -3,22 +3,24 @@
 from collections.abc import Awaitable, Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
+import lmdb
 import pytest
 import trio
 import trio.testing
 
+import forebay_cache.cache
 import forebay_cache.view
 from forebay.disk import Disk
 from forebay.errors import ForebayError
 from forebay.sizes import Mode
-from forebay_cache import scrub
+from forebay_cache import clean, scrub
 from forebay_cache.geometry import BLOCK, SECTOR
 from forebay_cache.sums import UNKNOWN
 from forebay_cache.view import read_slots
-from sim.fake_host import Host, settings
+from sim.fake_host import Host, check_cache, nothing, settings
 from sim.fake_loop import Dice, simulated
 from sim.fake_origin import FakeOrigin
 
@@ -29,19 +31,22 @@ SIZE = 24 * BLOCK
 OLD, NEW = b"o" * BLOCK, b"n" * BLOCK
 
 
-def play(directory: Path, story: Callable[[Host], Awaitable[None]], size: int = SIZE) -> None:
+def play(
+    directory: Path,
+    story: Callable[[Host], Awaitable[None]],
+) -> None:
     """Tell a story on a host whose image holds nothing but ``OLD``. Everything in it follows from one seed."""
     dice = Dice("story")
 
     async def live() -> None:
         async with trio.open_nursery() as nursery:
-            host = Host(directory, FakeOrigin(dice, OLD * (size // BLOCK)), nursery)
+            host = Host(directory, FakeOrigin(dice, OLD * (SIZE // BLOCK)), nursery)
             await host.start()
             await story(host)
             await host._end()
             host.cache.release()
 
-    with simulated(dice):
+    with simulated(dice), mock.patch.object(forebay_cache.cache, "PAGES_KEPT", 32768):
         trio.run(live, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
@@ -243,5 +248,95 @@ def test_a_settled_block_that_was_copied_in_part_is_not_damaged(tmp_path: Path) 
         await disk.writeback.checkpoint()
         assert await read(disk) == NEW[:SECTOR] + OLD[SECTOR:]
         assert disk.view.misses == 1
+
+    play(tmp_path, story)
+
+
+# -- an index that fails ----------------------------------------------------------------------------------------
+
+
+class FailingEnvironment:
+    """Stands for lmdb's, whose transactions fail while ``fails`` has their kind: True for those that write."""
+
+    def __init__(self, env: Any) -> None:
+        self._env = env
+        self.fails: set[bool] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+    def begin(self, write: bool = False) -> Any:
+        if write in self.fails:
+            raise lmdb.DiskError("injected")
+        return self._env.begin(write=write)
+
+
+@pytest.mark.expect_log("write-back failed|index commit failed|injected")
+def test_write_back_goes_on_when_the_index_can_be_written_again(tmp_path: Path) -> None:
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=2.0))
+        env = host.cache.index._env = cast("Any", FailingEnvironment(host.cache.index._env))
+        await disk.write(0, memoryview(NEW), False)
+        env.fails = {True}
+        with pytest.raises(OSError, match="injected"):
+            await disk.drain(nothing)
+        await trio.sleep(100)
+        assert disk.dirty_bytes
+        assert disk.state() == "lagging"
+        env.fails = set()
+        await trio.sleep(100)
+        assert not disk.dirty_bytes
+        assert host.origin.durable[:BLOCK] == NEW
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("nothing can be evicted")
+def test_eviction_goes_on_when_the_index_can_be_read_again(tmp_path: Path) -> None:
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        cache, layer = host.cache, disk.image.layer
+        await read(disk, 0, SIZE)
+        await cache.commit()
+        env = cache.index._env = cast("Any", FailingEnvironment(cache.index._env))
+        env.fails = {False}
+        assert not layer.dirty
+        layer.pages.clear()
+        cache._low = cache.device.slots
+        cache.take_slot_soon()
+        await trio.sleep(3)
+        assert not cache.evicted_blocks
+        env.fails = set()
+        await trio.sleep(3)
+        assert cache.evicted_blocks
+        assert await read(disk, 0, SIZE) == OLD * (SIZE // BLOCK)
+        await check_cache(cache)
+
+    play(tmp_path, story)
+
+
+def test_what_was_fetched_is_served_and_not_kept_while_the_index_fails(tmp_path: Path) -> None:
+    """Its page cannot be looked up, or the checksums of the slot that the block has already; nor read ahead."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        cache, layer, filler = host.cache, disk.image.layer, disk.image.filler
+        await read(disk, 0, 2 * BLOCK)
+        await disk.write(0, memoryview(b"x" * 512), False)  # takes a sector away
+        await cache.commit()
+        env = cache.index._env = cast("Any", FailingEnvironment(cache.index._env))
+        env.fails = {False}
+        cache.sums.state[:] = bytes(cache.device.slots)
+        with clean.filling(cache, layer, [0]) as cells:
+            await clean.store(cache, layer, 0, NEW[:SECTOR], cells)
+        assert not layer.pages[0][0] & 1
+        layer.pages.clear()
+        with clean.filling(cache, layer, [0]) as cells:
+            await clean.store(cache, layer, 0, NEW[:SECTOR], cells)
+        filler.ahead(0, SIZE, disk)
+        await trio.sleep(1)
+        env.fails = set()
+        assert await read(disk) == b"x" * 512 + OLD[512:]
+        await check_cache(cache)
 
     play(tmp_path, story)
