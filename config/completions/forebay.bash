@@ -17,7 +17,7 @@ _shtab_forebay_mode_option_strings=(-h --help --config)
 _shtab_forebay_preload_option_strings=(-h --help --config)
 _shtab_forebay_xml_option_strings=(-h --help --config --target --libvirt --metadata)
 _shtab_forebay_libvirt_hook_option_strings=(-h --help --config)
-_shtab_forebay_cache_option_strings=(-h --help --config --force --json)
+_shtab_forebay_cache_option_strings=(-h --help --config --vg --tag --device --file --size --force --json)
 _shtab_forebay_fuse_option_strings=(-h --help --config --allow-other --wait --patience)
 _shtab_forebay_check_config_option_strings=(-h --help --config)
 _shtab_forebay_dump_config_option_strings=(-h --help --config --json)
@@ -50,7 +50,7 @@ _shtab_forebay_dump_config___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_demo___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay___config_COMPGEN=_shtab_compgen_files
 
-_shtab_forebay_cache_pos_0_choices=(info format scrub)
+_shtab_forebay_cache_pos_0_choices=(info create extend format remove scrub)
 _shtab_forebay_pos_0_choices=(serve attach detach status stats flush mode preload xml libvirt-hook cache fuse check-config dump-config demo)
 _shtab_forebay___print_completion_choices=(bash zsh tcsh)
 

@@ -69,8 +69,27 @@ def _target(text: str) -> str:
     return parse_target(text)
 
 
+def _path(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty: write a path")
+    return os.path.abspath(text)
+
+
+def _group(text: str) -> str:
+    from forebay.lvm import parse_group
+
+    return parse_group(text)
+
+
+def _tag(text: str) -> str:
+    from forebay.lvm import parse_tag
+
+    return parse_tag(text)
+
+
 NAME, SIZE, MODE = _checked(parse_name), _checked(parse_size), _checked(Mode.parse)
 PRELOAD, DURATION, IMAGE = _checked(parse_preload), _checked(parse_duration), _checked(_some_text)
+PATH = _checked(_path)
 
 
 class _Completion(argparse.Action):
@@ -223,12 +242,18 @@ def _cache(parser: Parser) -> None:
     add(
         "action",
         metavar="ACTION",
-        choices=("info", "format", "scrub"),
+        choices=("info", "create", "extend", "format", "remove", "scrub"),
         nargs="?",
         default="info",
-        help="info, format or scrub",
+        help="info, create, extend, format, remove or scrub",
     )
-    add("--force", action="store_true", help="format a device that holds something unknown")
+    add("--vg", metavar="VG", type=_checked(_group), help="create: a logical volume, in this group")
+    add("--tag", metavar="@TAG", type=_checked(_tag), help="create: on disks with this tag of LVM")
+    add("--device", metavar="PATH", type=PATH, help="create: on this block device")
+    add("--file", metavar="PATH", type=PATH, help="create: in this file, which is not there yet")
+    add("--size", metavar="SIZE", type=SIZE, help="create, extend: how large it is to be")
+    text = "create, format: a device that holds something unknown"
+    add("--force", action="store_true", help=text)
     _json(parser)
 
 
@@ -253,7 +278,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "preload": ("bring part of an image into the cache", _preload),
     "xml": ("the libvirt <disk> element of a disk", _xml),
     "libvirt-hook": ("what libvirt's hook calls, with the domain's XML on stdin", _libvirt_hook),
-    "cache": ("look at, format or check the cache device", _cache),
+    "cache": ("look at, make, extend, check or remove the cache device", _cache),
     "fuse": ("mount disks and images as files, in the foreground", _fuse),
     "check-config": ("say what is wrong with the configuration", _nothing),
     "dump-config": ("print the effective configuration", _json),

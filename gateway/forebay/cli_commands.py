@@ -232,33 +232,10 @@ def libvirt_hook(arguments: Arguments) -> int:
 
 
 def cache(arguments: Arguments) -> int:
-    """The cache device: what it holds; format; check."""
-    if arguments.action == "format":
-        return _format(arguments)
-    if arguments.force:
-        raise argparse.ArgumentTypeError("argument --force: is for 'cache format' only")
-    if arguments.action == "scrub":
-        with progress_shown("scrub") as progress:
-            found = daemon(arguments).follow("POST", "/cache/scrub", None, progress)
-    else:
-        found = daemon(arguments).get("/cache")
-    if arguments.json:
-        print_json(found)
-    else:
-        from forebay.render import key_values  # noqa: PLC0415
+    """The cache device: what it holds; make, extend, format, check, remove."""
+    from forebay.cli_cache import cache as run  # noqa: PLC0415
 
-        print("\n".join(key_values(found)))
-    return 0
-
-
-def _format(arguments: Arguments) -> int:
-    from forebay.config import Config  # noqa: PLC0415
-    from forebay.daemon import format_cache  # noqa: PLC0415
-
-    config = Config.load(arguments.config)
-    format_cache(config, arguments.force)
-    print(f"{config.cache_device}: formatted")
-    return 0
+    return run(arguments, daemon(arguments))
 
 
 def stats(arguments: Arguments) -> int:

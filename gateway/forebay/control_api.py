@@ -17,7 +17,16 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from forebay import __version__
-from forebay.control_arguments import ATTACH, DETACH, FLUSH, FLUSH_MANY, MODE, PRELOAD, arguments
+from forebay.control_arguments import (
+    ATTACH,
+    DETACH,
+    EXTEND,
+    FLUSH,
+    FLUSH_MANY,
+    MODE,
+    PRELOAD,
+    arguments,
+)
 from forebay.control_work import Operation, Progress, error, failure
 from forebay.errors import ForebayError
 from forebay.sizes import Mode
@@ -70,6 +79,12 @@ class Answers(Protocol):
     def cache_info(self) -> dict[str, Any]:
         """The cache device and what it holds."""
 
+    async def extend_cache(self, size: int | None, progress: Progress) -> dict[str, Any]:
+        """Use all of the cache device, made `size` bytes where it is a file; what it is then."""
+
+    async def release_cache(self, progress: Progress) -> dict[str, Any]:
+        """Write back all that is dirty. Raises ForebayError while there are disks."""
+
     async def scrub(self, progress: Progress) -> dict[str, Any]:
         """Check the whole cache device; what was found."""
 
@@ -112,6 +127,8 @@ class Control:
             ("POST", "/disks/{name}/preload", self.preload),
             ("POST", "/flush", self.flush_many),
             ("GET", "/cache", self.cache),
+            ("POST", "/cache/extend", self.extend),
+            ("POST", "/cache/release", self.release),
             ("POST", "/cache/scrub", self.scrub),
         ]
         return [Route(path, _guarded(call), methods=[method]) for method, path, call in table]
@@ -211,6 +228,15 @@ class Control:
     async def cache(self, _: Request) -> Response:
         """What the cache device is and holds."""
         return JSONResponse(self._gateway.cache_info())
+
+    async def extend(self, request: Request) -> Operation:
+        """Use a cache device that has grown, or make the file larger first; answers as GET /cache."""
+        given = await arguments(request, EXTEND)
+        return Operation(lambda progress: self._gateway.extend_cache(given.get("size"), progress))
+
+    async def release(self, _: Request) -> Operation:
+        """Make sure that nothing needs the cache any more; answers with the daemon's pid."""
+        return Operation(self._gateway.release_cache)
 
     async def scrub(self, _: Request) -> Operation:
         """Read and check everything on the cache device."""

@@ -55,6 +55,7 @@ ATTACH: dict[str, Parse] = {
     "overlay": _flag,
 }
 DETACH: dict[str, Parse] = {"discard": _flag, "force": _flag}
+EXTEND: dict[str, Parse] = {"size": parse_size}
 FLUSH: dict[str, Parse] = {"timeout": parse_duration}
 FLUSH_MANY: dict[str, Parse] = {"names": _names, "timeout": parse_duration}
 MODE: dict[str, Parse] = {"mode": Mode.parse}

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from forebay.origin_source import Source, Use
 from forebay.origin_threads import StoreThreads, bounded
 from forebay.sizes import Mode, did_you_mean, format_size, parse_name
 from forebay.store import resolve
-from forebay_cache import Cache, CacheError, scrub
+from forebay_cache import Cache, CacheError, extend, scrub
 
 __all__ = ["Gateway", "format_cache", "serve"]
 
@@ -56,6 +57,7 @@ class Gateway:
         self._disks: dict[str, Attached | Absent] = {}
         self._coming: dict[str, Source | None] = {}
         self._threads: dict[str, StoreThreads] = {}
+        self._extending = trio.Lock()
 
     # ------------------------------------------------------------------------------------------------------ attaching
 
@@ -317,6 +319,29 @@ class Gateway:
     def cache_info(self) -> dict[str, Any]:
         """The cache device and what it holds."""
         return self._cache.info()
+
+    async def extend_cache(self, size: int | None, progress: Progress) -> dict[str, Any]:
+        """Use all of the cache device, after making it `size` bytes where it is a file. What the cache is then."""
+        async with self._extending:
+            try:
+                await extend(self._cache, size, progress)
+            except CacheError as fault:
+                raise ForebayError(str(fault)) from None
+        log.info("the cache has %s now", format_size(self._cache.device.layout.size))
+        return self._cache.info()
+
+    async def release_cache(self, progress: Progress) -> dict[str, Any]:
+        """Write back all that is dirty, and make sure that nobody needs this cache; whom to end then."""
+        busy = [one["name"] for one in self.status() if one["clients"]]
+        if busy:
+            raise ForebayError(f"in use: {', '.join(busy)}: stop the VMs and detach these disks")
+        await self.flush(None, progress=progress)
+        names = sorted({*self._disks, *self._coming})
+        if names:
+            raise ForebayError(
+                f"attached: {', '.join(names)}: detach them with 'forebay detach NAME' first"
+            )
+        return {"pid": os.getpid()}
 
     async def scrub(self, progress: Progress) -> dict[str, Any]:
         """Check everything on the cache device; what was found."""

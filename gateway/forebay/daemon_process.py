@@ -21,6 +21,7 @@ from forebay.daemon_disk import Attached
 from forebay.errors import ForebayError
 from forebay.handover import Inheritance
 from forebay.notify import notify
+from forebay.storage_record import locate
 from forebay.watchdog import feed
 from forebay_cache import Cache, CacheError
 
@@ -138,7 +139,7 @@ def open_cache(config: Config) -> Cache:
     """The cache on its device. Raises CacheError and OSError."""
     section = config.cache
     return forebay_cache.open_cache(
-        _device(config),
+        locate(config),
         config.gateway.state / "index",
         size=section.size,
         block_size=section.block_size,
@@ -150,22 +151,26 @@ def format_cache(config: Config, force: bool) -> None:
 
     Raises ForebayError.
     """
-    state = config.gateway.state
-    with _locked(state, "--state", 0o700):
-        try:
-            size = config.cache.size
-            forebay_cache.format_device(_device(config), state / "index", size=size, force=force)
-        except (CacheError, OSError, lmdb.Error) as fault:
-            raise _one_line(fault) from fault
+    with offline(config):
+        forebay_cache.format_device(
+            locate(config), config.gateway.state / "index", size=config.cache.size, force=force
+        )
 
 
-def _device(config: Config) -> Path:
-    """Where the cache lies. Only a file is made when it is missing: a device that is gone stays gone."""
-    path = config.cache_device
-    memory = path.is_relative_to("/dev/shm")  # noqa: S108  files in memory, for tests and benchmarks
-    if path.is_relative_to("/dev") and not memory and not path.exists():
-        raise CacheError(f"{path}: no such device: activate it, or correct [cache] device")
-    return path
+@contextlib.contextmanager
+def offline(config: Config) -> Iterator[None]:
+    """Hold STATE, so that no daemon runs on it meanwhile. Raises ForebayError, also for faults of the cache."""
+    with _locked(config.gateway.state, "--state", 0o700), in_one_line():
+        yield
+
+
+@contextlib.contextmanager
+def in_one_line() -> Iterator[None]:
+    """Faults of the cache become ForebayError."""
+    try:
+        yield
+    except (CacheError, OSError, lmdb.Error) as fault:
+        raise _one_line(fault) from fault
 
 
 # ---------------------------------------------------------------------------------------- directories

@@ -130,6 +130,16 @@ class FakeGateway:
         self._called("cache_info")
         return CACHE
 
+    async def extend_cache(self, size: int | None, progress: Progress) -> dict[str, Any]:
+        self.calls.append(("extend", size))
+        await self._work("extend", progress)
+        return CACHE | {"size": size or 40 * GIB}
+
+    async def release_cache(self, progress: Progress) -> dict[str, Any]:
+        self.calls.append(("release",))
+        await self._work("release", progress)
+        return {"pid": 1}
+
     async def scrub(self, progress: Progress) -> dict[str, Any]:
         self.calls.append(("scrub",))
         await self._work("scrub", progress)
