@@ -15,6 +15,7 @@ import pytest
 
 from real.fuse_mount import FuseMount, need_fuse
 from real.gateway_process import GatewayProcess
+from real.nbdkit_door import NbdkitDoor
 
 
 class DoorHandle(Protocol):
@@ -68,6 +69,7 @@ class NbdHandle:
 
         self._failure = nbd.Error
         self._nbd: Any = nbd.NBD()
+        self._nbd.set_uri_allow_local_file(True)  # the nbdkit door's URIs name a file of keys
         with self._told():
             self._nbd.connect_uri(uri)
 
@@ -188,4 +190,26 @@ def fuse_door(gateway: GatewayProcess) -> Iterator[Door]:
         mount.remove()
 
 
-DOORS: dict[str, MakeDoor] = {"socket": socket_door, "fuse": fuse_door}
+# ------------------------------------------------------------------------------------------------------ the nbdkit door
+
+
+class TlsDoor:
+    """The disk's export in nbdkit, over TCP and TLS."""
+
+    def __init__(self, nbdkit: NbdkitDoor) -> None:
+        self._nbdkit = nbdkit
+
+    def open(self, disk: str, *, read_only: bool = False) -> DoorHandle:
+        return NbdHandle(self._nbdkit.uri(disk))
+
+
+@contextlib.contextmanager
+def nbdkit_door(gateway: GatewayProcess) -> Iterator[Door]:
+    nbdkit = NbdkitDoor(gateway)
+    try:
+        yield TlsDoor(nbdkit)
+    finally:
+        nbdkit.remove()
+
+
+DOORS: dict[str, MakeDoor] = {"socket": socket_door, "fuse": fuse_door, "nbdkit": nbdkit_door}
