@@ -67,12 +67,22 @@ class Libvirt:
         self._daemon = daemon
         self.directory = Path(tempfile.mkdtemp(prefix="fb-", dir="/tmp"))
         self.directory.chmod(0o711)  # QEMU runs as another user
-        for name in ("run/libvirt", "etc/hooks/qemu.d", "lib/qemu", "cache/qemu", "log/qemu", "bin", "vm"):
+        for name in (
+            "run/libvirt",
+            "etc/hooks/qemu.d",
+            "lib/qemu",
+            "cache/qemu",
+            "log/qemu",
+            "bin",
+            "vm",
+        ):
             (self.directory / name).mkdir(parents=True)
         (self.directory / "etc" / "qemu.conf").write_text(QEMU_CONF)
         (self.directory / "etc" / "libvirtd.conf").write_text(LIBVIRTD_CONF)
         nokvm = self.directory / "nokvm"
-        nokvm.touch(mode=0o600)  # what QEMU's user cannot open counts as no KVM, and the probe is kept
+        nokvm.touch(
+            mode=0o600
+        )  # what QEMU's user cannot open counts as no KVM, and the probe is kept
         shutil.copy(HOOK, self.directory / "etc" / "hooks" / "qemu.d" / "forebay")
         self.wrapper = self.directory / "bin" / "qemu-forebay"
         shutil.copy(WRAPPER, self.wrapper)
@@ -144,7 +154,9 @@ class Libvirt:
 
     # -- domains
 
-    def define(self, name: str, *disks: str, metadata: str = "", emulator: Path | None = None) -> None:
+    def define(
+        self, name: str, *disks: str, metadata: str = "", emulator: Path | None = None
+    ) -> None:
         """Define a domain with these `<disk>` elements, its console on a socket."""
         xml = self.vm / f"{name}.xml"
         xml.write_text(

@@ -177,7 +177,9 @@ def test_a_domain_whose_disk_cannot_be_attached_does_not_start(
     with libvirt.domain("vm1"):
         failed = libvirt.virsh("start", "vm1", check=False)
         assert failed.returncode == 1
-        said = re.search(r"forebay: domain 'vm1' cannot start: disk 'b': .*none\.raw.*", failed.stderr)
+        said = re.search(
+            r"forebay: domain 'vm1' cannot start: disk 'b': .*none\.raw.*", failed.stderr
+        )
         assert said is not None, failed.stderr
         assert not libvirt.running("vm1")
         assert disks(gateway) == []  # what came before it is undone
@@ -260,7 +262,9 @@ def _hot_plug(libvirt: Libvirt, gateway: GatewayProcess, console: Console, data:
 def _snapshot_and_commit(libvirt: Libvirt, console: Console) -> None:
     overlay = libvirt.vm / "snapshot.qcow2"
     spec = f"vda,snapshot=external,file={overlay}"
-    libvirt.virsh("snapshot-create-as", "vm1", "s1", "--disk-only", "--no-metadata", "--diskspec", spec)
+    libvirt.virsh(
+        "snapshot-create-as", "vm1", "s1", "--disk-only", "--no-metadata", "--diskspec", spec
+    )
     assert str(overlay) in libvirt.virsh("domblklist", "vm1").stdout
     digest = write_and_verify(console, "/data/snapshot", 2)
     libvirt.virsh("blockcommit", "vm1", "vda", "--active", "--pivot", "--wait")
