@@ -11,7 +11,8 @@ import trio
 
 from forebay.origin import Identity, Origin
 from forebay.origin_source import Source
-from forebay_cache import Cache, Filler, Layer, View
+from forebay_cache import Cache, Filler, Layer, View, invalidate
+from forebay_cache.clean import REGION_SHIFT
 from forebay_cache.device import Buffer
 
 log = logging.getLogger("forebay.image")
@@ -98,6 +99,7 @@ class Image:
         )  # writes ended so far, in whatever way
         self._flushed = 0  # how many of them are durable
         self._noted = 0  # how many the identity on record has seen
+        self._failures = 0  # of sync_failures, after how many the cached blocks were dropped
         self._distrusting = trio.Lock()
         self._distrusted = False  # durably on record: the identity is changing
         self._next_try = 0.0
@@ -246,8 +248,34 @@ class Image:
         """Make the writes that have ended durable. Raises OSError."""
         written = self._written
         if self._flushed != written:
-            await self.reached().flush()
+            try:
+                await self.reached().flush()
+            finally:
+                await self._drop_lost()
             self._flushed = max(self._flushed, written)
+
+    async def _drop_lost(self) -> None:
+        """Forget what was written since a flush went well, if one failed: the image may have lost it.
+
+        It can read as written for a while, from its host's memory, and no later flush says that it is gone. So its
+        regions stay hot, too: after a power cut what was cached of them since is dropped.
+        """
+        while self._failures != self.sync_failures:
+            failures = self.sync_failures
+            try:
+                for region in [r for ident, r in self.cache.hot if ident == self.layer.id]:
+                    await invalidate(
+                        self.cache, self.layer, region << REGION_SHIFT, 1 << REGION_SHIFT
+                    )
+                    await trio.lowlevel.checkpoint()
+            except OSError as error:  # it cannot be recorded block by block
+                log.warning("%s: all cached blocks are dropped: %s", self.key, error.strerror)
+                self.refresh()
+            self._failures = failures
+
+    def _cool(self) -> None:
+        if not self.sync_failures:
+            self.cache.cool(self.layer)
 
     @property
     def sync_failures(self) -> int:
@@ -269,6 +297,7 @@ class Image:
         try:
             if not self._writing:
                 await self.flush()
+            await self._drop_lost()
             identity = await self.origin.identity()
         except OSError as error:
             if error.errno == errno.ESTALE:
@@ -280,7 +309,7 @@ class Image:
         if self._noted != written:
             self._noted = written
             self._remember(identity)
-            self.cache.cool(self.layer)
+            self._cool()
             return
         known = self.cache.record("image", self.key)
         if known is not None and known["identity"] is not None:
@@ -305,7 +334,7 @@ class Image:
             await self.flush()
             if self.conflict is None:
                 self._remember(await origin.identity())
-                self.cache.cool(self.layer)
+                self._cool()
         except OSError as error:
             log.warning("%s: %s", self.key, error.strerror)
         self.origin = None

@@ -9,6 +9,7 @@ range with such a change under way is neither read nor written by anyone else be
 write can never land on top of a newer one, nor a read see first the one and then the other.
 """
 
+import contextlib
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -305,7 +306,12 @@ class FileOrigin:
 
     def _fdatasync(self) -> None:
         with self._descriptor as fd:
-            self._calls.fdatasync(fd)
+            try:
+                self._calls.fdatasync(fd)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._calls.forget(fd)  # what reads back from now on is what the medium has
+                raise
 
     async def settle(self) -> None:
         """Wait until no call that was given up can change the image any more. ETIMEDOUT: one still can."""

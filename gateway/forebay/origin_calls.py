@@ -94,6 +94,10 @@ class Calls:
         """Make durable what this descriptor wrote."""
         os.fdatasync(fd)
 
+    def forget(self, fd: int) -> None:
+        """Have what the kernel keeps of the file in memory, and need not write, read again when it is asked for."""
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def seek_data(self, fd: int, offset: int) -> int:
         """Where the next data at or after `offset` begins. ENXIO: nowhere."""
         return os.lseek(fd, offset, os.SEEK_DATA)

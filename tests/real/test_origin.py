@@ -63,6 +63,10 @@ class Faulty(Calls):
         self._before("fdatasync")
         super().fdatasync(fd)
 
+    def forget(self, fd: int) -> None:
+        self._before("forget")
+        super().forget(fd)
+
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         self._before(f"fallocate {mode}")
         super().fallocate(fd, mode, offset, length)
@@ -533,6 +537,7 @@ async def test_a_flush_that_failed_is_told_to_all_that_waited(
         assert failed[0] == errno.ENOSPC
         assert len(failed) == 3
         assert origin.sync_failures == 1
+        assert calls.made.count("forget") == 1, "what the medium has is what is read"
         await origin.write(0, [content[:4096]])
         await origin.flush()
         assert origin.sync_failures == 1

@@ -252,6 +252,37 @@ def test_a_settled_block_that_was_copied_in_part_is_not_damaged(tmp_path: Path) 
     play(tmp_path, story)
 
 
+# -- an origin that loses what it was given ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [False, True])
+def test_what_a_failed_flush_may_have_lost_is_not_cached(tmp_path: Path, power: bool) -> None:
+    """The kernel of the image's host says so once; every later flush of it goes well and means nothing."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        origin = host.origin
+        await disk.write(0, memoryview(NEW), False)
+        origin.faults["flush"], origin.lose = 1, True
+        with pytest.raises(OSError, match="injected"):
+            await disk.flush()
+        if not power:
+            origin.visible[:] = origin.durable  # the memory there was needed for something else
+            assert await read(disk) == OLD
+            return
+        assert await read(disk) == NEW  # cached again
+        await trio.sleep(20)  # looked at, and flushed with success
+        await host.cache.commit()
+        left = host.snapshot()
+        await host.kill(left)
+        origin.visible[:] = origin.durable
+        await host.start(boot="second")
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        assert await read(disk) == OLD
+
+    play(tmp_path, story)
+
+
 # -- an index that fails ----------------------------------------------------------------------------------------
 
 
