@@ -225,7 +225,7 @@ class Inheritance:
                 sockets.hang_up()
             found._disks = {}
         _close(fds.values())
-        _close(fd for fd in memories if fd != found._memory)
+        _close(memories)
         return found
 
     def _read(self, memories: list[int], fds: dict[str, int]) -> None:
@@ -236,7 +236,7 @@ class Inheritance:
             return
         if len(memories) > 1:
             raise ValueError("there are two sets of them")
-        [self._memory] = memories
+        self._memory = memories.pop()
         text, blobs = _content(self._memory)
         self._at = float(text["at"])
         for one in text["listeners"]:
