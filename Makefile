@@ -1,4 +1,5 @@
 # make setup    leaves .venv/bin/forebay (system packages through root or sudo, only those missing)
+# make setup-libvirt   what the tests under a real libvirt need as well, 300 MB; make test runs them then
 # make test     all levels but the lab        PYTEST_ARGS='-k name' narrows it
 # make demo     everything on a throw-away directory
 # make bench    against nbdkit and qemu-nbd   ROUNDS=5  QUICK=1  BENCH_ARGS="--only qd16"
@@ -17,10 +18,13 @@ export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup test test-unit test-sim test-real demo bench bench-readme bench-profile lint format clean
+.PHONY: setup setup-libvirt test test-unit test-sim test-real demo bench bench-readme bench-profile lint format clean
 
 setup:
 	@tools/setup.sh
+
+setup-libvirt: setup
+	@tools/setup-libvirt.sh
 
 test: setup
 	@start=$$SECONDS; $(BIN)/python -m pytest --durations=5 $(PYTEST_ARGS); rc=$$?; \

@@ -126,18 +126,13 @@ def test_prepare_attaches_and_release_detaches_each_as_often_as_it_is_called(
 def test_a_domain_of_others_never_reaches_forebay(gateway: GatewayProcess, hook: Hook) -> None:
     gateway.kill()
     xml = "<domain><name>vm1</name><uuid>1</uuid><metadata/></domain>"
-    for operation in ("prepare begin", "start begin", "release end", "migrate begin"):
-        done = hook(*operation.split(), xml)
+    starts = [(operation, "begin") for operation in ("prepare", "start", "migrate", "restore")]
+    for operation, sub_operation in [*starts, ("stopped", "end"), ("release", "end")]:
+        done = hook(operation, sub_operation, xml)
         assert (done.returncode, done.stderr) == (0, "")
     ours = domain("name='a' image='images:a.raw'")
-    for operation in (
-        "start begin",
-        "started begin",
-        "stopped end",
-        "reconnect begin",
-        "attach begin",
-    ):
-        done = hook(*operation.split(), ours)
+    for operation in ("start", "started", "reconnect", "attach"):
+        done = hook(operation, "begin", ours)
         assert (done.returncode, done.stderr) == (0, "")
     assert not hook.calls.exists()
 
