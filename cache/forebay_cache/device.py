@@ -370,6 +370,15 @@ class Device:
                 raise OSError(errno.EIO, "short write to the cache device")
             done += part
 
+    def read(self, offset: int, length: int) -> bytes:
+        """So many bytes. Raises OSError."""
+        found = os.pread(self.fd, length, offset)
+        if len(found) < length:
+            found = _read_all(self.fd, length, offset)
+        if len(found) < length:
+            raise OSError(errno.EIO, "short read from the cache device")
+        return found
+
     def read_into(self, offset: int, buffers: Sequence[bytearray | memoryview]) -> None:
         """Fill the buffers from one contiguous range. Raises OSError."""
         want = sum(len(b) for b in buffers)

@@ -149,8 +149,11 @@ class View:
         at = self._data + (slot << 16) + start
         return self._map[at : at + length]
 
-    async def read(self, offset: int, length: int) -> list[Buffer]:
-        """The bytes, from wherever they are. Buffers that are slices of the map stay valid until the next await.
+    async def read(self, offset: int, length: int, *, slices: bool = False) -> list[Buffer]:
+        """The bytes, from wherever they are.
+
+        With ``slices`` buffers may be slices of the map, which stay valid until the next await, and are for system
+        calls only: where the device cannot be read, whoever touches the map gets SIGBUS.
 
         Raises OSError: EIO for damaged private data, or what the origin answered.
         """
@@ -160,8 +163,11 @@ class View:
             await self.load(offset, length)
             pieces = self.plan(offset, length)
             if all(p.slot == ZEROS or self._is_ready(p) for p in pieces):
-                self.hits += 1
-                return [self._slice(p) for p in pieces]
+                found = self._ready_ones(pieces, slices=slices)
+                if found is not None:
+                    self.hits += 1
+                    return found
+                continue
             again: list[Piece] = []
             bad: list[Piece] = []
             got = await self._collect(pieces, again, bad)
@@ -243,6 +249,27 @@ class View:
         at = self._data + (piece.slot << 16) + (piece.offset & 0xFFFF)
         return self._map[at : at + piece.length]
 
+    def _ready_ones(self, pieces: list[Piece], *, slices: bool) -> list[Buffer] | None:
+        """Pieces that are ready, or zeros; None: not all of them are, after all."""
+        found: list[Buffer] = []
+        for piece in pieces:
+            got = self._slice(piece) if slices or piece.slot == ZEROS else self._copy(piece)
+            if got is None:
+                return None
+            found.append(got)
+        return found
+
+    def _copy(self, piece: Piece) -> bytes | None:
+        """A piece that is ready, copied; None: the device cannot be read, so it is not ready any more."""
+        at = self._data + (piece.slot << 16) + (piece.offset & 0xFFFF)
+        try:
+            data = self.cache.device.read(at, piece.length)
+        except OSError:
+            self._ready[piece.slot] &= ~covered(piece.offset & 0xFFFF, piece.length)
+            return None
+        self._state[piece.slot] |= TOUCHED
+        return data
+
     async def _collect(
         self, pieces: list[Piece], again: list[Piece], bad: list[Piece]
     ) -> list[Buffer]:
@@ -257,8 +284,10 @@ class View:
         for n, piece in enumerate(pieces):
             if piece.slot == ORIGIN:
                 misses.append((n, piece))
-            elif piece.slot == ZEROS or self._is_ready(piece):
-                got[n] = bytes(self._slice(piece))
+            elif piece.slot == ZEROS:
+                got[n] = _zeros(piece.length)
+            elif self._is_ready(piece) and (data := self._copy(piece)) is not None:
+                got[n] = data
             else:
                 checks.append((n, piece))
         tasks = [partial(self._miss, n, piece, got) for n, piece in misses]

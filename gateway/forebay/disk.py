@@ -281,7 +281,7 @@ class Disk:
         self._check_conflict()
         misses = self.view.misses
         beyond = offset >= self.view.lookahead
-        buffers = await self.view.read(offset, length)
+        buffers = await self.view.read(offset, length, slices=True)
         if beyond or self.view.misses != misses:
             self.view.lookahead = self._look_ahead(offset, length)
         return buffers

@@ -233,7 +233,6 @@ class _Work:
             if zero:
                 await origin.zero(offset, length, may_trim=True)
             else:
-                # Slots of a frozen layer stay as they are until it is settled, so slices of the map stay valid.
                 await origin.write(offset, await self._view.read(offset, length), background=True)
                 disk.origin_written_bytes += length
             if self._progress is not None:

@@ -5,6 +5,7 @@ take is therefore held under pin(); a client that does not read for `stall_secon
 is given back, so that one sleeping client cannot keep the cache from reusing its memory.
 """
 
+import os
 import socket
 from collections.abc import Callable
 
@@ -14,6 +15,9 @@ from .budget import Budget
 from .export import Export
 from .limits import Limits
 from .wire import Buffer, rest
+
+_IOV_MAX = 1024
+"""Buffers that one pwritev takes (limits.h)."""
 
 
 class Outbox:
@@ -78,7 +82,12 @@ class Outbox:
             self._give_up()
             return []
         self._copied += size
-        return [b"".join(buffers)]
+        try:
+            return [copied(buffers)]
+        except OSError:
+            self.broken = True
+            self._give_up()
+            return []
 
     async def drain(self) -> None:
         """Waits until nothing is left to send, or the peer is gone. When cancelled, call it again for the rest."""
@@ -131,8 +140,8 @@ class Outbox:
         self._unsent = rest(part, sent) + self._unsent[len(part) :]
 
     def unsent(self) -> bytes:
-        """What the socket did not take yet; another process may go on with it."""
-        return b"".join(self._unsent)
+        """What the socket did not take yet; another process may go on with it. Raises OSError."""
+        return copied(self._unsent)
 
     def discard(self) -> None:
         """Drops what is left, at the end of the connection."""
@@ -149,3 +158,22 @@ class Outbox:
         if self._pin is not None and self.export is not None:
             self.export.unpin(self._pin)
         self._pin = None
+
+
+def copied(buffers: list[Buffer]) -> bytes:
+    """The bytes of all buffers. Raises OSError: they cannot be read.
+
+    The kernel copies, through a file in memory. The buffers may be slices of a device's map; where the device cannot
+    be read, that is an error of a system call, but SIGBUS, the end of the process, for whoever touches the map itself.
+    """
+    size = sum(map(len, buffers))
+    fd = os.memfd_create("forebay-unsent")
+    try:
+        at = 0
+        while at < size:
+            written = os.pwritev(fd, buffers[:_IOV_MAX], at)
+            at += written
+            buffers = rest(buffers[:_IOV_MAX], written) + buffers[_IOV_MAX:]
+        return os.pread(fd, size, 0)
+    finally:
+        os.close(fd)
