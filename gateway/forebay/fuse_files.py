@@ -235,13 +235,15 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
     # ------------------------------------------------------------------------------------------------------- files
 
     async def open(self, inode: int, flags: int, _ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        """Open a file. EROFS for writing to what is read-only.
+        """Open a file. EROFS for writing to what is read-only, EPERM for cutting it off.
 
         The kernel's copies of a disk's pages are dropped, those of an image, which does not change, are kept: it drops
         them itself when the image's time or size changes.
         """
         with answered():
             path = self._nodes.path(inode)
+            if flags & os.O_TRUNC:
+                raise OSError(errno.EPERM, os.strerror(errno.EPERM))
             writable = flags & os.O_ACCMODE != os.O_RDONLY
             file = await self._files.open(path)
             if writable and not file.found.mode & 0o222:
