@@ -1,6 +1,5 @@
 """The nbdkit door as a process on loopback: TLS keys and certificates, rules, and nbdkit with the plugin."""
 
-import contextlib
 import shutil
 import socket
 import subprocess
@@ -67,8 +66,17 @@ class Authority:
         _openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", key)
         _openssl("req", "-new", "-key", key, "-subj", f"/O=Forebay/CN={name}", "-out", request)
         _openssl(
-            *("x509", "-req", "-in", request, "-days", "2", "-extfile", directory / f"{kind}.ext"),
-            *(*signer, "-out", directory / f"{kind}-cert.pem"),
+            "x509",
+            "-req",
+            "-in",
+            request,
+            "-days",
+            "2",
+            *signer,
+            "-extfile",
+            directory / f"{kind}.ext",
+            "-out",
+            directory / f"{kind}-cert.pem",
         )
 
 
@@ -115,8 +123,7 @@ class NbdkitDoor:
     def _wait(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
         while self.process.poll() is None:
-            with contextlib.suppress(ConnectionRefusedError):
-                socket.create_connection(("127.0.0.1", self.port)).close()
+            if greets(self.port):  # it listens before it has checked all it checks
                 return
             assert time.monotonic() < deadline, self.log_text()
             time.sleep(0.01)
@@ -149,7 +156,17 @@ class NbdkitDoor:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
+def greets(port: int) -> bool:
+    """Whether an NBD server on loopback speaks."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), START_TIMEOUT) as probe:
+            return probe.recv(8) == b"NBDMAGIC"
+    except OSError:
+        return False
+
+
 def free_port() -> int:
+    """A TCP port of loopback that nobody listens on just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
