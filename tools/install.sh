@@ -1,0 +1,106 @@
+#!/bin/bash
+# tools/install.sh install | uninstall: puts Forebay into a host, or takes it out again. `make install` calls it.
+#
+#   PREFIX=/usr/local   where programs and units go; /usr for packages
+#   DESTDIR=DIR         a root to install into, for packagers; nothing is run there
+#   ENVIRONMENT=DIR     a virtual environment that has Forebay already, instead of making PREFIX/lib/forebay/venv
+#   PYTHON=/usr/bin/python3
+#
+# What an operator may have changed (/etc/forebay/forebay.toml) is never overwritten and never removed; neither is
+# /var/lib/forebay. Installing again is an upgrade: `systemctl restart forebay` then hands all clients over.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PREFIX=${PREFIX:-/usr/local}
+DESTDIR=${DESTDIR:-}
+ENVIRONMENT=${ENVIRONMENT:-}
+PYTHON=${PYTHON:-/usr/bin/python3}
+HOME_OF_IT=$PREFIX/lib/forebay
+VENV=${ENVIRONMENT:-$HOME_OF_IT/venv}
+# Read from /usr/lib and /usr/local/lib alike by systemd, and not from elsewhere.
+case $PREFIX in /usr | /usr/local) SYSTEMD=$PREFIX/lib ;; *) SYSTEMD=/usr/local/lib ;; esac
+
+fail() { echo "install: $*" >&2; exit 1; }
+
+# mode, file of the checkout, where it goes
+files() {
+    local unit
+    for unit in forebay.service forebay@.service forebay-fuse.service forebay.target \
+        machine-.scope.d/10-forebay.conf; do
+        echo "644 systemd/$unit $SYSTEMD/systemd/system/$unit"
+    done
+    echo "644 systemd/sysusers.conf $SYSTEMD/sysusers.d/forebay.conf"
+    echo "644 systemd/tmpfiles.conf $SYSTEMD/tmpfiles.d/forebay.conf"
+    echo "755 systemd/drain $HOME_OF_IT/drain"
+    for unit in nbd/nbdkit/*.py; do
+        [ ! -e "$unit" ] || echo "644 $unit $HOME_OF_IT/nbdkit/${unit##*/}"
+    done
+    echo "644 config/completions/forebay.bash $PREFIX/share/bash-completion/completions/forebay"
+    echo "644 config/completions/_forebay $PREFIX/share/zsh/site-functions/_forebay"
+    echo "755 config/libvirt/qemu-forebay $PREFIX/bin/qemu-forebay"
+    echo "755 config/libvirt/hooks/qemu.d/forebay /etc/libvirt/hooks/qemu.d/forebay"
+}
+
+running() { [ -z "$DESTDIR" ] && [ -d /run/systemd/system ]; }
+
+put_files() {
+    local mode from to
+    while read -r mode from to; do
+        install -D -m "$mode" "$from" "$DESTDIR$to"
+        # Units and scripts name the default prefix.
+        case $from in systemd/*) sed -i "s#/usr/local/#$PREFIX/#g" "$DESTDIR$to" ;; esac
+    done < <(files)
+    [ -e "$DESTDIR/etc/forebay/forebay.toml" ] ||
+        install -D -m 644 config/forebay.toml "$DESTDIR/etc/forebay/forebay.toml"
+    install -d "$DESTDIR$PREFIX/bin"
+    ln -sfn "$VENV/bin/forebay" "$DESTDIR$PREFIX/bin/forebay"
+}
+
+# An environment of the system's Python, which sees libnbd's and pyfuse3's bindings. Scripts in it have to name the
+# place where it will be.
+make_environment() {
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$PYTHON is older than 3.11"
+    local place=$DESTDIR$VENV
+    [ -x "$place/bin/python" ] || "$PYTHON" -m venv --system-site-packages "$place"
+    "$place/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade .
+    # pip has compiled what it installed: a restart must not wait for that
+    [ -z "$DESTDIR" ] || grep -rlIZ "$place" "$place/bin" "$place/pyvenv.cfg" | xargs -0r sed -i "s#$place#$VENV#g"
+}
+
+install_it() {
+    [ -n "$ENVIRONMENT" ] || make_environment
+    put_files
+    if running; then
+        systemd-sysusers "$SYSTEMD/sysusers.d/forebay.conf"
+        systemd-tmpfiles --create "$SYSTEMD/tmpfiles.d/forebay.conf"
+        systemctl daemon-reload
+        if systemctl --quiet is-active 'forebay*.service'; then
+            echo "install: running daemons are of the old version until: systemctl restart 'forebay*.service'"
+        else
+            echo "install: say where images are in /etc/forebay/forebay.toml, then: systemctl enable --now forebay"
+        fi
+    fi
+}
+
+uninstall_it() {
+    if running; then
+        ! systemctl --quiet is-active 'forebay*.service' ||
+            fail "Forebay runs: shut the VMs down, then: systemctl disable --now forebay 'forebay@*' forebay-fuse"
+        systemctl --quiet disable forebay.service forebay-fuse.service 2>/dev/null || true
+    fi
+    local _ to
+    while read -r _ _ to; do
+        rm -f "$DESTDIR$to"
+        rmdir --ignore-fail-on-non-empty "$DESTDIR${to%/*}" 2>/dev/null || true
+    done < <(files)
+    [ ! -L "$DESTDIR$PREFIX/bin/forebay" ] || rm "$DESTDIR$PREFIX/bin/forebay"
+    rm -rf "$DESTDIR$HOME_OF_IT"
+    ! running || systemctl daemon-reload
+    echo "uninstall: kept: /etc/forebay, /var/lib/forebay (what is dirty there is nowhere else), the user forebay"
+}
+
+case ${1:-} in
+install) install_it ;;
+uninstall) uninstall_it ;;
+*) fail "say install or uninstall" ;;
+esac
