@@ -205,9 +205,12 @@ class Cache:
     # -- layers -----------------------------------------------------------------------------------------------
 
     def register(self, layer: Layer) -> None:
-        """Take a layer, as the index has it or new, into the books."""
+        """Take a layer, as the index has it or new, into the books; an older one of that name is dropped."""
         self.layers[layer.id] = layer
         if not layer.dead:
+            older = self._by_name.get(layer.name)
+            if older is not None:  # it was to be, when we were killed
+                self.drop_layer(older)
             self._by_name[layer.name] = layer
 
     def layer(self, name: str) -> Layer | None:
@@ -257,6 +260,8 @@ class Cache:
         layer.dead = True
         layer.changed = True
         self._by_name.pop(layer.name, None)
+        if not layer.private:
+            self.cool(layer)
         self.want_commit()
 
     async def _bury(self, layer: Layer) -> None:
@@ -362,6 +367,7 @@ class Cache:
         """Wait until that many slots can be had. Raises :class:`CacheFull` when no eviction can bring them."""
         while self.placement.free < slots:
             coming = self._leaving or self._evicting or self.placement.evictable()
+            coming = coming or any(x.slots for x in self.layers.values() if x.dead)
             if self.scan is None and not coming:
                 raise CacheFull
             self._evict_wanted.set()
@@ -392,7 +398,7 @@ class Cache:
 
     def cool(self, layer: Layer) -> None:
         """Nothing written to the origin of this layer is undurable or under way: its regions are hot no longer."""
-        cold = {r for r in self.hot if r[0] == layer.id}
+        cold = {r for r in self.hot | self._hot_new if r[0] == layer.id}
         self.hot -= cold
         self._hot_new -= cold
         self._hot_gone |= cold
@@ -587,8 +593,8 @@ class Cache:
             self.sums.put_back(changes.sums)
             self._layers_gone |= gone
             self._records_changed |= records
-            self._hot_new |= hot_new
-            self._hot_gone |= hot_gone
+            self._hot_gone |= hot_gone - self._hot_new  # heated again meanwhile
+            self._hot_new |= hot_new - self._hot_gone
             self._freed = freed + self._freed
 
         return changes, succeeded, failed

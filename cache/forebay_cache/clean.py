@@ -128,7 +128,8 @@ async def mark_hot(cache: Cache, layer: Layer, offset: int, length: int) -> None
         return
     cache.heat(new)
     await cache.sync()
-    cache.hot.update(new)
+    if not layer.dead:
+        cache.hot.update(new)
 
 
 async def store(

@@ -131,11 +131,14 @@ def _start(device: Device, index: Index, boot: str) -> Cache:
         layer.changed = ident in replay.made
         cache.register(layer)
     replay.apply(cache, survived=survived)
-    hot = set(index.hot()) | replay.hot
+    known_hot = set(index.hot()) | replay.hot
+    alive = {ident for ident, x in cache.layers.items() if not x.dead}
+    hot = {region for region in known_hot if region[0] in alive}
     if survived:
         cache.hot = hot
     else:
         _drop_hot(cache, hot)
+    cache.adopt_hot(known_hot - hot, keep=False)
     cache.adopt_hot(hot, keep=survived)
     _commit_start(cache, boot)
     if frontier <= SCAN_AT_ONCE:
@@ -411,5 +414,11 @@ def _refuse_loss(fd: int, path: Path, index: Path) -> None:
     if not is_blank(fd):
         what = "a Forebay cache" if read_superblock(fd, path) else "data that is not Forebay's"
         raise CacheError(f"{path}: holds {what}; use --force to overwrite it")
-    if index.exists() and not Index(index, 0).meta.fresh:
+    if index.exists() and not _is_fresh(index):
         raise CacheError(f"{index}: an index that is in use; use --force to drop it")
+
+
+def _is_fresh(index: Path) -> bool:
+    opened = Index(index, 0)
+    opened.close()
+    return opened.meta.fresh

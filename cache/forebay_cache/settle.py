@@ -57,6 +57,7 @@ async def pin_layer(cache: Cache, layer: Layer, pinned: bool) -> None:
         for i in range(PAGE_BLOCKS):
             slot = (page[i] >> SLOT_SHIFT) - 1
             if slot >= 0 and not cache.evicting(slot):
+                cache.owner[slot] = layer.id << 32 | number * PAGE_BLOCKS + i  # unless scanned
                 change(slot)
 
 

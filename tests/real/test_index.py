@@ -3,10 +3,12 @@
 import errno
 import fcntl
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
+from forebay_cache import CacheError, format_device
 from forebay_cache.errors import IndexFault
 from forebay_cache.index import PAGE_KEY, Changes, Index
 
@@ -46,6 +48,19 @@ def test_a_full_map_is_an_oserror(tmp_path: Path) -> None:
         assert index.page(1, 1023) == PAGE
     finally:
         index.close()
+
+
+def test_an_index_that_was_looked_at_is_closed(tmp_path: Path) -> None:
+    """Before a device is formatted: the directory may be moved away, and no thread is left."""
+    index = tmp_path / "index"
+    opened = Index(index, 64)
+    opened.meta.fresh = False
+    opened.commit_now(Changes(opened.meta))
+    opened.close()
+    before = threading.active_count()
+    with pytest.raises(CacheError, match="an index that is in use"):
+        format_device(tmp_path / "device", index, size=8 << 20)
+    assert threading.active_count() == before
 
 
 def test_the_index_is_opened_anew_when_lmdb_has_given_up(tmp_path: Path) -> None:

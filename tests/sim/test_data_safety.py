@@ -12,11 +12,12 @@ import trio
 import trio.testing
 
 import forebay_cache.cache
+import forebay_cache.recovery
 import forebay_cache.view
 from forebay.disk import Disk
 from forebay.errors import ForebayError
 from forebay.sizes import Mode
-from forebay_cache import clean, scrub
+from forebay_cache import clean, mark_hot, open_cache, pin_layer, scrub
 from forebay_cache.geometry import BLOCK, SECTOR
 from forebay_cache.sums import UNKNOWN
 from forebay_cache.view import read_slots
@@ -369,5 +370,113 @@ def test_what_was_fetched_is_served_and_not_kept_while_the_index_fails(tmp_path:
         env.fails = set()
         assert await read(disk) == b"x" * 512 + OLD[512:]
         await check_cache(cache)
+
+    play(tmp_path, story)
+
+
+# -- what the cache thinks of itself ----------------------------------------------------------------------------
+
+
+def test_slots_of_a_layer_that_is_being_buried_are_room(tmp_path: Path) -> None:
+    async def story(host: Host) -> None:
+        first = await host.attach("o1", settings(Mode.WRITE_BACK), overlay=True)
+        second = await host.attach("o2", settings(Mode.WRITE_BACK), overlay=True)
+        blocks = NEW * (SIZE // BLOCK)
+        await first.write(0, memoryview(blocks), True)
+        with pytest.raises(OSError, match="full"):
+            await second.write(0, memoryview(blocks), True)
+        await host.detach("o1", discard=True)
+        await second.write(0, memoryview(blocks), True)
+
+    play(tmp_path, story)
+
+
+def test_a_layer_that_is_pinned_while_slots_are_looked_for_is_known(tmp_path: Path) -> None:
+    """Else nobody can say later whose slots they are, and they are chosen to be evicted for ever."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        await read(disk, 0, SIZE)
+        name = disk.image.layer.name
+        await host.stop()
+        with mock.patch.object(forebay_cache.recovery, "SCAN_AT_ONCE", 0):
+            cache = open_cache(host.device_file, host.device_file.parent / "index", boot="first")
+        layer = cache.layer(name)
+        assert layer is not None
+        assert cache.scan is not None
+        await pin_layer(cache, layer, pinned=True)
+        await cache.scan()
+        cache.scan = None
+        await pin_layer(cache, layer, pinned=False)
+        await cache._evict(cache.placement.victims(cache.device.slots))
+        assert cache.evicted_blocks == SIZE // BLOCK
+        cache.release()
+        await host.start()
+
+    play(tmp_path, story)
+
+
+def test_a_region_heated_during_a_commit_that_fails_is_hot(tmp_path: Path) -> None:
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        cache, layer = host.cache, disk.image.layer
+        region = (layer.id, 0)
+        await disk.write(0, memoryview(NEW), True)
+        await cache.commit()
+        assert region in cache.index.hot()
+        cache.cool(layer)
+        _, _, failed = cache.snapshot()
+        await mark_hot(cache, layer, 0, BLOCK)
+        failed()
+        await cache.commit()
+        assert region in cache.index.hot()
+        # and the other way round
+        await mark_hot(cache, layer, 1 << 22, BLOCK)
+        _, _, failed = cache.snapshot()
+        cache.cool(layer)
+        failed()
+        await cache.commit()
+        assert not cache.index.hot()
+
+    play(tmp_path, story)
+
+
+def test_no_region_of_a_dropped_layer_stays_hot(tmp_path: Path) -> None:
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        await disk.write(0, memoryview(NEW), True)
+        await host.cache.commit()
+        assert host.cache.hot
+        assert host.cache.index.hot()
+        disk.image.refresh()
+        assert not host.cache.hot
+        await host.cache.commit()
+        assert not host.cache.index.hot()
+
+    play(tmp_path, story)
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_a_kill_while_the_clean_blocks_are_dropped_leaves_one_layer(
+    tmp_path: Path, clean: bool
+) -> None:
+    """The new layer is in the journal, the old one in the index, as alive as before."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        if clean:
+            await read(disk, 0, SIZE)
+        else:
+            await disk.write(0, memoryview(NEW), True)
+        await host.cache.commit()
+        disk.image.refresh()
+        host.cache.publish()
+        await host.kill(host.snapshot())
+        await host.start()
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        await trio.sleep(5)
+        assert list(host.cache.layers.values()) == [disk.image.layer]
+        assert {layer for layer, _ in host.cache.index.hot()} <= {disk.image.layer.id}
+        await check_cache(host.cache)
 
     play(tmp_path, story)
