@@ -187,7 +187,7 @@ def open_beneath(root: int, path: str, flags: int) -> int:
 
 def _walk_beneath(root: int, path: str, flags: int) -> int:
     """The same where openat2 is missing or forbidden: part by part, O_NOFOLLOW at each."""
-    *folders, last = [part for part in path.split("/") if part not in ("", ".")]
+    *folders, last = [part for part in path.split("/") if part not in ("", ".")] or ["."]
     here = root
     try:
         for folder in folders:
