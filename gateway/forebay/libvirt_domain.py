@@ -6,7 +6,8 @@
       </forebay:disks>
     </metadata>
 
-The attributes are the arguments of `forebay attach`: name, image, mode, cache-size, preload, read-only, overlay.
+The attributes are the arguments of `forebay attach`: name, image, mode, cache-size, preload, read-only, overlay; and
+instance, for a disk of `forebay@INSTANCE` instead of `forebay`.
 libvirt keeps one element for each namespace (formatdomain.rst, "General metadata"), hence the one around them.
 """
 
@@ -31,6 +32,7 @@ class WantedDisk:
     preload: int | str | None = None
     read_only: bool = False
     overlay: bool = False
+    instance: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ ATTRIBUTES: dict[str, Callable[[str], Any]] = {
     "preload": parse_preload,
     "read-only": _yes_or_no,
     "overlay": _yes_or_no,
+    "instance": parse_name,
 }
 
 

@@ -1,7 +1,8 @@
-"""Which domain a disk was attached for: `RUN/libvirt/NAME`, one file a disk.
+"""Which domain a disk was attached for: `/run/libvirt-forebay/NAME`, one file a disk.
 
 The file names the domain. While a process detaches the disk it holds a lock on the file and has its process id in it,
-so that the next start of the domain can call that off. Everything lies under RUN: a reboot ends all domains.
+so that the next start of the domain can call that off. A reboot ends all domains and removes all holds. The directory
+lies beside RUN and is root's, as the hook is: RUN itself belongs to the daemon's user.
 """
 
 import contextlib
@@ -21,10 +22,11 @@ _LOOK_AGAIN = 0.02
 
 
 class Hold:
-    """The hold on one disk. Methods raise OSError."""
+    """The hold on a disk of the daemon whose gateway.run is `run`. Methods raise OSError."""
 
     def __init__(self, run: str, disk: str) -> None:
-        self.path = Path(run, "libvirt", disk)
+        beside = Path(run)
+        self.path = beside.with_name(f"libvirt-{beside.name}") / disk
 
     def domain(self) -> tuple[str, str] | None:
         """UUID and name of the domain, or None."""
@@ -36,7 +38,7 @@ class Hold:
 
     def take(self, uuid: str, name: str) -> None:
         """From now on the disk is this domain's."""
-        self.path.parent.mkdir(mode=0o755, exist_ok=True)
+        self.path.parent.mkdir(mode=0o700, exist_ok=True)
         new = self.path.with_name(f".{self.path.name}.new")
         new.write_text(f"{uuid} {name}\n")
         new.rename(self.path)

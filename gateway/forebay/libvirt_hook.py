@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from forebay.client import Client
-from forebay.client_config import run_directory
+from forebay.client_config import DEFAULT_CONFIG, config_path, run_directory
 from forebay.errors import ForebayError
 from forebay.libvirt_domain import Domain, WantedDisk, read_domain
 from forebay.libvirt_hold import Hold
@@ -40,10 +40,14 @@ KEPT_REASONS = ("saved", None)
 
 
 class Daemon:
-    """The daemon that the configuration file points at, as the hook needs it."""
+    """A daemon as the hook needs it: the one that the configuration points at, or another instance."""
 
-    def __init__(self, config: str | None) -> None:
-        """Raises ForebayError."""
+    def __init__(self, config: str | None, instance: str | None = None) -> None:
+        """`config` as in `run`; the instance's file lies beside it. Raises ForebayError."""
+        if instance is not None:
+            config = os.path.join(
+                os.path.dirname(config_path(config) or DEFAULT_CONFIG), f"{instance}.toml"
+            )
         self._config = config
         self._run = run_directory(config)
         self.client = Client(os.path.join(self._run, "control.sock"))
@@ -69,8 +73,11 @@ class Daemon:
         return resolve(Config.load(self._config), image).key
 
 
+Held = tuple[Daemon, Hold]
+
+
 def run(domain: str, operation: str, sub_operation: str, extra: str, config: str | None) -> int:
-    """One call of the hook, the domain's XML on stdin. The exit code.
+    """One call of the hook, the domain's XML on stdin; `config` as `--config` named it. The exit code.
 
     Raises ForebayError where libvirt is to be told that the domain cannot start here.
     """
@@ -82,7 +89,7 @@ def run(domain: str, operation: str, sub_operation: str, extra: str, config: str
         case "migrate", "begin":
             _migrate(read_domain(sys.stdin.read()))
         case "restore", "begin":
-            _restore(read_domain(sys.stdin.read()), Daemon(config))
+            _restore(read_domain(sys.stdin.read()), config)
     return 0
 
 
@@ -93,20 +100,21 @@ def _start(name: str, config: str | None) -> None:
     """Attach what the domain's metadata names, all of it or nothing."""
     try:
         with _at_most(PREPARE_SECONDS):
-            _attach_all(Daemon(config), read_domain(sys.stdin.read()))
+            _attach_all(read_domain(sys.stdin.read()), config)
     except (ForebayError, OSError) as fault:
         raise ForebayError(f"domain '{name}' cannot start: {fault}") from None
 
 
-def _attach_all(daemon: Daemon, domain: Domain) -> None:
-    done: list[Hold] = []
+def _attach_all(domain: Domain, config: str | None) -> None:
+    done: list[Held] = []
     try:
         for disk in domain.disks:
+            daemon = Daemon(config, disk.instance)
             if _attach(daemon, domain, disk):
-                done.append(daemon.hold(disk.name))  # noqa: PERF401  (needed when a later one fails)
+                done.append((daemon, daemon.hold(disk.name)))
     except BaseException:
         if done:
-            _wait(_detach_behind(daemon, done))
+            _wait(_detach_behind(done))
         raise
 
 
@@ -120,7 +128,7 @@ def _attach(daemon: Daemon, domain: Domain, disk: WantedDisk) -> bool:
             if hold.call_off():
                 found = _settled(daemon, found)
         if found is None:
-            daemon.client.post("/disks", asdict(disk))
+            daemon.client.post("/disks", _arguments(disk))
         else:
             _check_same(daemon, disk, found)
             if disk.mode is not None and disk.mode != found["mode"]:
@@ -138,6 +146,13 @@ def _check_free(hold: Hold, domain: Domain) -> None:
             f"it is attached for domain '{holder[1]}': stop that, "
             f"or where it is gone, 'forebay detach {hold.path.name}'"
         )
+
+
+def _arguments(disk: WantedDisk) -> dict[str, Any]:
+    """For the control API, which serves one instance."""
+    given = asdict(disk)
+    del given["instance"]
+    return given
 
 
 def _settled(daemon: Daemon, found: dict[str, Any]) -> dict[str, Any] | None:
@@ -173,10 +188,10 @@ def _migrate(domain: Domain) -> None:
             )
 
 
-def _restore(domain: Domain, daemon: Daemon) -> None:
+def _restore(domain: Domain, config: str | None) -> None:
     """Called before a saved domain is brought back. Raises ForebayError when an overlay's writes are gone."""
     for disk in domain.disks:
-        if disk.overlay and daemon.disk(disk.name) is None:
+        if disk.overlay and Daemon(config, disk.instance).disk(disk.name) is None:
             raise ForebayError(
                 f"domain '{domain.name}' cannot be restored: what it wrote to overlay '{disk.name}' "
                 "is gone; start it afresh with 'virsh start --force-boot'"
@@ -189,27 +204,31 @@ def _restore(domain: Domain, daemon: Daemon) -> None:
 def _end(name: str, extra: str, config: str | None) -> None:
     """Let the domain's disks go. Raises nothing: the domain has ended, and nobody is left to be told but the log."""
     try:
-        daemon, domain = Daemon(config), read_domain(sys.stdin.read())
-        if holds := _to_release(daemon, domain, extra):
-            _wait(_detach_behind(daemon, holds))
+        if held := _to_release(read_domain(sys.stdin.read()), extra, config):
+            _wait(_detach_behind(held))
     except Exception as fault:  # noqa: BLE001
         _log(f"domain '{name}': {fault}")
 
 
-def _to_release(daemon: Daemon, domain: Domain, extra: str) -> list[Hold]:
-    """The holds on the disks that were attached for this domain, but for overlays that it will need again."""
+def _to_release(domain: Domain, extra: str, config: str | None) -> list[Held]:
+    """The disks that were attached for this domain, but for overlays that it will need again."""
     keep_overlays = False
     if any(disk.overlay for disk in domain.disks):
         reason = extra if extra not in ("", "-") else logged_reason(domain.name, DOMAIN_LOGS)
         keep_overlays = reason in KEPT_REASONS
-    holds = []
+    held = []
     for disk in domain.disks:
-        hold = daemon.hold(disk.name)
-        holder = hold.domain()
+        try:
+            daemon = Daemon(config, disk.instance)
+            hold = daemon.hold(disk.name)
+            holder = hold.domain()
+        except (ForebayError, OSError) as fault:
+            _log(f"disk '{disk.name}' stays attached: {fault}")
+            continue
         ours = holder is not None and holder[0] == domain.uuid
         if ours and not (disk.overlay and keep_overlays):
-            holds.append(hold)
-    return holds
+            held.append((daemon, hold))
+    return held
 
 
 def logged_reason(name: str, logs: str) -> str | None:
@@ -229,7 +248,7 @@ def logged_reason(name: str, logs: str) -> str | None:
     return reason.strip() if (datetime.now(UTC) - when).total_seconds() < LOG_AGE else None
 
 
-def _detach_behind(daemon: Daemon, holds: Sequence[Hold]) -> int:
+def _detach_behind(held: Sequence[Held]) -> int:
     """Start a process that drains and detaches these disks; its process id."""
     child = os.fork()
     if child:
@@ -239,7 +258,7 @@ def _detach_behind(daemon: Daemon, holds: Sequence[Hold]) -> int:
         nothing = os.open(os.devnull, os.O_RDWR)
         for descriptor in range(3):  # libvirt waits until its pipes are closed
             os.dup2(nothing, descriptor)
-        for hold in holds:
+        for daemon, hold in held:
             _detach(daemon, hold)
     finally:
         os._exit(0)

@@ -181,7 +181,7 @@ def test_the_hook_attaches_at_start_and_detaches_at_the_end(
         assert disks(gateway) == []
         assert md5(in_image(gateway.images / "guest.raw", "/data/a")) == digest
         console.close()
-        assert list((gateway.run / "libvirt").iterdir()) == []
+        assert list((gateway.directory / "libvirt-run").iterdir()) == []
 
 
 def test_a_domain_whose_disk_cannot_be_attached_does_not_start(

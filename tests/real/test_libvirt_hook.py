@@ -226,7 +226,7 @@ def test_a_store_that_hangs_does_not_hold_up_the_end_nor_the_next_start(
     began = time.monotonic()
     hook.release(xml)
     assert 4 < time.monotonic() - began < 15
-    behind = int((gateway.run / "libvirt" / "a").read_text().split()[-1])
+    behind = int((gateway.directory / "libvirt-run" / "a").read_text().split()[-1])
     assert not ended(behind)
     began = time.monotonic()
     hook.prepare(xml)
@@ -279,6 +279,22 @@ def test_an_overlay_stays_for_a_domain_that_comes_back(
     assert done.returncode == (0 if kept else 1)
     if not kept:
         assert "what it wrote to overlay 'a' is gone" in done.stderr
+
+
+def test_disks_of_two_instances(
+    gateway: GatewayProcess, hook: Hook, make_gateway: Callable[..., GatewayProcess]
+) -> None:
+    fast = make_gateway()
+    (fast.images / "a.raw").write_bytes(bytes(MIB))
+    (gateway.directory / "fast.toml").symlink_to(fast.config)
+    ours = "name='a' image='images:a.raw'"
+    said = hook.refused(domain(ours, "name='b' image='images:a.raw' instance='slow'"))
+    assert "slow.toml: no such file" in said
+    xml = domain(ours, "name='b' image='images:a.raw' instance='fast'")
+    hook.prepare(xml)
+    assert (names(gateway), names(fast)) == (["a"], ["b"])
+    hook.release(xml)
+    assert (names(gateway), names(fast)) == ([], [])
 
 
 def test_an_overlay_does_not_migrate(gateway: GatewayProcess, hook: Hook) -> None:
