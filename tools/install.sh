@@ -6,7 +6,7 @@
 #   ENVIRONMENT=DIR     a virtual environment that has Forebay already, instead of making PREFIX/lib/forebay/venv
 #   PYTHON=/usr/bin/python3
 #
-# What an operator may have changed (/etc/forebay/forebay.toml) is never overwritten and never removed; neither is
+# What an operator may have changed (in /etc/forebay) is never overwritten and never removed; neither is
 # /var/lib/forebay. Installing again is an upgrade: `systemctl restart forebay` then hands all clients over.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -25,8 +25,8 @@ fail() { echo "install: $*" >&2; exit 1; }
 # mode, file of the checkout, where it goes
 files() {
     local unit
-    for unit in forebay.service forebay@.service forebay-fuse.service forebay.target \
-        machine-.scope.d/10-forebay.conf; do
+    for unit in forebay.service forebay@.service forebay-fuse.service forebay-nbdkit.service \
+        forebay.target machine-.scope.d/10-forebay.conf; do
         echo "644 systemd/$unit $SYSTEMD/systemd/system/$unit"
     done
     echo "644 systemd/sysusers.conf $SYSTEMD/sysusers.d/forebay.conf"
@@ -50,8 +50,10 @@ put_files() {
         # Units and scripts name the default prefix.
         case $from in systemd/*) sed -i "s#/usr/local/#$PREFIX/#g" "$DESTDIR$to" ;; esac
     done < <(files)
-    [ -e "$DESTDIR/etc/forebay/forebay.toml" ] ||
-        install -D -m 644 config/forebay.toml "$DESTDIR/etc/forebay/forebay.toml"
+    local file
+    for file in forebay.toml nbdkit.toml; do
+        [ -e "$DESTDIR/etc/forebay/$file" ] || install -D -m 644 "config/$file" "$DESTDIR/etc/forebay/$file"
+    done
     install -d "$DESTDIR$PREFIX/bin"
     ln -sfn "$VENV/bin/forebay" "$DESTDIR$PREFIX/bin/forebay"
 }
@@ -86,7 +88,7 @@ uninstall_it() {
     if running; then
         ! systemctl --quiet is-active 'forebay*.service' ||
             fail "Forebay runs: shut the VMs down, then: systemctl disable --now forebay 'forebay@*' forebay-fuse"
-        systemctl --quiet disable forebay.service forebay-fuse.service 2>/dev/null || true
+        systemctl --quiet disable forebay.service forebay-fuse.service forebay-nbdkit.service 2>/dev/null || true
     fi
     local _ to
     while read -r _ _ to; do
