@@ -149,8 +149,8 @@ class Image:
         known = self.cache.record("image", self.key)
         if known is None or known["identity"] is None:
             if known is not None:
-                # We were writing it when we ended unexpectedly; the owner marker kept others out since.
-                self._remember(identity)
+                # We were writing it when we ended unexpectedly; the owner marker kept others out since. What it looks
+                # like is noted when it is durable.
                 return
         elif tuple(known["identity"]) != astuple(identity):
             self._changed()
@@ -244,12 +244,12 @@ class Image:
             self._writing -= 1
             self._written += 1
 
-    async def flush(self) -> None:
-        """Make the writes that have ended durable. Raises OSError."""
+    async def flush(self, *, times: bool = False) -> None:
+        """Make the writes that have ended durable, with the image's `times` if asked. Raises OSError."""
         written = self._written
-        if self._flushed != written:
+        if self._flushed != written or times:
             try:
-                await self.reached().flush()
+                await self.reached().flush(times=times)
             finally:
                 await self._drop_lost()
             self._flushed = max(self._flushed, written)
@@ -293,17 +293,21 @@ class Image:
         await self.try_reach()
         if self.origin is None or self.conflict is not None:
             return
-        written = self._written
         try:
-            if not self._writing:
-                await self.flush()
-            await self._drop_lost()
-            identity = await self.origin.identity()
+            await self._take_note(self.origin)
         except OSError as error:
             if error.errno == errno.ESTALE:
                 self.conflict = f"{self.key}: {error.strerror}: detach the disk and attach it again"
                 log.error("%s", self.conflict)
-            return
+
+    async def _take_note(self, origin: Origin) -> None:
+        """Compare what the image looks like with what is on record, or put it there after our own writes."""
+        written = self._written
+        await origin.settle()  # a write that was given up can still change it
+        if not self._writing:
+            await self.flush(times=self._noted != written)
+        await self._drop_lost()
+        identity = await origin.identity()
         if self._written != written or not self._at_rest():
             return
         if self._noted != written:
@@ -326,15 +330,13 @@ class Image:
             await self._images.forget(self)
 
     async def close(self) -> None:
-        """Flush, take down what the image looks like, and let the origin go."""
+        """Take note of what the image looks like, if that can be done, and let the origin go."""
         origin = self.origin
         if origin is None:
             return
         try:
-            await self.flush()
             if self.conflict is None:
-                self._remember(await origin.identity())
-                self._cool()
+                await self._take_note(origin)
         except OSError as error:
             log.warning("%s: %s", self.key, error.strerror)
         self.origin = None

@@ -75,8 +75,11 @@ class Origin(Protocol):
         """Write the buffers one after the other. After an error the range holds old, new or a mix."""
         ...
 
-    async def flush(self) -> None:
-        """Make durable every write that returned before. After an error, write all since the last good one again."""
+    async def flush(self, *, times: bool = False) -> None:
+        """Make durable every write that returned before, with the `times` of `identity` if asked.
+
+        After an error, write all since the last good one again.
+        """
         ...
 
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
@@ -131,7 +134,8 @@ class FileOrigin:
         self._threads = threads
         self._calls = calls or Calls()
         self._changes = Changes(threads)
-        self._syncs = Syncs(threads, self._fdatasync, label)
+        self._syncs = Syncs(threads, self._sync, label)
+        self._with_times = False  # what the next sync makes durable
         self._refused: set[int] = set()  # modes of fallocate that this file cannot do
 
     # ------------------------------------------------------------------------------------------------------- reading
@@ -300,14 +304,19 @@ class FileOrigin:
         """How often the outcome of a flush became unknown so far."""
         return self._syncs.failures
 
-    async def flush(self) -> None:
-        """Make durable every write that returned before. Raises OSError: write all of it again, then flush again."""
+    async def flush(self, *, times: bool = False) -> None:
+        """Make durable every write that returned before. Raises OSError: write all of it again, then flush again.
+
+        Without `times` the file's times may be older ones after a power cut.
+        """
+        self._with_times = self._with_times or times
         await self._syncs.flush(self.timeout)
 
-    def _fdatasync(self) -> None:
+    def _sync(self) -> None:
+        times, self._with_times = self._with_times, False
         with self._descriptor as fd:
             try:
-                self._calls.fdatasync(fd)
+                (self._calls.fsync if times else self._calls.fdatasync)(fd)
             except OSError:
                 with contextlib.suppress(OSError):
                     self._calls.forget(fd)  # what reads back from now on is what the medium has

@@ -94,6 +94,10 @@ class Calls:
         """Make durable what this descriptor wrote."""
         os.fdatasync(fd)
 
+    def fsync(self, fd: int) -> None:
+        """The same, and the file's times."""
+        os.fsync(fd)
+
     def forget(self, fd: int) -> None:
         """Have what the kernel keeps of the file in memory, and need not write, read again when it is asked for."""
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -63,6 +63,10 @@ class Faulty(Calls):
         self._before("fdatasync")
         super().fdatasync(fd)
 
+    def fsync(self, fd: int) -> None:
+        self._before("fsync")
+        super().fsync(fd)
+
     def forget(self, fd: int) -> None:
         self._before("forget")
         super().forget(fd)
@@ -541,6 +545,23 @@ async def test_a_flush_that_failed_is_told_to_all_that_waited(
         await origin.write(0, [content[:4096]])
         await origin.flush()
         assert origin.sync_failures == 1
+
+
+async def test_the_times_are_flushed_where_they_are_asked_for(
+    path: Path, content: bytearray
+) -> None:
+    """By the sync that serves whoever asked, also where that is not his own."""
+    calls = Faulty()
+    back = calls.hang["fdatasync"] = threading.Event()
+    async with origin_of(opened(path), calls=calls) as origin, trio.open_nursery() as nursery:
+        nursery.start_soon(origin.flush)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(origin.flush)
+        nursery.start_soon(partial(origin.flush, times=True))
+        nursery.start_soon(origin.flush)
+        await trio.testing.wait_all_tasks_blocked()
+        back.set()
+    assert calls.made == ["fdatasync", "fsync"]
 
 
 async def test_flushes_that_come_together_share_one(path: Path, content: bytearray) -> None:

@@ -47,6 +47,7 @@ class FakeOrigin:
         self.pending: list[Piece] = []
         self.lost: list[Piece] = []
         self.changes = 0
+        self.durable_changes = 0  # what its times say after a power cut of its host
         self.written = 0
         self.sync_failures = 0
         #: how many of the next calls fail, by method; -1: all
@@ -95,7 +96,8 @@ class FakeOrigin:
         self._check(offset, length)
         await self._change(offset, bytes(length), "zero", allocate=False)
 
-    async def flush(self) -> None:
+    async def flush(self, *, times: bool = False) -> None:
+        changes = self.changes
         covered = [piece for piece in self.pending if piece.returned]
         await self.dice.pause(self.scale)
         try:
@@ -107,6 +109,8 @@ class FakeOrigin:
                 self._forget(covered)
             raise
         self._harden(covered)
+        if times:
+            self.durable_changes = changes
         await self.dice.pause(self.scale)
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:

@@ -487,7 +487,7 @@ def _no_journal(stack: ExitStack) -> None:
 
 
 def _clean_before_durable(stack: ExitStack) -> None:
-    async def flush(self: Image) -> None:
+    async def flush(self: Image, *, times: bool = False) -> None:
         await trio.lowlevel.checkpoint()
 
     _replace(stack, Image, "flush", flush)

@@ -1,5 +1,6 @@
 """Faults that cost data or a daemon once, each step by step on the simulated host."""
 
+import errno
 from collections.abc import Awaitable, Callable
 from importlib import import_module
 from pathlib import Path
@@ -280,6 +281,87 @@ def test_what_a_failed_flush_may_have_lost_is_not_cached(tmp_path: Path, power: 
         await host.start(boot="second")
         disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
         assert await read(disk) == OLD
+
+    play(tmp_path, story)
+
+
+# -- who changed the image --------------------------------------------------------------------------------------
+
+LAZY = settings(Mode.WRITE_BACK, max_lag=1000.0)
+
+
+@pytest.mark.expect_log("write-back failed")
+def test_a_write_that_was_given_up_and_arrives_late_is_ours(tmp_path: Path) -> None:
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", LAZY)
+        origin = host.origin
+        late: list[tuple[int, bytes]] = []
+
+        async def given_up(offset: int, data: Any, background: bool = False) -> None:
+            del background
+            late.append((offset, b"".join(data)))
+            raise TimeoutError(errno.ETIMEDOUT, "injected")
+
+        async def arrives() -> None:
+            for offset, data in late:
+                origin._land(offset, data, allocate=True)
+            late.clear()
+
+        await disk.write(0, memoryview(NEW), False)
+        with (
+            mock.patch.object(origin, "write", given_up),
+            mock.patch.object(origin, "settle", arrives),
+        ):
+            with pytest.raises(OSError, match="injected"):
+                await disk.writeback.checkpoint()
+            await disk.image.look()
+            await arrives()
+        await disk.image.look()
+        assert disk.image.conflict is None
+        await disk.drain(nothing)
+
+    play(tmp_path, story)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_power_cut_that_takes_the_times_back_is_no_change(tmp_path: Path, killed: bool) -> None:
+    """The image's times are noted when they are durable: after our writes, and after the start that follows a kill."""
+
+    async def story(host: Host) -> None:
+        origin = host.origin
+        disk = await host.attach("d", LAZY)
+        await disk.write(0, memoryview(NEW), True)
+        await disk.drain(nothing)
+        if killed:
+            await host.kill(host.snapshot())
+            await host.start(boot="first")
+            disk = await host.attach("d", LAZY)
+        else:
+            await trio.sleep(20)
+        await disk.write(BLOCK, memoryview(NEW), True)
+        await host.cache.commit()
+        await host.kill(host.snapshot())
+        origin.changes = origin.durable_changes
+        await host.start(boot="second")
+        disk = await host.attach("d", LAZY)
+        assert disk.image.conflict is None
+        assert await read(disk, 0, 2 * BLOCK) == NEW + NEW
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("was changed by somebody else")
+def test_a_change_just_before_the_detach_is_noticed(tmp_path: Path) -> None:
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        assert await read(disk) == OLD
+        await trio.sleep(1)
+        assert disk.read_now(0, BLOCK) is not None
+        host.origin.visible[:BLOCK] = NEW
+        host.origin.changes += 1
+        await host.detach("d", discard=False)
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        assert await read(disk) == NEW
 
     play(tmp_path, story)
 
