@@ -1,0 +1,357 @@
+"""The units under a real systemd, in a container: start, restart without guest errors, watchdog, drain, FUSE mount."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from real.container import REPOSITORY, Container
+from real.disk_fixture import wait_for
+from real.processes import MIB, accepts, random_image
+from real.steady_guest import SteadyGuest
+
+RESTARTS = int(os.environ.get("FOREBAY_RESTARTS", "5"))
+"""Planned restarts under load: 20 is the bar, 5 are quick."""
+
+UNITS = REPOSITORY / "systemd"
+VENV = Path(os.environ.get("VENV", ".venv"))
+SIZE = 16 * MIB
+IMAGES = "/var/lib/images"
+
+CONFIG = f"""
+[gateway]
+state = "/var/lib/NAME"
+run = "/run/NAME"
+[cache]
+size = "256 MiB"
+[defaults]
+max_lag = "1h"
+[stores.images]
+path = "{IMAGES}"
+"""
+
+DROP_IN = """
+[Service]
+WatchdogSec=2
+Environment=PYTHONPYCACHEPREFIX=/opt/pyc
+"""
+
+
+class Host:
+    """A container with Forebay installed and running."""
+
+    def __init__(self, container: Container) -> None:
+        self.container = container
+        self.run = container.run
+
+    def install(self) -> None:
+        environment = (REPOSITORY / VENV).resolve()
+        _check_readable(environment)
+        self.run(REPOSITORY / "tools/install.sh", "install", ENVIRONMENT=str(environment))
+        self.run("install", "-d", "-o", "forebay", "-g", "forebay", IMAGES)
+        self.run("install", "-d", "-m", "1777", "/opt/pyc")
+        for name, config in (("forebay", "forebay.toml"), ("forebay-b", "b.toml")):
+            self.write(f"/etc/forebay/{config}", CONFIG.replace("NAME", name))
+        for unit in ("forebay", "forebay@", "forebay-fuse"):
+            self.write(f"/etc/systemd/system/{unit}.service.d/test.conf", DROP_IN)
+        self.run("systemctl", "daemon-reload")
+        self.run("systemctl", "start", "forebay")
+
+    def write(self, path: str, text: str) -> None:
+        place = self.container.inside(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+
+    def cli(self, *words: str) -> str:
+        return self.run("forebay", *words).stdout
+
+    def disk(self, name: str, mode: str = "write-back", *options: str) -> bytes:
+        """A disk on an image of its own; the image's content."""
+        image = self.container.inside(f"{IMAGES}/{name}.raw")
+        content = random_image(image, SIZE, sum(name.encode()))
+        self.run("chown", "forebay:", f"{IMAGES}/{name}.raw")
+        self.cli("attach", name, f"images:{name}.raw", "--mode", mode, *options)
+        return content
+
+    def status(self, name: str) -> dict[str, Any]:
+        [found] = json.loads(self.cli("status", name, "--json"))
+        assert isinstance(found, dict)
+        return found
+
+    def image(self, name: str) -> bytes:
+        return self.container.inside(f"{IMAGES}/{name}.raw").read_bytes()
+
+    def socket(self, name: str, run: str = "/run/forebay") -> Path:
+        return self.container.inside(f"{run}/disks/{name}.sock")
+
+    def uri(self, name: str, run: str = "/run/forebay") -> str:
+        return f"nbd+unix:///?socket={self.socket(name, run)}"
+
+    def pid(self, unit: str = "forebay") -> int:
+        """Of the daemon, inside."""
+        return int(self.container.show(f"{unit}.service", "MainPID"))
+
+
+def _check_readable(path: Path) -> None:
+    for place in (path, *path.parents):
+        if not place.stat().st_mode & 0o001:
+            pytest.skip(f"{place} is closed to other users, and the daemon is one")
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    pytest.importorskip("libnbdmod", reason="python3-libnbd is not installed")
+    container = Container()
+    try:
+        container.boot()
+        host = Host(container)
+        host.install()
+        yield host
+    finally:
+        container.remove()
+
+
+# ----------------------------------------------------------------------------------------------- without a container
+
+
+def exposure(unit: str) -> float:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(UNITS / unit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.rsplit(": ", 1)[1].split()[0])
+
+
+@pytest.mark.parametrize("unit", ["forebay.service", "forebay@.service"])
+def test_the_daemon_is_shut_in(unit: str) -> None:
+    found = exposure(unit)
+    print(f"\n{unit}: exposure {found}")
+    assert found <= 2.0
+
+
+def test_the_fuse_door_is_shut_in_as_far_as_mounting_allows() -> None:
+    assert exposure("forebay-fuse.service") <= 4.0
+    hiding = ("ProtectSystem", "ProtectHome", "Private", "ReadOnlyPaths", "ProtectKernel", "Inacc")
+    lines = (UNITS / "forebay-fuse.service").read_text().splitlines()
+    assert not [line for line in lines if line.startswith(hiding)]
+
+
+def test_instances_are_what_the_daemon_is() -> None:
+    """All lines but those that name it."""
+
+    def settings(unit: str) -> list[str]:
+        lines = (UNITS / unit).read_text().replace("-%i", "").replace(" (%i)", "").splitlines()
+        return [x for x in lines if "=" in x and x[0] != "#" and "FOREBAY_CONFIG" not in x]
+
+    assert settings("forebay.service") == settings("forebay@.service")
+
+
+# --------------------------------------------------------------------------------------------------- in the container
+
+
+def test_it_runs_as_its_own_user_and_may_do_nothing_else(host: Host) -> None:
+    status = host.container.inside(f"/proc/{host.pid()}/status").read_text()
+    found = dict(line.split(":\t", 1) for line in status.splitlines())
+    uid = int(host.run("id", "-u", "forebay").stdout)
+    assert [int(x) for x in found["Uid"].split()] == [uid] * 4
+    assert {int(found[key], 16) for key in ("CapEff", "CapPrm", "CapBnd", "CapAmb")} == {0}
+    assert found["NoNewPrivs"] == "1"
+    assert host.container.show("forebay.service", "NotifyAccess") == "main"
+    host.disk("rights")
+    stat = host.run("stat", "-c", "%U:%G %a", "/run/forebay/disks/rights.sock").stdout.strip()
+    assert stat == "forebay:kvm 660"
+    assert accepts(host.socket("rights"))
+
+
+def test_no_guest_error_in_planned_restarts(host: Host) -> None:
+    """Guests that do not reconnect, writing and comparing; and a restart does not write back what is dirty."""
+    host.disk("d1")
+    host.disk("d2", "write-through")
+    guests = [
+        SteadyGuest(host.uri("d1"), length=4 * MIB, depth=16),
+        SteadyGuest(host.uri("d1"), first=4 * MIB, length=4 * MIB, depth=1),
+        SteadyGuest(host.uri("d2"), length=4 * MIB, depth=4),
+    ]
+    rng = random.Random(1)
+    windows = []
+    for guest in guests:
+        guest.__enter__()
+    try:
+        for _ in range(RESTARTS):
+            time.sleep(0.3 + rng.random() / 4)
+            begin = time.monotonic()
+            host.run("systemctl", "restart", "forebay")
+            windows.append((begin, time.monotonic() + 1))
+        assert host.status("d1")["dirty_bytes"] > 0
+        assert host.status("d1")["clients"] == 2
+        seen = [guest.finish() for guest in guests]
+    finally:
+        for guest in guests:
+            guest.__exit__(None, None, None)
+    assert [one["errors"] for one in seen] == [[]] * len(guests)
+    pauses = [
+        max((b - a for one in seen for a, b in one["pauses"] if a < end and b > begin), default=0.0)
+        for begin, end in windows
+    ]
+    print(
+        f"\n{RESTARTS} x systemctl restart, {len(guests)} guests: 0 errors, pause median "
+        f"{statistics.median(pauses):.3f} s, worst {max(pauses):.3f} s, "
+        f"{sum(one['requests'] for one in seen)} requests"
+    )
+    assert statistics.median(pauses) < 1.0
+    assert host.container.show("forebay.service", "NRestarts") == "0"
+
+
+def test_a_kill_leaves_nothing_in_the_store(host: Host) -> None:
+    """Restarted by systemd; the old connection is over at once, and everything is there."""
+    import nbd
+
+    host.disk("k")
+    client = nbd.NBD()
+    client.connect_uri(host.uri("k"))
+    client.pwrite(b"k" * 4096, 0)
+    host.run("systemctl", "restart", "forebay")
+    client.pwrite(b"K" * 4096, 4096)
+    before = host.pid()
+    host.run("kill", "-KILL", str(before))
+    begin = time.monotonic()
+    with pytest.raises(nbd.Error):
+        client.pread(4096, 0)
+    assert time.monotonic() - begin < 5
+    wait_for(lambda: host.pid() not in (0, before), "not started again")
+    wait_for(lambda: accepts(host.socket("k")), "does not listen")
+    again = nbd.NBD()
+    again.connect_uri(host.uri("k"))
+    assert bytes(again.pread(8192, 0)) == b"k" * 4096 + b"K" * 4096
+    again.shutdown()
+
+
+def test_the_watchdog_ends_a_daemon_that_does_nothing(host: Host) -> None:
+    host.disk("w")
+    with SteadyGuest(host.uri("w"), length=MIB, depth=4, reconnect=True) as guest:
+        time.sleep(0.3)
+        stuck = host.pid()
+        host.run("kill", "-STOP", str(stuck))
+        wait_for(lambda: host.pid() not in (0, stuck), "the watchdog did not end it")
+        wait_for(lambda: accepts(host.socket("w")), "does not listen")
+        time.sleep(0.5)
+        seen = guest.finish()
+    assert seen["errors"] == []
+    assert seen["reconnected"] >= 1
+    assert "Watchdog timeout" in host.container.journal("--unit=forebay")
+
+
+def test_a_stop_drains_and_hangs_up(host: Host) -> None:
+    import nbd
+
+    content = host.disk("s")
+    client = nbd.NBD()
+    client.connect_uri(host.uri("s"))
+    client.pwrite(b"s" * MIB, MIB)
+    assert host.image("s") == content
+    host.run("systemctl", "stop", "forebay")
+    assert host.image("s") == content[:MIB] + b"s" * MIB + content[2 * MIB :]
+    with pytest.raises(nbd.Error):
+        client.pread(4096, 0)
+    assert host.container.show("forebay.service", "Result") == "success"
+    assert host.container.show("forebay.service", "NFileDescriptorStore") == "0"
+    host.run("systemctl", "start", "forebay")
+    assert host.status("s")["dirty_bytes"] == 0
+
+
+def test_a_daemon_that_cannot_start_hangs_up_in_the_end(host: Host) -> None:
+    """As after a broken upgrade: the unit fails, and with it goes what it was to hand over."""
+    import nbd
+
+    host.disk("f")
+    client = nbd.NBD()
+    client.connect_uri(host.uri("f"))
+    config = "/etc/forebay/forebay.toml"
+    host.write(config, "broken")
+    try:
+        host.run("systemctl", "restart", "forebay", check=False)
+        wait_for(
+            lambda: host.container.show("forebay.service", "ActiveState") == "failed",
+            "does not give up",
+        )
+        with pytest.raises(nbd.Error):
+            client.pread(4096, 0)
+    finally:
+        host.write(config, CONFIG.replace("NAME", "forebay"))
+        host.run("systemctl", "reset-failed", "forebay")
+        host.run("systemctl", "start", "forebay")
+
+
+def test_a_second_instance_has_everything_of_its_own(host: Host) -> None:
+    host.run("systemctl", "start", "forebay@b")
+    host.run("install", "-o", "forebay", "/dev/null", f"{IMAGES}/b.raw")
+    host.run("truncate", "-s", "1M", f"{IMAGES}/b.raw")
+    host.cli("attach", "b", "images:b.raw", "--config", "/etc/forebay/b.toml")
+    assert accepts(host.socket("b", "/run/forebay-b"))
+    with SteadyGuest(host.uri("b", "/run/forebay-b"), length=MIB, depth=4) as guest:
+        host.run("systemctl", "restart", "forebay@b")
+        assert guest.finish()["errors"] == []
+    assert '"b"' not in host.cli("status", "--json")
+    host.run("systemctl", "stop", "forebay@b")
+
+
+def test_a_mount_of_the_fuse_unit_is_seen_by_everybody(host: Host) -> None:
+    if not Path("/dev/fuse").exists():
+        pytest.skip("this kernel has no /dev/fuse")
+    content = host.disk("m")
+    host.run("systemctl", "start", "forebay-fuse")
+    try:
+        found = host.run("find", "/var/lib/forebay-fuse", "-name", "m*", "-type", "f").stdout
+        path = next(line for line in found.split() if "/disks/" in line)
+        assert host.run("sha256sum", path).stdout.split()[0] == sha256(content)
+        host.run("systemctl", "restart", "forebay")
+        assert host.run("sha256sum", path).stdout.split()[0] == sha256(content)
+    finally:
+        host.run("systemctl", "stop", "forebay-fuse")
+    assert "/var/lib/forebay-fuse" not in host.run("cat", "/proc/mounts").stdout
+
+
+def sha256(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+LAST_WORDS = """
+import nbd, signal, sys
+client = nbd.NBD()
+client.connect_unix(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: (client.pwrite(b"last" * 1024, 4096), sys.exit(0)))
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def test_at_shutdown_vms_end_first_then_it_drains(host: Host) -> None:
+    """The last one: the container is off afterwards. A VM in its scope writes when it is told to end."""
+    content = host.disk("v")
+    host.write("/var/tmp/vm.py", LAST_WORDS)
+    command = ["systemd-run", "--scope", "--slice=machine.slice", "--unit=machine-qemu-1"]
+    command += ["/usr/bin/python3", "/var/tmp/vm.py", "/run/forebay/disks/v.sock"]
+    vm = host.container.popen(*command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert vm.stdout is not None
+        assert vm.stdout.readline() == b"ready\n"
+        assert "forebay.service" in host.container.show("machine-qemu-1.scope", "After")
+        host.container.power_off()
+    finally:
+        if vm.poll() is None:
+            vm.send_signal(signal.SIGKILL)
+        vm.communicate()
+    image = (host.container.root / IMAGES.lstrip("/") / "v.raw").read_bytes()
+    assert image == content[:4096] + b"last" * 1024 + content[8192:]
