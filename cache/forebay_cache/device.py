@@ -286,6 +286,11 @@ def reserve(fd: int, path: Path, size: int, progress: Progress) -> None:
     Raises :class:`CacheError` when there is no room, and the file has the length it had; OSError from fsync.
     """
     old = os.fstat(fd).st_size
+    room = os.fstatvfs(fd)
+    if size - old > room.f_bavail * room.f_frsize:  # asked first: others are not to run out of space
+        raise CacheError(
+            f"{path}: cannot be made {size} bytes: no space left: make room there, or say less"
+        )
     try:
         for start in range(old, size, _RESERVE):
             progress(start - old, size - old)

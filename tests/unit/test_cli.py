@@ -96,7 +96,10 @@ def no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("cache create --vg=-x --size 1G", "argument --vg: '-x' is not the name of a volume group"),
         ("cache create --file /b --size 1G --tag @ssd", "argument --tag: goes with --vg"),
         ("cache create --vg a --size 1G --tag @", "argument --tag: '@' is not a tag of LVM"),
-        ("cache create --device /b --size 1G", "argument --size: a block device is used as a whole"),
+        (
+            "cache create --device /b --size 1G",
+            "argument --size: a block device is used as a whole",
+        ),
         ("stats a b", "argument INTERVAL: 'b' is not a duration"),
         ("stats 1 0", "argument COUNT: '0' is no number above 0"),
         ("stats 0", "argument INTERVAL: use 10ms to 1d"),
@@ -478,7 +481,9 @@ async def test_stats_waits_for_a_daemon_that_is_restarted(
 
 def test_every_command_of_the_contract_is_there() -> None:
     contract = "serve attach detach status stats flush mode preload xml cache check-config "
-    assert set(COMMANDS) == set(RUN) == set((contract + "dump-config demo fuse libvirt-hook").split())
+    assert (
+        set(COMMANDS) == set(RUN) == set((contract + "dump-config demo fuse libvirt-hook").split())
+    )
 
 
 @pytest.mark.parametrize(
