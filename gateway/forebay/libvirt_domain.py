@@ -1,9 +1,9 @@
 """What a domain's XML says of its Forebay disks.
 
     <metadata>
-      <forebay:disks xmlns:forebay='urn:forebay:libvirt:1'>
-        <forebay:disk name='vm1' image='images:debian-12.raw' mode='write-back'/>
-      </forebay:disks>
+      <disks xmlns='urn:forebay:libvirt:1'>
+        <disk name='vm1' image='images:debian-12.raw' mode='write-back'/>
+      </disks>
     </metadata>
 
 The attributes are the arguments of `forebay attach`: name, image, mode, cache-size, preload, read-only, overlay; and
@@ -82,12 +82,12 @@ def read_domain(xml: str) -> Domain:
     disks = tuple(_wanted(dict(element.attrib)) for element in elements)
     names = [disk.name for disk in disks]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ForebayError(f"<forebay:disk name='{min(twice)}'> stands there twice: remove one")
+        raise ForebayError(f"metadata: <disk name='{min(twice)}'> stands there twice: remove one")
     return Domain(root.findtext("name", ""), root.findtext("uuid", ""), disks)
 
 
 def _wanted(attributes: dict[str, str]) -> WantedDisk:
-    where = f"<forebay:disk name='{attributes.get('name', '')}'>"
+    where = f"metadata: <disk name='{attributes.get('name', '')}'>"
     values = {}
     for key, text in attributes.items():
         if key not in ATTRIBUTES:

@@ -71,13 +71,10 @@ def disk_element(disk: Mapping[str, Any], target: str, version: Version | None =
 
 def metadata_element(disk: Mapping[str, Any]) -> str:
     """The element for a domain's `<metadata>` from which the hook attaches this disk at the VM's
-    start (libvirt_domain.py). What the store's settings decide is left to them.
+    start (libvirt_domain.py). What the store's settings decide is left to them. Without a prefix,
+    because `virsh metadata --set` takes no other.
     """
     given = {"name": disk["name"], "image": disk["image"], "mode": disk["mode"]}
     given |= {flag: "yes" for flag in ("read_only", "overlay") if disk[flag]}
     written = " ".join(f"{key.replace('_', '-')}={_quoted(given[key])}" for key in given)
-    return (
-        f"<forebay:disks xmlns:forebay='{NAMESPACE}'>\n"
-        f"  <forebay:disk {written}/>\n"
-        "</forebay:disks>"
-    )
+    return f"<disks xmlns='{NAMESPACE}'>\n  <disk {written}/>\n</disks>"

@@ -162,28 +162,6 @@ def test_a_domain_boots_from_its_only_disk_while_the_daemon_comes_and_goes(
     gateway.cli("detach", "vm1")
 
 
-def test_the_hook_attaches_at_start_and_detaches_at_the_end(
-    libvirt: Libvirt, gateway: GatewayProcess
-) -> None:
-    wanted = metadata("name='vm1' image='images:guest.raw' mode='full-copy' preload='1M'")
-    libvirt.define("vm1", expected_disk(gateway, "vm1"), metadata=wanted)
-    assert disks(gateway) == []
-    with libvirt.domain("vm1"):
-        console = libvirt.start_domain("vm1")
-        assert gateway.status("vm1")["mode"] == "full-copy"
-        console.wait_up()
-        digest = write_and_verify(console, "/data/a", 4)
-        console.run("mount -o remount,ro /")
-        libvirt.restart()  # calls the hook with 'reconnect'
-        assert libvirt.running("vm1")
-        assert console.run("echo alive") == "alive"
-        libvirt.virsh("destroy", "vm1")
-        assert disks(gateway) == []
-        assert md5(in_image(gateway.images / "guest.raw", "/data/a")) == digest
-        console.close()
-        assert list((gateway.directory / "libvirt-run").iterdir()) == []
-
-
 def test_a_domain_whose_disk_cannot_be_attached_does_not_start(
     libvirt: Libvirt, gateway: GatewayProcess
 ) -> None:
@@ -231,17 +209,25 @@ def test_overlays_of_one_image_start_from_the_hook_and_leave_nothing(
     assert md5(image.read_bytes()) == before
 
 
-def test_hot_plug_block_jobs_backup_save_and_restore(
+def test_a_domain_that_the_hook_serves_from_start_to_end(
     libvirt: Libvirt, gateway: GatewayProcess
 ) -> None:
     data = gateway.images / "data.raw"
     with data.open("wb") as file:
         file.truncate(16 * MIB)
-    wanted = metadata("name='vm1' image='images:guest.raw' mode='write-back'")
-    libvirt.define("vm1", expected_disk(gateway, "vm1"), metadata=wanted)
+    gateway.attach("vm1", "guest.raw", mode="write-back")
+    element = gateway.cli("xml", "vm1", "--metadata").stdout
+    gateway.cli("detach", "vm1")
+    libvirt.define("vm1", expected_disk(gateway, "vm1"))
+    key = ["urn:forebay:libvirt:1", "--key", "forebay"]
+    libvirt.virsh("metadata", "vm1", *key, "--config", "--set", element)
+    assert disks(gateway) == []
     with libvirt.domain("vm1"):
         console = libvirt.start_domain("vm1")
+        assert disks(gateway) == ["vm1"]
         console.wait_up()
+        libvirt.restart()  # calls the hook with 'reconnect'
+        assert libvirt.running("vm1")
         _hot_plug(libvirt, gateway, console, data)
         _snapshot_and_commit(libvirt, console)
         _copy_and_back(libvirt, gateway, console)
@@ -252,6 +238,7 @@ def test_hot_plug_block_jobs_backup_save_and_restore(
         console.close()
         libvirt.virsh("destroy", "vm1")
         assert disks(gateway) == []
+        assert list((gateway.directory / "libvirt-run").iterdir()) == []
         image = gateway.images / "guest.raw"
         assert md5(in_image(image, "/data/end")) == digest
         for name in ("snapshot", "copied"):

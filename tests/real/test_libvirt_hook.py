@@ -20,10 +20,10 @@ OTHER = "99999999-2222-3333-4444-555555555555"
 
 
 def domain(*disks: str, uuid: str = UUID, name: str = "vm1") -> str:
-    inner = "".join(f"<forebay:disk {attributes}/>" for attributes in disks)
+    inner = "".join(f"<disk {attributes}/>" for attributes in disks)
     return (
         f"<domain type='kvm' id='1'><name>{name}</name><uuid>{uuid}</uuid><metadata>"
-        f"<forebay:disks xmlns:forebay='urn:forebay:libvirt:1'>{inner}</forebay:disks>"
+        f"<disks xmlns='urn:forebay:libvirt:1'>{inner}</disks>"
         "</metadata></domain>"
     )
 
@@ -141,7 +141,7 @@ def test_what_is_wrong_is_one_line(gateway: GatewayProcess, hook: Hook) -> None:
     assert hook.refused(domain("name='a' image='images:none.raw'")).startswith("disk 'a': ")
     said = hook.refused(domain("name='a' image='images:a.raw' mod='wb'"))
     assert said.startswith(
-        "<forebay:disk name='a'>: no attribute 'mod' (did you mean 'mode'?): use "
+        "metadata: <disk name='a'>: no attribute 'mod' (did you mean 'mode'?): use "
     )
     gateway.stop()
     said = hook.refused(domain("name='a' image='images:a.raw'"))

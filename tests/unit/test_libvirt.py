@@ -127,8 +127,8 @@ def test_metadata_has_the_arguments_of_attach() -> None:
 @pytest.mark.parametrize(
     ("inner", "said"),
     [
-        ("<f:disk image='i:a'/>", "<forebay:disk name=''>: 'name' is missing"),
-        ("<f:disk name='a'/>", "<forebay:disk name='a'>: 'image' is missing"),
+        ("<f:disk image='i:a'/>", "metadata: <disk name=''>: 'name' is missing"),
+        ("<f:disk name='a'/>", "metadata: <disk name='a'>: 'image' is missing"),
         ("<f:disk name='../a' image='i:a'/>", "name: '../a' is not a name"),
         ("<f:disk name='a' image='a.raw'/>", "image: 'a.raw' is no image: write STORE:PATH"),
         ("<f:disk name='a' image='i:a' mode='fast'/>", "mode: 'fast' is not a mode"),
