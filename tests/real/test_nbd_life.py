@@ -389,7 +389,7 @@ async def test_replies_that_were_not_taken_move_in_their_place(short_path: Path)
                 (connection,) = running.server.connections
                 connection.freeze()
                 connection.hurry()
-                await until(lambda: not running.server.connections)  # noqa: B023
+                await until(lambda: not running.server.connections)
                 assert connection.frozen
                 assert connection.session is not None
                 assert connection.session.unsent
