@@ -3,6 +3,7 @@
 import errno
 import logging
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, Self
 
 import trio
@@ -54,11 +55,12 @@ class Disk:
         self.marked = False
         self._mode_to_be: Mode | None = None  # as soon as what is dirty has been written back
         self.write_hits = self.write_misses = self.written_bytes = 0
-        self.origin_read_bytes = self.origin_written_bytes = 0
+        self.origin_read_bytes = self.origin_written_bytes = self.journal_written_bytes = 0
         self.copied: float | None = None  # how much of a full copy is there, 0..1
         self._ahead = ReadAhead(image.filler, self)
         self._marking = trio.Lock()
         self._dirty_since: dict[int, float] = {}
+        self._frozen_at: dict[int, str] = {}
         self._generation = 0
         self._open_most = 0
         self._hydration: trio.CancelScope | None = None
@@ -159,8 +161,14 @@ class Disk:
     def _layer_name(self) -> str:
         return f"{layer_prefix(self.name)}{self._generation}:{self.image.key}"
 
+    def frozen_at(self, layer: Layer) -> str:
+        """When that layer was frozen: UTC, ISO 8601; empty where that was before a restart."""
+        return self._frozen_at.get(layer.id, "")
+
     def freeze(self) -> None:
         """From now on writes go to a new layer: what is dirty at this instant stays together."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._frozen_at[self.view.private[0].id] = now
         self.view.private = [self._new_layer(), *self.view.private]
         self._limit()
 
@@ -174,6 +182,7 @@ class Disk:
         """The frozen layer is empty: all of it is in the image, and clean."""
         self.view.private = [x for x in self.view.private if x is not layer]
         self._dirty_since.pop(layer.id, None)
+        self._frozen_at.pop(layer.id, None)
         self._limit()
 
     async def set_mode(self, mode: Mode, progress: Progress) -> None:
@@ -264,6 +273,7 @@ class Disk:
             "write_misses": self.write_misses,
             "origin_read_bytes": self.origin_read_bytes,
             "origin_written_bytes": self.origin_written_bytes,
+            "journal_written_bytes": self.journal_written_bytes,
         }
 
     # -- reading ----------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from forebay.nbd_origin import NbdOrigin
 from forebay.origin import BlockOrigin, FileOrigin, Origin
 from forebay.origin_threads import StoreThreads, bounded
 from forebay.owner import Claim, Owner, read_owner
+from forebay.redo import Redo
 from forebay.store import DeviceImage, FileImage, Image, ImageFile, open_device, open_image
+from forebay_cache.device import Buffer
 
 log = logging.getLogger("forebay.origin")
 
@@ -187,6 +189,11 @@ class Source:
         """Durably on record: the image has everything. Raises OSError."""
         await self._held().clean()
 
+    async def begin_redo(self, as_of: str) -> "Journal":
+        """A redo journal for a checkpoint of that instant. Raises OSError."""
+        claim = self._held()
+        return Journal(claim, await claim.begin_redo(as_of), as_of, self._threads, self._timeout)
+
     def _held(self) -> Claim:
         if self._claim is None:
             raise OSError(
@@ -220,6 +227,38 @@ class Source:
         claim, self._claim = self._claim, None
         if claim is not None:
             await claim.close()
+
+
+class Journal:
+    """A redo journal (see `redo.py`), off the event loop. Everything raises OSError."""
+
+    def __init__(
+        self, claim: Claim, journal: Redo, as_of: str, threads: StoreThreads, timeout: float
+    ) -> None:
+        self._claim = claim
+        self._journal = journal
+        self._as_of = as_of
+        self._threads = threads
+        self._timeout = timeout
+
+    async def add(self, offset: int, length: int, data: list[Buffer] | None) -> None:
+        """One range; `data` None: zeros. Buffers must not change any more."""
+        with bounded(self._timeout, "writing a checkpoint"):
+            await self._threads.run(
+                lambda: self._journal.add(offset, length, data), background=True
+            )
+
+    async def commit(self) -> None:
+        """From now on the checkpoint will be in the image, whatever happens."""
+        await self._claim.commit_redo(self._journal)
+
+    async def drop(self) -> None:
+        """It is not to be."""
+        await self._claim.drop_redo(self._journal)
+
+    async def end(self) -> None:
+        """The image has all of it, durably."""
+        await self._claim.end_redo(self._as_of)
 
 
 def _path(image: Image) -> str:

@@ -5,8 +5,12 @@ Beside `IMAGE` lies a directory `IMAGE.forebay/` with two files:
 - `lock`, held with an OFD write lock (fcntl(2)) for as long as the disk is attached. It ends with the process that
   holds it, however that ends; on NFSv4 and GPFS it is seen by every host.
 - `owner`, a JSON object: `format` (1), `gateway` (its uuid), `host`, `pid`, `boot_id`, `disk`, `since` (UTC, ISO 8601),
-  `state` (`clean`: the image has everything; `dirty`: that gateway has data that the image lacks), and `token`, which
-  only grows. It outlives the process: it says who has data for this image, and keeps others out until that is here.
+  `state` (`clean`: the image has everything; `dirty`: that gateway has data that the image lacks), `as_of` (UTC, of the
+  last checkpoint that the image has; empty where that is not known), and `token`, which only grows. It outlives the
+  process: it says who has data for this image, and keeps others out until that is here.
+
+While a checkpoint is written back there is a third, the redo journal: see `redo.py`. Whoever takes the marker applies
+or drops a journal that was left behind, before anything else is done with the image.
 
 The lock is asked for first, then the marker is read, then replaced (temporary name, fsync, rename, fsync of the
 directory). The same gateway takes its own marker back after a crash. A clean release removes both.
@@ -18,6 +22,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import stat
@@ -27,13 +32,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import trio
 
+from forebay import redo
 from forebay.errors import ForebayError
+from forebay.origin_calls import Calls
 from forebay.origin_threads import Call, StoreThreads, bounded
 from forebay.store import SIDECAR, FileImage, ImageFile, open_folder
+
+log = logging.getLogger("forebay.origin")
+
+T = TypeVar("T")
 
 FORMAT = 1
 """Of the owner file. A marker with another number is somebody newer's: refused."""
@@ -51,6 +62,9 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 State = Literal["clean", "dirty"]
 
+NOBODY = ""
+"""The gateway of a marker that was left by `forebay takeover`: the next one may take it."""
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -64,6 +78,7 @@ class Owner:
     since: str
     state: State
     token: int
+    as_of: str = ""
     format: int = FORMAT
 
     @classmethod
@@ -86,7 +101,8 @@ class Owner:
         found = json.loads(text)
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError("not an owner file of this version")
-        for name in ("gateway", "host", "boot_id", "disk", "since"):
+        found.setdefault("as_of", "")
+        for name in ("gateway", "host", "boot_id", "disk", "since", "as_of"):
             if not isinstance(found.get(name), str) or not found[name].isprintable():
                 raise ValueError(f"'{name}' is not text")
         if found.get("state") not in ("clean", "dirty"):
@@ -123,8 +139,12 @@ def read_owner(image: FileImage) -> Owner | None:
 class Marker:
     """The marker of one image, held by this process. Every method blocks, and raises OSError."""
 
-    def __init__(self, image: FileImage, folder: int, sidecar: int, lock: int) -> None:
+    def __init__(
+        self, image: FileImage, file: ImageFile, folder: int, sidecar: int, lock: int
+    ) -> None:
+        status = os.fstat(file.fd)
         self.image = image
+        self._file_id = (status.st_size, status.st_ino)
         self._name = os.path.basename(image.path) + SIDECAR
         self._folder = folder
         self._sidecar = sidecar
@@ -146,19 +166,24 @@ class Marker:
                 if not _locked(lock):
                     raise _held(image, _read_leniently(sidecar, image))
                 if _still_there(sidecar, lock):
-                    marker = cls(image, folder, sidecar, lock)
-                    marker._begin(me)
+                    marker = cls(image, file, folder, sidecar, lock)
+                    marker._begin(me, file)
                     undo.pop_all()
                     return marker
         raise ForebayError(f"{image.key}: its owner is just changing: try again")
 
-    def _begin(self, me: Owner) -> None:
+    def _begin(self, me: Owner, file: ImageFile) -> None:
         before = _read(self._sidecar, self.image)
-        if before is not None and before.gateway != me.gateway:
+        if before is not None and before.gateway not in (me.gateway, NOBODY):
             raise _left_behind(self.image, before)
+        found = redo.recover(self._sidecar, file.fd, self.image.key, Calls())
+        if found is not None:
+            log.info("%s: a checkpoint of '%s' was finished", self.image.key, found.disk)
+        as_of = found.as_of if found else before.as_of if before else ""
         # A removed marker takes its token along; the clock keeps the next one larger.
         token = max(int(time.time()), before.token + 1 if before else 1)
-        self._write(replace(me, token=token, state=before.state if before else me.state))
+        state = before.state if before else me.state
+        self._write(replace(me, token=token, state=state, as_of=as_of))
 
     def set_state(self, state: State) -> None:
         """Say durably whether this gateway has data that the image lacks: `dirty` before the first such write is
@@ -167,6 +192,20 @@ class Marker:
         assert self.owner is not None, "released"
         if self.owner.state != state:
             self._write(replace(self.owner, state=state))
+
+    def begin_redo(self, as_of: str) -> redo.Redo:
+        """A redo journal for a checkpoint of that instant (UTC, ISO 8601; empty: not known)."""
+        assert self.owner is not None, "released"
+        me = self.owner
+        return redo.Redo(
+            self._sidecar, redo.Checkpoint(me.gateway, me.host, me.disk, *self._file_id, as_of)
+        )
+
+    def end_redo(self, as_of: str) -> None:
+        """The image has all of the checkpoint, durably."""
+        assert self.owner is not None, "released"
+        redo.remove(self._sidecar)
+        self._write(replace(self.owner, as_of=as_of))
 
     def check(self) -> None:
         """Raise ForebayError when the marker names somebody else now, or is gone."""
@@ -188,8 +227,9 @@ class Marker:
         with contextlib.suppress(FileNotFoundError):
             os.unlink("owner", dir_fd=self._sidecar)
         os.fsync(self._sidecar)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink("lock", dir_fd=self._sidecar)
+        for name in ("lock", redo.UNFINISHED):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self._sidecar)
         with contextlib.suppress(OSError):  # a boot trace may stay in it
             os.rmdir(self._name, dir_fd=self._folder)
 
@@ -222,7 +262,7 @@ class Claim:
         self._threads = threads
         self._timeout = timeout
         self._turn = trio.Lock()
-        self._last: Call[None] | None = None
+        self._last: trio.Event | None = None
 
     @classmethod
     async def take(
@@ -261,6 +301,26 @@ class Claim:
     async def _set_state(self, state: State) -> None:
         await self._one_at_a_time("marking", lambda: self._marker.set_state(state))
 
+    async def begin_redo(self, as_of: str) -> redo.Redo:
+        """See `Marker`. Raises OSError."""
+        return await self._one_at_a_time(
+            "beginning a checkpoint of",
+            lambda: self._marker.begin_redo(as_of),
+            drop=lambda late: late.drop(),
+        )
+
+    async def commit_redo(self, journal: redo.Redo) -> None:
+        """Raises OSError: then it may be committed or not, and is the next one's to replace."""
+        await self._one_at_a_time("committing a checkpoint of", journal.commit)
+
+    async def drop_redo(self, journal: redo.Redo) -> None:
+        """It was not committed, and never will be. Raises OSError."""
+        await self._one_at_a_time("dropping a checkpoint of", journal.drop)
+
+    async def end_redo(self, as_of: str) -> None:
+        """The image has all of the checkpoint, durably. Raises OSError."""
+        await self._one_at_a_time("ending a checkpoint of", lambda: self._marker.end_redo(as_of))
+
     async def check(self) -> None:
         """Raises ForebayError when somebody else owns the image now, OSError when the store fails."""
         await self._one_at_a_time("looking at the owner of", self._marker.check)
@@ -273,13 +333,17 @@ class Claim:
         """Let only the lock go, as a crash would: at a restart, and when the image is left dirty."""
         await self._one_at_a_time("unlocking", self._marker.close)
 
-    async def _one_at_a_time(self, what: str, do: Callable[[], None]) -> None:
+    async def _one_at_a_time(
+        self, what: str, do: Callable[[], T], *, drop: Callable[[T], object] | None = None
+    ) -> T:
         with bounded(self._timeout, f"{what} {self._marker.image.key}"):
             async with self._turn:
                 if self._last is not None:
-                    await self._last.ended.wait()
-                self._last = Call(do)
-                await self._threads.wait_for(self._last)
+                    await self._last.wait()
+                call = Call(do, drop=drop)
+                self._last = call.ended
+                return await self._threads.wait_for(call)
+        raise AssertionError("bounded() raises")
 
 
 # -------------------------------------------------------------------------------------------------- files and messages

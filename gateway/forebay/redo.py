@@ -43,6 +43,8 @@ _SUM = struct.Struct("<Q")
 _HEAD = _RECORD.size + _SUM.size
 _RECORD_MAGIC = 0x52424652  # "RFBR"
 _PIECE = 4 << 20
+#: Made durable in parts, so that no single call takes long enough to be given up.
+_SYNC_EVERY = 64 << 20
 _zeros = bytes(1 << 20)
 
 
@@ -75,6 +77,7 @@ class Redo:
         self._end = _HEADER
         self._records = 0
         self._bytes = 0
+        self._unsynced = 0
         try:
             with self._file as fd:
                 _write(fd, [_header(checkpoint)], 0)
@@ -90,13 +93,20 @@ class Redo:
     def add(self, offset: int, length: int, data: Sequence[Buffer] | None) -> None:
         """One range of the image; `data` None: it reads as zeros."""
         kind = ZEROS if data is None else DATA
+        stored = 0 if data is None else length
         with self._lock:
             at = self._end
-            self._end += _HEAD + (0 if data is None else length)
+            self._end += _HEAD + stored
             self._records += 1
-            self._bytes += 0 if data is None else length
+            self._bytes += stored
+            self._unsynced += stored
+            sync = self._unsynced >= _SYNC_EVERY
+            if sync:
+                self._unsynced = 0
         with self._file as fd:
             _write(fd, _record(kind, offset, length, data or []), at)
+            if sync:
+                os.fdatasync(fd)
 
     def commit(self) -> None:
         """Durable, and from now on to be applied by whoever finds it."""

@@ -4,8 +4,12 @@ A pass freezes the open private layer (a new one takes its place between two awa
 it to the origin, makes that durable, and only then lets it become clean. Until then reads find it in the frozen
 layer, and a crash finds it there again: the pass is done once more. So what is written is always what the disk held
 at one instant, all of it.
+
+Should the host be lost in the middle of that, the image would hold a part. So where the image is a file, all of it goes
+into a redo journal beside the image first (`redo.py`).
 """
 
+import contextlib
 import errno
 import logging
 from functools import partial
@@ -13,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from forebay.origin_source import Journal
 from forebay_cache import Layer, View, pages_of, settle
 from forebay_cache.device import Buffer
 from forebay_cache.geometry import BLOCK, FULL, PAGE_BLOCKS, PAGE_SHIFT, SECTOR, sector_runs
@@ -25,6 +30,9 @@ log = logging.getLogger("forebay.writeback")
 
 RUN_MOST = 1 << 20
 """Bytes of one write to the origin."""
+
+SYNC_EVERY = 64 << 20
+"""Bytes after which the image is flushed already, so that the last flush is not so long that it is given up."""
 
 WRITERS = 4
 """Writes to the origin at the same time: enough to hide its latency, few enough to leave it to the guests' misses."""
@@ -125,17 +133,35 @@ class WriteBack:
 
     async def _write_out(self, layer: Layer, progress: "Progress | None") -> None:
         disk = self._disk
+        journal = await self._journal(layer, progress)
         failures = disk.image.sync_failures
         async with disk.image.writing():
-            await _Work(disk, layer, progress).all()
+            await _Image(disk, layer, progress).all()
         await disk.image.flush()
         if disk.image.sync_failures != failures:
             raise OSError(errno.EIO, "a flush of the image failed meanwhile: all is written again")
+        if journal is not None:
+            await journal.end()
         await settle(disk.block_cache, layer, disk.image.filler)
         # The clean layer has slots now that durable state gives to this one: nothing may be written there before.
         await disk.block_cache.commit()
         disk.settled(layer)
         disk.block_cache.drop_layer(layer)
+
+    async def _journal(self, layer: Layer, progress: "Progress | None") -> Journal | None:
+        """A committed redo journal of the layer; None where the image is not a file."""
+        disk = self._disk
+        if disk.source.marker is None:
+            return None
+        journal = await disk.source.marker.begin_redo(disk.frozen_at(layer))
+        try:
+            await _Redo(disk, layer, progress, journal).all()
+        except BaseException:
+            with trio.CancelScope(shield=True), contextlib.suppress(OSError):
+                await journal.drop()
+            raise
+        await journal.commit()
+        return journal
 
     async def _rest(self) -> None:
         """Say beside the image that it has everything, if it has."""
@@ -177,12 +203,13 @@ class WriteBack:
 
 
 class _Work:
-    """Writes one frozen layer to the origin, several runs at a time."""
+    """Takes one frozen layer somewhere, several runs at a time."""
 
     def __init__(self, disk: "Disk", layer: Layer, progress: "Progress | None") -> None:
         self._disk = disk
         self._layer = layer
         self._progress = progress
+        self._weight = 1 if disk.source.marker is None else 2  # the journal is half of the work
         self._view = View(disk.block_cache, [layer], None, _nothing)
         self._errors: list[OSError] = []
         self._slots = trio.Semaphore(WRITERS)
@@ -229,18 +256,50 @@ class _Work:
                 if not disk.image.filler.waiting:
                     break
                 await trio.sleep(YIELD_SECONDS)
-            origin = disk.image.reached()
-            if zero:
-                await origin.zero(offset, length, may_trim=True)
-            else:
-                await origin.write(offset, await self._view.read(offset, length), background=True)
-                disk.origin_written_bytes += length
+            await self._put(offset, length, None if zero else await self._view.read(offset, length))
             if self._progress is not None:
-                self._progress(length, 0)
+                self._progress(length // self._weight, 0)
         except OSError as error:
             self._errors.append(error)
         finally:
             self._slots.release()
+
+    async def _put(self, offset: int, length: int, data: list[Buffer] | None) -> None:
+        """Write one run; `data` None: zeros. Raises OSError."""
+        raise NotImplementedError
+
+
+class _Image(_Work):
+    """Into the image."""
+
+    _unsynced = 0
+
+    async def _put(self, offset: int, length: int, data: list[Buffer] | None) -> None:
+        origin = self._disk.image.reached()
+        if data is None:
+            await origin.zero(offset, length, may_trim=True)
+        else:
+            await origin.write(offset, data, background=True)
+            self._disk.origin_written_bytes += length
+            self._unsynced += length
+            if self._unsynced >= SYNC_EVERY:
+                self._unsynced = 0
+                await self._disk.image.flush()
+
+
+class _Redo(_Work):
+    """Into the redo journal beside it."""
+
+    def __init__(
+        self, disk: "Disk", layer: Layer, progress: "Progress | None", journal: Journal
+    ) -> None:
+        super().__init__(disk, layer, progress)
+        self._journal = journal
+
+    async def _put(self, offset: int, length: int, data: list[Buffer] | None) -> None:
+        await self._journal.add(offset, length, data)
+        if data is not None:
+            self._disk.journal_written_bytes += length
 
 
 async def _nothing(offset: int, length: int) -> Buffer:

@@ -53,6 +53,10 @@ class FakeOrigin:
         #: how many of the next calls fail, by method; -1: all
         self.faults: dict[str, int] = {}
         self.lose = False
+        #: the committed redo journal beside the image, if there is one
+        self.journal: list[tuple[int, bytes]] | None = None
+        #: what the image held at the first instant and at each checkpoint that was committed
+        self.instants: list[bytes] = [bytes(content)]
         self.allocated = bytearray(
             content[at : at + SECTOR].count(0) < SECTOR or dice.random.random() < 0.5
             for at in range(0, self.size, SECTOR)
@@ -128,6 +132,15 @@ class FakeOrigin:
                 found.append((stop - at, flags))
             at = stop
         return found
+
+    def recover(self) -> None:
+        """What `forebay recover`, or the next owner, does with a committed journal."""
+        for offset, data in self.journal or ():
+            self.visible[offset : offset + len(data)] = data
+            self.durable[offset : offset + len(data)] = data
+            for sector in range(offset // SECTOR, -(-(offset + len(data)) // SECTOR)):
+                self.allocated[sector] = 1
+        self.journal = None
 
     async def identity(self) -> Identity:
         await self.dice.pause(self.scale)
@@ -222,6 +235,47 @@ class FakeMarker:
         self.is_dirty = False
         await self._source.dice.pause()
 
+    async def begin_redo(self, as_of: str) -> "FakeJournal":
+        del as_of
+        await self._source.dice.pause()
+        return FakeJournal(self._source.origin)
+
+
+class FakeJournal:
+    """A redo journal beside the image. A crash finds what ``origin.journal`` says: all of it, or nothing."""
+
+    def __init__(self, origin: FakeOrigin) -> None:
+        self._origin = origin
+        self._records: list[tuple[int, bytes]] = []
+
+    async def add(self, offset: int, length: int, data: list[Buffer] | None) -> None:
+        await self._origin.dice.pause()
+        self._origin._fault("journal")
+        self._records.append((offset, bytes(length) if data is None else b"".join(data)))
+
+    async def commit(self) -> None:
+        origin = self._origin
+        await origin.dice.pause()
+        origin._fault("journal")
+        instant = bytearray(origin.instants[-1])
+        for offset, data in self._records:
+            instant[offset : offset + len(data)] = data
+        if origin.journal is not None:
+            del origin.instants[
+                -1
+            ]  # the pass is done once more, and this journal takes that one's place
+        origin.journal = self._records
+        origin.instants.append(bytes(instant))
+        await origin.dice.pause()
+
+    async def drop(self) -> None:
+        await self._origin.dice.pause()
+
+    async def end(self) -> None:
+        await self._origin.dice.pause()
+        self._origin.journal = None
+        await self._origin.dice.pause()
+
 
 class FakeSource:
     """Implements what Disk and Image use of forebay.origin_source.Source."""
@@ -240,4 +294,6 @@ class FakeSource:
     async def open(self) -> FakeOrigin:
         await self.dice.pause()
         self.origin._fault("open")
+        if self.use.writes:
+            self.origin.recover()
         return self.origin

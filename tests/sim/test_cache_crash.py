@@ -6,7 +6,8 @@ of it (fake_device.py, fake_origin.py), and the real recovery and a real disk re
 
 * a sector holds what it held at the last flush, or something written later; after SIGKILL what was acknowledged last;
 * it keeps it: a clean block shows what the origin has, so that eviction never changes it;
-* no slot is named twice, and nothing that a commit made durable is damaged.
+* no slot is named twice, and nothing that a commit made durable is damaged;
+* in write-back: without the cache, too, the image is what the disk held at one instant.
 
 Each bug that `PLANTED` puts into the code must be found this way; else the test is too weak.
 
@@ -37,6 +38,7 @@ import forebay_cache.recovery
 from forebay.disk import Disk
 from forebay.image import Image
 from forebay.sizes import Mode
+from forebay.writeback import WriteBack
 from forebay_cache import View
 from forebay_cache.cache import Cache
 from forebay_cache.device import Device
@@ -47,7 +49,7 @@ from forebay_cache.view import ORIGIN
 from sim.fake_device import TEAR, Recorder, torn
 from sim.fake_host import Host, Listener, check_cache, nothing, settings
 from sim.fake_loop import Dice, simulated
-from sim.fake_origin import FakeOrigin
+from sim.fake_origin import FakeJournal, FakeOrigin
 
 SECONDS = float(os.environ.get("FOREBAY_SIM_SECONDS", "10"))
 ONE_HISTORY = os.environ.get("FOREBAY_SIM_HISTORY")
@@ -107,6 +109,8 @@ class Moment:
     hardened: bytes
     pending: list[tuple[int, bytes]]
     changes: int
+    journal: list[tuple[int, bytes]] | None
+    instants: list[bytes]  # none where something else than checkpoints may have written the image
 
 
 class Broken(AssertionError):
@@ -146,6 +150,7 @@ class History:
         self.ledger = Ledger([[value] for value in base])
         self.overlay = self.modes is MODES and self.random.random() < 0.15
         self.mode = self.random.choice(self.modes)
+        self._only_back = self.overlay or self.mode is Mode.WRITE_BACK
         self.limits: dict[str, Any] = {
             "max_dirty": self.random.choice((1 << 20, 1 << 30)),
             "max_lag": self.random.choice((0.05, 1.0, 30.0)),
@@ -188,6 +193,8 @@ class History:
                 bytes(origin.durable),
                 [(p.offset, p.data) for p in origin.pending],
                 origin.changes,
+                origin.journal,
+                origin.instants[-2:] if self._only_back else [],
             )
         )
 
@@ -281,7 +288,9 @@ class History:
             elif what == 3:
                 self.host.cache.forget_ready()
             elif what == 4 and not self.overlay:
-                await self._disk.set_mode(self.random.choice(self.modes), nothing)
+                mode = self.random.choice(self.modes)
+                self._only_back &= mode is Mode.WRITE_BACK
+                await self._disk.set_mode(mode, nothing)
 
     # -- looking ----------------------------------------------------------------------------------------------
 
@@ -299,7 +308,9 @@ class History:
             torn(self.random, device, recorder.writes[moment.durable : moment.writes])
             torn(self.random, image, moment.pending)
         origin = FakeOrigin(self.dice, bytes(image), scale=0.0)
-        origin.changes = moment.changes
+        origin.changes, origin.journal = moment.changes, moment.journal
+        if moment.instants:
+            self._check_without_cache(moment, bytes(image))
         directory = self.directory / f"{self.states}"
         logged: list[logging.LogRecord] = []
         with _listening(logged):
@@ -317,6 +328,20 @@ class History:
                 shutil.rmtree(directory, ignore_errors=True)
         if logged:
             raise Broken(f"history {self.seed}, moment {moment.number}: {logged[0].getMessage()}")
+
+    def _check_without_cache(self, moment: Moment, image: bytes) -> None:
+        """The host is gone for good: the image, recovered, holds what the disk held at one instant."""
+        origin = FakeOrigin(self.dice, image)
+        origin.journal = moment.journal
+        origin.recover()
+        found = bytes(origin.visible)
+        legal = moment.instants[-1:] if moment.journal is not None else moment.instants
+        if found not in legal:
+            torn = [s for s in range(COUNT) if _sector(found, s) != _sector(legal[-1], s)]
+            raise Broken(
+                f"history {self.seed}, moment {moment.number}: without the cache the image is of no instant: "
+                f"{len(torn)} sectors differ from the last"
+            )
 
     async def _examine(
         self, moment: Moment, directory: Path, device: bytes, origin: FakeOrigin, killed: bool
@@ -360,6 +385,10 @@ class History:
                     data = b"".join(bytes(b) for b in buffers)
                     image = origin.visible[piece.offset : piece.offset + piece.length]
                     assert data == image, f"at {piece.offset}: clean is {told(data)}"
+
+
+def _sector(image: bytes, number: int) -> bytes:
+    return image[number * SECTOR : (number + 1) * SECTOR]
 
 
 def _torn_from(data: bytes, legal: list[bytes]) -> bool:
@@ -497,6 +526,23 @@ def _unchecked_replay(stack: ExitStack) -> None:
     _replace(stack, forebay_cache.recovery, "_choose", lambda cache, sector, claims: claims[-1])
 
 
+def _no_redo_journal(stack: ExitStack) -> None:
+    async def nothing(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    _replace(stack, WriteBack, "_journal", nothing)
+
+
+def _journal_removed_early(stack: ExitStack) -> None:
+    commit = FakeJournal.commit
+
+    async def commit_and_end(self: FakeJournal) -> None:
+        await commit(self)
+        await self.end()
+
+    _replace(stack, FakeJournal, "commit", commit_and_end)
+
+
 def _replace(stack: ExitStack, target: object, name: str, value: object) -> None:
     stack.enter_context(mock.patch.object(target, name, value))
 
@@ -514,6 +560,8 @@ PLANTED: dict[str, tuple[Callable[[ExitStack], None], Sequence[Mode]]] = {
     "origin not flushed": (_clean_before_durable, THROUGH),
     "clean before the origin is durable": (_clean_before_durable, BACK),
     "replay takes torn data": (_unchecked_replay, BACK),
+    "no redo journal": (_no_redo_journal, BACK),
+    "redo journal removed before the image is durable": (_journal_removed_early, BACK),
 }
 
 
