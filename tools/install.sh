@@ -31,9 +31,11 @@ files() {
     done
     echo "644 systemd/sysusers.conf $SYSTEMD/sysusers.d/forebay.conf"
     echo "644 systemd/tmpfiles.conf $SYSTEMD/tmpfiles.d/forebay.conf"
+    echo "644 systemd/60-forebay.rules $SYSTEMD/udev/rules.d/60-forebay.rules"
     echo "755 systemd/drain $HOME_OF_IT/drain"
+    echo "755 systemd/holds-cache $HOME_OF_IT/holds-cache"
     for unit in nbd/nbdkit/*.py; do
-        [ ! -e "$unit" ] || echo "644 $unit $HOME_OF_IT/nbdkit/${unit##*/}"
+        echo "644 $unit $HOME_OF_IT/nbdkit/${unit##*/}"
     done
     echo "644 config/completions/forebay.bash $PREFIX/share/bash-completion/completions/forebay"
     echo "644 config/completions/_forebay $PREFIX/share/zsh/site-functions/_forebay"
@@ -76,6 +78,7 @@ install_it() {
         systemd-sysusers "$SYSTEMD/sysusers.d/forebay.conf"
         systemd-tmpfiles --create "$SYSTEMD/tmpfiles.d/forebay.conf"
         systemctl daemon-reload
+        [ ! -S /run/udev/control ] || udevadm control --reload
         if systemctl --quiet is-active 'forebay*.service'; then
             echo "install: running daemons are of the old version until: systemctl restart 'forebay*.service'"
         else

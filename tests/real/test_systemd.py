@@ -307,6 +307,16 @@ def test_a_second_instance_has_everything_of_its_own(host: Host) -> None:
     host.run("systemctl", "stop", "forebay@b")
 
 
+def test_udev_knows_a_cache_by_its_content(host: Host) -> None:
+    script = "/usr/local/lib/forebay/holds-cache"
+    host.disk("u")
+    assert host.run(script, "/var/lib/forebay/cache.img", check=False).returncode == 0
+    for other in (f"{IMAGES}/u.raw", "/dev/zero", "/no/such"):
+        assert host.run(script, other, check=False).returncode == 1
+    rule = host.run("cat", "/usr/local/lib/udev/rules.d/60-forebay.rules").stdout
+    assert f'PROGRAM=="{script} $devnode"' in rule
+
+
 def test_a_mount_of_the_fuse_unit_is_seen_by_everybody(host: Host) -> None:
     if not Path("/dev/fuse").exists():
         pytest.skip("this kernel has no /dev/fuse")
