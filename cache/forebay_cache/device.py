@@ -287,7 +287,8 @@ def reserve(fd: int, path: Path, size: int, progress: Progress) -> None:
     """
     old = os.fstat(fd).st_size
     room = os.fstatvfs(fd)
-    if size - old > room.f_bavail * room.f_frsize:  # asked first: others are not to run out of space
+    # asked first: others are not to run out of space
+    if size - old > room.f_bavail * room.f_frsize:
         raise CacheError(
             f"{path}: cannot be made {size} bytes: no space left: make room there, or say less"
         )

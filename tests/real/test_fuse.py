@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,8 @@ def test_what_would_change_a_file_is_refused_as_libvirt_tolerates_it(
         (lambda: os.truncate(path, SIZE + 1), errno.EPERM),
         (lambda: os.setxattr(path, "trusted.libvirt.security.dac", b"+0:+0"), errno.EOPNOTSUPP),
         (lambda: os.unlink(path), errno.EROFS),
-        (lambda: (mount.path / "disks" / "new").touch(), errno.EROFS),
-        (lambda: os.mkdir(mount.path / "disks" / "new"), errno.EROFS),
+        ((mount.path / "disks" / "new").touch, errno.EROFS),
+        (partial(os.mkdir, mount.path / "disks" / "new"), errno.EROFS),
         (lambda: os.rename(path, mount.path / "disks" / "new"), errno.EROFS),
         (lambda: os.open(mount.image("a.raw"), os.O_RDWR), errno.EROFS),
         (lambda: os.open(path, os.O_RDWR | os.O_TRUNC), errno.EPERM),

@@ -371,7 +371,7 @@ async def test_what_hangs_moves_unanswered(short_path: Path) -> None:
             replies = await answers(client, {1: 0, 2: 5})
             assert replies.keys() == {1, 2}
             await client.send(request(2))
-        assert export.memory[4096:4101] == b"hello"
+        assert bytes(export.memory[4096:4101]) == b"hello"
 
 
 async def test_replies_that_were_not_taken_move_in_their_place(short_path: Path) -> None:

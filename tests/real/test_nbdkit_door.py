@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import re
 import socket
 import subprocess
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from real.gateway_process import GatewayProcess
-from real.nbdkit_door import Authority, NbdkitDoor, free_port, need_nbdkit
+from real.nbdkit_door import PLUGIN, Authority, NbdkitDoor, free_port, need_nbdkit
 from real.processes import MIB, NbdServer, need, random_image
 
 SIZE = 6 * MIB
@@ -223,8 +224,6 @@ def test_wrong_parameters_and_rules_are_told_at_the_start(
 
 
 def test_without_rules_it_does_not_start() -> None:
-    from real.nbdkit_door import PLUGIN
-
     need_nbdkit()
     command = ["nbdkit", "-f", f"--port={free_port()}", "--ipaddr=127.0.0.1", "python", str(PLUGIN)]
     assert "rules=FILE is missing" in fails(*command)
@@ -442,6 +441,24 @@ def test_the_longest_block_status_of_a_large_disk(
     assert extents(handle, 8 << 30) == [(8 << 30, 3)]
     handle.trim(0xFFFFFFFF, 1)
     handle.cache(4096, (8 << 30) - 4096)
+
+
+def test_requests_longer_than_the_daemon_takes(
+    shared: GatewayProcess,
+    attach: Callable[..., None],
+    make_door: MakeDoor,
+    handles: Callable[..., Any],
+) -> None:
+    """nbdkit takes 64 MiB, the daemon 32."""
+    with (shared.images / "long.raw").open("wb") as file:
+        file.truncate(48 * MIB)
+    attach("long", "long.raw", mode="write-back")
+    handle = handles(make_door(shared).uri("long"))
+    handle.set_strict_mode(0)
+    data = random.Random(9).randbytes(40 * MIB)
+    handle.pwrite(data, 4097)
+    assert handle.pread(40 * MIB, 4097) == data
+    assert handle.pread(4096, 0) == bytes(4096)
 
 
 def test_flush_fua_trim_and_zero_reach_the_origin(
@@ -821,3 +838,25 @@ def test_the_luks_filter(
     shared.cli("flush", "l8")
     assert b"secretsecret" not in image.read_bytes()
     assert handle.pread(6144, 4096) == b"secret" * 1024
+
+
+# ---------------------------------------------------------------------------------------------------------- the unit
+
+
+def test_the_unit_is_valid_and_hardened() -> None:
+    need("systemd-analyze", "nbdkit")
+    unit = PLUGIN.parents[2] / "systemd" / "forebay-nbdkit.service"
+    assert run("systemd-analyze", "verify", "--man=no", unit) == ""
+    run("systemd-analyze", "security", "--offline=true", "--threshold=20", unit)
+
+
+def test_the_sample_of_rules_lets_nobody_in(shared: GatewayProcess, make_door: MakeDoor) -> None:
+    sample = (PLUGIN.parents[2] / "config" / "nbdkit.toml").read_text()
+    door = make_door(shared, rules=sample)
+    assert json.loads(run("nbdinfo", "--list", "--json", door.uri("")))["exports"] == []
+    fails("nbdinfo", door.uri("a"))
+    door.rules.write_text(re.sub(r"^#(\[\[|\w+ = )", r"\1", sample, flags=re.MULTILINE))
+    assert '\npeers = ["192.0.2.200"]\n' in door.rules.read_text()
+    before = len(door.log_text())
+    fails("nbdinfo", door.uri("a"))
+    assert "no rule in" in door.log_text()[before:], "the commented rules are right"

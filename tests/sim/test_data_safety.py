@@ -419,10 +419,10 @@ def test_eviction_goes_on_when_the_index_can_be_read_again(tmp_path: Path) -> No
         cache._low = cache.device.slots
         cache.take_slot_soon()
         await trio.sleep(3)
-        assert not cache.evicted_blocks
+        assert cache.evicted_blocks == 0
         env.fails = set()
         await trio.sleep(3)
-        assert cache.evicted_blocks
+        assert cache.evicted_blocks > 0
         assert await read(disk, 0, SIZE) == OLD * (SIZE // BLOCK)
         await check_cache(cache)
 
