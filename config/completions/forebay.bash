@@ -5,7 +5,7 @@
 #    source ~/.local/share/bash_completion/forebay
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_forebay_subparsers=(serve attach detach status stats flush mode preload xml libvirt-hook cache fuse check-config dump-config demo)
+_shtab_forebay_subparsers=(serve attach detach status stats flush mode preload xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
 _shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --json)
@@ -18,6 +18,8 @@ _shtab_forebay_preload_option_strings=(-h --help --config)
 _shtab_forebay_xml_option_strings=(-h --help --config --target --libvirt --metadata)
 _shtab_forebay_libvirt_hook_option_strings=(-h --help --config)
 _shtab_forebay_cache_option_strings=(-h --help --config --vg --tag --device --file --size --force --json)
+_shtab_forebay_recover_option_strings=(-h --help --config --json)
+_shtab_forebay_takeover_option_strings=(-h --help --config --json --yes)
 _shtab_forebay_fuse_option_strings=(-h --help --config --allow-other --wait --patience)
 _shtab_forebay_check_config_option_strings=(-h --help --config)
 _shtab_forebay_dump_config_option_strings=(-h --help --config --json)
@@ -44,6 +46,8 @@ _shtab_forebay_xml_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_xml___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_libvirt_hook___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_cache___config_COMPGEN=_shtab_compgen_files
+_shtab_forebay_recover___config_COMPGEN=_shtab_compgen_files
+_shtab_forebay_takeover___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_fuse___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_check_config___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_dump_config___config_COMPGEN=_shtab_compgen_files
@@ -51,7 +55,7 @@ _shtab_forebay_demo___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay___config_COMPGEN=_shtab_compgen_files
 
 _shtab_forebay_cache_pos_0_choices=(info create extend format remove scrub)
-_shtab_forebay_pos_0_choices=(serve attach detach status stats flush mode preload xml libvirt-hook cache fuse check-config dump-config demo)
+_shtab_forebay_pos_0_choices=(serve attach detach status stats flush mode preload xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
 _shtab_forebay___print_completion_choices=(bash zsh tcsh)
 
 _shtab_forebay_serve__h_nargs=0
@@ -89,6 +93,13 @@ _shtab_forebay_cache__h_nargs=0
 _shtab_forebay_cache___help_nargs=0
 _shtab_forebay_cache___force_nargs=0
 _shtab_forebay_cache___json_nargs=0
+_shtab_forebay_recover__h_nargs=0
+_shtab_forebay_recover___help_nargs=0
+_shtab_forebay_recover___json_nargs=0
+_shtab_forebay_takeover__h_nargs=0
+_shtab_forebay_takeover___help_nargs=0
+_shtab_forebay_takeover___json_nargs=0
+_shtab_forebay_takeover___yes_nargs=0
 _shtab_forebay_fuse__h_nargs=0
 _shtab_forebay_fuse___help_nargs=0
 _shtab_forebay_fuse___allow_other_nargs=0

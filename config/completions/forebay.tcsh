@@ -12,12 +12,12 @@ complete forebay \
         'c/--config=/f/' \
         'c/--state=/d/' \
         'c/--run=/d/' \
-        'c/--/(all allow-other cache-size config device discard file force help json libvirt metadata mode overlay patience preload print-completion read-only run size state tag target timeout version vg wait)/' \
+        'c/--/(all allow-other cache-size config device discard file force help json libvirt metadata mode overlay patience preload print-completion read-only run size state tag target timeout version vg wait yes)/' \
         'c/-/(- h)/' \
         'n/--print-completion/(bash zsh tcsh)/' \
         'n/--config/f/' \
         'n/--state/d/' \
         'n/--run/d/' \
-        'p/1/(serve attach detach status stats flush mode preload xml libvirt-hook cache fuse check-config dump-config demo)/' \
+        'p/1/(serve attach detach status stats flush mode preload xml libvirt-hook cache recover takeover fuse check-config dump-config demo)/' \
         'n/cache/(info create extend format remove scrub)/' \
         'p/*/()/'

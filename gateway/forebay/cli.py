@@ -257,6 +257,17 @@ def _cache(parser: Parser) -> None:
     _json(parser)
 
 
+def _recover(parser: Parser) -> None:
+    parser.add_argument("image", metavar="IMAGE", type=IMAGE, help="STORE:PATH, or any path")
+    _json(parser)
+
+
+def _takeover(parser: Parser) -> None:
+    _recover(parser)
+    text = "give up what the other gateway has and the image lacks"
+    parser.add_argument("--yes", action="store_true", help=text)
+
+
 def _fuse(parser: Parser) -> None:
     add = parser.add_argument
     add("mount", metavar="MOUNT", help="the directory to mount at")
@@ -279,6 +290,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "xml": ("the libvirt <disk> element of a disk", _xml),
     "libvirt-hook": ("what libvirt's hook calls, with the domain's XML on stdin", _libvirt_hook),
     "cache": ("look at, make, extend, check or remove the cache device", _cache),
+    "recover": ("finish what a gateway that is gone had begun with an image", _recover),
+    "takeover": ("take an image from a gateway that is gone for good", _takeover),
     "fuse": ("mount disks and images as files, in the foreground", _fuse),
     "check-config": ("say what is wrong with the configuration", _nothing),
     "dump-config": ("print the effective configuration", _json),

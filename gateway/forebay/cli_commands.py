@@ -258,6 +258,28 @@ def fuse(arguments: Arguments) -> int:
     return mount(Config.load(arguments.config), Path(arguments.mount), settings)
 
 
+def recover(arguments: Arguments) -> int:
+    """Finish or drop a checkpoint beside an image; says what point in time the image is at."""
+    return _recover(arguments, take_over=False, sure=True)
+
+
+def takeover(arguments: Arguments) -> int:
+    """The same, and the image is free for another gateway."""
+    return _recover(arguments, take_over=True, sure=arguments.yes)
+
+
+def _recover(arguments: Arguments, *, take_over: bool, sure: bool) -> int:
+    from forebay.config import Config  # noqa: PLC0415
+    from forebay.recover import run  # noqa: PLC0415
+
+    report = run(Config.load(arguments.config), arguments.image, take_over=take_over, sure=sure)
+    if arguments.json:
+        print_json(report.json())
+    else:
+        print("\n".join(report.lines()))
+    return 0
+
+
 RUN: dict[str, Callable[[Arguments], int]] = {
     "serve": serve,
     "attach": attach,
@@ -270,6 +292,8 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "xml": xml,
     "libvirt-hook": libvirt_hook,
     "cache": cache,
+    "recover": recover,
+    "takeover": takeover,
     "fuse": fuse,
     "check-config": check_config,
     "dump-config": dump_config,

@@ -11,6 +11,7 @@ import trio
 
 from forebay.origin import Identity, Origin
 from forebay.origin_source import Source
+from forebay.owner import TakenOver
 from forebay_cache import Cache, Filler, Layer, View, invalidate
 from forebay_cache.clean import REGION_SHIFT
 from forebay_cache.device import Buffer
@@ -128,7 +129,9 @@ class Image:
             if self.origin is not None or trio.current_time() < self._next_try:
                 return
             try:
-                origin = await self.sources[-1].open()
+                origin = await self._open()
+                if origin is None:
+                    return
                 identity = await origin.identity()
             except OSError as error:
                 if self.unreachable is None:
@@ -144,6 +147,18 @@ class Image:
             self._compare(identity)
             self.origin = origin
 
+    async def _open(self) -> Origin | None:
+        """The origin; None where the image was taken over while the cache has data that it lacks. Raises OSError."""
+        source = self.sources[-1]
+        try:
+            return await source.open()
+        except TakenOver as fault:
+            self._changed(str(fault))
+            if self.conflict is not None:
+                return None
+        source.begin_anew()
+        return await source.open()
+
     def _compare(self, identity: Identity) -> None:
         """Forget what the cache has of an image that somebody else has changed since."""
         known = self.cache.record("image", self.key)
@@ -153,22 +168,21 @@ class Image:
                 # like is noted when it is durable.
                 return
         elif tuple(known["identity"]) != astuple(identity):
-            self._changed()
-        if (
-            self.conflict is None
-        ):  # else the one we know stays on record: it is a conflict after a restart too
+            self._changed(f"{self.key} was changed by somebody else")
+        # With a conflict the one we know stays on record: it is a conflict after a restart too.
+        if self.conflict is None:
             self._remember(identity)
 
-    def _changed(self) -> None:
+    def _changed(self, what: str) -> None:
         if self.has_private():
             self.conflict = (
-                f"{self.key} was changed by somebody else while the cache holds data that it lacks: "
+                f"{what} while the cache holds data that it lacks: "
                 "detach with --discard to give that data up"
             )
             log.error("%s", self.conflict)
             return
         if self.layer.sectors:
-            log.warning("%s was changed by somebody else: its cached blocks are dropped", self.key)
+            log.warning("%s: its cached blocks are dropped", what)
         self.refresh()
 
     def has_private(self) -> bool:

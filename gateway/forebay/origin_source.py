@@ -13,7 +13,7 @@ from forebay.errors import ForebayError
 from forebay.nbd_origin import NbdOrigin
 from forebay.origin import BlockOrigin, FileOrigin, Origin
 from forebay.origin_threads import StoreThreads, bounded
-from forebay.owner import Claim, Owner, read_owner
+from forebay.owner import Claim, Owner, TakenOver, read_owner
 from forebay.redo import Redo
 from forebay.store import DeviceImage, FileImage, Image, ImageFile, open_device, open_image
 from forebay_cache.device import Buffer
@@ -72,6 +72,9 @@ class Source:
         self._origin: Origin | None = None  # the last one handed out
         self._prepared: Origin | None = None
         self._hurried = size is not None
+        self._ours = (
+            size is not None and self.marker is not None
+        )  # a marker was left at the last end
 
     @property
     def size(self) -> int:
@@ -98,7 +101,8 @@ class Source:
         self._prepared = await self._open(first=True)
 
     async def open(self) -> Origin:
-        """An origin, claimed if the disk writes. Raises OSError, also for what an operator has to put right.
+        """An origin, claimed if the disk writes. Raises OSError, also for what an operator has to put right, and
+        TakenOver: `begin_anew` then, or never open it again.
 
         The first attempt after a restart is short: a disk that is warm must not wait for a store that hangs.
         """
@@ -110,9 +114,15 @@ class Source:
         try:
             with bounded(patience, f"opening {self.label}"):
                 self._origin = await self._open(first=False)
+        except TakenOver:
+            raise
         except ForebayError as fault:
             raise OSError(errno.EIO, str(fault)) from fault
         return self._origin
+
+    def begin_anew(self) -> None:
+        """Nothing is left of what we had of the image, so it may be claimed as if for the first time."""
+        self._ours = False
 
     async def close_prepared(self) -> None:
         """Another disk on the same image was there before: its origin serves both."""
@@ -179,7 +189,10 @@ class Source:
             await self._claim.check()
             return
         me = Owner.of_this_process(self.use.gateway, self.use.disk)
-        self._claim = await Claim.take(image, file, me, self._threads, self._timeout)
+        self._claim = await Claim.take(
+            image, file, me, self._threads, self._timeout, again=self._ours
+        )
+        self._ours = True
 
     async def dirty(self) -> None:
         """Durably on record: the image lacks data that this gateway has. Raises OSError, also before the first open."""
@@ -209,7 +222,10 @@ class Source:
         if self._origin is not None:
             await self._origin.settle()
         if self._prepared is None and self._claim is None and self.marker is not None:
-            self._prepared = await self._open(first=False)  # ours from before a restart
+            try:
+                self._prepared = await self._open(first=False)  # ours from before a restart
+            except TakenOver:
+                return
         if self._claim is not None:
             # what the image lacked was brought home, or dropped on purpose
             await self._claim.clean()

@@ -62,6 +62,11 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 State = Literal["clean", "dirty"]
 
+
+class TakenOver(ForebayError):
+    """An image that was ours is so no more: others may have written it, so nothing that we know of it holds."""
+
+
 NOBODY = ""
 """The gateway of a marker that was left by `forebay takeover`: the next one may take it."""
 
@@ -133,7 +138,38 @@ def read_owner(image: FileImage) -> Owner | None:
             sidecar = _opened(stack, _open_sidecar(folder, image))
         except FileNotFoundError:
             return None
-        return _read(sidecar, image)
+        owner = _read(sidecar, image)
+        if owner is not None and owner.gateway != NOBODY:
+            return owner
+        if redo.NAME in os.listdir(sidecar):
+            raise ForebayError(
+                f"{image.key} holds part of a checkpoint: run 'forebay recover {image.key}' first"
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What was found beside an image, and is done with: a checkpoint that was `finished`, or one that was `dropped`.
+
+    `owner` is who holds, or held, the image; with state dirty that gateway has later writes.
+    """
+
+    finished: redo.Checkpoint | None
+    dropped: bool
+    owner: Owner | None
+
+    @property
+    def as_of(self) -> str:
+        """The instant that the image shows, where that is known: UTC, ISO 8601; else empty."""
+        if self.finished is not None:
+            return self.finished.as_of
+        return self.owner.as_of if self.owner else ""
+
+    @property
+    def lacks(self) -> bool:
+        """Whether a gateway has writes that the image lacks."""
+        return self.owner is not None and self.owner.state == "dirty"
 
 
 class Marker:
@@ -152,15 +188,17 @@ class Marker:
         self.owner: Owner | None = None
 
     @classmethod
-    def take(cls, image: FileImage, file: ImageFile, me: Owner) -> Self:
-        """Make `me` the owner of the open image `file`.
+    def take(cls, image: FileImage, file: ImageFile, me: Owner, *, again: bool = False) -> Self:
+        """Make `me` the owner of the open image `file`; with `again` only if its gateway is that already.
 
-        Raises ForebayError that names the owner and says what to do, when there is another one.
+        Raises ForebayError that names the owner and says what to do, when there is another one; TakenOver with `again`.
         """
         for _ in range(LOCK_TRIES):
             with contextlib.ExitStack() as undo:
                 folder = _opened(undo, open_folder(image))
                 _check_same(image, folder, file)
+                if again:
+                    _check_ours(image, folder, me)
                 sidecar = _opened(undo, _made_sidecar(folder, image))
                 lock = _opened(undo, os.open("lock", _CREATE, 0o600, dir_fd=sidecar))
                 if not _locked(lock):
@@ -171,6 +209,43 @@ class Marker:
                     undo.pop_all()
                     return marker
         raise ForebayError(f"{image.key}: its owner is just changing: try again")
+
+    @classmethod
+    def recover(cls, image: FileImage, file: ImageFile, *, take_over: bool = False) -> Recovered:
+        """Finish or drop what a gateway that is gone left beside the open image.
+
+        With `take_over` the image is nobody's afterwards, and what that gateway has is given up. Raises ForebayError,
+        with nothing changed, while a gateway serves the image, and for a journal that cannot be applied.
+        """
+        with contextlib.ExitStack() as undo:
+            folder = _opened(undo, open_folder(image))
+            _check_same(image, folder, file)
+            try:
+                sidecar = _opened(undo, _open_sidecar(folder, image))
+            except FileNotFoundError:
+                return Recovered(None, dropped=False, owner=None)
+            lock = _opened(undo, os.open("lock", _CREATE, 0o600, dir_fd=sidecar))
+            owner = _read(sidecar, image)
+            if not _locked(lock):
+                raise ForebayError(
+                    f"{image.key} is in use by {owner or 'another gateway'}, which serves it now: detach it there"
+                )
+            marker = cls(image, file, folder, sidecar, lock)
+            return marker._recover(owner, file, take_over=take_over)
+
+    def _recover(self, owner: Owner | None, file: ImageFile, *, take_over: bool) -> Recovered:
+        dropped = redo.UNFINISHED in os.listdir(self._sidecar)
+        finished = redo.recover(self._sidecar, file.fd, self.image.key, Calls())
+        found = Recovered(finished, dropped, owner)
+        if owner is None:
+            self._remove()
+        elif take_over:
+            me = Owner.of_this_process(NOBODY, owner.disk)
+            token = max(int(time.time()), owner.token + 1)
+            self._write(replace(me, token=token, as_of=found.as_of))
+        elif finished is not None:
+            self._write(replace(owner, as_of=found.as_of))
+        return found
 
     def _begin(self, me: Owner, file: ImageFile) -> None:
         before = _read(self._sidecar, self.image)
@@ -212,7 +287,7 @@ class Marker:
         found = _read(self._sidecar, self.image)
         assert self.owner is not None, "released"
         if found is None or (found.gateway, found.token) != (self.owner.gateway, self.owner.token):
-            raise ForebayError(f"{self.image.key} was taken over by {found or 'nobody known'}")
+            raise _taken_over(self.image, found)
 
     def release(self) -> None:
         """Take marker and lock away. With dirty data the marker stays, for only this gateway can bring that home."""
@@ -266,12 +341,21 @@ class Claim:
 
     @classmethod
     async def take(
-        cls, image: FileImage, file: ImageFile, me: Owner, threads: StoreThreads, timeout: float
+        cls,
+        image: FileImage,
+        file: ImageFile,
+        me: Owner,
+        threads: StoreThreads,
+        timeout: float,
+        *,
+        again: bool = False,
     ) -> Self:
-        """Become the owner. Raises ForebayError when another gateway is, OSError when the store fails."""
+        """Become the owner. Raises ForebayError when another gateway is, or was in between where it is to be ours
+        `again` (TakenOver), and OSError when the store fails.
+        """
         with bounded(timeout, f"claiming {image.key}"):
             marker = await threads.run(
-                lambda: Marker.take(image, file, me), drop=lambda late: late.close()
+                lambda: Marker.take(image, file, me, again=again), drop=lambda late: late.close()
             )
         return cls(marker, threads, timeout)
 
@@ -431,6 +515,22 @@ def _read_leniently(sidecar: int, image: FileImage) -> Owner | None:
         return None
 
 
+def _check_ours(image: FileImage, folder: int, me: Owner) -> None:
+    """Whoever takes an image over replaces or removes the marker that we left."""
+    with contextlib.ExitStack() as stack:
+        try:
+            found = _read(_opened(stack, _open_sidecar(folder, image)), image)
+        except FileNotFoundError:
+            found = None
+        if found is None or found.gateway != me.gateway:
+            raise _taken_over(image, found)
+
+
+def _taken_over(image: FileImage, found: Owner | None) -> TakenOver:
+    by = f" by {found}" if found is not None and found.gateway != NOBODY else ""
+    return TakenOver(f"{image.key} was taken over{by}")
+
+
 def _held(image: FileImage, owner: Owner | None) -> ForebayError:
     return ForebayError(
         f"{image.key} is in use by {owner or 'another gateway'}: detach it there first, "
@@ -440,10 +540,10 @@ def _held(image: FileImage, owner: Owner | None) -> ForebayError:
 
 def _left_behind(image: FileImage, owner: Owner) -> ForebayError:
     if owner.state == "dirty":
-        has, then = "has data that the image lacks", "and lose that data"
+        has, then = "has data that the image lacks", "gives that data up"
     else:
-        has, then = "did not release it", "and lose nothing"
+        has, then = "did not release it", "frees it, and nothing is lost"
     return ForebayError(
         f"{image.key} belongs to {owner}, which {has}: detach it there; only if that gateway is "
-        f"gone for good, remove {image.root / image.path}{SIDECAR}/owner {then}"
+        f"gone for good, 'forebay takeover {image.key}' {then}"
     )

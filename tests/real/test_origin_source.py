@@ -15,7 +15,7 @@ from forebay.errors import ForebayError
 from forebay.origin_calls import Buffer, Calls
 from forebay.origin_source import Source, Use
 from forebay.origin_threads import StoreThreads
-from forebay.owner import Marker, Owner
+from forebay.owner import Marker, Owner, TakenOver
 from forebay.store import FileImage, open_image
 
 SIZE = 1 << 20
@@ -106,9 +106,18 @@ async def test_an_image_that_is_taken_meanwhile_is_not_written(image: FileImage)
         await ours.prepare()
         await ours.leave()
         path = image.root / "vm.img.forebay" / "owner"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "gateway": "them"}))
+        text = path.read_text()
+        path.write_text(json.dumps({**json.loads(text), "gateway": "them"}))
+        again = make(size=SIZE)
+        with pytest.raises(TakenOver, match="was taken over by host"):
+            await again.open()
+        again.begin_anew()
         with pytest.raises(OSError, match="belongs to host"):
+            await again.open()
+        path.unlink()
+        with pytest.raises(TakenOver, match="was taken over$"):
             await make(size=SIZE).open()
+        path.write_text(json.dumps({**json.loads(text), "gateway": "them"}))
         with pytest.raises(ForebayError, match="overlay needs an image that stays"):
             await make(overlay=True).prepare()
 
@@ -165,6 +174,10 @@ async def test_the_first_attempt_after_a_restart_is_short(
 
     descriptors = len(os.listdir("/proc/self/fd"))
     async with sources(image) as make:
+        before = make()
+        await before.prepare()
+        await before.leave()
+        await before.close_prepared()
         source = make(size=SIZE)
         with monkeypatch.context() as patch:
             patch.setattr("forebay.origin_source.open_image", hang)

@@ -480,10 +480,11 @@ async def test_stats_waits_for_a_daemon_that_is_restarted(
 
 
 def test_every_command_of_the_contract_is_there() -> None:
-    contract = "serve attach detach status stats flush mode preload xml cache check-config "
-    assert (
-        set(COMMANDS) == set(RUN) == set((contract + "dump-config demo fuse libvirt-hook").split())
+    contract = (
+        "serve attach detach status stats flush mode preload xml cache check-config dump-config demo "
+        "fuse libvirt-hook recover takeover"
     )
+    assert set(COMMANDS) == set(RUN) == set(contract.split())
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_the_marker_says_who(image: FileImage, take: Callable[..., Marker]) -> N
     assert found["state"] == "clean"
     assert found["pid"] == os.getpid()
     assert set(found) == {
-        "format", "gateway", "host", "pid", "boot_id", "disk", "since", "state", "token"
+        "format", "gateway", "host", "pid", "boot_id", "disk", "since", "state", "token", "as_of"
     }  # fmt: skip
     assert read_owner(image) == Owner.parse((sidecar(image) / "owner").read_bytes())
 
@@ -173,7 +173,7 @@ def test_lost_ownership_is_noticed(image: FileImage, take: Callable[..., Marker]
     with pytest.raises(ForebayError, match="taken over by host elsewhere"):
         marker.check()
     path.unlink()
-    with pytest.raises(ForebayError, match="nobody known"):
+    with pytest.raises(ForebayError, match="was taken over$"):
         marker.check()
 
 
@@ -293,9 +293,9 @@ async def test_a_claim_that_came_too_late_is_given_back(
     hang, done = threading.Event(), threading.Event()
     real_take, real_close = Marker.take.__func__, Marker.close  # type: ignore[attr-defined]
 
-    def slow(cls: type[Marker], *arguments: object) -> Marker:
+    def slow(cls: type[Marker], *arguments: object, **options: object) -> Marker:
         hang.wait(10)
-        return real_take(cls, *arguments)  # type: ignore[no-any-return]
+        return real_take(cls, *arguments, **options)  # type: ignore[no-any-return]
 
     def close(self: Marker) -> None:
         real_close(self)
