@@ -176,7 +176,9 @@ def flush(arguments: Arguments) -> int:
             "see 'forebay status'"
         )
     if not arguments.json:
-        print(f"{arguments.name or 'all disks'}: nothing is dirty")
+        done = result["written_back_bytes"]
+        written = f"{format_size(done)} written back, " if done else ""
+        print(f"{arguments.name or 'all disks'}: {written}nothing is dirty")
     return 0
 
 

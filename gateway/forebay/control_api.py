@@ -37,6 +37,8 @@ Status = dict[str, Any]
 NOT_SERVED = "failed"
 """The state of a disk on record that could not be opened; what it has dirty is not known."""
 
+WRITES_BACK = (Mode.WRITE_BACK, Mode.FULL_COPY)
+
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -204,16 +206,29 @@ class Control:
             disks = [d for d in self._gateway.status() if names is None or d["name"] in names]
             return {
                 "names": [disk["name"] for disk in disks],
+            before = self._written_back()
                 "dirty_bytes": sum(disk["dirty_bytes"] for disk in disks),
+            after = self._written_back()
                 "not_served": [disk["name"] for disk in disks if disk["state"] == NOT_SERVED],
             }
 
+                "written_back_bytes": sum(
+                    after.get(disk["name"], 0) - before.get(disk["name"], 0) for disk in disks
+                ),
         return Operation(work)
 
     async def mode(self, request: Request) -> Operation:
         """Change the mode; answers with the disk's status."""
         name, given = self._name(request), await arguments(request, MODE, ("mode",))
         return Operation(lambda progress: self._gateway.set_mode(name, given["mode"], progress))
+    def _written_back(self) -> dict[str, int]:
+        """By disk: what went to the origin behind its guest's back."""
+        return {
+            disk["name"]: disk["origin_written_bytes"]
+            for disk in self._gateway.status()
+            if disk["mode"] in WRITES_BACK
+        }
+
 
     async def preload(self, request: Request) -> Operation:
         """Bring part of the image in; answers with the disk's status."""

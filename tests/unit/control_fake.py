@@ -117,6 +117,7 @@ class FakeGateway:
             self.disks[name]["dirty_bytes"] = self.left_dirty
 
     async def set_mode(self, name: str, mode: Mode, progress: Progress) -> dict[str, Any]:
+            self.disks[name]["origin_written_bytes"] += self.written_back
         self.calls.append(("mode", name, mode))
         await self._work("mode", progress)
         self.disks[name]["mode"] = str(mode)

@@ -280,6 +280,10 @@ async def test_commands_that_move_data(capsys: Capture) -> None:
     gateway = FakeGateway("a", "b")
     gateway.steps = 2
     async with served(gateway) as run:
+        gateway.written_back = MIB
+        assert await forebay(run, "flush", "a") == 0
+        assert capsys.readouterr() == ("a: 1.0M written back, nothing is dirty\n", "")
+        gateway.written_back = 0
         for argv, said in (
             ("flush", "all disks: nothing is dirty\n"),
             ("flush --all", "all disks: nothing is dirty\n"),
@@ -292,6 +296,7 @@ async def test_commands_that_move_data(capsys: Capture) -> None:
             assert await forebay(run, *argv.split()) == 0
             assert capsys.readouterr() == (said, "")
     assert gateway.calls == [
+        ("flush", ["a"], None),
         ("flush", None, None),
         ("flush", None, None),
         ("flush", ["a"], 120.0),
@@ -308,7 +313,12 @@ async def test_flush_is_done_only_when_nothing_is_dirty(capsys: Capture) -> None
     async with served(gateway) as run:
         assert await forebay(run, "flush", "--json") == 1
         out, err = capsys.readouterr()
-        assert json.loads(out) == {"names": ["a"], "dirty_bytes": MIB, "not_served": []}
+        assert json.loads(out) == {
+            "names": ["a"],
+            "written_back_bytes": 0,
+            "dirty_bytes": MIB,
+            "not_served": [],
+        }
         assert err.startswith("forebay: 1.0M are dirty again: guests went on writing; pause them")
         gateway.fail = ForebayError("12M are dirty after 2s: wait longer")
         assert await forebay(run, "flush", "a", "--timeout", "2s") == 1

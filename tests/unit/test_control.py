@@ -103,7 +103,9 @@ async def test_work_tells_how_far_it_is_and_what_came_of_it() -> None:
         answer = await ask(run, "POST /disks/a/flush", {"timeout": "2m"})
         assert answer.headers["content-type"] == "application/x-ndjson"
         *progress, result = answer.lines
-        assert result == {"result": {"names": ["a"], "dirty_bytes": 0, "not_served": []}}
+        assert result == {
+            "result": {"names": ["a"], "written_back_bytes": 0, "dirty_bytes": 0, "not_served": []}
+        }
         assert all(line["total"] == 3 * MIB and line["done"] < 3 * MIB for line in progress)
         assert (await ask(run, "POST /disks/a/mode", {"mode": "none"})).lines[-1] == {
             "result": disk("a", mode="none")
@@ -111,7 +113,14 @@ async def test_work_tells_how_far_it_is_and_what_came_of_it() -> None:
         assert (await ask(run, "POST /disks/b/preload", {"amount": "1M"})).lines[-1] == {
             "result": disk("b")
         }
-        both = {"result": {"names": ["a", "b"], "dirty_bytes": 0, "not_served": []}}
+        both = {
+            "result": {
+                "names": ["a", "b"],
+                "written_back_bytes": 0,
+                "dirty_bytes": 0,
+                "not_served": [],
+            }
+        }
         assert (await ask(run, "POST /flush")).lines[-1] == both
         assert (await ask(run, "POST /flush", {"names": ["a", "b"]})).lines[-1] == both
         assert (await ask(run, "POST /cache/scrub")).lines[-1]["result"]["damaged_slots"] == 0
