@@ -133,15 +133,20 @@ class WriteBack:
 
     async def _write_out(self, layer: Layer, progress: "Progress | None") -> None:
         disk = self._disk
-        journal = await self._journal(layer, progress)
-        failures = disk.image.sync_failures
+        # As long as there may be a committed journal, a start after a crash writes the image: its identity is not on
+        # record in all that time, or those writes would be taken for somebody else's.
         async with disk.image.writing():
-            await _Image(disk, layer, progress).all()
-        await disk.image.flush()
-        if disk.image.sync_failures != failures:
-            raise OSError(errno.EIO, "a flush of the image failed meanwhile: all is written again")
-        if journal is not None:
-            await journal.end()
+            journal = await self._journal(layer, progress)
+            failures = disk.image.sync_failures
+            async with disk.image.writing():
+                await _Image(disk, layer, progress).all()
+            await disk.image.flush()
+            if disk.image.sync_failures != failures:
+                raise OSError(
+                    errno.EIO, "a flush of the image failed meanwhile: all is written again"
+                )
+            if journal is not None:
+                await journal.end()
         await settle(disk.block_cache, layer, disk.image.filler)
         # The clean layer has slots now that durable state gives to this one: nothing may be written there before.
         await disk.block_cache.commit()

@@ -1,0 +1,329 @@
+"""What the tests do to a daemon from inside: end it by SIGKILL at a named point, or take a promise away.
+
+The product knows nothing of this: kill_launcher.py replaces functions in the daemon it has just forked. A point is a
+function of the product; a kill comes before its n-th call, or after it has returned and before its caller goes on.
+"""
+
+import functools
+import importlib
+import inspect
+import mmap
+import os
+import signal
+import struct
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SHARED_BYTES = 4096
+
+_COUNT = struct.Struct("<Q")
+
+
+class Counters:
+    """Shared with the daemon: whether its plant is armed, and how often each side of each point was passed."""
+
+    def __init__(self, shared: mmap.mmap) -> None:
+        self._shared = shared
+
+    def _get(self, at: int) -> int:
+        return int(_COUNT.unpack_from(self._shared, at)[0])
+
+    def _put(self, at: int, value: int) -> None:
+        _COUNT.pack_into(self._shared, at, value)
+
+    def reset(self, *, armed: bool) -> None:
+        self._shared[:] = bytes(SHARED_BYTES)
+        self.arm(armed)
+
+    def arm(self, armed: bool = True) -> None:
+        """From now on passings count."""
+        self._put(0, armed)
+
+    @property
+    def armed(self) -> bool:
+        return bool(self._get(0))
+
+    def passed(self, side: int) -> int:
+        """Count one more passing of the side with that number of SIDES; how many there are now."""
+        count = self._get(8 + 8 * side) + 1
+        self._put(8 + 8 * side, count)
+        return count
+
+    def counts(self) -> dict[str, int]:
+        """By side, those that were passed."""
+        found = {name: self._get(8 + 8 * i) for i, name in enumerate(SIDES)}
+        return {name: count for name, count in found.items() if count}
+
+
+# ----------------------------------------------------------------------------------------------------------- points
+
+
+@dataclass(frozen=True)
+class Point:
+    """`target` is `module:function` or `module:Class.method`; `only` says which of its calls count, by its arguments."""
+
+    name: str
+    target: str
+    only: Callable[..., bool] | None = None
+
+
+def _slots(device: Any, offset: int, _data: Any) -> bool:
+    return bool(offset >= device.data_offset)
+
+
+def _disk(_cache: Any, kind: str, *_: Any) -> bool:
+    return kind == "disk"
+
+
+def _image(_cache: Any, kind: str, *_: Any) -> bool:
+    return kind == "image"
+
+
+def _renamed(name: str) -> Callable[..., bool]:
+    def only(source: Any, *_: Any, **_options: Any) -> bool:
+        return bool(source == name)
+
+    return only
+
+
+CACHE, GATEWAY = "forebay_cache", "forebay"
+
+POINTS = (
+    # the cache device
+    Point("data pwrite", f"{CACHE}.device:Device.write", _slots),
+    Point("intent record append", f"{CACHE}.journal:Journal.append"),
+    Point("publish", f"{CACHE}.cache:Cache.publish"),
+    Point("fdatasync begun", f"{CACHE}.syncer:Syncer._begin"),
+    Point("fdatasync ended", f"{CACHE}.syncer:Syncer._done_with"),
+    # the index
+    Point("snapshot", f"{CACHE}.cache:Cache.snapshot"),
+    Point("LMDB commit", f"{CACHE}.index:Index._commit"),
+    Point("journal truncation", f"{CACHE}.journal:Journal.trim"),
+    Point("slots given free", f"{CACHE}.cache:Cache._release"),
+    Point("layer made", f"{CACHE}.cache:Cache.make_layer"),
+    Point("layer dropped", f"{CACHE}.cache:Cache.drop_layer"),
+    Point("layer buried", f"{CACHE}.cache:Cache._empty_page"),
+    Point("disk record", f"{CACHE}.cache:Cache.put_record", _disk),
+    Point("image record", f"{CACHE}.cache:Cache.put_record", _image),
+    # clean blocks
+    Point("fill written", f"{CACHE}.clean:_write"),
+    Point("fill published", f"{CACHE}.clean:_publish"),
+    Point("eviction", f"{CACHE}.cache:Cache.evict_slot"),
+    Point("region heated", f"{CACHE}.cache:Cache.heat"),
+    Point("region cooled", f"{CACHE}.cache:Cache.cool"),
+    Point("clean sectors dropped", f"{CACHE}.clean:drop"),
+    # write-back
+    Point("freeze", f"{GATEWAY}.disk:Disk.freeze"),
+    Point("shadowed sectors dropped", f"{CACHE}.settle:_drop_shadowed"),
+    Point("settle copied", f"{CACHE}.settle:_copy_sectors"),
+    Point("block handed over", f"{CACHE}.settle:_hand_over"),
+    Point("layer settled", f"{GATEWAY}.disk:Disk.settled"),
+    # the origin
+    Point("origin write", f"{GATEWAY}.origin_calls:Calls.pwritev"),
+    Point("origin fallocate", f"{GATEWAY}.origin_calls:Calls.fallocate"),
+    Point("origin fdatasync", f"{GATEWAY}.origin_calls:Calls.fdatasync"),
+    Point("origin fsync", f"{GATEWAY}.origin_calls:Calls.fsync"),
+    # the redo journal
+    Point("redo create", f"{GATEWAY}.redo:Redo.__init__"),
+    Point("redo add", f"{GATEWAY}.redo:Redo.add"),
+    Point("redo commit", f"{GATEWAY}.redo:Redo.commit"),
+    Point("redo rename", "os:rename", _renamed("redo.new")),
+    Point("redo remove", f"{GATEWAY}.redo:remove"),
+    Point("redo apply", f"{GATEWAY}.redo:_apply"),
+    # the owner marker
+    Point("owner marker", f"{GATEWAY}.owner:Marker._write"),
+    Point("owner rename", "os:rename", _renamed("owner.new")),
+    Point("owner claim", f"{GATEWAY}.owner:Marker._begin"),
+    Point("owner removal", f"{GATEWAY}.owner:Marker._remove"),
+    # attach, detach, change of mode
+    Point("attach: origin opened", f"{GATEWAY}.origin_source:Source.prepare"),
+    Point("attach: disk opened", f"{GATEWAY}.daemon:Gateway._opened"),
+    Point("attach: socket", f"{GATEWAY}.daemon_socket:Door.open"),
+    Point("detach: drained", f"{GATEWAY}.disk:Disk.drain"),
+    Point("detach: hung up", f"{GATEWAY}.daemon:Gateway._shut"),
+    Point("detach: closed", f"{GATEWAY}.disk:Disk.close"),
+    Point("detach: released", f"{GATEWAY}.origin_source:Source.release"),
+    Point("mode: finished", f"{GATEWAY}.writeback:WriteBack.finish"),
+    Point("mode: chosen", f"{GATEWAY}.disk:Disk._choose"),
+    Point("mode: changed", f"{GATEWAY}.disk:Disk.set_mode"),
+    Point("pinned", f"{CACHE}.settle:pin_layer"),
+    # a start
+    Point("start: replayed", f"{CACHE}.recovery:_Replay.apply"),
+    Point("start: committed", f"{CACHE}.recovery:_commit_start"),
+    Point("start: journal of the image", f"{GATEWAY}.redo:recover"),
+)
+
+SIDES = tuple(f"{side} {point.name}" for point in POINTS for side in ("before", "after"))
+"""The named points: each has two sides."""
+
+assert 8 + 8 * len(SIDES) <= SHARED_BYTES
+
+
+class _Plant:
+    """Counts passings, and ends the process at one of them. `side` None: at none."""
+
+    def __init__(self, counters: Counters, side: int | None, nth: int) -> None:
+        self.counters, self.side, self.nth = counters, side, nth
+
+    def passing(self, side: int) -> None:
+        if self.counters.armed and self.counters.passed(side) == self.nth and side == self.side:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrap(self, original: Callable[..., Any], point: Point, number: int) -> Callable[..., Any]:
+        before, after = 2 * number, 2 * number + 1
+
+        def counts(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+            return point.only is None or point.only(*arguments, **options)
+
+        @functools.wraps(original)
+        def call(*arguments: Any, **options: Any) -> Any:
+            if not counts(arguments, options):
+                return original(*arguments, **options)
+            self.passing(before)
+            result = original(*arguments, **options)
+            self.passing(after)
+            return result
+
+        @functools.wraps(original)
+        async def call_async(*arguments: Any, **options: Any) -> Any:
+            if not counts(arguments, options):
+                return await original(*arguments, **options)
+            self.passing(before)
+            result = await original(*arguments, **options)
+            self.passing(after)
+            return result
+
+        return call_async if inspect.iscoroutinefunction(original) else call
+
+
+def replace(target: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put `make(function)` in the place of a function of the product, also where it was imported by name."""
+    module_name, _, path = target.partition(":")
+    module = importlib.import_module(module_name)
+    *owner_path, name = path.split(".")
+    owner: Any = module
+    for part in owner_path:
+        owner = getattr(owner, part)
+    original = owner.__dict__[name]
+    assert callable(original), target
+    replacement = make(original)
+    setattr(owner, name, replacement)
+    if owner_path:
+        return
+    for found in list(sys.modules.values()):
+        if getattr(found, "__name__", "").startswith(("forebay", "forebay_cache")):
+            for key, value in list(vars(found).items()):
+                if value is original:
+                    setattr(found, key, replacement)
+
+
+def install(plant: Mapping[str, Any]) -> None:
+    """In the daemon, before it starts: `kill` (a side of SIDES) at its `nth` passing, or `count` all, or a `bug`."""
+    if bug := plant.get("bug"):
+        BUGS[bug]()
+    side = SIDES.index(plant["kill"]) if plant.get("kill") else None
+    if side is None and not plant.get("count"):
+        return
+    file = os.open(plant["shared"], os.O_RDWR)
+    counters = Counters(mmap.mmap(file, SHARED_BYTES))
+    os.close(file)
+    planted = _Plant(counters, side, plant.get("nth", 1))
+    for number, point in enumerate(POINTS):
+        if side is None or side // 2 == number:
+            replace(point.target, functools.partial(planted.wrap, point=point, number=number))
+
+
+# ------------------------------------------------------------------------------------------------------------- bugs
+
+
+def _no_intent_records() -> None:
+    """A write is answered when only its data was written: nobody can say after a kill what it was."""
+
+    def make(append: Callable[..., Any]) -> Callable[..., Any]:
+        def skip(journal: Any, payload: bytes) -> None:
+            del journal, payload
+
+        return skip
+
+    replace("forebay_cache.journal:Journal.append", make)
+
+
+def _journal_truncated_early() -> None:
+    """A commit says that the journal begins where it ends now, not where it ended as the commit was put together."""
+    journals: list[Any] = []
+
+    def note(mark: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(journal: Any) -> Any:
+            journals[:] = [journal]
+            return mark(journal)
+
+        return noted
+
+    def late(commit: Callable[..., Any]) -> Callable[..., Any]:
+        def committed(index: Any, changes: Any) -> None:
+            if journals:
+                head = journals[0].head
+                changes.meta.journal_offset, changes.meta.journal_sequence = (
+                    head.offset,
+                    head.sequence,
+                )
+            commit(index, changes)
+
+        return committed
+
+    replace("forebay_cache.journal:Journal.mark", note)
+    replace("forebay_cache.index:Index._commit", late)
+
+
+def _drops_forgotten() -> None:
+    """The modes that write to the origin do not put it on record that the cached sectors are old."""
+
+    def make(_drop: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda _mask, _layer, _block: b""
+
+    replace("forebay_cache.ops:drop", make)
+
+
+def _settled_before_the_origin() -> None:
+    """A checkpoint is taken for written while it is only on its way: the image never gets it."""
+
+    def make(_all: Callable[..., Any]) -> Callable[..., Any]:
+        async def nothing(_work: Any) -> None:
+            return None
+
+        return nothing
+
+    replace("forebay.writeback:_Work.all", make)
+
+
+def _disks_not_committed() -> None:
+    """A disk that was attached is on record some time later."""
+
+    def make(_commit: Callable[..., Any]) -> Callable[..., Any]:
+        async def later(_gateway: Any) -> None:
+            return None
+
+        return later
+
+    replace("forebay.daemon:Gateway._commit", make)
+
+
+def _flush_of_the_origin_only_said() -> None:
+    """Used by nobody but to see that a bug SIGKILL cannot show is not taken for found."""
+
+    def make(_sync: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda _calls, _fd: None
+
+    replace("forebay.origin_calls:Calls.fdatasync", make)
+
+
+BUGS: dict[str, Callable[[], None]] = {
+    "no intent records": _no_intent_records,
+    "journal truncated before the commit": _journal_truncated_early,
+    "drops not recorded": _drops_forgotten,
+    "checkpoint taken for written": _settled_before_the_origin,
+    "disk record not committed": _disks_not_committed,
+    "origin not flushed": _flush_of_the_origin_only_said,
+}
