@@ -4,13 +4,17 @@ It knows nothing of NBD, of images' homes or of modes: those are the business of
 """
 
 from forebay_cache.cache import Cache
+from forebay_cache.check import check
 from forebay_cache.clean import invalidate, mark_hot
 from forebay_cache.errors import CacheError, CacheFull
 from forebay_cache.fill import Filler, ReadAhead, Source
 from forebay_cache.growth import extend, extend_device
 from forebay_cache.layer import Layer
 from forebay_cache.recovery import format_device, open_cache
-from forebay_cache.scrub import scrub
+from forebay_cache.repair import Repaired, repair
+from forebay_cache.report import Fault, Report
+from forebay_cache.revive import Revived, revive
+from forebay_cache.scrub import Damage, Found, scrub
 from forebay_cache.settle import pages_of, pin_layer, settle
 from forebay_cache.view import View
 
@@ -18,11 +22,18 @@ __all__ = [
     "Cache",
     "CacheError",
     "CacheFull",
+    "Damage",
+    "Fault",
     "Filler",
+    "Found",
     "Layer",
     "ReadAhead",
+    "Repaired",
+    "Report",
+    "Revived",
     "Source",
     "View",
+    "check",
     "extend",
     "extend_device",
     "format_device",
@@ -31,6 +42,8 @@ __all__ = [
     "open_cache",
     "pages_of",
     "pin_layer",
+    "repair",
+    "revive",
     "scrub",
     "settle",
 ]

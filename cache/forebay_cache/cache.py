@@ -13,7 +13,7 @@ import mmap
 import resource
 import weakref
 from array import array
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,6 +104,12 @@ class Together:
         """Wait until the run that is going on, if any, has ended."""
         async with self._lock:
             pass
+
+    @contextlib.asynccontextmanager
+    async def suspended(self) -> AsyncIterator[None]:
+        """Within it the work is not done; who asks for it waits."""
+        async with self._lock:
+            yield
 
 
 def _anonymous(size: int) -> mmap.mmap:
@@ -489,6 +495,30 @@ class Cache:
         self.syncing, self.open_sectors = self.open_sectors, {}
         with self._syncing():
             await self._syncer()
+
+    async def revive(self, rewrite: Callable[[], Awaitable[None]]) -> None:
+        """Take a device that has failed into use again, if it works. Raises OSError, and it stays failed.
+
+        ``rewrite`` writes once more what may not have arrived since the last commit. Then all of it is synced, and
+        committed: whatever the journal has lost is superfluous from there on. No sync or commit comes in between.
+        """
+        async with self.commit.suspended(), self.sync.suspended():
+            if self._syncer.pending:
+                with contextlib.suppress(OSError):  # that we know
+                    await self._syncer.finish()
+            await rewrite()
+            changes, succeeded, failed = self.snapshot()
+            try:
+                with trio.CancelScope(shield=True):
+                    await self._syncer()
+                    await self.index.commit(changes)
+            except BaseException:
+                failed()
+                raise
+            self.open_sectors, self.syncing = {}, {}  # all are durable where they are
+            succeeded()
+            self.failed = None
+            self.forget_ready()
 
     @contextlib.contextmanager
     def _syncing(self) -> Iterator[None]:

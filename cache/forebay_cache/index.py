@@ -42,7 +42,7 @@ PAGE_KEY = struct.Struct(">II")
 LAYER_KEY = struct.Struct(">I")
 GROUP_KEY = struct.Struct(">I")
 ALL_OF_GROUP = (1 << GROUP) - 1
-_TABLES = ("meta", "pages", "sums", "layers", "hot", "records")
+TABLES = ("meta", "pages", "sums", "layers", "hot", "records")
 
 
 @dataclass
@@ -99,7 +99,7 @@ def _open(path: Path, slots: int) -> lmdb.Environment:
     return lmdb.open(
         str(path),
         map_size=_map_size(slots),
-        max_dbs=len(_TABLES),
+        max_dbs=len(TABLES),
         max_readers=64,
         sync=True,
         metasync=True,
@@ -117,7 +117,7 @@ def create(path: Path, ident: uuid.UUID | None = None) -> None:
     try:
         with env.begin(write=True) as txn:
             meta = env.open_db(b"meta", txn=txn)
-            for table in _TABLES[1:]:
+            for table in TABLES[1:]:
                 env.open_db(table.encode(), txn=txn)
             state = Meta(uuid=str(ident or uuid.uuid4()))
             txn.put(b"state", json.dumps(asdict(state)).encode(), db=meta)
@@ -172,7 +172,7 @@ class Index:
 
     def _open(self, path: Path, slots: int) -> None:
         self._env = _open(path, slots)
-        self._db = {n: self._env.open_db(n.encode(), create=False) for n in _TABLES}
+        self._db = {n: self._env.open_db(n.encode(), create=False) for n in TABLES}
 
     @contextmanager
     def _transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction[bytes]]:

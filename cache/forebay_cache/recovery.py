@@ -171,6 +171,8 @@ class _Block:
     replaced: bool = (
         False  # zeroed as a whole at some time: what the index says of it no longer counts
     )
+    #: sectors that the last frame names: killed behind it, their data may not have been written, nor answered for
+    last: int = 0
 
 
 class _Replay:
@@ -183,10 +185,15 @@ class _Replay:
         self.hot: set[tuple[int, int]] = set()
         self.frontier = 0
         self._blocks: dict[tuple[int, int], _Block] = {}
+        self._last: list[_Block] = []
         self._drops: dict[tuple[int, int], int] = {}
         self.records = 0
 
     def take(self, records: Iterable[ops.Op]) -> None:
+        """The records of the next frame."""
+        for block in self._last:
+            block.last = 0
+        self._last.clear()
         for op in records:
             self.records += 1
             if op.kind == ops.LAYER:
@@ -211,6 +218,8 @@ class _Replay:
                 block.claims.setdefault(sector, []).append(None)
             return
         block.slots[op.side] = op.b
+        block.last |= op.mask
+        self._last.append(block)
         self.frontier = max(self.frontier, op.b + 1)
         for sector, crc in zip(_bits(op.mask), op.crcs, strict=True):
             block.claims.setdefault(sector, []).append((op.side, op.b, crc))
@@ -278,7 +287,8 @@ def _apply_block(
     for sector, claims in claimed.claims.items():
         bit = 1 << sector
         chosen = _choose(cache, sector, claims)
-        if chosen == OLDER and survived and not _fits(cache, sector, page, i):
+        answered = not claimed.last & bit
+        if chosen == OLDER and survived and not _fits(cache, sector, page, i, answered):
             chosen = claims[-1]  # damaged: whoever reads it shall hear of it
         if chosen == OLDER:
             continue
@@ -318,11 +328,14 @@ def _crc_at(cache: Cache, slot: int, sector: int) -> int:
     return checksum(data)
 
 
-def _fits(cache: Cache, sector: int, page: array[int], i: int) -> bool:
-    """Whether what the index says of a sector of a private block holds."""
+def _fits(cache: Cache, sector: int, page: array[int], i: int, answered: bool) -> bool:
+    """Whether what the index says of a sector of a private block holds.
+
+    Nothing, or zeros, was true only before the first claim: not where that was ``answered``.
+    """
     word, second = page[i], page[PAGE_BLOCKS + i]
     if not word >> sector & 1 or word >> ZERO_SHIFT >> sector & 1:
-        return True
+        return not answered
     slot = ((second if second >> sector & 1 else word) >> SLOT_SHIFT) - 1
     stored = cache.index.sums([slot]).get(slot, bytes(4 * SECTORS))
     return _crc_at(cache, slot, sector) == array("I", stored)[sector]

@@ -135,6 +135,11 @@ class Sums:
         self.pending = 0
         return taken
 
+    def changed(self) -> list[int]:
+        """Slots whose sums no commit has stored yet, in order."""
+        found = sorted(self._changed.items())
+        return [group * GROUP + n for group, slots in found for n in range(GROUP) if slots >> n & 1]
+
     def put_back(self, taken: list[Taken]) -> None:
         """The commit failed."""
         for group, slots, _ in taken:

@@ -17,7 +17,7 @@ _shtab_forebay_mode_option_strings=(-h --help --config)
 _shtab_forebay_preload_option_strings=(-h --help --config)
 _shtab_forebay_xml_option_strings=(-h --help --config --target --libvirt --metadata)
 _shtab_forebay_libvirt_hook_option_strings=(-h --help --config)
-_shtab_forebay_cache_option_strings=(-h --help --config --vg --tag --device --file --size --force --json)
+_shtab_forebay_cache_option_strings=(-h --help --config --vg --tag --device --file --size --force --yes --json)
 _shtab_forebay_recover_option_strings=(-h --help --config --json)
 _shtab_forebay_takeover_option_strings=(-h --help --config --json --yes)
 _shtab_forebay_fuse_option_strings=(-h --help --config --allow-other --wait --patience)
@@ -54,7 +54,7 @@ _shtab_forebay_dump_config___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_demo___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay___config_COMPGEN=_shtab_compgen_files
 
-_shtab_forebay_cache_pos_0_choices=(info create extend format remove scrub)
+_shtab_forebay_cache_pos_0_choices=(check info create extend format remove repair scrub)
 _shtab_forebay_pos_0_choices=(serve attach detach status stats flush mode preload xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
 _shtab_forebay___print_completion_choices=(bash zsh tcsh)
 
@@ -92,6 +92,7 @@ _shtab_forebay_libvirt_hook___help_nargs=0
 _shtab_forebay_cache__h_nargs=0
 _shtab_forebay_cache___help_nargs=0
 _shtab_forebay_cache___force_nargs=0
+_shtab_forebay_cache___yes_nargs=0
 _shtab_forebay_cache___json_nargs=0
 _shtab_forebay_recover__h_nargs=0
 _shtab_forebay_recover___help_nargs=0

@@ -19,5 +19,5 @@ complete forebay \
         'n/--state/d/' \
         'n/--run/d/' \
         'p/1/(serve attach detach status stats flush mode preload xml libvirt-hook cache recover takeover fuse check-config dump-config demo)/' \
-        'n/cache/(info create extend format remove scrub)/' \
+        'n/cache/(check info create extend format remove repair scrub)/' \
         'p/*/()/'

@@ -242,10 +242,10 @@ def _cache(parser: Parser) -> None:
     add(
         "action",
         metavar="ACTION",
-        choices=("info", "create", "extend", "format", "remove", "scrub"),
+        choices=("check", "info", "create", "extend", "format", "remove", "repair", "scrub"),
         nargs="?",
         default="info",
-        help="info, create, extend, format, remove or scrub",
+        help="info, create, extend, format, remove, scrub (beside guests), check (without a daemon) or repair",
     )
     add("--vg", metavar="VG", type=_checked(_group), help="create: a logical volume, in this group")
     add("--tag", metavar="@TAG", type=_checked(_tag), help="create: on disks with this tag of LVM")
@@ -254,6 +254,8 @@ def _cache(parser: Parser) -> None:
     add("--size", metavar="SIZE", type=SIZE, help="create, extend: how large it is to be")
     text = "create, format: a device that holds something unknown"
     add("--force", action="store_true", help=text)
+    text = "repair: drop dirty data that is damaged, too"
+    add("--yes", action="store_true", help=text)
     _json(parser)
 
 

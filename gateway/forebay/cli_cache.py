@@ -1,11 +1,13 @@
 """`forebay cache ACTION`: the device that the cache lies on."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from forebay.cli_commands import Arguments, print_json, progress_shown
-from forebay.client import Client
+from forebay.client import Client, NoDaemonError
+from forebay.errors import ForebayError
 from forebay.sizes import format_size
 
 BELONGS = {
@@ -15,6 +17,7 @@ BELONGS = {
     "file": ("create",),
     "size": ("create", "extend"),
     "force": ("format", "create"),
+    "yes": ("repair",),
 }
 """Which options go with which actions."""
 
@@ -34,10 +37,95 @@ def info(arguments: Arguments, client: Client) -> int:
 
 
 def scrub(arguments: Arguments, client: Client) -> int:
-    """Check everything on it."""
+    """Check everything on it, beside guests."""
     with progress_shown("scrub") as progress:
         found = client.follow("POST", "/cache/scrub", None, progress)
-    return _shown(arguments, found)
+    return _told(arguments, found)
+
+
+def check(arguments: Arguments, _: Client) -> int:
+    """The same, and the index as well, while no daemon runs."""
+    from forebay.config import Config  # noqa: PLC0415
+    from forebay.upkeep import check as run  # noqa: PLC0415
+
+    config = Config.load(arguments.config)
+    with progress_shown("check") as progress:
+        found = run(config, progress)
+    _print(arguments, found, "faults")
+    for fault in found["faults"]:
+        print(f"forebay: {_fault_line(fault)}", file=sys.stderr)
+    if found["damaged"]:
+        raise ForebayError(
+            found["hopeless"]
+            or f"{found['device']}: the cache is damaged: 'forebay cache repair' drops what is clean of it"
+        )
+    return 0
+
+
+def _fault_line(fault: dict[str, Any]) -> str:
+    where = f": {fault['length']} bytes at {fault['offset']}" if fault["length"] else ""
+    return f"{fault['what']}: {fault['text']}{where}"
+
+
+def repair(arguments: Arguments, client: Client) -> int:
+    """By the daemon where one runs, else here."""
+    try:
+        client.get("/cache")
+    except NoDaemonError:
+        return _repair_offline(arguments)
+    if arguments.yes:
+        raise ForebayError(
+            "dirty data is dropped only while no daemon runs: stop it, then run this again"
+        )
+    with progress_shown("repair") as progress:
+        found = client.follow("POST", "/cache/repair", None, progress)
+    return _told(arguments, found)
+
+
+def _repair_offline(arguments: Arguments) -> int:
+    from forebay.config import Config  # noqa: PLC0415
+    from forebay.upkeep import repair as run  # noqa: PLC0415
+
+    config = Config.load(arguments.config)
+    with progress_shown("repair") as progress:
+        done = run(config, progress, drop_dirty=arguments.yes)
+    if arguments.json:
+        print_json(done)
+    else:
+        found = len(done["before"]["faults"])
+        print(
+            f"{found} faults; dropped: {done['dropped_clean']} clean, {done['dropped_private']} dirty blocks"
+        )
+    for fault in done["after"]["faults"]:
+        print(f"forebay: {_fault_line(fault)}", file=sys.stderr)
+    if done["after"]["damaged"]:
+        raise ForebayError(
+            "what only the cache has is damaged, and stays: run this with --yes to give it up, for what the image has"
+        )
+    return 0
+
+
+def _told(arguments: Arguments, found: dict[str, Any]) -> int:
+    """The result of a scrub by the daemon. 1 where dirty data is damaged."""
+    _print(arguments, found, "damage")
+    lines = [
+        f"disk '{one['disk']}' of {one['image']}: {one['length']} bytes at {one['offset']}: {one['what']}"
+        for one in found["damage"]
+        if one["private"]
+    ]
+    for line in lines:
+        print(f"forebay: {line}", file=sys.stderr)
+    if lines:
+        raise ForebayError(
+            "data that only the cache has is damaged, and reads of it fail: write it anew in the guest, or stop the "
+            "daemon and drop it with 'forebay cache repair --yes', for what the image has there"
+        )
+    return 0
+
+
+def _print(arguments: Arguments, found: dict[str, Any], many: str) -> None:
+    """JSON, or text without what is told one by one."""
+    _shown(arguments, found if arguments.json else {k: v for k, v in found.items() if k != many})
 
 
 def _shown(arguments: Arguments, found: dict[str, Any]) -> int:
@@ -136,10 +224,12 @@ def format_(arguments: Arguments, _: Client) -> int:
 
 
 ACTIONS: dict[str, Callable[[Arguments, Client], int]] = {
+    "check": check,
     "info": info,
     "create": create,
     "extend": extend,
     "format": format_,
     "remove": remove,
+    "repair": repair,
     "scrub": scrub,
 }

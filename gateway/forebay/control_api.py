@@ -90,6 +90,9 @@ class Answers(Protocol):
     async def scrub(self, progress: Progress) -> dict[str, Any]:
         """Check the whole cache device; what was found."""
 
+    async def repair_cache(self, progress: Progress) -> dict[str, Any]:
+        """Use a cache device again that has failed, then check it; what was found."""
+
     def metrics(self) -> str:
         """Prometheus text."""
 
@@ -132,6 +135,7 @@ class Control:
             ("POST", "/cache/extend", self.extend),
             ("POST", "/cache/release", self.release),
             ("POST", "/cache/scrub", self.scrub),
+            ("POST", "/cache/repair", self.repair),
         ]
         return [Route(path, _guarded(call), methods=[method]) for method, path, call in table]
 
@@ -202,25 +206,21 @@ class Control:
 
     def _flush(self, names: list[str] | None, timeout: float | None) -> Operation:
         async def work(progress: Progress) -> Status:
+            before = self._written_back()
             await self._gateway.flush(names, timeout=timeout, progress=progress)
+            after = self._written_back()
             disks = [d for d in self._gateway.status() if names is None or d["name"] in names]
             return {
                 "names": [disk["name"] for disk in disks],
-            before = self._written_back()
-                "dirty_bytes": sum(disk["dirty_bytes"] for disk in disks),
-            after = self._written_back()
-                "not_served": [disk["name"] for disk in disks if disk["state"] == NOT_SERVED],
-            }
-
                 "written_back_bytes": sum(
                     after.get(disk["name"], 0) - before.get(disk["name"], 0) for disk in disks
                 ),
+                "dirty_bytes": sum(disk["dirty_bytes"] for disk in disks),
+                "not_served": [disk["name"] for disk in disks if disk["state"] == NOT_SERVED],
+            }
+
         return Operation(work)
 
-    async def mode(self, request: Request) -> Operation:
-        """Change the mode; answers with the disk's status."""
-        name, given = self._name(request), await arguments(request, MODE, ("mode",))
-        return Operation(lambda progress: self._gateway.set_mode(name, given["mode"], progress))
     def _written_back(self) -> dict[str, int]:
         """By disk: what went to the origin behind its guest's back."""
         return {
@@ -229,6 +229,10 @@ class Control:
             if disk["mode"] in WRITES_BACK
         }
 
+    async def mode(self, request: Request) -> Operation:
+        """Change the mode; answers with the disk's status."""
+        name, given = self._name(request), await arguments(request, MODE, ("mode",))
+        return Operation(lambda progress: self._gateway.set_mode(name, given["mode"], progress))
 
     async def preload(self, request: Request) -> Operation:
         """Bring part of the image in; answers with the disk's status."""
@@ -256,6 +260,10 @@ class Control:
     async def scrub(self, _: Request) -> Operation:
         """Read and check everything on the cache device."""
         return Operation(self._gateway.scrub)
+
+    async def repair(self, _: Request) -> Operation:
+        """Use a cache device again that has failed, then do the same."""
+        return Operation(self._gateway.repair_cache)
 
 
 def _method(route: Route) -> str:

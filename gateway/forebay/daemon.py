@@ -25,7 +25,8 @@ from forebay.origin_source import Source, Use
 from forebay.origin_threads import StoreThreads, bounded
 from forebay.sizes import Mode, did_you_mean, format_size, parse_name
 from forebay.store import resolve
-from forebay_cache import Cache, CacheError, extend, scrub
+from forebay.upkeep import Upkeep
+from forebay_cache import Cache, CacheError, extend
 
 __all__ = ["Gateway", "format_cache", "serve"]
 
@@ -58,6 +59,7 @@ class Gateway:
         self._coming: dict[str, Source | None] = {}
         self._threads: dict[str, StoreThreads] = {}
         self._extending = trio.Lock()
+        self._upkeep = Upkeep(cache, self.attached)
 
     # ------------------------------------------------------------------------------------------------------ attaching
 
@@ -344,8 +346,12 @@ class Gateway:
         return {"pid": os.getpid()}
 
     async def scrub(self, progress: Progress) -> dict[str, Any]:
-        """Check everything on the cache device; what was found."""
-        return await scrub(self._cache, progress)
+        """Check everything on the cache device, and fetch again what is damaged and clean; what was found."""
+        return await self._upkeep.scrub(progress)
+
+    async def repair_cache(self, progress: Progress) -> dict[str, Any]:
+        """Use a cache device again that has failed, then scrub; what was found."""
+        return await self._upkeep.repair(progress)
 
     def metrics(self) -> str:
         """Prometheus text."""

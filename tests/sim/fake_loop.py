@@ -18,6 +18,7 @@ from trio.testing import MockClock
 
 import forebay_cache.cache
 import forebay_cache.index
+import forebay_cache.medium
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -126,6 +127,7 @@ def simulated(dice: Dice) -> Iterator[type[FakeSyncer]]:
             (trio.to_thread, "run_sync", run_sync),
             (forebay_cache.cache, "Syncer", syncer),
             (forebay_cache.index, "Worker", worker),
+            (forebay_cache.medium, "Worker", worker),
             (forebay_cache.cache, "RESIDENCY_SECONDS", 1e9),
             (forebay_cache.cache, "PAGES_KEPT", dice.random.choice((0, 1, 32768))),
             (trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),

@@ -214,15 +214,17 @@ def test_scrub_does_not_judge_what_changes_under_it(tmp_path: Path) -> None:
         await cache.commit()
         cache.sums.state[:] = bytes([UNKNOWN]) * cache.device.slots
 
+        read_slot = SCRUB.read_slot
+
         def changed_meanwhile(*args: Any) -> object:
-            found = read_slots(*args)
+            found = read_slot(*args)
             for data in (b"3", b"4"):
                 write(data * SECTOR)
             return found
 
-        with mock.patch.object(SCRUB, "read_slots", changed_meanwhile):
+        with mock.patch.object(SCRUB, "read_slot", changed_meanwhile):
             found = await scrub(cache, lambda *_: None)
-        assert (found["damaged_private"], found["checked_bytes"]) == (0, BLOCK)
+        assert (found.damaged_private, found.checked_bytes) == (0, BLOCK)
 
     play(tmp_path, story)
 
@@ -245,7 +247,7 @@ def test_a_settled_block_that_was_copied_in_part_is_not_damaged(tmp_path: Path) 
         ):
             await disk.writeback.checkpoint()
         found = await scrub(host.cache, lambda *_: None)
-        assert (found["damaged_clean"], found["damaged_private"]) == (0, 0)
+        assert (found.damaged_clean, found.damaged_private) == (0, 0)
         assert await read(disk) == NEW[:SECTOR] + OLD[SECTOR:]
         await disk.writeback.checkpoint()
         assert await read(disk) == NEW[:SECTOR] + OLD[SECTOR:]

@@ -67,6 +67,8 @@ class FakeGateway:
         self.finish: trio.Event | None = None
         self.cancelled: list[str] = []
         self.left_dirty = 0
+        self.written_back = 0
+        self.damage: list[dict[str, Any]] = []
         self.began = trio.Event()
         self.ended = trio.Event()
 
@@ -115,9 +117,9 @@ class FakeGateway:
         await self._work("flush", progress)
         for name in self.disks if names is None else names:
             self.disks[name]["dirty_bytes"] = self.left_dirty
+            self.disks[name]["origin_written_bytes"] += self.written_back
 
     async def set_mode(self, name: str, mode: Mode, progress: Progress) -> dict[str, Any]:
-            self.disks[name]["origin_written_bytes"] += self.written_back
         self.calls.append(("mode", name, mode))
         await self._work("mode", progress)
         self.disks[name]["mode"] = str(mode)
@@ -144,7 +146,12 @@ class FakeGateway:
     async def scrub(self, progress: Progress) -> dict[str, Any]:
         self.calls.append(("scrub",))
         await self._work("scrub", progress)
-        return {"checked_bytes": 3 * GIB, "damaged_slots": 0}
+        return {"checked_bytes": 3 * GIB, "damage": self.damage}
+
+    async def repair_cache(self, progress: Progress) -> dict[str, Any]:
+        self.calls.append(("repair",))
+        await self._work("repair", progress)
+        return {"checked_bytes": 3 * GIB, "damage": self.damage}
 
     def metrics(self) -> str:
         self._called("metrics")

@@ -342,9 +342,34 @@ async def test_cache_and_xml(capsys: Capture) -> None:
         assert re.search(r"(?m)^size +20G \(21474836480\)$", shown)
         assert re.search(r"(?m)^error +-$", shown)
         assert await forebay(run, "cache", "scrub", "--json") == 0
-        assert json.loads(capsys.readouterr().out)["damaged_slots"] == 0
+        assert json.loads(capsys.readouterr().out)["damage"] == []
+        assert await forebay(run, "cache", "repair", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["checked_bytes"]
         assert await forebay(run, "xml", "a", "--target", "sdb") == 0
         assert "<target dev='sdb' bus='scsi'/>" in capsys.readouterr().out
+
+
+async def test_a_scrub_that_finds_dirty_damage_has_failed(capsys: Capture) -> None:
+    gateway = FakeGateway("a")
+    where = {"disk": "a", "image": "images:a.raw", "offset": 65536, "length": 4096}
+    gateway.damage = [
+        where | {"private": True, "what": "checksum"},
+        {"disk": "", "image": "images:b.raw", "private": False},
+    ]
+    async with served(gateway) as run:
+        for action in ("scrub", "repair"):
+            assert await forebay(run, "cache", action, "--json") == 1
+            out, err = capsys.readouterr()
+            assert json.loads(out)["damage"] == gateway.damage
+            assert err == (
+                "forebay: disk 'a' of images:a.raw: 4096 bytes at 65536: checksum\n"
+                "forebay: data that only the cache has is damaged, and reads of it fail: write it anew in the guest, "
+                "or stop the daemon and drop it with 'forebay cache repair --yes', for what the image has there\n"
+            )
+            assert await forebay(run, "cache", action) == 1
+            capsys.readouterr()
+        assert await forebay(run, "cache", "scrub", "--yes") == 2
+        assert "argument --yes: is for 'cache repair' only" in capsys.readouterr().err
 
 
 def test_check_and_dump_config(tmp_path: Path, capsys: Capture) -> None:

@@ -123,7 +123,8 @@ async def test_work_tells_how_far_it_is_and_what_came_of_it() -> None:
         }
         assert (await ask(run, "POST /flush")).lines[-1] == both
         assert (await ask(run, "POST /flush", {"names": ["a", "b"]})).lines[-1] == both
-        assert (await ask(run, "POST /cache/scrub")).lines[-1]["result"]["damaged_slots"] == 0
+        assert (await ask(run, "POST /cache/scrub")).lines[-1]["result"]["damage"] == []
+        assert (await ask(run, "POST /cache/repair")).lines[-1]["result"]["damage"] == []
         detached = await ask(run, "DELETE /disks/a?discard=1&force=false")
         assert detached.lines[-1] == {"result": {"name": "a"}}
     assert gateway.calls == [
@@ -133,6 +134,7 @@ async def test_work_tells_how_far_it_is_and_what_came_of_it() -> None:
         ("flush", None, None),
         ("flush", ["a", "b"], None),
         ("scrub",),
+        ("repair",),
         ("detach", "a", True, False),
     ]
 
