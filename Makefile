@@ -3,6 +3,7 @@
 # make test     all levels but the lab        PYTEST_ARGS='-k name' narrows it
 # make demo     everything on a throw-away directory
 # make bench    against nbdkit and qemu-nbd   ROUNDS=5  QUICK=1  BENCH_ARGS="--only qd16"
+# make bench-doors   socket, FUSE file, nbdfuse, sshfs, plain file     QUICK=1  BENCH_ARGS="--only read"
 # make lint     ruff and mypy
 # make install  puts it into this host, with systemd units   PREFIX=/usr/local  DESTDIR=  (and: make uninstall)
 
@@ -19,7 +20,7 @@ export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup setup-libvirt test test-unit test-sim test-real demo bench bench-readme bench-profile lint format install uninstall clean
+.PHONY: setup setup-libvirt test test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme lint format install uninstall clean
 
 setup:
 	@tools/setup.sh
@@ -46,6 +47,13 @@ bench-readme: setup
 
 bench-profile: setup
 	PYTHONPATH=tests $(BIN)/python -m bench.profile $(BENCH_ARGS)
+
+# needs sshfs, openssh-server and nbdfuse, and says which of them is missing
+bench-doors: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.doors --rounds $(ROUNDS) $(if $(QUICK),--quick) $(BENCH_ARGS)
+
+bench-doors-readme: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.doors --readme
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

@@ -196,11 +196,16 @@ def load(path: Path) -> Results:
 
 def fill_readme(readme: Path, results: Results) -> None:
     """Replace what stands between the two marks. Raises ValueError where they are missing."""
-    before, begin, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{readme}: no {BEGIN} ... {END}: put them where the table belongs")
-    readme.write_text(f"{before}{BEGIN}\n{markdown(results)}{END}{after}")
+    fill_between(readme, BEGIN, END, markdown(results))
+
+
+def fill_between(page: Path, begin: str, end: str, table: str) -> None:
+    """Put `table` between two marks of a page. Raises ValueError where they are missing."""
+    before, opening, rest = page.read_text().partition(begin)
+    _, closing, after = rest.partition(end)
+    if not (opening and closing):
+        raise ValueError(f"{page}: no {begin} ... {end}: put them where the table belongs")
+    page.write_text(f"{before}{begin}\n{table}{end}{after}")
 
 
 def plot(results: Results, path: Path) -> None:
