@@ -8,7 +8,7 @@
 _shtab_forebay_subparsers=(serve attach detach status stats flush mode preload xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
-_shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --json)
+_shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --wait --json)
 _shtab_forebay_detach_option_strings=(-h --help --config --discard --force)
 _shtab_forebay_status_option_strings=(-h --help --config --json)
 _shtab_forebay_stats_option_strings=(-h --help --config --json)
@@ -64,6 +64,7 @@ _shtab_forebay_attach__h_nargs=0
 _shtab_forebay_attach___help_nargs=0
 _shtab_forebay_attach___read_only_nargs=0
 _shtab_forebay_attach___overlay_nargs=0
+_shtab_forebay_attach___wait_nargs='?'
 _shtab_forebay_attach___json_nargs=0
 _shtab_forebay_detach__h_nargs=0
 _shtab_forebay_detach___help_nargs=0

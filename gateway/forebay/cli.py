@@ -174,6 +174,8 @@ def _attach(parser: Parser) -> None:
     add("--preload", metavar="SIZE|trace|all", type=PRELOAD, help="what to bring in at once")
     add("--read-only", action="store_true", help="refuse writes")
     add("--overlay", action="store_true", help="keep writes private and drop them at detach")
+    text = "while another host has the image, wait until it is free, or for as long as this says"
+    add("--wait", metavar="TIME", type=DURATION, nargs="?", const=float("inf"), help=text)
     _json(parser)
 
 

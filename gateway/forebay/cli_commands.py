@@ -100,7 +100,13 @@ def attach(arguments: Arguments) -> int:
         "read_only": arguments.read_only,
         "overlay": arguments.overlay,
     }
-    status = daemon(arguments).post("/disks", content)
+    client = daemon(arguments)
+    if arguments.wait is None:
+        status = client.post("/disks", content)
+    else:
+        from forebay.cli_wait import when_free  # noqa: PLC0415
+
+        status = when_free(lambda: client.post("/disks", content), arguments.name, arguments.wait)
     if arguments.json:
         print_json(status)
     else:

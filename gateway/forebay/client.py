@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from forebay.errors import ForebayError
+from forebay.errors import ForebayError, InUseError
 
 Progress = Callable[[int, int], None]
 
@@ -24,6 +24,12 @@ ANSWER_TIMEOUT = 30.0
 
 class NoDaemonError(ForebayError):
     """Nobody answers at the control socket."""
+
+
+def _refused(answer: dict[str, Any]) -> ForebayError:
+    if "holder" in answer:
+        return InUseError(answer["error"], answer["holder"])
+    return ForebayError(answer["error"])
 
 
 class Client:
@@ -67,7 +73,7 @@ class Client:
                 self._send(connection, method, target, content)
                 status = self._head(answer)
                 if status >= 400:
-                    raise ForebayError(self._decode(answer.read())["error"])
+                    raise _refused(self._decode(answer.read()))
                 yield answer
             except TimeoutError:
                 raise NoDaemonError(

@@ -9,7 +9,7 @@ import os
 import pwd
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -128,6 +128,7 @@ Directory = Annotated[Path, AfterValidator(_absolute)]
 FileMode = Annotated[
     int, BeforeValidator(_octal), PlainSerializer(lambda mode: f"{mode:04o}", when_used="json")
 ]
+OnChange = Literal["refresh", "refuse"]
 User = Annotated[str, AfterValidator(_known_user)]
 Group = Annotated[str, AfterValidator(_known_group)]
 SocketGroup = Annotated[str, AfterValidator(_socket_group)]
@@ -214,6 +215,13 @@ class DiskSettings(_Section):
     """Bytes that may be dirty before writes are slowed down to the origin's speed."""
     origin_timeout: Duration = 60.0
     """Seconds after which an origin that does not answer is an error to the guest."""
+    on_change: OnChange = "refresh"
+    """What to do when somebody else changes an image while it is in use: `refresh`, forget what is cached of it and go
+    on with what is there now, or `refuse`, serve nothing until it is attached anew. With data in the cache that belongs
+    on the image as it was, it is always the latter.
+    """
+    require_locks: bool = True
+    """Whether an image is refused for writing where its file system has no locks that other hosts see."""
 
 
 class Store(_Section):
@@ -227,6 +235,8 @@ class Store(_Section):
     max_lag: Duration | None = None
     max_dirty: Size | None = None
     origin_timeout: Duration | None = None
+    on_change: OnChange | None = None
+    require_locks: bool | None = None
 
 
 class OriginsSection(_Section):

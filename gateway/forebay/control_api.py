@@ -107,7 +107,7 @@ def _guarded(endpoint: Endpoint) -> Endpoint:
         try:
             return await endpoint(request)
         except Exception as fault:  # noqa: BLE001
-            return error(*failure(fault))
+            return error(*failure(fault), fault)
 
     return call
 

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from forebay.errors import ForebayError
+from forebay.errors import ForebayError, InUseError
 
 log = logging.getLogger("forebay.control")
 
@@ -38,9 +38,10 @@ def failure(fault: Exception) -> tuple[int, str]:
     return 500, f"a fault of forebay itself ({type(fault).__name__}): look at the daemon's log"
 
 
-def error(status: int, text: str) -> Response:
-    """The response that says what is wrong."""
-    return JSONResponse({"error": text}, status)
+def error(status: int, text: str, fault: Exception | None = None) -> Response:
+    """The response that says what is wrong; with `holder` where an image is in somebody else's hands."""
+    holder = {"holder": fault.holder} if isinstance(fault, InUseError) else {}
+    return JSONResponse({"error": text, **holder}, status)
 
 
 class Operation:

@@ -147,7 +147,14 @@ class Gateway:
         settings = record.settings(self.config, image.store)
         place = image.store or image.key
         threads = self._threads.setdefault(place, StoreThreads(place))
-        use = Use(name, self._cache.uuid, record.read_only, record.overlay)
+        use = Use(
+            name,
+            self._cache.uuid,
+            record.read_only,
+            record.overlay,
+            need_locks=settings.require_locks,
+            refresh=settings.on_change == "refresh",
+        )
         source = Source(
             image,
             record.image,

@@ -297,6 +297,8 @@ class Disk:
         return buffers
 
     def _look_ahead(self, offset: int, length: int) -> int:
+        if self.image.conflict is not None:
+            return 0  # nothing is read any more, not even from the cache
         return self._ahead.note(offset, length) if self.view.clean is not None else 1 << 63
 
     async def cache(self, offset: int, length: int) -> None:

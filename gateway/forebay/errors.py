@@ -5,6 +5,14 @@ class ForebayError(Exception):
     """A request that cannot be met. The text is one line: what is wrong and what to do about it."""
 
 
+class InUseError(ForebayError):
+    """An image that somebody else has: it may be free later. `holder` says who that is, for programs."""
+
+    def __init__(self, text: str, holder: dict[str, object]) -> None:
+        super().__init__(text)
+        self.holder = holder
+
+
 class ConfigError(ForebayError):
     """A configuration that was refused. The text has one line for each fault.
 

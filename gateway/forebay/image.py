@@ -1,20 +1,22 @@
 """An image on this host: its origin, and the clean blocks that all disks on it share."""
 
+import contextlib
 import errno
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import astuple
+from functools import partial
 from typing import Any
 
 import trio
 
 from forebay.origin import Identity, Origin
 from forebay.origin_source import Source
-from forebay.owner import TakenOver
+from forebay.owner_record import TakenOver
 from forebay_cache import Cache, Filler, Layer, View, invalidate
 from forebay_cache.clean import REGION_SHIFT
 from forebay_cache.device import Buffer
+from forebay_cache.geometry import SECTOR
 
 log = logging.getLogger("forebay.image")
 
@@ -51,6 +53,8 @@ class Images:
         if image is None:
             image = self._open[source.key] = Image(self, source)
         image.sources.append(source)
+        source.on_lost = image.stop
+        source.dirty_bytes = partial(image.lacks, source)
         await image.try_reach()
         return image
 
@@ -77,7 +81,8 @@ class Images:
 class Image:
     """One image: `filler` fetches from it, `layer` holds its clean blocks, `origin` is None while it cannot be reached.
 
-    `conflict` says why the image must not be touched: it changed while the cache had data that it lacks.
+    `conflict` says why the image must not be touched: it changed while the cache had data of a disk on it, or somebody
+    else has it now. It is set by :meth:`stop` and stays until the last disk on the image is detached.
     """
 
     def __init__(self, images: Images, source: Source) -> None:
@@ -132,7 +137,11 @@ class Image:
                 origin = await self._open()
                 if origin is None:
                     return
-                identity = await origin.identity()
+                try:
+                    await self._compare(origin, await origin.identity())
+                except BaseException:
+                    await _closed(origin)  # with its locks, which the next try has to take
+                    raise
             except OSError as error:
                 if self.unreachable is None:
                     log.warning("%s cannot be reached: %s", self.key, error.strerror or error)
@@ -144,7 +153,6 @@ class Image:
                 log.warning("%s can be reached again", self.key)
             self.unreachable = None
             self._pause = RETRY_SECONDS
-            self._compare(identity)
             self.origin = origin
 
     async def _open(self) -> Origin | None:
@@ -159,8 +167,8 @@ class Image:
         source.begin_anew()
         return await source.open()
 
-    def _compare(self, identity: Identity) -> None:
-        """Forget what the cache has of an image that somebody else has changed since."""
+    async def _compare(self, origin: Origin, identity: Identity) -> None:
+        """Forget what the cache has of an image that somebody else has changed since. Raises OSError."""
         known = self.cache.record("image", self.key)
         if known is None or known["identity"] is None:
             if known is not None:
@@ -168,6 +176,7 @@ class Image:
                 # like is noted when it is durable.
                 return
         elif tuple(known["identity"]) != astuple(identity):
+            await origin.forget()
             self._changed(f"{self.key} was changed by somebody else")
         # With a conflict the one we know stays on record: it is a conflict after a restart too.
         if self.conflict is None:
@@ -175,24 +184,35 @@ class Image:
 
     def _changed(self, what: str) -> None:
         if self.has_private():
-            self.conflict = (
-                f"{what} while the cache holds data that it lacks: "
-                "detach with --discard to give that data up"
-            )
+            self.stop(f"{what} while the cache holds data of a disk on it")
+        elif not self._may_refresh():
+            self.stop(f"{what}, and on_change is refuse")
+        else:
+            if self.layer.sectors:
+                log.warning("%s: its cached blocks are dropped", what)
+            self.refresh()
+
+    def _may_refresh(self) -> bool:
+        """Whether to go on with a changed image; one that is just being attached begins anew in any case."""
+        return all(s.use.refresh or (self.origin is None and not s.resumed) for s in self.sources)
+
+    def stop(self, why: str) -> None:
+        """From now on nothing of the image is read or written, not even from the cache. What is dirty is kept."""
+        if self.conflict is None:
+            gives = " to give that data up" if self.has_private() else ", and attach it again"
+            self.conflict = f"{why}: detach with --discard{gives}"
             log.error("%s", self.conflict)
-            return
-        if self.layer.sectors:
-            log.warning("%s: its cached blocks are dropped", what)
-        self.refresh()
+        for view in self._views:
+            view.lookahead = 0  # every read asks for leave first
 
     def has_private(self) -> bool:
-        """Whether a disk that writes this image has data that it lacks."""
-        return any(
-            x.sectors
-            for s in self.sources
-            if s.use.writes
-            for x in self.cache.layers_named(layer_prefix(s.use.disk))
-        )
+        """Whether the cache has data that belongs on the image as it is: that it lacks, or of an overlay."""
+        return any(self.lacks(source) for source in self.sources)
+
+    def lacks(self, source: Source) -> int:
+        """Bytes that only the cache has of that disk."""
+        layers = self.cache.layers_named(layer_prefix(source.use.disk))
+        return sum(layer.sectors for layer in layers) * SECTOR
 
     def give_up(self) -> None:
         """The operator dropped what the cache had for an image that changed: its clean blocks go too."""
@@ -222,6 +242,8 @@ class Image:
     def watch(self, view: View) -> None:
         """The view follows when the clean blocks are dropped."""
         self._views.append(view)
+        if self.conflict is not None:
+            view.lookahead = 0
 
     def reached(self) -> Origin:
         """The origin. Raises OSError(EIO) while there is none."""
@@ -237,7 +259,7 @@ class Image:
             await self.try_reach()
         return await self.reached().read(offset, length, background)
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def writing(self) -> AsyncIterator[None]:
         """Around each write to the origin and its announcement.
 
@@ -308,11 +330,13 @@ class Image:
         if self.origin is None or self.conflict is not None:
             return
         try:
-            await self._take_note(self.origin)
+            for source in list(self.sources):
+                await source.check()
+            if self.conflict is None:
+                await self._take_note(self.origin)
         except OSError as error:
             if error.errno == errno.ESTALE:
-                self.conflict = f"{self.key}: {error.strerror}: detach the disk and attach it again"
-                log.error("%s", self.conflict)
+                self.stop(error.strerror or f"{self.key} is another file now")
 
     async def _take_note(self, origin: Origin) -> None:
         """Compare what the image looks like with what is on record, or put it there after our own writes."""
@@ -322,6 +346,9 @@ class Image:
             await self.flush(times=self._noted != written)
         await self._drop_lost()
         identity = await origin.identity()
+        if identity.size != self.size:
+            self.stop(f"{self.key} has {identity.size} bytes and had {self.size}")
+            return
         if self._written != written or not self._at_rest():
             return
         if self._noted != written:
@@ -331,7 +358,7 @@ class Image:
             return
         known = self.cache.record("image", self.key)
         if known is not None and known["identity"] is not None:
-            self._compare(identity)
+            await self._compare(origin, identity)
 
     # -- the end ----------------------------------------------------------------------------------------------
 
@@ -354,4 +381,9 @@ class Image:
         except OSError as error:
             log.warning("%s: %s", self.key, error.strerror)
         self.origin = None
+        await origin.close()
+
+
+async def _closed(origin: Origin) -> None:
+    with trio.CancelScope(shield=True), contextlib.suppress(OSError):
         await origin.close()

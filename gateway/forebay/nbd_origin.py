@@ -190,6 +190,9 @@ class NbdOrigin:
         del times  # an image behind NBD shows none
         await self._requests.flush()
 
+    async def forget(self) -> None:
+        """Nothing of it is kept on this side."""
+
     async def settle(self) -> None:
         """Wait until no change that was given up can arrive any more. ETIMEDOUT: one still can."""
         with bounded(self._requests.timeout, f"waiting for a hung write to {self.label}"):

@@ -98,6 +98,10 @@ class Origin(Protocol):
         """What the image looks like now. ESTALE: it was deleted, or its name is another file now."""
         ...
 
+    async def forget(self) -> None:
+        """Somebody else changed the image: from now on read what is there now, and nothing that was kept here."""
+        ...
+
     async def settle(self) -> None:
         """Wait until no call that was given up can change the image any more. ETIMEDOUT: one still can."""
         ...
@@ -137,6 +141,11 @@ class FileOrigin:
         self._syncs = Syncs(threads, self._sync, label)
         self._with_times = False  # what the next sync makes durable
         self._refused: set[int] = set()  # modes of fallocate that this file cannot do
+
+    @property
+    def descriptor(self) -> Descriptor:
+        """The one that does all I/O, for a thread that does something else with the image (locks it, say)."""
+        return self._descriptor
 
     # ------------------------------------------------------------------------------------------------------- reading
 
@@ -217,6 +226,16 @@ class FileOrigin:
             raise OSError(errno.ESTALE, f"{self.label} was deleted or replaced while in use")
         self._check_name(ours)
         return Identity(ours.size, ours.mtime_ns, ours.ctime_ns, ours.inode)
+
+    async def forget(self) -> None:
+        """Somebody else changed the image: what this host's kernel kept of it in memory is not to be read any more."""
+
+        def forget() -> None:
+            with self._descriptor as fd:
+                self._calls.forget(fd)
+
+        with bounded(self.timeout, f"reading {self.label} anew"):
+            await self._threads.run(forget)
 
     def _check_name(self, ours: Status) -> None:
         try:

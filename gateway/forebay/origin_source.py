@@ -4,16 +4,20 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import trio
 
+from forebay.claim import Claim
 from forebay.errors import ForebayError
+from forebay.image_lock import LOOKS, READS, WRITES, Access, InUse, NoLocks, hold
 from forebay.nbd_origin import NbdOrigin
 from forebay.origin import BlockOrigin, FileOrigin, Origin
-from forebay.origin_threads import StoreThreads, bounded
-from forebay.owner import Claim, Owner, TakenOver, read_owner
+from forebay.origin_threads import Descriptor, StoreThreads, bounded
+from forebay.owner import read_owner
+from forebay.owner_record import Owner, TakenOver, in_use
 from forebay.redo import Redo
 from forebay.store import DeviceImage, FileImage, Image, ImageFile, open_device, open_image
 from forebay_cache.device import Buffer
@@ -33,6 +37,10 @@ class Use:
     gateway: str
     read_only: bool = False
     overlay: bool = False
+    need_locks: bool = True
+    """Whether an image without file locks is refused."""
+    refresh: bool = True
+    """Whether to go on with an image that somebody else changed, from what it has now, where nothing is lost by it."""
 
     @property
     def writes(self) -> bool:
@@ -71,10 +79,14 @@ class Source:
         self._claim: Claim | None = None
         self._origin: Origin | None = None  # the last one handed out
         self._prepared: Origin | None = None
-        self._hurried = size is not None
-        self._ours = (
-            size is not None and self.marker is not None
-        )  # a marker was left at the last end
+        self.resumed = (
+            size is not None
+        )  # it comes back after a restart: its clients are still there
+        self.on_lost: Callable[[str], None] = log.error
+        self.dirty_bytes: Callable[[], int] = lambda: 0  # that the image lacks
+        self._lost: str | None = None
+        self._hurried = self.resumed
+        self._ours = self.resumed and self.marker is not None  # a marker was left at the last end
 
     @property
     def size(self) -> int:
@@ -149,14 +161,23 @@ class Source:
             )
             origin = FileOrigin(file, self.label, threads=self._threads, timeout=self._timeout)
             try:
-                await self._check_owner(image, file)
+                if self.use.writes:
+                    await self._take(image, file, origin.descriptor)
+                else:
+                    await self._share(image, file, origin.descriptor)
             except BaseException:
                 await _closed(origin)
                 raise
             return origin
         if isinstance(image, DeviceImage):
             file = await self._in_thread(lambda: open_device(image, read_only=read_only))
-            return BlockOrigin(file, self.label, threads=self._threads, timeout=self._timeout)
+            device = BlockOrigin(file, self.label, threads=self._threads, timeout=self._timeout)
+            try:
+                await self._lock(device.descriptor, READS if read_only else WRITES)
+            except BaseException:
+                await _closed(device)
+                raise
+            return device
         return await NbdOrigin.open(
             self._nursery, image, self.label, read_only=read_only, timeout=self._timeout
         )
@@ -167,15 +188,13 @@ class Source:
 
     # ------------------------------------------------------------------------------------------------------- the owner
 
-    async def _check_owner(self, image: FileImage, file: ImageFile) -> None:
-        if file.status is not None:
-            self.file_id = (file.status.device, file.status.inode)
-        if self.use.writes:
-            await self._take(image, file)
-            return
+    async def _share(self, image: FileImage, file: ImageFile, descriptor: Descriptor) -> None:
+        """Read the image: nobody is to write it meanwhile, unless a gateway does that already."""
+        self._identified(file)
         with bounded(self._timeout, f"looking for the owner of {self.label}"):
             owner = await self._threads.run(lambda: read_owner(image))
         if owner is None or owner.gateway == self.use.gateway:
+            await self._lock(descriptor, READS)
             return
         if self.use.overlay:
             raise ForebayError(
@@ -183,29 +202,94 @@ class Source:
                 "detach it there first"
             )
         log.warning("%s is written by %s: '%s' may read old data", self.key, owner, self.use.disk)
+        # its writes, and its restart, are not to fail because of us
+        await self._lock(descriptor, LOOKS)
 
-    async def _take(self, image: FileImage, file: ImageFile) -> None:
+    def _identified(self, file: ImageFile) -> None:
+        if file.status is not None:
+            self.file_id = (file.status.device, file.status.inode)
+
+    async def _lock(self, descriptor: Descriptor, access: Access) -> None:
+        """QEMU's locks, where no marker comes with them. Raises ForebayError."""
+
+        def lock() -> None:
+            with descriptor as fd:
+                hold(fd, access)
+
+        try:
+            with bounded(self._timeout, f"locking {self.label}"):
+                await self._threads.run(lock)
+        except InUse as fault:
+            raise in_use(self.key, fault) from None
+        except NoLocks as error:
+            log.info("%s: no file locks: %s", self.key, error.strerror)
+
+    async def _take(self, image: FileImage, file: ImageFile, descriptor: Descriptor) -> None:
+        self._identified(file)
+        need_locks = self.use.need_locks
         if self._claim is not None:
-            await self._claim.check()
+            await self._claim.admit(file, descriptor, need_locks=need_locks)
             return
         me = Owner.of_this_process(self.use.gateway, self.use.disk)
         self._claim = await Claim.take(
-            image, file, me, self._threads, self._timeout, again=self._ours
+            image,
+            file,
+            me,
+            self._threads,
+            self._timeout,
+            again=self._ours,
+            need_locks=need_locks,
+            descriptor=descriptor,
         )
         self._ours = True
 
+    async def check(self) -> None:
+        """See that the image is still ours to write, if it was. Raises OSError, after `on_lost` when it is not."""
+        if self._claim is not None:
+            async with self._ours_or_lost() as claim:
+                await claim.check(self.dirty_bytes())
+
     async def dirty(self) -> None:
         """Durably on record: the image lacks data that this gateway has. Raises OSError, also before the first open."""
-        await self._held().dirty()
+        async with self._ours_or_lost() as claim:
+            await claim.dirty()
 
     async def clean(self) -> None:
         """Durably on record: the image has everything. Raises OSError."""
-        await self._held().clean()
+        async with self._ours_or_lost() as claim:
+            await claim.clean()
 
     async def begin_redo(self, as_of: str) -> "Journal":
         """A redo journal for a checkpoint of that instant. Raises OSError."""
-        claim = self._held()
-        return Journal(claim, await claim.begin_redo(as_of), as_of, self._threads, self._timeout)
+        async with self._ours_or_lost() as claim:
+            journal = await claim.begin_redo(as_of)
+        return Journal(self, journal, as_of, self._threads, self._timeout)
+
+    async def commit_redo(self, journal: Redo) -> None:
+        """See `Journal`. Raises OSError."""
+        async with self._ours_or_lost() as claim:
+            await claim.commit_redo(journal)
+
+    async def drop_redo(self, journal: Redo) -> None:
+        """See `Journal`. Raises OSError."""
+        await self._held().drop_redo(journal)
+
+    async def end_redo(self, as_of: str, dirty_bytes: int) -> None:
+        """See `Journal`. Raises OSError."""
+        async with self._ours_or_lost() as claim:
+            await claim.end_redo(as_of, dirty_bytes)
+
+    @asynccontextmanager
+    async def _ours_or_lost(self) -> AsyncIterator[Claim]:
+        """The claim. Once somebody else has the image it is lost for good, which is an OSError each time."""
+        if self._lost is not None:
+            raise OSError(errno.EIO, self._lost)
+        try:
+            yield self._held()
+        except TakenOver as fault:
+            self._lost = str(fault)
+            self.on_lost(self._lost)
+            raise OSError(errno.EIO, self._lost) from fault
 
     def _held(self) -> Claim:
         if self._claim is None:
@@ -227,8 +311,11 @@ class Source:
             except TakenOver:
                 return
         if self._claim is not None:
-            # what the image lacked was brought home, or dropped on purpose
-            await self._claim.clean()
+            try:
+                # what the image lacked was brought home, or dropped on purpose
+                await self._claim.clean()
+            except TakenOver:  # the marker is another's, and stays
+                await self.leave()
         await self.abandon()
 
     async def abandon(self) -> None:
@@ -249,9 +336,10 @@ class Journal:
     """A redo journal (see `redo.py`), off the event loop. Everything raises OSError."""
 
     def __init__(
-        self, claim: Claim, journal: Redo, as_of: str, threads: StoreThreads, timeout: float
+        self, source: Source, journal: Redo, as_of: str, threads: StoreThreads, timeout: float
     ) -> None:
-        self._claim = claim
+        self._source = source
+        self._length = 0
         self._journal = journal
         self._as_of = as_of
         self._threads = threads
@@ -259,6 +347,7 @@ class Journal:
 
     async def add(self, offset: int, length: int, data: list[Buffer] | None) -> None:
         """One range; `data` None: zeros. Buffers must not change any more."""
+        self._length += length
         with bounded(self._timeout, "writing a checkpoint"):
             await self._threads.run(
                 lambda: self._journal.add(offset, length, data), background=True
@@ -266,15 +355,16 @@ class Journal:
 
     async def commit(self) -> None:
         """From now on the checkpoint will be in the image, whatever happens."""
-        await self._claim.commit_redo(self._journal)
+        await self._source.commit_redo(self._journal)
 
     async def drop(self) -> None:
         """It is not to be."""
-        await self._claim.drop_redo(self._journal)
+        await self._source.drop_redo(self._journal)
 
     async def end(self) -> None:
         """The image has all of it, durably."""
-        await self._claim.end_redo(self._as_of)
+        left = max(0, self._source.dirty_bytes() - self._length)
+        await self._source.end_redo(self._as_of, left)
 
 
 def _path(image: Image) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from forebay.config import Config
 from forebay.errors import ForebayError
-from forebay.owner import NOBODY, Marker, Recovered
+from forebay.owner import Marker, Recovered
+from forebay.owner_record import NOBODY
 from forebay.store import FileImage, open_image, resolve
 
 
@@ -29,13 +30,14 @@ def run(config: Config, text: str, *, take_over: bool = False, sure: bool = True
     except OSError as error:
         raise ForebayError(f"{text}: {error.strerror}") from None
     try:
-        found = Marker.recover(image, file)
+        need_locks = config.disk_settings(image.store or None).require_locks
+        found = Marker.recover(image, file, need_locks=need_locks)
         if take_over:
             if found.lacks and not sure:
                 raise ForebayError(
                     f"{text}: {_later(found)} would be given up{_instant(found)}: bring that gateway back, or say --yes"
                 )
-            Marker.recover(image, file, take_over=True)
+            Marker.recover(image, file, take_over=True, need_locks=need_locks)
     except OSError as error:
         raise ForebayError(f"{text}: {error.strerror}") from None
     finally:

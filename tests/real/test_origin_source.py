@@ -15,7 +15,8 @@ from forebay.errors import ForebayError
 from forebay.origin_calls import Buffer, Calls
 from forebay.origin_source import Source, Use
 from forebay.origin_threads import StoreThreads
-from forebay.owner import Marker, Owner, TakenOver
+from forebay.owner import Marker
+from forebay.owner_record import Owner, TakenOver
 from forebay.store import FileImage, open_image
 
 SIZE = 1 << 20
@@ -75,6 +76,7 @@ async def test_what_a_restart_left_is_given_back_although_it_was_not_opened_sinc
         await first.prepare()
         await first.dirty()
         await first.leave()
+        await first.close_prepared()
         assert marker(image) is not None
         second = make(size=SIZE)
         with pytest.raises(OSError, match="not reached yet"):
@@ -105,6 +107,7 @@ async def test_an_image_that_is_taken_meanwhile_is_not_written(image: FileImage)
         ours = make()
         await ours.prepare()
         await ours.leave()
+        await ours.close_prepared()
         path = image.root / "vm.img.forebay" / "owner"
         text = path.read_text()
         path.write_text(json.dumps({**json.loads(text), "gateway": "them"}))

@@ -147,6 +147,9 @@ class FakeOrigin:
         self._fault("identity")
         return Identity(self.size, mtime_ns=self.changes, ctime_ns=self.changes, inode=1)
 
+    async def forget(self) -> None:
+        pass
+
     async def settle(self) -> None:
         pass
 
@@ -290,6 +293,12 @@ class FakeSource:
         self.size = origin.size
         self.discarding = False  # the operator gives up what the image lacks
         self.marker = FakeMarker(self) if self.use.writes else None
+        self.resumed = True
+        self.on_lost: object = None  # set by the image, for what does not happen here
+        self.dirty_bytes: object = None
+
+    async def check(self) -> None:
+        """It stays ours: who else would take it."""
 
     async def open(self) -> FakeOrigin:
         await self.dice.pause()

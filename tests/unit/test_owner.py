@@ -4,15 +4,18 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
 from forebay import owner as owner_module
+from forebay.claim import Claim
 from forebay.errors import ForebayError
 from forebay.origin_threads import StoreThreads
-from forebay.owner import Claim, Marker, Owner, read_owner
+from forebay.owner import Marker, read_owner
+from forebay.owner_record import Owner, State
 from forebay.store import FileImage, ImageFile, open_image
 
 US, THEM = "gateway-a", "gateway-b"
@@ -57,7 +60,8 @@ def test_the_marker_says_who(image: FileImage, take: Callable[..., Marker]) -> N
     assert found["state"] == "clean"
     assert found["pid"] == os.getpid()
     assert set(found) == {
-        "format", "gateway", "host", "pid", "boot_id", "disk", "since", "state", "token", "as_of"
+        "format", "gateway", "host", "pid", "boot_id", "disk", "since", "state", "token", "as_of",
+        "dirty_since", "dirty_bytes"
     }  # fmt: skip
     assert read_owner(image) == Owner.parse((sidecar(image) / "owner").read_bytes())
 
@@ -91,7 +95,7 @@ def test_a_held_lock_keeps_everybody_out(image: FileImage, take: Callable[..., M
 
 @pytest.mark.parametrize("state", ["clean", "dirty"])
 def test_what_another_gateway_left_behind_is_refused_after_its_lock_is_gone(
-    image: FileImage, take: Callable[..., Marker], state: owner_module.State
+    image: FileImage, take: Callable[..., Marker], state: State
 ) -> None:
     marker = take(disk="web1")
     marker.set_state(state)
@@ -148,12 +152,12 @@ def test_a_lock_file_that_its_holder_removes_meanwhile_is_not_trusted(
     real = owner_module._locked
     tries = 0
 
-    def locked(fd: int) -> bool:
+    def locked(*arguments: Any) -> bool:
         nonlocal tries
         tries += 1
         if tries == 1:
             first.release()
-        return real(fd)
+        return real(*arguments)
 
     monkeypatch.setattr("forebay.owner._locked", locked)
     take(THEM)
@@ -265,7 +269,7 @@ async def test_a_mark_that_hangs_is_not_overtaken(
     real = Marker.set_state
     order: list[str] = []
 
-    def slow(self: Marker, state: owner_module.State) -> None:
+    def slow(self: Marker, state: State) -> None:
         if state == "dirty":
             hang.wait(10)
         real(self, state)

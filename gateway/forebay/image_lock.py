@@ -1,0 +1,145 @@
+"""QEMU's locks on an image: a VM or a tool that has the image open by itself, and we, know of each other.
+
+QEMU says by read locks on single bytes of an image what it does with it and what it bars others from (its
+block/file-posix.c): byte 100 + n, "I do n"; byte 200 + n, "nobody else may do n". n is 0 for reading what stays
+consistent, 1 for writing, 3 for changing the size. Whoever comes takes its own locks first, then looks for those that
+speak against it, so that of two who come at once at least one sees the other. The bytes need not be there.
+
+They are OFD locks (fcntl(2)) of the very descriptor that does the I/O of the image: an NFS client whose locks were lost
+fails what is done through that descriptor, and would let another one write over the new owner's data.
+
+Everything blocks, and raises OSError.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+from contextlib import suppress
+from dataclasses import dataclass
+
+_DOES, _BARS = 100, 200
+_READ, _WRITE, _RESIZE = 0, 1, 3
+
+# struct flock of fcntl(2): type, whence, start, length, pid (0 for OFD locks)
+_FLOCK = struct.Struct("hhqqi")
+_NONE_THERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+
+@dataclass(frozen=True)
+class Access:
+    """What is done with an image, and what nobody else may do meanwhile."""
+
+    does: tuple[int, ...]
+    bars: tuple[int, ...]
+
+
+WRITES = Access((_READ, _WRITE), (_WRITE, _RESIZE))
+"""As a VM's disk: others may look at it with tools that take what comes (qemu-img, qemu-io -r), and nothing else."""
+
+READS = Access((_READ,), (_WRITE, _RESIZE))
+"""As a VM's read-only disk, or an overlay's backing file: any number of these share the image."""
+
+LOOKS = Access((_READ,), ())
+"""While somebody else writes it."""
+
+
+class NoLocks(OSError):
+    """The file system has no locks that another host, or another program, would see."""
+
+
+class InUse(Exception):
+    """Somebody's locks speak against ours. `written`: that one writes the image. `by`: who, if known."""
+
+    def __init__(self, *, written: bool, by: list[str]) -> None:
+        super().__init__()
+        self.written = written
+        self.by = by
+
+
+def hold(fd: int, access: Access) -> None:
+    """Take the locks, for as long as the descriptor is open. What it holds already stays its own.
+
+    Raises InUse, with no lock taken; NoLocks; OSError.
+    """
+    if _mounted_without(os.fstat(fd).st_dev):
+        raise NoLocks(errno.ENOLCK, "mounted so that locks stay on this host")
+    try:
+        for byte in _bytes(access):
+            set_lock(fd, fcntl.F_RDLCK, byte, 1)
+        against = [_BARS + n for n in access.does] + [_DOES + n for n in access.bars]
+        if not any(_locked(fd, byte) for byte in against):
+            return
+    except BlockingIOError:
+        pass  # a lock on the whole file, which is not QEMU's way
+    for byte in _bytes(access):
+        set_lock(fd, fcntl.F_UNLCK, byte, 1)
+    raise InUse(written=_locked(fd, _DOES + _WRITE), by=_who(os.fstat(fd)))
+
+
+def _bytes(access: Access) -> list[int]:
+    return [_DOES + n for n in access.does] + [_BARS + n for n in access.bars]
+
+
+def set_lock(fd: int, kind: int, start: int = 0, length: int = 0) -> None:
+    """An OFD lock, or none, on a range; length 0: to the end. Raises BlockingIOError when another has it, NoLocks."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+    except OSError as error:
+        if error.errno == errno.EACCES:
+            raise BlockingIOError(error.errno, error.strerror) from None
+        if error.errno in _NONE_THERE:
+            raise NoLocks(error.errno, error.strerror) from None
+        raise
+
+
+def _mounted_without(device: int) -> bool:
+    """Whether an NFS client keeps locks to itself (nfs(5): nolock, local_lock)."""
+    with suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8") as file:
+        return local_locks(file.read(), f"{os.major(device)}:{os.minor(device)}")
+    return False
+
+
+def local_locks(mountinfo: str, device: str) -> bool:
+    """The same, of a text as in proc_pid_mountinfo(5) and a device as it stands there."""
+    for line in mountinfo.splitlines():
+        mount, _, file_system = line.partition(" - ")
+        if mount.split()[2:3] == [device] and file_system.startswith("nfs"):
+            options = file_system.split()[-1].split(",")
+            return bool({"nolock", "local_lock=all", "local_lock=posix"}.intersection(options))
+    return False
+
+
+def _locked(fd: int, byte: int) -> bool:
+    """Whether another descriptor has a lock on the byte. The kernel does not say whose: OFD locks have no pid."""
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
+    return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
+
+
+# ------------------------------------------------------------------------------------------------------- who it may be
+
+
+def _who(image: os.stat_result) -> list[str]:
+    """The QEMUs of this host that have the file open, where this user may see that: "qemu-io (pid 17)"."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            with suppress(OSError):  # it ended, or is another user's
+                name = _name(entry)
+                if name.startswith(("qemu", "kvm", "libvirt")) and _has_open(entry, image):
+                    found.append(f"{name} (pid {entry})")
+    return sorted(found)
+
+
+def _name(pid: str) -> str:
+    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+        return file.read().strip()
+
+
+def _has_open(pid: str, image: os.stat_result) -> bool:
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(OSError):
+            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), image):
+                return True
+    return False
