@@ -5,7 +5,7 @@ It knows nothing of NBD, of images' homes or of modes: those are the business of
 
 from forebay_cache.cache import Cache
 from forebay_cache.check import check
-from forebay_cache.clean import invalidate, mark_hot
+from forebay_cache.clean import invalidate, mark_hot, past_failure, uncover
 from forebay_cache.errors import CacheError, CacheFull
 from forebay_cache.fill import Filler, ReadAhead, Source
 from forebay_cache.growth import extend, extend_device
@@ -13,7 +13,7 @@ from forebay_cache.layer import Layer
 from forebay_cache.recovery import format_device, open_cache
 from forebay_cache.repair import Repaired, repair
 from forebay_cache.report import Fault, Report
-from forebay_cache.revive import Revived, revive
+from forebay_cache.revive import Revived, come_back, revive
 from forebay_cache.scrub import Damage, Found, scrub
 from forebay_cache.settle import pages_of, pin_layer, settle
 from forebay_cache.view import View
@@ -34,6 +34,7 @@ __all__ = [
     "Source",
     "View",
     "check",
+    "come_back",
     "extend",
     "extend_device",
     "format_device",
@@ -41,9 +42,11 @@ __all__ = [
     "mark_hot",
     "open_cache",
     "pages_of",
+    "past_failure",
     "pin_layer",
     "repair",
     "revive",
     "scrub",
     "settle",
+    "uncover",
 ]

@@ -14,6 +14,7 @@ import resource
 import weakref
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,13 +22,13 @@ import trio
 
 from forebay_cache import ops
 from forebay_cache.device import Device, Superblock
-from forebay_cache.errors import CacheFull
-from forebay_cache.geometry import BLOCK, PAGE_BLOCKS
+from forebay_cache.errors import CacheFull, IndexFault
+from forebay_cache.geometry import BLOCK, PAGE_BLOCKS, SECTOR, SECTORS
 from forebay_cache.index import PAGE_KEY, Changes, Index, LayerRecord, Meta
 from forebay_cache.journal import Journal, JournalFull
 from forebay_cache.layer import ABSENT, SLOT_SHIFT, Layer
 from forebay_cache.placement import TOUCHED, Placement
-from forebay_cache.sums import UNKNOWN, Sums
+from forebay_cache.sums import UNKNOWN, Sums, checksums
 from forebay_cache.syncer import Syncer
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ COMMIT_SLOTS = 65536
 PAGES_KEPT = 32768
 #: How long to wait after a failed commit: the state directory may be full.
 COMMIT_RETRY_SECONDS = 1.0
+#: So many slots one after the other cannot be read at all: it is not the slots.
+UNREADABLE_MOST = 16
 #: How often the loop asks whether memory that it took for resident was paged out.
 RESIDENCY_SECONDS = 0.05
 
@@ -149,7 +152,7 @@ class Cache:
         self.syncing: dict[int, int] = {}
         self._ops: list[bytes] = []
         self._ops_bytes = 0
-        self._late: list[tuple[int, int, int, memoryview]] = []
+        self._late: list[tuple[int, int, int, memoryview, list[int]]] = []
         self._freed: list[int] = []
         self._limbo: list[tuple[int, list[int]]] = []
         self._leaving = 0
@@ -172,7 +175,12 @@ class Cache:
         self.overwriting: list[tuple[int, int, int]] = []
         #: all that read from the maps, to be told when these move
         self.views: weakref.WeakSet[Follower] = weakref.WeakSet()
+        #: why the device is given up for now: nothing is written to it, and nothing on it is believed unseen
         self.failed: OSError | None = None
+        #: set when that happens; another event each time
+        self.broke = trio.Event()
+        #: why the last commit could not be stored in the index
+        self.index_error: str | None = None
         self.damaged_slots = 0
         self.evicted_blocks = 0
         #: finds out which slots are free, where that was not done at the start; None when it is known
@@ -180,6 +188,9 @@ class Cache:
         self._syncer = Syncer(device.fd, device.sync)
         self.sync = Together(self._sync)
         self.commit = Together(self._commit)
+        self._commit_past_device = Together(self._store_past_device)
+        self._giving_up: set[int] = set()  # layers whose end is about to be, or is, in the index
+        self._unreadable = 0
         self._wanted = trio.Event()
         self._evict_wanted = trio.Event()
         self._freed_some = trio.Event()
@@ -393,8 +404,9 @@ class Cache:
 
     def heat(self, regions: list[tuple[int, int]]) -> None:
         """Put regions on record as hot: durable after the next sync, and in the index from the next commit on."""
-        for layer, region in regions:
-            self.note(ops.hot(layer, region))
+        if self.failed is None:
+            for layer, region in regions:
+                self.note(ops.hot(layer, region))
         self._hot_new.update(regions)
         self._hot_gone.difference_update(regions)
 
@@ -443,7 +455,9 @@ class Cache:
 
         Killed in between, replay finds the old checksum and the new, and one of them fits.
         """
-        self._late.append((slot, mask, at, data))
+        first = (at - self.device.at(slot)) // SECTOR + slot * SECTORS
+        before = self.sums.values[first : first + len(data) // SECTOR].tolist()
+        self._late.append((slot, mask, at, data, before))
 
     def journal_room(self, length: int) -> bool:
         """Whether records for a write of ``length`` bytes can be journaled now."""
@@ -455,34 +469,60 @@ class Cache:
             return
         late, self._late = self._late, []
         try:
+            self.check()
             self.journal.append(b"".join(self._ops))
             self._ops.clear()
             self._ops_bytes = 0
-            for _, _, at, data in late:
+            for _, _, at, data, _ in late:
                 self.device.write(at, data)
         except (OSError, JournalFull) as error:
-            for slot, mask, _, _ in late:
-                self.ready[slot] &= ~mask  # what lies there is not what its checksum says
+            self._undo(late)
             if isinstance(error, JournalFull):
                 raise OSError(errno.ENOSPC, "the intent journal is full") from None
             self.fail(error)
+            if self.failed is not None:
+                # What they say is in memory, for whoever takes the device back.
+                self._ops.clear()
+                self._ops_bytes = 0
             raise
         if self.journal.used * 2 > self.device.layout.journal_size:
             self._wanted.set()
+
+    def _undo(self, late: list[tuple[int, int, int, memoryview, list[int]]]) -> None:
+        """What was to be overwritten and was not is what it was, acknowledged; the rest is as its checksum says."""
+        for slot, mask, at, data, before in reversed(late):
+            self.ready[slot] &= ~mask
+            first = (at - self.device.at(slot)) // SECTOR + slot * SECTORS
+            try:
+                found = checksums(self.device.read(at, len(data)))
+            except OSError:
+                continue
+            for n, value in enumerate(before):
+                if found[n] == value:
+                    self.sums.values[first + n] = value
 
     def check(self) -> None:
         """Raises OSError(EIO) once the device has failed: what is durable there must not be written over."""
         if self.failed is not None:
             raise OSError(errno.EIO, f"cache device: {self.failed.strerror}")
 
+    def note_reading(self, *, good: bool) -> None:
+        """A slot could be read, or nothing of it: a device of which nothing can be read has failed."""
+        self._unreadable = 0 if good else self._unreadable + 1
+        if self._unreadable >= UNREADABLE_MOST:
+            self.fail(OSError(errno.EIO, "it cannot be read"))
+
     def fail(self, error: OSError, *, syncing: bool = False) -> None:
-        """The device cannot be written: from now on it serves what it has and takes nothing new.
+        """The device cannot be used: from now on it takes nothing new, and what it has is checked at each reading.
 
         No room for a block, in a sparse file, is no failure; no room for what was taken already is one.
         """
         if self.failed is None and (syncing or error.errno != errno.ENOSPC):
-            log.error("cache device %s failed: %s", self.device.path, error.strerror)
+            log.error("cache device %s failed: %s", self.device.path, error.strerror or error)
             self.failed = error
+            self._alive_again()  # a commit under way may be about to say so
+            self.forget_ready()  # what is in memory may never have reached the device, and go from memory unseen
+            self.broke.set()
 
     # -- durability -------------------------------------------------------------------------------------------
 
@@ -507,6 +547,7 @@ class Cache:
                 with contextlib.suppress(OSError):  # that we know
                     await self._syncer.finish()
             await rewrite()
+            self._alive_again()
             changes, succeeded, failed = self.snapshot()
             try:
                 with trio.CancelScope(shield=True):
@@ -517,7 +558,7 @@ class Cache:
                 raise
             self.open_sectors, self.syncing = {}, {}  # all are durable where they are
             succeeded()
-            self.failed = None
+            self.failed, self.broke = None, trio.Event()
             self.forget_ready()
 
     @contextlib.contextmanager
@@ -636,11 +677,62 @@ class Cache:
         changes, succeeded, failed = self.snapshot()
         try:
             await self.sync()
+            self.check()  # no await from here to where the index takes it: see _store_past_device()
+            await self.index.commit(changes)
+        except BaseException as error:
+            failed()
+            if isinstance(error, IndexFault):
+                self.index_error = error.strerror
+            raise
+        self.index_error = None
+        succeeded()
+
+    async def commit_records(self) -> None:
+        """Make records, and the end of layers, durable: as :meth:`commit`, or without a device that has failed.
+
+        Raises OSError.
+        """
+        if self.failed is None:
+            try:
+                await self.commit()
+            except OSError:
+                if self.failed is None:
+                    raise
+        if self.failed is not None:
+            await self._commit_past_device()
+
+    async def give_up(self, layer: Layer) -> None:
+        """While the device has failed: have it on record that it has nothing of this clean layer any more.
+
+        Its origin is about to be written, and the device cannot be told of it. Should the device work again, the layer
+        is there again, as it is in memory then. Raises OSError: the origin must not be written.
+        """
+        while self.failed is not None and not layer.given_up:
+            failed = self.failed
+            self._giving_up.add(layer.id)
+            await self._commit_past_device()
+            layer.changed = True
+            layer.given_up = self.failed is failed and layer.id in self._giving_up
+
+    def _alive_again(self) -> None:
+        """From the next commit of everything on, layers that were given up are not."""
+        self._giving_up.clear()
+        for layer in self.layers.values():
+            layer.changed = layer.changed or layer.given_up
+            layer.given_up = False
+
+    async def _store_past_device(self) -> None:
+        """The part of a commit that names nothing on the device. The index takes commits in the order of the calls."""
+        records, self._records_changed = self._records_changed, set()
+        changes = Changes(None, records={key: self._records.get(key) for key in records})
+        for layer in self.layers.values():
+            if layer.dead or layer.id in self._giving_up:
+                changes.layers[layer.id] = replace(layer.record(), dead=True)
+        try:
             await self.index.commit(changes)
         except BaseException:
-            failed()
+            self._records_changed |= records
             raise
-        succeeded()
 
     def _shed_pages(self) -> None:
         """Pages of private layers stay: there are few, and every read asks for them first."""
@@ -689,37 +781,56 @@ class Cache:
             task_status.started()
 
     async def _committer(self) -> None:
+        told = False
         while True:
             with trio.move_on_after(COMMIT_SECONDS):
                 await self._wanted.wait()
             self._wanted = trio.Event()
             try:
-                await self.commit()
+                if self.failed is None:
+                    await self.commit()
             except OSError as error:
-                log.error("index commit failed, trying again: %s", error)
+                if self.failed is None and not told:
+                    log.error("index commit failed, trying again: %s", error.strerror or error)
+                    told = True
                 await trio.sleep(COMMIT_RETRY_SECONDS)
+            else:
+                if told and self.failed is None:
+                    log.info("the index can be written again")
+                    told = False
 
     async def _undertaker(self) -> None:
+        told = False
         while True:
-            for layer in [x for x in self.layers.values() if x.dead]:
+            for layer in [x for x in self.layers.values() if x.dead and self.failed is None]:
                 try:
                     await self._bury(layer)
+                    told = False
                 except OSError as error:
-                    log.error("freeing %s failed, trying again: %s", layer.name, error)
+                    if self.failed is None and not told:
+                        log.error("freeing %s failed, trying again: %s", layer.name, error.strerror)
+                        told = True
             await trio.sleep(COMMIT_RETRY_SECONDS / 4)
 
     async def _evictor(self) -> None:
+        told = False
         while True:
             await self._evict_wanted.wait()
             self._evict_wanted = trio.Event()
             try:
                 await self._evict_some()
             except OSError as error:
-                log.error("nothing can be evicted, trying again: %s", error)
+                if self.failed is None and not told:
+                    log.error("nothing can be evicted, trying again: %s", error.strerror or error)
+                    told = True
                 await trio.sleep(COMMIT_RETRY_SECONDS)
                 self._evict_wanted.set()
+            else:
+                told = False
 
     async def _evict_some(self) -> None:
+        if self.failed is not None:
+            return  # nothing is stored either
         missing = self._low - self.placement.free - self._leaving
         if missing > 0 and self.scan is None:
             await self._evict(self.placement.victims(missing))
@@ -771,6 +882,9 @@ class Cache:
         zero = page[i] >> 16 & 0xFFFF
         layer.sectors -= (page[i] & 0xFFFF & ~zero).bit_count()
         layer.writable(number)[i] = zero << 16 | zero
+        if self.failed is not None:  # there is nothing wrong with this slot more than with others
+            self.free_slot(layer, slot)
+            return
         layer.slots -= 1
         self.ready[slot] = 0
         self.placement.quarantine(slot)
@@ -821,15 +935,22 @@ class Cache:
             "journal_bytes": self.journal.used,
             "evicted_blocks": self.evicted_blocks,
             "damaged_slots": self.damaged_slots,
-            "state": "failed" if self.failed else "recovering" if self.scan else "ok",
-            "error": self.failed.strerror if self.failed else None,
+            "state": self._state(),
+            "error": self.failed.strerror if self.failed else self.index_error,
         }
+
+    def _state(self) -> str:
+        if self.failed is not None:
+            return "failed"
+        if self.index_error is not None:
+            return "unrecorded"
+        return "recovering" if self.scan else "ok"
 
     async def close(self) -> None:
         """Commit, mark the end as clean, let go of device and index."""
         self.meta.clean = self._closing = True
         try:
-            await self.commit()
+            await self.commit_records()
         except OSError as error:
             log.error("the last commit failed, the next start will recover: %s", error)
         self.release()

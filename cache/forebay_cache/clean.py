@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import trio
 
@@ -16,6 +16,7 @@ from forebay_cache.geometry import (
     BLOCK,
     FULL,
     PAGE_BLOCKS,
+    PAGE_SHIFT,
     SECTOR,
     SECTORS,
     ZERO_BLOCK,
@@ -23,11 +24,29 @@ from forebay_cache.geometry import (
     covered,
     sector_runs,
 )
-from forebay_cache.layer import SLOT_SHIFT, ZERO_SHIFT, Layer, pack
+from forebay_cache.layer import ABSENT, SLOT_SHIFT, ZERO_SHIFT, Layer, pack
 from forebay_cache.sums import checksums
 
 #: Origin writes are announced by region of this many bytes: one sync for a region, not one for a write.
 REGION_SHIFT = 22
+
+
+class _Filler(Protocol):
+    """See fill.Filler."""
+
+    layer: Layer
+
+    def overtaken(self, offset: int, length: int) -> None: ...
+
+
+@contextmanager
+def past_failure(cache: Cache) -> Iterator[None]:
+    """What cannot be done because the device has failed is left undone: whoever uses this has another way behind it."""
+    try:
+        yield
+    except OSError:
+        if cache.failed is None:
+            raise
 
 
 class _Part(NamedTuple):
@@ -90,12 +109,31 @@ async def invalidate(cache: Cache, layer: Layer, offset: int, length: int) -> No
     overtake(cache, layer, offset, length)
     for at in range(offset, offset + length, 64 * BLOCK):
         runs = block_runs(at, min(64 * BLOCK, offset + length - at))
-        if not cache.journal_room(SECTOR * len(runs)):
-            await cache.commit()
+        with past_failure(cache):
+            if cache.failed is None and not cache.journal_room(SECTOR * len(runs)):
+                await cache.commit()
         await cache.load(layer, {block // PAGE_BLOCKS for block, _, _ in runs})
         for block, start, part in runs:
             drop(cache, layer, block, covered(start, part))
-    cache.publish()
+    with past_failure(cache):
+        cache.publish()
+    await cache.give_up(layer)
+
+
+async def uncover(cache: Cache, frozen: Layer, filler: _Filler) -> None:
+    """The device has failed and the origin has all of a frozen private layer: forget the clean blocks under it.
+
+    Its layer can then be dropped. Raises OSError.
+    """
+    layer = filler.layer
+    for number in [n for n, page in frozen.pages.items() if page is not ABSENT]:
+        await cache.load(layer, [number])
+        filler.overtaken(number << PAGE_SHIFT, PAGE_BLOCKS * BLOCK)
+        for i in range(PAGE_BLOCKS):
+            drop(cache, layer, number * PAGE_BLOCKS + i, frozen.pages[number][i] & FULL)
+    with past_failure(cache):
+        cache.publish()
+    await cache.give_up(layer)
 
 
 def drop(cache: Cache, layer: Layer, block: int, mask: int) -> None:
@@ -127,9 +165,17 @@ async def mark_hot(cache: Cache, layer: Layer, offset: int, length: int) -> None
     if not new:
         return
     cache.heat(new)
-    await cache.sync()
-    if not layer.dead:
-        cache.hot.update(new)
+    told = False
+    with past_failure(cache):
+        cache.check()
+        await cache.sync()
+        told = True
+        if not layer.dead:
+            cache.hot.update(new)
+    if not told:
+        await cache.give_up(layer)
+    if not told and cache.failed is None:  # it works again, and knows nothing of this
+        await mark_hot(cache, layer, offset, length)
 
 
 async def store(

@@ -177,9 +177,15 @@ def read_superblock(fd: int, path: Path) -> Superblock | None:
 
 def write_superblock(fd: int, layout: Superblock) -> None:
     """Replace the superblock. At any instant one of the two copies on the device is whole. Raises OSError."""
-    for offset in (COPY_OFFSET, 0):
-        os.pwrite(fd, layout.pack(), offset)
-        os.fdatasync(fd)
+    write_copy(fd, layout)
+    os.pwrite(fd, layout.pack(), 0)
+    os.fdatasync(fd)
+
+
+def write_copy(fd: int, layout: Superblock) -> None:
+    """The copy alone; also to see whether the device takes writes. Raises OSError."""
+    os.pwrite(fd, layout.pack(), COPY_OFFSET)
+    os.fdatasync(fd)
 
 
 def erase(fd: int) -> None:

@@ -74,9 +74,9 @@ class LayerRecord:
 
 @dataclass
 class Changes:
-    """One commit: everything that is to become durable together."""
+    """One commit: everything that is to become durable together. ``meta`` None: it stays as it is."""
 
-    meta: Meta
+    meta: Meta | None
     pages: list[tuple[bytes, bytes]] = field(default_factory=list)
     sums: list[Taken] = field(default_factory=list)
     layers: dict[int, LayerRecord | None] = field(default_factory=dict)
@@ -333,7 +333,8 @@ class Index:
                     txn.delete(key, db=db["records"])
                 else:
                     txn.put(key, json.dumps(value).encode(), db=db["records"])
-            txn.put(b"state", json.dumps(asdict(changes.meta)).encode(), db=db["meta"])
+            if changes.meta is not None:
+                txn.put(b"state", json.dumps(asdict(changes.meta)).encode(), db=db["meta"])
 
     def close(self) -> None:
         """End the writer thread and close the environment."""

@@ -59,6 +59,7 @@ class Layer:
         "changed",
         "dead",
         "dirty",
+        "given_up",
         "hand",
         "id",
         "loading",
@@ -84,6 +85,7 @@ class Layer:
         self.dirty: set[int] = set()
         self.loading: dict[int, object] = {}
         self.changed = False
+        self.given_up = False  # the index says that it is dead: see Cache.give_up()
 
     def record(self) -> LayerRecord:
         """As the index keeps it."""

@@ -8,17 +8,26 @@ checksum. What does not: a clean block is dropped, private data stays damaged, w
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
 
 import trio
 
 from forebay_cache.cache import Cache
+from forebay_cache.device import Device, open_device, read_superblock, write_copy
+from forebay_cache.errors import CacheError
 from forebay_cache.geometry import PAGE_BLOCKS, SECTOR, SECTORS, sector_runs
 from forebay_cache.layer import Layer
 from forebay_cache.medium import UNREADABLE, matching
 from forebay_cache.scrub import held
 from forebay_cache.sums import SIZE, checksums
 
+log = logging.getLogger(__name__)
+
+#: How soon a device that failed is tried again; doubled each time, up to AGAIN_MOST.
+AGAIN_SECONDS = 5.0
+AGAIN_MOST = 60.0
 _STORING_STEP = 0.01
 
 
@@ -34,12 +43,69 @@ class Revived:
 async def revive(cache: Cache) -> Revived:
     """Use a device that has failed again. Raises OSError when it still fails: then nothing has changed.
 
-    Where it has not failed this does nothing.
+    Raises :class:`CacheError` when another one is in its place. Where it has not failed this does nothing.
     """
     done = Revived()
+
+    async def rewrite() -> None:
+        if cache.failed is not None:
+            await _find(cache)
+            await _rewrite_all(cache, done)
+
     if cache.failed is not None:
-        await cache.revive(lambda: _rewrite_all(cache, done))
+        await cache.revive(rewrite)
     return done
+
+
+async def come_back(cache: Cache) -> None:
+    """Try a device that has failed again, now and then, until cancelled."""
+    pause, back_at = AGAIN_SECONDS, -AGAIN_MOST
+    while True:
+        await cache.broke.wait()
+        if trio.current_time() - back_at > AGAIN_MOST:
+            pause = AGAIN_SECONDS
+        await trio.sleep(pause)
+        pause = min(2 * pause, AGAIN_MOST)
+        try:
+            done = await revive(cache)
+        except (OSError, CacheError) as error:
+            log.info("cache device %s still fails: %s", cache.device.path, error)
+            continue
+        back_at = trio.current_time()
+        log.warning("cache device %s works again", cache.device.path)
+        if done.damaged_private:
+            log.error("%d blocks that only it has are damaged", done.damaged_private)
+
+
+async def _find(cache: Cache) -> None:
+    """See that the device takes a write, and have it under its descriptor again if it was away."""
+    device = cache.device
+    if await trio.to_thread.run_sync(_found, device):
+        device.adopt(device.layout)
+        for view in cache.views:
+            view.follow()
+
+
+def _found(device: Device) -> bool:
+    """In a thread. Whether its name leads to another file now, which has the same cache on it: that one is taken."""
+    named, ours = os.stat(device.path), os.fstat(device.fd)
+    key = [(x.st_dev, x.st_ino, x.st_rdev) for x in (named, ours)]
+    if key[0] == key[1]:
+        _try(device.fd, device)
+        return False
+    fd = open_device(device.path)
+    try:
+        _try(fd, device)
+        os.dup2(fd, device.fd, inheritable=False)
+    finally:
+        os.close(fd)
+    return True
+
+
+def _try(fd: int, device: Device) -> None:
+    if read_superblock(fd, device.path) != device.layout:
+        raise CacheError(f"{device.path}: is not the cache that was there: bring that back")
+    write_copy(fd, device.layout)
 
 
 async def _rewrite_all(cache: Cache, done: Revived) -> None:

@@ -315,6 +315,8 @@ class View:
             read = await trio.to_thread.run_sync(read_slots, cache, slots)
         finally:
             cache.unpin(token)
+        for _, found, _ in read.values():
+            cache.note_reading(good=any(value != -1 for value in found))
         for n, piece in checks:
             data, found, stored = read[piece.slot]
             now = cache.sums.get(piece.slot) or stored
@@ -335,8 +337,12 @@ class View:
         """Give damaged clean blocks up; they are fetched again. Raises OSError(EIO) for private data."""
         cache = self.cache
         for piece in bad:
-            cache.damaged_slots += 1
             block = piece.offset >> 16
+            if cache.failed is not None and not piece.private:
+                assert self.clean is not None
+                cache.retire(self.clean, block, piece.slot)
+                continue
+            cache.damaged_slots += 1
             log.error(
                 "cache device %s: slot %d is damaged (%s data of block %d)",
                 cache.device.path,

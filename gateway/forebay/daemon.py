@@ -366,7 +366,7 @@ class Gateway:
 
     async def _commit(self) -> None:
         try:
-            await self._cache.commit()
+            await self._cache.commit_records()
         except (OSError, CacheError, lmdb.Error) as fault:
             raise ForebayError(
                 f"{self.config.gateway.state / 'index'} cannot be written ({fault}): make room there"

@@ -94,6 +94,7 @@ async def _main(config: Config, make: MakeGateway, inherited: Inheritance) -> bo
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(cache.run)
+                nursery.start_soon(forebay_cache.come_back, cache)
                 gateway = make(config, cache, nursery)
                 handed_over = await _serve(config, gateway, inherited, nursery, signals)
                 nursery.cancel_scope.cancel()

@@ -14,7 +14,7 @@ from forebay.extents import CACHED_CONTEXT, allocation, cached
 from forebay.hydrate import hydrate, preload_range
 from forebay.image import WATCH_SECONDS, Image, Images, image_of, layer_prefix
 from forebay.origin_source import Source
-from forebay.policies import OriginWrites, Policy, PrivateWrites
+from forebay.policies import OriginWrites, Policy, PrivateOrOrigin, PrivateWrites
 from forebay.ranges import Gate, Ranges
 from forebay.sizes import Mode
 from forebay.writeback import WriteBack
@@ -145,7 +145,7 @@ class Disk:
         if self.writes_private:
             if not self.view.private:
                 self.view.private = [self._new_layer()]
-            self._policy = PrivateWrites(self)
+            self._policy = PrivateWrites(self) if self.overlay else PrivateOrOrigin(self)
         else:
             self._policy = OriginWrites(self, keep=self.mode is Mode.WRITE_THROUGH)
         self.write_now = self._policy.write_now
@@ -235,7 +235,7 @@ class Disk:
         if self.image.conflict is not None:
             return "conflict"
         if self.block_cache.failed is not None:
-            return "pass-through"
+            return "broken" if self._only_here() else "pass-through"
         if self.image.origin is None:
             return "degraded"
         if self.writeback.error is not None:
@@ -244,16 +244,34 @@ class Disk:
             return "copying"
         return "ready"
 
+    def _only_here(self) -> int:
+        """Bytes that only the cache has."""
+        return sum(x.sectors for x in self.view.private) * SECTOR
+
+    def reason(self) -> str | None:
+        """Why the state is not what it should be, and what to do."""
+        failed, only = self.block_cache.failed, self._only_here()
+        if self.image.conflict is not None or failed is None:
+            index = self.block_cache.index_error
+            return self.image.conflict or self.image.unreachable or self.writeback.error or index
+        where = f"cache device {self.block_cache.device.path}: {failed.strerror or failed}"
+        if not only:
+            return f"{where}: the image is used without it, until it works again"
+        return (
+            f"{where}: {only} bytes are nowhere else: writes fail until it works again; "
+            "detach with --discard to give them up"
+        )
+
     def status(self) -> dict[str, Any]:
         """The keys of the contract, but for clients and socket."""
         clean = 0 if self.mode is Mode.NONE else self.image.layer.sectors * SECTOR
-        own = sum(x.sectors for x in self.view.private) * SECTOR
+        own = self._only_here()
         return {
             "name": self.name,
             "image": self.image.key,
             "mode": self.mode.value,
             "state": self.state(),
-            "reason": self.image.conflict or self.image.unreachable or self.writeback.error,
+            "reason": self.reason(),
             "read_only": self.read_only,
             "overlay": self.overlay,
             "size": self.size,
@@ -503,7 +521,7 @@ class Disk:
     async def _unmark_discarded(self) -> None:
         """What the image lacked is gone for good, so it lacks nothing any more."""
         try:
-            await self.block_cache.commit()  # else a kill now would bring it back, unmarked
+            await self.block_cache.commit_records()  # else a kill now would bring it back, unmarked
             await self.image.flush()  # of a pass that was not finished
             await self.unmark()
         except OSError as error:

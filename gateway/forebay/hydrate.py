@@ -30,6 +30,7 @@ async def preload_range(disk: "Disk", length: int, progress: "Progress") -> None
     """Have the first `length` bytes in the cache. Raises OSError. What is there already costs nothing."""
     progress(0, length)
     for start in range(0, length, STEP):
+        disk.block_cache.check()
         await _step(disk, start, min(STEP, length - start))
         progress(min(start + STEP, length), length)
 
@@ -79,6 +80,7 @@ async def hydrate(disk: "Disk", scope: trio.CancelScope) -> None:
         disk.copied = min(disk.copied or 0.0, 0.999) if done < total else 0.999
         disk.copied = max(disk.copied, 0.999 * done / total if total else 0.999)
 
+    told = ""
     with scope:
         layer = disk.image.layer
         while True:
@@ -89,6 +91,10 @@ async def hydrate(disk: "Disk", scope: trio.CancelScope) -> None:
                 if not await disk.image.filler.missing(0, disk.size):
                     disk.copied = 1.0
                     return
+                told = ""
             except OSError as error:
-                log.warning("%s: copying paused: %s", disk.name, error.strerror)
+                text = error.strerror or str(error)
+                if text != told:
+                    log.warning("%s: copying paused: %s", disk.name, text)
+                told = text
             await trio.sleep(RETRY_SECONDS)

@@ -94,6 +94,7 @@ class Image:
         self.conflict: str | None = None
         self.unreachable: str | None = None
         self.written_bytes = 0
+        self.unfinished = False  # a checkpoint may be committed beside the image, and not all in it
         self._images = images
         self._reaching = trio.Lock()
         self._views: list[View] = []
@@ -273,7 +274,7 @@ class Image:
                 async with self._distrusting:
                     if not self._distrusted:
                         self._remember(None)
-                        await self.cache.commit()
+                        await self.cache.commit_records()
                         self._distrusted = True
             yield
         finally:
@@ -319,7 +320,11 @@ class Image:
         return self.origin.sync_failures if self.origin is not None else 0
 
     def _at_rest(self) -> bool:
-        """Whether nothing is being written, and all that was is durable."""
+        """Whether nothing is being written, or will be at the next start, and all that was is durable."""
+        return not (self._writing or self.unfinished) and self._flushed == self._written
+
+    def all_durable(self) -> bool:
+        """Whether no write is under way, and the origin has all that were made, durably."""
         return not self._writing and self._flushed == self._written
 
     # -- the watch --------------------------------------------------------------------------------------------

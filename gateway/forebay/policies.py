@@ -5,9 +5,9 @@ reads there, under a lock on the sectors concerned.
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVarTuple, Unpack
 
 import trio
 
@@ -17,6 +17,8 @@ from forebay_cache.geometry import BLOCK, SECTOR, block_runs
 
 if TYPE_CHECKING:
     from forebay.disk import Disk
+
+Ts = TypeVarTuple("Ts")
 
 PIECE = 1 << 20
 """A long request is stored in pieces of this size, so that it needs only so much room in the journal at a time."""
@@ -235,9 +237,80 @@ class PrivateWrites:
         await self._disk.block_cache.sync()
 
 
+class PrivateOrOrigin(PrivateWrites):
+    """The same for a disk whose data has a home, past the cache while its device does not work (promise 4).
+
+    What only the cache has goes to the image first, as far as it can be read; if it cannot, writes fail.
+    """
+
+    def __init__(self, disk: "Disk") -> None:
+        super().__init__(disk)
+        self._origin: OriginWrites | None = None  # while it has writes that may not be durable
+        self._failed: OSError | None = None  # for which failure of the device
+
+    def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
+        """None while the device does not work."""
+        try:
+            return super().write_now(writes)
+        except OSError:
+            if self._disk.block_cache.failed is None:
+                raise
+            return 0
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """To the cache, or to the origin."""
+        if not await self._kept(super().write, offset, data):
+            await (await self._past()).write(offset, data)
+
+    async def zero(self, offset: int, length: int, may_trim: bool) -> None:
+        """The same with zeros."""
+        if not await self._kept(super().zero, offset, length, may_trim):
+            await (await self._past()).zero(offset, length, may_trim)
+
+    def flush_now(self) -> bool:
+        """Never while the origin may have something that is not durable."""
+        if self._origin is not None:
+            return False
+        try:
+            return super().flush_now()
+        except OSError:
+            if self._disk.block_cache.failed is None:
+                raise
+            return False
+
+    async def flush(self) -> None:
+        """Whoever has it has it durably."""
+        if not await self._kept(super().flush):
+            await (await self._past()).flush()
+        elif self._origin is not None:
+            await self._origin.flush()
+            if self._disk.image.all_durable():
+                self._origin = None
+
+    async def _kept(self, do: Callable[[Unpack[Ts]], Awaitable[None]], *args: *Ts) -> bool:
+        """Have the cache do it. False: its device does not work. Raises OSError."""
+        cache = self._disk.block_cache
+        if cache.failed is None:
+            try:
+                await do(*args)
+            except OSError:
+                if cache.failed is None:
+                    raise
+            else:
+                return True
+        return False
+
+    async def _past(self) -> OriginWrites:
+        await self._disk.writeback.leave_cache()
+        failed = self._disk.block_cache.failed
+        if self._origin is None or failed is not self._failed:
+            self._origin, self._failed = OriginWrites(self._disk, keep=False), failed
+        return self._origin
+
+
 def _sectors(offset: int, length: int) -> tuple[int, int]:
     """The whole sectors that a range touches: (start, end) in bytes."""
     return offset // SECTOR * SECTOR, -(-(offset + length) // SECTOR) * SECTOR
 
 
-__all__ = ["Buffer", "OriginWrites", "Policy", "PrivateWrites"]
+__all__ = ["Buffer", "OriginWrites", "Policy", "PrivateOrOrigin", "PrivateWrites"]

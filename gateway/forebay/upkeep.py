@@ -18,7 +18,7 @@ from forebay.daemon_disk import Attached
 from forebay.daemon_process import in_one_line, offline
 from forebay.errors import ForebayError
 from forebay.storage_record import locate
-from forebay_cache import Cache, Found, Layer, Report, Revived
+from forebay_cache import Cache, CacheError, Found, Layer, Report, Revived
 from forebay_cache.device import Progress
 
 _PRIVATE, _CLEAN = "disk:", "image:"
@@ -78,10 +78,11 @@ class Upkeep:
     async def _revived(self) -> Revived:
         try:
             return await forebay_cache.revive(self._cache)
+        except CacheError as fault:
+            raise ForebayError(str(fault)) from None
         except OSError as fault:
             raise ForebayError(
-                f"{self._cache.device.path} still fails ({fault.strerror}): put the device right and run this again; "
-                "or restart the daemon, if the device was away and has come back"
+                f"{self._cache.device.path} still fails ({fault.strerror}): put the device right and run this again"
             ) from fault
 
     def _guests_wait(self) -> bool:

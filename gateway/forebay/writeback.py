@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from forebay.origin_source import Journal
-from forebay_cache import Layer, View, pages_of, settle
+from forebay_cache import Layer, View, pages_of, past_failure, settle, uncover
 from forebay_cache.device import Buffer
 from forebay_cache.geometry import BLOCK, FULL, PAGE_BLOCKS, PAGE_SHIFT, SECTOR, sector_runs
 from forebay_cache.layer import ZERO_SHIFT
@@ -44,6 +44,9 @@ YIELD_MOST = 25
 PASSES_BESIDE_WRITES = 2
 """How often a drain tries to catch up with a VM that writes, before it has it wait."""
 
+AGAIN_SECONDS = 1.0
+"""How soon a guest's write tries a pass again that failed, while the cache device does not work."""
+
 RETRY_MOST = 30.0
 """Most seconds between two tries at an origin that fails; the first pause is one second."""
 
@@ -57,6 +60,7 @@ class WriteBack:
         self._wanted = trio.Event()
         self._passed = trio.Event()
         self.error: str | None = None
+        self._tried = 0.0  # when a pass failed last
 
     @property
     def frozen(self) -> list[Layer]:
@@ -93,6 +97,8 @@ class WriteBack:
         """Wait until data is half as old, or half as much, as it may become: the pass itself takes time too."""
         disk = self._disk
         while True:
+            if disk.block_cache.failed is not None and disk.dirty_bytes:
+                return
             if disk.writes_back:
                 if disk.dirty_bytes * 2 >= disk.settings.max_dirty and disk.dirty_bytes:
                     return
@@ -115,7 +121,8 @@ class WriteBack:
             try:
                 if not self.frozen and any(x.sectors for x in disk.view.private):
                     disk.freeze()
-                await disk.block_cache.sync()
+                with past_failure(disk.block_cache):
+                    await disk.block_cache.sync()
                 for layer in self.frozen:
                     await self._write_out(layer, progress)
                 await self._rest()
@@ -126,10 +133,21 @@ class WriteBack:
                         "%s: write-back failed, trying again: %s", disk.name, error.strerror
                     )
                 self.error = error.strerror or str(error)
+                self._tried = trio.current_time()
                 raise
             finally:
                 event, self._passed = self._passed, trio.Event()
                 event.set()
+
+    async def leave_cache(self) -> None:
+        """The cache device has failed: have in the image what only it has, as far as that can be read.
+
+        Raises OSError; at once where that was tried just now.
+        """
+        if self._disk.dirty_bytes:
+            if self.error is not None and trio.current_time() < self._tried + AGAIN_SECONDS:
+                raise OSError(errno.EIO, self.error)
+            await self.checkpoint()
 
     async def _write_out(self, layer: Layer, progress: "Progress | None") -> None:
         disk = self._disk
@@ -147,11 +165,20 @@ class WriteBack:
                 )
             if journal is not None:
                 await journal.end()
-        await settle(disk.block_cache, layer, disk.image.filler)
-        # The clean layer has slots now that durable state gives to this one: nothing may be written there before.
-        await disk.block_cache.commit()
+                disk.image.unfinished = False
+        cache = disk.block_cache
+        settled = False
+        with past_failure(cache):
+            await settle(cache, layer, disk.image.filler)
+            # The clean layer has slots now that durable state gives to this one: nothing may be written there before.
+            await cache.commit()
+            settled = True
+        if not settled:
+            await uncover(cache, layer, disk.image.filler)
         disk.settled(layer)
-        disk.block_cache.drop_layer(layer)
+        cache.drop_layer(layer)
+        if not settled:
+            await cache.commit_records()
 
     async def _journal(self, layer: Layer, progress: "Progress | None") -> Journal | None:
         """A committed redo journal of the layer; None where the image is not a file."""
@@ -165,6 +192,7 @@ class WriteBack:
             with trio.CancelScope(shield=True), contextlib.suppress(OSError):
                 await journal.drop()
             raise
+        disk.image.unfinished = True
         await journal.commit()
         return journal
 
@@ -172,7 +200,7 @@ class WriteBack:
         """Say beside the image that it has everything, if it has."""
         disk = self._disk
         if disk.dirty_bytes == 0 and disk.marked:
-            await disk.block_cache.commit()
+            await disk.block_cache.commit_records()
             await disk.unmark()
 
     async def drain(self, progress: "Progress") -> None:
@@ -221,18 +249,24 @@ class _Work:
 
     async def all(self) -> None:
         """Raises OSError; then the origin has some of it."""
-        cache, layer = self._disk.block_cache, self._layer
         async with trio.open_nursery() as nursery:
-            for number in await pages_of(cache, layer):
-                await cache.load(layer, [number])
-                for offset, length, zero in self._runs(number):
-                    await self._slots.acquire()
-                    if self._errors:
-                        self._slots.release()
-                        break
-                    nursery.start_soon(partial(self._one, offset, length, zero=zero))
+            try:
+                await self._start_all(nursery)
+            except OSError as error:  # of the index; out of a nursery it would come in a group
+                self._errors.append(error)
         if self._errors:
             raise self._errors[0]
+
+    async def _start_all(self, nursery: trio.Nursery) -> None:
+        cache, layer = self._disk.block_cache, self._layer
+        for number in await pages_of(cache, layer):
+            await cache.load(layer, [number])
+            for offset, length, zero in self._runs(number):
+                await self._slots.acquire()
+                if self._errors:
+                    self._slots.release()
+                    return
+                nursery.start_soon(partial(self._one, offset, length, zero=zero))
 
     def _runs(self, number: int) -> list[tuple[int, int, bool]]:
         """(offset, length, zeros) in bytes of what the layer holds in one page, neighbours joined."""

@@ -18,7 +18,7 @@ from forebay.disk import Disk
 from forebay.image import Images
 from forebay.origin_source import Source
 from forebay.sizes import Mode
-from forebay_cache import Cache, open_cache
+from forebay_cache import Cache, come_back, open_cache
 from forebay_cache.geometry import FULL, PAGE_BLOCKS
 from forebay_cache.layer import SLOT_SHIFT, ZERO_SHIFT, Layer
 from forebay_cache.placement import FREE, HELD, QUARANTINED, TOUCHED, UNSCANNED
@@ -72,6 +72,7 @@ class Host:
             with trio.CancelScope() as self._scope:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self.cache.run)
+                    nursery.start_soon(come_back, self.cache)
                     self.images = Images(self.cache, nursery)
                     self._tasks = nursery
                     task_status.started()

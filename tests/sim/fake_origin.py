@@ -140,6 +140,8 @@ class FakeOrigin:
             self.durable[offset : offset + len(data)] = data
             for sector in range(offset // SECTOR, -(-(offset + len(data)) // SECTOR)):
                 self.allocated[sector] = 1
+        self.changes += self.journal is not None
+        self.durable_changes = self.changes
         self.journal = None
 
     async def identity(self) -> Identity:
@@ -227,7 +229,9 @@ class FakeMarker:
 
     async def dirty(self) -> None:
         await self._source.dice.pause()
+        self._source.origin._fault("marker")
         self.is_dirty = True
+        self._source.origin._fault("marker")
         await self._source.dice.pause()
 
     async def clean(self) -> None:
@@ -235,12 +239,15 @@ class FakeMarker:
         durable = origin.lost or source.discarding or origin.visible == origin.durable
         assert durable, "called clean before it was durable"
         await self._source.dice.pause()
+        self._source.origin._fault("marker")
         self.is_dirty = False
+        self._source.origin._fault("marker")
         await self._source.dice.pause()
 
     async def begin_redo(self, as_of: str) -> "FakeJournal":
         del as_of
         await self._source.dice.pause()
+        self._source.origin._fault("journal")
         return FakeJournal(self._source.origin)
 
 
@@ -269,14 +276,18 @@ class FakeJournal:
             ]  # the pass is done once more, and this journal takes that one's place
         origin.journal = self._records
         origin.instants.append(bytes(instant))
+        origin._fault("journal")
         await origin.dice.pause()
 
     async def drop(self) -> None:
         await self._origin.dice.pause()
+        self._origin._fault("journal")
 
     async def end(self) -> None:
         await self._origin.dice.pause()
+        self._origin._fault("journal")
         self._origin.journal = None
+        self._origin._fault("journal")
         await self._origin.dice.pause()
 
 
