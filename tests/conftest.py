@@ -3,6 +3,7 @@
 import logging
 import random
 import re
+import signal
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -19,6 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=DEFAULT_SEED,
         help="what `seed` and `rng` give to tests; a failure prints the one it had",
     )
+
+
+def pytest_configure() -> None:
+    """A shell lets what it starts in the background ignore SIGINT, and what tests start would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
