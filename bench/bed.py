@@ -113,7 +113,9 @@ class Bed:
         yield "nbdkit file", self._target(self._nbdkit("kit", image))
         cached = self._nbdkit("kit-cache", image, "cache-on-read=true", filters=["cache"])
         yield "nbdkit cache", self._target(cached)
-        yield "qemu-nbd", self._target(qemu_nbd(self.memory / "qemu.sock", self.image))
+        # what it may write it locks, and the gateway could not have the image
+        server = qemu_nbd(self.memory / "qemu.sock", self.image, "--read-only")
+        yield "qemu-nbd", self._target(server)
         if forebay:
             gateway = self.gateway(self.memory, 6 * self.size)
             yield "forebay", self.disk_of(gateway, "r", self.image, "write-through")
