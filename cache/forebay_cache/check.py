@@ -28,7 +28,6 @@ from forebay_cache.device import (
     size_of,
 )
 from forebay_cache.errors import CacheError
-from forebay_cache.geometry import BLOCK
 from forebay_cache.index import FORMAT, TABLES, Meta
 from forebay_cache.medium import Medium
 from forebay_cache.report import Report
@@ -97,10 +96,7 @@ def _superblocks(fd: int, path: Path, report: Report) -> Superblock:
 
 def _is_sane(layout: Superblock, fd: int, report: Report) -> bool:
     report.uuid, report.size, report.slots = str(layout.uuid), layout.size, layout.slots
-    end = layout.data_offset + layout.slots * BLOCK
-    if layout.block_size != BLOCK or end > layout.size or layout.journal_size <= 0:
-        report.hopeless = "the superblock makes no sense"
-    elif layout.size > size_of(fd):
+    if layout.size > size_of(fd):
         report.hopeless = (
             f"the device has {size_of(fd)} bytes, and the cache on it {layout.size}: "
             "it was made smaller: give it its size back"

@@ -96,7 +96,14 @@ class Superblock:
                 f"{path}: cache format {version}, this version knows only {FORMAT}; "
                 "drain it with the version that wrote it"
             )
-        return cls(uuid.UUID(bytes=ident), block_size, size, journal, data, slots)
+        found = cls(uuid.UUID(bytes=ident), block_size, size, journal, data, slots)
+        ends = (JOURNAL_OFFSET + journal, data + slots * BLOCK)
+        if block_size != BLOCK or not journal or not slots or ends[0] > data or ends[1] > size:
+            raise CacheError(
+                f"{path}: the superblock makes no sense, whole as it is; if nothing dirty can be on it, run "
+                "'forebay cache format --force'"
+            )
+        return found
 
 
 def _is_whole(raw: bytes) -> bool:

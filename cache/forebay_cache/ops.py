@@ -72,17 +72,26 @@ def layer_made(layer: int, private: bool, name: str) -> bytes:
 
 
 def unpack(payload: bytes) -> Iterator[Op]:
-    """The records of one frame, in order."""
+    """The records of one frame, in order. Raises ValueError at one that makes no sense."""
     at = 0
     while at < len(payload):
-        kind, side, mask, layer, a, b = HEAD.unpack_from(payload, at)
-        at += HEAD.size
-        if kind == WRITE:
-            packer = _CRCS[mask.bit_count()]
-            yield Op(kind, side, mask, layer, a, b, packer.unpack_from(payload, at))
-            at += packer.size
-        elif kind == LAYER:
-            yield Op(kind, side, mask, layer, a, b, (), payload[at : at + mask].decode())
-            at += mask
-        else:
-            yield Op(kind, side, mask, layer, a, b)
+        try:
+            op, at = _unpack_one(payload, at)
+        except struct.error:
+            raise ValueError(f"a record at byte {at} of {len(payload)} that is cut off") from None
+        yield op
+
+
+def _unpack_one(payload: bytes, at: int) -> tuple[Op, int]:
+    """One record, and where the next one begins. Raises ValueError and struct.error."""
+    kind, side, mask, layer, a, b = HEAD.unpack_from(payload, at)
+    at += HEAD.size
+    if kind == WRITE and side < 2:
+        packer = _CRCS[mask.bit_count()]
+        return Op(kind, side, mask, layer, a, b, packer.unpack_from(payload, at)), at + packer.size
+    if kind == LAYER and at + mask <= len(payload):
+        name = payload[at : at + mask].decode()
+        return Op(kind, side, mask, layer, a, b, (), name), at + mask
+    if kind in (ZERO, DROP, HOT):
+        return Op(kind, side, mask, layer, a, b), at
+    raise ValueError(f"a record of kind {kind}")

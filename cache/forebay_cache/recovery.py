@@ -10,12 +10,15 @@ their origin arrived.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
+import struct
 import uuid
 from array import array
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -71,22 +74,38 @@ def open_cache(
     if block_size != 65536:
         raise CacheError(f"block_size {block_size} is not supported: 64 KiB is the only one yet")
     index.parent.mkdir(parents=True, exist_ok=True)
-    fd = open_device(device, create_size=size or DEFAULT_SIZE)
+    with ExitStack() as undo:
+        fd = open_device(device, create_size=size or DEFAULT_SIZE)
+        undo.callback(os.close, fd)
+        undo.callback(fcntl.flock, fd, fcntl.LOCK_UN)  # a map has a duplicate of the descriptor
+        layout = _layout(fd, device, index)
+        try:
+            opened = Index(index, layout.slots if layout else size_of(fd) // 65536)
+            undo.callback(opened.close)
+            found = Device(fd, device, _match(fd, device, layout, opened))
+            cache = _start(found, opened, boot or boot_id())
+        except (ValueError, TypeError, LookupError, struct.error) as fault:
+            raise CacheError(
+                f"{device}: what it or its index says makes no sense ({fault}): see 'forebay cache check'"
+            ) from fault
+        undo.pop_all()
+        return cache
+
+
+def _layout(fd: int, device: Path, index: Path) -> Superblock | None:
+    """What the superblock says, if there is one. Raises CacheError where that cannot be gone on with."""
     layout = read_superblock(fd, device)
     if layout is not None and size_of(fd) < layout.size:
         raise CacheError(
             f"{device}: {size_of(fd)} bytes, but the cache on it has {layout.size}: it was made smaller; "
             f"give it its size back, or drop the cache with 'forebay cache format --force'"
         )
-    slots = layout.slots if layout else size_of(fd) // 65536
     if layout is not None and not index.exists():
         raise CacheError(
             f"{device}: holds a cache whose index is not at {index}; point 'state' to it, or drop what the "
             "cache holds with 'forebay cache format --force'"
         )
-    opened = Index(index, slots)
-    layout = _match(fd, device, layout, opened)
-    return _start(Device(fd, device, layout), opened, boot or boot_id())
+    return layout
 
 
 def _match(fd: int, path: Path, layout: Superblock | None, index: Index) -> Superblock:

@@ -20,6 +20,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import struct
 import threading
 from collections.abc import Iterator, Sequence
@@ -143,13 +144,16 @@ def recover(sidecar: int, image: int, label: str, calls: Calls) -> Checkpoint | 
     with contextlib.suppress(FileNotFoundError):
         os.unlink(UNFINISHED, dir_fd=sidecar)
     try:
-        fd = os.open(NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=sidecar)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(NAME, flags, dir_fd=sidecar)
     except FileNotFoundError:
         return None
     try:
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ValueError("not a file")
             checkpoint = _read_header(fd)
-            for _ in _records(fd):
+            for _ in _records(fd, checkpoint.size):
                 pass
         except ValueError as fault:
             raise ForebayError(
@@ -162,7 +166,7 @@ def recover(sidecar: int, image: int, label: str, calls: Calls) -> Checkpoint | 
                 f"{label}: the redo journal beside it belongs to another file ({checkpoint.size} bytes, inode "
                 f"{checkpoint.inode}): put that file back, or remove {NAME} from the directory beside it"
             )
-        for kind, offset, length, at in _records(fd):
+        for kind, offset, length, at in _records(fd, checkpoint.size):
             _apply(fd, image, calls, kind, offset, length, at)
         os.fsync(image)
     finally:
@@ -207,10 +211,18 @@ def _read_header(fd: int) -> Checkpoint:
     body, (found,) = raw[: -_SUM.size], _SUM.unpack(raw[-_SUM.size :])
     if xxh3_64_intdigest(body) != found:
         raise ValueError("damaged header")
-    fields = json.loads(body[len(_MAGIC) :].rstrip(b"\0"))
-    if fields.get("format") != FORMAT:
-        raise ValueError(f"format {fields.get('format')}, this version knows only {FORMAT}")
-    return Checkpoint(**fields)
+    try:
+        fields = json.loads(body[len(_MAGIC) :].rstrip(b"\0"))
+        if fields["format"] != FORMAT:
+            raise ValueError(f"format {fields['format']}, this version knows only {FORMAT}")
+        words = [fields[name] for name in ("gateway", "host", "disk", "as_of")]
+        if not all(isinstance(word, str) and word.isprintable() for word in words):
+            raise ValueError("names that are no text")
+        if not all(isinstance(fields[name], int) for name in ("size", "inode")):
+            raise ValueError("a size that is no number")
+        return Checkpoint(**fields)
+    except (KeyError, TypeError, RecursionError):
+        raise ValueError("a header that makes no sense") from None
 
 
 def _record(kind: int, offset: int, length: int, data: Sequence[Buffer]) -> list[Buffer]:
@@ -221,8 +233,11 @@ def _record(kind: int, offset: int, length: int, data: Sequence[Buffer]) -> list
     return [head + _SUM.pack(total.intdigest()), *data]
 
 
-def _records(fd: int) -> Iterator[tuple[int, int, int, int]]:
-    """(kind, offset, length, where its data lies) of each record, all checked. Raises ValueError."""
+def _records(fd: int, image_size: int) -> Iterator[tuple[int, int, int, int]]:
+    """(kind, offset, length, where its data lies) of each record, all checked. Raises ValueError.
+
+    The checksum is no signature: whoever may write beside the image may have written this.
+    """
     at, records, size = _HEADER, 0, 0
     while True:
         raw = os.pread(fd, _HEAD, at)
@@ -234,6 +249,8 @@ def _records(fd: int) -> Iterator[tuple[int, int, int, int]]:
         total = xxh3_64(raw[: _RECORD.size])
         if magic != _RECORD_MAGIC or kind not in (DATA, ZEROS, END):
             raise ValueError(f"no record at byte {at - _HEAD}")
+        if kind != END and offset + length > image_size:
+            raise ValueError(f"a record beyond the end of the image, at byte {at - _HEAD}")
         stored = length if kind == DATA else 0
         for start in range(0, stored, _PIECE):
             part = os.pread(fd, min(_PIECE, stored - start), at + start)
