@@ -4,6 +4,7 @@
 # make demo     everything on a throw-away directory
 # make bench    against nbdkit and qemu-nbd   ROUNDS=5  QUICK=1  BENCH_ARGS="--only qd16"
 # make bench-doors   socket, FUSE file, nbdfuse, sshfs, plain file     QUICK=1  BENCH_ARGS="--only read"
+# make fuzz     what reads bytes from outside, with atheris     SECONDS=600  TARGETS="server client"
 # make lint     ruff and mypy
 # make install  puts it into this host, with systemd units   PREFIX=/usr/local  DESTDIR=  (and: make uninstall)
 
@@ -20,7 +21,7 @@ export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup setup-libvirt test test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme lint format install uninstall clean
+.PHONY: setup setup-libvirt test test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme fuzz lint format install uninstall clean
 
 setup:
 	@tools/setup.sh
@@ -54,6 +55,11 @@ bench-doors: setup
 
 bench-doors-readme: setup
 	PYTHONPATH=tests $(BIN)/python -m bench.doors --readme
+
+# SECONDS in all; tests/fuzz/README.md
+fuzz: setup
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	PYTHONPATH=tests $(BIN)/python -m fuzz.run --seconds $(or $(SECONDS),60) $(TARGETS)
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)
