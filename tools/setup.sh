@@ -11,7 +11,8 @@ STAMP=$VENV/.forebay-setup
 
 # What the tests, the demo and the bench run as real clients and servers. All Python dependencies come as wheels, so
 # no compiler is needed.
-PACKAGES=(python3-venv python3-libnbd libnbd-bin nbdkit nbdkit-plugin-python qemu-utils fio curl python3-pyfuse3 fuse3)
+PACKAGES=(python3-venv python3-libnbd libnbd-bin nbdkit nbdkit-plugin-python qemu-utils fio curl python3-pyfuse3 fuse3
+    systemd-container)
 
 fail() { echo "setup: $*" >&2; exit 1; }
 
