@@ -88,17 +88,16 @@ class Owner:
         return cls(**{name: found[name] for name in cls.__dataclass_fields__})
 
     def __str__(self) -> str:
-        """For messages: who, what for, since when, and what the image lacks."""
-        lacks = f"; {self.lacks}" if self.state == "dirty" else ""
-        return f"host {self.host} (disk '{self.disk}', {self.state}, since {self.since}{lacks})"
+        """For messages: who, what for, since when."""
+        return f"host {self.host} (disk '{self.disk}', {self.state}, since {self.since})"
 
     @property
     def lacks(self) -> str:
         """What that gateway has and the image has not."""
         some = (
-            f"{format_size(self.dirty_bytes)}, when last counted, of " if self.dirty_bytes else ""
+            f"{format_size(self.dirty_bytes)} (at the last count)" if self.dirty_bytes else "data"
         )
-        return f"it has {some}writes later than {self.dirty_since or self.as_of or self.since}"
+        return f"{some} written since {self.dirty_since or self.as_of or self.since} that the image lacks"
 
 
 def now() -> str:
@@ -132,8 +131,9 @@ def in_use(label: str, fault: InUse) -> InUseError:
 
 def held(image: FileImage, owner: Owner | None) -> InUseError:
     """A gateway serves the image now."""
+    lacks = f", with {owner.lacks}" if owner is not None and owner.state == "dirty" else ""
     return InUseError(
-        f"{image.key} is in use by {owner or 'another gateway'}: detach it there first, "
+        f"{image.key} is in use by {owner or 'another gateway'}{lacks}: detach it there first, "
         "or attach it here with --read-only",
         asdict(owner) if owner else {},
     )
@@ -142,7 +142,7 @@ def held(image: FileImage, owner: Owner | None) -> InUseError:
 def left_behind(image: FileImage, owner: Owner) -> InUseError:
     """A gateway does not serve the image now, and did not give it back."""
     if owner.state == "dirty":
-        has, then = "has data that the image lacks", "gives that data up"
+        has, then = f"has {owner.lacks}", "gives that data up"
     else:
         has, then = "did not release it", "frees it, and nothing is lost"
     return InUseError(

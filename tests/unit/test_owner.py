@@ -1,5 +1,8 @@
+import errno
+import fcntl
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -12,10 +15,11 @@ import trio.testing
 
 from forebay import owner as owner_module
 from forebay.claim import Claim
-from forebay.errors import ForebayError
+from forebay.errors import ForebayError, InUseError
+from forebay.image_lock import WRITES, hold, set_lock
 from forebay.origin_threads import StoreThreads
 from forebay.owner import Marker, read_owner
-from forebay.owner_record import Owner, State
+from forebay.owner_record import Owner, State, TakenOver
 from forebay.store import FileImage, ImageFile, open_image
 
 US, THEM = "gateway-a", "gateway-b"
@@ -241,6 +245,142 @@ def test_the_lock_is_not_inherited(image: FileImage, take: Callable[..., Marker]
     """A child that outlives us (a helper, a hook) must not keep the image locked."""
     marker = take()
     assert not os.get_inheritable(marker._lock)
+
+
+def test_what_is_dirty_stands_in_the_marker_and_in_the_refusal(
+    image: FileImage, take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = take(disk="web1")
+    marker.set_state("dirty")
+    marker.count(12 << 20)
+    assert marker.owner is not None
+    assert marker.owner.dirty_bytes == 0, "not so soon again"
+    monkeypatch.setattr("forebay.owner.COUNT_SECONDS", 0.0)
+    marker.count(12 << 20)
+    since = marker.owner.dirty_since
+    marker.close()
+    with pytest.raises(
+        InUseError, match=re.escape(f"has 12M (at the last count) written since {since}")
+    ) as refused:
+        take(THEM)
+    assert refused.value.holder["dirty_bytes"] == 12 << 20
+    marker = take(disk="web1")
+    marker.commit_redo(marker.begin_redo("2026-01-02T03:04:05+00:00"))
+    marker.end_redo("2026-01-02T03:04:05+00:00", 5 << 20)
+    marker.close()
+    with pytest.raises(
+        InUseError, match=r"has 5.0M .* written since 2026-01-02T03:04:05\+00:00 that"
+    ):
+        take(THEM)
+    marker = take()
+    marker.set_state("clean")
+    assert marker.owner is not None
+    assert (marker.owner.dirty_since, marker.owner.dirty_bytes) == ("", 0)
+
+
+@pytest.mark.parametrize("theirs", [True, False], ids=["another's", "gone"])
+def test_a_marker_that_is_not_ours_any_more_is_left_as_it_is(
+    image: FileImage, take: Callable[..., Marker], theirs: bool
+) -> None:
+    marker = take()
+    marker.set_state("dirty")
+    journal = marker.begin_redo("")
+    assert marker.owner is not None
+    path = sidecar(image) / "owner"
+    path.unlink()
+    if theirs:
+        other = replace(marker.owner, gateway=THEM, token=marker.owner.token + 1)
+        path.write_text(json.dumps(asdict(other)))
+    before = {x.name: x.read_bytes() for x in sidecar(image).iterdir()}
+    for change in (
+        marker.check,
+        lambda: marker.set_state("clean"),
+        lambda: marker.begin_redo(""),
+        lambda: marker.commit_redo(journal),
+        lambda: marker.end_redo(""),
+    ):
+        with pytest.raises(TakenOver):
+            change()
+    assert {x.name: x.read_bytes() for x in sidecar(image).iterdir()} == before
+    journal.close()
+    marker.owner = replace(marker.owner, state="clean")
+    with pytest.raises(TakenOver):
+        marker.release()
+    assert {x.name: x.read_bytes() for x in sidecar(image).iterdir()} == before
+
+
+@pytest.mark.parametrize("how", ["replaced", "deleted", "cut"])
+def test_no_checkpoint_is_committed_for_another_file(
+    image: FileImage, take: Callable[..., Marker], how: str
+) -> None:
+    marker = take()
+    marker.set_state("dirty")
+    journal = marker.begin_redo("")
+    path = image.root / "vm.img"
+    if how == "cut":
+        os.truncate(path, 512)
+    else:
+        path.unlink()
+    if how == "replaced":
+        path.write_bytes(bytes(4096))
+    said = {
+        "cut": "has 512 bytes and had 4096",
+        "replaced": "by another file",
+        "deleted": "deleted",
+    }
+    with pytest.raises(TakenOver, match=said[how]):
+        marker.commit_redo(journal)
+    journal.drop()
+    assert "redo" not in os.listdir(sidecar(image))
+
+
+@pytest.mark.expect_log("has no file locks: only the marker")
+def test_a_store_without_locks_is_refused_unless_it_is_allowed(
+    image: FileImage, file: ImageFile, take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> bytes:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("forebay.image_lock.fcntl.fcntl", none)
+    with pytest.raises(ForebayError, match="no file locks .* require_locks = false") as refused:
+        take()
+    assert len(str(refused.value).splitlines()) == 1
+    assert not (sidecar(image) / "owner").exists()
+    marker = Marker.take(image, file, Owner.of_this_process(US, "d"), need_locks=False)
+    with pytest.raises(ForebayError, match="belongs to"):
+        Marker.take(image, file, Owner.of_this_process(THEM, "d"), need_locks=False)
+    with pytest.raises(ForebayError, match="no file locks"):
+        Marker.recover(image, file)
+    marker.release()
+    assert os.listdir(image.root) == ["vm.img"]
+
+
+def test_qemu_is_seen_before_anything_is_changed(
+    image: FileImage, file: ImageFile, take: Callable[..., Marker]
+) -> None:
+    """A program that locks as QEMU does keeps out a gateway, and one that would recover the image."""
+    marker = take()
+    marker.set_state("dirty")
+    marker.commit_redo(marker.begin_redo(""))
+    marker.close()
+    set_lock(file.fd, fcntl.F_UNLCK)
+    marker_before = (sidecar(image) / "owner").read_bytes()
+    fd = os.open(image.root / "vm.img", os.O_RDWR)
+    hold(fd, WRITES)
+    ours = open_image(image, read_only=False)
+    me = Owner.of_this_process(US, "d")
+    for attempt in (
+        lambda: Marker.take(image, ours, me),
+        lambda: Marker.recover(image, ours),
+        lambda: Marker.recover(image, ours, take_over=True),
+    ):
+        set_lock(ours.fd, fcntl.F_UNLCK)
+        with pytest.raises(InUseError, match="is being written by"):
+            attempt()
+    assert (sidecar(image) / "owner").read_bytes() == marker_before
+    assert (sidecar(image) / "redo").exists()
+    os.close(fd)
+    os.close(ours.fd)
 
 
 # ------------------------------------------------------------------------------------ off the event loop
