@@ -28,6 +28,9 @@ GONE = {errno.ENOTCONN, errno.ESHUTDOWN, errno.EPIPE, errno.ECONNRESET, errno.EC
 RETRY_SECONDS = 0.1
 """How long a guest waits before it repeats what the daemon refused."""
 
+MOST = 41 * BLOCK
+"""Bytes of a guest's longest request."""
+
 LINGER_SECONDS = 20.0
 """How long what a daemon that ended had still sent may take to be read."""
 
@@ -88,7 +91,7 @@ class Request:
     blocks: range
     after: dict[int, bytes] = field(default_factory=dict)
     fua: bool = False
-    buffer: Any = None
+    memory: bytearray | None = None
     error: int = 0
     done: bool = False
 
@@ -96,8 +99,38 @@ class Request:
     def changes(self) -> bool:
         return bool(self.after)
 
+    @property
+    def found(self) -> bytes:
+        """What was read."""
+        assert self.memory is not None
+        return bytes(memoryview(self.memory)[: self.length])
+
     def __str__(self) -> str:
         return f"{self.kind} of {self.length} at {self.offset}{' FUA' if self.fua else ''}"
+
+
+class Buffers:
+    """Memory for requests, used again: libnbd's binding never lets go of what it was once handed."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[bytearray]] = {MOST: [], CHUNK: []}
+
+    def take(self, request: Request) -> Any:
+        """Memory for the request's data, as libnbd takes it."""
+        import nbd
+
+        size = MOST if request.length <= MOST else CHUNK
+        request.memory = self._free[size].pop() if self._free[size] else bytearray(size)
+        return nbd.Buffer.from_buffer(memoryview(request.memory)[: request.length])
+
+    def give(self, request: Request) -> None:
+        """The request has ended, or its connection has."""
+        if request.memory is not None:
+            self._free[len(request.memory)].append(request.memory)
+            request.memory = None
+
+
+BUFFERS = Buffers()
 
 
 class Link:
@@ -124,11 +157,11 @@ class Link:
             data = bytearray(b"".join(request.after[b] for b in request.blocks))
             start = request.offset - request.blocks.start * BLOCK
             data = data[start : start + request.length]
-            request.buffer = nbd.Buffer.from_bytearray(data)
-            handle.aio_pwrite(request.buffer, request.offset, completion=done, flags=flags)
+            buffer = BUFFERS.take(request)
+            buffer.to_buffer()[:] = data
+            handle.aio_pwrite(buffer, request.offset, completion=done, flags=flags)
         elif request.kind in ("read", "verify"):
-            request.buffer = nbd.Buffer(request.length)
-            handle.aio_pread(request.buffer, request.offset, completion=done)
+            handle.aio_pread(BUFFERS.take(request), request.offset, completion=done)
         elif request.kind == "zero":
             handle.aio_zero(request.length, request.offset, completion=done, flags=flags)
         elif request.kind == "trim":
@@ -170,8 +203,9 @@ class Guest:
         self.verifying = 0
         self.quiet = False
         """No new requests are begun."""
+        self.away = False
+        """Its disk is detached: it stays without connections."""
         self.serial = 0
-        self.read_only = False
 
     # -- life
 
@@ -233,6 +267,8 @@ class Guest:
                 self._broken(request)
             else:
                 left.append(request)
+                continue
+            BUFFERS.give(request)
         link.busy = left
 
     def _answered(self, request: Request) -> None:
@@ -241,7 +277,7 @@ class Guest:
             return
         if request.kind == "read":
             self.tally.reads += 1
-            found = bytes(request.buffer.to_bytearray())
+            found = request.found
             if found != self.model[request.offset : request.offset + request.length]:
                 self._compare(request.offset, found, "a read")
         elif request.kind == "flush":
@@ -274,7 +310,7 @@ class Guest:
     # -- comparing
 
     def _verified(self, request: Request) -> None:
-        found = bytes(request.buffer.to_bytearray())
+        found = request.found
         self.tally.verified += -(-request.length // BLOCK)
         if found != self.model[request.offset : request.offset + request.length]:
             self._compare(request.offset, found, "after a start", self._owed())
@@ -354,7 +390,7 @@ class Guest:
         del waiting[which]
 
     def _new(self) -> Request | None:
-        kind = self.rng.choices(KINDS, WEIGHTS if not self.read_only else READ_WEIGHTS)[0]
+        kind = self.rng.choices(KINDS, WEIGHTS)[0]
         if kind == "flush":
             return Request(kind, 0, 0, range(0))
         offset, length = self._range()
@@ -406,7 +442,6 @@ class Guest:
 
 KINDS = ("write", "read", "zero", "trim", "flush", "cache")
 WEIGHTS = (60, 24, 5, 5, 3, 3)
-READ_WEIGHTS = (0, 90, 0, 0, 5, 5)
 
 
 class Guests:
@@ -421,7 +456,7 @@ class Guests:
 
         try:
             for guest in self.all:
-                if not guest.connected:
+                if not guest.connected and not guest.away:
                     guest.connect()
         except nbd.Error:
             return False
@@ -442,7 +477,7 @@ class Guests:
         self._wait(timeout, also)
         for guest in self.all:
             guest.reap()
-        return all(guest.connected for guest in self.all)
+        return all(guest.connected or guest.away for guest in self.all)
 
     def _wait(self, timeout: float, also: tuple[int, ...]) -> None:
         import nbd

@@ -17,9 +17,12 @@ from typing import Any
 
 from real import kill_plants
 from real.gateway_process import GatewayProcess
-from real.processes import START_TIMEOUT, accepts
+from real.processes import accepts
 
 LAUNCHER = Path(__file__).with_name("kill_launcher.py")
+
+START_TIMEOUT = 60.0
+"""Seconds a start may take. It needs a tenth of one; these tests run for long, beside others."""
 
 END_TIMEOUT = 60.0
 """Seconds after which a daemon that was killed and does not end is a fault of the test bed."""
@@ -141,8 +144,14 @@ class KillableGateway(GatewayProcess):
             if self.ended_fd in readable:
                 self._hear(0)
         if self.running:
-            raise RuntimeError(f"the daemon is not READY after {timeout} s\n{self.log_text()}")
+            raise self._hangs(f"the daemon is not READY after {timeout} s")
         return False
+
+    def _hangs(self, what: str) -> RuntimeError:
+        """With where it hangs, which it writes into its log."""
+        self.send(signal.SIGUSR2)
+        time.sleep(1.0)
+        return RuntimeError(f"{what}\n{self.log_text()}")
 
     def start(self, under: Sequence[str] = ()) -> None:
         assert not under
@@ -157,7 +166,7 @@ class KillableGateway(GatewayProcess):
         while self.running:
             left = deadline - time.monotonic()
             if left <= 0 or not self._hear(left):
-                raise RuntimeError(f"the daemon does not end\n{self.log_text()}")
+                raise self._hangs("the daemon does not end")
         assert self.code is not None
         return self.code
 

@@ -14,6 +14,7 @@ start. When standard input ends, or this process does, the daemon is killed.
 """
 
 import ctypes
+import faulthandler
 import gc
 import json
 import os
@@ -55,6 +56,7 @@ def become(command: dict[str, Any]) -> int:
         os.dup2(fd, to)
     os.closerange(3, 64)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  (what the parent had read ahead is not ours)
+    faulthandler.register(signal.SIGUSR2)  # says in the log where it hangs
     if command.get("notify"):
         os.environ["NOTIFY_SOCKET"] = command["notify"]
     if command.get("plant"):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from real.kill_checker import Tally
 from soak.kills import many_kills
+from soak.soak import soak
+from soak.store import why_not
 
 PROGRESS_SECONDS = 5.0
 
@@ -52,8 +54,16 @@ def main() -> int:
     seed = given.seed if given.seed is not None else time.time_ns() & 0xFFFFFFFF
     print(f"seed {seed}: the same again with --seed {seed}", flush=True)
     progress = Progress()
-    tally = many_kills(given.kills, given.gateways, seed, given.dir, progress)
+    counts: dict[str, int] = {}
+    if given.kills:
+        tally = many_kills(given.kills, given.gateways, seed, given.dir, progress)
+    else:
+        if why_not():
+            print(f"no store that fails: {why_not()}")
+        tally, counts = soak(given.seconds, seed, given.dir, progress)
     print(f"\n{tally.more()}")
+    if counts:
+        print(", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
     for line in tally.lost[:20]:
         print(f"LOST: {line}")
     print(f"{tally.line()}, in {progress.seconds:.0f} s, seed {seed}")

@@ -1,0 +1,418 @@
+"""The soak: many disks in mixed modes on a store that fails and one that does not, and everything that can happen.
+
+Every guest checks all that it reads. On the failing store guests repeat what is refused, as QEMU with werror=stop has
+it done; on the other one nothing may ever be refused, whatever the first one does.
+"""
+
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from real.disk_fixture import MODES
+from real.kill_checker import Guest, Tally
+from real.kill_daemon import Refused
+from real.kill_hunt import Ground
+from real.processes import MIB, random_image
+from soak.commands import Commands
+from soak.store import FaultyStore, why_not
+
+LIFE_SECONDS = 240.0
+"""How long one gateway lives, with the settings that its seed gives it."""
+
+FAULTS: tuple[dict[str, Any], ...] = (
+    {"operations": ["write"], "errno": 28},
+    {"operations": ["write", "fsync"], "errno": 5, "share": 0.3},
+    {"operations": ["fsync"], "errno": 5},
+    {"operations": ["fsync"], "errno": 28, "share": 0.5},
+    {"operations": ["read"], "errno": 5, "share": 0.3},
+    {"operations": ["read", "write", "fsync", "names"], "errno": 5, "share": 0.2},
+    {"operations": ["read", "write", "fsync"], "delay": 0.05},
+    {"operations": ["write"], "delay": 0.3},
+    {"operations": ["read", "write", "fsync", "names"], "hang": True},
+    {"operations": ["write"], "hang": True},
+    {"operations": ["fsync"], "hang": True},
+)
+
+ACTIONS = (
+    "kill",
+    "fault",
+    "mode",
+    "flush",
+    "preload",
+    "scrub",
+    "detach",
+    "compare",
+    "restart",
+    "cache",
+)
+WEIGHTS = (38, 10, 14, 9, 5, 4, 8, 5, 6, 1)
+
+STORE_TIMEOUT = "2s"
+"""Shorter than most hangs: what is refused then is repeated."""
+
+COMPARE_SECONDS = 90.0
+
+
+@dataclass
+class Soak:
+    """One gateway's life."""
+
+    seed: int
+    tally: Tally
+    parent: Path
+    told: Callable[[Tally, str], None]
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.directory = self.parent / f"fb-soak-{self.seed:08x}"
+        self.directory.mkdir(parents=True)
+        self.store = None if why_not() else FaultyStore(self.directory)
+        settings: dict[str, dict[str, Any]] = {
+            "cache": {"size": f"{self.rng.choice((12, 16, 32))} MiB"},
+            "defaults": {
+                "max_lag": self.rng.choice(("100ms", "1s", "5s")),
+                "max_dirty": self.rng.choice(("512 KiB", "4 MiB")),
+            },
+        }
+        if self.store is not None:
+            settings["stores.faulty"] = {
+                "path": str(self.store.path),
+                "origin_timeout": STORE_TIMEOUT,
+            }
+        self.ground = Ground(
+            self.seed,
+            self.tally,
+            self.directory,
+            modes=("write-back", "write-through"),
+            overlays=(),
+            size=MIB,
+            settings=settings,
+            depth=4,
+        )
+        self.commands = Commands(self.ground.gateway, self.tally)
+        self.modes: dict[str, str] = {}
+        self.next_action = self.fault_until = 0.0
+
+    # -- life
+
+    def begin(self) -> None:
+        self.ground.begin()
+        self.modes = {name: name for name in ("write-back", "write-through")}
+        store = "images" if self.store is None else "faulty"
+        below = self.ground.gateway.images if self.store is None else self.store.source
+        for mode in MODES:
+            self._add(f"f-{mode}", store, below / f"f-{mode}.raw", mode=mode)
+        base = below / "f-base.raw"
+        self.ground.base = random_image(base, MIB, self.seed, [(MIB // 2, MIB // 4)])
+        for number in (1, 2):
+            self._add(f"f-overlay-{number}", store, base, overlay=True)
+        assert self.ground.guests.connect()
+
+    def _add(self, name: str, store: str, path: Path, **options: Any) -> None:
+        overlay = bool(options.get("overlay"))
+        content = self.ground.base
+        if not overlay:
+            content = random_image(path, MIB, self.rng.getrandbits(32), [(MIB // 2, MIB // 4)])
+            self.ground.images[name] = path
+            self.modes[name] = options["mode"]
+        self.ground.gateway.attach_disk(name, f"{store}:{path.name}", **options)
+        guest = Guest(
+            name,
+            self.ground.gateway.uri(name),
+            content,
+            self.tally,
+            random.Random(self.rng.getrandbits(32)),
+            depth=3,
+            lenient=self.store is not None,
+        )
+        self.ground.guests.all.append(guest)
+
+    def run(self, until: float) -> None:
+        """Until that moment of the monotonic clock, or the first loss."""
+        self.begin()
+        while time.monotonic() < until and not self.tally.lost:
+            self._turn()
+        if not self.tally.lost:
+            self._compare()
+        if not self.tally.lost:
+            self._last()
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        if self.store is not None and self.store.active and now > self.fault_until:
+            self.store.fail()
+        self.commands.look()
+        if now > self.next_action:
+            self.next_action = now + self.rng.expovariate(2.0)
+            action = self.rng.choices(ACTIONS, WEIGHTS)[0]
+            if self._act(action):
+                self.counts[action] = self.counts.get(action, 0) + 1
+        if not self.ground.guests.turn(0.02, self.ground.gateway.ended_fd):
+            self._fell()
+        self.told(self.tally, self._line())
+
+    def _line(self) -> str:
+        fault = self.store.active if self.store else {}
+        what = [f"fault {' '.join(fault['operations'])}" if fault else "", self.commands.busy]
+        return "".join(f", {text}" for text in what if text)
+
+    def _fell(self) -> None:
+        """A connection broke, and nobody had killed the daemon: it was told to end just now, or has a fault."""
+        gateway = self.ground.gateway
+        if gateway.alive and any(guest.connected for guest in self.ground.guests.all):
+            return  # of a disk that is being detached by force
+        code = gateway.wait_ended()
+        raise RuntimeError(f"the daemon ended by itself: {code}\n{gateway.log_text()[-8000:]}")
+
+    def _act(self, action: str) -> bool:
+        """Whether it could be done now."""
+        do: Callable[[], bool] = getattr(self, f"_do_{action}")
+        return do()
+
+    # -- what ends the daemon
+
+    def _do_kill(self) -> bool:
+        self.ground.gateway.send(9)  # type: ignore[arg-type]
+        self._down()
+        assert self.ground.gateway.code == -9, self.ground.gateway.log_text()[-8000:]
+        self.tally.kills += 1
+        while self.rng.random() < 0.2:  # again, in the middle of the start
+            self.ground.gateway.launch(kill_after=self.rng.uniform(0.0, 0.3))
+            if self.ground.gateway.ready():
+                self.ground.guests.connect()
+            while self.ground.gateway.alive:
+                self.ground.guests.turn(0.02, self.ground.gateway.ended_fd)
+            self._down()
+            self.tally.kills += 1
+        self._up()
+        return True
+
+    def _do_restart(self) -> bool:
+        self.commands.wait()
+        for guest in self.ground.guests.all:
+            guest.quiet = True
+        self.ground.gateway.send(15)  # type: ignore[arg-type]
+        deadline = time.monotonic() + 120
+        while self.ground.gateway.alive:
+            self.ground.guests.turn(0.02, self.ground.gateway.ended_fd)
+            assert time.monotonic() < deadline, "SIGTERM does not end it"
+        self.ground.guests.go_on()
+        self._down()
+        assert self.ground.gateway.code == 0, self.ground.gateway.log_text()[-8000:]
+        self.tally.restarts += 1
+        self._up()
+        return True
+
+    def _down(self) -> None:
+        """It ends; what a store holds up holds up its end, too."""
+        if self.store is not None and self.store.active.get("hang"):
+            self.store.fail()
+        self.ground.gateway.wait_ended()
+        self.ground.guests.last_words()
+        self.commands.wait()
+
+    def _up(self) -> None:
+        gateway = self.ground.gateway
+        gateway.launch()
+        assert gateway.ready(), gateway.log_text()[-8000:]
+        there = {disk["name"] for disk in gateway.ask("GET", "/disks")}
+        for guest in self.ground.guests.all:
+            if guest.away:
+                self._bring_back(guest, guest.name in there)
+            elif guest.name not in there:
+                guest.lose("the disk is not there after a start")
+        assert self.ground.guests.connect(), gateway.log_text()[-8000:]
+
+    # -- what fails
+
+    def _do_fault(self) -> bool:
+        if self.store is None or self.store.active:
+            return False
+        fault = self.rng.choice(FAULTS)
+        self.store.fail(**fault)
+        self.fault_until = time.monotonic() + self.rng.uniform(0.3, 5.0)
+        return True
+
+    # -- commands
+
+    def _command(self, what: str, path: str, body: dict[str, Any] | None = None) -> bool:
+        if self.commands.busy:
+            return False
+        self.commands.begin(what, "POST", path, body)
+        return True
+
+    def _some(self) -> Guest:
+        return self.rng.choice([g for g in self.ground.guests.all if not g.away])
+
+    def _do_mode(self) -> bool:
+        guest, mode = self._some(), self.rng.choice(MODES)
+        return self._command(f"{guest.name} to {mode}", f"/disks/{guest.name}/mode", {"mode": mode})
+
+    def _do_flush(self) -> bool:
+        return self._command("flush", "/flush", {"timeout": self.rng.uniform(0.1, 10.0)})
+
+    def _do_preload(self) -> bool:
+        name = self._some().name
+        return self._command(f"preload of {name}", f"/disks/{name}/preload", {"amount": "all"})
+
+    def _do_scrub(self) -> bool:
+        return self._command("scrub", "/cache/scrub")
+
+    def _do_cache(self) -> bool:
+        if self.commands.busy:
+            return False
+        size = self.ground.gateway.ask("GET", "/cache")["size"] + MIB
+        return self._command("extend", "/cache/extend", {"size": size})
+
+    def _do_detach(self) -> bool:
+        """Take a disk away whose guest has come to rest, and bring it back."""
+        if self.commands.busy or (self.store and self.store.active):
+            return False
+        guest = self._some()
+        deadline = time.monotonic() + 20
+        guest.quiet = True
+        while not guest.idle and time.monotonic() < deadline:
+            if not self.ground.guests.turn(0.02, self.ground.gateway.ended_fd):
+                self._fell()
+        guest.quiet = False
+        if not guest.idle:
+            return False
+        guest.hang_up()
+        guest.away = True
+
+        def then(fault: Refused | None) -> None:
+            if fault is None:
+                self._image_has_all(guest)
+            if fault is None or fault.code:
+                self._bring_back(guest, there=fault is not None)
+
+        path = f"/disks/{guest.name}?force=1"
+        self.commands.begin(f"detach of {guest.name}", "DELETE", path, then=then)
+        return True
+
+    def _image_has_all(self, guest: Guest) -> None:
+        path = self.ground.images.get(guest.name)
+        if path is None:
+            guest.model[:] = self.ground.base
+            return
+        self.tally.origins += 1
+        if path.read_bytes() != bytes(guest.model):
+            guest.lose("the image lacks something after detach")
+
+    def _bring_back(self, guest: Guest, there: bool) -> None:
+        """Attach it again if it is gone, and let its guest go on."""
+        if not there:
+            self.commands.wait()
+            overlay = guest.name not in self.ground.images
+            if overlay:
+                guest.model[:] = self.ground.base
+            else:
+                self._image_has_all(guest)
+            mode = self.modes.get(guest.name)
+            options: dict[str, Any] = {"overlay": True} if overlay else {"mode": mode}
+            self.ground.gateway.attach_disk(guest.name, self._image(guest.name), **options)
+        elif guest.name not in self.ground.images:
+            self._overlay_may_be_gone(guest)
+        guest.away = False
+        if self.ground.gateway.alive:
+            guest.connect()
+
+    def _image(self, name: str) -> str:
+        store = "faulty" if self.store is not None and name.startswith("f-") else "images"
+        file = "f-base" if name not in self.ground.images else name
+        return f"{store}:{file}.raw"
+
+    def _overlay_may_be_gone(self, guest: Guest) -> None:
+        """It was being detached: what it has of its own is all there or all gone."""
+        import nbd
+
+        handle = nbd.NBD()
+        handle.connect_uri(guest.uri)
+        if bytes(handle.pread(guest.size, 0)) == self.ground.base:
+            guest.model[:] = self.ground.base
+
+    # -- comparing
+
+    def _do_compare(self) -> bool:
+        if self.store is not None and self.store.active:
+            return False
+        self._compare()
+        return True
+
+    def _compare(self) -> None:
+        """With the store well and the guests at rest: every disk twice, every image with its disk."""
+        if self.store is not None:
+            self.store.fail()
+        self.commands.wait()
+        assert self.ground.guests.quiesce(COMPARE_SECONDS), "the daemon is gone"
+        self._flushed()
+        for guest in self.ground.guests.all:
+            path = self.ground.images.get(guest.name)
+            self.tally.origins += 1
+            found = (path or self.ground.images["f-none"].with_name("f-base.raw")).read_bytes()
+            if found != (bytes(guest.model) if path else self.ground.base):
+                guest.lose("the image differs after a flush")
+            guest.compare_all()
+        assert self.ground.guests.quiesce(COMPARE_SECONDS), "the daemon is gone"
+        self.ground.guests.go_on()
+
+    def _flushed(self) -> None:
+        deadline = time.monotonic() + COMPARE_SECONDS
+        while True:
+            try:
+                self.ground.gateway.ask("POST", "/flush", {"timeout": 20.0}, timeout=60.0)
+            except Refused as fault:  # a store that was just mended is tried again after a while
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"nothing fails any more, but: {fault}") from fault
+                time.sleep(0.5)
+            else:
+                return
+
+    def _last(self) -> None:
+        """Scrub all of it, stop, and look at the log."""
+        found = self.ground.gateway.ask("POST", "/cache/scrub", timeout=COMPARE_SECONDS)
+        damaged = {key: n for key, n in found.items() if n and ("damage" in key or "lost" in key)}
+        if damaged:
+            self.tally.lost.append(f"scrub found {damaged}")
+        self.ground.guests.hang_up()
+        code = self.ground.gateway.stop()
+        text = self.ground.gateway.log_text()
+        if code or "Traceback" in text:
+            self.tally.lost.append(f"the daemon's log has a traceback, or it ended with {code}")
+
+    def remove(self, *, keep: bool) -> None:
+        """End everything; `keep` the directory."""
+        if self.store is not None:
+            self.store.fail()
+        self.ground.gateway.end()
+        if self.store is not None:
+            self.store.remove()
+        if not keep:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def soak(
+    seconds: float, seed: int, parent: Path, told: Callable[[Tally, str], None]
+) -> tuple[Tally, dict[str, int]]:
+    """So long, or to the first loss. What was counted, and how often what was done."""
+    rng = random.Random(seed)
+    tally, counts = Tally(), {}
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not tally.lost:
+        one = Soak(rng.getrandbits(32), tally, parent, told, counts)
+        broken = True
+        try:
+            one.run(min(end, time.monotonic() + LIFE_SECONDS))
+            broken = bool(tally.lost)
+        except Exception as fault:  # noqa: BLE001  (a loss like any other)
+            tally.lost.append(f"the soak broke: {fault!r:.4000}")
+        finally:
+            one.remove(keep=broken)
+        if broken:
+            tally.lost.append(f"life {one.seed:08x} of seed {seed}, kept in {one.directory}")
+    return tally, counts
