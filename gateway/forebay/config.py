@@ -103,6 +103,11 @@ def _socket_group(name: str) -> str | None:
         return None
 
 
+def _known_peer(name: str) -> str:
+    """A user, or a group with an @ in front."""
+    return f"@{_known_group(name[1:])}" if name.startswith("@") else _known_user(name)
+
+
 def _above_zero(value: float) -> float:
     if value <= 0:
         raise ValueError("must be more than zero: write 30s, 500ms or 2m")
@@ -132,6 +137,7 @@ OnChange = Literal["refresh", "refuse"]
 User = Annotated[str, AfterValidator(_known_user)]
 Group = Annotated[str, AfterValidator(_known_group)]
 SocketGroup = Annotated[str, AfterValidator(_socket_group)]
+SocketPeer = Annotated[str, AfterValidator(_known_peer)]
 
 
 # ----------------------------------------------------------------------------------------- sections
@@ -154,6 +160,10 @@ class GatewaySection(_Section):
     """Group of the disks' sockets, the one QEMU runs in; the daemon's own on a host without kvm."""
     socket_mode: FileMode = 0o660
     """File mode of the disks' sockets; connecting needs write permission."""
+    socket_peers: list[SocketPeer] | None = None
+    """Users, and groups as "@name", whose processes may use the disks' sockets, asked of the kernel at each connection;
+    without it those whom owner, group and mode let in. Root and the daemon's own user always may.
+    """
     control_group: Group | None = None
     """Group that may use the control API (mode 0660); without it only the daemon's own user may
     (0600).

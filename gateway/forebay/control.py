@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 
 from forebay.control_api import Answers, control_app
 from forebay.errors import ForebayError
+from forebay.peers import Admission
 
 log = logging.getLogger("forebay.control")
 
@@ -51,10 +52,12 @@ async def serve_control(
     hangs up on all clients, those that read nothing included, and removes the socket unless
     another daemon has put its own there by now.
     """
-    listener = listen(path, gateway.config.gateway.control_group)
+    group = gateway.config.gateway.control_group
+    listener = listen(path, group)
     ours = _inode(path)
     try:
-        await _Server(control_app(gateway)).run(listener, task_status)
+        admission = Admission.to_control(group)
+        await _Server(control_app(gateway), admission).run(listener, task_status)
     finally:
         listener.socket.close()
         _remove(path, ours)
@@ -119,7 +122,8 @@ class _Server:
     cancelled daemon from ending. Here cancelling shuts the connections down first.
     """
 
-    def __init__(self, app: Starlette) -> None:
+    def __init__(self, app: Starlette, admission: Admission) -> None:
+        self._admission = admission
         self._config = _hypercorn_config()
         framework = cast("Framework", app)  # two spellings of the same ASGI types
         self._app = wrap_app(framework, self._config.wsgi_max_body_size, "asgi")
@@ -133,6 +137,8 @@ class _Server:
             task_status.started()
 
     async def _connection(self, stream: trio.SocketStream) -> None:
+        if not self._admits(stream):
+            return
         state = ConnectionState(LifespanState({}))
         self._streams.add(stream)
         plain: Any = stream  # hypercorn's types know TLS only, its code both
@@ -142,6 +148,16 @@ class _Server:
             log.error("control API: a connection failed", exc_info=faults)
         finally:
             self._streams.discard(stream)
+
+    def _admits(self, stream: trio.SocketStream) -> bool:
+        """Whether the peer may ask; trio closes the stream where it may not."""
+        try:
+            refused = self._admission.refused(stream.socket)
+        except OSError:  # gone already
+            return False
+        if refused is not None:
+            log.info("control API: %s is refused: see gateway.control_group", refused)
+        return refused is None
 
     async def _hang_up_when_cancelled(self) -> None:
         try:

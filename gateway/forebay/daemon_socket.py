@@ -12,6 +12,7 @@ import trio
 from forebay.config import GatewaySection
 from forebay.errors import ForebayError
 from forebay.handover import Client, Sockets
+from forebay.peers import Admission
 from forebay_nbd import Connection, Export, Server
 
 log = logging.getLogger("forebay.daemon")
@@ -75,13 +76,27 @@ class Door:
         self.path = path
         self._export = export
         self._section = section
+        self._admission = (
+            Admission()
+        )  # of open(): what the configuration names has to be there by then
         self._server = Server(
-            lambda name: export if name in ("", export.name) else None, lambda: [export.name]
+            lambda name: export if name in ("", export.name) else None,
+            lambda: [export.name],
+            admits=self._admits,
         )
         self._scope: trio.CancelScope | None = None
         self._shut = trio.Event()
         self._accepting: int | None = None
         self._leaving = False
+
+    def _admits(self, sock: socket.socket) -> bool:
+        try:
+            refused = self._admission.refused(sock)
+        except OSError:  # gone already
+            return False
+        if refused is not None:
+            log.info("%s: %s is refused: see gateway.socket_peers", self._export.name, refused)
+        return refused is None
 
     @property
     def clients(self) -> int:
@@ -103,6 +118,7 @@ class Door:
         """Accept clients, and go on with those that the process before left. Raises ForebayError."""
         sockets = inherited or Sockets()
         try:
+            self._admission = Admission.to_disks(self._section)
             listener = self._listener(sockets)
         except (OSError, KeyError) as fault:
             sockets.hang_up()

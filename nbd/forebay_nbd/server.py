@@ -23,8 +23,8 @@ _PAUSE = 0.1
 class Server:
     """Serves exports on one listener.
 
-    `resolve` finds an export by name; resolve("") is the default export. `names` is what LIST shows. Both are called
-    from the event loop and must not wait.
+    `resolve` finds an export by name; resolve("") is the default export. `names` is what LIST shows. `admits` is asked
+    about each connection before a byte is said. All are called from the event loop and must not wait.
     """
 
     def __init__(
@@ -32,7 +32,9 @@ class Server:
         resolve: Callable[[str], Export | None],
         names: Callable[[], list[str]],
         limits: Limits | None = None,
+        admits: Callable[[socket.socket], bool] = lambda _sock: True,
     ) -> None:
+        self._admits = admits
         self._resolve = resolve
         self._names = names
         self.limits = limits or Limits()
@@ -90,6 +92,9 @@ class Server:
             await trio.sleep(_PAUSE)
             return None
         sock = socket.socket(fileno=stream.socket.detach())
+        if not self._admits(sock):
+            sock.close()
+            return None
         if len(self.connections) >= self.limits.connections:
             log.info("more than %d connections: one refused", self.limits.connections)
             sock.close()

@@ -158,7 +158,15 @@ def test_shipped_file_shows_every_key_with_its_default(file: Path) -> None:
     shipped = (ROOT / "config" / "forebay.toml").read_text()
     assert load(file, shipped).to_toml() == Config().to_toml()
     shown = re.sub(r"(?m)^#(?=[a-z_]+ = |\[)", "", shipped)
-    examples = ("socket_owner", "socket_group", "control_group", "device ", "nbd", "devices")
+    examples = (
+        "socket_owner",
+        "socket_group",
+        "socket_peers",
+        "control_group",
+        "device ",
+        "nbd",
+        "devices",
+    )
     for key in (*examples, "path", 'mode = "write-back', 'max_lag = "10s'):
         shown = re.sub(rf"(?m)^{key}.*$", "", shown)
     shown = re.sub(r"\[stores.*\]", "", shown)
