@@ -137,12 +137,15 @@ async def uncover(cache: Cache, frozen: Layer, filler: _Filler) -> None:
 
 
 def drop(cache: Cache, layer: Layer, block: int, mask: int) -> None:
-    """Take sectors out of a clean block whose page is loaded; the record still has to be published."""
+    """Take sectors out of a clean block whose page is loaded; the record still has to be published.
+
+    It is noted where memory has nothing valid, too: a crash undoes an eviction that was not committed.
+    """
     number, i = divmod(block, PAGE_BLOCKS)
     word = cache.page(layer, number)[i]
+    cache.note(ops.drop(mask, layer.id, block))
     if not word & mask:
         return
-    cache.note(ops.drop(mask, layer.id, block))
     layer.sectors -= (word & mask & FULL).bit_count()
     slot = (word >> SLOT_SHIFT) - 1
     valid, zero = word & FULL & ~mask, word >> ZERO_SHIFT & FULL & ~mask

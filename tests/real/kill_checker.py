@@ -473,6 +473,8 @@ class Guests:
             try:
                 guest.fill()
             except nbd.Error:
+                if guest.connected:
+                    raise
                 return False
         self._wait(timeout, also)
         for guest in self.all:

@@ -55,6 +55,11 @@ class Ground:
         self.base = b""
         self.guests = Guests([])
 
+    @property
+    def holes(self) -> list[tuple[int, int]]:
+        """Of each image: (offset, length) in bytes."""
+        return [(self.size // 2 & -4096, self.size // 8 & -4096)]
+
     # -- life
 
     def begin(self) -> None:
@@ -65,7 +70,7 @@ class Ground:
             self._attach(mode, f"{mode}.raw", mode=mode)
         if self.overlays:
             base = self.gateway.images / "base.raw"
-            self.base = random_image(base, self.size, self.seed ^ 1, [(MIB, MIB // 2)])
+            self.base = random_image(base, self.size, self.seed ^ 1, self.holes)
         for name in self.overlays:
             self._attach(name, "base.raw", overlay=True)
         assert self.guests.connect()
@@ -74,7 +79,7 @@ class Ground:
         path = self.gateway.images / file
         content = self.base
         if not options.get("overlay"):
-            content = random_image(path, self.size, self.rng.getrandbits(32), [(MIB, MIB // 2)])
+            content = random_image(path, self.size, self.rng.getrandbits(32), self.holes)
             self.images[name] = path
         self.gateway.attach_disk(name, f"images:{file}", **options)
         self.guests.all.append(

@@ -108,7 +108,7 @@ class Soak:
         for mode in MODES:
             self._add(f"f-{mode}", store, below / f"f-{mode}.raw", mode=mode)
         base = below / "f-base.raw"
-        self.ground.base = random_image(base, MIB, self.seed, [(MIB // 2, MIB // 4)])
+        self.ground.base = random_image(base, MIB, self.seed, self.ground.holes)
         for number in (1, 2):
             self._add(f"f-overlay-{number}", store, base, overlay=True)
         assert self.ground.guests.connect()
@@ -117,7 +117,7 @@ class Soak:
         overlay = bool(options.get("overlay"))
         content = self.ground.base
         if not overlay:
-            content = random_image(path, MIB, self.rng.getrandbits(32), [(MIB // 2, MIB // 4)])
+            content = random_image(path, MIB, self.rng.getrandbits(32), self.ground.holes)
             self.ground.images[name] = path
             self.modes[name] = options["mode"]
         self.ground.gateway.attach_disk(name, f"{store}:{path.name}", **options)
