@@ -164,6 +164,7 @@ async def _damaged(
 ) -> None:
     cache, found = scrubber.cache, scrubber.found
     cache.damaged_slots += 1
+    cache.ready[slot] &= ~bad  # whoever reads it looks for himself, and gets an error
     repaired = False
     if layer.private:
         found.damaged_private += 1
