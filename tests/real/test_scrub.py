@@ -16,7 +16,7 @@ import forebay_cache
 from forebay_cache import clean
 from real.disk_fixture import cache_info
 from real.gateway_process import GatewayProcess
-from real.processes import MIB, end, loop_device
+from real.processes import MIB, loop_device
 
 MakeGateway = Callable[..., GatewayProcess]
 Connect = Callable[..., Any]
@@ -140,7 +140,8 @@ def test_scrub_under_a_guest_that_writes_judges_nothing_wrongly(
                     client.flush()
             found = json.loads(scrub.communicate()[0])
         finally:
-            end(scrub)
+            scrub.kill()
+            scrub.wait()
             assert scrub.stdout is not None
             scrub.stdout.close()
         assert (scrub.returncode, found["damage"]) == (0, [])
