@@ -145,14 +145,19 @@ class Marker:
                     _check_ours(image, folder, me)
                 sidecar = _opened(undo, _made_sidecar(folder, image))
                 lock = _opened(undo, os.open("lock", _CREATE, 0o600, dir_fd=sidecar))
-                if not _locked(image, lock, need_locks):
+                try:
+                    locked = _locked(image, lock, need_locks)
+                    if locked and _still_there(sidecar, lock):
+                        _hold(image, file, need_locks)
+                        marker = cls(image, file, folder, sidecar, lock)
+                        marker._begin(me, file)
+                        undo.pop_all()
+                        return marker
+                except ForebayError:
+                    _tidy(image, folder, sidecar)
+                    raise
+                if not locked:
                     raise held(image, _read_leniently(sidecar, image))
-                if _still_there(sidecar, lock):
-                    _hold(image, file, need_locks)
-                    marker = cls(image, file, folder, sidecar, lock)
-                    marker._begin(me, file)
-                    undo.pop_all()
-                    return marker
         raise ForebayError(f"{image.key}: its owner is just changing: try again")
 
     @classmethod
@@ -359,6 +364,14 @@ def _made_sidecar(folder: int, image: FileImage) -> int:
             f"{image.key}: {name} cannot be made beside it ({error.strerror}): let the daemon's user write there, "
             "or attach with --read-only or --overlay"
         ) from error
+
+
+def _tidy(image: FileImage, folder: int, sidecar: int) -> None:
+    """Leave nothing beside an image that was refused, if only we made it; under the lock, where there are any."""
+    with contextlib.suppress(OSError):
+        if os.listdir(sidecar) == ["lock"]:
+            os.unlink("lock", dir_fd=sidecar)
+            os.rmdir(os.path.basename(image.path) + SIDECAR, dir_fd=folder)
 
 
 def _check_same(image: FileImage, folder: int, file: ImageFile) -> None:

@@ -8,6 +8,7 @@ from forebay.config import Config
 from forebay.errors import ForebayError
 from forebay.owner import Marker, Recovered
 from forebay.owner_record import NOBODY
+from forebay.sizes import format_size
 from forebay.store import FileImage, open_image, resolve
 
 
@@ -101,4 +102,6 @@ def _instant(found: Recovered) -> str:
 
 def _later(found: Recovered) -> str:
     assert found.owner is not None
-    return f"later writes that host {found.owner.host} has (disk '{found.owner.disk}')"
+    owner = found.owner
+    much = f" ({format_size(owner.dirty_bytes)} at the last count)" if owner.dirty_bytes else ""
+    return f"later writes{much} that host {owner.host} has (disk '{owner.disk}')"

@@ -437,7 +437,7 @@ async def test_a_claim_that_came_too_late_is_given_back(
     hang, done = threading.Event(), threading.Event()
     real_take, real_close = Marker.take.__func__, Marker.close  # type: ignore[attr-defined]
 
-    def slow(cls: type[Marker], *arguments: object, **options: object) -> Marker:
+    def slow(cls: type[Marker], /, *arguments: object, **options: object) -> Marker:
         hang.wait(10)
         return real_take(cls, *arguments, **options)  # type: ignore[no-any-return]
 
