@@ -48,7 +48,10 @@ RESIDENCY_SECONDS = 0.05
 
 
 class Follower(Protocol):
-    """Holds on to :attr:`Cache.ready` and :attr:`Device.map`."""
+    """Holds on to :attr:`Cache.ready` and :attr:`Device.map`. Counts reads."""
+
+    hits: int
+    misses: int
 
     def follow(self) -> None:
         """Take them anew."""
@@ -245,6 +248,8 @@ class Cache:
         layer = Layer(self.meta.next_layer, LayerRecord(name, private))
         self.meta.next_layer += 1
         layer.changed = True
+        if private:  # whose pages are never shed
+            layer.missing = ABSENT
         self.register(layer)
         self.note(ops.layer_made(layer.id, private, name))
         self.want_commit()
@@ -253,6 +258,8 @@ class Cache:
     async def load(self, layer: Layer, numbers: Iterable[int]) -> None:
         """Bring pages of the index into memory. Raises OSError."""
         for number in numbers:
+            if layer.missing is ABSENT:
+                layer.adopt(number, None)
             while number not in layer.pages:
                 waiting = layer.loading.get(number)
                 if isinstance(waiting, trio.Event):
@@ -269,7 +276,9 @@ class Cache:
     def page(self, layer: Layer, number: int) -> array[int]:
         """A page that was loaded not long ago. Should it have been shed since, the index has it as it was."""
         if number not in layer.pages:
-            layer.adopt(number, self.index.page(layer.id, number))
+            layer.adopt(
+                number, None if layer.missing is ABSENT else self.index.page(layer.id, number)
+            )
         return layer.pages[number]
 
     def drop_layer(self, layer: Layer) -> None:
@@ -391,6 +400,15 @@ class Cache:
             event = self._freed_some
             with trio.move_on_after(0.5):
                 await event.wait()
+
+    def served(self) -> int:
+        """Changes whenever anybody reads or writes."""
+        reads = sum(view.hits + view.misses for view in self.views)
+        return reads + self.journal.head.sequence
+
+    def spare_slots(self) -> int:
+        """Slots that are free, or will be when what is clean is evicted."""
+        return self.placement.free + self.placement.evictable() + self._leaving
 
     def evicting(self, slot: int) -> bool:
         """Whether the slot was chosen to be evicted just now."""

@@ -50,8 +50,9 @@ def pack(slot: int, zero: int, valid: int) -> int:
 class Layer:
     """One layer in memory: the pages that were needed so far, and totals over all of it.
 
-    ``pages`` holds what is loaded: a page, or ABSENT. A page that is not a key has to be loaded from the index first.
-    ``dirty`` are the page numbers that the next commit stores.
+    ``pages`` holds what is loaded: a page, or ABSENT. For a page that is not a key ``missing`` stands: None where it
+    has to be loaded from the index first, ABSENT in a layer that has nothing but what is in memory. ``dirty`` are the
+    page numbers that the next commit stores.
     """
 
     __slots__ = (
@@ -63,6 +64,7 @@ class Layer:
         "hand",
         "id",
         "loading",
+        "missing",
         "name",
         "pages",
         "pinned",
@@ -86,6 +88,7 @@ class Layer:
         self.loading: dict[int, object] = {}
         self.changed = False
         self.given_up = False  # the index says that it is dead: see Cache.give_up()
+        self.missing: array[int] | None = None
 
     def record(self) -> LayerRecord:
         """As the index keeps it."""

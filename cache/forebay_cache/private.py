@@ -100,7 +100,10 @@ def _write_simply(  # noqa: C901  (calls cost more than what they would hide)
     number = offset >> PAGE_SHIFT
     page = layer.pages.get(number)
     if page is None:
-        return False
+        page = layer.missing
+        if page is None:
+            return False
+        layer.adopt(number, None)
     block = offset >> BLOCK_SHIFT
     i = block & (PAGE_BLOCKS - 1)
     start = offset & (BLOCK - 1)

@@ -8,6 +8,7 @@ awaits, so that one commit stores both sides of it.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import trio
@@ -29,6 +30,8 @@ from forebay_cache.sums import checksums
 
 #: Bytes of a write whose records take the journal as much room as the drops of a whole page.
 _DROPS = 2 * PAGE_BLOCKS * SECTOR
+#: Blocks that change layers in one go.
+_STRETCH = 16
 
 
 async def pages_of(cache: Cache, layer: Layer) -> list[int]:
@@ -61,23 +64,38 @@ async def pin_layer(cache: Cache, layer: Layer, pinned: bool) -> None:
                 change(slot)
 
 
-async def settle(cache: Cache, frozen: Layer, filler: Filler) -> None:
+async def settle(
+    cache: Cache, frozen: Layer, filler: Filler, turn: Callable[[], Awaitable[None]]
+) -> None:
     """Move everything from a frozen private layer to the clean one of ``filler``. The origin has it, durably.
 
-    Interrupted, it can be called again; what was moved already is clean. Raises OSError.
+    ``turn`` lets others go on; it is called between two stretches, each of which keeps the event loop for a fraction
+    of a millisecond. Interrupted, it can be called again; what was moved already is clean. Raises OSError.
     """
     clean = filler.layer
     for number in await pages_of(cache, frozen):
-        await cache.load(frozen, [number])
-        await cache.load(clean, [number])
-        if not cache.journal_room(_DROPS):
-            await cache.commit()
-        filler.overtaken(number << PAGE_SHIFT, PAGE_BLOCKS * BLOCK)
-        jobs = _jobs(cache, frozen, clean, number)
-        _drop_shadowed(cache, clean, number, jobs)
-        copied = await _copy(cache, jobs)
-        for i in range(PAGE_BLOCKS):
-            _hand_over(cache, frozen, clean, number, i, copied.get(i, (-1, 0)))
+        for start in range(0, PAGE_BLOCKS, _STRETCH):
+            await cache.load(frozen, [number])
+            await cache.load(clean, [number])
+            blocks = range(start, start + _STRETCH)
+            if any(cache.page(frozen, number)[i] & FULL for i in blocks):
+                await _settle(cache, frozen, filler, clean, number, blocks)
+                await turn()
+
+
+async def _settle(
+    cache: Cache, frozen: Layer, filler: Filler, clean: Layer, number: int, blocks: range
+) -> None:
+    """The same for some blocks of one page."""
+    if not cache.journal_room(_DROPS):
+        await cache.commit()
+    offset = (number << PAGE_SHIFT) + blocks.start * BLOCK
+    filler.overtaken(offset, len(blocks) * BLOCK)
+    jobs = _jobs(cache, frozen, clean, number, blocks)
+    _drop_shadowed(cache, clean, number, jobs)
+    copied = await _copy(cache, jobs)
+    for i in blocks:
+        _hand_over(cache, frozen, clean, number, i, copied.get(i, (-1, 0)))
 
 
 class _Job(NamedTuple):
@@ -93,7 +111,7 @@ class _Job(NamedTuple):
 _Copied = dict[int, tuple[int, int]]
 
 
-def _jobs(cache: Cache, frozen: Layer, clean: Layer, number: int) -> list[_Job]:
+def _jobs(cache: Cache, frozen: Layer, clean: Layer, number: int, blocks: range) -> list[_Job]:
     """What has to be copied so that each block ends in one slot.
 
     Where the clean block has data that the private one lacks, its slot stays and gets the private sectors. Elsewhere
@@ -101,7 +119,7 @@ def _jobs(cache: Cache, frozen: Layer, clean: Layer, number: int) -> list[_Job]:
     """
     jobs: list[_Job] = []
     page, target = cache.page(frozen, number), cache.page(clean, number)
-    for i in range(PAGE_BLOCKS):
+    for i in blocks:
         slots, data = _private_slots(page, i)
         old = (target[i] >> SLOT_SHIFT) - 1
         if old >= 0 and _data(target[i]) & ~page[i]:

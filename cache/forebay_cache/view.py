@@ -91,7 +91,7 @@ class View:
         i = (offset >> 16) & 63
         for layer in self.private:
             if layer.sectors:
-                page = layer.pages.get(number)
+                page = layer.pages.get(number, layer.missing)
                 if page is None:
                     return None
                 word = page[i]

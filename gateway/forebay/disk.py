@@ -4,6 +4,7 @@ import errno
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
+from time import time as wall_clock
 from typing import Any, Self
 
 import trio
@@ -14,6 +15,7 @@ from forebay.extents import CACHED_CONTEXT, allocation, cached
 from forebay.hydrate import hydrate, preload_range
 from forebay.image import WATCH_SECONDS, Image, Images, image_of, layer_prefix
 from forebay.origin_source import Source
+from forebay.pace import LOW, SLACK, Amount, Pace, share
 from forebay.policies import OriginWrites, Policy, PrivateOrOrigin, PrivateWrites
 from forebay.ranges import Gate, Ranges
 from forebay.sizes import Mode
@@ -25,6 +27,9 @@ from forebay_cache.geometry import BLOCK, SECTOR
 log = logging.getLogger("forebay.disk")
 
 Progress = Callable[[int, int], None]
+
+TURN_SECONDS = 0.05
+"""A write that is slowed down looks again this often: a pass that ended may have made room."""
 
 PRIVATE_MODES = (Mode.WRITE_BACK, Mode.FULL_COPY)
 
@@ -51,6 +56,7 @@ class Disk:
         self.ranges = Ranges()
         self.gate = Gate()
         self.view = View(self.block_cache, [], None, self._fetch)
+        self.pace = Pace()
         self.writeback = WriteBack(self)
         self.marked = False
         self._mode_to_be: Mode | None = None  # as soon as what is dirty has been written back
@@ -62,7 +68,9 @@ class Disk:
         self._dirty_since: dict[int, float] = {}
         self._frozen_at: dict[int, str] = {}
         self._generation = 0
-        self._open_most = 0
+        self._free_sectors = self._frozen_slots = 0
+        self._pressed = False  # what is added is charged for
+        self._turn = trio.Lock()
         self._hydration: trio.CancelScope | None = None
         self._nursery: trio.Nursery | None = None
         self._policy: Policy = OriginWrites(self, keep=False)
@@ -95,12 +103,11 @@ class Disk:
                 # The mode was changed, or the configuration, and we ended before the data had gone to the image.
                 disk._mode_to_be, disk.mode = disk.mode, Mode.WRITE_BACK
             disk._generation = len(disk.view.private)
-            for layer in disk.view.private:
-                if layer.sectors:
-                    disk._dirty_since[layer.id] = trio.current_time()
+            disk._recall_times()
             disk._choose()
             image.watch(disk.view)
-            image.layer.cap = settings.cache_size // BLOCK
+            image.caps[name] = settings.cache_size // BLOCK
+            image.share_cap()
         except BaseException:
             await image.leave(source, disk.view)
             raise
@@ -121,6 +128,11 @@ class Disk:
     def _check_fits(self, mode: Mode) -> None:
         if mode is not Mode.FULL_COPY:
             return
+        if 0 < self.settings.cache_size < self.size:
+            raise ForebayError(
+                f"a full copy of {self.image.key} takes {self.size} bytes, and cache_size lets the disk have "
+                f"{self.settings.cache_size}: leave cache_size out, or use write-back"
+            )
         room = self.block_cache.device.slots * BLOCK
         if self.size > room * 9 // 10:
             raise ForebayError(
@@ -162,21 +174,45 @@ class Disk:
         return f"{layer_prefix(self.name)}{self._generation}:{self.image.key}"
 
     def frozen_at(self, layer: Layer) -> str:
-        """When that layer was frozen: UTC, ISO 8601; empty where that was before a restart."""
+        """When that layer was frozen: UTC, ISO 8601; empty where nobody knows any more."""
         return self._frozen_at.get(layer.id, "")
+
+    def _recall_times(self) -> None:
+        """How old is what an earlier life left dirty. Of the last seconds before a kill nobody knows: as old as now."""
+        known = self.block_cache.record("dirty", self.name) or {}
+        for layer in self.view.private:
+            since, frozen = known.get(str(layer.id), (wall_clock(), ""))
+            if layer.sectors:
+                age = max(0.0, wall_clock() - since)
+                self._dirty_since[layer.id] = trio.current_time() - age
+            if frozen:
+                self._frozen_at[layer.id] = frozen
+
+    def _note_times(self) -> None:
+        """Keep what :meth:`_recall_times` needs, from the next commit on."""
+        if self.overlay:
+            return
+        now = trio.current_time()
+        times = {
+            str(ident): (wall_clock() - (now - since), self._frozen_at.get(ident, ""))
+            for ident, since in self._dirty_since.items()
+        }
+        self.block_cache.put_record("dirty", self.name, times or None)
 
     def freeze(self) -> None:
         """From now on writes go to a new layer: what is dirty at this instant stays together."""
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        now = datetime.fromtimestamp(wall_clock(), UTC).isoformat(timespec="milliseconds")
         self._frozen_at[self.view.private[0].id] = now
         self.view.private = [self._new_layer(), *self.view.private]
         self._limit()
+        self._note_times()
 
     def _limit(self) -> None:
-        """How many sectors the open layer may hold before writes wait: what is frozen counts too."""
-        frozen = sum(x.sectors for x in self.view.private[1:])
-        most = self.settings.max_dirty // SECTOR if self.mode is Mode.WRITE_BACK else self.size
-        self._open_most = max(0, most - frozen)
+        """How many sectors the open layer may hold before anybody has to look at the pace of writes."""
+        frozen = self.view.private[1:]
+        most = self.settings.max_dirty * LOW if self.writes_back else 2 * self.size + BLOCK
+        self._free_sectors = int(most) // SECTOR - sum(x.sectors for x in frozen)
+        self._frozen_slots = sum(x.slots for x in frozen)
 
     def settled(self, layer: Layer) -> None:
         """The frozen layer is empty: all of it is in the image, and clean."""
@@ -184,6 +220,7 @@ class Disk:
         self._dirty_since.pop(layer.id, None)
         self._frozen_at.pop(layer.id, None)
         self._limit()
+        self._note_times()
 
     async def set_mode(self, mode: Mode, progress: Progress) -> None:
         """Change over while clients are connected. Raises ForebayError or OSError; the mode is the old one then."""
@@ -206,7 +243,7 @@ class Disk:
         self._stop_hydration()
         if was is Mode.FULL_COPY:
             self.copied = None
-            await pin_layer(self.block_cache, self.image.layer, pinned=False)
+            await self._unpin()
         self._start_hydration()
 
     # -- state ------------------------------------------------------------------------------------------------
@@ -218,17 +255,37 @@ class Disk:
             return 0
         return sum(x.sectors for x in self.view.private) * SECTOR
 
-    def note_dirty(self) -> None:
-        """Something was written to the open layer."""
+    def note_dirty(self, sectors: int, slots: int) -> None:
+        """Something was written to the open layer, which has grown by so much."""
         top = self.view.private[0].id
         if top not in self._dirty_since:
             self._dirty_since[top] = trio.current_time()
+            self._note_times()
+        if self._pressed and (sectors > 0 or slots > 0):
+            now, added = trio.current_time(), Amount(max(0, sectors) * SECTOR, max(0, slots))
+            self.pace.charge(now, self.pace.takes(now, added, *self.amounts()))
+
+    def amounts(self) -> tuple[Amount, Amount]:
+        """What is dirty, and what may be: all that the cache has room for, if `max_dirty` is not less."""
+        slots = sum(x.slots for x in self.view.private)
+        room = slots + self.block_cache.spare_slots()
+        if self.block_cache.scan is not None:  # nobody knows yet
+            room = self.block_cache.device.slots
+        return Amount(self.dirty_bytes, slots), Amount(self.settings.max_dirty, room)
+
+    def dirty_share(self) -> float:
+        """Of what may be dirty, how much is."""
+        return share(*self.amounts())
 
     def lag_seconds(self) -> float:
         """Age of the oldest data that the image does not have."""
-        if not self.dirty_bytes or not self._dirty_since:
+        if self.overlay:
             return 0.0
-        return trio.current_time() - min(self._dirty_since.values())
+        now = trio.current_time()
+        return max(
+            (now - self._dirty_since.get(x.id, now) for x in self.view.private if x.sectors),
+            default=0.0,
+        )
 
     def state(self) -> str:
         """One word for the STATE column; `reason` in the status says more."""
@@ -344,25 +401,73 @@ class Disk:
             return True
         if self.overlay:
             return False
-        return not self.marked or self.view.private[0].sectors + (length >> 12) > self._open_most
+        if not self.marked:
+            return True
+        top, placement = self.view.private[0], self.block_cache.placement
+        if (
+            top.sectors + (length >> 12) <= self._free_sectors
+            and 3 * (top.slots + self._frozen_slots) <= placement.free + placement.evictable()
+        ):
+            self._pressed = False
+            return False
+        return self._must_slow_down(length)
+
+    def _must_slow_down(self, length: int) -> bool:
+        if not self.writes_back:
+            return False
+        dirty, most = self.amounts()
+        return self._wait() > SLACK or dirty.bytes + length > most.bytes
+
+    def _press(self) -> bool:
+        """Whether so much is dirty that what is added has to be charged for."""
+        self._pressed = (
+            self.writes_back
+            and self.writeback.error is None  # else nothing is gained by it
+            and self.dirty_share() > LOW
+        )
+        if self._pressed and not self.pace.passing:
+            self.writeback.want()
+        if not self._pressed:
+            self.pace.relieve()
+        return self._pressed
 
     async def admit(self, length: int) -> None:
         """Wait until that much may become dirty. Raises OSError."""
         if self.overlay:
             return
         await self._mark()
-        if self.mode is Mode.WRITE_BACK:
-            with trio.move_on_after(self.settings.origin_timeout):
-                while self.dirty_bytes + length > max(self.settings.max_dirty, length):
-                    await self.writeback.passed(1.0)
-                return
-            raise OSError(errno.ENOSPC, "max_dirty is reached and nothing could be written back")
+        if self.writes_back:
+            await self._slow_down()
+            await self._below_limit(length)
 
-    async def write_back_some(self) -> bool:
-        """The cache is full: have something written back. False: that would not help."""
+    async def _slow_down(self) -> None:
+        """One after the other, as fast as write-back is, or faster while little is dirty."""
+        if self._wait() <= SLACK:
+            return
+        async with self._turn:
+            while (wait := self._wait()) > SLACK:  # noqa: ASYNC110  (it is time that is waited for)
+                await trio.sleep(min(wait, TURN_SECONDS))
+
+    def _wait(self) -> float:
+        return self.pace.wait(trio.current_time()) if self._press() else 0.0
+
+    async def _below_limit(self, length: int) -> None:
+        most = max(self.settings.max_dirty, length)
+        began = trio.current_time()
+        while self.dirty_bytes + length > most:
+            await self.writeback.passed()
+            if self.dirty_bytes + length > most:
+                self.writeback.check_goes_on("max_dirty is reached", began)
+
+    async def write_back_some(self, began: float) -> None:
+        """The cache has been full since then: have something written back.
+
+        Raises OSError(ENOSPC) where there is nothing, or it goes nowhere.
+        """
         if self.overlay or not self.dirty_bytes:
-            return False
-        return await self.writeback.passed(1.0) or self.writes_back
+            raise OSError(errno.ENOSPC, "the cache is full")
+        await self.writeback.passed()
+        self.writeback.check_goes_on("the cache is full", began)
 
     async def _mark(self) -> None:
         """Say beside the image, durably, that it will lack data, before it does."""
@@ -455,6 +560,7 @@ class Disk:
     def _start_hydration(self) -> None:
         if self.mode is Mode.FULL_COPY and self._nursery is not None:
             self.copied = 0.0
+            self.image.copied_by.add(self.name)
             self._hydration = trio.CancelScope()
             self._nursery.start_soon(hydrate, self, self._hydration)
 
@@ -512,11 +618,19 @@ class Disk:
             self.image.give_up()
         elif begun:
             self.image.refresh()
-        if self.image.layer.pinned:
-            await pin_layer(self.block_cache, self.image.layer, pinned=False)
+        self.block_cache.put_record("dirty", self.name, None)
+        await self._unpin()
+        del self.image.caps[self.name]
+        self.image.share_cap()
         if discard and self.marked:
             await self._unmark_discarded()
         await self.image.leave(self.source, self.view)
+
+    async def _unpin(self) -> None:
+        """What was kept for this disk may be evicted, unless it is kept for another one too."""
+        self.image.copied_by.discard(self.name)
+        if self.image.layer.pinned and not self.image.copied_by:
+            await pin_layer(self.block_cache, self.image.layer, pinned=False)
 
     async def _unmark_discarded(self) -> None:
         """What the image lacked is gone for good, so it lacks nothing any more."""

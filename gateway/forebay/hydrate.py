@@ -82,8 +82,8 @@ async def hydrate(disk: "Disk", scope: trio.CancelScope) -> None:
 
     told = ""
     with scope:
-        layer = disk.image.layer
         while True:
+            layer = disk.image.layer  # a new one, if the image has changed meanwhile
             try:
                 if not layer.pinned:
                     await pin_layer(disk.block_cache, layer, pinned=True)
@@ -91,7 +91,10 @@ async def hydrate(disk: "Disk", scope: trio.CancelScope) -> None:
                 if not await disk.image.filler.missing(0, disk.size):
                     disk.copied = 1.0
                     return
-                told = ""
+                full = "the cache has no room for the rest"
+                if told != full:
+                    log.warning("%s: copying paused: %s", disk.name, full)
+                told = full
             except OSError as error:
                 text = error.strerror or str(error)
                 if text != told:

@@ -63,6 +63,7 @@ class Images:
         layers = self.cache.layers_named(layer_prefix(disk))
         for layer in layers:
             self.cache.drop_layer(layer)
+        self.cache.put_record("dirty", disk, None)
         if len(layers) > 1:  # a pass may have written to the image under its clean blocks
             image = self._open.get(key)
             clean = self.cache.layer(f"image:{key}")
@@ -95,6 +96,10 @@ class Image:
         self.unreachable: str | None = None
         self.written_bytes = 0
         self.unfinished = False  # a checkpoint may be committed beside the image, and not all in it
+        self.caps: dict[str, int] = {}
+        """Slots that its disks may have of the cache, by name; 0: no limit."""
+        self.copied_by: set[str] = set()
+        """Names of the disks that keep all of it."""
         self._images = images
         self._reaching = trio.Lock()
         self._views: list[View] = []
@@ -239,6 +244,11 @@ class Image:
         value: dict[str, Any] = {"identity": None if identity is None else list(astuple(identity))}
         if self.cache.record("image", self.key) != value:
             self.cache.put_record("image", self.key, value)
+
+    def share_cap(self) -> None:
+        """The clean blocks are shared, so the disk that may have most of them has its way."""
+        caps = self.caps.values()
+        self.layer.cap = 0 if 0 in caps else max(caps, default=0)
 
     def watch(self, view: View) -> None:
         """The view follows when the clean blocks are dropped."""

@@ -130,6 +130,13 @@ class NbdOrigin:
             await self._write(at, piece[0] if len(piece) == 1 else b"".join(piece), background)
             at += length
 
+    async def write_ranges(
+        self, ranges: Sequence[tuple[int, Buffer]], background: bool = False
+    ) -> None:
+        """Write several (offset, data), one after the other. Raises OSError."""
+        for offset, data in ranges:
+            await self.write(offset, [data], background)
+
     async def _write(self, offset: int, data: Buffer, background: bool) -> None:
         sector = self._requests.sector
         end = offset + len(data)

@@ -75,6 +75,15 @@ class Origin(Protocol):
         """Write the buffers one after the other. After an error the range holds old, new or a mix."""
         ...
 
+    async def write_ranges(
+        self, ranges: Sequence[tuple[int, Buffer]], background: bool = False
+    ) -> None:
+        """Write several (offset, data), a few megabytes together. The data must not change any more.
+
+        After an error each range holds old, new or a mix.
+        """
+        ...
+
     async def flush(self, *, times: bool = False) -> None:
         """Make durable every write that returned before, with the `times` of `identity` if asked.
 
@@ -259,6 +268,20 @@ class FileOrigin:
             write = partial(self._write, at, piece)
             await self._change(f"writing {self.label}", write, at, length, background)
             at += length
+
+    async def write_ranges(
+        self, ranges: Sequence[tuple[int, Buffer]], background: bool = False
+    ) -> None:
+        """Write several (offset, data) in one call of a thread. The data must not change any more. Raises OSError."""
+        for offset, data in ranges:
+            self._check_change(offset, len(data))
+
+        def write() -> None:
+            for offset, data in ranges:
+                self._write(offset, [data])
+
+        start, end = min(o for o, _ in ranges), max(o + len(data) for o, data in ranges)
+        await self._change(f"writing {self.label}", write, start, end, background)
 
     def _write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         views = [memoryview(buffer) for buffer in buffers]

@@ -20,7 +20,7 @@ from forebay.owner import read_owner
 from forebay.owner_record import Owner, TakenOver, in_use
 from forebay.redo import Redo
 from forebay.store import DeviceImage, FileImage, Image, ImageFile, open_device, open_image
-from forebay_cache.device import Buffer
+from forebay_cache.frozen import Range
 
 log = logging.getLogger("forebay.origin")
 
@@ -345,13 +345,11 @@ class Journal:
         self._threads = threads
         self._timeout = timeout
 
-    async def add(self, offset: int, length: int, data: list[Buffer] | None) -> None:
-        """One range; `data` None: zeros. Buffers must not change any more."""
-        self._length += length
+    async def add(self, ranges: list[Range]) -> None:
+        """Some of the checkpoint. The data must not change any more."""
+        self._length += sum(r.length for r in ranges)
         with bounded(self._timeout, "writing a checkpoint"):
-            await self._threads.run(
-                lambda: self._journal.add(offset, length, data), background=True
-            )
+            await self._threads.run(lambda: self._journal.add_all(ranges), background=True)
 
     async def commit(self) -> None:
         """From now on the checkpoint will be in the image, whatever happens."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVarTuple, Unpack
 
 import trio
 
-from forebay_cache import CacheFull, Layer, clean, invalidate, mark_hot, private
+from forebay_cache import CacheFull, clean, invalidate, mark_hot, private
 from forebay_cache.device import Buffer
 from forebay_cache.geometry import BLOCK, SECTOR, block_runs
 
@@ -141,13 +141,15 @@ class PrivateWrites:
         length = sum([len(data) for _, data in writes])
         if disk.must_wait(length):
             return 0
-        taken = private.write_run(disk.block_cache, disk.view.private[0], writes)
+        top = disk.view.private[0]
+        sectors, slots = top.sectors, top.slots
+        taken = private.write_run(disk.block_cache, top, writes)
         if taken:
             disk.write_hits += taken
             disk.written_bytes += (
                 length if taken == len(writes) else sum(len(data) for _, data in writes[:taken])
             )
-            disk.note_dirty()
+            disk.note_dirty(top.sectors - sectors, top.slots - slots)
         return taken
 
     async def write(self, offset: int, data: memoryview) -> None:
@@ -180,23 +182,21 @@ class PrivateWrites:
     async def _store(self, offset: int, data: memoryview) -> None:
         disk = self._disk
         await disk.admit(len(data))
-        with trio.move_on_after(disk.settings.origin_timeout) as patience:
+        began, timeout = trio.current_time(), disk.settings.origin_timeout
+        with trio.move_on_after(timeout) as patience:
             while True:
                 layer = disk.view.private[0]  # a new one, if it was frozen meanwhile
+                sectors, slots = layer.sectors, layer.slots
                 if private.write(disk.block_cache, layer, offset, data):
-                    disk.note_dirty()
+                    disk.note_dirty(layer.sectors - sectors, layer.slots - slots)
                     return disk.block_cache.publish()
-                await self._prepare(layer, offset, len(data), zeros=False)
+                try:
+                    await private.prepare(disk.block_cache, layer, offset, len(data))
+                except CacheFull:
+                    await disk.write_back_some(began)
+                patience.deadline = max(patience.deadline, disk.writeback.moved + timeout)
         assert patience.cancelled_caught
         raise OSError(errno.ENOSPC, "the cache is full of data that could not be written back")
-
-    async def _prepare(self, layer: Layer, offset: int, length: int, *, zeros: bool) -> None:
-        disk = self._disk
-        try:
-            await private.prepare(disk.block_cache, layer, offset, length, zeros=zeros)
-        except CacheFull:
-            if not await disk.write_back_some():
-                raise OSError(errno.ENOSPC, "the cache is full") from None
 
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
         """Whole sectors become zeros without being stored; the rest is written."""
@@ -223,9 +223,13 @@ class PrivateWrites:
         await disk.admit(0)
         for at in range(offset, offset + length, 16 * BLOCK):
             part = min(16 * BLOCK, offset + length - at)
-            while not private.zero(disk.block_cache, disk.view.private[0], at, part):
-                await self._prepare(disk.view.private[0], at, part, zeros=True)
-            disk.note_dirty()
+            while True:
+                layer = disk.view.private[0]
+                sectors, slots = layer.sectors, layer.slots
+                if private.zero(disk.block_cache, layer, at, part):
+                    break
+                await private.prepare(disk.block_cache, layer, at, part, zeros=True)
+            disk.note_dirty(layer.sectors - sectors, layer.slots - slots)
             disk.block_cache.publish()
 
     def flush_now(self) -> bool:

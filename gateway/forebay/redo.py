@@ -29,9 +29,10 @@ from dataclasses import asdict, dataclass
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from forebay.errors import ForebayError
-from forebay.origin_calls import PUNCH_HOLE, Calls
+from forebay.origin_calls import IOV_MAX, PUNCH_HOLE, Calls
 from forebay.origin_threads import Descriptor
 from forebay_cache.device import Buffer
+from forebay_cache.frozen import Range
 
 FORMAT = 1
 NAME, UNFINISHED = "redo", "redo.new"
@@ -93,19 +94,34 @@ class Redo:
 
     def add(self, offset: int, length: int, data: Sequence[Buffer] | None) -> None:
         """One range of the image; `data` None: it reads as zeros."""
-        kind = ZEROS if data is None else DATA
         stored = 0 if data is None else length
+        kind = ZEROS if data is None else DATA
+        self._append(_record(kind, offset, length, data or []), 1, stored)
+
+    def add_all(self, ranges: Sequence[Range]) -> None:
+        """Several of them at once."""
+        records: list[Buffer] = []
+        stored = 0
+        for offset, length, data in ranges:
+            if data is None:
+                records += _record(ZEROS, offset, length, [])
+            else:
+                records += _record(DATA, offset, length, [data])
+                stored += length
+        self._append(records, len(ranges), stored)
+
+    def _append(self, buffers: list[Buffer], records: int, stored: int) -> None:
         with self._lock:
             at = self._end
-            self._end += _HEAD + stored
-            self._records += 1
+            self._end += records * _HEAD + stored
+            self._records += records
             self._bytes += stored
             self._unsynced += stored
             sync = self._unsynced >= _SYNC_EVERY
             if sync:
                 self._unsynced = 0
         with self._file as fd:
-            _write(fd, _record(kind, offset, length, data or []), at)
+            _write(fd, buffers, at)
             if sync:
                 os.fdatasync(fd)
 
@@ -271,7 +287,7 @@ def _records(fd: int, image_size: int) -> Iterator[tuple[int, int, int, int]]:
 def _write(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
     views = [memoryview(buffer) for buffer in buffers]
     while views:
-        count = os.pwritev(fd, views, offset)
+        count = os.pwritev(fd, views[:IOV_MAX], offset)
         if count == 0:
             raise OSError(errno.EIO, "nothing could be written")
         offset += count

@@ -12,30 +12,38 @@ into a redo journal beside the image first (`redo.py`).
 import contextlib
 import errno
 import logging
-from functools import partial
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import trio
 
 from forebay.origin_source import Journal
+from forebay.pace import LOW, Amount
 from forebay_cache import Layer, View, pages_of, past_failure, settle, uncover
 from forebay_cache.device import Buffer
-from forebay_cache.geometry import BLOCK, FULL, PAGE_BLOCKS, PAGE_SHIFT, SECTOR, sector_runs
-from forebay_cache.layer import ZERO_SHIFT
+from forebay_cache.frozen import Block, Range, blocks_of, read_blocks
+from forebay_cache.geometry import SECTOR
 
 if TYPE_CHECKING:
     from forebay.disk import Disk, Progress
 
 log = logging.getLogger("forebay.writeback")
 
-RUN_MOST = 1 << 20
-"""Bytes of one write to the origin."""
+BATCH_MOST = 1 << 20
+BATCH_BLOCKS = 64
+"""Bytes, and blocks, that are read and written at a time: handing over to a thread costs as much as a few writes."""
 
 SYNC_EVERY = 64 << 20
 """Bytes after which the image is flushed already, so that the last flush is not so long that it is given up."""
 
 WRITERS = 4
 """Writes to the origin at the same time: enough to hide its latency, few enough to leave it to the guests' misses."""
+
+SPREAD = 0.4
+"""Of `max_lag`, over how much a pass is spread while guests are served: it begins at half of it."""
+
+ASIDE_SECONDS = 0.001
+"""Between two pieces of settling, while guests are served: each of these takes some tenths of it."""
 
 YIELD_SECONDS = 0.002
 YIELD_MOST = 25
@@ -46,6 +54,9 @@ PASSES_BESIDE_WRITES = 2
 
 AGAIN_SECONDS = 1.0
 """How soon a guest's write tries a pass again that failed, while the cache device does not work."""
+
+FREEZE_ROOM = 1 << 19
+"""As room for the journal records of a write of so many bytes: more than the longest name of a layer takes."""
 
 RETRY_MOST = 30.0
 """Most seconds between two tries at an origin that fails; the first pause is one second."""
@@ -61,6 +72,12 @@ class WriteBack:
         self._passed = trio.Event()
         self.error: str | None = None
         self._tried = 0.0  # when a pass failed last
+        self.failure: int | None = None
+        """Why the last pass failed: text and error number; None: it did not."""
+        self.hurried = 0
+        """How many wait for passes to end."""
+        self.moved = 0.0
+        """Trio time at which something was written back last."""
 
     @property
     def frozen(self) -> list[Layer]:
@@ -71,14 +88,29 @@ class WriteBack:
         """Begin a pass as soon as possible."""
         self._wanted.set()
 
-    async def passed(self, seconds: float) -> bool:
-        """Wait for the end of a pass; False when none ended in that time."""
-        self.want()
-        event = self._passed
-        with trio.move_on_after(seconds):
-            await event.wait()
-            return True
-        return False
+    async def passed(self) -> None:
+        """Wait for the end of a pass, or a second."""
+        if not self._lock.locked():
+            self.want()
+        with self._hurry(), trio.move_on_after(1.0):
+            await self._passed.wait()
+
+    @contextlib.contextmanager
+    def _hurry(self) -> Iterator[None]:
+        self.hurried += 1
+        try:
+            yield
+        finally:
+            self.hurried -= 1
+
+    def check_goes_on(self, why: str, began: float) -> None:
+        """Raises OSError(ENOSPC) where it makes no sense to wait for room any longer, as somebody has since `began`."""
+        if self.failure in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                errno.ENOSPC, f"{why}, and the storage of the image is full: {self.error}"
+            )
+        if trio.current_time() - max(began, self.moved) >= self._disk.settings.origin_timeout:
+            raise OSError(errno.ENOSPC, f"{why}, and nothing could be written back")
 
     async def run(self) -> None:
         """Write back what is old enough, or too much, until cancelled. Failing passes are tried again."""
@@ -94,13 +126,13 @@ class WriteBack:
                 log.debug("%s: %s", self._disk.name, error)
 
     async def _due(self) -> None:
-        """Wait until data is half as old, or half as much, as it may become: the pass itself takes time too."""
+        """Wait until data is half as old as it may become, or so much that writes are about to be slowed down."""
         disk = self._disk
         while True:
             if disk.block_cache.failed is not None and disk.dirty_bytes:
                 return
             if disk.writes_back:
-                if disk.dirty_bytes * 2 >= disk.settings.max_dirty and disk.dirty_bytes:
+                if disk.dirty_bytes and disk.dirty_share() >= LOW:
                     return
                 if disk.lag_seconds() * 2 >= disk.settings.max_lag and disk.dirty_bytes:
                     return
@@ -120,19 +152,19 @@ class WriteBack:
         async with self._lock:
             try:
                 if not self.frozen and any(x.sectors for x in disk.view.private):
-                    disk.freeze()
+                    await self._freeze()
                 with past_failure(disk.block_cache):
                     await disk.block_cache.sync()
                 for layer in self.frozen:
-                    await self._write_out(layer, progress)
+                    await self._paced(layer, progress)
                 await self._rest()
-                self.error = None
+                self.error = self.failure = None
             except OSError as error:
                 if self.error is None:
                     log.warning(
                         "%s: write-back failed, trying again: %s", disk.name, error.strerror
                     )
-                self.error = error.strerror or str(error)
+                self.error, self.failure = error.strerror or str(error), error.errno
                 self._tried = trio.current_time()
                 raise
             finally:
@@ -149,15 +181,35 @@ class WriteBack:
                 raise OSError(errno.EIO, self.error)
             await self.checkpoint()
 
+    async def _freeze(self) -> None:
+        """The new layer is a record in the journal of the cache, which writes may have filled."""
+        cache = self._disk.block_cache
+        with past_failure(cache):
+            while not cache.journal_room(FREEZE_ROOM):
+                await cache.commit()
+        self._disk.freeze()
+
+    async def _paced(self, layer: Layer, progress: "Progress | None") -> None:
+        """Write it out, and take the time."""
+        pace = self._disk.pace
+        pace.began(trio.current_time(), Amount(layer.sectors * SECTOR, layer.slots))
+        whole = False
+        try:
+            await self._write_out(layer, progress)
+            whole = True
+        finally:
+            pace.ended(trio.current_time(), whole=whole)
+
     async def _write_out(self, layer: Layer, progress: "Progress | None") -> None:
         disk = self._disk
+        steps = _Steps(disk, layer, progress)
         # As long as there may be a committed journal, a start after a crash writes the image: its identity is not on
         # record in all that time, or those writes would be taken for somebody else's.
         async with disk.image.writing():
-            journal = await self._journal(layer, progress)
+            journal = await self._journal(layer, steps)
             failures = disk.image.sync_failures
             async with disk.image.writing():
-                await _Image(disk, layer, progress).all()
+                await _Image(disk, layer, steps).all()
             await disk.image.flush()
             if disk.image.sync_failures != failures:
                 raise OSError(
@@ -169,7 +221,7 @@ class WriteBack:
         cache = disk.block_cache
         settled = False
         with past_failure(cache):
-            await settle(cache, layer, disk.image.filler)
+            await settle(cache, layer, disk.image.filler, steps.aside)
             # The clean layer has slots now that durable state gives to this one: nothing may be written there before.
             await cache.commit()
             settled = True
@@ -179,15 +231,16 @@ class WriteBack:
         cache.drop_layer(layer)
         if not settled:
             await cache.commit_records()
+        self.moved = trio.current_time()
 
-    async def _journal(self, layer: Layer, progress: "Progress | None") -> Journal | None:
+    async def _journal(self, layer: Layer, steps: "_Steps") -> Journal | None:
         """A committed redo journal of the layer; None where the image is not a file."""
         disk = self._disk
         if disk.source.marker is None:
             return None
         journal = await disk.source.marker.begin_redo(disk.frozen_at(layer))
         try:
-            await _Redo(disk, layer, progress, journal).all()
+            await _Redo(disk, layer, steps, journal).all()
         except BaseException:
             with trio.CancelScope(shield=True), contextlib.suppress(OSError):
                 await journal.drop()
@@ -232,17 +285,17 @@ class WriteBack:
             progress(done, max(total, done))
 
         progress(0, total)
-        await self.checkpoint(advance)
+        with self._hurry():
+            await self.checkpoint(advance)
 
 
 class _Work:
-    """Takes one frozen layer somewhere, several runs at a time."""
+    """Takes one frozen layer somewhere, several batches at a time."""
 
-    def __init__(self, disk: "Disk", layer: Layer, progress: "Progress | None") -> None:
+    def __init__(self, disk: "Disk", layer: Layer, steps: "_Steps") -> None:
         self._disk = disk
         self._layer = layer
-        self._progress = progress
-        self._weight = 1 if disk.source.marker is None else 2  # the journal is half of the work
+        self._steps = steps
         self._view = View(disk.block_cache, [layer], None, _nothing)
         self._errors: list[OSError] = []
         self._slots = trio.Semaphore(WRITERS)
@@ -259,52 +312,44 @@ class _Work:
 
     async def _start_all(self, nursery: trio.Nursery) -> None:
         cache, layer = self._disk.block_cache, self._layer
+        batch: list[Block] = []
+        stored = 0
         for number in await pages_of(cache, layer):
             await cache.load(layer, [number])
-            for offset, length, zero in self._runs(number):
-                await self._slots.acquire()
-                if self._errors:
-                    self._slots.release()
-                    return
-                nursery.start_soon(partial(self._one, offset, length, zero=zero))
+            for block in blocks_of(layer.pages[number], number):
+                batch.append(block)
+                stored += block.stored
+                if len(batch) == BATCH_BLOCKS or stored >= BATCH_MOST:
+                    await self._begin(nursery, batch)
+                    batch, stored = [], 0
+        if batch:
+            await self._begin(nursery, batch)
 
-    def _runs(self, number: int) -> list[tuple[int, int, bool]]:
-        """(offset, length, zeros) in bytes of what the layer holds in one page, neighbours joined."""
-        page = self._layer.pages[number]
-        runs: list[tuple[int, int, bool]] = []
-        for i in range(PAGE_BLOCKS):
-            word = page[i]
-            zeros = word >> ZERO_SHIFT & FULL
-            found = [(*run, False) for run in sector_runs(word & FULL & ~zeros)]
-            found += [(*run, True) for run in sector_runs(zeros)]
-            for first, count, zero in sorted(found):
-                offset = (number << PAGE_SHIFT) + i * BLOCK + first * SECTOR
-                length = min(count * SECTOR, self._disk.size - offset)
-                last = runs[-1] if runs else None
-                joined = last and last[2] == zero and last[0] + last[1] == offset
-                if last and joined and (zero or last[1] + length <= RUN_MOST):
-                    runs[-1] = (last[0], last[1] + length, zero)
-                else:
-                    runs.append((offset, length, zero))
-        return runs
+    async def _begin(self, nursery: trio.Nursery, batch: list[Block]) -> None:
+        await self._steps.turn()
+        await self._slots.acquire()
+        if self._errors:
+            self._slots.release()
+        else:
+            nursery.start_soon(self._one, batch)
 
-    async def _one(self, offset: int, length: int, *, zero: bool) -> None:
+    async def _one(self, batch: list[Block]) -> None:
         disk = self._disk
         try:
             for _ in range(YIELD_MOST):
                 if not disk.image.filler.waiting:
                     break
                 await trio.sleep(YIELD_SECONDS)
-            await self._put(offset, length, None if zero else await self._view.read(offset, length))
-            if self._progress is not None:
-                self._progress(length // self._weight, 0)
+            ranges = await read_blocks(disk.block_cache, self._view, batch, disk.size)
+            await self._put(ranges)
+            self._steps.advance(sum(r.length for r in ranges))
         except OSError as error:
             self._errors.append(error)
         finally:
             self._slots.release()
 
-    async def _put(self, offset: int, length: int, data: list[Buffer] | None) -> None:
-        """Write one run; `data` None: zeros. Raises OSError."""
+    async def _put(self, ranges: list[Range]) -> None:
+        """Write what one batch holds. Raises OSError."""
         raise NotImplementedError
 
 
@@ -313,32 +358,73 @@ class _Image(_Work):
 
     _unsynced = 0
 
-    async def _put(self, offset: int, length: int, data: list[Buffer] | None) -> None:
+    async def _put(self, ranges: list[Range]) -> None:
         origin = self._disk.image.reached()
-        if data is None:
-            await origin.zero(offset, length, may_trim=True)
-        else:
-            await origin.write(offset, data, background=True)
-            self._disk.origin_written_bytes += length
-            self._unsynced += length
-            if self._unsynced >= SYNC_EVERY:
-                self._unsynced = 0
-                await self._disk.image.flush()
+        for offset, length, data in ranges:
+            if data is None:
+                await origin.zero(offset, length, may_trim=True)
+        writes = [(r.offset, r.data) for r in ranges if r.data is not None]
+        if not writes:
+            return
+        await origin.write_ranges(writes, background=True)
+        stored = sum(len(data) for _, data in writes)
+        self._disk.origin_written_bytes += stored
+        self._unsynced += stored
+        if self._unsynced >= SYNC_EVERY:
+            self._unsynced = 0
+            await self._disk.image.flush()
 
 
 class _Redo(_Work):
     """Into the redo journal beside it."""
 
-    def __init__(
-        self, disk: "Disk", layer: Layer, progress: "Progress | None", journal: Journal
-    ) -> None:
-        super().__init__(disk, layer, progress)
+    def __init__(self, disk: "Disk", layer: Layer, steps: "_Steps", journal: Journal) -> None:
+        super().__init__(disk, layer, steps)
         self._journal = journal
 
-    async def _put(self, offset: int, length: int, data: list[Buffer] | None) -> None:
-        await self._journal.add(offset, length, data)
-        if data is not None:
-            self._disk.journal_written_bytes += length
+    async def _put(self, ranges: list[Range]) -> None:
+        await self._journal.add(ranges)
+        self._disk.journal_written_bytes += sum(r.length for r in ranges if r.data is not None)
+
+
+class _Steps:
+    """How far a pass over one layer is, told to whoever wants to know."""
+
+    def __init__(self, disk: "Disk", layer: Layer, progress: "Progress | None") -> None:
+        self._disk = disk
+        self._progress = progress
+        self._weight = 1 if disk.source.marker is None else 2  # the journal is half of the work
+        self._whole = max(1, layer.sectors * SECTOR)
+        self._done = 0
+        self._began = trio.current_time()
+        self._served = 0
+
+    async def turn(self) -> None:
+        """Before the next batch: wait while guests are served, if there is time. A pass disturbs them at its best."""
+        if self._may_wait():
+            share = self._done / self._weight / self._whole
+            await trio.sleep_until(self._began + share * SPREAD * self._disk.settings.max_lag)
+
+    async def aside(self) -> None:
+        """Between two pieces of work on the event loop itself."""
+        if self._may_wait():
+            await trio.sleep(ASIDE_SECONDS)
+        else:
+            await trio.lowlevel.checkpoint()
+
+    def _may_wait(self) -> bool:
+        disk = self._disk
+        before, self._served = self._served, disk.block_cache.served()
+        idle = before == self._served
+        return not (idle or disk.writeback.hurried or disk.dirty_share() > LOW)
+
+    def advance(self, length: int) -> None:
+        """So many bytes are written, to the journal or to the image."""
+        self._done += length
+        self._disk.writeback.moved = trio.current_time()
+        self._disk.pace.advanced(min(1.0, self._done / self._weight / self._whole))
+        if self._progress is not None:
+            self._progress(length // self._weight, 0)
 
 
 async def _nothing(offset: int, length: int) -> Buffer:

@@ -16,6 +16,7 @@ import outcome
 import trio
 from trio.testing import MockClock
 
+import forebay.disk
 import forebay_cache.cache
 import forebay_cache.index
 import forebay_cache.medium
@@ -125,6 +126,7 @@ def simulated(dice: Dice) -> Iterator[type[FakeSyncer]]:
     with contextlib.ExitStack() as stack:
         for target, name, value in (
             (trio.to_thread, "run_sync", run_sync),
+            (forebay.disk, "wall_clock", trio.current_time),
             (forebay_cache.cache, "Syncer", syncer),
             (forebay_cache.index, "Worker", worker),
             (forebay_cache.medium, "Worker", worker),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from forebay.origin import Identity
 from forebay.origin_source import Use
+from forebay_cache.frozen import Range
 from sim.fake_loop import Dice
 
 SECTOR = 4096
@@ -91,6 +92,12 @@ class FakeOrigin:
         )  # before anything else: slices of the map may change at the next await
         self._check(offset, len(whole))
         await self._change(offset, whole, "write", allocate=True)
+
+    async def write_ranges(
+        self, ranges: Sequence[tuple[int, Buffer]], background: bool = False
+    ) -> None:
+        for offset, data in ranges:
+            await self.write(offset, [data], background)
 
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
         self._check(offset, length)
@@ -258,10 +265,11 @@ class FakeJournal:
         self._origin = origin
         self._records: list[tuple[int, bytes]] = []
 
-    async def add(self, offset: int, length: int, data: list[Buffer] | None) -> None:
+    async def add(self, ranges: list[Range]) -> None:
         await self._origin.dice.pause()
-        self._origin._fault("journal")
-        self._records.append((offset, bytes(length) if data is None else b"".join(data)))
+        for offset, length, data in ranges:
+            self._origin._fault("journal")
+            self._records.append((offset, bytes(length) if data is None else bytes(data)))
 
     async def commit(self) -> None:
         origin = self._origin
