@@ -107,15 +107,24 @@ class Client:
         low = self.terms.minimum_block
         start, stop = offset // low * low, -(-(offset + length) // low) * low
         data = bytearray(stop - start)
-        view = memoryview(data)
-        calls = []
-        for at, size in _pieces(start, stop - start, self.terms.maximum_payload // low * low):
-            sink = view[at - start : at - start + size]
-            calls.append(await self._send(Cmd.READ, at, size, sink=sink))
-        await self._finish(calls)
+        await self.pread_into(start, memoryview(data))
         return (
             data if (start, stop) == (offset, offset + length) else data[offset - start :][:length]
         )
+
+    async def pread_into(self, offset: int, view: memoryview) -> None:
+        """Fills `view` with what lies from `offset` on. OSError(EINVAL) unless both ends lie on the smallest block.
+
+        When it was cancelled, a late reply may still write into `view`: that memory is not to be used again.
+        """
+        low = self.terms.minimum_block
+        if (offset | len(view)) % low:
+            raise OSError(errno.EINVAL, f"{self.name}: not aligned to {low} bytes")
+        calls = []
+        for at, size in _pieces(offset, len(view), self.terms.maximum_payload // low * low):
+            sink = view[at - offset : at - offset + size]
+            calls.append(await self._send(Cmd.READ, at, size, sink=sink))
+        await self._finish(calls)
 
     async def pwrite(self, offset: int, data: Buffer, fua: bool = False) -> None:
         """Writes `data` at `offset`; with `fua` it is durable when this returns. `data` must not change meanwhile."""
@@ -215,7 +224,11 @@ class Client:
         sink: memoryview | None = None,
     ) -> _Call:
         """Sends one request; _finish() waits for what comes of it."""
-        async with self._sending:
+        try:
+            self._sending.acquire_nowait()  # which, unlike acquire(), lets nobody else run first
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
             if self._dead is not None:
                 raise ConnectionError(errno.ENOTCONN, f"{self.name}: {self._dead}")
             self._cookie += 1
@@ -223,6 +236,8 @@ class Client:
             call = self._calls[request.cookie] = _Call()
             self._reader.expect(request, sink)
             await self._write(encode_request(request))
+        finally:
+            self._sending.release()
         return call
 
     async def _write(self, buffers: list[Buffer]) -> None:

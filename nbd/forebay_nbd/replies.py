@@ -41,6 +41,8 @@ from .wire import (
 
 _IN_PLACE = 64 << 10
 """Data up to this many bytes wait in the receive buffer until complete; of longer ones the rest goes to its place."""
+_CAPACITY = _IN_PLACE + (16 << 10)
+"""Bytes received before it is known where they belong, and so copied once more: as few as hold the longest of those."""
 _MAX_ERROR = ERROR_BODY.size + MAX_STRING + U64.size
 _MAX_STATUS = U32.size + EXTENT.size * MAX_EXTENTS
 
@@ -84,7 +86,7 @@ class _Pending:
 class ReplyReader(ReceiveBuffer):
     """Replies from bytes. `structured`: agreed on in the handshake."""
 
-    def __init__(self, structured: bool, capacity: int = 256 << 10) -> None:
+    def __init__(self, structured: bool, capacity: int = _CAPACITY) -> None:
         super().__init__(capacity)
         self._structured = structured
         self._pending: dict[int, _Pending] = {}

@@ -110,6 +110,11 @@ async def test_long_requests_are_split(
     await client.pwrite(512, data)
     assert await client.pread(512, MIB) == data
     assert await client.pread(515, 1000) == data[3:1003], "reads are widened to whole blocks"
+    memory = bytearray(MIB + 2)
+    await client.pread_into(512, memoryview(memory)[1:-1])
+    assert memory == b"\0" + data + b"\0"
+    with pytest.raises(OSError, match="aligned"):
+        await client.pread_into(512, memoryview(memory)[:1000])
     with pytest.raises(OSError, match="aligned"):
         await client.pwrite(515, b"x")
     await client.aclose()
