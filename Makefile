@@ -5,6 +5,7 @@
 # make bench    against nbdkit and qemu-nbd   ROUNDS=5  QUICK=1  BENCH_ARGS="--only qd16"
 # make bench-doors   socket, FUSE file, nbdfuse, sshfs, plain file     QUICK=1  BENCH_ARGS="--only read"
 # make fuzz     what reads bytes from outside, with atheris     SECONDS=600  TARGETS="server client"
+# make soak     kills, faults and changes, with guests that check all they read     SECONDS=3600  KILLS=2000  POINTS=1  SEED=
 # make lint     ruff and mypy
 # make install  puts it into this host, with systemd units   PREFIX=/usr/local  DESTDIR=  (and: make uninstall)
 
@@ -21,7 +22,7 @@ export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup setup-libvirt test test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme fuzz lint format install uninstall clean
+.PHONY: setup setup-libvirt test test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme fuzz soak lint format install uninstall clean
 
 setup:
 	@tools/setup.sh
@@ -60,6 +61,11 @@ bench-doors-readme: setup
 fuzz: setup
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[fuzz]'
 	PYTHONPATH=tests $(BIN)/python -m fuzz.run --seconds $(or $(SECONDS),60) $(TARGETS)
+
+# exit code 1 on a loss, with the seed and a directory that is kept; tests/README.md
+soak: setup
+	PYTHONPATH=tests $(BIN)/python -m soak --seconds $(or $(SECONDS),3600) $(if $(KILLS),--kills $(KILLS)) \
+	  $(if $(POINTS),--points) $(if $(SEED),--seed $(SEED))
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

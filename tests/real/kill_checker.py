@@ -174,7 +174,11 @@ class Link:
 
 
 class Guest:
-    """One disk. `model` is what it holds; `lenient`: refused requests are repeated, and no fault."""
+    """One disk. `model` is what it holds; `lenient`: refused requests are repeated, and no fault.
+
+    `tears`: a write to the image that a kill interrupts may end inside a block. FUSE cuts requests where the
+    memory that they come from is not there, a local file system does not.
+    """
 
     def __init__(
         self,
@@ -187,6 +191,7 @@ class Guest:
         links: int = 2,
         depth: int = 6,
         lenient: bool = False,
+        tears: bool = False,
     ) -> None:
         self.name, self.uri, self.tally, self.rng = name, uri, tally, rng
         self.model = bytearray(content)
@@ -194,6 +199,7 @@ class Guest:
         self.count = -(-self.size // BLOCK)
         self.depth = depth
         self.lenient = lenient
+        self.tears = tears
         self.wanted = links
         self.links: list[Link] = []
         self.locked: set[int] = set()
@@ -332,7 +338,7 @@ class Guest:
                 continue
             block = at // BLOCK
             request = (owed or {}).get(block)
-            if request is not None and data == request.after[block]:
+            if request is not None and self._is_of(request, block, data):
                 self._set(block, data)  # what was read stays
                 continue
             self.lose(
@@ -340,6 +346,15 @@ class Guest:
                 f"{f' or {request}' if request else ''}, found {data[:48]!r}"
             )
             self.model[start:end] = data
+
+    def _is_of(self, request: Request, block: int, data: bytes) -> bool:
+        """Whether the request that was not answered leaves that: all of it or, where blocks tear, its first bytes."""
+        new = request.after[block]
+        if data == new or not self.tears:
+            return data == new
+        old = self.model[block * BLOCK : block * BLOCK + len(data)]
+        same = next(i for i, (a, b) in enumerate(zip(data, new, strict=True)) if a != b)
+        return data[same:] == old[same:]
 
     def _decide(self) -> None:
         """What had no answer is repeated, as QEMU does, or given up, as a guest that was restarted does."""
@@ -379,11 +394,11 @@ class Guest:
             return
         for link in live:
             while len(link.busy) < self.depth:
-                request = self._new()
-                if request is None:
+                fresh = self._new()
+                if fresh is None:
                     break
-                link.send(request)
-                self.locked.update(request.blocks)
+                link.send(fresh)
+                self.locked.update(fresh.blocks)
 
     def _send(self, link: Link, waiting: list[Request], which: int) -> None:
         link.send(waiting[which])
@@ -503,12 +518,11 @@ class Guests:
         import nbd
 
         direction = handle.aio_get_direction()
+        readable = revents & (select.POLLIN | select.POLLHUP)
         try:
-            if revents & (select.POLLIN | select.POLLHUP) and direction & nbd.AIO_DIRECTION_READ:
+            if readable and direction & nbd.AIO_DIRECTION_READ:
                 handle.aio_notify_read()
-            elif revents & select.POLLOUT and direction & nbd.AIO_DIRECTION_WRITE:
-                handle.aio_notify_write()
-            elif revents & (select.POLLERR | select.POLLHUP | select.POLLNVAL):
+            elif revents:
                 handle.aio_notify_write()
         except nbd.Error:
             pass  # the handle is dead now, and its requests have ended

@@ -137,8 +137,11 @@ class KillableGateway(GatewayProcess):
         """Wait until it says READY. False: it ended before. RuntimeError with its log when it takes too long."""
         deadline = time.monotonic() + timeout
         while self.running and (left := deadline - time.monotonic()) > 0:
-            readable = select.select([self._notify, self.ended_fd], [], [], left)[0]
-            if self._notify in readable and b"READY=1" in self._notify.recv(4096).splitlines():
+            readable = select.select([self._notify.fileno(), self.ended_fd], [], [], left)[0]
+            if (
+                self._notify.fileno() in readable
+                and b"READY=1" in self._notify.recv(4096).splitlines()
+            ):
                 self._notify.close()
                 return True
             if self.ended_fd in readable:

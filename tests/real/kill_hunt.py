@@ -184,6 +184,9 @@ def hunt(
         one = Ground(rng.getrandbits(32), tally, parent, **ground)
         try:
             _one_life(one, min(life, kills - tally.kills), told, over)
+        except KeyboardInterrupt:
+            one.gateway.remove()
+            raise
         except BaseException as fault:
             one.gateway.end()
             fault.add_note(f"seed {seed}, {one.about}, directory {one.gateway.directory}")

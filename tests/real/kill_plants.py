@@ -62,7 +62,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class Point:
-    """`target` is `module:function` or `module:Class.method`; `only` says which of its calls count, by its arguments."""
+    """`target` is `module:function` or `module:Class.method`; `only` says which calls count, by their arguments."""
 
     name: str
     target: str

@@ -19,6 +19,9 @@ from real.kill_hunt import Ground
 from real.kill_plants import SIDES
 from real.processes import MIB, random_image
 
+SHARE = 0.05
+"""Of all points in each mode, in `make test`."""
+
 OVERLAY = "overlay"
 
 LIVES = (*MODES, OVERLAY)
@@ -31,7 +34,13 @@ SETTINGS = {
 
 SIZE = 2 * MIB
 
-AT_START = ("start: replayed", "start: committed", "start: journal of the image", "redo apply", "owner claim")  # fmt: skip
+AT_START = (
+    "start: replayed",
+    "start: committed",
+    "start: journal of the image",
+    "redo apply",
+    "owner claim",
+)
 """Points that a start passes: they count from its beginning."""
 
 EXTRA = "extra"

@@ -3,11 +3,10 @@
 The short form of `make soak KILLS=2000`; tests/README.md says how to replay a seed.
 """
 
+import json
 import random
 import shutil
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,8 @@ from forebay_cache import Cache, Layer, clean, invalidate, open_cache
 from forebay_cache.geometry import PAGE_BLOCKS
 from forebay_cache.layer import SLOT_SHIFT
 from real.disk_fixture import MODES
-from real.gateway_process import GatewayProcess
 from real.kill_checker import Tally
+from real.kill_daemon import KillableGateway
 from real.kill_hunt import hunt
 from real.kill_plants import BUGS
 from real.processes import MIB, need, random_image
@@ -28,6 +27,8 @@ KILLS = 12
 
 MOST_KILLS = 12
 """A planted bug that outlives so many kills was not found."""
+
+FIO_TIMEOUT = 60.0
 
 HARMLESS = "origin not flushed"
 """A bug that only a power cut can show."""
@@ -64,6 +65,55 @@ def test_a_planted_bug_is_found(bug: str, rng: random.Random) -> None:
     assert kept is not None
     assert kept.exists(), "kept for whoever looks into it"
     shutil.rmtree(kept)
+
+
+# ----------------------------------------------------------------------------------------------------- fio's own state
+
+
+def fio(directory: Path, words: list[str]) -> tuple[int, str]:
+    """Run it there, where it keeps its verify state: its exit code, and what it reports as JSON."""
+    report = directory / "fio.json"
+    report.unlink(missing_ok=True)
+    command = ["fio", "--output-format=json", f"--output={report}", *words]
+    done = subprocess.run(
+        command, cwd=directory, capture_output=True, check=False, timeout=FIO_TIMEOUT
+    )
+    text = report.read_text()
+    return done.returncode, text[text.index("{") :]
+
+
+@pytest.mark.parametrize("bug", [None, "no intent records"])
+def test_fio_verifies_what_was_written_before_a_kill(bug: str | None, rng: random.Random) -> None:
+    """One job a mode. fio keeps on record what was acknowledged, then has the daemon killed in the middle of it."""
+    need("fio")
+    plant = {"bug": bug} if bug else None
+    gateway = KillableGateway({"defaults": {"max_lag": "200ms"}})
+    try:
+        gateway.launch(plant=plant)
+        assert gateway.ready(), gateway.log_text()
+        jobs = ["--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--size=8M", "--iodepth=8"]
+        jobs += ["--verify=crc32c", "--serialize_overlap=1", f"--randseed={rng.getrandbits(31)}"]
+        for mode in MODES:
+            random_image(gateway.images / f"{mode}.raw", 8 * MIB, rng.getrandbits(32))
+            gateway.attach_disk(mode, f"images:{mode}.raw", mode=mode)
+            jobs += [f"--name={mode}", f"--uri={gateway.uri(mode)}"]
+        options = ["--verify_state_save=1", "--do_verify=0", "--rate_iops=500"]
+        options += ["--trigger-timeout=1", f"--trigger=kill -9 {gateway.pid}"]
+        fio(gateway.directory, [*options, *jobs])
+        gateway.kill()  # where fio was through before it looked at the clock
+        assert gateway.code == -9
+        assert len(list(gateway.directory.glob("*-verify.state"))) == len(MODES)
+        gateway.start()
+        code, report = fio(gateway.directory, [*jobs, "--verify_only", "--verify_state_load=1"])
+        if bug:
+            assert code != 0, "what was lost is not found"
+            return
+        assert code == 0, report
+        verified = {job["jobname"]: job["read"]["total_ios"] for job in json.loads(report)["jobs"]}
+        assert set(verified) == set(MODES)
+        assert min(verified.values()) > 10, verified
+    finally:
+        gateway.remove()
 
 
 # ------------------------------------------------------------------------------------------ what the harness has found

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from real.kill_checker import Tally
+from real.kill_plants import SIDES
+from real.kill_steps import LIVES, kill_everywhere
 from soak.kills import many_kills
 from soak.soak import soak
 from soak.store import why_not
@@ -20,6 +22,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=3600.0, help="how long (3600)")
     parser.add_argument("--kills", type=int, default=0, help="only kills, and so many of them")
+    parser.add_argument("--points", action="store_true", help="only kills, at all named points")
     parser.add_argument("--gateways", type=int, default=2, help="at the same time, of --kills (2)")
     parser.add_argument("--seed", type=int, help="of everything; printed (by the clock)")
     parser.add_argument("--dir", type=Path, default=Path("/tmp"), help="where to work (/tmp)")
@@ -49,13 +52,32 @@ class Progress:
         print(text, flush=True)
 
 
+def all_points(seed: int, told: Progress) -> tuple[Tally, dict[str, int]]:
+    """A kill at every named point that a mode passes, in every mode. What was counted, and points by mode."""
+    tally, counts, reached = Tally(), {}, set()
+    for life in LIVES:
+        found, kept = kill_everywhere(life, seed, tally, told=told)
+        counts[life] = len(found)
+        reached |= set(found)
+        if kept:
+            break
+    else:
+        missed = sorted(set(SIDES) - reached)
+        print(
+            f"\n{len(reached)} of {len(SIDES)} points reached; not: {', '.join(missed) or 'none'}"
+        )
+    return tally, counts
+
+
 def main() -> int:
     given = arguments()
     seed = given.seed if given.seed is not None else time.time_ns() & 0xFFFFFFFF
     print(f"seed {seed}: the same again with --seed {seed}", flush=True)
     progress = Progress()
     counts: dict[str, int] = {}
-    if given.kills:
+    if given.points:
+        tally, counts = all_points(seed, progress)
+    elif given.kills:
         tally = many_kills(given.kills, given.gateways, seed, given.dir, progress)
     else:
         if why_not():
@@ -71,4 +93,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted: everything was removed")

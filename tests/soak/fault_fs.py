@@ -35,7 +35,7 @@ class Fault:
     over: trio.Event = field(default_factory=trio.Event)
 
 
-class Store(pyfuse3.Operations):
+class Store(pyfuse3.Operations):  # type: ignore[misc]  # no types
     """Inodes are those of the directory below, but for the root."""
 
     supports_dot_lookup = False

@@ -129,6 +129,7 @@ class Soak:
             random.Random(self.rng.getrandbits(32)),
             depth=3,
             lenient=self.store is not None,
+            tears=self.store is not None,
         )
         self.ground.guests.all.append(guest)
 
@@ -401,7 +402,8 @@ def soak(
 ) -> tuple[Tally, dict[str, int]]:
     """So long, or to the first loss. What was counted, and how often what was done."""
     rng = random.Random(seed)
-    tally, counts = Tally(), {}
+    tally = Tally()
+    counts: dict[str, int] = {}
     end = time.monotonic() + seconds
     while time.monotonic() < end and not tally.lost:
         one = Soak(rng.getrandbits(32), tally, parent, told, counts)
@@ -409,6 +411,9 @@ def soak(
         try:
             one.run(min(end, time.monotonic() + LIFE_SECONDS))
             broken = bool(tally.lost)
+        except KeyboardInterrupt:
+            broken = False
+            raise
         except Exception as fault:  # noqa: BLE001  (a loss like any other)
             tally.lost.append(f"the soak broke: {fault!r:.4000}")
         finally:
