@@ -10,6 +10,7 @@ from typing import Any
 
 import trio
 
+from forebay.errors import ForebayError
 from forebay.origin import Identity, Origin
 from forebay.origin_source import Source
 from forebay.owner_record import TakenOver
@@ -48,8 +49,13 @@ class Images:
         self._open: dict[str, Image] = {}
 
     async def acquire(self, source: Source) -> "Image":
-        """The image of a source, which is one user more; reached now if it can be. :meth:`Image.leave` ends it."""
+        """The image of a source, which is one user more; reached now if it can be. :meth:`Image.leave` ends it.
+
+        Raises ForebayError where the image has stopped for the disks on it, and this one would be new.
+        """
         image = self._open.get(source.key)
+        if image is not None and image.conflict is not None and not source.resumed:
+            raise ForebayError(f"{image.conflict}, on every disk of it")
         if image is None:
             image = self._open[source.key] = Image(self, source)
         image.sources.append(source)

@@ -261,6 +261,7 @@ def test_what_a_change_by_somebody_else_does_is_the_operators_choice(
             clients[name].pread(4096, 0)
     assert "on_change is refuse" in ask(gateway, "/disks/strict")["reason"]
     assert "data of a disk on it" in ask(gateway, "/disks/vm")["reason"]
+    assert "on every disk of it" in refused(gateway, "new", "images:golden.raw", "--overlay")
     for name in ("vm", "idle", "strict"):
         clients.pop(name).shutdown()
         gateway.cli("detach", name, "--force")

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import trio
 
-from forebay.errors import ForebayError
+from forebay.errors import ForebayError, InUseError
+from forebay.image_lock import WRITES, hold
 from forebay.origin_calls import Buffer, Calls
 from forebay.origin_source import Source, Use
 from forebay.origin_threads import StoreThreads
 from forebay.owner import Marker
 from forebay.owner_record import Owner, TakenOver
-from forebay.store import FileImage, open_image
+from forebay.store import DeviceImage, FileImage, open_image
+from forebay_cache.frozen import Range
+from real.processes import loop_device
 
 SIZE = 1 << 20
 
@@ -135,6 +138,103 @@ async def test_reading_what_another_gateway_writes_is_told(image: FileImage) -> 
         await source.release()
     held.release()
     os.close(file.fd)
+
+
+async def test_gateways_that_read_an_image_share_it_and_keep_writers_out(image: FileImage) -> None:
+    async with sources(image) as make:
+        ours, theirs = make(overlay=True), make(gateway="them", read_only=True)
+        await ours.prepare()
+        await theirs.prepare()
+        with pytest.raises(InUseError, match="is held unchanged by"):
+            await make(gateway="a third").prepare()
+        assert os.listdir(image.root) == ["vm.img"]
+        await ours.release()
+        await theirs.release()
+        writer = make(gateway="a third")
+        await writer.prepare()
+        await writer.release()
+
+
+@pytest.mark.expect_log("is written by host .* 'd' may read old data")
+async def test_who_reads_what_another_gateway_writes_does_not_keep_that_from_coming_back(
+    image: FileImage,
+) -> None:
+    async with sources(image) as make:
+        theirs = make(gateway="them")
+        await theirs.prepare()
+        await theirs.leave()  # it restarts
+        await theirs.close_prepared()
+        ours = make(read_only=True)
+        await ours.prepare()
+        again = make(gateway="them", size=SIZE)
+        origin = await again.open()
+        await origin.close()
+        await again.release()
+        await ours.release()
+
+
+async def test_a_device_is_locked_too(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(SIZE))
+    with loop_device(tmp_path / "disk", 512) as device:
+        async with trio.open_nursery() as nursery:
+            use, threads = Use("d", "us"), StoreThreads("s")
+            source = Source(
+                DeviceImage(str(device)), "dev", use, threads=threads, timeout=30, nursery=nursery
+            )
+            fd = os.open(device, os.O_RDWR)
+            hold(fd, WRITES)
+            with pytest.raises(InUseError, match="is being written by"):
+                await source.prepare()
+            os.close(fd)
+            await source.prepare()
+            await source.release()
+
+
+async def test_the_marker_tells_how_much_is_dirty(
+    image: FileImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forebay.owner.COUNT_SECONDS", 0.0)
+    async with sources(image) as make:
+        source = make()
+        source.dirty_bytes = lambda: 8192
+        await source.prepare()
+        await source.check()
+        assert (marker(image) or {})["dirty_bytes"] == 0, "clean"
+        await source.dirty()
+        await source.check()
+        assert (marker(image) or {})["dirty_bytes"] == 8192
+        journal = await source.begin_redo("2026-01-02T03:04:05+00:00")
+        await journal.add([Range(0, 4096, None)])
+        await journal.commit()
+        await journal.end()
+        assert (marker(image) or {})["dirty_bytes"] == 4096, "what came after the checkpoint"
+        await source.release()
+
+
+@pytest.mark.parametrize("gone", [True, False])
+async def test_what_was_lost_is_told_once_and_refused_ever_after(
+    image: FileImage, gone: bool
+) -> None:
+    told: list[str] = []
+    async with sources(image) as make:
+        source = make()
+        source.on_lost = told.append
+        await source.prepare()
+        await source.dirty()
+        path = image.root / "vm.img.forebay" / "owner"
+        text = json.dumps({**json.loads(path.read_text()), "gateway": "them"})
+        path.unlink()
+        if not gone:
+            path.write_text(text)
+        for _ in range(2):
+            with pytest.raises(OSError, match="was taken over"):
+                await source.check()
+            with pytest.raises(OSError, match="was taken over"):
+                await source.begin_redo("")
+        assert len(told) == 1
+        await source.release()
+        assert path.exists() is not gone
+        assert gone or path.read_text() == text
 
 
 async def test_a_write_that_hangs_keeps_the_marker(
