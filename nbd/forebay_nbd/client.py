@@ -25,6 +25,8 @@ MAX_RANGE = 1 << 30
 such a range before they answer anything else."""
 TURNS = 32
 """Receives in a row before other tasks run."""
+MOST_ANSWERS = 100
+"""Replies to one option that are believed: five come. A server may send them without end."""
 
 
 _PLAIN = CmdFlag(0)
@@ -369,6 +371,8 @@ async def _shake_hands(
             reply = await _hear(sock, hands)
             assert not isinstance(reply, ev.Greeting)
             answers.append(reply)
+            if len(answers) > MOST_ANSWERS:  # as fast as they come: nobody else would have a turn
+                raise ProtocolError(f"more than {MOST_ANSWERS} replies to one option")
         try:
             question = talk.send(answers)
         except StopIteration as stop:

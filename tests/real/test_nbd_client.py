@@ -389,6 +389,60 @@ async def test_a_server_that_cannot_be_believed(
         await client.pwrite(0, b"x")
 
 
+HUGE = option_reply(7, 3, struct.pack(">HQH", 0, 2**64 - 1, 1))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        option_reply(8, 2, b"\0\0\0\4disk") * 10_000,
+        option_reply(8, 3, b"\0\2text") * 10_000,
+        option_reply(8, 1) + option_reply(10, 4, b"\0\0\0\1base:allocation") * 10_000,
+        struct.pack(">QIII", 0x3E889045565A9, 8, 2, 0xFFFFFFFF),
+        option_reply(8, 2, b"\xff\xff\xff\xff"),
+        option_reply(8, 1) + option_reply(8, 1),
+        option_reply(8, 1) + option_reply(10, 1) + HUGE + option_reply(7, 1),
+        option_reply(8, 1) + option_reply(10, 1) + option_reply(7, 1),
+        option_reply(8, 1) + option_reply(10, 1) + option_reply(7, 3, b"\0"),
+    ],
+    ids=[
+        "exports without end (CVE-2017-2630)", "information without end", "contexts without end", "4 GiB",
+        "name of 4 GiB", "an answer too much (CVE-2021-20286)", "a size of 2^64-1 (CVE-2023-5215)", "no size",
+        "half of it",
+    ],
+)  # fmt: skip
+async def test_a_server_that_means_no_good_in_the_handshake(
+    short_path: Path, nursery: trio.Nursery, said: bytes
+) -> None:
+    """It is given up at once, and others had their turns meanwhile."""
+    where = await lying(short_path, nursery, says(HELLO + said))
+    with trio.fail_after(20), pytest.raises(ConnectionError):
+        await Client.connect(nursery, where, timeout=60)
+
+
+HOSTILE_CHUNKS: dict[str, Callable[[int], bytes]] = {
+    "twice the same (unnumbered, 2019-10)": lambda c: chunks(DataChunk(c, 0, b"1234", False)) * 2,
+    "before the request": lambda c: chunks(HoleChunk(c, 2**64 - 8, 8)),
+    "a hole of 4 GiB": lambda c: chunks(HoleChunk(c, 0, 0xFFFFFFFF)),
+    "an empty hole": lambda c: chunks(HoleChunk(c, 0, 0)),
+    "data of 4 GiB": lambda c: struct.pack(">IHHQI", 0x668E33EF, 1, 1, c, 0xFFFFFFFF),
+    "an error of 4 GiB": lambda c: struct.pack(">IHHQI", 0x668E33EF, 1, 0x8001, c, 0xFFFFFFFF),
+    "an error longer than it is": lambda c: struct.pack(">IHHQIIH", 0x668E33EF, 1, 0x8001, c, 6, 5, 9),
+    "64-bit status (CVE-2023-5871)": lambda c: struct.pack(">IHHQI", 0x668E33EF, 1, 6, c, 24) + bytes(24),
+    "status for a read": lambda c: struct.pack(">IHHQI", 0x668E33EF, 1, 5, c, 12) + bytes(12),
+    "a simple reply": lambda c: struct.pack(">IIQ", 0x67446698, 0, c) + bytes(8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", HOSTILE_CHUNKS.values(), ids=HOSTILE_CHUNKS.keys())
+async def test_a_server_that_means_no_good_in_a_reply(
+    short_path: Path, nursery: trio.Nursery, answer: Callable[[int], bytes]
+) -> None:
+    client = await Client.connect(nursery, await lying(short_path, nursery, liar(answer)))
+    with trio.fail_after(20), pytest.raises(ConnectionError, match="broke the protocol"):
+        await client.pread(0, 8)
+
+
 async def test_all_in_flight_fail_when_the_server_dies(
     short_path: Path, start_nbdkit: Start, nursery: trio.Nursery
 ) -> None:

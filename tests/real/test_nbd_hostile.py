@@ -1,9 +1,11 @@
 """Clients that mean no good, after the CVE table of NBD servers: each hurts its own connection and nothing else."""
 
-import errno
+import contextlib
+import re
 import resource
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,16 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from forebay.config import Config, OriginsSection
+from forebay.errors import ForebayError
+from forebay.store import resolve
 from forebay_nbd import Limits
+from real.gateway_process import GatewayProcess
+from real.nbd_hostile_cases import BREAKS, ENDS, ERRORS, MIB, REFUSED, STREAMS, contexts
 from real.nbd_memory import MemoryExport, Running, serving
 from real.nbd_raw import Raw, go, option, request, still_serves, until
+from real.processes import random_image
 
-MIB = 1 << 20
 QUICK = Limits(handshake_seconds=0.3, stall_seconds=0.05)
 """For tests in which somebody has to be given up."""
 
@@ -26,30 +33,6 @@ async def running(short_path: Path) -> AsyncIterator[Running]:
         yield server
 
 
-def contexts(*queries: bytes, name: bytes = b"") -> bytes:
-    body = struct.pack(">I", len(name)) + name + struct.pack(">I", len(queries))
-    return body + b"".join(struct.pack(">I", len(query)) + query for query in queries)
-
-
-# Sent after the flags; the server has to hang up.
-ENDS = {
-    "bad option magic": b"IHAVEOPX" + bytes(8),
-    "option of 4 GiB (CVE-2017-15119)": option(7, b"", 0xFFFFFFFF),
-    "unknown option of 4 GiB": option(99, b"", 0xFFFFFFFF),
-    "option above 8 KiB": option(99, bytes(8193)),
-    "export name of 4 GiB (CVE-2022-26495)": option(1, b"", 0xFFFFFFFF),
-    "export name of 4097 bytes (CVE-2017-15118)": option(1, b"x" * 4097),
-    "export name with NUL": option(1, b"disk\0"),
-    "export name that is not UTF-8": option(1, b"\xff\xff"),
-    "unknown export by EXPORT_NAME (CVE-2013-7441)": option(1, b"nobody"),
-    "format string as a name": option(1, b"%3000d%n%s"),
-    "path as a name": option(1, b"../../etc/passwd"),
-    "flood of options": option(3) * 33,
-    "abort (041e32b8)": option(2),
-    "garbage": bytes(range(256)) * 8,
-}
-
-
 @pytest.mark.parametrize("data", ENDS.values(), ids=ENDS.keys())
 async def test_what_ends_a_handshake(running: Running, data: bytes) -> None:
     async with Raw(running.path) as bad:
@@ -57,26 +40,6 @@ async def test_what_ends_a_handshake(running: Running, data: bytes) -> None:
         await bad.send(data)
         await bad.hangs_up()
     await still_serves(running.path)
-
-
-# Refused, and the next option is understood: (option, its data, reply type).
-REFUSED = {
-    "starttls": (5, b"", 2**31 + 2),
-    "starttls with data": (5, b"x", 2**31 + 3),
-    "peek": (4, b"payload", 2**31 + 1),
-    "extended headers": (11, b"", 2**31 + 1),
-    "unknown with payload (282c3b03)": (0xFFFFFFFF, bytes(8192), 2**31 + 1),
-    "list with data": (3, b"x", 2**31 + 3),
-    "structured with data": (8, b"x", 2**31 + 3),
-    "go without data": (7, b"", 2**31 + 3),
-    "go, name longer than the option (CVE-2022-26496)": (7, b"\0\0\x0f\xffdisk\0\0", 2**31 + 3),
-    "go, name of 4 GiB": (7, b"\xff\xff\xff\xff\0\0", 2**31 + 3),
-    "info, more requests than data": (6, b"\0\0\0\0\xff\xff", 2**31 + 3),
-    "go, missing name of 4096 bytes (CVE-2020-10761)": (7, b"\0\0\x10\0" + b"x" * 4096 + b"\0\0", 2**31 + 6),
-    "info of nothing": (6, b"\0\0\0\2no\0\0", 2**31 + 6),
-    "contexts before structured replies": (10, contexts(b"base:allocation"), 2**31 + 3),
-    "list contexts before structured replies": (9, contexts(), 2**31 + 3),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(("number", "data", "kind"), REFUSED.values(), ids=REFUSED.keys())
@@ -176,26 +139,6 @@ async def test_the_oldest_way_in(running: Running) -> None:
             assert await client.simple(4) == (0, 5, bytes(4))
 
 
-# In transmission: what is answered with an error and goes on.
-ERRORS = {
-    "unknown command": (request(99, 0, 512), errno.EINVAL),
-    "resize": (request(8, 0, 512), errno.EINVAL),
-    "unknown flag": (request(0, 0, 512, flags=0x8000), errno.EINVAL),
-    "flag of another command": (request(3, flags=8), errno.EINVAL),
-    "DF without structured replies": (request(0, 0, 512, flags=4), errno.EINVAL),
-    "read of 4 GiB": (request(0, 0, 0xFFFFFFFF), errno.EINVAL),
-    "read beyond the end": (request(0, 8 * MIB, 1), errno.EINVAL),
-    "read at 2^64-1": (request(0, 2**64 - 1, 0xFFFFFFFF), errno.EINVAL),
-    "write beyond the end": (request(1, 8 * MIB - 1, 2, payload=b"ab"), errno.ENOSPC),
-    "large write at 2^63": (request(1, 2**63, MIB, payload=bytes(MIB)), errno.ENOSPC),
-    "trim of 4 GiB": (request(4, 0, 0xFFFFFFFF), errno.EINVAL),
-    "zero at 2^64-1": (request(6, 2**64 - 1, 1), errno.ENOSPC),
-    "cache of 4 GiB": (request(5, 1, 0xFFFFFFFF), errno.EINVAL),
-    "flush with a range": (request(3, 0, 512), errno.EINVAL),
-    "block status without contexts": (request(7, 0, 512), errno.EINVAL),
-}
-
-
 @pytest.mark.parametrize(("data", "code"), ERRORS.values(), ids=ERRORS.keys())
 async def test_errors_keep_the_connection(running: Running, data: bytes, code: int) -> None:
     async with Raw(running.path) as bad:
@@ -217,27 +160,19 @@ async def test_requests_of_no_bytes(running: Running) -> None:
         assert struct.unpack(">IHHQI", await client.receive(20)) == (0x668E33EF, 1, 0, 3, 0)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        bytes(28),
-        request(0)[:27],
-        request(1, 0, 32 * MIB + 1),
-        request(1, 0, 0xFFFFFFFF),
-        request(1, 0, 4096, payload=b"half"),
-        request(1, 0, MIB, payload=bytes(MIB // 2)),
-        b"",
-        request(2) + bytes(100),
-    ],
-    ids=["zeros", "cut header", "32 MiB + 1", "4 GiB", "cut write", "cut large write", "nothing", "after DISC"],
-)  # fmt: skip
+@pytest.mark.parametrize("data", BREAKS.values(), ids=BREAKS.keys())
 async def test_what_ends_transmission(running: Running, data: bytes) -> None:
     async with Raw(running.path) as bad:
         await bad.enter()
         await bad.send(data)
-        if data:
-            await bad.stream.send_eof()
-        await bad.hangs_up() if data else None
+        await bad.stream.send_eof()
+        await bad.hangs_up()
+    await still_serves(running.path)
+
+
+async def test_gone_without_a_word_in_transmission(running: Running) -> None:
+    async with Raw(running.path) as bad:
+        await bad.enter()
     await still_serves(running.path)
 
 
@@ -366,26 +301,6 @@ async def test_memory_of_all_connections_is_bounded_and_a_live_one_gets_its_shar
         nursery.cancel_scope.cancel()
 
 
-STREAMS = st.lists(
-    st.one_of(
-        st.binary(max_size=60),
-        st.builds(option, st.integers(0, 12), st.binary(max_size=40)),
-        st.builds(go, st.sampled_from([b"", b"disk", b"none"]), st.sampled_from([6, 7])),
-        st.builds(
-            request,
-            st.integers(0, 9),
-            st.integers(0, 9 * MIB),
-            st.sampled_from([0, 1, 512, 4096, 70_000, MIB, 0xFFFFFFFF]),
-            st.sampled_from([0, 0, 1, 2, 4, 8, 16, 255]),
-            st.integers(0, 5),
-            st.binary(max_size=600),
-        ),
-        st.builds(request, st.just(1), st.just(0), st.just(MIB), payload=st.just(bytes(200_000))),
-    ),
-    max_size=12,
-)
-
-
 async def throw(path: str, start: Callable[[Raw], Awaitable[None]], pieces: list[bytes]) -> None:
     async with Raw(path) as bad:
         await start(bad)
@@ -425,3 +340,181 @@ def test_random_streams(short_path: Path, slow: bool) -> None:
         trio.run(one, pieces, stage, count)
 
     check()
+
+
+async def test_the_export_is_opened_at_go_and_not_before(running: Running) -> None:
+    """CVE-2019-14850: whoever only connects, or asks, costs nothing behind the protocol."""
+    async with Raw(running.path) as idle:
+        await idle.hello()
+        await idle.send(option(3) + go(b"disk", 6))
+        while (await idle.reply())[:2] != (6, 1):
+            pass
+        assert running.export.clients == 0
+        assert running.export.log == []
+        await idle.send(go(b"disk"))
+        while (await idle.reply())[:2] != (7, 1):
+            pass
+        await until(lambda: running.export.clients == 1)
+
+
+@pytest.mark.parametrize(
+    "stage", ["connected", "half an option", "transmission", "half a write", "stalled"]
+)
+async def test_the_server_stops_whatever_clients_are_at(short_path: Path, stage: str) -> None:
+    """CVE-2024-7409, CVE-2015-0847: clients that are connected in any way do not hold up, or crash, the end."""
+    limits = Limits(handshake_seconds=0.5, shutdown_seconds=0.5, stall_seconds=0.05)
+    said = {
+        "connected": b"",
+        "half an option": struct.pack(">I", 3) + b"IHAVEOPT",
+        "transmission": struct.pack(">I", 3) + go(b""),
+        "half a write": struct.pack(">I", 3) + go(b"") + request(1, 0, MIB, payload=bytes(1000)),
+        "stalled": struct.pack(">I", 3) + go(b"") + request(0, 0, MIB) * 64,
+    }[stage]
+    async with serving(short_path, limits=limits) as running, contextlib.AsyncExitStack() as stack:
+        for _ in range(10):
+            bad = await stack.enter_async_context(Raw(running.path))
+            await bad.receive(18)
+            await bad.send(said)
+        await until(lambda: len(running.server.connections) == 10)
+        with trio.fail_after(20):
+            await running.stop()
+        assert not running.server.connections
+
+
+def test_no_uri_starts_a_program() -> None:
+    """CVE-2025-14946: `nbd+ssh` with a host that is an option of ssh."""
+    config = Config(origins=OriginsSection(nbd=["*"]))
+    for text in (
+        "nbd+ssh://-oProxyCommand=touch%20x/disk",
+        "nbds+ssh://host/disk",
+        "nbd+vsock://1/disk",
+        "nbd://-oProxyCommand=x/disk",
+        "nbd+unix:///disk?socket=-o",
+    ):
+        with pytest.raises(ForebayError):
+            resolve(config, text)
+
+
+# --- the whole daemon --------------------------------------------------------------------------------
+
+
+MOST_GROWTH = 64 << 10
+"""KiB that a daemon may grow by, whatever it is told: its limits, and what the allocator keeps."""
+
+
+class Target:
+    """A daemon with a disk whose first bytes are known, and how a good client finds it."""
+
+    def __init__(self, gateway: GatewayProcess) -> None:
+        self.gateway = gateway
+        self.content = random_image(gateway.images / "disk.raw", 8 * MIB, 1, [])
+        self.path = str(gateway.attach("disk", "disk.raw", mode="write-back"))
+        trio.run(self.serves)  # what a first client brings into memory is not counted
+        self.before = self.resident()
+
+    def resident(self) -> int:
+        """KiB."""
+        text = Path(f"/proc/{self.gateway.pid}/status").read_text()
+        return int(re.findall(r"VmRSS:\s+(\d+) kB", text)[0])
+
+    async def serves(self) -> None:
+        """A good client reads what lies there; the daemon is the same, and not much larger."""
+        async with Raw(self.path) as good:
+            await good.enter()
+            await good.send(request(0, 7 * MIB, 512, cookie=77))
+            assert await good.simple(512) == (0, 77, self.content[7 * MIB :][:512])
+
+    def is_well(self, after: str) -> None:
+        trio.run(self.serves)
+        assert self.gateway.alive, after
+        grown = self.resident() - self.before
+        assert grown < MOST_GROWTH, f"{after}: {grown} KiB more"
+
+
+@pytest.fixture
+def target(make_gateway: Callable[..., GatewayProcess]) -> Target:
+    return Target(make_gateway())
+
+
+async def _say(path: str, data: bytes, *, enter: bool) -> None:
+    async with Raw(path) as bad:
+        await (bad.enter() if enter else bad.hello())
+        with contextlib.suppress(trio.BrokenResourceError):
+            await bad.stream.send_all(data)
+            await bad.stream.send_eof()
+        await bad.hangs_up()
+
+
+def test_the_whole_table_on_a_daemon(target: Target) -> None:
+    """Each case on the socket of a real disk; after each a good client is served, and memory is bounded."""
+    table = [(name, data, False) for name, data in ENDS.items()]
+    table += [(name, option(number, data), False) for name, (number, data, _) in REFUSED.items()]
+    table += [(name, data, True) for name, (data, _) in ERRORS.items()]
+    table += [(name, data, True) for name, data in BREAKS.items()]
+    for name, data, enter in table:
+        trio.run(partial(_say, target.path, data, enter=enter))
+        target.is_well(name)
+    assert trio.run(_reads_first_block, target.path) != bytes(512)
+    assert len(table) > 70
+
+
+async def _reads_first_block(path: str) -> bytes:
+    async with Raw(path) as good:
+        await good.enter()
+        await good.send(request(0, 4 * MIB, 512))
+        return (await good.simple(512))[2]
+
+
+def test_floods_on_a_daemon(target: Target) -> None:
+    """Queued reads that nobody takes, writes that stop half-way, connections that say nothing: then they hang up."""
+
+    async def reads(bad: Raw) -> None:
+        await bad.enter()
+        with trio.move_on_after(1):
+            await bad.stream.send_all(request(0, 0, MIB) * 50_000)
+
+    async def halves(bad: Raw) -> None:
+        await bad.enter()
+        await bad.send(request(1, 0, 32 * MIB, payload=bytes(100_000)))
+
+    async def idle(bad: Raw) -> None:
+        await bad.receive(18)
+
+    async def many(what: Callable[[Raw], Awaitable[None]], count: int, most: int) -> None:
+        async def one(task_status: trio.TaskStatus[None]) -> None:
+            async with Raw(target.path) as bad:
+                with contextlib.suppress(EOFError, trio.BrokenResourceError):
+                    await what(bad)
+                task_status.started()
+                await trio.sleep_forever()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(count):
+                await nursery.start(one)
+            if count < 100:
+                await target.serves()
+                grown = target.resident() - target.before
+                assert grown < most, f"{what.__name__}, while they are there: {grown} KiB more"
+            nursery.cancel_scope.cancel()
+
+    each = Limits().inflight_bytes >> 10
+    for what, count, most in ((reads, 3, 3 * each), (halves, 4, MOST_GROWTH), (idle, 120, 0)):
+        trio.run(many, what, count, most)
+        target.is_well(what.__name__)
+
+
+def test_random_streams_on_a_daemon(target: Target) -> None:
+    """As above, but with everything behind it: origin, cache, modes."""
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(STREAMS, st.integers(0, 2))
+    def check(pieces: list[bytes], stage: int) -> None:
+        stages = (Raw.hello, Raw.enter, lambda raw: Raw.enter(raw, structured=True))
+        trio.run(throw, target.path, stages[stage], pieces)
+
+    check()
+    assert target.gateway.alive
+    grown = target.resident() - target.before
+    assert grown < MOST_GROWTH + (32 << 10), f"{grown} KiB more"  # the image was read, and written
+    status = target.gateway.status("disk")
+    assert status["state"] == "ready"
