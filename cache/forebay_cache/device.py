@@ -140,13 +140,23 @@ def _read_all(fd: int, length: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def is_blank(fd: int) -> bool:
-    """True when a file holds nothing but zeros, or when neither end of a device holds anything else."""
+def is_blank(fd: int, start: int = 0) -> bool:
+    """True when a file holds only zeros from ``start`` on, or when neither end of a device holds anything else."""
     size = size_of(fd)
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        return all(_is_zero(_read_all(fd, n, at)) for at, n in _written(fd, size))
     ends = ((0, min(size, _PROBE)), (max(0, size - _PROBE), min(size, _PROBE)))
-    return all(_is_zero(_read_all(fd, n, at)) for at, n in ends)
+    ranges = _written(fd, size) if stat.S_ISREG(os.fstat(fd).st_mode) else ends
+    return all(_is_zero(_read_all(fd, at + n - max(at, start), max(at, start))) for at, n in ranges)
+
+
+def format_was_cut(fd: int, ident: uuid.UUID) -> bool:
+    """Whether there is nothing on the device but a part of what :func:`write_format` would write for that uuid.
+
+    A power cut came in between: what a medium writes whole is 512 bytes.
+    """
+    both = _read_all(fd, COPY_OFFSET + SUPERBLOCK, 0)
+    expected = plan(size_of(fd), ident).pack() * 2
+    pieces = [(both[at : at + 512], expected[at : at + 512]) for at in range(0, len(both), 512)]
+    return all(found in (bytes(512), ours) for found, ours in pieces) and is_blank(fd, len(both))
 
 
 def _is_zero(data: bytes) -> bool:

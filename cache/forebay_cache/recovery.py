@@ -30,6 +30,7 @@ from forebay_cache.cache import Cache, boot_id
 from forebay_cache.device import (
     Device,
     Superblock,
+    format_was_cut,
     is_blank,
     open_device,
     read_superblock,
@@ -94,7 +95,12 @@ def open_cache(
 
 def _layout(fd: int, device: Path, index: Path) -> Superblock | None:
     """What the superblock says, if there is one. Raises CacheError where that cannot be gone on with."""
-    layout = read_superblock(fd, device)
+    try:
+        layout = read_superblock(fd, device)
+    except CacheError:
+        if not index.exists():
+            raise
+        return None  # the index knows whether the format was cut short
     if layout is not None and size_of(fd) < layout.size:
         raise CacheError(
             f"{device}: {size_of(fd)} bytes, but the cache on it has {layout.size}: it was made smaller; "
@@ -109,10 +115,15 @@ def _layout(fd: int, device: Path, index: Path) -> Superblock | None:
 
 
 def _match(fd: int, path: Path, layout: Superblock | None, index: Index) -> Superblock:
-    """Device and index belong together, or the device is blank and the index has never been used."""
+    """Device and index belong together, or the device is blank and the index has never been used.
+
+    As good as blank is one whose format a power cut interrupted.
+    """
     ident = uuid.UUID(index.meta.uuid)
     if layout is None:
-        if not is_blank(fd):
+        cut_short = index.meta.fresh and format_was_cut(fd, ident)
+        if not cut_short and not is_blank(fd):
+            read_superblock(fd, path)  # it has its own words for one that is damaged
             raise CacheError(
                 f"{path}: holds something that is not a Forebay cache; choose another device, or overwrite it "
                 "with 'forebay cache format --force'"

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 import forebay_cache.device
-from forebay_cache import CacheError
+from forebay_cache import CacheError, open_cache
 from forebay_cache.device import (
     COPY_OFFSET,
     SUPERBLOCK,
@@ -20,6 +21,7 @@ from forebay_cache.device import (
     write_format,
     write_superblock,
 )
+from forebay_cache.index import create
 
 TEAR = 512
 SIZE = 8 << 20
@@ -120,3 +122,31 @@ def test_a_layout_that_grew_keeps_everything_where_it_is() -> None:
     )
     assert new.slots == ((1 << 40) - old.data_offset) // 65536
     assert Superblock.unpack(new.pack(), Path("x")) == new
+
+
+def test_a_format_that_was_cut_short_is_done_again(tmp_path: Path) -> None:
+    """The first start of a daemon: nothing was ever stored, so nobody has to be asked."""
+    index, device = tmp_path / "index", tmp_path / "cache.img"
+    superblock = plan(SIZE, IDENT).pack()
+    cut = [*cuts(bytes(SUPERBLOCK), [(0, superblock), None])]
+    both = [*(first + bytes(SUPERBLOCK) for first in cut), *(superblock + copy for copy in cut)]
+    for found in both:
+        device.write_bytes(found + bytes(SIZE - len(found)))
+        shutil.rmtree(index, ignore_errors=True)
+        create(index, IDENT)
+        open_cache(device, index, boot="this").release()
+        with device.open("rb") as file:
+            assert read_superblock(file.fileno(), device) == plan(SIZE, IDENT)
+
+
+@pytest.mark.parametrize("foreign", [b"\1", b"FOREBAY\0" + b"\1" * 600])
+def test_what_is_not_ours_is_not_formatted(tmp_path: Path, foreign: bytes) -> None:
+    index, device = tmp_path / "index", tmp_path / "cache.img"
+    create(index)
+    for offset in (0, COPY_OFFSET, SIZE // 2):
+        content = bytearray(SIZE)
+        content[offset : offset + len(foreign)] = foreign
+        device.write_bytes(content)
+        with pytest.raises(CacheError, match="format --force"):
+            open_cache(device, index, boot="this")
+        assert device.read_bytes() == content
