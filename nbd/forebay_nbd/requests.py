@@ -46,7 +46,7 @@ from .wire import (
 )
 
 _HEADER = REQUEST.size
-_MUCH = 1 << 20
+_MUCH = 8 << 20
 MAX_TEXT = 256
 """Longest error text sent, bytes."""
 
@@ -130,10 +130,14 @@ class RequestReader(ReceiveBuffer):
 
 
 def _room(length: int) -> memoryview:
-    """Writable memory. Of much of it, the part that no data arrive for costs nothing: who promises 32 MiB and sends
-    nothing takes neither memory nor the time to clear it.
+    """Writable memory for a payload.
+
+    Of much of it, the part that no data arrive for costs nothing: who promises 32 MiB and sends nothing takes neither
+    memory nor the time to clear it. Less is quicker to be had from memory that was used before.
     """
-    return memoryview(bytearray(length) if length < _MUCH else mmap.mmap(-1, length))
+    if length < _MUCH:
+        return memoryview(bytearray(length))
+    return memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def encode_request(request: Request) -> list[Buffer]:
