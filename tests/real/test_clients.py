@@ -501,7 +501,7 @@ def test_a_client_that_never_pauses_does_not_hold_up(
             words = (
                 ["mode", disk.name, "write-through"] if command == "mode" else ["flush", disk.name]
             )
-            disk.gateway.cli(*words, timeout=10)
+            disk.gateway.cli(*words, timeout=40)
         finally:
             busy.kill()
 
