@@ -1,6 +1,7 @@
 """`forebay fuse MOUNT`: the process that mounts the disks, from start to end."""
 
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -25,6 +26,7 @@ try:
     import pyfuse3
 
     from forebay.fuse_files import Files
+    from forebay.fuse_turns import Turns
 except ImportError as missing:
     raise ForebayError(
         f"FUSE is not available ({missing}): install python3-pyfuse3 and fuse3"
@@ -40,6 +42,15 @@ IN_FLIGHT = 64
 
 TASKS = 99
 """Requests worked on at once; each has a buffer of 1 MiB for what the kernel may send."""
+
+IDLE_TASKS = 16
+"""Of these, how many stay when there is nothing to do: to end one and start the next costs more than a small read."""
+
+KEPT_BYTES = 32 << 20
+"""Freed memory that is not given back to the system: requests come with a buffer of up to 1 MiB each."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""mallopt(3)."""
 
 UNMOUNT_SECONDS = 5.0
 """How long an orderly unmount may take at the end; then the mount is cut off."""
@@ -57,6 +68,7 @@ class Settings:
 def mount(config: Config, where: Path, settings: Settings) -> int:
     """Mount at `where` and serve until it is unmounted or SIGTERM or SIGINT comes; 0. Raises ForebayError."""
     _log_to_stderr()
+    _keep_memory()
     where = _mount_point(where)
     options = set(pyfuse3.default_options) | {"fsname=forebay", "subtype=forebay"}
     if settings.allow_other:
@@ -88,13 +100,14 @@ async def _main(config: Config, where: Path, options: set[str], settings: Settin
                 wait=settings.wait,
                 patience=settings.patience,
             )
+            Turns.install()
             _mount(Files(places, files, daemon), where, options)
             nursery.start_soon(files.tidy)
             nursery.start_soon(_ready, where)
             nursery.start_soon(_unmount_on, signals, where)
             nursery.start_soon(keep_alive)
             try:
-                await pyfuse3.main(max_tasks=TASKS)
+                await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=TASKS)
             finally:
                 notify("STOPPING=1")
                 pyfuse3.close(unmount=True)
@@ -186,6 +199,14 @@ def _fusermount(*arguments: str) -> bool:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
         raise ForebayError("fusermount3 is not installed: install fuse3") from None
+
+
+def _keep_memory() -> None:
+    """Have malloc keep what it was given, in place of asking the system for each large buffer: pages cost time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # not every C library has it
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def _log_to_stderr() -> None:

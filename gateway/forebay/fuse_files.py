@@ -27,6 +27,10 @@ BLOCK = 4096
 LEAST_ZEROS = 4096
 """Bytes. Shorter writes are not looked at for being zeros."""
 
+LEAST_KEPT, BUFFER, MOST_KEPT = 64 << 10, 1 << 20, 16
+"""Bytes of reads worth a buffer that is used again, bytes of such a buffer (the kernel asks for no more), how many wait
+for their next use. To make one costs as much as to fill it: a sixth of the CPU time of reading."""
+
 
 @dataclass(eq=False)
 class Node:
@@ -119,6 +123,7 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
         self._nodes = Nodes()
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, tuple[Path, list[str]]] = {}
+        self._buffers: list[memoryview] = []
         self._numbers = itertools.count(1)
 
     # -------------------------------------------------------------------------------------------- names and attributes
@@ -261,7 +266,14 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
             length = min(size, file.found.size - off)
             if length <= 0 or file.link is None:
                 return b""
-            return await file.link.pread(off, length)
+            if not LEAST_KEPT <= length <= BUFFER:
+                return await file.link.pread(off, length)
+            buffer = self._buffers.pop() if self._buffers else memoryview(bytearray(BUFFER))
+            await file.link.pread_into(off, buffer[:length])
+            # nobody else takes it too early: pyfuse3 answers the kernel before another task runs
+            if len(self._buffers) < MOST_KEPT:
+                self._buffers.append(buffer)
+            return buffer[:length]
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write what fits before the end; ENOSPC behind it, as a block device answers."""

@@ -74,6 +74,10 @@ class Link:
         """`length` bytes from `offset` on."""
         return await self._ask(lambda client: client.pread(offset, length))
 
+    async def pread_into(self, offset: int, view: memoryview) -> None:
+        """Fill `view` with what lies from `offset` on. When cancelled, its memory is not to be used again."""
+        await self._ask(lambda client: client.pread_into(offset, view))
+
     async def pwrite(self, offset: int, data: Buffer) -> None:
         """Write `data` at `offset`. The daemon has it when this returns: it survives the end of both processes."""
         await self._ask(lambda client: client.pwrite(offset, data))
