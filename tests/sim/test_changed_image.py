@@ -1,0 +1,106 @@
+"""An image that somebody else changes, while this host's kernel has the old content in memory, as NFS clients do."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import trio
+import trio.testing
+
+from forebay.sizes import Mode
+from forebay_cache.device import Buffer
+from forebay_cache.geometry import BLOCK
+from sim.fake_host import Host, settings
+from sim.fake_loop import Dice, simulated
+from sim.fake_origin import FakeOrigin
+
+OLD, NEW = b"o" * BLOCK, b"n" * BLOCK
+COUNT = 8
+
+
+class KeptPages(FakeOrigin):
+    """Reads what was there when it was last asked to forget."""
+
+    def __init__(self, dice: Dice, content: bytes) -> None:
+        super().__init__(dice, content)
+        self.kept = content
+
+    async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
+        await super().read(offset, length, background)
+        return self.kept[offset : offset + length]
+
+    async def forget(self) -> None:
+        await self.dice.pause(self.scale)
+        self.kept = bytes(self.visible)
+
+    def change(self) -> None:
+        self.visible[:] = NEW * COUNT
+        self.changes += 1
+
+
+def play(directory: Path, story: Callable[[Host, KeptPages], Awaitable[None]]) -> None:
+    dice = Dice("story")
+
+    async def live() -> None:
+        async with trio.open_nursery() as nursery:
+            origin = KeptPages(dice, OLD * COUNT)
+            host = Host(directory, origin, nursery)
+            await host.start()
+            await story(host, origin)
+            await host._end()
+            host.cache.release()
+
+    with simulated(dice), mock.patch("forebay_cache.cache.PAGES_KEPT", 32768):
+        trio.run(live, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.mark.expect_log("was changed by somebody else")
+@pytest.mark.parametrize("when", ["running", "stopped", "detached"])
+def test_nothing_of_before_is_read_after_a_change(tmp_path: Path, when: str) -> None:
+    async def story(host: Host, origin: KeptPages) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        assert b"".join(map(bytes, await disk.read(0, 2 * BLOCK))) == OLD * 2
+        await trio.sleep(10)
+        if when == "stopped":
+            await host.stop()
+        elif when == "detached":
+            await host.detach("d", discard=False)
+        origin.change()
+        if when == "stopped":
+            await host.start()
+        if when == "running":
+            await disk.image.look()
+        else:
+            disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        assert disk.image.conflict is None
+        for at in range(0, COUNT * BLOCK, BLOCK):  # cached before, and never read before
+            assert b"".join(map(bytes, await disk.read(at, BLOCK))) == NEW
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("while the cache holds data of a disk on it|dropped as asked")
+def test_a_disk_that_stopped_reads_nothing_from_the_cache_either(tmp_path: Path) -> None:
+    async def story(host: Host, origin: KeptPages) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        await disk.read(0, 2 * BLOCK)
+        await disk.write(0, memoryview(NEW), False)
+        await trio.sleep(10)
+        assert disk.read_now(BLOCK, BLOCK) is not None
+        origin.change()
+        await disk.image.look()
+        assert disk.dirty_bytes == BLOCK
+        for at in (0, BLOCK):
+            assert disk.read_now(at, BLOCK) is None
+            with pytest.raises(OSError, match="--discard to give that data up"):
+                await disk.read(at, BLOCK)
+        with pytest.raises(OSError, match="--discard"):
+            await disk.writeback.checkpoint()
+        assert origin.visible == NEW * COUNT
+        assert origin.journal is None
+        await host.detach("d", discard=True)
+        disk = await host.attach("d", settings(Mode.WRITE_BACK))
+        assert b"".join(map(bytes, await disk.read(0, 2 * BLOCK))) == NEW * 2
+
+    play(tmp_path, story)
