@@ -88,9 +88,16 @@ async def _find(cache: Cache) -> None:
 
 def _found(device: Device) -> bool:
     """In a thread. Whether its name leads to another file now, which has the same cache on it: that one is taken."""
-    named, ours = os.stat(device.path), os.fstat(device.fd)
-    key = [(x.st_dev, x.st_ino, x.st_rdev) for x in (named, ours)]
-    if key[0] == key[1]:
+    named = os.stat(device.path)
+    try:
+        ours = os.fstat(device.fd)
+    except OSError:  # its file system is gone
+        ours = None
+    if ours and (named.st_dev, named.st_ino, named.st_rdev) == (
+        ours.st_dev,
+        ours.st_ino,
+        ours.st_rdev,
+    ):
         _try(device.fd, device)
         return False
     fd = open_device(device.path)

@@ -536,6 +536,10 @@ class Disk:
         else:
             progress(0, 0)
 
+    def unreadable(self) -> None:
+        """Implements Export: everything is read, and checked, before it is handed out again."""
+        self.block_cache.forget_ready()
+
     # -- clients ----------------------------------------------------------------------------------------------
 
     def opened(self) -> None:

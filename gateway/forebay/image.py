@@ -17,6 +17,7 @@ from forebay.owner_record import TakenOver
 from forebay_cache import Cache, Filler, Layer, View, invalidate
 from forebay_cache.clean import REGION_SHIFT
 from forebay_cache.device import Buffer
+from forebay_cache.errors import IndexFault
 from forebay_cache.geometry import SECTOR
 
 log = logging.getLogger("forebay.image")
@@ -290,7 +291,12 @@ class Image:
                 async with self._distrusting:
                     if not self._distrusted:
                         self._remember(None)
-                        await self.cache.commit_records()
+                        try:
+                            await self.cache.commit_records()
+                        except IndexFault:
+                            if self.has_private():
+                                raise
+                            # Killed now, the next start takes our writes for somebody else's, and forgets clean blocks.
                         self._distrusted = True
             yield
         finally:

@@ -129,7 +129,7 @@ class WriteBack:
         """Wait until data is half as old as it may become, or so much that writes are about to be slowed down."""
         disk = self._disk
         while True:
-            if disk.block_cache.failed is not None and disk.dirty_bytes:
+            if disk.dirty_bytes and (self.error is not None or disk.block_cache.failed is not None):
                 return
             if disk.writes_back:
                 if disk.dirty_bytes and disk.dirty_share() >= LOW:

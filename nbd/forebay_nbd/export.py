@@ -41,6 +41,9 @@ class Export(Protocol):
     def flush_now(self) -> bool:
         """True: as flush(), in a moment. False: use flush(). Raises OSError."""
 
+    def unreadable(self) -> None:
+        """The kernel could not read a buffer that was handed out: no other one without being sure of it."""
+
     def pin(self) -> int:
         """From now on buffers handed out stay as they are; the token ends that, given to unpin()."""
 

@@ -5,6 +5,7 @@ take is therefore held under pin(); a client that does not read for `stall_secon
 is given back, so that one sleeping client cannot keep the cache from reusing its memory.
 """
 
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -61,8 +62,8 @@ class Outbox:
             sent = self._sock.sendmsg(buffers if len(buffers) <= most else buffers[:most])
         except BlockingIOError:
             sent = 0
-        except OSError:
-            self.broken = True
+        except OSError as exc:
+            self._break(exc)
             return True
         if sent == total:
             return True
@@ -133,11 +134,17 @@ class Outbox:
             sent = self._sock.sendmsg(part)
         except BlockingIOError:
             return
-        except OSError:
-            self.broken = True
+        except OSError as exc:
+            self._break(exc)
             return
         self.stalled_since = None
         self._unsent = rest(part, sent) + self._unsent[len(part) :]
+
+    def _break(self, error: OSError) -> None:
+        """The peer is gone, or what it was to get cannot be read: part of a reply may be sent, so there is no other."""
+        self.broken = True
+        if error.errno == errno.EFAULT and self.export is not None:
+            self.export.unreadable()
 
     def unsent(self) -> bytes:
         """What the socket did not take yet; another process may go on with it. Raises OSError."""

@@ -50,6 +50,9 @@ class MemoryExport:
     def closed(self) -> None:
         self.clients -= 1
 
+    def unreadable(self) -> None:
+        pass
+
     def pin(self) -> int:
         self.pins += 1
         return self.pins

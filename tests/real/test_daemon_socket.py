@@ -40,6 +40,9 @@ class Memory:
     def flush_now(self) -> bool:
         return False
 
+    def unreadable(self) -> None:
+        pass
+
     def pin(self) -> int:
         return 0
 

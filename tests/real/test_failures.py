@@ -1,0 +1,498 @@
+"""The failure table (gateway/FAILURES.md), row by row, on a file system that fails on command.
+
+The store lies on it, or the cache device, or the index. Nothing of what fails is told to the daemon by any other way
+than the errors of its own calls.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from real.disk_fixture import OneDisk, ask, cache_info, wait_for
+from real.fault_fs import FaultFs
+from real.gateway_process import GatewayProcess
+from real.processes import MIB, accepts, random_image
+
+Connect = Callable[..., Any]
+MakeGateway = Callable[..., GatewayProcess]
+
+SIZE = 8 * MIB
+ORIGIN = {"defaults": {"origin_timeout": "2s", "max_dirty": "2 MiB", "max_lag": "1h"}}
+
+
+@pytest.fixture
+def faulty(short_path: Path) -> Iterator[FaultFs]:
+    fs = FaultFs(short_path / "fs")
+    try:
+        yield fs
+    finally:
+        fs.remove()
+
+
+class Bed:
+    """A daemon whose store is faulty, with one disk."""
+
+    def __init__(self, gateway: GatewayProcess, fs: FaultFs, mode: str, connect: Connect) -> None:
+        self.gateway = gateway
+        self.fs = fs
+        self.image = fs.backing / "image.raw"
+        self.content = bytearray(random_image(self.image, SIZE, 7))
+        gateway.attach("d", "image.raw", mode=mode)
+        self.disk = OneDisk(gateway, "d", self.image, bytes(self.content))
+        self._connect = connect
+        self.client = connect(gateway.uri("d"))
+
+    def connect(self) -> None:
+        """Anew, to a daemon that was started again."""
+        self.client = self._connect(self.gateway.uri("d"))
+
+    def write(self, at: int, data: bytes) -> None:
+        """Acknowledged."""
+        self.client.pwrite(data, at)
+        self.content[at : at + len(data)] = data
+
+    def reads_all(self) -> None:
+        assert self.client.pread(SIZE, 0) == self.content
+
+    def status(self) -> dict[str, Any]:
+        return self.disk.status()
+
+    def is_well(self) -> None:
+        wait_for(lambda: self.status()["state"] == "ready", f"not ready: {self.status()}", 60)
+        self.gateway.cli("flush", "d")
+        assert self.image.read_bytes() == self.content
+        self.reads_all()
+
+
+@pytest.fixture
+def bed(
+    make_gateway: MakeGateway, faulty: FaultFs, connect: Connect
+) -> Iterator[Callable[..., Bed]]:
+    """`bed("write-back")`: a disk whose image lies on the faulty file system."""
+    gateways: list[GatewayProcess] = []
+
+    def make(mode: str, **defaults: Any) -> Bed:
+        settings = {**ORIGIN["defaults"], **defaults}
+        gateway = make_gateway(
+            {
+                "defaults": settings,
+                "stores.images": {"path": str(faulty.path)},
+                "cache": {"size": "64 MiB"},
+            }
+        )
+        gateways.append(gateway)
+        return Bed(gateway, faulty, mode, connect)
+
+    yield make
+    for gateway in gateways:
+        faulty.lift()
+        gateway.kill()
+
+
+def fails(client: Any, do: str, *arguments: Any, why: str | None = None) -> None:
+    import nbd
+
+    with pytest.raises(nbd.Error, match=why):
+        getattr(client, do)(*arguments)
+
+
+# ------------------------------------------------------------------------------------------------- the origin
+
+
+@pytest.mark.parametrize("error", ["ENOSPC", "ESTALE"])
+def test_a_store_that_takes_no_writes(bed: Callable[..., Bed], error: str) -> None:
+    """Write-back: nothing is lost, the guest waits and then hears ENOSPC, the state says why; lifted, it drains."""
+    it = bed("write-back")
+    it.gateway.allow_log("write-back failed")
+    it.write(MIB, b"a" * MIB)
+    it.client.flush()
+    it.fs.fail("write", error, name="*")
+    assert it.gateway.cli("flush", "d", check=False).returncode == 1
+    status = it.status()
+    assert (status["state"], status["dirty_bytes"]) == ("lagging", MIB)
+    assert status["reason"] == os.strerror(getattr(errno, error))
+    it.write(4 * MIB, b"b" * MIB)
+    fails(it.client, "pwrite", b"c" * 4096, 6 * MIB, why="space")
+    assert it.client.pread(MIB, MIB) == b"a" * MIB
+    it.gateway.restart(kill=True)
+    it.gateway.allow_log("cannot be reached|can be reached again")
+    it.fs.lift()
+    it.connect()
+    it.is_well()
+
+
+def test_a_store_that_takes_no_writes_of_a_disk_that_writes_through(
+    bed: Callable[..., Bed],
+) -> None:
+    """The guest is told: its own kind of error for a store that is full."""
+    it = bed("write-through")
+    it.reads_all()
+    for error, why in (("ENOSPC", "ENOSPC"), ("EDQUOT", "ENOSPC"), ("EIO", "EIO")):
+        it.fs.fail("write", error, name="image.raw")
+        fails(it.client, "pwrite", b"c" * 4096, MIB, why=why)
+        it.reads_all()  # from the image, where it was to be written
+        it.fs.lift()
+    it.write(MIB, b"c" * 4096)
+    it.client.flush()
+    it.is_well()
+
+
+def test_writes_that_are_cut_short(bed: Callable[..., Bed]) -> None:
+    it = bed("write-back")
+    for mode in ("write-back", "write-through"):
+        it.gateway.cli("mode", "d", mode)
+        it.fs.fail("write", short=True, name="image.raw")
+        it.fs.fail("write", short=True, name="redo*")
+        it.write(MIB, os.urandom(200_000))
+        it.client.flush()
+        it.gateway.cli("flush", "d")
+        it.fs.lift()
+        it.is_well()
+
+
+def test_an_fsync_that_fails_once_and_then_lies(bed: Callable[..., Bed]) -> None:
+    """Write-back writes all of it again; the second fsync is not believed."""
+    it = bed("write-back")
+    it.gateway.allow_log("write-back failed")
+    it.write(MIB, os.urandom(MIB))
+    it.client.flush()
+    it.fs.fail("fsync", "EIO", name="image.raw", times=1, lose=True)
+    it.gateway.cli("flush", "d", check=False)
+    it.gateway.cli("flush", "d")
+    assert it.image.read_bytes() == it.content
+    it.is_well()
+
+
+def test_an_fsync_that_fails_is_told_to_a_guest_that_writes_through(
+    bed: Callable[..., Bed],
+) -> None:
+    """The data is gone, and the guest is told; what it reads from then on is what the store has, not the cache."""
+    it = bed("write-through")
+    old = bytes(it.content[MIB : MIB + 65536])
+    it.client.pwrite(b"n" * 65536, MIB)
+    it.fs.fail("fsync", "ENOSPC", name="image.raw", times=1, lose=True)
+    fails(it.client, "flush")
+    it.fs.forget()
+    assert it.client.pread(65536, MIB) == old
+    it.client.flush()
+    it.is_well()
+
+
+def test_a_store_that_cannot_be_read(bed: Callable[..., Bed]) -> None:
+    """Misses fail, hits do not; lifted, all is well without anybody's doing."""
+    it = bed("write-through")
+    warm = it.client.pread(MIB, 0)
+    for error, at in (("EIO", 5 * MIB), ("ESTALE", 6 * MIB)):
+        it.fs.fail("read", error, name="image.raw")
+        it.fs.forget()
+        fails(it.client, "pread", 4096, at)
+        assert it.client.pread(MIB, 0) == warm
+        it.fs.lift()
+        assert it.client.pread(4096, at) == it.content[at : at + 4096]
+    it.is_well()
+
+
+def test_a_store_that_hangs(bed: Callable[..., Bed]) -> None:
+    """Hits, writes and flushes in write-back go on; a miss fails in time; the daemon ends when told to."""
+    it = bed("write-back")
+    it.gateway.allow_log("write-back failed|cannot be reached|can be reached again|cut short|still")
+    warm = it.client.pread(MIB, 0)
+    it.write(2 * MIB, b"v" * 4096)
+    for call in ("read", "write", "fsync", "getattr", "open"):
+        it.fs.fail(call, hang=True)
+    fails(it.client, "pread", 4096, 5 * MIB)
+    assert it.client.pread(MIB, 0) == warm
+    it.write(MIB, b"w" * 65536)
+    it.client.flush()
+    assert it.gateway.cli("flush", "d", "--timeout", "1", check=False).returncode == 1
+    assert it.gateway.process is not None
+    it.gateway.process.terminate()
+    wait_for(lambda: not accepts(it.gateway.control), "the stop waits for the store", 60)
+    it.fs.lift()  # a process with a call in a FUSE file system's hands cannot end before
+    assert it.gateway.process.wait(60) == 0
+    it.gateway.start()
+    it.connect()
+    it.is_well()
+
+
+def test_a_store_that_is_slow_slows_nothing_but_its_misses(bed: Callable[..., Bed]) -> None:
+    import nbd
+
+    it = bed("write-back")
+    warm = it.client.pread(65536, 0)
+    it.write(2 * MIB, b"v" * 4096)
+    it.fs.fail("read", hang=True)  # as slow as the test likes
+    it.fs.forget()
+    buffer = nbd.Buffer(4096)
+    cookie = it.client.aio_pread(buffer, 5 * MIB)
+    assert it.client.pread(65536, 0) == warm
+    it.write(MIB, b"w" * 65536)
+    it.client.flush()
+    assert not it.client.aio_command_completed(cookie)
+    it.fs.lift()
+    while it.client.aio_in_flight():
+        it.client.poll(-1)
+    assert it.client.aio_command_completed(cookie)
+    assert bytes(buffer.to_bytearray()) == it.content[5 * MIB : 5 * MIB + 4096]
+    it.is_well()
+
+
+def change(it: Bed, how: str) -> None:
+    path = it.fs.path / "image.raw"
+    if how == "unlinked":
+        path.unlink()
+    elif how == "replaced":
+        random_image(it.fs.backing / "new", SIZE, 9)
+        (it.fs.path / "new").rename(path)
+    else:
+        os.truncate(path, SIZE // 2)
+
+
+@pytest.mark.parametrize("how", ["unlinked", "replaced", "truncated"])
+def test_an_image_that_is_taken_away_under_dirty_data(bed: Callable[..., Bed], how: str) -> None:
+    """The disk stops: neither old nor new data, nothing written to whatever lies there; what is dirty is kept."""
+    it = bed("write-back")
+    it.gateway.allow_log(
+        "changed by somebody|to give that data up|write-back failed|dropped as asked|marker"
+    )
+    it.write(MIB, b"d" * MIB)
+    it.client.flush()
+    change(it, how)
+    wait_for(lambda: it.status()["state"] == "conflict", f"not noticed: {it.status()}")
+    assert it.status()["reason"]
+    fails(it.client, "pread", 4096, 0)
+    fails(it.client, "pwrite", b"x" * 4096, 0)
+    fails(it.client, "flush")
+    there = it.image.read_bytes() if how != "unlinked" else None
+    assert it.gateway.cli("flush", "d", check=False).returncode == 1
+    assert it.status()["dirty_bytes"] == MIB
+    assert there is None or it.image.read_bytes() == there
+    it.gateway.cli("detach", "d", "--discard", "--force")
+
+
+# ------------------------------------------------------------------------------------------------- the cache device
+
+
+@pytest.fixture
+def cached(
+    make_gateway: MakeGateway, faulty: FaultFs, connect: Connect
+) -> Iterator[Callable[..., "Cached"]]:
+    """`cached()`: a daemon whose cache device is a file on the faulty file system."""
+    gateways: list[GatewayProcess] = []
+
+    def make() -> Cached:
+        gateway = make_gateway(
+            {
+                "cache": {"device": str(faulty.path / "cache.img"), "size": "32 MiB"},
+                "defaults": {"max_lag": "1h", "origin_timeout": "5s"},
+            }
+        )
+        gateways.append(gateway)
+        gateway.allow_log(
+            "cache device .* failed|works again|is damaged|are damaged|write-back failed"
+        )
+        return Cached(gateway, faulty, connect)
+
+    yield make
+    for gateway in gateways:
+        with contextlib.suppress(OSError):
+            faulty.lift()
+        gateway.kill()
+
+
+class Cached:
+    """Disks of several modes over one faulty cache device; their images are well."""
+
+    def __init__(self, gateway: GatewayProcess, fs: FaultFs, connect: Connect) -> None:
+        self.gateway = gateway
+        self.fs = fs
+        self.connect = connect
+        self.models: dict[str, bytearray] = {}
+        self.clients: dict[str, Any] = {}
+
+    def attach(self, *modes: str) -> None:
+        for mode in modes:
+            self.models[mode] = bytearray(random_image(self.image(mode), 4 * MIB, len(mode)))
+            self.gateway.attach(mode, f"{mode}.raw", mode=mode)
+            self.clients[mode] = self.connect(self.gateway.uri(mode))
+            self.clients[mode].pread(4 * MIB, 0)
+
+    def image(self, mode: str) -> Path:
+        return self.gateway.images / f"{mode}.raw"
+
+    def write(self, mode: str, at: int, data: bytes) -> None:
+        self.clients[mode].pwrite(data, at)
+        self.models[mode][at : at + len(data)] = data
+
+    def status(self, mode: str) -> dict[str, Any]:
+        found = ask(self.gateway, f"/disks/{mode}")
+        assert isinstance(found, dict)
+        return found
+
+    def is_ready(self, mode: str) -> bool:
+        return bool(self.status(mode)["state"] == "ready")
+
+    def reads_all(self) -> None:
+        for mode, client in self.clients.items():
+            assert client.pread(4 * MIB, 0) == self.models[mode], mode
+
+    def comes_back(self) -> None:
+        """By itself; and then everything is as ever, also for who starts anew."""
+        wait_for(lambda: cache_info(self.gateway)["state"] == "ok", "the device stays failed", 90)
+        for mode in self.clients:
+            wait_for(partial(self.is_ready, mode), f"{self.status(mode)}")
+            self.write(mode, 2 * MIB, os.urandom(8192))
+            self.clients[mode].flush()
+        self.reads_all()
+        self.gateway.restart(kill=True)
+        for mode in self.clients:
+            self.clients[mode] = self.connect(self.gateway.uri(mode))
+        self.reads_all()
+        self.gateway.cli("flush", "--all")
+        for mode, model in self.models.items():
+            assert self.image(mode).read_bytes() == model, mode
+
+
+def test_a_cache_device_that_takes_no_writes_breaks_no_guest(cached: Callable[..., Cached]) -> None:
+    """No request fails, in any mode; what was dirty goes to the images; the operator is told."""
+    it = cached()
+    it.attach("write-back", "full-copy", "write-through", "write-around")
+    it.write("write-back", 0, os.urandom(100_000))  # dirty, and only in the cache
+    for call in ("write", "fsync"):
+        it.fs.fail(call, "EIO", name="cache.img")
+    for mode in it.clients:
+        it.clients[mode].flush()
+        it.write(mode, MIB, os.urandom(50_001))
+        it.clients[mode].zero(8192, 3 * MIB)
+        it.models[mode][3 * MIB : 3 * MIB + 8192] = bytes(8192)
+        it.clients[mode].flush()
+        assert it.image(mode).read_bytes() == it.models[mode], "flushed, and the cache has failed"
+        status = it.status(mode)
+        assert status["state"] == "pass-through"
+        assert "cache.img" in status["reason"]
+    it.reads_all()
+    assert cache_info(it.gateway)["state"] == "failed"
+    it.fs.lift()
+    it.comes_back()
+
+
+def test_a_kill_while_the_cache_device_fails_leaves_nothing_stale(
+    cached: Callable[..., Cached],
+) -> None:
+    """What it had cached is void: the images were written past it, and it could not be told."""
+    it = cached()
+    it.attach("write-through", "write-back")
+    for mode in it.clients:
+        OneDisk(it.gateway, mode, it.image(mode), b"").commit()
+    it.fs.fail("write", "EIO", name="cache.img")
+    it.fs.fail("fsync", "EIO", name="cache.img")
+    for mode in it.clients:
+        it.write(mode, MIB, os.urandom(MIB))
+        it.clients[mode].flush()
+    it.gateway.kill()
+    it.fs.lift()
+    it.gateway.start()
+    for mode in it.clients:
+        it.clients[mode] = it.connect(it.gateway.uri(mode))
+    it.reads_all()
+
+
+def test_a_sync_that_fails_once_and_then_lies(cached: Callable[..., Cached]) -> None:
+    """The guest's flush succeeds, for its data is in the image by then."""
+    it = cached()
+    it.attach("write-back")
+    it.write("write-back", MIB, os.urandom(100_000))
+    it.fs.fail("fsync", "EIO", name="cache.img", times=1, lose=True)
+    it.clients["write-back"].flush()
+    assert it.image("write-back").read_bytes() == it.models["write-back"]
+    it.comes_back()
+
+
+def test_dirty_data_that_cannot_be_read_fails_its_disk_and_no_other(
+    cached: Callable[..., Cached],
+) -> None:
+    import nbd
+
+    it = cached()
+    it.attach("write-back", "write-through")
+    it.write("write-back", MIB, os.urandom(65536))
+    it.clients["write-back"].flush()
+    for call in ("read", "write", "fsync"):
+        it.fs.fail(call, "EIO", name="cache.img")
+    it.fs.forget()
+    with pytest.raises(nbd.Error):  # a reply whose data cannot be sent is none: the connection ends
+        it.clients["write-back"].pread(65536, MIB)
+    it.clients = {mode: it.connect(it.gateway.uri(mode)) for mode in it.clients}
+    fails(it.clients["write-back"], "pread", 65536, MIB)
+    fails(it.clients["write-back"], "pwrite", b"x" * 4096, 0)
+    fails(it.clients["write-back"], "flush")
+    it.write("write-through", MIB, os.urandom(65536))
+    it.clients["write-through"].flush()
+    assert it.clients["write-through"].pread(4 * MIB, 0) == it.models["write-through"]
+    wait_for(lambda: it.status("write-back")["state"] == "broken", str(it.status("write-back")))
+    assert "--discard" in it.status("write-back")["reason"]
+    assert it.status("write-through")["state"] == "pass-through"
+    image = it.image("write-back").read_bytes()
+    it.fs.lift()
+    it.fs.forget()
+    done = it.gateway.cli("cache", "repair", check=False)
+    assert done.returncode == 0, done.stderr
+    assert it.image("write-back").read_bytes() in (image, bytes(it.models["write-back"]))
+    it.comes_back()
+
+
+def test_a_cache_device_that_disappears_and_comes_back(cached: Callable[..., Cached]) -> None:
+    it = cached()
+    it.attach("write-back", "write-through")
+    it.clients["write-back"].flush()
+    it.fs.vanish()
+    for mode in it.clients:
+        it.write(mode, MIB, os.urandom(65536))
+        it.clients[mode].flush()
+        assert it.status(mode)["state"] == "pass-through"
+    it.reads_all()
+    it.fs.mount()
+    it.comes_back()
+
+
+# ------------------------------------------------------------------------------------------------- the index
+
+
+def test_an_index_that_cannot_be_written(
+    make_gateway: MakeGateway, faulty: FaultFs, connect: Connect
+) -> None:
+    """Guests do not notice; the operator does; killed or not, nothing is lost."""
+    gateway = make_gateway(
+        {
+            "gateway": {"state": str(faulty.path / "state")},
+            "cache": {"size": "32 MiB", "device": str(faulty.backing / "cache.img")},
+            "defaults": {"max_lag": "1h"},
+        }
+    )
+    gateway.allow_log("index")
+    it = Cached(gateway, faulty, connect)
+    try:
+        it.attach("write-back", "write-through")
+        faulty.fail("write", "ENOSPC", name="data.mdb")
+        faulty.fail("fsync", "EIO", name="data.mdb")
+        for mode in it.clients:
+            it.write(mode, MIB, os.urandom(65536))
+            it.clients[mode].flush()
+        wait_for(lambda: cache_info(gateway)["state"] == "unrecorded", "nothing said")
+        assert "index" in it.status("write-back")["reason"]
+        it.reads_all()
+        gateway.kill()
+        faulty.lift()
+        gateway.start()
+        for mode in it.clients:
+            it.clients[mode] = connect(gateway.uri(mode))
+        it.comes_back()
+    finally:
+        faulty.lift()
+        gateway.kill()
