@@ -262,9 +262,10 @@ class Marker:
         """
         assert self.owner is not None, "released"
         self.check()
-        redo.remove(self._sidecar)
         since = as_of or self.owner.dirty_since
+        # The marker first: once the journal is gone nothing else says which instant the image shows.
         self._write(replace(self.owner, as_of=as_of, dirty_since=since, dirty_bytes=dirty_bytes))
+        redo.remove(self._sidecar)
 
     def check(self) -> None:
         """Raise TakenOver when the marker names somebody else now or is gone, or the image is another file."""

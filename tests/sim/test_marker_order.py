@@ -1,0 +1,42 @@
+"""What lies beside an image, at each step of the end of a checkpoint."""
+
+import json
+import os
+from pathlib import Path
+from unittest import mock
+
+from forebay import redo
+from forebay.owner import Marker
+from forebay.owner_record import Owner
+from forebay.store import FileImage, open_image
+
+AS_OF = "2026-01-02T03:04:05.678+00:00"
+
+
+def test_while_the_journal_goes_the_marker_names_the_instant_already(tmp_path: Path) -> None:
+    """A power cut in between: an image that shows that instant must not be said to be of an older one."""
+    (tmp_path / "a.raw").write_bytes(bytes(1 << 20))
+    image = FileImage("images", tmp_path, "a.raw")
+    file = open_image(image, read_only=False)
+    marker = Marker.take(image, file, Owner.of_this_process("a gateway", "d"))
+    sidecar = tmp_path / "a.raw.forebay"
+    seen: list[tuple[str, bool]] = []
+    remove = redo.remove
+
+    def watched(directory: int) -> None:
+        named = json.loads((sidecar / "owner").read_text())["as_of"]
+        seen.append((named, (sidecar / redo.NAME).exists()))
+        remove(directory)
+
+    try:
+        marker.set_state("dirty")
+        journal = marker.begin_redo(AS_OF)
+        journal.add(0, 4096, [b"1" * 4096])
+        marker.commit_redo(journal)
+        with mock.patch.object(redo, "remove", watched):
+            marker.end_redo(AS_OF)
+        assert seen == [(AS_OF, True)]
+        assert not (sidecar / redo.NAME).exists()
+    finally:
+        marker.close()
+        os.close(file.fd)
