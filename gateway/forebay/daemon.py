@@ -82,6 +82,7 @@ class Gateway:
         source, settings = self._source(name, record, None)
         async with self._arriving(name, source):
             await _prepared(source)
+            source.check_safe(settings.mode)
             self._check_alone(source)
             record = Record(
                 image, source.key, source.size, read_only, overlay, chosen, cache_size, preload

@@ -102,6 +102,7 @@ class Disk:
             if disk.marked and not disk.writes_private and not read_only:
                 # The mode was changed, or the configuration, and we ended before the data had gone to the image.
                 disk._mode_to_be, disk.mode = disk.mode, Mode.WRITE_BACK
+            disk._avoid_unsafe()
             disk._generation = len(disk.view.private)
             disk._recall_times()
             disk._choose()
@@ -112,6 +113,17 @@ class Disk:
             await image.leave(source, disk.view)
             raise
         return disk
+
+    def _avoid_unsafe(self) -> None:
+        """The store was mounted otherwise since the attach: nothing more is acknowledged before it has it."""
+        try:
+            self.source.check_safe(self.mode)
+        except ForebayError as fault:
+            log.warning("%s: in write-through until the next restart: %s", self.name, fault)
+            if self.marked:
+                self._mode_to_be, self.mode = Mode.WRITE_THROUGH, Mode.WRITE_BACK
+            else:
+                self.mode = Mode.WRITE_THROUGH
 
     def _layers(self) -> list[Layer]:
         """What the cache has for this disk, newest first. Raises ForebayError where it is another image's."""
@@ -227,6 +239,7 @@ class Disk:
         if mode is self.mode:
             return
         self._check_fits(mode)
+        self.source.check_safe(mode)
         leaves_private = self.writes_private and not self.overlay and mode not in PRIVATE_MODES
         if leaves_private and self.dirty_bytes:
             await self.writeback.checkpoint()  # most of it, while the VM goes on writing

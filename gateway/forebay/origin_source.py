@@ -13,12 +13,14 @@ import trio
 from forebay.claim import Claim
 from forebay.errors import ForebayError
 from forebay.image_lock import LOOKS, READS, WRITES, Access, InUse, NoLocks, hold
+from forebay.mounts import unsafe
 from forebay.nbd_origin import NbdOrigin
 from forebay.origin import BlockOrigin, FileOrigin, Origin
 from forebay.origin_threads import Descriptor, StoreThreads, bounded
 from forebay.owner import read_owner
 from forebay.owner_record import Owner, TakenOver, in_use
 from forebay.redo import Redo
+from forebay.sizes import Mode
 from forebay.store import DeviceImage, FileImage, Image, ImageFile, open_device, open_image
 from forebay_cache.frozen import Range
 
@@ -72,6 +74,8 @@ class Source:
         self.label = label
         self.use = use
         self.file_id: tuple[int, int] | None = None
+        self.unsafe: str | None = None
+        """Why nothing is to be written back to where the image lies; known once it was opened."""
         self._size = size
         self._threads = threads
         self._timeout = timeout
@@ -104,6 +108,18 @@ class Source:
         if self.file_id is not None and self.file_id == other.file_id:
             return True
         return self.key == other.key or _path(self.image) == _path(other.image) != ""
+
+    def check_safe(self, mode: Mode) -> None:
+        """Raise ForebayError where a disk in that mode acknowledges what its store may lose later without a word."""
+        if (
+            self.unsafe is not None
+            and self.use.writes
+            and mode in (Mode.WRITE_BACK, Mode.FULL_COPY)
+        ):
+            raise ForebayError(
+                f"{self.key}: {mode.value} needs a store that keeps what it took, and {self.unsafe}, "
+                "or use --mode write-through"
+            )
 
     async def prepare(self) -> None:
         """Open the image now, for the next `open` to hand out. For attach: a fault shows before anything is changed.
@@ -161,6 +177,9 @@ class Source:
             )
             origin = FileOrigin(file, self.label, threads=self._threads, timeout=self._timeout)
             try:
+                if file.status is not None:
+                    place = file.status.device
+                    self.unsafe = await self._threads.run(lambda: unsafe(place))
                 if self.use.writes:
                     await self._take(image, file, origin.descriptor)
                 else:

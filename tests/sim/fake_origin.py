@@ -319,6 +319,9 @@ class FakeSource:
     async def check(self) -> None:
         """It stays ours: who else would take it."""
 
+    def check_safe(self, mode: object) -> None:
+        del mode
+
     async def open(self) -> FakeOrigin:
         await self.dice.pause()
         self.origin._fault("open")

@@ -24,7 +24,7 @@ from forebay_cache.sums import UNKNOWN
 from forebay_cache.view import read_slots
 from sim.fake_host import Host, check_cache, nothing, settings
 from sim.fake_loop import Dice, simulated
-from sim.fake_origin import FakeOrigin
+from sim.fake_origin import FakeOrigin, FakeSource
 
 # The package has functions of these names.
 SCRUB, SETTLE = import_module("forebay_cache.scrub"), import_module("forebay_cache.settle")
@@ -564,5 +564,38 @@ def test_a_kill_while_the_clean_blocks_are_dropped_leaves_one_layer(
         assert list(host.cache.layers.values()) == [disk.image.layer]
         assert {layer for layer, _ in host.cache.index.hot()} <= {disk.image.layer.id}
         await check_cache(host.cache)
+
+    play(tmp_path, story)
+
+
+# -- a store that may lose what it took ------------------------------------------------------------------------
+
+
+@pytest.mark.expect_log("in write-through until the next restart")
+@pytest.mark.parametrize("dirty", [False, True])
+def test_a_disk_leaves_write_back_where_the_mount_became_unsafe(
+    tmp_path: Path, dirty: bool
+) -> None:
+    """It is served all the same; what was dirty goes to the image first. And it does not come back to that mode."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", LAZY)
+        if dirty:
+            await disk.write(0, memoryview(NEW), True)
+        await host.stop()
+        await host.start()
+        with mock.patch.object(FakeSource, "check_safe", unsafe):
+            disk = await host.attach("d", LAZY)
+            await trio.sleep(1)
+            assert disk.mode is Mode.WRITE_THROUGH
+            assert (await read(disk)) == (NEW if dirty else OLD)
+            await disk.write(BLOCK, memoryview(NEW), True)
+            assert host.origin.durable[BLOCK : 2 * BLOCK] == NEW
+            with pytest.raises(ForebayError, match="soft"):
+                await disk.set_mode(Mode.WRITE_BACK, nothing)
+
+    def unsafe(_source: FakeSource, mode: Mode) -> None:
+        if mode in (Mode.WRITE_BACK, Mode.FULL_COPY):
+            raise ForebayError("soft")
 
     play(tmp_path, story)
