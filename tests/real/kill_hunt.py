@@ -128,8 +128,13 @@ class Ground:
         while not there():
             if not self.guests.turn(0.01, self.gateway.ended_fd) and not self._alive():
                 return False
-            assert time.monotonic() < deadline, "the guests make no progress"
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the guests make no progress: {self._under_way()}")
         return True
+
+    def _under_way(self) -> list[str]:
+        links = [(guest, link) for guest in self.guests.all for link in guest.links]
+        return [f"{guest.name}: {request}" for guest, link in links for request in link.busy]
 
     def _alive(self) -> bool:
         """A broken connection means that it is ending. A daemon that hangs up and lives is a fault."""

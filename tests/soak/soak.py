@@ -145,8 +145,7 @@ class Soak:
 
     def _turn(self) -> None:
         now = time.monotonic()
-        if self.store is not None and self.store.active and now > self.fault_until:
-            self.store.fail()
+        self._mend()
         self.commands.look()
         if now > self.next_action:
             self.next_action = now + self.rng.expovariate(2.0)
@@ -156,6 +155,11 @@ class Soak:
         if not self.ground.guests.turn(0.02, self.ground.gateway.ended_fd):
             self._fell()
         self.told(self.tally, self._line())
+
+    def _mend(self) -> None:
+        """A fault has its time."""
+        if self.store is not None and self.store.active and time.monotonic() > self.fault_until:
+            self.store.fail()
 
     def _line(self) -> str:
         fault = self.store.active if self.store else {}
@@ -187,6 +191,7 @@ class Soak:
             if self.ground.gateway.ready():
                 self.ground.guests.connect()
             while self.ground.gateway.alive:
+                self._mend()
                 self.ground.guests.turn(0.02, self.ground.gateway.ended_fd)
             self._down()
             self.tally.kills += 1
@@ -200,6 +205,7 @@ class Soak:
         self.ground.gateway.send(15)  # type: ignore[arg-type]
         deadline = time.monotonic() + 120
         while self.ground.gateway.alive:
+            self._mend()
             self.ground.guests.turn(0.02, self.ground.gateway.ended_fd)
             assert time.monotonic() < deadline, "SIGTERM does not end it"
         self.ground.guests.go_on()
