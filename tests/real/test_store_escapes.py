@@ -156,22 +156,26 @@ def test_a_folder_that_turns_into_a_link_meanwhile(root: Path, way: str) -> None
     assert refused
 
 
-BESIDE: dict[str, Callable[[Path], object]] = {
-    "a link for the folder": lambda at: at.symlink_to(at.parent),
-    "a file for the folder": lambda at: at.write_bytes(b"x"),
-    "a pipe for the marker": lambda at: (at.mkdir(), os.mkfifo(at / "owner")),
-    "a link for the marker": lambda at: (at.mkdir(), (at / "owner").symlink_to("../../secret.raw")),
-    "a folder for the marker": lambda at: (at / "owner").mkdir(parents=True),
-    "a pipe for the lock": lambda at: (at.mkdir(), os.mkfifo(at / "lock")),
-    "a link for the lock": lambda at: (at.mkdir(), (at / "lock").symlink_to("../../secret.raw")),
-    "a pipe for the journal": lambda at: (at.mkdir(), os.mkfifo(at / "redo")),
-    "a link for the journal": lambda at: (at.mkdir(), (at / "redo").symlink_to("../../secret.raw")),
-    "a pipe for the next marker": lambda at: (at.mkdir(), os.mkfifo(at / "owner.new")),
-    "a link for the next marker": lambda at: (
-        at.mkdir(),
-        (at / "owner.new").symlink_to("../../secret.raw"),
+def _pipe(at: Path) -> None:
+    os.mkfifo(at)
+
+
+def _link(at: Path) -> None:
+    at.symlink_to("../../secret.raw" if at.parent.suffix else at.parent)
+
+
+BESIDE: list[tuple[str, Callable[[Path], object]]] = [
+    ("", _link),
+    ("", Path.touch),
+    *(
+        (name, lay)
+        for name in ("owner", "lock", "redo", "owner.new", "redo.new")
+        for lay in (_pipe, _link)
     ),
-}
+    ("owner", Path.mkdir),
+    ("redo", Path.mkdir),
+]
+"""Names in the directory beside an image (none: that itself), and what lies there."""
 
 
 def test_what_is_laid_beside_an_image_neither_hangs_nor_is_followed(
@@ -181,10 +185,13 @@ def test_what_is_laid_beside_an_image_neither_hangs_nor_is_followed(
     secret = gateway.directory / "secret.raw"
     secret.write_bytes(SECRET)
     gateway.allow_log("marker|owner")
-    for number, (name, lay) in enumerate(BESIDE.items()):
+    for number, (name, lay) in enumerate(BESIDE):
         image = gateway.images / f"{number}.raw"
         image.write_bytes(OWN)
-        lay(image.with_name(image.name + ".forebay"))
+        beside = image.with_name(image.name + ".forebay")
+        if name:
+            beside.mkdir()
+        lay(beside / name)
         done = gateway.cli(
             "attach", f"d{number}", f"images:{image.name}", "--mode", "write-back", check=False
         )
