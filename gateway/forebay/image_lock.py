@@ -74,7 +74,7 @@ def hold(fd: int, access: Access) -> None:
         pass  # a lock on the whole file, which is not QEMU's way
     for byte in _bytes(access):
         set_lock(fd, fcntl.F_UNLCK, byte, 1)
-    raise InUse(written=_locked(fd, _DOES + _WRITE), by=_who(os.fstat(fd)))
+    raise InUse(written=_locked(fd, _DOES + _WRITE), by=_who(fd))
 
 
 def _bytes(access: Access) -> list[int]:
@@ -120,15 +120,19 @@ def _locked(fd: int, byte: int) -> bool:
 # ------------------------------------------------------------------------------------------------------- who it may be
 
 
-def _who(image: os.stat_result) -> list[str]:
+def _who(fd: int) -> list[str]:
     """The QEMUs of this host that have the file open, where this user may see that: "qemu-io (pid 17)"."""
+    image = os.fstat(fd)
     found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal():
-            with suppress(OSError):  # it ended, or is another user's
-                name = _name(entry)
-                if name.startswith(("qemu", "kvm", "libvirt")) and _has_open(entry, image):
-                    found.append(f"{name} (pid {entry})")
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError):  # it ended, or is another user's
+            if pid == str(os.getpid()):
+                if _open_at(pid, image) - {fd}:
+                    found.append("a call of this daemon that still hangs")
+            elif (name := _name(pid)).startswith(("qemu", "kvm", "libvirt")) and _open_at(
+                pid, image
+            ):
+                found.append(f"{name} (pid {pid})")
     return sorted(found)
 
 
@@ -137,9 +141,11 @@ def _name(pid: str) -> str:
         return file.read().strip()
 
 
-def _has_open(pid: str, image: os.stat_result) -> bool:
+def _open_at(pid: str, image: os.stat_result) -> set[int]:
+    """The process's descriptors of the file."""
+    found = set()
     for number in os.listdir(f"/proc/{pid}/fd"):
         with suppress(OSError):
             if os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), image):
-                return True
-    return False
+                found.add(int(number))
+    return found

@@ -61,6 +61,7 @@ def test_who_may_meet(opened: Callable[[], int], first: Access, second: Access, 
     with pytest.raises(InUse) as refused:
         hold(other, second)
     assert refused.value.written == (first is WRITES)
+    assert refused.value.by == ["a call of this daemon that still hangs"]
     give_up(one)
     hold(other, second)  # nothing else was in the way
 
