@@ -11,7 +11,7 @@ import pytest
 
 from real.kill_checker import Tally
 from real.kill_plants import POINTS, SIDES
-from real.kill_steps import LIVES, SHARE, kill_everywhere
+from real.kill_steps import LIVES, SHARE, Steps, kill_everywhere
 
 ALL = bool(os.environ.get("FOREBAY_KILL_POINTS"))
 
@@ -38,3 +38,17 @@ def test_nothing_is_lost_to_a_kill_at_a_named_point(
         print(f"\n{life}: {len(reached)} points; {tally.line()}")
     assert not tally.lost, "\n".join(tally.lost[:20])
     assert reached
+
+
+def test_what_a_start_finishes_is_not_taken_for_somebody_elses(rng: random.Random) -> None:
+    """A committed journal is applied to the image by the start after a kill, which changes the image's times."""
+    tally = Tally()
+    steps = Steps("write-back", rng.getrandbits(32), tally)
+    try:
+        steps.begin()
+        for side in ("after redo commit", "after origin fdatasync", "before redo remove"):
+            assert steps.kill_at(side, 1), f"{side}: not passed"
+            assert not tally.lost, tally.lost[:3]
+        steps.end()
+    finally:
+        steps.gateway.remove()
