@@ -52,14 +52,17 @@ def _plain(text: str) -> str:
     return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), text)
 
 
-def why_not(mounts: list[Mount], device: int) -> str | None:
-    """Why nothing is to be written back to the file system with that device number; None: nothing is against it."""
+def why_not(mounts: list[Mount], device: int, *, locks: bool = True) -> str | None:
+    """Why nothing is to be written back to the file system with that device number; None: nothing is against it.
+
+    `locks` False: the operator keeps others away, and says so.
+    """
     for mount in reversed(mounts):
         if mount.device != device:
             continue
         if mount.kind not in _NFS:
             return None
-        for wrong, right in ((_SOFT, "hard"), (_NO_LOCKS, "with locks")):
+        for wrong, right in ((_SOFT, "hard"), (_NO_LOCKS if locks else (), "with locks")):
             bad = sorted(mount.options.intersection(wrong))
             if bad:
                 return f"{mount.source} is mounted '{bad[0]}' on {mount.point}: mount it {right}"
@@ -67,9 +70,10 @@ def why_not(mounts: list[Mount], device: int) -> str | None:
     return None
 
 
-def unsafe(device: int) -> str | None:
+def unsafe(device: int, *, locks: bool = True) -> str | None:
     """:func:`why_not`, of this host as it is now. Reads /proc only; None where that cannot be read."""
     try:
-        return why_not(parse(_MOUNTINFO.read_text(errors="surrogateescape")), device)
+        mounts = parse(_MOUNTINFO.read_text(errors="surrogateescape"))
+        return why_not(mounts, device, locks=locks)
     except OSError:
         return None

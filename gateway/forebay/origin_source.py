@@ -179,7 +179,9 @@ class Source:
             try:
                 if file.status is not None:
                     place = file.status.device
-                    self.unsafe = await self._threads.run(lambda: unsafe(place))
+                    self.unsafe = await self._threads.run(
+                        lambda: unsafe(place, locks=self.use.need_locks)
+                    )
                 if self.use.writes:
                     await self._take(image, file, origin.descriptor)
                 else:

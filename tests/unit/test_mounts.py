@@ -55,6 +55,12 @@ def test_nothing_is_said_against_others(options: str, kind: str) -> None:
     assert why_not(parse(mounts(options, kind)), os.makedev(0, 51)) is None
 
 
+def test_an_operator_who_keeps_others_away_needs_no_locks_and_yet_hard() -> None:
+    for options, said in (("rw,nolock", False), ("rw,nolock,soft", True)):
+        found = why_not(parse(mounts(options)), os.makedev(0, 51), locks=False)
+        assert bool(found) is said
+
+
 def test_the_mount_is_that_of_the_file() -> None:
     text = mounts("rw,soft") + LINE.format(minor=52, kind="nfs4", options="rw,hard")
     assert why_not(parse(text), os.makedev(0, 51)) is not None
