@@ -298,6 +298,15 @@ class Index:
         """Commit from the calling thread: only before the event loop runs, or after it ended."""
         self._writer.run_now(lambda: self._commit(changes))
 
+    def forget_now(self, entries: Collection[tuple[str, bytes]]) -> None:
+        """Remove (table, key), whatever these keys are: for a repair. As :meth:`commit_now`."""
+        self._writer.run_now(lambda: self._forget(entries))
+
+    def _forget(self, entries: Collection[tuple[str, bytes]]) -> None:
+        with self._transaction(write=True) as txn:
+            for table, key in entries:
+                txn.delete(key, db=self._db[table])
+
     async def commit(self, changes: Changes) -> None:
         """Make the changes durable, all or none. Raises IndexFault or OSError; then neither may be assumed.
 

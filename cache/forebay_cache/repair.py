@@ -64,7 +64,7 @@ def repair(
 def _bars_the_start(report: Report) -> bool:
     """Whether private entries make no sense: they stay, and so does what the journal holds."""
     entries = any(fix.entry and fix.private for fix in report.fixes.values())
-    return entries or any(report.pages.values())
+    return entries or any(report.pages.values()) or any(report.entries.values())
 
 
 def _write_superblocks(path: Path) -> None:
@@ -85,18 +85,32 @@ def _mend(path: Path, report: Report, done: Repaired, *, drop_dirty: bool, entri
         for key, fix in report.fixes.items()
         if (drop_dirty or not fix.private) and (fix.entry or not entries)
     }
-    if not (pages or fixes) and report.totals:
+    forgotten = [entry for entry, private in report.entries.items() if drop_dirty or not private]
+    if not (pages or fixes or forgotten) and report.totals:
         return
+    if any(report.entries.values()) and not drop_dirty:
+        return  # nothing can be counted while layers are missing
     index = Index(path, report.slots)
     try:
+        index.forget_now(forgotten)
         changes = Changes(index.meta)
         changes.pages = sorted((pages | _mended_pages(index, fixes, done)).items())
         changes.layers = _counted(index, dict(changes.pages))
+        if any(table == "records" for table, _ in forgotten):
+            changes.layers.update(_without_clean(index))
         index.commit_now(changes)
     finally:
         index.close()
     for key in pages:
         _count(done, private=report.pages[key])
+    for entry in forgotten:
+        _count(done, private=report.entries[entry])
+
+
+def _without_clean(index: Index) -> dict[int, LayerRecord | None]:
+    """A record says what an image looked like when its blocks were cached: without it nobody knows if it still does."""
+    layers = index.layers().items()
+    return {ident: replace(record, dead=True) for ident, record in layers if not record.private}
 
 
 def _count(done: Repaired, *, private: bool) -> None:
@@ -148,7 +162,7 @@ def _counted(index: Index, changed: dict[bytes, bytes]) -> dict[int, LayerRecord
     start = b""
     while found := index.all_pages(start, 512):
         for key, raw in found:
-            ident, _ = PAGE_KEY.unpack(key)
+            ident, _ = PAGE_KEY.unpack(key) if len(key) == PAGE_KEY.size else (-1, 0)
             if ident in totals:
                 _add(totals[ident], changed.get(key, raw))
         start = found[-1][0] + b"\0"

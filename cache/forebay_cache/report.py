@@ -63,6 +63,8 @@ class Report:
     fixes: dict[int, Fix] = field(default_factory=dict)
     #: whole pages that cannot be read, by their key in the index; whether they may hold private data
     pages: dict[bytes, bool] = field(default_factory=dict)
+    #: other entries of the index that make no sense, (table, key), and whether dropping them may lose dirty data
+    entries: dict[tuple[str, bytes], bool] = field(default_factory=dict)
     superblocks: bool = True
     totals: bool = True
 
@@ -84,6 +86,6 @@ class Report:
     def json(self) -> dict[str, Any]:
         """As a dict of plain values: counts, and the faults."""
         found = asdict(self)
-        for name in ("fixes", "pages", "superblocks", "totals"):
+        for name in ("fixes", "pages", "entries", "superblocks", "totals"):
             del found[name]
         return found

@@ -151,7 +151,7 @@ class Walk:
             try:
                 found[LAYER_KEY.unpack(key)[0]] = LayerRecord(**json.loads(raw))
             except (ValueError, TypeError, struct.error) as fault:
-                self._report.wrong(f"the record of layer {key.hex()}: {fault}")
+                self._wrong_record("layers", key, f"the record of layer {key.hex()}: {fault}")
         for ident, (name, private) in self._pending.made.items():
             found.setdefault(ident, LayerRecord(name, private))
         return found
@@ -164,7 +164,11 @@ class Walk:
                 if not (kind and nul and isinstance(json.loads(raw), dict)):
                     raise ValueError("not an object with a kind and a name")
             except ValueError as fault:
-                self._report.wrong(f"record {key!r}: {fault}")
+                self._wrong_record("records", key, f"record {key!r}: {fault}")
+
+    def _wrong_record(self, table: str, key: bytes, text: str) -> None:
+        self._report.wrong(text, private=True)
+        self._report.entries[table, key] = True
 
     def _read_hot(self) -> None:
         self._hot = set(self._pending.hot)
@@ -173,6 +177,7 @@ class Walk:
                 self._hot.add(PAGE_KEY.unpack(key))
             else:
                 self._report.wrong(f"hot region {key.hex()}: no such key can be")
+                self._report.entries["hot", key] = False
         self._report.hot_regions = len(self._hot)
 
     # -- pages ------------------------------------------------------------------------------------------------
