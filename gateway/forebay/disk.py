@@ -242,7 +242,7 @@ class Disk:
         self.source.check_safe(mode)
         leaves_private = self.writes_private and not self.overlay and mode not in PRIVATE_MODES
         if leaves_private and self.dirty_bytes:
-            await self.writeback.checkpoint()  # most of it, while the VM goes on writing
+            await self.writeback.catch_up()  # most of it, while the VM goes on writing
         async with self.gate.closed():
             if leaves_private:
                 await self.writeback.finish(progress)

@@ -42,6 +42,9 @@ WRITERS = 4
 SPREAD = 0.4
 """Of `max_lag`, over how much a pass is spread while guests are served: it begins at half of it."""
 
+TURN_SECONDS = 0.05
+"""How long it takes at most until a pass that is being spread notices that it is waited for, or that guests rest."""
+
 ASIDE_SECONDS = 0.001
 """Between two pieces of settling, while guests are served: each of these takes some tenths of it."""
 
@@ -179,7 +182,7 @@ class WriteBack:
         if self._disk.dirty_bytes:
             if self.error is not None and trio.current_time() < self._tried + AGAIN_SECONDS:
                 raise OSError(errno.EIO, self.error)
-            await self.checkpoint()
+            await self.catch_up()
 
     async def _freeze(self) -> None:
         """The new layer is a record in the journal of the cache, which writes may have filled."""
@@ -274,6 +277,11 @@ class WriteBack:
         """The same where no writes come any more."""
         while self._disk.dirty_bytes or self._disk.marked:
             await self._pass(progress)
+
+    async def catch_up(self) -> None:
+        """One pass that somebody waits for. Raises OSError."""
+        with self._hurry():
+            await self.checkpoint()
 
     async def _pass(self, progress: "Progress") -> None:
         total = self._disk.dirty_bytes
@@ -400,10 +408,14 @@ class _Steps:
         self._served = 0
 
     async def turn(self) -> None:
-        """Before the next batch: wait while guests are served, if there is time. A pass disturbs them at its best."""
-        if self._may_wait():
-            share = self._done / self._weight / self._whole
-            await trio.sleep_until(self._began + share * SPREAD * self._disk.settings.max_lag)
+        """Before the next batch: wait while guests are served, if there is time. A pass disturbs them at its best.
+
+        Looks up often: from a moment on somebody may wait for the end of the pass.
+        """
+        share = self._done / self._weight / self._whole
+        until = self._began + share * SPREAD * self._disk.settings.max_lag
+        while (left := until - trio.current_time()) > 0 and self._may_wait():  # noqa: ASYNC110  (no one event)
+            await trio.sleep(min(left, TURN_SECONDS))
 
     async def aside(self) -> None:
         """Between two pieces of work on the event loop itself."""

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from forebay_cache.layer import SLOT_SHIFT
 from real.disk_fixture import MODES
 from real.kill_checker import Tally
 from real.kill_daemon import KillableGateway
-from real.kill_hunt import hunt
+from real.kill_hunt import Ground, hunt
 from real.kill_plants import BUGS
 from real.processes import MIB, need, random_image
 
@@ -142,3 +143,30 @@ async def test_a_block_that_was_evicted_and_overwritten_does_not_come_back(tmp_p
         assert not layer.pages[0][0] >> 3 & 1, "the sector is valid again, and old"
     finally:
         cache.release()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("mode", {"mode": "write-through"}), ("flush", None)], ids=["mode", "flush"]
+)
+def test_who_waits_for_a_pass_does_not_wait_as_long_as_it_may_take(
+    path: str, body: dict[str, str] | None, rng: random.Random
+) -> None:
+    """A pass that nobody waits for is spread over a good part of max_lag while guests are served."""
+    settings = {"defaults": {"max_lag": "1h", "max_dirty": "1 GiB"}}
+    ground = Ground(
+        rng.getrandbits(32), Tally(), modes=["write-back"], overlays=[], settings=settings
+    )
+    tally = ground.tally
+    try:
+        ground.begin()
+        ground.until(lambda: tally.writes >= 100)
+        asked = threading.Thread(
+            target=ground.gateway.ask, args=("POST", f"/disks/write-back/{path}", body)
+        )
+        asked.start()
+        assert ground.until(lambda: not asked.is_alive(), 45)
+        asked.join()
+        ground.finish()
+        assert not tally.lost
+    finally:
+        ground.gateway.remove()
