@@ -80,7 +80,7 @@ class WriteBack:
         self.hurried = 0
         """How many wait for passes to end."""
         self.moved = 0.0
-        """Trio time at which something was written back last."""
+        """Trio time at which write-back was seen to go on last."""
 
     @property
     def frozen(self) -> list[Layer]:
@@ -433,7 +433,8 @@ class _Steps:
     def advance(self, length: int) -> None:
         """So many bytes are written, to the journal or to the image."""
         self._done += length
-        self._disk.writeback.moved = trio.current_time()
+        if self._disk.writeback.error is None:  # a pass that fails time and again goes nowhere
+            self._disk.writeback.moved = trio.current_time()
         self._disk.pace.advanced(min(1.0, self._done / self._weight / self._whole))
         if self._progress is not None:
             self._progress(length // self._weight, 0)
