@@ -72,6 +72,7 @@ class Steps:
             settings=SETTINGS,
             depth=4,
         )
+        self.gateway.allow_log("copying paused: the cache has no room")
         self.asked = ""  # the command under way
         self.extra = False  # whether that disk is there, as far as anybody was told
 
