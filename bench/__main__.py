@@ -12,7 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import measure, report
-from bench.bed import COLD_BYTES, MISS_BYTES, SYNC_BYTES, Bed, Target, room
+from bench.bed import (
+    CHECKPOINT_BYTES,
+    CHECKPOINT_IOPS,
+    COLD_BYTES,
+    MISS_BYTES,
+    SYNC_BYTES,
+    Bed,
+    Target,
+    room,
+)
 from bench.measure import Sample
 from bench.rows import ROWS, Row
 
@@ -126,6 +135,38 @@ class Run:
                 sample = measure.write_flush(target.uri, SYNC_BYTES, seconds, seed, target.pid)
                 target.settle()
             self._note(row, number, name, sample)
+
+    def _run_checkpoint(self, bed: Bed, rows: list[Row]) -> None:
+        if not self.forebay:
+            return
+        disks = bed.checkpointers()
+        for row in rows:
+            print(row.title, flush=True)
+            reads = row.key == "checkpoint-read"
+            names = ["idle", "written", "forebay"] if reads else ["no checkpoint", "forebay"]
+            for number, name in self._rounds(names):
+                sample = self._beside_checkpoints(row, disks, name, number)
+                self._note(row, number, name, sample)
+
+    def _beside_checkpoints(
+        self, row: Row, disks: dict[str, Target], name: str, number: int
+    ) -> Sample:
+        """`written`: the other client writes, and no checkpoint runs, which tells the two apart."""
+        store = "busy" if name == "forebay" else "calm"
+        target = disks[store]
+        assert target.gateway is not None
+        before = target.gateway.status(store)["origin_written_bytes"]
+        with contextlib.ExitStack() as stack:
+            if name in ("written", "forebay") and row.fio["rw"] == "randread":
+                stack.enter_context(measure.writing(target.uri, CHECKPOINT_BYTES, CHECKPOINT_IOPS))
+            sample = measure.fio(
+                target.uri, row.fio, self.options.seconds, CHECKPOINT_BYTES, target.pid
+            )
+            written = target.gateway.status(store)["origin_written_bytes"] - before
+        if bool(written) != (store == "busy"):
+            raise RuntimeError(f"{name}, round {number}: {written} bytes were written back")
+        target.settle()
+        return sample
 
     def _run_miss(self, bed: Bed, rows: list[Row]) -> None:
         targets = dict(bed.missers(self.forebay))

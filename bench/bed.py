@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.measure import copy_out
 
@@ -26,6 +27,15 @@ SYNC_BYTES = 64 * MIB
 
 ZEROS = 1 << 20
 """Bytes of cache file that are written at once."""
+
+CHECKPOINT_LAG = "1s"
+"""The `max_lag` of a disk whose checkpoints follow each other: one begins at half of it, and takes most of the rest."""
+
+CHECKPOINT_IOPS = 1000
+"""Writes a second of 4 KiB that give the checkpoints something to do while reads are measured."""
+
+CHECKPOINT_BYTES = 64 * MIB
+"""Of the disk that is written: so little that it is the checkpoints that are measured, and not `max_dirty`."""
 
 MOST_ALLOCATED = 16 << 30
 """Bytes of cache file; the index of a terabyte is measured on a sparse one."""
@@ -131,6 +141,25 @@ class Bed:
         if forebay:
             gateway = self.gateway(self.memory, 6 * self.size)
             yield "forebay", self.disk_of(gateway, "w", self._own_image("w"), "write-back")
+
+    def checkpointers(self) -> dict[str, Target]:
+        """Two disks in write-back: on `calm` no checkpoint begins by itself, on `busy` one follows the other."""
+        cache = 6 * self.size
+        gateway = self.gateway(self.memory, cache, start=False)
+        stores: dict[str, dict[str, Any]] = {"cache": {"size": str(cache)}}
+        for store, lag in (("calm", "1h"), ("busy", CHECKPOINT_LAG)):
+            path = gateway.directory / store
+            path.mkdir()
+            stores[f"stores.{store}"] = {"path": str(path), "mode": "write-back", "max_lag": lag}
+            self._own_image(store).rename(path / "image.raw")
+        gateway.configure(stores)
+        gateway.start()
+        found = {}
+        for store in ("calm", "busy"):
+            gateway.attach(store, f"{store}:image.raw")
+            copy_out(gateway.uri(store), self.size)
+            found[store] = Target(gateway.uri(store), gateway.pid, gateway)
+        return found
 
     def syncers(self, forebay: bool) -> Iterator[tuple[str, Target]]:
         """Write-back on the real disk, where a flush costs what the device takes."""

@@ -93,6 +93,34 @@ def fio(uri: str, options: dict[str, Any], seconds: float, size: int, pid: int |
     )
 
 
+@contextmanager
+def writing(uri: str, size: int, iops: int) -> Iterator[None]:
+    """Inside `with`, another client writes 4 KiB at random places, so many a second."""
+    job = {
+        "name": "writer",
+        "ioengine": "nbd",
+        "uri": uri,
+        "size": size,
+        "time_based": 1,
+        "runtime": "1h",
+        "norandommap": 1,
+        "randrepeat": 0,
+        "rw": "randwrite",
+        "bs": "4k",
+        "iodepth": 4,
+        "rate_iops": iops,
+    }
+    command = ["fio", *(f"--{key}={value}" for key, value in job.items())]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as writer:
+        try:
+            time.sleep(0.5)  # until it writes
+            if writer.poll() is not None:
+                raise RuntimeError(f"{' '.join(command)} ended at once")
+            yield
+        finally:
+            writer.terminate()
+
+
 def copy_out(uri: str, size: int, pid: int | None = None) -> Sample:
     """Read a whole export once, with 64 requests in flight on each connection (nbdcopy to nowhere)."""
     with cpu_of(pid) as cpu:

@@ -101,7 +101,7 @@ def shown(value: float | None, measures: Field) -> str:
             return f"{value / 1000:.3g}k IOPS" if value < 1e6 else f"{value / 1e6:.3g}M IOPS"
         case "bytes_per_second":
             return f"{value / 1e9:.2f} GB/s" if value >= 1e9 else f"{value / 1e6:.0f} MB/s"
-        case "mean_us" | "p50_us":
+        case "mean_us" | "p50_us" | "p99_us":
             return f"{value:.3g} µs" if value < 1000 else f"{value:.0f} µs"
         case "seconds":
             return f"{value:.3f} s"

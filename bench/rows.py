@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Field = Literal["iops", "bytes_per_second", "mean_us", "p50_us", "seconds", "megabytes"]
+Field = Literal["iops", "bytes_per_second", "mean_us", "p50_us", "p99_us", "seconds", "megabytes"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Row:
 
     key: str
     title: str
-    group: Literal["read", "write", "sync", "miss", "cold", "memory"]
+    group: Literal["read", "write", "sync", "checkpoint", "miss", "cold", "memory"]
     measures: Field
     bars: tuple[Bar, ...]
     fio: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +84,22 @@ ROWS = (
         "sync",
         "p50_us",
         (Bar("device", "at most", 2.5),),
+    ),
+    Row(
+        "checkpoint-read",
+        "cached 4 KiB random read, depth 1, p99, a checkpoint running all the time",
+        "checkpoint",
+        "p99_us",
+        (Bar("idle", "at most", 2.0),),
+        {"rw": "randread", "bs": "4k", "iodepth": 1},
+    ),
+    Row(
+        "checkpoint-write",
+        "write-back 4 KiB random write, depth 16, a checkpoint running all the time",
+        "checkpoint",
+        "iops",
+        (Bar("no checkpoint", "at least", 0.6),),
+        {"rw": "randwrite", "bs": "4k", "iodepth": 16},
     ),
     Row(
         "misses",
