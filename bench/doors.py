@@ -112,16 +112,22 @@ def run(options: argparse.Namespace, ways: Sequence[Door]) -> dict[str, dict[str
 
 def conditions(options: argparse.Namespace) -> dict[str, str]:
     """What a reader needs to judge the figures."""
-    programs = (("fio", "--version"), ("nbdfuse", "--version"), ("sshfs", "--version"))
     kind = _first_line("stat", "--file-system", "--format=%T", str(options.dir))
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "forebay": _first_line("git", "-C", str(HERE), "rev-parse", "--short", "HEAD"),
         "machine": f"{os.cpu_count()} CPUs shared by client and servers, Linux {platform.release()}",
-        "versions": ", ".join(_first_line(*program) for program in programs),
+        "versions": ", ".join(map(_version, ("fio", "nbdfuse", "sshfs"))),
         "image": f"{options.size} MiB of random data on {options.dir} ({kind})",
         "rounds": f"{options.rounds} interleaved rounds",
     }
+
+
+def _version(program: str) -> str:
+    """The line in which it names itself: sshfs lets fusermount3 speak first."""
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    named = [line for line in done.stdout.splitlines() if line.lower().startswith(program)]
+    return named[0] if named else f"{program} unknown"
 
 
 def _first_line(*command: str) -> str:

@@ -229,7 +229,7 @@ def plot(results: Results, path: Path) -> None:
     figure, axes = plt.subplots(len(rows), 2, figsize=(12, 1.9 * len(rows)), squeeze=False)
     shown: tuple[tuple[Figure, str, str], ...] = (
         ("rate", "MB/s (more is better)", ".0f"),
-        ("cpu", "CPU ms for each MB (less is better)", ".2f"),
+        ("cpu", "CPU ms/MB (less is better)", ".2f"),
     )
     for row, pair in zip(rows, axes, strict=True):
         doors = list(reversed(results.samples[row.key]))
