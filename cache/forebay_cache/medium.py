@@ -1,4 +1,4 @@
-"""Reading slots from the device itself, past the kernel's cache, in one thread that everybody else goes before.
+"""Reading slots from the device itself, past the kernel's cache, in one thread that comes last at the disk.
 
 For whoever checks what lies on the device: the kernel's cache would answer for it, and be filled with what nobody asked
 for. Where the file system knows no O_DIRECT, as tmpfs, reads are ordinary ones.
@@ -6,7 +6,6 @@ for. Where the file system knows no O_DIRECT, as tmpfs, reads are ordinary ones.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import mmap
@@ -27,8 +26,7 @@ T = TypeVar("T")
 UNREADABLE = -1
 
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
-_WHO_PROCESS, _IDLE = 1, 3 << 13
-_NICEST = 19
+_WHO_PROCESS, _LOWEST = 1, 2 << 13 | 7  # linux/ioprio.h: best effort, the last of eight levels
 
 
 class Medium:
@@ -80,7 +78,11 @@ def matching(sums: Collection[int], stored: bytes) -> int:
 
 
 class LastInLine:
-    """A thread that gets processor and disk when nobody else wants them, where the host lets it say so."""
+    """A thread whose reads the disk does after everybody else's, where its scheduler knows of priorities.
+
+    Not with less of the processor, and not idle at the disk: what it holds meanwhile, the interpreter's lock for a moment
+    and a pin on the cache's slots while it reads, guests may be waiting for.
+    """
 
     def __init__(self, name: str) -> None:
         self._worker = Worker(name)
@@ -98,11 +100,7 @@ class LastInLine:
 
 
 def _stand_back() -> None:
-    """The calling thread, and it alone: Linux has a priority for each. It cannot be raised again."""
-    if threading.current_thread() is threading.main_thread():
-        return
-    with contextlib.suppress(OSError):  # a service's sandbox may forbid it
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)
+    """The calling thread, and it alone."""
     number = _IOPRIO_SET.get(platform.machine())
-    if number is not None:
-        ctypes.CDLL(None).syscall(number, _WHO_PROCESS, 0, _IDLE)
+    if number is not None and threading.current_thread() is not threading.main_thread():
+        ctypes.CDLL(None).syscall(number, _WHO_PROCESS, 0, _LOWEST)  # a sandbox may forbid it

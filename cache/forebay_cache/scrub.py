@@ -1,6 +1,6 @@
 """Scrub: read every slot that holds something from the device, and compare it with its entry and its checksums.
 
-Beside guests: one block at a time, by a thread that everybody else goes before, and no more than half of the time.
+Beside guests: one block at a time, by a thread that comes last at the disk, and no more than half of the time.
 Clean blocks that are damaged are given up and fetched again; damaged private data is told, with where it belongs.
 """
 
