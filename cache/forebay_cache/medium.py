@@ -80,8 +80,8 @@ def matching(sums: Collection[int], stored: bytes) -> int:
 class LastInLine:
     """A thread whose reads the disk does after everybody else's, where its scheduler knows of priorities.
 
-    Not with less of the processor, and not idle at the disk: what it holds meanwhile, the interpreter's lock for a moment
-    and a pin on the cache's slots while it reads, guests may be waiting for.
+    Not with less of the processor, and not idle at the disk: guests may be waiting for what it holds meanwhile, which
+    is the interpreter's lock, and a pin on the cache's slots while it reads.
     """
 
     def __init__(self, name: str) -> None:
