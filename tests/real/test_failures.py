@@ -429,9 +429,9 @@ def test_dirty_data_that_cannot_be_read_fails_its_disk_and_no_other(
     with pytest.raises(nbd.Error):  # a reply whose data cannot be sent is none: the connection ends
         it.clients["write-back"].pread(65536, MIB)
     it.clients = {mode: it.connect(it.gateway.uri(mode)) for mode in it.clients}
-    fails(it.clients["write-back"], "pread", 65536, MIB)
-    fails(it.clients["write-back"], "pwrite", b"x" * 4096, 0)
-    fails(it.clients["write-back"], "flush")
+    fails(it.clients["write-back"], "pread", 65536, MIB, why="EIO")
+    fails(it.clients["write-back"], "pwrite", b"x" * 4096, 0, why="EIO")
+    fails(it.clients["write-back"], "flush", why="EIO")
     it.write("write-through", MIB, os.urandom(65536))
     it.clients["write-through"].flush()
     assert it.clients["write-through"].pread(4 * MIB, 0) == it.models["write-through"]
