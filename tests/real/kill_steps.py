@@ -19,7 +19,7 @@ from real.kill_hunt import Ground
 from real.kill_plants import SIDES
 from real.processes import MIB, random_image
 
-SHARE = 0.05
+SHARE = 0.03
 """Of all points in each mode, in `make test`."""
 
 OVERLAY = "overlay"
