@@ -222,7 +222,7 @@ class DiskSettings(_Section):
     max_lag: Duration = 30.0
     """Seconds for which data may be dirty before it is written back."""
     max_dirty: Size = GIB
-    """Bytes that may be dirty before writes are slowed down to the origin's speed."""
+    """Bytes that may be dirty; from a quarter of them on, writes are slowed down towards write-back's speed."""
     origin_timeout: Duration = 60.0
     """Seconds after which an origin that does not answer is an error to the guest."""
     on_change: OnChange = "refresh"

@@ -16,7 +16,7 @@ from forebay.daemon_disk import Absent, Attached, Record
 from forebay.daemon_process import format_cache, run_process
 from forebay.daemon_socket import Door, socket_path
 from forebay.daemon_together import Progress, Shares, together
-from forebay.disk import Disk
+from forebay.disk import Disk, left_dirty
 from forebay.errors import ForebayError
 from forebay.handover import Inheritance, Sockets, give
 from forebay.image import Images
@@ -201,7 +201,9 @@ class Gateway:
             await self._bring_back(name, record, inherited)
         except (ForebayError, OSError, CacheError) as fault:
             log.error("disk '%s' is not served: %s", name, fault)
-            self._disks[name] = Absent(name, record, str(fault))
+            self._disks[name] = Absent(
+                name, record, str(fault), partial(left_dirty, self._cache, name)
+            )
 
     async def _bring_back(self, name: str, record: Record, inherited: Inheritance) -> None:
         path = socket_path(self.config.gateway.run, name)

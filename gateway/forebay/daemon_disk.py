@@ -1,6 +1,7 @@
 """One attached disk: its source, what serves it, its socket, and the record that brings it back after a restart."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -112,15 +113,20 @@ class Attached:
 class Absent:
     """A disk on record that cannot be served: its store is no longer configured, say. Shown, and kept."""
 
-    def __init__(self, name: str, record: Record, why: str) -> None:
+    def __init__(
+        self, name: str, record: Record, why: str, lag: Callable[[], tuple[int, float]]
+    ) -> None:
+        """`lag` says what its image lacks: bytes, and seconds."""
         self.name = name
         self.record = record
         self.why = why
+        self._lag = lag
 
     def status(self) -> dict[str, Any]:
         """As of a disk that does nothing."""
+        dirty, age = (0, 0.0) if self.record.overlay else self._lag()
         counters = (
-            "cached_bytes", "dirty_bytes", "lag_seconds", "read_hits", "read_misses", "write_hits",
+            "cached_bytes", "read_hits", "read_misses", "write_hits",
             "write_misses", "origin_read_bytes", "origin_written_bytes", "clients",
         )  # fmt: skip
         return {
@@ -132,6 +138,9 @@ class Absent:
             "overlay": self.record.overlay,
             "size": self.record.size,
             **dict.fromkeys(counters, 0),
+            "dirty_bytes": dirty,
+            "lag_seconds": round(age, 3),
+            "lag_bytes": dirty,
             "socket": "",
             "reason": self.why,
         }

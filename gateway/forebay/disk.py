@@ -20,7 +20,7 @@ from forebay.policies import OriginWrites, Policy, PrivateOrOrigin, PrivateWrite
 from forebay.ranges import Gate, Ranges
 from forebay.sizes import Mode
 from forebay.writeback import WriteBack
-from forebay_cache import Layer, ReadAhead, View, pin_layer
+from forebay_cache import Cache, Layer, ReadAhead, View, pin_layer
 from forebay_cache.device import Buffer
 from forebay_cache.geometry import BLOCK, SECTOR
 
@@ -657,6 +657,13 @@ class Disk:
             await self.unmark()
         except OSError as error:
             log.warning("%s: its marker could not be cleared: %s", self.name, error.strerror)
+
+
+def left_dirty(cache: Cache, name: str) -> tuple[int, float]:
+    """Of a disk that is not served: bytes that its image lacks, and the age of the oldest in seconds."""
+    dirty = sum(x.sectors for x in cache.layers_named(layer_prefix(name))) * SECTOR
+    since = [when for when, _ in (cache.record("dirty", name) or {}).values()]
+    return dirty, max(0.0, wall_clock() - min(since)) if dirty and since else 0.0
 
 
 def _silent(done: int, total: int) -> None:

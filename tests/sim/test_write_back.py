@@ -12,7 +12,7 @@ import trio.testing
 
 import forebay_cache.cache
 from forebay.config import DiskSettings
-from forebay.disk import Disk
+from forebay.disk import Disk, left_dirty
 from forebay.errors import ForebayError
 from forebay.hydrate import preload_range
 from forebay.sizes import Mode
@@ -431,6 +431,9 @@ def test_lag_is_right_while_the_store_stands_still(tmp_path: Path, end: str) -> 
             await host.kill(host.snapshot())
         await trio.sleep(60)  # nobody is there
         await host.start()
+        dirty, age = left_dirty(host.cache, "d")
+        assert dirty == 2 * BLOCK
+        assert age == pytest.approx(trio.current_time() - began, abs=0.1)
         disk = await host.attach("d", options)
         check(2 * BLOCK)
         store.error = None
