@@ -96,7 +96,7 @@ class Soak:
         )
         self.commands = Commands(self.ground.gateway, self.tally)
         self.modes: dict[str, str] = {}
-        self.next_action = self.fault_until = 0.0
+        self.next_action = self.next_return = self.fault_until = 0.0
 
     # -- life
 
@@ -147,6 +147,7 @@ class Soak:
         now = time.monotonic()
         self._mend()
         self.commands.look()
+        self._return()
         if now > self.next_action:
             self.next_action = now + self.rng.expovariate(2.0)
             action = self.rng.choices(ACTIONS, WEIGHTS)[0]
@@ -312,36 +313,56 @@ class Soak:
             guest.lose("the image lacks something after detach")
 
     def _bring_back(self, guest: Guest, there: bool) -> None:
-        """Attach it again if it is gone, and let its guest go on."""
+        """Attach it again if it is gone, and let its guest go on. What cannot be done now is tried again."""
+        overlay = guest.name not in self.ground.images
+        if not self.ground.gateway.alive:
+            return
         if not there:
-            self.commands.wait()
-            overlay = guest.name not in self.ground.images
+            options: dict[str, Any] = {"overlay": True} if overlay else {}
             if overlay:
                 guest.model[:] = self.ground.base
             else:
                 self._image_has_all(guest)
-            mode = self.modes.get(guest.name)
-            options: dict[str, Any] = {"overlay": True} if overlay else {"mode": mode}
-            self.ground.gateway.attach_disk(guest.name, self._image(guest.name), **options)
-        elif guest.name not in self.ground.images:
-            self._overlay_may_be_gone(guest)
+                options["mode"] = self.modes[guest.name]
+            try:
+                self.ground.gateway.attach_disk(guest.name, self._image(guest.name), **options)
+            except Refused:  # a store that has begun to fail, or a kill
+                self.tally.controls_failed += 1
+                return
+        elif overlay and not self._overlay_may_be_gone(guest):
+            return
         guest.away = False
-        if self.ground.gateway.alive:
-            guest.connect()
+        guest.connect()
+
+    def _return(self) -> None:
+        """Bring back those for whom that could not be done."""
+        away = [guest for guest in self.ground.guests.all if guest.away]
+        failing = self.store is not None and self.store.active
+        if not away or failing or self.commands.busy or time.monotonic() < self.next_return:
+            return
+        self.next_return = time.monotonic() + 1.0
+        there = {disk["name"] for disk in self.ground.gateway.ask("GET", "/disks")}
+        for guest in away:
+            self._bring_back(guest, guest.name in there)
 
     def _image(self, name: str) -> str:
         store = "faulty" if self.store is not None and name.startswith("f-") else "images"
         file = "f-base" if name not in self.ground.images else name
         return f"{store}:{file}.raw"
 
-    def _overlay_may_be_gone(self, guest: Guest) -> None:
-        """It was being detached: what it has of its own is all there or all gone."""
+    def _overlay_may_be_gone(self, guest: Guest) -> bool:
+        """It was being detached: what it has of its own is all there or all gone. False: that cannot be read now."""
         import nbd
 
         handle = nbd.NBD()
         handle.connect_uri(guest.uri)
-        if bytes(handle.pread(guest.size, 0)) == self.ground.base:
+        try:
+            found = bytes(handle.pread(guest.size, 0))
+        except nbd.Error:
+            return False
+        if found == self.ground.base:
             guest.model[:] = self.ground.base
+        return True
 
     # -- comparing
 
@@ -356,6 +377,9 @@ class Soak:
         if self.store is not None:
             self.store.fail()
         self.commands.wait()
+        while any(guest.away for guest in self.ground.guests.all):
+            self._return()
+            time.sleep(0.05)
         assert self.ground.guests.quiesce(COMPARE_SECONDS), "the daemon is gone"
         self._flushed()
         for guest in self.ground.guests.all:
