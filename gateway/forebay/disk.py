@@ -448,7 +448,7 @@ class Disk:
         """Wait until that much may become dirty. Raises OSError."""
         if self.overlay:
             return
-        await self._mark()
+        await self.mark()
         if self.writes_back:
             await self._slow_down()
             await self._below_limit(length)
@@ -482,9 +482,12 @@ class Disk:
         await self.writeback.passed()
         self.writeback.check_goes_on("the cache is full", began)
 
-    async def _mark(self) -> None:
-        """Say beside the image, durably, that it will lack data, before it does."""
-        if not self.marked:
+    async def mark(self) -> None:
+        """Say beside the image, durably, that it will lack data, before it does.
+
+        It holds until the next await: a pass may end then, and say that the image has everything.
+        """
+        while not (self.marked or self.overlay):
             async with self._marking:
                 if self.source.marker is not None and not self.marked:
                     await self.source.marker.dirty()

@@ -185,6 +185,7 @@ class PrivateWrites:
         began, timeout = trio.current_time(), disk.settings.origin_timeout
         with trio.move_on_after(timeout) as patience:
             while True:
+                await disk.mark()
                 layer = disk.view.private[0]  # a new one, if it was frozen meanwhile
                 sectors, slots = layer.sectors, layer.slots
                 if private.write(disk.block_cache, layer, offset, data):
@@ -224,6 +225,7 @@ class PrivateWrites:
         for at in range(offset, offset + length, 16 * BLOCK):
             part = min(16 * BLOCK, offset + length - at)
             while True:
+                await disk.mark()
                 layer = disk.view.private[0]
                 sectors, slots = layer.sectors, layer.slots
                 if private.zero(disk.block_cache, layer, at, part):

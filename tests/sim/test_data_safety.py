@@ -18,7 +18,7 @@ import forebay_cache.view
 from forebay.disk import Disk
 from forebay.errors import ForebayError
 from forebay.sizes import Mode
-from forebay_cache import clean, mark_hot, open_cache, pin_layer, scrub
+from forebay_cache import clean, mark_hot, open_cache, pin_layer, private, scrub
 from forebay_cache.geometry import BLOCK, SECTOR
 from forebay_cache.sums import UNKNOWN
 from forebay_cache.view import read_slots
@@ -108,6 +108,39 @@ def test_the_marker_goes_after_what_it_tells_of(tmp_path: Path) -> None:
         marker.clean = watched  # type: ignore[method-assign]
         await host.detach("d", discard=True)
         assert not marker.is_dirty
+
+    play(tmp_path, story)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_write_that_had_to_wait_is_announced_again(tmp_path: Path, zeros: bool) -> None:
+    """A pass ends while it waits for room, say, and notes beside the image that this has everything."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        marker = host.sources["d"].marker
+        assert marker is not None
+        name = "zero" if zeros else "write"
+        store = getattr(private, name)
+
+        def refused(*_: object) -> bool:
+            setattr(private, name, store)
+            return False
+
+        async def a_pass_ends(*_: object, **__: object) -> None:
+            await disk.unmark()
+            assert not marker.is_dirty
+
+        with (
+            mock.patch.object(private, name, refused),
+            mock.patch.object(private, "prepare", a_pass_ends),
+        ):
+            if zeros:
+                await disk.zero(0, BLOCK, True, True, False)
+            else:
+                await disk.write(0, memoryview(NEW), True)
+        assert disk.dirty_bytes == BLOCK
+        assert marker.is_dirty, "only the cache has it, and nothing says so"
 
     play(tmp_path, story)
 
