@@ -127,7 +127,7 @@ POINTS = (
     Point("origin fsync", f"{GATEWAY}.origin_calls:Calls.fsync"),
     # the redo journal
     Point("redo create", f"{GATEWAY}.redo:Redo.__init__"),
-    Point("redo add", f"{GATEWAY}.redo:Redo.add"),
+    Point("redo add", f"{GATEWAY}.redo:Redo._append"),
     Point("redo commit", f"{GATEWAY}.redo:Redo.commit"),
     Point("redo rename", "os:rename", _renamed("redo.new")),
     Point("redo remove", f"{GATEWAY}.redo:remove"),
