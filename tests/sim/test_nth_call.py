@@ -44,7 +44,7 @@ from sim.fake_host import Host, check_cache, nothing, settings
 from sim.fake_loop import Dice, simulated
 from sim.fake_origin import FakeOrigin
 
-SHARE = float(os.environ.get("FOREBAY_NTH_SHARE", "0.015"))
+SHARE = float(os.environ.get("FOREBAY_NTH_SHARE", "0.01"))
 ONLY = os.environ.get("FOREBAY_NTH_CASE", "")
 
 SIZE = 20 * BLOCK
