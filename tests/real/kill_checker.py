@@ -209,6 +209,8 @@ class Guest:
         self.verifying = 0
         self.quiet = False
         """No new requests are begun."""
+        self.may_be_full = False
+        """The cache is so small that ENOSPC is no fault: the request is repeated."""
         self.away = False
         """Its disk is detached: it stays without connections."""
         self.serial = 0
@@ -296,7 +298,8 @@ class Guest:
     def _refused(self, request: Request) -> None:
         """The daemon answered with an error: a fault, unless the origin is being made to fail."""
         self.tally.errors[request.error] += 1
-        if request.error in GONE or self.lenient:
+        full = self.may_be_full and request.error == errno.ENOSPC
+        if request.error in GONE or self.lenient or full:
             self.tally.refused += 1
             self.later.append((time.monotonic() + RETRY_SECONDS, request))
         else:

@@ -1,7 +1,7 @@
 """The soak: many disks in mixed modes on a store that fails and one that does not, and everything that can happen.
 
 Every guest checks all that it reads. On the failing store guests repeat what is refused, as QEMU with werror=stop has
-it done; on the other one nothing may ever be refused, whatever the first one does.
+it done; on the other one nothing may ever be refused, whatever the first one does, but for want of room in the cache.
 """
 
 import random
@@ -111,6 +111,8 @@ class Soak:
         self.ground.base = random_image(base, MIB, self.seed, self.ground.holes)
         for number in (1, 2):
             self._add(f"f-overlay-{number}", store, base, overlay=True)
+        for guest in self.ground.guests.all:
+            guest.may_be_full = True
         assert self.ground.guests.connect()
 
     def _add(self, name: str, store: str, path: Path, **options: Any) -> None:
