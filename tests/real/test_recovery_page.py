@@ -22,6 +22,9 @@ from real.processes import MIB
 PAGE = Path(__file__).parents[2] / "RECOVERY.md"
 SIZE = 4 * MIB
 
+SLOW = {"defaults": {"max_lag": "1h"}}
+"""What is dirty stays so until somebody asks, however long the machine takes for a test."""
+
 MakeGateway = Callable[..., GatewayProcess]
 
 
@@ -165,8 +168,8 @@ def hosts(make_gateway: MakeGateway) -> Callable[..., dict[str, GatewayProcess]]
     """Two that see one store; both may say what they like in their logs."""
 
     def make() -> dict[str, GatewayProcess]:
-        one, other = make_gateway(), make_gateway(start=False)
-        other.configure({"stores.images": {"path": str(one.images)}})
+        one, other = make_gateway(SLOW), make_gateway(start=False)
+        other.configure({**SLOW, "stores.images": {"path": str(one.images)}})
         other.images = one.images
         other.start()
         for gateway in (one, other):
@@ -178,7 +181,7 @@ def hosts(make_gateway: MakeGateway) -> Callable[..., dict[str, GatewayProcess]]
 
 @pytest.fixture
 def host(make_gateway: MakeGateway) -> GatewayProcess:
-    gateway = make_gateway()
+    gateway = make_gateway(SLOW)
     gateway.allow_log(".*")
     return gateway
 
@@ -250,7 +253,7 @@ def test_the_cache_disk_is_gone(host: GatewayProcess, player: Make) -> None:
 
 def test_the_store_is_full(make_gateway: MakeGateway, player: Make, tmp_path: Path) -> None:
     with small_tmpfs(tmp_path / "store", 8 * MIB) as store:
-        host = make_gateway({"stores.images": {"path": str(store)}, "defaults": {"max_lag": "1h"}})
+        host = make_gateway({**SLOW, "stores.images": {"path": str(store)}})
         host.allow_log(".*")
         host.images = store
         try:
