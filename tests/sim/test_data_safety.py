@@ -121,13 +121,14 @@ def test_a_write_that_had_to_wait_is_announced_again(tmp_path: Path, zeros: bool
         marker = host.sources["d"].marker
         assert marker is not None
         name = "zero" if zeros else "write"
-        store = getattr(private, name)
+        store, prepare = getattr(private, name), private.prepare
 
         def refused(*_: object) -> bool:
             setattr(private, name, store)
             return False
 
-        async def a_pass_ends(*_: object, **__: object) -> None:
+        async def a_pass_ends(*args: Any, **options: Any) -> None:
+            await prepare(*args, **options)
             await disk.unmark()
             assert not marker.is_dirty
 
