@@ -306,10 +306,10 @@ class Steps:
         self.extra, self.asked = False, ""
 
 
-def sample(sides: list[str], seed: int, share: float) -> list[str]:
-    """Some of them, each as likely as the others."""
-    rng = random.Random(seed)
-    return [side for side in sides if rng.random() < share]
+def sample(sides: list[str], rng: random.Random, share: float) -> list[str]:
+    """So many of them, two at least, in their order."""
+    chosen = set(rng.sample(sides, max(2, round(share * len(sides)))))
+    return [side for side in sides if side in chosen]
 
 
 def kill_everywhere(
@@ -335,8 +335,10 @@ def kill_everywhere(
             for side, count in steps.passings(armed=True).items()
             if side.partition(" ")[2] in AT_START
         }
-        for side in (side for side in SIDES if rng.random() < share):
-            count = counts.get(side, 1 if side.endswith("redo apply") else 0)
+        if counts.get("after redo commit"):
+            counts |= dict.fromkeys((f"{when} redo apply" for when in ("before", "after")), 1)
+        for side in sample([side for side in SIDES if counts.get(side)], rng, share):
+            count = counts[side]
             for nth in [1, *(rng.randint(2, count) for _ in range(more) if count > 1)][:count]:
                 steps.kill_at(side, nth)
                 told(tally)
