@@ -151,7 +151,7 @@ class Index:
                 raw = txn.get(b"state", db=self._db["meta"])
         except (lmdb.Error, OSError) as error:
             raise CacheError(
-                f"{path}: cannot open the index: {error}; see 'Recovery' in the README"
+                f"{path}: cannot open the index: {error}; see 'The index is damaged' in RECOVERY.md"
             ) from None
         state = json.loads(raw) if raw else {"format": "unknown"}
         if state["format"] != FORMAT:

@@ -131,11 +131,6 @@ class Image:
         """Of the clean layer."""
         return f"image:{self.key}"
 
-    @property
-    def written(self) -> bool:
-        """Whether a disk here may write the image."""
-        return any(s.use.writes for s in self.sources)
-
     def _layer(self) -> Layer:
         return self.cache.layer(self.name) or self.cache.make_layer(self.name, private=False)
 

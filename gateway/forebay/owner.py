@@ -326,11 +326,10 @@ class Marker:
     def _write(self, owner: Owner) -> None:
         text = json.dumps(asdict(owner), indent=1) + "\n"
         fd = os.open("owner.new", _CREATE | os.O_TRUNC, 0o644, dir_fd=self._sidecar)
-        try:
-            os.write(fd, text.encode())
+        with open(fd, "wb") as file:  # writes all of it, or raises
+            file.write(text.encode())
+            file.flush()
             os.fsync(fd)
-        finally:
-            os.close(fd)
         os.rename("owner.new", "owner", src_dir_fd=self._sidecar, dst_dir_fd=self._sidecar)
         os.fsync(self._sidecar)
         self.owner = owner
