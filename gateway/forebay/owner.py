@@ -194,7 +194,7 @@ class Marker:
 
     def _recover(self, owner: Owner | None, file: ImageFile, *, take_over: bool) -> Recovered:
         dropped = redo.UNFINISHED in os.listdir(self._sidecar)
-        finished = redo.recover(self._sidecar, file.fd, self.image.key, Calls())
+        finished = self._finish(owner, file)
         found = Recovered(finished, dropped, owner)
         if owner is None:
             self._remove()
@@ -202,15 +202,22 @@ class Marker:
             me = Owner.of_this_process(NOBODY, owner.disk)
             token = max(int(time.time()), owner.token + 1)
             self._write(replace(me, token=token, as_of=found.as_of))
-        elif finished is not None:
-            self._write(replace(owner, as_of=found.as_of))
         return found
+
+    def _finish(self, owner: Owner | None, file: ImageFile) -> redo.Checkpoint | None:
+        """Finish or drop a checkpoint. The marker names its instant before the journal goes, as in `end_redo`."""
+
+        def name(finished: redo.Checkpoint) -> None:
+            if owner is not None:
+                self._write(replace(owner, as_of=finished.as_of))
+
+        return redo.recover(self._sidecar, file.fd, self.image.key, Calls(), name)
 
     def _begin(self, me: Owner, file: ImageFile) -> None:
         before = _read(self._sidecar, self.image)
         if before is not None and before.gateway not in (me.gateway, NOBODY):
             raise left_behind(self.image, before)
-        found = redo.recover(self._sidecar, file.fd, self.image.key, Calls())
+        found = self._finish(before, file)
         if found is not None:
             log.info("%s: a checkpoint of '%s' was finished", self.image.key, found.disk)
         as_of = found.as_of if found else before.as_of if before else ""

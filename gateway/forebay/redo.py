@@ -23,7 +23,7 @@ import os
 import stat
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from xxhash import xxh3_64, xxh3_64_intdigest
@@ -152,10 +152,17 @@ def remove(sidecar: int) -> None:
     os.fsync(sidecar)
 
 
-def recover(sidecar: int, image: int, label: str, calls: Calls) -> Checkpoint | None:
+def recover(
+    sidecar: int,
+    image: int,
+    label: str,
+    calls: Calls,
+    applied: Callable[[Checkpoint], None] | None = None,
+) -> Checkpoint | None:
     """Apply a committed journal to the open image and remove it; drop an uncommitted one. None: there was none.
 
-    Nothing is written unless all of the journal is good. Raises ForebayError for one that is not, or is another file's.
+    `applied` is called when the image has it, durably, and before the journal goes. Nothing is written unless all of
+    the journal is good. Raises ForebayError for one that is not, or is another file's.
     """
     with contextlib.suppress(FileNotFoundError):
         os.unlink(UNFINISHED, dir_fd=sidecar)
@@ -187,6 +194,8 @@ def recover(sidecar: int, image: int, label: str, calls: Calls) -> Checkpoint | 
         os.fsync(image)
     finally:
         os.close(fd)
+    if applied is not None:
+        applied(checkpoint)
     remove(sidecar)
     return checkpoint
 

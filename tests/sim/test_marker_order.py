@@ -5,20 +5,26 @@ import os
 from pathlib import Path
 from unittest import mock
 
+import pytest
+
 from forebay import redo
-from forebay.owner import Marker
+from forebay.owner import Marker, read_owner
 from forebay.owner_record import Owner
 from forebay.store import FileImage, open_image
 
 AS_OF = "2026-01-02T03:04:05.678+00:00"
 
 
-def test_while_the_journal_goes_the_marker_names_the_instant_already(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ended", ["by itself", "at the next start", "by recover"])
+def test_while_the_journal_goes_the_marker_names_the_instant_already(
+    tmp_path: Path, ended: str
+) -> None:
     """A power cut in between: an image that shows that instant must not be said to be of an older one."""
     (tmp_path / "a.raw").write_bytes(bytes(1 << 20))
     image = FileImage("images", tmp_path, "a.raw")
     file = open_image(image, read_only=False)
-    marker = Marker.take(image, file, Owner.of_this_process("a gateway", "d"))
+    me = Owner.of_this_process("a gateway", "d")
+    marker = Marker.take(image, file, me)
     sidecar = tmp_path / "a.raw.forebay"
     seen: list[tuple[str, bool]] = []
     remove = redo.remove
@@ -34,9 +40,19 @@ def test_while_the_journal_goes_the_marker_names_the_instant_already(tmp_path: P
         journal.add(0, 4096, [b"1" * 4096])
         marker.commit_redo(journal)
         with mock.patch.object(redo, "remove", watched):
-            marker.end_redo(AS_OF)
+            if ended == "by itself":
+                marker.end_redo(AS_OF)
+            elif ended == "at the next start":
+                marker.close()
+                marker = Marker.take(image, file, me)
+            else:
+                marker.close()
+                Marker.recover(image, file)
         assert seen == [(AS_OF, True)]
         assert not (sidecar / redo.NAME).exists()
+        owner = read_owner(image)
+        assert owner is not None
+        assert (owner.as_of, owner.state) == (AS_OF, "dirty")
     finally:
         marker.close()
         os.close(file.fd)
