@@ -408,7 +408,8 @@ def test_a_read_only_disk_is_read_only(
         handle = handles(door.uri("ro"))
         assert handle.is_read_only()
         handle.set_strict_mode(0)
-        with pytest.raises(nbd.Error, match="EPERM|EINVAL"):
+        # nbdkit 1.32 refuses it, and now and then hangs up before the payload of a write that it has refused is there
+        with pytest.raises(nbd.Error, match="EPERM|EINVAL|ENOTCONN"):
             write(handle)
     assert handles(door.uri("ro")).pread(512, 0) == (shared.images / "ro.raw").read_bytes()[:512]
 
