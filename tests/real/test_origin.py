@@ -555,7 +555,7 @@ async def test_the_times_are_flushed_where_they_are_asked_for(
     back = calls.hang["fdatasync"] = threading.Event()
     async with origin_of(opened(path), calls=calls) as origin, trio.open_nursery() as nursery:
         nursery.start_soon(origin.flush)
-        while not calls.made:  # else its thread could take the wish of the third along
+        while not calls.made:  # noqa: ASYNC110  (else its thread could take the wish of the third along)
             await trio.sleep(0.001)
         nursery.start_soon(origin.flush)
         nursery.start_soon(partial(origin.flush, times=True))
