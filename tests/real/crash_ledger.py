@@ -1,0 +1,247 @@
+"""What a disk may hold: each 512 bytes of it, at every record of a log, from the marks that the guests left there.
+
+A guest says what it is about to do, does it, and says that it was answered. So at any record of the log a cell (512
+bytes, the least that a medium writes whole) may hold what it held when it was last flushed, or what came later, be it
+answered or on its way.
+"""
+
+import bisect
+import marshal
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+CELL = 512
+SECTOR = 4096
+ZERO = bytes(CELL)
+NEVER = 1 << 60
+
+Spans = list[tuple[int, int]]
+"""From a record on, and before another one."""
+
+ALWAYS: Spans = [(-1, NEVER)]
+
+
+def content(cell: int, operation: int) -> bytes:
+    """What a write puts into a cell: all of it says so. Operation 0: what the image held before."""
+    if operation == 0 and cell // 8 % 7 == 0:
+        return ZERO
+    return struct.pack("<QQ", cell, operation) * (CELL // 16)
+
+
+def image_content(size: int) -> bytes:
+    """Of an image that nobody has written to yet."""
+    return b"".join(content(cell, 0) for cell in range(size // CELL))
+
+
+def told(data: bytes, cell: int) -> str:
+    """What a cell holds, in words."""
+    if not any(data):
+        return "zeros"
+    where, operation = struct.unpack_from("<QQ", data)
+    whole = data == content(where, operation)
+    return f"{'' if whole else 'part of '}operation {operation}{'' if where == cell else f' of cell {where}'}"
+
+
+@dataclass(eq=False)
+class Operation:
+    """One write, or zeroing, of some cells. `begun` and `ended` are numbers of records."""
+
+    number: int
+    first: int
+    count: int
+    zero: bool
+    fua: bool
+    begun: int
+    ended: int = NEVER
+
+    def value(self, cell: int) -> bytes:
+        """What it puts there."""
+        return ZERO if self.zero else content(cell, self.number)
+
+
+@dataclass
+class Ledger:
+    """As of the record up to which :meth:`advance` went."""
+
+    size: int
+    operations: dict[int, Operation] = field(default_factory=dict)
+    cells: dict[int, list[Operation]] = field(default_factory=dict)
+    floor: dict[int, int] = field(default_factory=dict)  # how many of a cell's are below
+    home: dict[int, int] = field(default_factory=dict)  # the same for what the image has to have
+    said: set[str] = field(default_factory=set)
+    mode: str = ""
+
+    def __post_init__(self) -> None:
+        self._asked: dict[int, dict[int, int]] = {}
+        self._answered: dict[int, int] = {}  # by cell: how many are below its last answered one
+        self._known: dict[int, tuple[bytes, Spans]] = {}
+        self._at: dict[int, float] = {}
+        self._right: dict[int, dict[int, bytes]] = {}  # by floor and sector: what was found right
+        self._last: tuple[bytes, Spans] | None = None
+        self.shown = bytearray(image_content(self.size))
+
+    def take(self, number: int, mark: bytes) -> None:
+        """One mark, which is record `number`."""
+        kind, *rest = marshal.loads(mark)
+        getattr(self, f"_{kind}")(number, *rest)
+
+    def _begin(
+        self, record: int, number: int, first: int, count: int, zero: bool, fua: bool, at: float
+    ) -> None:
+        operation = Operation(number, first, count, zero, fua, record)
+        self.operations[number] = operation
+        self._at[record] = at
+        self._forget(operation)
+        for cell in range(first, first + count):
+            self.cells.setdefault(cell, []).append(operation)
+            self.shown[cell * CELL : (cell + 1) * CELL] = operation.value(cell)
+
+    def _end(self, record: int, number: int, at: float) -> None:
+        operation = self.operations[number]
+        operation.ended = record
+        self._at[record] = at
+        self._forget(operation)
+        for cell in range(operation.first, operation.first + operation.count):
+            self._answered[cell] = self.cells[cell].index(operation) + 1
+            self._rises(self._answered, cell)
+        if operation.fua:
+            mine = range(operation.first, operation.first + operation.count)
+            self._raise(self.floor, {cell: self._answered[cell] for cell in mine})
+
+    def _forget(self, operation: Operation) -> None:
+        for sector in range(operation.first // 8, (operation.first + operation.count + 7) // 8):
+            self._known.pop(sector, None)
+        self._last = None
+
+    def _flush(self, _: int, number: int) -> None:
+        self._asked[number] = dict(self._answered)
+
+    def _flushed(self, _: int, number: int) -> None:
+        self._raise(self.floor, self._asked.pop(number))
+
+    def _drain(self, record: int, number: int) -> None:
+        self._flush(record, number)
+
+    def _drained(self, _: int, number: int) -> None:
+        answered = self._asked.pop(number)
+        self._raise(self.floor, answered)
+        self._raise(self.home, answered)
+
+    def _raise(self, floor: dict[int, int], to: dict[int, int]) -> None:
+        for cell, below in to.items():
+            if floor.get(cell, 0) < below:
+                floor[cell] = below
+                self._rises(floor, cell)
+
+    def _rises(self, floor: dict[int, int], cell: int) -> None:
+        right = self._right.get(id(floor))
+        if right is not None:
+            right.pop(cell // 8, None)
+
+    def _say(self, _: int, what: str) -> None:
+        self.said.add(what)
+
+    def _change(self, _: int, mode: str) -> None:
+        self.mode = mode
+
+    # -- looking ----------------------------------------------------------------------------------------------
+
+    def answered(self) -> dict[int, int]:
+        """The floor of those who were killed: everything that was answered."""
+        return self._answered
+
+    def legal(self, cell: int, below: int) -> list[bytes]:
+        """Newest first: what a cell may hold where the first `below` operations on it have to have happened."""
+        operations = self.cells.get(cell, [])
+        values = [op.value(cell) for op in reversed(operations[max(0, below - 1) :])]
+        return values if below else [*values, content(cell, 0)]
+
+    def wrong(self, found: bytes, floor: dict[int, int]) -> str | None:
+        """Why a disk must not hold that; None: it may. What was found right stays so until the floor rises."""
+        if found == self.shown:
+            return None
+        right = self._right.setdefault(id(floor), {})
+        for sector in range(self.size // SECTOR):
+            data = found[sector * SECTOR : (sector + 1) * SECTOR]
+            if right.get(sector) == data:
+                continue
+            for cell in range(sector * 8, sector * 8 + 8):
+                part = data[cell % 8 * CELL : (cell % 8 + 1) * CELL]
+                below = floor.get(cell, 0)
+                if part not in self.legal(cell, below):
+                    known = [op.number for op in self.cells.get(cell, [])]
+                    return f"cell {cell} holds {told(part, cell)}; of its operations {known} {below} are durable"
+            right[sector] = data
+        return None
+
+    def instants(self, found: bytes) -> Spans:
+        """When the disk held exactly that: spans of record numbers, and of seconds since the epoch.
+
+        Raises ValueError where there was no such instant.
+        """
+        if self._last is not None and self._last[0] == found:
+            return self._last[1]
+        records = ALWAYS
+        for sector in range(self.size // SECTOR):
+            data = found[sector * SECTOR : (sector + 1) * SECTOR]
+            mine = self._spans_of(sector, data)
+            if mine == ALWAYS:
+                continue
+            both = [(max(a, c), min(b, d)) for a, b in records for c, d in mine]
+            both = [(a, b) for a, b in both if a < b]
+            if not both:
+                what = told(data[:CELL], sector * SECTOR // CELL)
+                raise ValueError(
+                    f"sector {sector} holds {what} of {mine}, and the others are of {records}"
+                )
+            records = both
+        self._last = found, records
+        return records
+
+    def _spans_of(self, sector: int, data: bytes) -> Spans:
+        """The same for one sector."""
+        known = self._known.get(sector)
+        if known is not None and known[0] == data:
+            return known[1]
+        spans = ALWAYS
+        for cell in range(sector * 8, sector * 8 + 8):
+            operations = self.cells.get(cell, [])
+            part = data[cell % 8 * CELL : (cell % 8 + 1) * CELL]
+            mine = []
+            for n in range(-1, len(operations)):
+                if part == (operations[n].value(cell) if n >= 0 else content(cell, 0)):
+                    until = min((op.ended for op in operations[n + 1 :]), default=NEVER)
+                    mine.append((operations[n].begun if n >= 0 else -1, until))
+            if not mine:
+                raise ValueError(f"cell {cell} holds {told(part, cell)}")
+            spans = [(max(a, c), min(b, d)) for a, b in spans for c, d in mine]
+            spans = [(a, b) for a, b in spans if a < b]
+        if not spans:
+            raise ValueError(
+                f"sector {sector} holds {told(data[:CELL], sector * 8)} and others at no time"
+            )
+        self._known[sector] = bytes(data), spans
+        return spans
+
+    def seconds(self, spans: Spans) -> list[tuple[float, float]]:
+        """Spans of records as seconds since the epoch: not later than, not earlier than."""
+        return [(self._at.get(a, 0.0), self._at.get(b, float("inf"))) for a, b in spans]
+
+
+class Marks:
+    """The marks of a log; a ledger that follows."""
+
+    def __init__(self, records: list[tuple[Any, ...]], size: int) -> None:
+        self._found = [(n, record[1]) for n, record in enumerate(records) if record[0] == "mark"]
+        self._numbers = [n for n, _ in self._found]
+        self._taken = 0
+        self.ledger = Ledger(size)
+
+    def advance(self, to: int) -> Ledger:
+        """The ledger as of record `to`."""
+        until = bisect.bisect_left(self._numbers, to)
+        for number, mark in self._found[self._taken : until]:
+            self.ledger.take(number, mark)
+        self._taken = max(self._taken, until)
+        return self.ledger
