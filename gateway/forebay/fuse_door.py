@@ -136,9 +136,8 @@ def _mount_point(where: Path) -> Path:
     """The absolute path of a directory to mount at; a mount that a killed process left there is removed."""
     where = Path(os.path.abspath(where))
     try:
-        os.statvfs(
-            where
-        )  # for a moment the kernel knows the attributes of one that is dead, but never this
+        # for a moment the kernel knows the attributes of a dead one, but never this
+        os.statvfs(where)
         found = where.stat()
     except OSError as fault:
         if fault.errno not in (errno.ENOTCONN, errno.ECONNABORTED):

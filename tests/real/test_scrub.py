@@ -185,7 +185,9 @@ def test_check_changes_nothing_and_finds_nothing(
         assert found["used_slots"] == found["clean_slots"] + found["private_slots"]
         assert found["free_slots"] == found["slots"] - found["used_slots"]
         assert found["private_slots"] > 0
-        assert found["checked_bytes"] >= 100 * SECTOR  # what was read just before a kill is not in the index yet
+        assert (
+            found["checked_bytes"] >= 100 * SECTOR
+        )  # what was read just before a kill is not in the index yet
         assert (found["journal_records"] > 0) == kill
         assert states(gateway) == before
 
