@@ -67,6 +67,9 @@ CLOCKS = 0.01
 
 READ = 1 << 20
 
+LONGEST = 3600.0
+"""Seconds, of a clock that jumps, after which what does not come to an end is a fault too."""
+
 
 class Broken(AssertionError):
     """A promise was broken."""
@@ -282,15 +285,18 @@ class Oracle:
                 layer.adopt(number, cache.index.page(layer.id, number))
         parts = list(_parts(private, clean, record.size))
         slots = read_slots(cache, {part.slot for part in parts if part.slot >= 0})
+        good = {
+            slot: matching(sums, cache.sums.get(slot) or stored)
+            for slot, (_, sums, stored) in slots.items()
+        }
         found = bytearray(image)
         for part in parts:
             data = bytes(SECTOR)
             if part.slot >= 0:
-                raw, sums, stored = slots[part.slot]
-                sector = part.offset % BLOCK // SECTOR
-                if not matching(sums, cache.sums.get(part.slot) or stored) >> sector & 1:
+                at = part.offset % BLOCK
+                if not good[part.slot] >> at // SECTOR & 1:
                     raise Broken(f"damaged data: {part}")
-                data = bytes(raw[sector * SECTOR : (sector + 1) * SECTOR])
+                data = bytes(slots[part.slot][0][at : at + SECTOR])
             if not part.private and data != image[part.offset : part.offset + SECTOR]:
                 raise Broken(f"mode {record.mode}: {part}, clean, is not what the image has")
             found[part.offset : part.offset + SECTOR] = data
@@ -305,6 +311,7 @@ class Oracle:
         self._host.changed(IMAGE_PATH)
         self._host.changed(CACHE_PATH)
         async with AsyncExitStack() as stack:
+            stack.enter_context(trio.fail_after(LONGEST))
             nursery = await stack.enter_async_context(trio.open_nursery())
             stack.callback(nursery.cancel_scope.cancel)
             await nursery.start(cache.run)
