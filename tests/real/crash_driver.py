@@ -202,7 +202,7 @@ class Life:
     seed: str
     mode: str
     modes: Sequence[str] = ()
-    """What the operator changes to."""
+    """What the operator changes to. A change to what it is already commits the index, and no more."""
     operations: int = 80
     """Of each guest."""
     pause: float = 0.05
@@ -263,13 +263,14 @@ class Living:
         self._start(gateway)
         client = Client(str(gateway.control))
         marks.say("change", self.life.mode)
+        full = "full-copy" in (self.life.mode, *self.life.modes)  # it takes what it takes
         client.post(
             "/disks",
             {
                 "name": DISK,
                 "image": f"{STORE}:{IMAGE}",
                 "mode": self.life.mode,
-                "cache_size": self.random.choice((0, 0, 5 * 65536)),
+                "cache_size": 0 if full else self.random.choice((0, 0, 5 * 65536)),
             },
         )
         marks.say("say", "attached")

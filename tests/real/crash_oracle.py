@@ -27,6 +27,7 @@ from unittest import mock
 
 import trio
 import trio.testing
+from lmdb.verify import VerifyError, verify
 
 import forebay_cache.cache
 from forebay import recover
@@ -193,8 +194,13 @@ def _overwrite(path: Path, content: bytearray) -> None:
 class Oracle:
     """Looks at one state after the other, inside one trio run (`looking`)."""
 
-    def __init__(self, host: Host, rng: random.Random, *, one_instant: bool) -> None:
-        """`one_instant`: nothing but checkpoints has written the image."""
+    def __init__(
+        self, host: Host, rng: random.Random, *, one_instant: bool, mistrust: bool = False
+    ) -> None:
+        """`one_instant`: nothing but checkpoints has written the image. `mistrust`: LMDB gets no index that may be such
+        that it ends the process.
+        """
+        self._mistrust = mistrust
         self._host = host
         self._random = rng
         self._one_instant = one_instant
@@ -211,6 +217,8 @@ class Oracle:
         deep = self._random.random() < DEEP
         if deep and self._random.random() < 0.5:  # else the next daemon finds it recovered
             self._host.put_image(state)
+        if self._mistrust:
+            self._verify_index()
         cache = open_cache(
             self._host.directory / CACHE_PATH,
             self._host.state / "index",
@@ -229,6 +237,17 @@ class Oracle:
         said = [record.getMessage() for record in self._logged]
         if loud := [text for text in said if not EXPECTED.search(text)]:
             raise Broken(f"said: {loud[0]}")
+
+    def _verify_index(self) -> None:
+        index = self._host.state / "index"
+        if not (index / "data.mdb").exists():
+            return
+        try:
+            problems: list[str] = verify(str(index))  # type: ignore[no-untyped-call]
+        except (VerifyError, OSError) as fault:
+            problems = [str(fault)]
+        if problems:
+            raise Broken(f"the index is damaged: {problems[0]}")
 
     def wrote(self) -> None:
         """The cache device was written to."""

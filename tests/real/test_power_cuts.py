@@ -50,11 +50,12 @@ ROOM = 512 << 20
 
 LIVES = (
     ("write-back", ()),
+    ("write-back", ("write-back",)),
     ("write-back", ("write-back", "full-copy")),
     ("write-through", ("write-back", "write-through", "write-around", "none", "full-copy")),
     ("full-copy", ("write-back", "full-copy")),
     ("write-around", ("write-through", "write-around")),
-    ("write-through", ()),
+    ("write-through", ("write-through",)),
 )
 BACK = {"write-back", "full-copy"}
 
@@ -105,7 +106,9 @@ def look_at(
     records = read_log(living.log)
     replay, marks = Replay(records), Marks(records, SIZE)
     modes = {living.life.mode, *living.life.modes}
-    oracle = Oracle(Host(directory, living.image), rng, one_instant=modes <= BACK)
+    host = Host(directory, living.image)
+    bug = living.life.bug is not None
+    oracle = Oracle(host, rng, one_instant=modes <= BACK, mistrust=bug)
     moments = some_moments(records, replay.first, states // WAYS, rng)
 
     async def look() -> None:
@@ -240,6 +243,7 @@ def test_planted_bug_is_found(
         life = Life(
             f"{seed}.{bug}.{number}",
             BUGS[bug][1],
+            (BUGS[bug][1],),
             operations=(40, 100, 200)[number % 3],
             pause=(0.1, 0.3, 1.0)[number % 3],
             restarts=False,
