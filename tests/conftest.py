@@ -1,6 +1,7 @@
 """Rules that hold for every test level: no unexpected warning in the log, and a replayable seed."""
 
 import logging
+import os
 import random
 import re
 import signal
@@ -23,9 +24,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """A shell lets what it starts in the background ignore SIGINT, and what tests start would inherit that."""
+    """Make the tests behave alike wherever they run.
+
+    - A shell lets what it starts in the background ignore SIGINT, and what tests start would inherit that.
+    - Where these variables say that it runs under CI, pytest compares what differs line by line; for lists of
+      long byte strings, which the searches for planted bugs compare, that takes minutes.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("CI", "BUILD_NUMBER"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture
