@@ -71,7 +71,15 @@ make_environment() {
     [ -z "$DESTDIR" ] || grep -rlIZ "$place" "$place/bin" "$place/pyvenv.cfg" | xargs -0r sed -i "s#$place#$VENV#g"
 }
 
+# The unit has a /tmp and /var/tmp of its own.
+check_environment() {
+    case $(realpath -m "$VENV") in
+    /tmp/* | /var/tmp/*) fail "$VENV: the service would not see it there: put it elsewhere" ;;
+    esac
+}
+
 install_it() {
+    check_environment
     [ -n "$ENVIRONMENT" ] || make_environment
     put_files
     if running; then

@@ -188,8 +188,7 @@ class Ledger:
             mine = self._spans_of(sector, data)
             if mine == ALWAYS:
                 continue
-            both = [(max(a, c), min(b, d)) for a, b in records for c, d in mine]
-            both = [(a, b) for a, b in both if a < b]
+            both = _in_both(records, mine)
             if not both:
                 what = told(data[:CELL], sector * SECTOR // CELL)
                 raise ValueError(
@@ -215,8 +214,7 @@ class Ledger:
                     mine.append((operations[n].begun if n >= 0 else -1, until))
             if not mine:
                 raise ValueError(f"cell {cell} holds {told(part, cell)}")
-            spans = [(max(a, c), min(b, d)) for a, b in spans for c, d in mine]
-            spans = [(a, b) for a, b in spans if a < b]
+            spans = _in_both(spans, mine)
         if not spans:
             raise ValueError(
                 f"sector {sector} holds {told(data[:CELL], sector * 8)} and others at no time"
@@ -227,6 +225,19 @@ class Ledger:
     def seconds(self, spans: Spans) -> list[tuple[float, float]]:
         """Spans of records as seconds since the epoch: not later than, not earlier than."""
         return [(self._at.get(a, 0.0), self._at.get(b, float("inf"))) for a, b in spans]
+
+
+def _in_both(one: Spans, other: Spans) -> Spans:
+    """What lies in a span of each, as spans apart from each other: overlapping ones would double with every cell."""
+    found: Spans = []
+    for a, b in sorted((max(a, c), min(b, d)) for a, b in one for c, d in other):
+        if a >= b:
+            continue
+        if found and a <= found[-1][1]:
+            found[-1] = found[-1][0], max(b, found[-1][1])
+        else:
+            found.append((a, b))
+    return found
 
 
 class Marks:

@@ -11,13 +11,17 @@ come out the same to the byte; ``FOREBAY_CUT_KEEP=DIR`` keeps the log of a life 
 """
 
 import contextlib
+import itertools
+import multiprocessing
 import os
 import random
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,9 @@ KEEP = os.environ.get("FOREBAY_CUT_KEEP")
 
 STATES = 3000
 """Looked at after one life, at most: then another life finds more."""
+
+WORKERS = 1 if SECONDS < 60 else os.cpu_count() or 1
+"""Lives that are looked at side by side."""
 
 WAYS = 5
 """Tried at one record; and as often as not the daemon killed there."""
@@ -90,6 +97,10 @@ class Count:
     finished: int = 0
     dropped: int = 0
     seconds: float = 0.0  # of the processor, for looking
+
+    def add(self, other: "Count") -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 def look_at(
@@ -206,31 +217,51 @@ def the_life(seed: str) -> Life:
     )
 
 
+def one_life(fast: Path, seed: str, end: float) -> Count:
+    """Live it, and look at it until `end` (of the monotonic clock)."""
+    count = Count(lives=1)
+    with fresh(fast) as directory:
+        living = live(the_life(seed), directory)
+        until = (lambda: False) if ONE_LIFE else (lambda: time.monotonic() >= end)
+        look_at(living, directory / "replay", count, until=until)
+    return count
+
+
+def lives(fast: Path, seed: int) -> Iterator[Count]:
+    """What was looked at in one life after the other, `WORKERS` at once, for `SECONDS`.
+
+    Each has a process of its own: what pytest keeps for the whole of a test, the log and all that hangs on it, would
+    fill the memory of an hour's run.
+    """
+    end = time.monotonic() + SECONDS
+    with multiprocessing.get_context("fork").Pool(WORKERS, maxtasksperchild=1) as pool:
+        if ONE_LIFE:
+            yield pool.apply(one_life, (fast, ONE_LIFE, end))
+            return
+        numbers = itertools.count()
+        running = deque[AsyncResult[Count]]()
+        while running or time.monotonic() < end:
+            while len(running) < WORKERS and time.monotonic() < end:
+                life = f"{seed}.{next(numbers)}"
+                running.append(pool.apply_async(one_life, (fast, life, end)))
+            yield running.popleft().get()
+
+
 @pytest.mark.timeout(SECONDS * 2 + 120)
 @pytest.mark.expect_log(".*")  # the oracle looks at the log itself
 def test_what_was_flushed_survives(
     fast: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    count = Count()
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end and not (ONE_LIFE and count.lives):
-        life = the_life(ONE_LIFE or f"{seed}.{count.lives}")
-        with fresh(fast) as directory:
-            living = live(life, directory)
-            look_at(
-                living,
-                directory / "replay",
-                count,
-                until=lambda: not ONE_LIFE and time.monotonic() >= end,
-            )
-        count.lives += 1
+    total = Count()
+    for count in lives(fast, seed):
+        total.add(count)
     with capsys.disabled():
         print(
-            f"\nstates checked {count.cuts}, lost 0 ({count.kills} kills besides; {count.lives} lives; "
-            f"{count.finished} checkpoints finished, {count.dropped} dropped; "
-            f"{(count.cuts + count.kills) / max(count.seconds, 1e-9):.0f} states/s)"
+            f"\nstates checked {total.cuts}, lost 0 ({total.kills} kills besides; {total.lives} lives; "
+            f"{total.finished} checkpoints finished, {total.dropped} dropped; "
+            f"{(total.cuts + total.kills) / max(total.seconds, 1e-9):.0f} states/s of processor time)"
         )
-    assert count.cuts
+    assert total.cuts
 
 
 @pytest.mark.expect_log(".*")

@@ -105,6 +105,8 @@ class Host:
 
 
 def _check_readable(path: Path) -> None:
+    if path.is_relative_to("/tmp") or path.is_relative_to("/var/tmp"):
+        pytest.skip(f"{path}: the unit has a /tmp of its own, and does not see it there")
     for place in (path, *path.parents):
         if not place.stat().st_mode & 0o001:
             pytest.skip(f"{place} is closed to other users, and the daemon is one")
