@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,19 @@ RELEASE_SECONDS = 10.0
 """How long a store may take to give an image back. The marker that stays behind then is ours to take again."""
 
 
+@dataclass(eq=False)
+class _Coming:
+    """An attach on its way."""
+
+    source: Source
+    ended: trio.Event = field(default_factory=trio.Event)
+
+
+def _exclude(one: Source, other: Source) -> bool:
+    """Whether only one of the two can be served: both are of one image, and one of them writes it."""
+    return (one.use.writes or other.use.writes) and one.same_image(other)
+
+
 class Gateway:
     """All disks over one cache. Methods raise ForebayError (one line: what, and what to do) and OSError."""
 
@@ -56,7 +70,7 @@ class Gateway:
         self._nursery = nursery
         self._images = Images(cache, nursery)
         self._disks: dict[str, Attached | Absent] = {}
-        self._coming: dict[str, Source | None] = {}
+        self._coming: dict[str, _Coming] = {}
         self._threads: dict[str, StoreThreads] = {}
         self._extending = trio.Lock()
         self._upkeep = Upkeep(cache, self.attached)
@@ -106,18 +120,27 @@ class Gateway:
             parse_name(name)
         except ValueError as fault:
             raise ForebayError(str(fault)) from None
+        self._check_name_free(name)
+        if read_only and overlay:
+            raise ForebayError("a disk is either read-only or an overlay: leave one of the two out")
+
+    def _check_name_free(self, name: str) -> None:
         if name in self._disks or name in self._coming:
             raise ForebayError(
                 f"there is a disk '{name}' already: detach it, or choose another name"
             )
-        if read_only and overlay:
-            raise ForebayError("a disk is either read-only or an overlay: leave one of the two out")
 
     @contextlib.asynccontextmanager
     async def _arriving(self, name: str, source: Source) -> AsyncIterator[None]:
-        """Hold name and image against another attach meanwhile; let the image go if this one fails."""
+        """Hold name and image against another attach meanwhile; let the image go if this one fails.
+
+        Another one that is on its way to the same image has to come to its end first: it may fail.
+        """
+        while others := [one for one in self._coming.values() if _exclude(one.source, source)]:
+            await others[0].ended.wait()
+        self._check_name_free(name)
         self._check_alone(source)
-        self._coming[name] = source
+        coming = self._coming[name] = _Coming(source)
         try:
             yield
         except BaseException:
@@ -126,22 +149,22 @@ class Gateway:
             raise
         finally:
             del self._coming[name]
+            coming.ended.set()
 
     def _check_alone(self, source: Source) -> None:
         """Within this gateway an image has one writing disk, or any number of others."""
         attached = [one.source for one in self._disks.values() if isinstance(one, Attached)]
-        for other in (*attached, *filter(None, self._coming.values())):
-            if other is source or not other.same_image(source):
+        for other in (*attached, *(one.source for one in self._coming.values())):
+            if other is source or not _exclude(other, source):
                 continue
             if other.use.writes:
                 raise ForebayError(
                     f"{source.key} is written by disk '{other.use.disk}': detach that first"
                 )
-            if source.use.writes:
-                raise ForebayError(
-                    f"{source.key} is in use by disk '{other.use.disk}', which needs it unchanged: "
-                    "detach that first, or attach with --overlay or --read-only"
-                )
+            raise ForebayError(
+                f"{source.key} is in use by disk '{other.use.disk}', which needs it unchanged: "
+                "detach that first, or attach with --overlay or --read-only"
+            )
 
     def _source(self, name: str, record: Record, size: int | None) -> tuple[Source, DiskSettings]:
         image = resolve(self.config, record.image)

@@ -23,6 +23,9 @@ REPOSITORY = Path(__file__).parents[2]
 BOOT_SECONDS = 60.0
 COMMAND_SECONDS = 40.0
 
+MESSAGE = 6000
+"""Characters of the journal that a failure shows."""
+
 _MASKED = ("libvirtd", "virtqemud", "libvirt-guests", "virtlogd", "systemd-resolved", "ssh", "cron")
 """Units of the host that have no business in the container."""
 
@@ -102,7 +105,7 @@ class Container:
         )
         assert not check or done.returncode == 0, (
             f"{' '.join(map(str, command))}: {done.returncode}\n{done.stdout}{done.stderr}\n"
-            + self.journal()
+            + self.journal()[-MESSAGE:]
         )
         return done
 
@@ -123,7 +126,7 @@ class Container:
     def journal(self, *arguments: str) -> str:
         """What was logged in it."""
         done = self.run("journalctl", "--no-pager", "--output=cat", *arguments, check=False)
-        return done.stdout[-6000:]
+        return done.stdout
 
     def power_off(self) -> None:
         """As an operator does it; returns when everything has ended."""
