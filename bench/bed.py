@@ -131,7 +131,11 @@ class Bed:
             yield "forebay", self.disk_of(gateway, "r", self.image, "write-through")
 
     def writers(self, forebay: bool) -> Iterator[tuple[str, Target]]:
-        """Servers that acknowledge a write when it is in their cache, each with an image of its own, all warm."""
+        """Servers that acknowledge a write when it is in their cache, each with an image of its own, all warm.
+
+        None of them writes anything back meanwhile: nbdkit's filter never does, and no checkpoint begins by itself.
+        What one costs, the rows with checkpoints measure.
+        """
         kit = ("cache=writeback", "cache-on-read=true")
         image = str(self._own_image("kit-wb"))
         yield "nbdkit cache", self._target(self._nbdkit("kit-wb", image, *kit, filters=["cache"]))
@@ -139,7 +143,12 @@ class Bed:
         server = qemu_nbd(self.memory / "qemu-wb.sock", image_of_qemu, "--cache=writeback")
         yield "qemu-nbd", self._target(server)
         if forebay:
-            gateway = self.gateway(self.memory, 6 * self.size)
+            cache = str(6 * self.size)
+            gateway = self.gateway(self.memory, 6 * self.size, start=False)
+            gateway.configure(
+                {"cache": {"size": cache}, "defaults": {"max_lag": "1h", "max_dirty": cache}}
+            )
+            gateway.start()
             yield "forebay", self.disk_of(gateway, "w", self._own_image("w"), "write-back")
 
     def checkpointers(self) -> dict[str, Target]:
