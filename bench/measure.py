@@ -94,8 +94,11 @@ def fio(uri: str, options: dict[str, Any], seconds: float, size: int, pid: int |
 
 
 @contextmanager
-def writing(uri: str, size: int, iops: int) -> Iterator[None]:
-    """Inside `with`, another client writes 4 KiB at random places, so many a second."""
+def writing(uri: str, size: int, burst: int, pause: float) -> Iterator[None]:
+    """Inside `with`, another client writes 4 KiB at random places: `burst` of them at once, then `pause` seconds none.
+
+    As a guest's page cache does. A steady trickle, each write of which wakes the server, would be what is measured.
+    """
     job = {
         "name": "writer",
         "ioengine": "nbd",
@@ -107,8 +110,9 @@ def writing(uri: str, size: int, iops: int) -> Iterator[None]:
         "randrepeat": 0,
         "rw": "randwrite",
         "bs": "4k",
-        "iodepth": 4,
-        "rate_iops": iops,
+        "iodepth": 16,
+        "thinktime": f"{pause * 1000:.0f}ms",
+        "thinktime_blocks": burst,
     }
     command = ["fio", *(f"--{key}={value}" for key, value in job.items())]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as writer:

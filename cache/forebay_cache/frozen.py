@@ -7,7 +7,6 @@ and makes byte ranges of it, neighbours joined.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import trio
@@ -20,6 +19,9 @@ from forebay_cache.sums import checksums
 from forebay_cache.view import View
 
 _ZEROS = -1
+
+_Parts = list[tuple[int, int, int]]
+"""Of one block: (first sector, count, slot)."""
 
 
 class Block(NamedTuple):
@@ -63,7 +65,8 @@ async def read_blocks(cache: Cache, view: View, blocks: list[Block], size: int) 
     ``view`` reads that layer alone: it takes over where a checksum does not fit, and says what that means. Raises
     OSError.
     """
-    slots = {slot for block in blocks for _, _, slot in _parts(block) if slot >= 0}
+    parts = [_parts(block) for block in blocks]
+    slots = {slot for of_block in parts for _, _, slot in of_block if slot >= 0}
     await cache.load_sums(slots)
     sums: dict[int, bytes] = {}
     for slot in slots:
@@ -71,9 +74,9 @@ async def read_blocks(cache: Cache, view: View, blocks: list[Block], size: int) 
         sums[slot] = cache.sums.get(slot) or b""
     token = cache.pin()
     try:
-        return await trio.to_thread.run_sync(_read, cache.device, blocks, sums, size)
+        return await trio.to_thread.run_sync(_read, cache.device, blocks, parts, sums, size)
     except (_Doubtful, OSError):
-        return [await _read_again(view, *part) for part in _ranges(blocks, size)]
+        return [await _read_again(view, *part) for part in _ranges(blocks, parts, size)]
     finally:
         cache.unpin(token)
 
@@ -82,12 +85,14 @@ async def _read_again(view: View, offset: int, length: int, zeros: bool) -> Rang
     return Range(offset, length, None if zeros else b"".join(await view.read(offset, length)))
 
 
-def _read(device: Device, blocks: list[Block], sums: dict[int, bytes], size: int) -> list[Range]:
+def _read(
+    device: Device, blocks: list[Block], parts: list[_Parts], sums: dict[int, bytes], size: int
+) -> list[Range]:
     """In a thread."""
     buffer = memoryview(bytearray(sum(block.stored for block in blocks)))
     at = 0
-    for block in blocks:
-        for first, count, slot in _parts(block):
+    for of_block in parts:
+        for first, count, slot in of_block:
             if slot >= 0:
                 piece = buffer[at : at + count * SECTOR]
                 device.read_into(device.at(slot, first * SECTOR), [piece])
@@ -97,13 +102,13 @@ def _read(device: Device, blocks: list[Block], sums: dict[int, bytes], size: int
                 at += count * SECTOR
     found: list[Range] = []
     at = 0
-    for offset, length, zeros in _ranges(blocks, size):
+    for offset, length, zeros in _ranges(blocks, parts, size):
         found.append(Range(offset, length, None if zeros else buffer[at : at + length]))
         at += 0 if zeros else length
     return found
 
 
-def _parts(block: Block) -> list[tuple[int, int, int]]:
+def _parts(block: Block) -> _Parts:
     """(first sector, count, slot) of a block's data and zeros, in order; the slot of zeros is -1."""
     word, second = block.word, block.second
     zero = word >> ZERO_SHIFT & word & FULL
@@ -117,11 +122,11 @@ def _parts(block: Block) -> list[tuple[int, int, int]]:
     return sorted(parts) if side or zero else parts
 
 
-def _ranges(blocks: Iterable[Block], size: int) -> list[tuple[int, int, bool]]:
+def _ranges(blocks: list[Block], parts: list[_Parts], size: int) -> list[tuple[int, int, bool]]:
     """(offset, length, zeros) in bytes of what the blocks hold up to ``size``, neighbours joined."""
     found: list[tuple[int, int, bool]] = []
-    for block in blocks:
-        for first, count, slot in _parts(block):
+    for block, of_block in zip(blocks, parts, strict=True):
+        for first, count, slot in of_block:
             offset, zeros = block.number * BLOCK + first * SECTOR, slot < 0
             length = min(count * SECTOR, size - offset)  # an image may end inside a sector
             if found and found[-1][2] == zeros and found[-1][0] + found[-1][1] == offset:

@@ -6,6 +6,8 @@ describes 64 blocks, 4 MiB of an image. A mask is 16 bits, bit n for sector n of
 
 from __future__ import annotations
 
+import functools
+
 BLOCK = 65536
 BLOCK_SHIFT = 16
 SECTOR = 4096
@@ -37,20 +39,17 @@ def block_runs(offset: int, length: int) -> list[tuple[int, int, int]]:
     return runs
 
 
-def sector_runs(mask: int) -> list[tuple[int, int]]:
-    """Runs of set bits of a mask: ``[(first sector, count)]``."""
+@functools.lru_cache(maxsize=8192)
+def sector_runs(mask: int) -> tuple[tuple[int, int], ...]:
+    """Runs of set bits of a mask: ``((first sector, count), ...)``."""
     runs = []
-    first = 0
-    while mask >> first:
-        if mask >> first & 1:
-            count = 1
-            while mask >> (first + count) & 1:
-                count += 1
-            runs.append((first, count))
-            first += count
-        else:
-            first += 1
-    return runs
+    while mask:
+        low = mask & -mask
+        carried = mask + low  # the run is gone, and the bit behind it set
+        end = carried & ~mask
+        runs.append((low.bit_length() - 1, end.bit_length() - low.bit_length()))
+        mask &= carried
+    return tuple(runs)
 
 
 def covered(start: int, length: int) -> int:

@@ -19,6 +19,7 @@ from forebay_cache.fill import Filler
 from forebay_cache.geometry import (
     BLOCK,
     FULL,
+    MASKS,
     PAGE_BLOCKS,
     PAGE_SHIFT,
     SECTOR,
@@ -31,7 +32,7 @@ from forebay_cache.sums import checksums
 #: Bytes of a write whose records take the journal as much room as the drops of a whole page.
 _DROPS = 2 * PAGE_BLOCKS * SECTOR
 #: Blocks that change layers in one go.
-_STRETCH = 16
+_STRETCH = 32
 
 
 async def pages_of(cache: Cache, layer: Layer) -> list[int]:
@@ -200,10 +201,15 @@ def _take_sums(cache: Cache, job: _Job, crcs: list[int]) -> int:
     cache.sums.change(job.to)
     values, to, source = cache.sums.values, job.to * SECTORS, job.source * SECTORS
     good = 0
-    for sector in range(SECTORS):
-        if job.mask >> sector & 1:
-            values[to + sector] = values[source + sector]
-            good |= (crcs[sector] == values[source + sector]) << sector
+    for first, count in sector_runs(job.mask):
+        wanted = values[source + first : source + first + count]
+        values[to + first : to + first + count] = wanted
+        if wanted.tolist() == crcs[first : first + count]:
+            good |= MASKS[first][first + count - 1]
+        else:
+            good |= sum(
+                1 << first + n for n, value in enumerate(wanted) if value == crcs[first + n]
+            )
     return good
 
 

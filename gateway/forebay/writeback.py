@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("forebay.writeback")
 
 BATCH_MOST = 1 << 20
-BATCH_BLOCKS = 64
+BATCH_BLOCKS = 128
 """Bytes, and blocks, that are read and written at a time: handing over to a thread costs as much as a few writes."""
 
 SYNC_EVERY = 64 << 20
