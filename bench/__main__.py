@@ -13,8 +13,9 @@ from pathlib import Path
 
 from bench import measure, report
 from bench.bed import (
+    CHECKPOINT_BURST,
     CHECKPOINT_BYTES,
-    CHECKPOINT_IOPS,
+    CHECKPOINT_PAUSE,
     COLD_BYTES,
     MISS_BYTES,
     SYNC_BYTES,
@@ -30,8 +31,8 @@ RESULTS = HERE / "results"
 MIB = 1 << 20
 TIB = 1 << 40
 
-COPIES = 9
-"""How many images' worth of room the bed takes at most: image, two copies, four caches, and air."""
+COPIES = 16
+"""How many images' worth of room the bed takes at most: image, three copies, a cache of ten, and air."""
 
 Results = dict[str, dict[str, list[Sample]]]
 """Samples by row and server, one of each round."""
@@ -158,7 +159,8 @@ class Run:
         before = target.gateway.status(store)["origin_written_bytes"]
         with contextlib.ExitStack() as stack:
             if name in ("written", "forebay") and row.fio["rw"] == "randread":
-                stack.enter_context(measure.writing(target.uri, CHECKPOINT_BYTES, CHECKPOINT_IOPS))
+                burst = (CHECKPOINT_BURST, CHECKPOINT_PAUSE)
+                stack.enter_context(measure.writing(target.uri, CHECKPOINT_BYTES, *burst))
             sample = measure.fio(
                 target.uri, row.fio, self.options.seconds, CHECKPOINT_BYTES, target.pid
             )

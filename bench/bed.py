@@ -31,8 +31,9 @@ ZEROS = 1 << 20
 CHECKPOINT_LAG = "1s"
 """The `max_lag` of a disk whose checkpoints follow each other: one begins at half of it, and takes most of the rest."""
 
-CHECKPOINT_IOPS = 1000
-"""Writes a second of 4 KiB that give the checkpoints something to do while reads are measured."""
+CHECKPOINT_BURST, CHECKPOINT_PAUSE = 500, 0.5
+"""Writes of 4 KiB at once, and seconds until the next ones, that give the checkpoints something to do while reads are
+measured."""
 
 CHECKPOINT_BYTES = 64 * MIB
 """Of the disk that is written: so little that it is the checkpoints that are measured, and not `max_dirty`."""
@@ -143,11 +144,10 @@ class Bed:
         server = qemu_nbd(self.memory / "qemu-wb.sock", image_of_qemu, "--cache=writeback")
         yield "qemu-nbd", self._target(server)
         if forebay:
-            cache = str(6 * self.size)
-            gateway = self.gateway(self.memory, 6 * self.size, start=False)
-            gateway.configure(
-                {"cache": {"size": cache}, "defaults": {"max_lag": "1h", "max_dirty": cache}}
-            )
+            room = 10 * self.size  # a write takes a slot that is 16 times as large
+            gateway = self.gateway(self.memory, room, start=False)
+            limits = {"max_lag": "1h", "max_dirty": str(room)}
+            gateway.configure({"cache": {"size": str(room)}, "defaults": limits})
             gateway.start()
             yield "forebay", self.disk_of(gateway, "w", self._own_image("w"), "write-back")
 
