@@ -459,7 +459,8 @@ def test_a_device_that_failed_comes_back(
         subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
         code, found, said = run(gateway, "repair")
         assert (code, said) == (0, "")
-        # What was lost of clean blocks is found on the medium, and fetched again; nothing else may be lost.
+        # Linux' loop driver takes a short write to its file for a whole one: the write during which the storage became
+        # full is acknowledged, synced, and not there. Scrub finds that and fetches it again; nothing else may be lost.
         assert all(one["repaired"] and not one["private"] for one in found["damage"])
         assert cache_info(gateway)["state"] == "ok"
         assert gateway.status("a")["state"] == gateway.status("b")["state"] == "ready"
