@@ -16,7 +16,7 @@ from forebay.hydrate import hydrate, preload_range
 from forebay.image import WATCH_SECONDS, Image, Images, image_of, layer_prefix
 from forebay.origin_source import Source
 from forebay.pace import LOW, SLACK, Amount, Pace, share
-from forebay.policies import OriginWrites, Policy, PrivateOrOrigin, PrivateWrites
+from forebay.policies import NoRoom, OriginWrites, Policy, PrivateOrOrigin, PrivateWrites
 from forebay.ranges import Gate, Ranges
 from forebay.sizes import Mode
 from forebay.writeback import WriteBack
@@ -475,10 +475,12 @@ class Disk:
     async def write_back_some(self, began: float) -> None:
         """The cache has been full since then: have something written back.
 
-        Raises OSError(ENOSPC) where there is nothing, or it goes nowhere.
+        Raises OSError(ENOSPC) where it goes nowhere, NoRoom where there is nothing to write back.
         """
-        if self.overlay or not self.dirty_bytes:
+        if self.overlay:
             raise OSError(errno.ENOSPC, "the cache is full")
+        if not self.dirty_bytes:
+            raise NoRoom
         await self.writeback.passed()
         self.writeback.check_goes_on("the cache is full", began)
 

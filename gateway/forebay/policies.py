@@ -27,6 +27,13 @@ ZERO_PIECE = 64 << 20
 """The same for zeros, of which nothing is stored but a few bytes a block."""
 
 
+class NoRoom(OSError):
+    """The cache is full, and nothing of it is this disk's to write back."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, "the cache is full of what other disks hold in it")
+
+
 class Policy(Protocol):
     """What a mode does with writes. Raises OSError; ENOSPC when there is no room and none is coming."""
 
@@ -62,16 +69,29 @@ class OriginWrites:
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Forget the sectors, durably enough; write the origin; remember what was written."""
+        await self._write(offset, data, only_if=_always)
+
+    async def write_if_clean(self, offset: int, data: memoryview) -> bool:
+        """The same; False, and nothing is done, while a private layer holds anything, which would hide it."""
+        return await self._write(offset, data, only_if=self._clean)
+
+    def _clean(self) -> bool:
+        return not self._disk.dirty_bytes
+
+    async def _write(self, offset: int, data: memoryview, *, only_if: Callable[[], bool]) -> bool:
         disk = self._disk
-        disk.write_misses += 1
         start, end = _sectors(offset, len(data))
         async with disk.ranges.hold(start, end), disk.image.writing():
+            if not only_if():
+                return False
+            disk.write_misses += 1
             with self._overwriting(start, end):
                 await self._announce(start, end)
                 await disk.image.reached().write(offset, [data])
             disk.origin_written_bytes += len(data)
             if self._keep:
                 await self._store(offset, data)
+        return True
 
     async def _announce(self, start: int, end: int) -> None:
         disk = self._disk
@@ -102,13 +122,25 @@ class OriginWrites:
 
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
         """The same with zeros, which need no slot."""
+        await self._zero(offset, length, may_trim, only_if=_always)
+
+    async def zero_if_clean(self, offset: int, length: int, may_trim: bool) -> bool:
+        """The same as :meth:`write_if_clean`."""
+        return await self._zero(offset, length, may_trim, only_if=self._clean)
+
+    async def _zero(
+        self, offset: int, length: int, may_trim: bool, *, only_if: Callable[[], bool]
+    ) -> bool:
         disk = self._disk
-        disk.write_misses += 1
         start, end = _sectors(offset, length)
         async with disk.ranges.hold(start, end), disk.image.writing():
+            if not only_if():
+                return False
+            disk.write_misses += 1
             with self._overwriting(start, end):
                 await self._announce(start, end)
                 await disk.image.reached().zero(offset, length, may_trim)
+        return True
 
     def flush_now(self) -> bool:
         """Never, as write_now()."""
@@ -246,6 +278,7 @@ class PrivateWrites:
 class PrivateOrOrigin(PrivateWrites):
     """The same for a disk whose data has a home, past the cache while its device does not work (promise 4).
 
+    Past it as well where it is full of what other disks hold in it, overlays above all, which nothing can write back.
     What only the cache has goes to the image first, as far as it can be read; if it cannot, writes fail.
     """
 
@@ -265,13 +298,15 @@ class PrivateOrOrigin(PrivateWrites):
 
     async def write(self, offset: int, data: memoryview) -> None:
         """To the cache, or to the origin."""
-        if not await self._kept(super().write, offset, data):
-            await (await self._past()).write(offset, data)
+        while not await self._kept(super().write, offset, data):
+            if await (await self._past()).write_if_clean(offset, data):
+                break
 
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
         """The same with zeros."""
-        if not await self._kept(super().zero, offset, length, may_trim):
-            await (await self._past()).zero(offset, length, may_trim)
+        while not await self._kept(super().zero, offset, length, may_trim):
+            if await (await self._past()).zero_if_clean(offset, length, may_trim):
+                break
 
     def flush_now(self) -> bool:
         """Never while the origin may have something that is not durable."""
@@ -294,11 +329,13 @@ class PrivateOrOrigin(PrivateWrites):
                 self._origin = None
 
     async def _kept(self, do: Callable[[Unpack[Ts]], Awaitable[None]], *args: *Ts) -> bool:
-        """Have the cache do it. False: its device does not work. Raises OSError."""
+        """Have the cache do it. False: its device does not work, or is full. Raises OSError."""
         cache = self._disk.block_cache
         if cache.failed is None:
             try:
                 await do(*args)
+            except NoRoom:
+                return False
             except OSError:
                 if cache.failed is None:
                     raise
@@ -314,9 +351,13 @@ class PrivateOrOrigin(PrivateWrites):
         return self._origin
 
 
+def _always() -> bool:
+    return True
+
+
 def _sectors(offset: int, length: int) -> tuple[int, int]:
     """The whole sectors that a range touches: (start, end) in bytes."""
     return offset // SECTOR * SECTOR, -(-(offset + length) // SECTOR) * SECTOR
 
 
-__all__ = ["Buffer", "OriginWrites", "Policy", "PrivateOrOrigin", "PrivateWrites"]
+__all__ = ["Buffer", "NoRoom", "OriginWrites", "Policy", "PrivateOrOrigin", "PrivateWrites"]

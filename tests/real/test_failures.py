@@ -496,3 +496,40 @@ def test_an_index_that_cannot_be_written(
     finally:
         faulty.lift()
         gateway.kill()
+
+
+def test_a_cache_full_of_overlays_breaks_no_other_guest(
+    make_gateway: MakeGateway, connect: Connect
+) -> None:
+    """An overlay that finds no room is told so; a disk whose data has a home writes past the cache."""
+    gateway = make_gateway({"cache": {"size": "16 MiB"}})
+    content = bytearray(random_image(gateway.images / "home.raw", SIZE, 3))
+    random_image(gateway.images / "golden.raw", 2 * SIZE, 4)
+    gateway.attach("home", "home.raw", mode="write-back")
+    gateway.attach("own", "golden.raw", "--overlay")
+    guest, greedy = connect(gateway.uri("home")), connect(gateway.uri("own"))
+    kept = 0
+    with contextlib.suppress(Exception):
+        while kept < 2 * SIZE:
+            greedy.pwrite(b"o" * 65536, kept)
+            kept += 65536
+    assert 0 < kept < 2 * SIZE
+    fails(greedy, "pwrite", b"o" * 65536, kept, why="No space left")
+    for at, data in ((0, b"1" * MIB), (MIB + 100, b"2" * 70000), (5 * MIB, b"3" * 512)):
+        guest.pwrite(data, at)
+        content[at : at + len(data)] = data
+        assert guest.pread(len(data), at) == data
+    guest.zero(8192, 512)
+    content[512 : 512 + 8192] = bytes(8192)
+    guest.flush()
+    assert guest.pread(SIZE, 0) == content
+    assert greedy.pread(kept, 0) == b"o" * kept
+    assert gateway.status("home")["state"] == "ready"
+    gateway.cli("detach", "own", "--force")
+    guest.pwrite(b"4" * MIB, 2 * MIB)
+    content[2 * MIB : 3 * MIB] = b"4" * MIB
+    assert guest.pread(SIZE, 0) == content
+    gateway.kill()
+    gateway.start()
+    gateway.cli("flush", "home")
+    assert (gateway.images / "home.raw").read_bytes() == content
