@@ -215,7 +215,7 @@ def conditions(options: argparse.Namespace, memory: Path) -> dict[str, str]:
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "forebay": _first_line("git", "-C", str(HERE), "rev-parse", "--short", "HEAD"),
-        "machine": f"{os.cpu_count()} CPUs shared by client and server, Linux {platform.release()}",
+        "machine": f"{os.cpu_count()} CPUs shared by client and server, Linux {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         "fio": _first_line("fio", "--version"),
         "nbdkit": _first_line("nbdkit", "--version"),

@@ -116,7 +116,7 @@ def conditions(options: argparse.Namespace) -> dict[str, str]:
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "forebay": _first_line("git", "-C", str(HERE), "rev-parse", "--short", "HEAD"),
-        "machine": f"{os.cpu_count()} CPUs shared by client and servers, Linux {platform.release()}",
+        "machine": f"{os.cpu_count()} CPUs shared by client and servers, Linux {platform.release().partition('-')[0]}",
         "versions": ", ".join(map(_version, ("fio", "nbdfuse", "sshfs"))),
         "image": f"{options.size} MiB of random data on {options.dir} ({kind})",
         "rounds": f"{options.rounds} interleaved rounds",
