@@ -2,7 +2,8 @@
 
 A write to an NFS file system that is mounted `soft` is given up when its server does not answer, and may arrive later
 or never; nfs(5) warns of silent corruption. Without locks that the server knows of, nothing keeps another host's
-gateway or QEMU away. Such a store is served, but a disk that acknowledges what the store does not have yet is refused.
+gateway or QEMU away; and those of NFS 3 outlive a host that dies, or are lost with the server and not noticed, where
+those of NFS 4 are leases: who lost one cannot write any more. Such a store is served, but a disk that acknowledges what the store does not have yet is refused.
 The file is /proc/self/mountinfo, proc(5).
 """
 
@@ -15,6 +16,7 @@ _MOUNTINFO = Path("/proc/self/mountinfo")
 _NFS = ("nfs", "nfs4")
 _SOFT = ("soft", "softerr")
 _NO_LOCKS = ("nolock", "local_lock=all", "local_lock=posix", "local_lock=flock")
+_NO_LEASES = ("vers=2", "vers=3")
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
@@ -62,7 +64,11 @@ def why_not(mounts: list[Mount], device: int, *, locks: bool = True) -> str | No
             continue
         if mount.kind not in _NFS:
             return None
-        for wrong, right in ((_SOFT, "hard"), (_NO_LOCKS if locks else (), "with locks")):
+        for wrong, right in (
+            (_SOFT, "hard"),
+            (_NO_LOCKS if locks else (), "with locks"),
+            (_NO_LEASES if locks else (), "with vers=4.2, or set require_locks = false where nobody else can have its images"),
+        ):
             bad = sorted(mount.options.intersection(wrong))
             if bad:
                 return f"{mount.source} is mounted '{bad[0]}' on {mount.point}: mount it {right}"

@@ -29,6 +29,7 @@ def mounts(options: str, kind: str = "nfs4") -> str:
         ("rw,vers=3,hard,local_lock=all", "'local_lock=all'"),
         ("rw,vers=3,hard,local_lock=posix", "'local_lock=posix'"),
         ("rw,vers=3,hard,local_lock=flock", "'local_lock=flock'"),
+        ("rw,vers=3,hard,local_lock=none", "'vers=3'"),
     ],
 )
 @pytest.mark.parametrize("kind", ["nfs", "nfs4"])
@@ -46,7 +47,7 @@ def test_a_mount_that_can_lose_writes_is_told_with_what_to_do(
     ("options", "kind"),
     [
         ("rw,vers=4.2,hard,proto=tcp,timeo=600,retrans=2,local_lock=none", "nfs4"),
-        ("rw,vers=3,hard,local_lock=none", "nfs"),
+        ("rw,vers=4.0,hard,local_lock=none", "nfs4"),
         ("rw,soft", "ext4"),
         ("rw", "gpfs"),
     ],
@@ -56,7 +57,7 @@ def test_nothing_is_said_against_others(options: str, kind: str) -> None:
 
 
 def test_an_operator_who_keeps_others_away_needs_no_locks_and_yet_hard() -> None:
-    for options, said in (("rw,nolock", False), ("rw,nolock,soft", True)):
+    for options, said in (("rw,vers=3,nolock", False), ("rw,nolock,soft", True)):
         found = why_not(parse(mounts(options)), os.makedev(0, 51), locks=False)
         assert bool(found) is said
 
