@@ -17,6 +17,13 @@ _NFS = ("nfs", "nfs4")
 _SOFT = ("soft", "softerr")
 _NO_LOCKS = ("nolock", "local_lock=all", "local_lock=posix", "local_lock=flock")
 _NO_LEASES = ("vers=2", "vers=3")
+_FOR_LOCKS = (
+    (_NO_LOCKS, "with locks"),
+    (
+        _NO_LEASES,
+        "with vers=4.2, or set require_locks = false where nobody else can have its images",
+    ),
+)
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
@@ -64,11 +71,7 @@ def why_not(mounts: list[Mount], device: int, *, locks: bool = True) -> str | No
             continue
         if mount.kind not in _NFS:
             return None
-        for wrong, right in (
-            (_SOFT, "hard"),
-            (_NO_LOCKS if locks else (), "with locks"),
-            (_NO_LEASES if locks else (), "with vers=4.2, or set require_locks = false where nobody else can have its images"),
-        ):
+        for wrong, right in ((_SOFT, "hard"), *(_FOR_LOCKS if locks else ())):
             bad = sorted(mount.options.intersection(wrong))
             if bad:
                 return f"{mount.source} is mounted '{bad[0]}' on {mount.point}: mount it {right}"
