@@ -3,8 +3,8 @@
 A write to an NFS file system that is mounted `soft` is given up when its server does not answer, and may arrive later
 or never; nfs(5) warns of silent corruption. Without locks that the server knows of, nothing keeps another host's
 gateway or QEMU away; and those of NFS 3 outlive a host that dies, or are lost with the server and not noticed, where
-those of NFS 4 are leases: who lost one cannot write any more. Such a store is served, but a disk that acknowledges what the store does not have yet is refused.
-The file is /proc/self/mountinfo, proc(5).
+those of NFS 4 are leases: who lost one cannot write any more. Such a store is served, but a disk that acknowledges
+what the store does not have yet is refused. The file is /proc/self/mountinfo, proc(5).
 """
 
 import os
