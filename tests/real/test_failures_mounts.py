@@ -17,7 +17,9 @@ from forebay.store import FileImage
 LINE = "98 29 {major}:{minor} / {point} rw shared:9 - nfs4 nas:/export rw,{option}\n"
 
 
-@pytest.mark.parametrize("option", ["soft", "softerr", "nolock", "local_lock=all", "vers=3", "hard"])
+@pytest.mark.parametrize(
+    "option", ["soft", "softerr", "nolock", "local_lock=all", "vers=3", "hard"]
+)
 async def test_write_back_to_a_store_that_may_lose_it_is_refused(
     tmp_path: Path, option: str
 ) -> None:
