@@ -11,13 +11,18 @@ FIRST_FD = 3
 """Where the descriptors that a service is started with begin (sd_listen_fds(3))."""
 
 SEND_SECONDS = 5.0
-"""How long a service manager may take to read what it is told. It reads at once, or never."""
+"""How long a service manager may take to read what it is told. It reads at once, or never: who did not is not waited
+for again until something could be sent."""
 
 
-def notify(state: str, fds: Sequence[int] = ()) -> bool:
+class _Patience:
+    seconds = SEND_SECONDS
+
+
+def notify(state: str, fds: Sequence[int] = (), *, wait: bool = True) -> bool:
     """Send `state` (`READY=1`, `STATUS=...`, several lines) to the service manager; whether there is one that took it.
 
-    Never raises: a manager that went away is no reason to stop serving disks.
+    Never raises: a manager that went away is no reason to stop serving disks. Without `wait` it never waits either.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
@@ -26,11 +31,15 @@ def notify(state: str, fds: Sequence[int] = ()) -> bool:
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
         try:
-            sender.settimeout(SEND_SECONDS)
+            sender.settimeout(_Patience.seconds if wait else 0)
             sender.connect(address)
             socket.send_fds(sender, [state.encode()], list(fds))
+        except TimeoutError:
+            _Patience.seconds = 0
+            return False
         except OSError:
             return False
+    _Patience.seconds = SEND_SECONDS
     return True
 
 
@@ -80,7 +89,7 @@ async def keep_alive() -> None:
     """
     asked = watchdog_seconds()
     while asked:
-        notify("WATCHDOG=1")
+        notify("WATCHDOG=1", wait=False)
         await trio.sleep(asked / 2)
 
 

@@ -62,8 +62,8 @@ async def feed(disks: Callable[[], list[Attached]]) -> None:
             log.error("%s: the watchdog is not fed any more", stuck)
         told = stuck
         if stuck is None and asked:
-            notify("WATCHDOG=1")
-        notify(f"STATUS={stuck or _summary(found)}")
+            notify("WATCHDOG=1", wait=False)
+        notify(f"STATUS={stuck or _summary(found)}", wait=False)
         await trio.sleep(pause)
 
 

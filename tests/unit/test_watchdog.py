@@ -92,7 +92,7 @@ async def test_it_is_fed_until_then(
 ) -> None:
     said: list[tuple[float, str]] = []
 
-    def notify(state: str) -> bool:
+    def notify(state: str, *, wait: bool) -> bool:
         said.append((trio.current_time(), state))
         return True
 
