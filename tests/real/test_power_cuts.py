@@ -50,7 +50,7 @@ WORKERS = 1 if SECONDS < 60 else os.cpu_count() or 1
 WAYS = 5
 """Tried at one record; and as often as not the daemon killed there."""
 
-PLANTED_LIVES = 8
+PLANTED_LIVES = 20
 PLANTED_STATES = 800
 
 ROOM = 512 << 20
@@ -264,6 +264,7 @@ def test_what_was_flushed_survives(
     assert total.cuts
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.expect_log(".*")
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_found(
