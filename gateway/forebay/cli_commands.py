@@ -1,6 +1,7 @@
 """What each sub-command does. Arguments are checked already; the result is the exit code."""
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -45,6 +46,7 @@ def progress_shown(what: str) -> Iterator[Progress]:
 
 def serve(arguments: Arguments) -> int:
     """Run the daemon until it is told to end."""
+    gc.disable()  # nothing that is imported goes again; the daemon has it enabled once it serves
     from pathlib import Path  # noqa: PLC0415
 
     from forebay.config import Config  # noqa: PLC0415

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import gc
 import logging
 import os
 import signal
@@ -170,6 +171,7 @@ async def _ready(where: Path) -> None:
     _tune(os.minor(found.st_dev))
     log.info("%s: mounted", where)
     notify("READY=1")
+    gc.freeze()  # what is there now stays: requests do not wait for a look through it
 
 
 def _tune(minor: int) -> None:
