@@ -144,7 +144,7 @@ class Bed:
         server = qemu_nbd(self.memory / "qemu-wb.sock", image_of_qemu, "--cache=writeback")
         yield "qemu-nbd", self._target(server)
         if forebay:
-            room = 10 * self.size  # a write takes a slot that is 16 times as large
+            room = 6 * self.size
             gateway = self.gateway(self.memory, room, start=False)
             limits = {"max_lag": "1h", "max_dirty": str(room)}
             gateway.configure({"cache": {"size": str(room)}, "defaults": limits})
