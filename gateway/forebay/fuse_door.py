@@ -17,6 +17,7 @@ import trio
 
 from forebay.config import Config
 from forebay.errors import ForebayError
+from forebay.fuse_awake import kept_awake
 from forebay.fuse_daemon import Daemon
 from forebay.fuse_open import OpenFiles
 from forebay.fuse_places import DISKS, IMAGES, DisksPlace, ImagesPlace, Place
@@ -108,7 +109,8 @@ async def _main(config: Config, where: Path, options: set[str], settings: Settin
             nursery.start_soon(_unmount_on, signals, where)
             nursery.start_soon(keep_alive)
             try:
-                await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=TASKS)
+                async with kept_awake():
+                    await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=TASKS)
             finally:
                 notify("STOPPING=1")
                 pyfuse3.close(unmount=True)

@@ -20,6 +20,8 @@ from typing import Any
 import pyfuse3
 import trio
 
+from forebay.fuse_awake import kept_awake
+
 OPERATIONS = ("read", "write", "fsync", "names")
 
 
@@ -210,7 +212,8 @@ async def obey(store: Store, scope: trio.CancelScope) -> None:
 async def serve(store: Store) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(obey, store, nursery.cancel_scope)
-        await pyfuse3.main()
+        async with kept_awake():
+            await pyfuse3.main()
 
 
 def main() -> None:
