@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Awaitable, Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +16,9 @@ from forebay.config import DiskSettings
 from forebay.disk import Disk, left_dirty
 from forebay.errors import ForebayError
 from forebay.hydrate import preload_range
+from forebay.policies import OriginWrites, PrivateOrOrigin
 from forebay.sizes import Mode
+from forebay_cache import Cache
 from forebay_cache.geometry import BLOCK, PAGE_SHIFT, SECTOR
 from sim.fake_host import Host, check_cache, nothing, settings
 from sim.fake_loop import Dice, simulated
@@ -291,6 +294,67 @@ def test_a_cache_full_of_dirty_data_drains(tmp_path: Path) -> None:
         await check_cache(cache)
 
     play(tmp_path, story, cache=4 * MIB)
+
+
+def test_what_goes_past_a_full_cache_never_goes_below_what_is_private(tmp_path: Path) -> None:
+    """There is room again just then, and another write to the same sector takes it: both are there in the end."""
+
+    async def story(host: Host, store: Store) -> None:
+        disk = await host.attach("d", lazy())
+        greedy = await host.attach("o", lazy(), overlay=True)
+        with pytest.raises(OSError, match="the cache is full"):  # noqa: PT012
+            for block in range(16 * MIB // BLOCK):
+                await write(greedy, block * BLOCK, NEW * SECTOR)
+        await write(disk, 0, NEW * SECTOR)
+        assert (bytes(store.visible[:SECTOR]), disk.dirty_bytes) == (NEW * SECTOR, 0)
+        past = PrivateOrOrigin._past
+
+        async def meanwhile(policy: PrivateOrOrigin) -> OriginWrites:
+            found = await past(policy)
+            if "o" in host.disks:
+                await host.detach("o", discard=True)
+                while not host.cache.placement.free:  # noqa: ASYNC110
+                    await trio.sleep(0.1)
+                await disk.write(100, memoryview(b"private"), False)
+                assert disk.dirty_bytes
+            return found
+
+        with mock.patch.object(PrivateOrOrigin, "_past", meanwhile):
+            await disk.write(2000, memoryview(b"past it"), False)
+        assert "o" not in host.disks
+        wanted = bytearray(NEW * SECTOR)
+        wanted[100:107], wanted[2000:2007] = b"private", b"past it"
+        assert await read(disk, 0, SECTOR) == wanted
+        await disk.drain(nothing)
+        assert store.durable[:SECTOR] == wanted
+        await check_cache(host.cache)
+
+    play(tmp_path, story, cache=4 * MIB)
+
+
+@pytest.mark.expect_log("is damaged")
+def test_a_copy_that_came_out_wrong_is_not_believed(tmp_path: Path) -> None:
+    """The medium fails after the image has the data, while it is copied to where the clean block lies."""
+
+    async def story(host: Host, store: Store) -> None:
+        del store
+        disk = await host.attach("d", lazy())
+        await read(disk, 0, BLOCK)
+        await write(disk, 2 * SECTOR, NEW * 3 * SECTOR)
+        module = import_module("forebay_cache.settle")  # the package has the function by that name
+        copy = module._copy_sectors
+
+        def badly(cache: Cache, jobs: list[Any]) -> Any:
+            for job in jobs:
+                cache.device.write(cache.device.at(job.source, 3 * SECTOR), b"x" * SECTOR)
+            return copy(cache, jobs)
+
+        with mock.patch.object(module, "_copy_sectors", badly):
+            await disk.drain(nothing)
+        wanted = OLD * 2 * SECTOR + NEW * 3 * SECTOR + OLD * (BLOCK - 5 * SECTOR)
+        assert await read(disk, 0, BLOCK) == wanted
+
+    play(tmp_path, story)
 
 
 def test_a_pass_begins_where_the_journal_of_the_cache_is_full(tmp_path: Path) -> None:
