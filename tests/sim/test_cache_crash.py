@@ -24,6 +24,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,20 +33,18 @@ import pytest
 import trio
 import trio.testing
 
-import forebay.policies
 import forebay_cache.private
 import forebay_cache.recovery
 from forebay.disk import Disk
-from forebay.image import Image
 from forebay.sizes import Mode
 from forebay.writeback import WriteBack
 from forebay_cache import View, check
-from forebay_cache.cache import Cache
 from forebay_cache.device import Device
 from forebay_cache.errors import CacheFull
 from forebay_cache.geometry import BLOCK, SECTOR
 from forebay_cache.journal import Journal
 from forebay_cache.view import ORIGIN
+from sim import bugs
 from sim.fake_device import TEAR, Recorder, torn
 from sim.fake_host import Host, Listener, check_cache, nothing, settings
 from sim.fake_loop import Dice, simulated
@@ -485,56 +484,8 @@ def _no_device_sync(stack: ExitStack) -> None:
     _replace(stack, Device, "sync", lambda self: None)
 
 
-def _index_before_data(stack: ExitStack) -> None:
-    async def commit(self: Cache) -> None:
-        if self.changed():
-            changes, succeeded, failed = self.snapshot()
-            try:
-                await self.index.commit(changes)
-                await self.sync()
-            except BaseException:
-                failed()
-                raise
-            succeeded()
-
-    _replace(stack, Cache, "_commit", commit)
-
-
-def _reuse_at_once(stack: ExitStack) -> None:
-    forget = Cache._forget_slot
-
-    def forget_and_release(self: Cache, slot: int) -> None:
-        forget(self, slot)
-        self._freed.remove(slot)
-        self._leaving -= 1
-        self.placement.release(slot)
-
-    _replace(stack, Cache, "_forget_slot", forget_and_release)
-
-
-def _overwrite_in_place(stack: ExitStack) -> None:
-    def target(word: int, second: int, mask: int, opened: int) -> int:
-        return second & mask & word & 0xFFFF
-
-    _replace(stack, forebay_cache.private, "_target", target)
-
-
-def _no_hot_regions(stack: ExitStack) -> None:
-    async def mark_hot(*_: object) -> None:
-        await trio.lowlevel.checkpoint()
-
-    _replace(stack, forebay.policies, "mark_hot", mark_hot)
-
-
 def _no_journal(stack: ExitStack) -> None:
     _replace(stack, Journal, "replay", lambda self: iter(()))
-
-
-def _clean_before_durable(stack: ExitStack) -> None:
-    async def flush(self: Image, *, times: bool = False) -> None:
-        await trio.lowlevel.checkpoint()
-
-    _replace(stack, Image, "flush", flush)
 
 
 def _unchecked_replay(stack: ExitStack) -> None:
@@ -558,6 +509,10 @@ def _journal_removed_early(stack: ExitStack) -> None:
     _replace(stack, FakeJournal, "commit", commit_and_end)
 
 
+def _shared(bug: Callable[[bugs.Replace], None]) -> Callable[[ExitStack], None]:
+    return lambda stack: bug(partial(_replace, stack))
+
+
 def _replace(stack: ExitStack, target: object, name: str, value: object) -> None:
     stack.enter_context(mock.patch.object(target, name, value))
 
@@ -567,13 +522,13 @@ BACK, THROUGH = (Mode.WRITE_BACK,), (Mode.WRITE_THROUGH,)
 #: The bug, and the modes in which it does harm.
 PLANTED: dict[str, tuple[Callable[[ExitStack], None], Sequence[Mode]]] = {
     "no device sync": (_no_device_sync, BACK),
-    "index before data": (_index_before_data, BACK),
-    "freed slots reused at once": (_reuse_at_once, BACK),
-    "overwritten in place": (_overwrite_in_place, BACK),
-    "no hot regions": (_no_hot_regions, THROUGH),
+    "index before data": (_shared(bugs.index_before_data), BACK),
+    "freed slots reused at once": (_shared(bugs.slots_reused_early), BACK),
+    "overwritten in place": (_shared(bugs.overwritten_in_place), BACK),
+    "no hot regions": (_shared(bugs.no_region_log), THROUGH),
     "journal not replayed": (_no_journal, BACK),
-    "origin not flushed": (_clean_before_durable, THROUGH),
-    "clean before the origin is durable": (_clean_before_durable, BACK),
+    "origin not flushed": (_shared(bugs.image_not_synced), THROUGH),
+    "clean before the origin is durable": (_shared(bugs.image_not_synced), BACK),
     "replay takes torn data": (_unchecked_replay, BACK),
     "no redo journal": (_no_redo_journal, BACK),
     "redo journal removed before the image is durable": (_journal_removed_early, BACK),

@@ -1,0 +1,63 @@
+"""Bugs of the cache that lose data at a power cut, planted in a simulation and in a real daemon alike."""
+
+from collections.abc import Callable
+
+import trio
+
+import forebay.policies
+import forebay_cache.private
+from forebay.image import Image
+from forebay_cache.cache import Cache
+
+Replace = Callable[[object, str, object], None]
+"""Puts something in the place of an attribute: (of what, name, value)."""
+
+
+def index_before_data(replace: Replace) -> None:
+    async def commit(self: Cache) -> None:
+        if self.changed():
+            changes, succeeded, failed = self.snapshot()
+            try:
+                await self.index.commit(changes)
+                await self.sync()
+            except BaseException:
+                failed()
+                raise
+            succeeded()
+
+    replace(Cache, "_commit", commit)
+
+
+def slots_reused_early(replace: Replace) -> None:
+    forget = Cache._forget_slot
+
+    def forget_and_release(self: Cache, slot: int) -> None:
+        forget(self, slot)
+        self._freed.remove(slot)
+        self._leaving -= 1
+        self.placement.release(slot)
+
+    replace(Cache, "_forget_slot", forget_and_release)
+
+
+def overwritten_in_place(replace: Replace) -> None:
+    def target(word: int, second: int, mask: int, opened: int) -> int:
+        return second & mask & word & 0xFFFF
+
+    replace(forebay_cache.private, "_target", target)
+
+
+def image_not_synced(replace: Replace) -> None:
+    """What was written back counts as clean before it is durable."""
+
+    async def flush(self: Image, *, times: bool = False) -> None:
+        await trio.lowlevel.checkpoint()
+
+    replace(Image, "flush", flush)
+
+
+def no_region_log(replace: Replace) -> None:
+    async def mark_hot(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    replace(forebay.policies, "mark_hot", mark_hot)
