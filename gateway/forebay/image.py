@@ -299,9 +299,12 @@ class Image:
             self._written += 1
 
     async def flush(self, *, times: bool = False) -> None:
-        """Make the writes that have ended durable, with the image's `times` if asked. Raises OSError."""
+        """Make the writes that have ended durable, with the image's `times` if asked. Raises OSError.
+
+        What has ended so far of those under way, too: a pass, which counts as one, consists of many.
+        """
         written = self._written
-        if self._flushed != written or times:
+        if self._flushed != written or self._writing or times:
             try:
                 await self.reached().flush(times=times)
             finally:

@@ -26,6 +26,8 @@ from typing import Any
 import pyfuse3
 import trio
 
+from forebay.fuse_awake import kept_awake
+
 
 @dataclass
 class Rule:
@@ -298,7 +300,8 @@ async def _main(mountpoint: str, root: str, address: str) -> None:
                 lambda stream: _serve(stream, fs, faults),
                 [trio.SocketListener(sock)],
             )
-            await pyfuse3.main()
+            async with kept_awake():
+                await pyfuse3.main()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from typing import Any, BinaryIO
 import pyfuse3
 import trio
 
+from forebay.fuse_awake import kept_awake
+
 ROOT = pyfuse3.ROOT_INODE
 MARKS = 2
 MARKS_NAME = b"marks"
@@ -271,9 +273,14 @@ def main() -> None:
         pyfuse3.init(recorder, mount, options)
         print("READY", flush=True)
         try:
-            trio.run(pyfuse3.main)
+            trio.run(_serve)
         finally:
             pyfuse3.close(unmount=False)
+
+
+async def _serve() -> None:
+    async with kept_awake():
+        await pyfuse3.main()
 
 
 if __name__ == "__main__":

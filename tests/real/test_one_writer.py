@@ -1,6 +1,7 @@
 """One writer, and a changed image: other programs, other gateways, files swapped under a disk (promises 6 and 7)."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from real.disk_fixture import ask, run, wait_for
+from real.fault_fs import FaultFs
 from real.gateway_process import GatewayProcess
 from real.processes import MIB, need
 
@@ -327,3 +329,28 @@ def test_attach_waits_until_the_other_gateway_has_given_the_image_up(
         for process in (one, other):
             process.kill()
             process.communicate()
+
+
+def test_an_attach_that_is_going_to_fail_refuses_no_other(
+    make_gateway: Callable[..., GatewayProcess], short_path: Path
+) -> None:
+    """Two attaches of one image; the first waits for the store and is then refused: the second serves it."""
+    fs = FaultFs(short_path / "fs")
+    gateway = make_gateway({"stores.images": {"path": str(fs.path)}})
+    try:
+        image(fs.backing)
+        fs.fail("open", "EIO", name="a.raw", times=1, delay=3.0)
+        one = waiting(gateway, "one", "images:a.raw")
+        try:
+            wait_for(lambda: fs.counts().get("open", 0) >= 1, "it does not open the image", 60)
+            gateway.attach("two", "a.raw")
+            _, text = one.communicate(timeout=60)
+        finally:
+            one.kill()
+            one.communicate()
+        assert one.returncode == 1
+        assert os.strerror(errno.EIO) in text
+        assert [disk["name"] for disk in ask(gateway, "/disks")] == ["two"]
+    finally:
+        gateway.kill()
+        fs.remove()

@@ -323,6 +323,51 @@ def test_what_a_failed_flush_may_have_lost_is_not_cached(tmp_path: Path, power: 
     play(tmp_path, story)
 
 
+def test_a_failed_flush_that_nobody_waited_for_is_told_to_the_guest_once(tmp_path: Path) -> None:
+    """The daemon flushes an image for itself, too; the next flush goes well and brings nothing back."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        await disk.write(0, memoryview(NEW), False)
+        host.origin.faults["flush"], host.origin.lose = 1, True
+        with pytest.raises(OSError, match="injected"):
+            await disk.image.flush()
+        with pytest.raises(OSError, match="may be lost"):
+            await disk.flush()
+        await disk.flush()
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("write-back failed")
+def test_a_flush_that_fails_beside_a_pass_has_the_pass_begin_again(tmp_path: Path) -> None:
+    """What the pass had written by then may be lost, and the pass's own flush would not say so."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        origin = host.origin
+        await disk.write(0, memoryview(NEW), False)
+        write_ranges = origin.write_ranges
+
+        async def beside(ranges: Any, background: bool = False) -> None:
+            await write_ranges(ranges, background)
+            origin.faults["flush"], origin.lose = 1, True
+            with pytest.raises(OSError, match="injected"):
+                await disk.image.flush()
+
+        with (
+            mock.patch.object(origin, "write_ranges", beside),
+            pytest.raises(OSError, match="all is written again"),
+        ):
+            await disk.writeback.checkpoint()
+        assert origin.durable[:BLOCK] == OLD
+        assert disk.dirty_bytes == BLOCK
+        await disk.drain(nothing)
+        assert origin.durable[:BLOCK] == NEW
+
+    play(tmp_path, story)
+
+
 # -- who changed the image --------------------------------------------------------------------------------------
 
 LAZY = settings(Mode.WRITE_BACK, max_lag=1000.0)

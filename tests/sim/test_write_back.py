@@ -332,6 +332,31 @@ def test_what_goes_past_a_full_cache_never_goes_below_what_is_private(tmp_path: 
     play(tmp_path, story, cache=4 * MIB)
 
 
+def test_a_pass_has_its_data_made_durable_as_it_goes(tmp_path: Path) -> None:
+    """Else its last flush takes longer than a flush may, where a store's host has much memory."""
+
+    async def story(host: Host, store: Store) -> None:
+        disk = await host.attach("d", lazy())
+        for block in range(12 * MIB // BLOCK):
+            await write(disk, block * BLOCK, NEW * BLOCK)
+        write_ranges = store.write_ranges
+        most = 0
+
+        async def noted(*args: Any, **options: Any) -> None:
+            nonlocal most
+            await write_ranges(*args, **options)
+            most = max(most, sum(len(piece.data) for piece in store.pending))
+
+        with (
+            mock.patch.object(store, "write_ranges", noted),
+            mock.patch("forebay.writeback.SYNC_EVERY", MIB),
+        ):
+            await disk.drain(nothing)
+        assert MIB <= most <= 6 * MIB
+
+    play(tmp_path, story)
+
+
 @pytest.mark.expect_log("is damaged")
 def test_a_copy_that_came_out_wrong_is_not_believed(tmp_path: Path) -> None:
     """The medium fails after the image has the data, while it is copied to where the clean block lies."""
