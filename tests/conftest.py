@@ -1,5 +1,6 @@
 """Rules that hold for every test level: no unexpected warning in the log, and a replayable seed."""
 
+import gc
 import logging
 import os
 import random
@@ -34,6 +35,15 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("CI", "BUILD_NUMBER"):
         os.environ.pop(name, None)
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector look at what tests make, and not at all the modules and tests each time.
+
+    With those in sight it comes so rarely that the simulations' devices and images add up to many gigabytes.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ bring can come up, time costs nothing, and a seed replays to the byte.
 """
 
 import contextlib
+import gc
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
@@ -107,6 +108,7 @@ class FakeSyncer:
 @contextlib.contextmanager
 def simulated(dice: Dice) -> Iterator[type[FakeSyncer]]:
     """Within it, threads are fake and trio's scheduler follows the dice. Gives the class of the fake syncers."""
+    gc.collect()  # devices and images of the last one, which cycles of tasks hold: a hundred megabytes at times
 
     async def run_sync(
         job: Callable[[Unpack[Ts]], T],

@@ -15,7 +15,6 @@ Each bug that `PLANTED` puts into the code must be found this way; else the test
 the history's own seed, and ``FOREBAY_SIM_HISTORY=N`` runs that one alone.
 """
 
-import gc
 import logging
 import os
 import shutil
@@ -452,7 +451,6 @@ def _directory() -> Iterator[Path]:
 
 def run_history(seed: str, modes: Sequence[Mode] = MODES) -> int:
     """How many states were looked at. Raises Broken."""
-    gc.collect()  # the last one's devices and images, which trio's cycles hold: a hundred megabytes
     with _directory() as directory:
         history = History(seed, directory, modes)
         try:
