@@ -13,9 +13,8 @@ from pathlib import Path
 
 from bench import measure, report
 from bench.bed import (
-    CHECKPOINT_BURST,
     CHECKPOINT_BYTES,
-    CHECKPOINT_PAUSE,
+    CHECKPOINT_WRITES,
     COLD_BYTES,
     MISS_BYTES,
     SYNC_BYTES,
@@ -145,29 +144,39 @@ class Run:
         for row in rows:
             print(row.title, flush=True)
             reads = row.key == "checkpoint-read"
-            names = ["idle", "written", "forebay"] if reads else ["no checkpoint", "forebay"]
-            for number, name in self._rounds(names):
-                sample = self._beside_checkpoints(row, disks, name, number)
-                self._note(row, number, name, sample)
+            for number, name in self._rounds(["idle" if reads else "no checkpoint", "forebay"]):
+                beside = (
+                    (self._spread if reads else self._busy) if name == "forebay" else self._calm
+                )
+                self._note(row, number, name, beside(row, disks))
 
-    def _beside_checkpoints(
-        self, row: Row, disks: dict[str, Target], name: str, number: int
-    ) -> Sample:
-        """`written`: the other client writes, and no checkpoint runs, which tells the two apart."""
-        store = "busy" if name == "forebay" else "calm"
+    def _calm(self, row: Row, disks: dict[str, Target]) -> Sample:
+        return self._beside(row, disks, "calm", running=False)
+
+    def _busy(self, row: Row, disks: dict[str, Target]) -> Sample:
+        """What is measured writes, and keeps the checkpoints busy itself."""
+        return self._beside(row, disks, "busy", running=True)
+
+    def _spread(self, row: Row, disks: dict[str, Target]) -> Sample:
+        """A checkpoint alone, beside the reads that are measured."""
+        target = disks["spread"]
+        measure.write(target.uri, CHECKPOINT_BYTES, CHECKPOINT_WRITES)
+        before = _progress(target, "spread")
+        with measure.reading(target.uri, CHECKPOINT_BYTES):  # while guests rest it takes no time
+            while _progress(target, "spread") == before:
+                time.sleep(0.05)
+            return self._beside(row, disks, "spread", running=True)
+
+    def _beside(self, row: Row, disks: dict[str, Target], store: str, *, running: bool) -> Sample:
+        """Measure on one of the disks. Raises RuntimeError unless a checkpoint ran all the time, or none did."""
         target = disks[store]
-        assert target.gateway is not None
-        before = target.gateway.status(store)["origin_written_bytes"]
-        with contextlib.ExitStack() as stack:
-            if name in ("written", "forebay") and row.fio["rw"] == "randread":
-                burst = (CHECKPOINT_BURST, CHECKPOINT_PAUSE)
-                stack.enter_context(measure.writing(target.uri, CHECKPOINT_BYTES, *burst))
-            sample = measure.fio(
-                target.uri, row.fio, self.options.seconds, CHECKPOINT_BYTES, target.pid
-            )
-            written = target.gateway.status(store)["origin_written_bytes"] - before
-        if bool(written) != (store == "busy"):
-            raise RuntimeError(f"{name}, round {number}: {written} bytes were written back")
+        before = _progress(target, store)
+        sample = measure.fio(
+            target.uri, row.fio, self.options.seconds, CHECKPOINT_BYTES, target.pid
+        )
+        done = _progress(target, store) - before
+        if bool(done) != running or (running and not _dirty(target, store)):
+            raise RuntimeError(f"{row.key} on {store}: {done} bytes were written back meanwhile")
         target.settle()
         return sample
 
@@ -209,6 +218,19 @@ class Run:
         subprocess.run([str(word) for word in command], check=True)
         gateway.start()
         self._note(row, 0, "forebay", Sample(megabytes=measure.memory(gateway.pid)))
+
+
+def _progress(target: Target, disk: str) -> int:
+    """Bytes that checkpoints have written, to journal and image."""
+    assert target.gateway is not None
+    status = target.gateway.status(disk)
+    return int(status["journal_written_bytes"]) + int(status["origin_written_bytes"])
+
+
+def _dirty(target: Target, disk: str) -> int:
+    """Bytes that no checkpoint has written back yet."""
+    assert target.gateway is not None
+    return int(target.gateway.status(disk)["dirty_bytes"])
 
 
 def conditions(options: argparse.Namespace, memory: Path) -> dict[str, str]:

@@ -28,12 +28,11 @@ SYNC_BYTES = 64 * MIB
 ZEROS = 1 << 20
 """Bytes of cache file that are written at once."""
 
-CHECKPOINT_LAG = "1s"
-"""The `max_lag` of a disk whose checkpoints follow each other: one begins at half of it, and takes most of the rest."""
+CHECKPOINT_LAGS = {"calm": "1h", "busy": "1s", "spread": "12s"}
+"""`max_lag` of each disk: no checkpoint begins by itself; one follows the other; one takes almost five seconds."""
 
-CHECKPOINT_BURST, CHECKPOINT_PAUSE = 500, 0.5
-"""Writes of 4 KiB at once, and seconds until the next ones, that give the checkpoints something to do while reads are
-measured."""
+CHECKPOINT_WRITES = 6000
+"""Of 4 KiB, at random places, for one checkpoint that is spread out: what a guest writes at a thousand a second."""
 
 CHECKPOINT_BYTES = 64 * MIB
 """Of the disk that is written: so little that it is the checkpoints that are measured, and not `max_dirty`."""
@@ -152,11 +151,11 @@ class Bed:
             yield "forebay", self.disk_of(gateway, "w", self._own_image("w"), "write-back")
 
     def checkpointers(self) -> dict[str, Target]:
-        """Two disks in write-back: on `calm` no checkpoint begins by itself, on `busy` one follows the other."""
-        cache = 6 * self.size
+        """A disk in write-back for each of CHECKPOINT_LAGS."""
+        cache = 3 * len(CHECKPOINT_LAGS) * self.size
         gateway = self.gateway(self.memory, cache, start=False)
         stores: dict[str, dict[str, Any]] = {"cache": {"size": str(cache)}}
-        for store, lag in (("calm", "1h"), ("busy", CHECKPOINT_LAG)):
+        for store, lag in CHECKPOINT_LAGS.items():
             path = gateway.directory / store
             path.mkdir()
             stores[f"stores.{store}"] = {"path": str(path), "mode": "write-back", "max_lag": lag}
@@ -164,7 +163,7 @@ class Bed:
         gateway.configure(stores)
         gateway.start()
         found = {}
-        for store in ("calm", "busy"):
+        for store in CHECKPOINT_LAGS:
             gateway.attach(store, f"{store}:image.raw")
             copy_out(gateway.uri(store), self.size)
             found[store] = Target(gateway.uri(store), gateway.pid, gateway)

@@ -61,19 +61,8 @@ def fio(uri: str, options: dict[str, Any], seconds: float, size: int, pid: int |
 
     Raises RuntimeError with fio's output when it fails.
     """
-    job = {
-        "name": "bench",
-        "ioengine": "nbd",
-        "uri": uri,
-        "size": size,
-        "time_based": 1,
-        "runtime": f"{seconds * 1000:.0f}ms",
-        "norandommap": 1,
-        "randrepeat": 0,
-        "group_reporting": 1,
-        **options,
-    }
-    command = ["fio", "--output-format=json", *(f"--{key}={value}" for key, value in job.items())]
+    timed = {"time_based": 1, "runtime": f"{seconds * 1000:.0f}ms", "group_reporting": 1}
+    command = _command({**_job(uri, size), **timed, **options, "output-format": "json"})
     with cpu_of(pid) as cpu:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or "{" not in done.stdout:
@@ -93,36 +82,38 @@ def fio(uri: str, options: dict[str, Any], seconds: float, size: int, pid: int |
     )
 
 
-@contextmanager
-def writing(uri: str, size: int, burst: int, pause: float) -> Iterator[None]:
-    """Inside `with`, another client writes 4 KiB at random places: `burst` of them at once, then `pause` seconds none.
+def write(uri: str, size: int, count: int) -> None:
+    """Write `count` times 4 KiB at random places of `size` bytes, as a guest's page cache does, unmeasured."""
+    options = {"rw": "randwrite", "bs": "4k", "iodepth": 16, "number_ios": count}
+    job = {**_job(uri, size), **options}
+    subprocess.run(_command(job), check=True, stdout=subprocess.DEVNULL)
 
-    As a guest's page cache does. A steady trickle, each write of which wakes the server, would be what is measured.
-    """
-    job = {
-        "name": "writer",
+
+def _job(uri: str, size: int) -> dict[str, Any]:
+    return {
+        "name": "bench",
         "ioengine": "nbd",
         "uri": uri,
         "size": size,
-        "time_based": 1,
-        "runtime": "1h",
         "norandommap": 1,
         "randrepeat": 0,
-        "rw": "randwrite",
-        "bs": "4k",
-        "iodepth": 16,
-        "thinktime": f"{pause * 1000:.0f}ms",
-        "thinktime_blocks": burst,
     }
-    command = ["fio", *(f"--{key}={value}" for key, value in job.items())]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as writer:
+
+
+def _command(job: dict[str, Any]) -> list[str]:
+    return ["fio", *(f"--{key}={value}" for key, value in job.items())]
+
+
+@contextmanager
+def reading(uri: str, size: int) -> Iterator[None]:
+    """Inside `with` there is a guest that reads now and then, so that the server does not take its guests to rest."""
+    options = {"rw": "randread", "bs": "4k", "rate_iops": 30, "time_based": 1, "runtime": "1h"}
+    job = {**_job(uri, size), **options}
+    with subprocess.Popen(_command(job), stdout=subprocess.DEVNULL) as reader:
         try:
-            time.sleep(0.5)  # until it writes
-            if writer.poll() is not None:
-                raise RuntimeError(f"{' '.join(command)} ended at once")
             yield
         finally:
-            writer.terminate()
+            reader.terminate()
 
 
 def copy_out(uri: str, size: int, pid: int | None = None) -> Sample:
