@@ -482,7 +482,10 @@ class Cache:
         return self.journal.fits(self._ops_bytes + 256 + (length >> 7))
 
     def publish(self) -> None:
-        """Hand the records to the kernel: from now on a killed daemon has them. Raises OSError; they are kept then."""
+        """Hand the records to the kernel: from now on a killed daemon has them.
+
+        Raises OSError; the device has failed then, or, while its journal is full, they are kept.
+        """
         if not self._ops:
             return
         late, self._late = self._late, []
@@ -497,11 +500,10 @@ class Cache:
             self._undo(late)
             if isinstance(error, JournalFull):
                 raise OSError(errno.ENOSPC, "the intent journal is full") from None
-            self.fail(error)
-            if self.failed is not None:
-                # What they say is in memory, for whoever takes the device back.
-                self._ops.clear()
-                self._ops_bytes = 0
+            self.fail(error, taken=True)
+            # What they say is in memory, for whoever takes the device back.
+            self._ops.clear()
+            self._ops_bytes = 0
             raise
         if self.journal.used * 2 > self.device.layout.journal_size:
             self._wanted.set()
@@ -530,12 +532,12 @@ class Cache:
         if self._unreadable >= UNREADABLE_MOST:
             self.fail(OSError(errno.EIO, "it cannot be read"))
 
-    def fail(self, error: OSError, *, syncing: bool = False) -> None:
+    def fail(self, error: OSError, *, taken: bool = False) -> None:
         """The device cannot be used: from now on it takes nothing new, and what it has is checked at each reading.
 
         No room for a block, in a sparse file, is no failure; no room for what was taken already is one.
         """
-        if self.failed is None and (syncing or error.errno != errno.ENOSPC):
+        if self.failed is None and (taken or error.errno != errno.ENOSPC):
             log.error("cache device %s failed: %s", self.device.path, error.strerror or error)
             self.failed = error
             self._alive_again()  # a commit under way may be about to say so
@@ -584,7 +586,7 @@ class Cache:
         try:
             yield
         except OSError as error:
-            self.fail(error, syncing=True)  # a later sync would succeed, and lie
+            self.fail(error, taken=True)  # a later sync would succeed, and lie
             raise
         finally:
             if not self._syncer.pending:

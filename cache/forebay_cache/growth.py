@@ -44,7 +44,7 @@ async def extend(cache: Cache, size: int | None, progress: Progress) -> None:
     try:
         layout = await trio.to_thread.run_sync(work)
     except OSError as error:
-        cache.fail(error, syncing=True)  # it may have been told to us instead of a guest's flush
+        cache.fail(error, taken=True)  # it may have been told to us instead of a guest's flush
         raise
     cache.adopt(layout)
 

@@ -549,6 +549,7 @@ class Disk:
         """Write back everything that is dirty, in whatever mode. Raises OSError."""
         if self.writes_private and not self.overlay:
             await self.writeback.drain(progress)
+            await self.image.flush()  # what went past the cache
         elif not self.read_only and not self.overlay:
             await self.image.flush()
         else:

@@ -257,6 +257,7 @@ class WriteBack:
         disk = self._disk
         if disk.dirty_bytes == 0 and disk.marked:
             await disk.block_cache.commit_records()
+            await disk.image.flush()  # what went past the cache
             await disk.unmark()
 
     async def drain(self, progress: "Progress") -> None:

@@ -368,6 +368,55 @@ def test_a_flush_that_fails_beside_a_pass_has_the_pass_begin_again(tmp_path: Pat
     play(tmp_path, story)
 
 
+# -- a cache device that fails ----------------------------------------------------------------------------------
+
+
+@pytest.mark.expect_log("cache device .* failed")
+def test_what_went_past_the_cache_is_durable_after_a_drain(tmp_path: Path) -> None:
+    """As `forebay flush` promises, whether the guest flushes or not; and before the marker says so."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        host.cache.fail(OSError(errno.EIO, "injected"))
+        await disk.write(0, memoryview(NEW), False)
+        assert host.origin.visible[:BLOCK] == NEW
+        assert host.origin.durable[:BLOCK] == OLD
+        await disk.drain(nothing)
+        assert host.origin.durable[:BLOCK] == NEW
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("cache device .* failed")
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_change_of_which_no_record_can_be_kept_goes_to_the_image(
+    tmp_path: Path, zeros: bool
+) -> None:
+    """The device has room for the data and none for the journal: in memory alone it would be gone with a kill."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        await disk.write(8 * BLOCK, memoryview(NEW), False)
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "injected")
+
+        with mock.patch.object(host.cache.journal, "append", full):
+            if zeros:
+                await disk.zero(0, BLOCK, False, True, False)
+            else:
+                await disk.write(0, memoryview(NEW), False)
+        new = bytes(BLOCK) if zeros else NEW
+        assert host.origin.visible[:BLOCK] == new
+        await host.kill(host.snapshot())
+        await host.start()
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        assert await read(disk) == new
+        assert await read(disk, 8 * BLOCK) == NEW
+
+    play(tmp_path, story)
+
+
 # -- who changed the image --------------------------------------------------------------------------------------
 
 LAZY = settings(Mode.WRITE_BACK, max_lag=1000.0)

@@ -220,7 +220,7 @@ class Life:
         content = bytes(host.origin.visible)
         self.legal = [{content[at : at + UNIT]} for at in range(0, SIZE, UNIT)]
         self.flushed: list[set[bytes]] = [set(x) for x in self.legal]
-        self.told = False  # a flush failed, or a write in a mode that has the origin flush
+        self.told = False  # a flush, or a pass of write-back, failed: what was written since the last may be lost
         self.counter = 0
         self.disk: Disk | None = None
 
@@ -305,6 +305,7 @@ class Life:
                 await disk.flush()
         except OSError as error:
             self.excuse(error, "flush")
+            self.told = True
         else:
             self._durable()
 
@@ -316,6 +317,7 @@ class Life:
             await do()
         except (OSError, ForebayError) as error:
             self.excuse(error, what)
+            self.told = True
             return False
         return True
 
@@ -401,7 +403,7 @@ async def _all_well(host: Host, life: Life, faults: Faults) -> None:
     disk = life.disk
     assert disk is not None
     if faults.lost:
-        await _as_far_as_it_can_be_read(life)
+        await _as_far_as_it_can_be_read(life, killed=faults.case.killed)
         return
     life.well = True
     life.look()
@@ -427,9 +429,15 @@ async def _all_well(host: Host, life: Life, faults: Faults) -> None:
     await check_cache(host.cache)
 
 
-async def _as_far_as_it_can_be_read(life: Life) -> None:
-    """The device lost what was written since its last sync: an error, or what was written, and nothing else."""
+async def _as_far_as_it_can_be_read(life: Life, *, killed: bool) -> None:
+    """The device lost what was written since its last sync: an error, or what was written, and nothing else.
+
+    Killed, nobody knows any more what that was, unless the index does: then it may be what was flushed last, provided
+    that somebody was told.
+    """
     life.well = False
+    if killed and life.told:
+        life.legal = [now | before for now, before in zip(life.legal, life.flushed, strict=True)]
     for at in range(0, SIZE, SECTOR):
         await life.read(at, SECTOR)
 
