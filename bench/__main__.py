@@ -143,12 +143,10 @@ class Run:
         disks = bed.checkpointers()
         for row in rows:
             print(row.title, flush=True)
-            reads = row.key == "checkpoint-read"
-            for number, name in self._rounds(["idle" if reads else "no checkpoint", "forebay"]):
-                beside = (
-                    (self._spread if reads else self._busy) if name == "forebay" else self._calm
-                )
-                self._note(row, number, name, beside(row, disks))
+            running = self._busy if row.key == "checkpoint-after-checkpoint" else self._spread
+            for number, name in self._rounds([row.bars[0].peer, "forebay"]):
+                sample = (running if name == "forebay" else self._calm)(row, disks)
+                self._note(row, number, name, sample)
 
     def _calm(self, row: Row, disks: dict[str, Target]) -> Sample:
         return self._beside(row, disks, "calm", running=False)
@@ -158,7 +156,7 @@ class Run:
         return self._beside(row, disks, "busy", running=True)
 
     def _spread(self, row: Row, disks: dict[str, Target]) -> Sample:
-        """A checkpoint alone, beside the reads that are measured."""
+        """Nobody but one checkpoint, beside what is measured."""
         target = disks["spread"]
         measure.write(target.uri, CHECKPOINT_BYTES, CHECKPOINT_WRITES)
         before = _progress(target, "spread")
@@ -175,7 +173,7 @@ class Run:
             target.uri, row.fio, self.options.seconds, CHECKPOINT_BYTES, target.pid
         )
         done = _progress(target, store) - before
-        if bool(done) != running or (running and not _dirty(target, store)):
+        if bool(done) != running or _goes_on(target, store) != running:
             raise RuntimeError(f"{row.key} on {store}: {done} bytes were written back meanwhile")
         target.settle()
         return sample
@@ -227,10 +225,14 @@ def _progress(target: Target, disk: str) -> int:
     return int(status["journal_written_bytes"]) + int(status["origin_written_bytes"])
 
 
-def _dirty(target: Target, disk: str) -> int:
-    """Bytes that no checkpoint has written back yet."""
-    assert target.gateway is not None
-    return int(target.gateway.status(disk)["dirty_bytes"])
+def _goes_on(target: Target, disk: str) -> bool:
+    """Whether a checkpoint is on its way, which writes something several times a second."""
+    before, deadline = _progress(target, disk), time.monotonic() + 1.0
+    while _progress(target, disk) == before:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def conditions(options: argparse.Namespace, memory: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.bed import room
-from bench.doors_bed import Door, doors, missing
+from bench.doors_bed import CACHE, Door, doors, missing
 from bench.doors_report import ROWS, Results, Row, Sample, fill_readme, keep, load, text
 from bench.measure import cpu_seconds
 
@@ -25,8 +25,8 @@ HERE = Path(__file__).resolve().parent
 MIB = 1 << 20
 LEAST_DEPTH = 4
 """Of the NBD engine, which has no kernel that reads ahead for it: as many requests as the mounts have out."""
-COPIES = 7
-"""How many images' worth of room it takes at most: two images, a cache of four, and air."""
+COPIES = 3 + CACHE
+"""How many images' worth of room it takes at most: two images, the cache, and air."""
 
 
 def arguments() -> argparse.Namespace:

@@ -39,6 +39,9 @@ PROGRAMS = {
 SEPARATION = Path("/run/sshd")
 """The empty directory that sshd insists on when root runs it."""
 
+CACHE = 8
+"""Images' worth of cache: so much that no checkpoint begins during a turn. sshfs writes nothing twice either."""
+
 Process = subprocess.Popen[bytes]
 
 
@@ -104,8 +107,11 @@ def until(holds: Callable[[], bool], process: Process, what: str) -> None:
 
 def _through_forebay(stack: contextlib.ExitStack, parent: Path, size: int) -> Iterator[Door]:
     """The socket, the mount, and nbdfuse: three ways to one warm disk in write-back."""
-    gateway = make_gateway(parent, 4 * size)
+    gateway = make_gateway(parent, CACHE * size)
     stack.callback(gateway.remove)
+    calm = {"path": str(gateway.images), "max_lag": "1h", "max_dirty": str(CACHE * size)}
+    cache = {"size": str(CACHE * size)}
+    gateway.configure({"cache": cache, "stores.images": calm})
     gateway.start()
     random_image(gateway.images / "d.raw", size, seed=1)
     gateway.attach("d", "d.raw", mode="write-back")

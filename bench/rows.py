@@ -102,6 +102,14 @@ ROWS = (
         {"rw": "randwrite", "bs": "4k", "iodepth": 16},
     ),
     Row(
+        "checkpoint-after-checkpoint",
+        "write-back 4 KiB random write, depth 16, one checkpoint after the other (max_lag 1 s)",
+        "checkpoint",
+        "iops",
+        (Bar("no checkpoint", "at least", 0.6),),
+        {"rw": "randwrite", "bs": "4k", "iodepth": 16},
+    ),
+    Row(
         "misses",
         "8 misses on different blocks, origin latency 200 ms",
         "miss",

@@ -24,7 +24,7 @@ MAX_RANGE = 1 << 30
 """Longest TRIM, WRITE_ZEROES, CACHE and BLOCK_STATUS sent, bytes: the field has 32 bits, and some servers work through
 such a range before they answer anything else."""
 SEND_BUFFER = 4 << 20
-"""SO_SNDBUF asked for on Unix sockets; the kernel caps it (net.core.wmem_max). A write of 1 MiB, as they come from FUSE,
+"""SO_SNDBUF asked for on Unix sockets; the kernel caps it (net.core.wmem_max). A write of 1 MiB, as FUSE has them,
 leaves in one go: by default it takes six, each after a wait for the server to read."""
 TURNS = 32
 """Receives in a row before other tasks run."""
