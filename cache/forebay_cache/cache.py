@@ -144,6 +144,8 @@ class Cache:
         self._ready_map = _anonymous(slots * 2)
         #: per slot, sectors that were checked and are believed to be in memory: these are served from the map
         self.ready = memoryview(self._ready_map).cast("H")
+        self.forgotten = 0
+        """How often all of that was forgotten."""
         #: per slot, layer << 32 | block
         self._owner_map = _anonymous(slots * 8)
         self.owner = memoryview(self._owner_map).cast("Q")
@@ -933,6 +935,15 @@ class Cache:
     def forget_ready(self) -> None:
         """Check and fetch every sector again before it is served from the map."""
         self._ready_map.madvise(mmap.MADV_DONTNEED)  # private and anonymous: reads as zeros again
+        self.forgotten += 1
+
+    def note_ready(self, slot: int, mask: int, since: int) -> None:
+        """Sectors of a slot were written by a thread that began when `forgotten` was ``since``.
+
+        If all was forgotten meanwhile the device may have failed, and lost them after they were written.
+        """
+        if self.failed is None and self.forgotten == since:
+            self.ready[slot] |= mask
 
     # -- life -------------------------------------------------------------------------------------------------
 

@@ -229,7 +229,7 @@ async def _store_group(
     storing = {part.slot for part in parts if part.slot >= 0}
     cache.storing |= storing
     sums: list[dict[int, int]] = [{} for _ in parts]
-    written = False
+    written, since = False, cache.forgotten
     try:
         await trio.to_thread.run_sync(_write, cache, parts, sums)
         written = True
@@ -239,7 +239,7 @@ async def _store_group(
         cache.storing -= storing
         for part, crcs in zip(parts, sums, strict=True):
             if written:
-                _publish(cache, layer, part, crcs, cells)
+                _publish(cache, layer, part, crcs, cells, since)
             elif part.fresh:
                 cache.abandon(part.slot)
         cache.unpin(token)
@@ -296,7 +296,12 @@ def _write(cache: Cache, parts: list[_Part], sums: list[dict[int, int]]) -> None
 
 
 def _publish(
-    cache: Cache, layer: Layer, part: _Part, crcs: dict[int, int], cells: dict[int, list[int]]
+    cache: Cache,
+    layer: Layer,
+    part: _Part,
+    crcs: dict[int, int],
+    cells: dict[int, list[int]],
+    since: int,
 ) -> None:
     number, i = divmod(part.block, PAGE_BLOCKS)
     page = layer.pages.get(number)
@@ -322,7 +327,7 @@ def _publish(
         for sector, crc in crcs.items():
             if stored >> sector & 1:
                 cache.sums.values[part.slot * SECTORS + sector] = crc
-        cache.ready[part.slot] |= stored
+        cache.note_ready(part.slot, stored, since)
         layer.slots += part.fresh
         # The layer may have been pinned, or unpinned, since the slot was taken. Of what is chosen to be evicted,
         # the evictor itself keeps, and holds, what it must not take.

@@ -168,11 +168,13 @@ async def _copy(cache: Cache, jobs: list[_Job]) -> _Copied:
     try:
         for job in jobs:
             cache.ready[job.to] &= ~job.mask
+        since = cache.forgotten
         crcs = await trio.to_thread.run_sync(_copy_sectors, cache, jobs)
         await cache.load_sums([slot for job in jobs for slot in (job.source, job.to)])
         for job in jobs:
             good = _take_sums(cache, job, crcs[job])
-            cache.ready[job.to] = cache.ready[job.to] & ~job.mask | good  # a reader may have set it
+            cache.ready[job.to] &= ~job.mask  # a reader may have set it
+            cache.note_ready(job.to, good, since)
             slot, mask = copied.get(job.i, (job.to, 0))
             copied[job.i] = (slot, mask | job.mask)
     finally:

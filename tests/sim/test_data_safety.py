@@ -417,6 +417,37 @@ def test_a_change_of_which_no_record_can_be_kept_goes_to_the_image(
     play(tmp_path, story)
 
 
+@pytest.mark.expect_log("cache device .* failed|is damaged")
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_what_was_stored_while_the_device_failed_is_not_believed(
+    tmp_path: Path, comes_back: bool
+) -> None:
+    """The kernel throws away what it could not write, and says so to a sync: also of a block that is being stored."""
+    module = import_module("forebay_cache.clean")
+    write = module._write
+
+    async def story(host: Host) -> None:
+        cache = host.cache
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+
+        def lost(_: Any, parts: list[Any], *others: Any) -> None:
+            write(cache, parts, *others)
+            for part in parts:
+                cache.device.write(cache.device.at(part.slot), b"x" * BLOCK)
+            cache.fail(OSError(errno.EIO, "injected"))
+            if comes_back:
+                cache.failed = None
+                cache.forget_ready()
+
+        with mock.patch.object(module, "_write", lost):
+            assert await read(disk) == OLD
+            await trio.sleep(1)
+        assert await read(disk) == OLD
+        assert await read(disk) == OLD
+
+    play(tmp_path, story)
+
+
 # -- who changed the image --------------------------------------------------------------------------------------
 
 LAZY = settings(Mode.WRITE_BACK, max_lag=1000.0)
