@@ -30,8 +30,8 @@ RESULTS = HERE / "results"
 MIB = 1 << 20
 TIB = 1 << 40
 
-COPIES = 12
-"""How many images' worth of room the bed takes at most: image, three copies, a cache of six, and air."""
+COPIES = 15
+"""How many images' worth of room the bed takes at most: image, three copies, a cache of nine, and air."""
 
 Results = dict[str, dict[str, list[Sample]]]
 """Samples by row and server, one of each round."""
@@ -159,10 +159,9 @@ class Run:
         """Nobody but one checkpoint, beside what is measured."""
         target = disks["spread"]
         measure.write(target.uri, CHECKPOINT_BYTES, CHECKPOINT_WRITES)
-        before = _progress(target, "spread")
         with measure.reading(target.uri, CHECKPOINT_BYTES):  # while guests rest it takes no time
-            while _progress(target, "spread") == before:
-                time.sleep(0.05)
+            if not _goes_on(target, "spread", 60.0):
+                raise RuntimeError(f"{row.key}: no checkpoint began")
             return self._beside(row, disks, "spread", running=True)
 
     def _beside(self, row: Row, disks: dict[str, Target], store: str, *, running: bool) -> Sample:
@@ -173,7 +172,7 @@ class Run:
             target.uri, row.fio, self.options.seconds, CHECKPOINT_BYTES, target.pid
         )
         done = _progress(target, store) - before
-        if bool(done) != running or _goes_on(target, store) != running:
+        if bool(done) != running or _goes_on(target, store, 1.0) != running:
             raise RuntimeError(f"{row.key} on {store}: {done} bytes were written back meanwhile")
         target.settle()
         return sample
@@ -225,9 +224,9 @@ def _progress(target: Target, disk: str) -> int:
     return int(status["journal_written_bytes"]) + int(status["origin_written_bytes"])
 
 
-def _goes_on(target: Target, disk: str) -> bool:
-    """Whether a checkpoint is on its way, which writes something several times a second."""
-    before, deadline = _progress(target, disk), time.monotonic() + 1.0
+def _goes_on(target: Target, disk: str, seconds: float) -> bool:
+    """Whether a checkpoint writes something within that time; one that is on its way does several times a second."""
+    before, deadline = _progress(target, disk), time.monotonic() + seconds
     while _progress(target, disk) == before:
         if time.monotonic() > deadline:
             return False

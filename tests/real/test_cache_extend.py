@@ -117,9 +117,8 @@ def test_a_cache_grows_under_a_client(
         info = cache_info(gateway)
         assert info["slots"] > 500
         _read_from_the_cache_alone(gateway, client, model)
-        gateway.cli(
-            "mode", "d", "write-back"
-        )  # commits: else the last seconds' fills are fetched again
+        # commits: else what was filled in the last seconds is fetched again
+        gateway.cli("mode", "d", "write-back")
         gateway.restart(kill=True)
         client = connect(gateway.uri("d"))
         _read_from_the_cache_alone(gateway, client, model)

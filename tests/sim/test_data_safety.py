@@ -372,11 +372,14 @@ def test_a_flush_that_fails_beside_a_pass_has_the_pass_begin_again(tmp_path: Pat
 
 
 @pytest.mark.expect_log("cache device .* failed")
-def test_what_went_past_the_cache_is_durable_after_a_drain(tmp_path: Path) -> None:
-    """As `forebay flush` promises, whether the guest flushes or not; and before the marker says so."""
+@pytest.mark.parametrize("marked", [False, True])
+def test_what_went_past_the_cache_is_durable_after_a_drain(tmp_path: Path, marked: bool) -> None:
+    """As `forebay flush` promises, whether the guest flushes or not; and before the marker says so, if it is set."""
 
     async def story(host: Host) -> None:
         disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        if marked:
+            await disk.mark()
         host.cache.fail(OSError(errno.EIO, "injected"))
         await disk.write(0, memoryview(NEW), False)
         assert host.origin.visible[:BLOCK] == NEW

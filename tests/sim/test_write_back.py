@@ -382,6 +382,36 @@ def test_a_copy_that_came_out_wrong_is_not_believed(tmp_path: Path) -> None:
     play(tmp_path, story)
 
 
+@pytest.mark.expect_log("cache device .* failed|is damaged")
+def test_a_copy_that_a_failing_device_lost_is_not_believed(tmp_path: Path) -> None:
+    """The kernel threw it away after it was made, and said so to a sync; the device works again before it is noted."""
+
+    async def story(host: Host, store: Store) -> None:
+        del store
+        disk = await host.attach("d", lazy())
+        await read(disk, 0, BLOCK)
+        await write(disk, 2 * SECTOR, NEW * 3 * SECTOR)
+        module = import_module("forebay_cache.settle")  # the package has the function by that name
+        copy = module._copy_sectors
+
+        def lost(cache: Cache, jobs: list[Any]) -> Any:
+            found = copy(cache, jobs)
+            for job in jobs:
+                cache.device.write(cache.device.at(job.to, 3 * SECTOR), b"x" * SECTOR)
+            cache.fail(OSError(errno.EIO, "injected"))
+            cache.failed = None
+            cache.forget_ready()
+            return found
+
+        with mock.patch.object(module, "_copy_sectors", lost):
+            await disk.drain(nothing)
+        wanted = OLD * 2 * SECTOR + NEW * 3 * SECTOR + OLD * (BLOCK - 5 * SECTOR)
+        for _ in range(2):
+            assert await read(disk, 0, BLOCK) == wanted
+
+    play(tmp_path, story)
+
+
 def test_a_pass_begins_where_the_journal_of_the_cache_is_full(tmp_path: Path) -> None:
     """The record of the new layer gets room first: guests' flushes, which write it, must not fail for it."""
 
