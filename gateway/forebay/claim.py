@@ -53,10 +53,9 @@ class Claim:
         return cls(marker, threads, timeout)
 
     @property
-    def state(self) -> State | None:
-        """What the marker says; None after release."""
-        owner = self._marker.owner
-        return owner.state if owner else None
+    def is_dirty(self) -> bool:
+        """As `Marker`."""
+        return self._marker.is_dirty
 
     @property
     def token(self) -> int:

@@ -503,6 +503,14 @@ class Disk:
                 if self.source.marker is not None and self.image.origin is not None:
                     await self.source.marker.clean()
 
+    def marker_is_stale(self) -> bool:
+        """Whether it may say that the image lacks data while nobody is to write any: clearing it failed, or a kill
+        came before that.
+        """
+        marker, held = self.source.marker, self.marked or self._marking.locked()
+        reached = self.image.origin is not None and self.image.conflict is None
+        return reached and not held and marker is not None and marker.is_dirty
+
     async def write(self, offset: int, data: memoryview, fua: bool) -> None:
         """Implements Export."""
         self._check_conflict()

@@ -275,6 +275,11 @@ class Source:
         async with self._ours_or_lost() as claim:
             await claim.dirty()
 
+    @property
+    def is_dirty(self) -> bool:
+        """Whether that is on record now, or may be. False before the first open."""
+        return self._claim is not None and self._claim.is_dirty
+
     async def clean(self) -> None:
         """Durably on record: the image has everything. Raises OSError."""
         async with self._ours_or_lost() as claim:

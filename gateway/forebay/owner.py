@@ -121,6 +121,7 @@ class Marker:
         self._sidecar = sidecar
         self._lock = lock
         self.owner: Owner | None = None
+        self._unsure = False  # whether that is what the marker says: writing it failed
 
     @classmethod
     def take(
@@ -243,10 +244,15 @@ class Marker:
         acknowledged, `clean` after the last was made durable in the image. Raises TakenOver, with nothing changed.
         """
         assert self.owner is not None, "released"
-        if self.owner.state != state:
+        if self._unsure or self.owner.state != state:
             self._check_ours()
             since = now() if state == "dirty" else ""
             self._write(replace(self.owner, state=state, dirty_since=since, dirty_bytes=0))
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether the marker says that the image lacks data, or may say so; False after release."""
+        return self.owner is not None and (self._unsure or self.owner.state == "dirty")
 
     def begin_redo(self, as_of: str) -> redo.Redo:
         """A redo journal for a checkpoint of that instant (UTC, ISO 8601; empty: not known)."""
@@ -332,6 +338,7 @@ class Marker:
 
     def _write(self, owner: Owner) -> None:
         text = json.dumps(asdict(owner), indent=1) + "\n"
+        self._unsure = True
         fd = os.open("owner.new", _CREATE | os.O_TRUNC, 0o644, dir_fd=self._sidecar)
         with open(fd, "wb") as file:  # writes all of it, or raises
             file.write(text.encode())
@@ -339,7 +346,7 @@ class Marker:
             os.fsync(fd)
         os.rename("owner.new", "owner", src_dir_fd=self._sidecar, dst_dir_fd=self._sidecar)
         os.fsync(self._sidecar)
-        self.owner = owner
+        self.owner, self._unsure = owner, False
         self._counted = time.monotonic()
 
 

@@ -134,6 +134,8 @@ class WriteBack:
         while True:
             if disk.dirty_bytes and (self.error is not None or disk.block_cache.failed is not None):
                 return
+            if disk.marker_is_stale():
+                return
             if disk.writes_back:
                 if disk.dirty_bytes and disk.dirty_share() >= LOW:
                     return
@@ -255,7 +257,7 @@ class WriteBack:
     async def _rest(self) -> None:
         """Say beside the image that it has everything, if it has."""
         disk = self._disk
-        if disk.dirty_bytes == 0 and disk.marked:
+        if disk.dirty_bytes == 0 and (disk.marked or disk.marker_is_stale()):
             await disk.block_cache.commit_records()
             await disk.image.flush()  # what went past the cache
             await disk.unmark()

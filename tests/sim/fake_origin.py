@@ -242,6 +242,8 @@ class FakeMarker:
         await self._source.dice.pause()
 
     async def clean(self) -> None:
+        if not self.is_dirty:
+            return
         source, origin = self._source, self._source.origin
         durable = origin.lost or source.discarding or origin.visible == origin.durable
         assert durable, "called clean before it was durable"

@@ -112,6 +112,61 @@ def test_the_marker_goes_after_what_it_tells_of(tmp_path: Path) -> None:
     play(tmp_path, story)
 
 
+@pytest.mark.expect_log("write-back failed")
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_marker_that_could_not_be_cleared_is_cleared_later(tmp_path: Path, killed: bool) -> None:
+    """Or that a kill came before: nothing is dirty any more, and nothing is written again."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        await disk.write(0, memoryview(NEW), True)
+        marker = host.sources["d"].marker
+        assert marker is not None
+        host.origin.faults["marker"] = 1
+        with pytest.raises(OSError, match="marker"):
+            await disk.drain(nothing)
+        assert disk.dirty_bytes == 0
+        assert marker.is_dirty
+        if killed:
+            await host.kill(host.snapshot())
+            await host.start()
+            disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+            marker = host.sources["d"].marker
+            assert marker is not None
+            assert marker.is_dirty
+        await trio.sleep(5)
+        assert not marker.is_dirty
+        assert disk.state() == "ready"
+        await disk.write(0, memoryview(OLD), True)
+        assert marker.is_dirty, "that it was cleared was noted"
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("write-back failed")
+def test_a_marker_that_cannot_be_reached_is_not_asked_for_time_and_again(tmp_path: Path) -> None:
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        await disk.write(0, memoryview(NEW), True)
+        host.origin.faults["marker"] = 1
+        with pytest.raises(OSError, match="marker"):
+            await disk.drain(nothing)
+        origin, disk.image.origin = disk.image.origin, None
+        checkpoint, passes = disk.writeback.checkpoint, 0
+
+        async def counted(*arguments: Any) -> None:
+            nonlocal passes
+            passes += 1
+            await checkpoint(*arguments)
+
+        with mock.patch.object(disk.writeback, "checkpoint", counted):
+            await trio.sleep(3)
+        disk.image.origin = origin
+        assert passes <= 3
+
+    play(tmp_path, story)
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 def test_a_write_that_had_to_wait_is_announced_again(tmp_path: Path, zeros: bool) -> None:
     """A pass ends while it waits for room, say, and notes beside the image that this has everything."""

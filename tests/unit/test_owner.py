@@ -148,6 +148,41 @@ def test_a_dirty_release_keeps_the_marker(image: FileImage, take: Callable[..., 
     take()  # the lock is free again, for us
 
 
+@pytest.mark.parametrize(("first", "then"), [("clean", "dirty"), ("dirty", "clean")])
+def test_a_marker_of_which_nobody_knows_what_it_says_is_written_again(
+    image: FileImage,
+    take: Callable[..., Marker],
+    monkeypatch: pytest.MonkeyPatch,
+    first: State,
+    then: State,
+) -> None:
+    """The new one was renamed into place and the folder could not be synced: going back is no news to us, but is."""
+    marker = take()
+    marker.set_state(then)
+    sync, calls = os.fsync, 0
+
+    def fails(fd: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(5, "injected")
+        sync(fd)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fails)
+        with pytest.raises(OSError, match="injected"):
+            marker.set_state(first)
+    found = read_owner(image)
+    assert found is not None
+    assert found.state == first, "the fault has to come late"
+    assert marker.is_dirty
+    marker.set_state(then)
+    found = read_owner(image)
+    assert found is not None
+    assert found.state == then
+    assert marker.is_dirty == (then == "dirty")
+
+
 def test_a_lock_file_that_its_holder_removes_meanwhile_is_not_trusted(
     image: FileImage, take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,13 +425,13 @@ async def test_a_claim_goes_through_its_states(image: FileImage, file: ImageFile
     claim = await Claim.take(image, file, Owner.of_this_process(US, "d"), StoreThreads("s"), 10)
     for change, state in ((claim.dirty, "dirty"), (claim.dirty, "dirty"), (claim.clean, "clean")):
         await change()
-        assert claim.state == state
+        assert claim.is_dirty == (state == "dirty")
         found = read_owner(image)
         assert found is not None
         assert found.state == state
     await claim.check()
     await claim.release()
-    assert claim.state is None
+    assert not claim.is_dirty
     assert read_owner(image) is None
 
 
