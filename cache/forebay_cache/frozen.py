@@ -76,6 +76,8 @@ async def read_blocks(cache: Cache, view: View, blocks: list[Block], size: int) 
     try:
         return await trio.to_thread.run_sync(_read, cache.device, blocks, parts, sums, size)
     except (_Doubtful, OSError):
+        for slot in slots:
+            cache.ready[slot] = 0  # it is not what was checked once
         return [await _read_again(view, *part) for part in _ranges(blocks, parts, size)]
     finally:
         cache.unpin(token)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import resource
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -260,11 +261,14 @@ class View:
         return found
 
     def _copy(self, piece: Piece) -> bytes | None:
-        """A piece that is ready, copied; None: the device cannot be read, so it is not ready any more."""
+        """A piece that is ready, copied; None: it was not, for the device had to be read, or cannot be."""
         at = self._data + (piece.slot << 16) + (piece.offset & 0xFFFF)
+        before = _read_from_disks()
         try:
             data = self.cache.device.read(at, piece.length)
         except OSError:
+            data = None
+        if data is None or _read_from_disks() != before:
             self._ready[piece.slot] &= ~covered(piece.offset & 0xFFFF, piece.length)
             return None
         self._state[piece.slot] |= TOUCHED
@@ -411,6 +415,11 @@ def _read_sectors(cache: Cache, slot: int, view: memoryview) -> int:
         except OSError:
             unreadable |= 1 << s
     return unreadable
+
+
+def _read_from_disks() -> int:
+    """Changes when the calling thread had to wait for a disk: what it read was not in memory."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
 
 
 def _same_block(a: Piece, b: Piece) -> bool:

@@ -322,8 +322,7 @@ class Disk:
         """Why the state is not what it should be, and what to do."""
         failed, only = self.block_cache.failed, self._only_here()
         if self.image.conflict is not None or failed is None:
-            index = self.block_cache.index_error
-            return self.image.conflict or self.image.unreachable or self.writeback.error or index
+            return self.image.conflict or self._trouble() or self.block_cache.index_error
         where = f"cache device {self.block_cache.device.path}: {failed.strerror or failed}"
         if not only:
             return f"{where}: the image is used without it, until it works again"
@@ -331,6 +330,14 @@ class Disk:
             f"{where}: {only} bytes are nowhere else: writes fail until it works again; "
             "detach with --discard to give them up"
         )
+
+    def _trouble(self) -> str | None:
+        """With the image; it ends by itself."""
+        if self.image.unreachable is not None:
+            return f"{self.image.key} cannot be reached: {self.image.unreachable}; tried again by itself"
+        if self.writeback.error is not None:
+            return f"{self.image.key} could not be written: {self.writeback.error}; tried again by itself"
+        return None
 
     def status(self) -> dict[str, Any]:
         """The keys of the contract, but for clients and socket."""

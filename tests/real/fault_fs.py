@@ -74,7 +74,7 @@ class FaultFs:
         return found
 
     def fail(self, call: str, error: str = "", **rule: Any) -> None:
-        """From now on `call` fails so; see fault_server.Rule: name, times, delay, hang, short, lose."""
+        """From now on `call` fails so; see fault_server.Rule: name, after, times, delay, hang, short, lose."""
         self._ask("fail", call=call, error=error, **rule)
 
     def lift(self) -> None:

@@ -6,11 +6,11 @@ Each line on the Unix socket is a command, a JSON object; each gets one line bac
 all and lets go what hangs, `forget` has the kernel read everything anew, `counts` tells how many calls there were.
 
 The fault model. A rule names a call (`read`, `write`, `fsync`, `open`, `getattr`), a pattern for the file's name, and
-what happens to so many calls, or (-1) to all from then on: an error, a delay in seconds, no answer until the rules are
-lifted, half of a write. A write is visible at once, to everybody. It is durable with the next fsync of its file that
-succeeds. An fsync that fails with `lose` takes back what was not durable, as a server does that has thrown it away;
-later ones succeed, and say nothing about it. What the kernel of this host has in memory of the file stays as it was
-written, until `forget`.
+what happens to so many calls, or (-1) to all, after so many that go well: an error, a delay in seconds, no answer until
+the rules are lifted, half of a write. A write is visible at once, to everybody. It is durable with the next fsync of
+its file that succeeds. An fsync that fails with `lose` takes back what was not durable, as a server does that has
+thrown it away; later ones succeed, and say nothing about it. What the kernel of this host has in memory of the file
+stays as it was written, until `forget`.
 """
 
 import errno
@@ -34,6 +34,7 @@ class Rule:
     call: str
     name: str = "*"
     error: str = ""
+    after: int = 0
     times: int = -1
     delay: float = 0.0
     hang: bool = False
@@ -58,6 +59,9 @@ class Faults:
         name = os.path.basename(path)
         for rule in self.rules:
             if rule.call == call and rule.times and fnmatch.fnmatch(name, rule.name):
+                if rule.after:
+                    rule.after -= 1
+                    continue
                 rule.times -= 1
                 if rule.delay:
                     await trio.sleep(rule.delay)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from forebay_cache.recovery import format_device
 from real.disk_fixture import OneDisk, ask, cache_info, wait_for
 from real.fault_fs import FaultFs
 from real.gateway_process import GatewayProcess
@@ -116,7 +117,7 @@ def test_a_store_that_takes_no_writes(bed: Callable[..., Bed], error: str) -> No
     assert it.gateway.cli("flush", "d", check=False).returncode == 1
     status = it.status()
     assert (status["state"], status["dirty_bytes"]) == ("lagging", MIB)
-    assert status["reason"] == os.strerror(getattr(errno, error))
+    assert os.strerror(getattr(errno, error)) in status["reason"]
     it.write(4 * MIB, b"b" * MIB)
     fails(it.client, "pwrite", b"c" * 4096, 6 * MIB, why="space")
     assert it.client.pread(MIB, MIB) == b"a" * MIB
@@ -124,6 +125,22 @@ def test_a_store_that_takes_no_writes(bed: Callable[..., Bed], error: str) -> No
     it.gateway.allow_log("cannot be reached|can be reached again")
     it.fs.lift()
     it.connect()
+    it.is_well()
+
+
+@pytest.mark.parametrize(("name", "after"), [("image.raw", 0), ("redo*", 0), ("redo*", 1)])
+def test_a_store_that_does_not_take_one_write_of_many(
+    bed: Callable[..., Bed], name: str, after: int
+) -> None:
+    """All that comes after it goes well: the pass has failed all the same, and is done again, whole."""
+    it = bed("write-back")
+    it.gateway.allow_log("write-back failed")
+    it.write(MIB, os.urandom(MIB // 2))
+    it.client.flush()
+    it.fs.fail("write", "EIO", name=name, after=after, times=1)
+    assert it.gateway.cli("flush", "d", check=False).returncode == 1
+    it.gateway.cli("flush", "d")
+    assert it.image.read_bytes() == it.content
     it.is_well()
 
 
@@ -154,6 +171,25 @@ def test_writes_that_are_cut_short(bed: Callable[..., Bed]) -> None:
         it.gateway.cli("flush", "d")
         it.fs.lift()
         it.is_well()
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_the_journal_is_all_that_is_left(bed: Callable[..., Bed], short: bool) -> None:
+    """The host is lost before the image has any of what was written. A journal whose writes are cut short is whole."""
+    it = bed("write-back")
+    it.gateway.allow_log("write-back failed")
+    it.write(MIB, os.urandom(MIB // 2))
+    it.client.zero(70_000, 4096)
+    it.content[4096 : 4096 + 70_000] = bytes(70_000)
+    if short:
+        it.fs.fail("write", short=True, name="redo*")
+    it.fs.fail("write", "EIO", name="image.raw")
+    assert it.gateway.cli("flush", "d", check=False).returncode == 1
+    it.gateway.kill()
+    it.fs.lift()
+    assert it.image.read_bytes() != it.content
+    it.gateway.cli("recover", "images:image.raw")
+    assert it.image.read_bytes() == it.content
 
 
 def test_an_fsync_that_fails_once_and_then_lies(bed: Callable[..., Bed]) -> None:
@@ -218,6 +254,28 @@ def test_a_store_that_hangs(bed: Callable[..., Bed]) -> None:
     assert it.gateway.process.wait(60) == 0
     it.gateway.start()
     it.connect()
+    it.is_well()
+
+
+def test_a_store_that_cannot_be_reached_at_the_start(bed: Callable[..., Bed]) -> None:
+    """What is cached is served, and written where the image is known to lack something. The end comes by itself."""
+    it = bed("write-back")
+    it.gateway.allow_log("cannot be reached|can be reached again|write-back failed")
+    warm = it.client.pread(MIB, 0)
+    it.write(2 * MIB, os.urandom(4096))
+    it.disk.commit()
+    it.gateway.stop()
+    for call in ("open", "getattr"):
+        it.fs.fail(call, "EIO")
+    it.gateway.start()
+    it.connect()
+    assert it.status()["state"] == "degraded"
+    assert "image.raw" in it.status()["reason"]
+    assert it.client.pread(MIB, 0) == warm
+    it.write(MIB, os.urandom(65536))
+    it.client.flush()
+    fails(it.client, "pread", 4096, 5 * MIB, why="EIO")
+    it.fs.lift()
     it.is_well()
 
 
@@ -335,6 +393,13 @@ class Cached:
         assert isinstance(found, dict)
         return found
 
+    def fetched(self, mode: str) -> int:
+        """Bytes that were read from the image so far."""
+        return int(self.status(mode)["origin_read_bytes"])
+
+    def is_cached(self, mode: str) -> bool:
+        return bool(self.status(mode)["cached_bytes"] == 4 * MIB)
+
     def is_ready(self, mode: str) -> bool:
         return bool(self.status(mode)["state"] == "ready")
 
@@ -349,6 +414,10 @@ class Cached:
             wait_for(partial(self.is_ready, mode), f"{self.status(mode)}")
             self.write(mode, 2 * MIB, os.urandom(8192))
             self.clients[mode].flush()
+            for _ in range(2):  # the second one finds it ready, and takes the shortest way
+                assert (
+                    self.clients[mode].pread(4096, 2 * MIB) == self.models[mode][2 * MIB :][:4096]
+                )
         self.reads_all()
         self.gateway.restart(kill=True)
         for mode in self.clients:
@@ -411,6 +480,8 @@ def test_a_sync_that_fails_once_and_then_lies(cached: Callable[..., Cached]) -> 
     it.fs.fail("fsync", "EIO", name="cache.img", times=1, lose=True)
     it.clients["write-back"].flush()
     assert it.image("write-back").read_bytes() == it.models["write-back"]
+    it.fs.forget()  # what the kernel had of the cache in memory, for which there is nothing on the device
+    it.reads_all()
     it.comes_back()
 
 
@@ -449,15 +520,43 @@ def test_dirty_data_that_cannot_be_read_fails_its_disk_and_no_other(
 
 def test_a_cache_device_that_disappears_and_comes_back(cached: Callable[..., Cached]) -> None:
     it = cached()
-    it.attach("write-back", "write-through")
+    it.attach("write-back", "write-through", "write-around")
     it.clients["write-back"].flush()
-    it.fs.vanish()
     for mode in it.clients:
+        wait_for(partial(it.is_cached, mode), f"{it.status(mode)}")
+    it.fs.vanish()
+    for mode in ("write-back", "write-through"):
         it.write(mode, MIB, os.urandom(65536))
         it.clients[mode].flush()
         assert it.status(mode)["state"] == "pass-through"
-    it.reads_all()
+        assert it.clients[mode].pread(4 * MIB, 0) == it.models[mode]
     it.fs.mount()
+    wait_for(lambda: cache_info(it.gateway)["state"] == "ok", "the device stays failed", 90)
+    before = it.fetched("write-around")
+    it.reads_all()
+    assert it.fetched("write-around") == before, "its clean blocks are gone"
+    it.comes_back()
+
+
+def test_another_cache_in_the_place_of_one_that_disappeared(
+    cached: Callable[..., Cached], tmp_path: Path
+) -> None:
+    """It is left as it is, and the disks go on past it, until the right one is there again."""
+    it = cached()
+    it.attach("write-back")
+    mine, kept = it.fs.backing / "cache.img", it.fs.backing / "kept"
+    it.fs.vanish()
+    it.write("write-back", MIB, os.urandom(65536))
+    mine.rename(kept)
+    format_device(mine, tmp_path / "index", size=32 * MIB)
+    it.fs.mount()
+    before = mine.read_bytes()
+    done = it.gateway.cli("cache", "repair", check=False)
+    assert done.returncode == 1
+    assert "is not the cache that was there" in done.stderr
+    it.reads_all()
+    assert mine.read_bytes() == before
+    kept.rename(mine)
     it.comes_back()
 
 
@@ -479,19 +578,75 @@ def test_an_index_that_cannot_be_written(
     it = Cached(gateway, faulty, connect)
     try:
         it.attach("write-back", "write-through")
-        faulty.fail("write", "ENOSPC", name="data.mdb")
-        faulty.fail("fsync", "EIO", name="data.mdb")
-        for mode in it.clients:
-            it.write(mode, MIB, os.urandom(65536))
-            it.clients[mode].flush()
-        wait_for(lambda: cache_info(gateway)["state"] == "unrecorded", "nothing said")
-        assert "index" in it.status("write-back")["reason"]
-        it.reads_all()
+        for kept in (False, True):
+            faulty.fail("write", "ENOSPC", name="data.mdb")
+            faulty.fail("fsync", "EIO", name="data.mdb")
+            for mode in it.clients:
+                it.write(mode, MIB, os.urandom(65536))
+                it.clients[mode].flush()
+            wait_for(lambda: cache_info(gateway)["state"] == "unrecorded", "nothing said")
+            assert "index" in it.status("write-back")["reason"]
+            wait_for(lambda: "index commit failed" in gateway.log_text(), "nothing in the log")
+            for mode in it.clients:
+                it.write(mode, 3 * MIB, os.urandom(65536))
+            it.reads_all()
+            done = gateway.cli("mode", "write-through", "none", check=False)
+            assert done.returncode == 1
+            assert "index" in done.stderr
+            if not kept:
+                faulty.lift()
+                wait_for(lambda: cache_info(gateway)["state"] == "ok", "it is not tried again")
+                assert it.status("write-back")["reason"] is None
         gateway.kill()
         faulty.lift()
         gateway.start()
         for mode in it.clients:
             it.clients[mode] = connect(gateway.uri(mode))
+        it.comes_back()
+    finally:
+        faulty.lift()
+        gateway.kill()
+
+
+@pytest.mark.parametrize(
+    "fault", [{"call": "write", "error": "ENOSPC"}, {"call": "fsync", "delay": 1}]
+)
+def test_a_journal_that_is_full_while_the_index_takes_nothing(
+    make_gateway: MakeGateway, faulty: FaultFs, connect: Connect, fault: dict[str, Any]
+) -> None:
+    """Writes go on as long as it has room. Then they fail, where the index does, or wait, where it is slow.
+
+    Killed, nothing that was acknowledged is lost.
+    """
+    import nbd
+
+    gateway = make_gateway(
+        {
+            "gateway": {"state": str(faulty.path / "state")},
+            "cache": {"size": "32 MiB", "device": str(faulty.backing / "cache.img")},
+            "defaults": {"max_lag": "1h"},
+        }
+    )
+    gateway.allow_log("index|write-back failed")
+    it = Cached(gateway, faulty, connect)
+    try:
+        it.attach("write-back")
+        faulty.fail(**fault, name="data.mdb")
+        told, written = None, 0
+        while told is None and written < 16_384:
+            at = written * 5 % 1024 * 4096
+            try:
+                it.write("write-back", at, written.to_bytes(8, "little") * 512)
+                written += 1
+            except nbd.Error as error:
+                told = error.errno
+        assert told in (("ENOSPC", "EIO") if "error" in fault else (None,))
+        assert written > 1024, "it has room for more than that"
+        it.reads_all()
+        gateway.kill()
+        faulty.lift()
+        gateway.start()
+        it.clients = {"write-back": connect(gateway.uri("write-back"))}
         it.comes_back()
     finally:
         faulty.lift()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from real.disk_fixture import MODES, OneDisk, allocated, run, small_tmpfs, wait_for
+from real.disk_fixture import MODES, OneDisk, allocated, cache_info, run, small_tmpfs, wait_for
 from real.gateway_process import GatewayProcess
 from real.processes import MIB, NbdServer, random_image
 
@@ -316,6 +316,8 @@ def test_a_file_system_that_fills_up_below_the_cache_breaks_no_read(
     mode: str, make_gateway: MakeGateway, connect: Connect, short_path: Path, rng: random.Random
 ) -> None:
     """State and cache have their room at first; then somebody else takes the rest."""
+    import nbd
+
     with small_tmpfs(short_path / "small", 64 * MIB) as small:
         gateway = make_gateway(
             {"gateway": {"state": str(small / "state")}, "cache": {"size": "32 MiB"}}
@@ -327,11 +329,20 @@ def test_a_file_system_that_fills_up_below_the_cache_breaks_no_read(
         client.pwrite(data, 3 * MIB)
         client.flush()
         fill_up(small)
-        model = disk.content[: 3 * MIB] + data + disk.content[4 * MIB :]
+        model = bytearray(disk.content)
+        model[3 * MIB : 4 * MIB] = data
         for _ in range(2):  # more than the cache holds: it fills and evicts
             for at in range(0, 48 * MIB, MIB):
                 assert client.pread(MIB, at) == model[at : at + MIB], at
         assert gateway.alive
+        if mode == "write-back":
+            with pytest.raises(nbd.Error, match="ENOSPC"):
+                client.pwrite(rng.randbytes(MIB), 20 * MIB)
+            model[20 * MIB : 21 * MIB] = client.pread(MIB, 20 * MIB)
+            for at in range(24 * MIB, 40 * MIB, BLOCK):  # which needs room in the journal only
+                client.zero(4096, at)
+                model[at : at + 4096] = bytes(4096)
+        assert cache_info(gateway)["state"] != "failed", "what it has may be used"
         (small / "ballast").unlink()
         gateway.restart(kill=True)
         assert connect(disk.uri).pread(MIB, 3 * MIB) == data, "acknowledged, and flushed"

@@ -20,6 +20,7 @@ from forebay.errors import ForebayError
 from forebay.sizes import Mode
 from forebay_cache import clean, mark_hot, open_cache, pin_layer, private, scrub
 from forebay_cache.geometry import BLOCK, SECTOR
+from forebay_cache.revive import revive
 from forebay_cache.sums import UNKNOWN
 from forebay_cache.view import read_slots
 from sim.fake_host import Host, check_cache, nothing, settings
@@ -347,6 +348,25 @@ def test_a_settled_block_that_was_copied_in_part_is_not_damaged(tmp_path: Path) 
     play(tmp_path, story)
 
 
+@pytest.mark.expect_log("write-back failed|is damaged")
+def test_damaged_dirty_data_is_not_written_back(tmp_path: Path) -> None:
+    """Nor is anything else of that instant: the image stays what it was, and all of it stays dirty."""
+
+    async def story(host: Host) -> None:
+        cache, disk = host.cache, await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        for block in range(3):
+            await disk.write(block * BLOCK, memoryview(NEW), False)
+        await disk.flush()
+        slot = (disk.view.private[0].pages[0][1] >> 32) - 1
+        cache.device.write(cache.device.at(slot, 5 * SECTOR), b"x")
+        with pytest.raises(OSError, match="damaged"):
+            await disk.writeback.checkpoint()
+        assert host.origin.visible == OLD * (SIZE // BLOCK)
+        assert disk.dirty_bytes == 3 * BLOCK
+
+    play(tmp_path, story)
+
+
 # -- an origin that loses what it was given ---------------------------------------------------------------------
 
 
@@ -374,6 +394,23 @@ def test_what_a_failed_flush_may_have_lost_is_not_cached(tmp_path: Path, power: 
         await host.start(boot="second")
         disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
         assert await read(disk) == OLD
+
+    play(tmp_path, story)
+
+
+def test_what_a_flush_that_was_given_up_lost_is_not_cached(tmp_path: Path) -> None:
+    """It fails in the end, with nobody waiting; and there is always a write under way, so no other flush comes."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        origin, image = host.origin, disk.image
+        await disk.write(0, memoryview(NEW), False)
+        async with image.writing():
+            origin.sync_failures += 1
+            origin.visible[:] = origin.durable
+            assert await read(disk) == NEW, "the fault has to be one of the cache"
+            await image.look()
+            assert await read(disk) == OLD
 
     play(tmp_path, story)
 
@@ -440,6 +477,29 @@ def test_what_went_past_the_cache_is_durable_after_a_drain(tmp_path: Path, marke
         assert host.origin.visible[:BLOCK] == NEW
         assert host.origin.durable[:BLOCK] == OLD
         await disk.drain(nothing)
+        assert host.origin.durable[:BLOCK] == NEW
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("cache device .* failed|works again")
+@pytest.mark.parametrize("works_again", [False, True])
+def test_what_went_past_the_cache_is_durable_after_a_flush(
+    tmp_path: Path, works_again: bool
+) -> None:
+    """Also of a guest that flushes only when the device works again."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        host.cache.fail(OSError(errno.EIO, "injected"))
+        await disk.write(0, memoryview(NEW), False)
+        assert host.origin.durable[:BLOCK] == OLD
+        if works_again:
+            await revive(host.cache)
+            assert host.cache.failed is None
+        with mock.patch.object(host.cache, "sync_now", return_value=True):
+            assert not disk.flush_now()
+        await disk.flush()
         assert host.origin.durable[:BLOCK] == NEW
 
     play(tmp_path, story)
@@ -512,10 +572,11 @@ LAZY = settings(Mode.WRITE_BACK, max_lag=1000.0)
 
 
 @pytest.mark.expect_log("write-back failed")
-def test_a_write_that_was_given_up_and_arrives_late_is_ours(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [Mode.WRITE_BACK, Mode.WRITE_THROUGH])
+def test_a_write_that_was_given_up_and_arrives_late_is_ours(tmp_path: Path, mode: Mode) -> None:
     async def story(host: Host) -> None:
-        disk = await host.attach("d", LAZY)
-        origin = host.origin
+        disk = await host.attach("d", settings(mode, max_lag=1000.0))
+        origin, layer = host.origin, disk.image.layer
         late: list[tuple[int, bytes]] = []
 
         async def given_up(offset: int, data: Any, background: bool = False) -> None:
@@ -528,17 +589,21 @@ def test_a_write_that_was_given_up_and_arrives_late_is_ours(tmp_path: Path) -> N
                 origin._land(offset, data, allocate=True)
             late.clear()
 
-        await disk.write(0, memoryview(NEW), False)
+        async def write() -> None:
+            await disk.write(0, memoryview(NEW), False)
+            await disk.writeback.checkpoint()
+
         with (
             mock.patch.object(origin, "write", given_up),
             mock.patch.object(origin, "settle", arrives),
         ):
             with pytest.raises(OSError, match="injected"):
-                await disk.writeback.checkpoint()
+                await write()
             await disk.image.look()
             await arrives()
         await disk.image.look()
         assert disk.image.conflict is None
+        assert disk.image.layer is layer, "what is cached of it was dropped"
         await disk.drain(nothing)
 
     play(tmp_path, story)
@@ -646,6 +711,54 @@ def test_eviction_goes_on_when_the_index_can_be_read_again(tmp_path: Path) -> No
         assert cache.evicted_blocks > 0
         assert await read(disk, 0, SIZE) == OLD * (SIZE // BLOCK)
         await check_cache(cache)
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("index commit failed")
+def test_what_a_commit_had_that_failed_is_in_the_next(tmp_path: Path) -> None:
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_AROUND))
+        cache = host.cache
+        await read(disk, 0, 4 * BLOCK)
+        await disk.write(8 * BLOCK, memoryview(NEW), False)
+        await trio.sleep(1)  # what was read is stored by then
+        cache.put_record("test", "x", {"kept": True})
+        env = cache.index._env = cast("Any", FailingEnvironment(cache.index._env))
+        env.fails = {True}
+        with pytest.raises(OSError, match="injected"):
+            await cache.commit()
+        env.fails = set()
+        await cache.commit()
+        assert cache.index.hot() == [(disk.image.layer.id, 0)]
+        await host.kill(host.snapshot())
+        await host.start()
+        assert host.cache.record("test", "x") == {"kept": True}
+        disk = await host.attach("d", settings(Mode.WRITE_AROUND))
+        assert await read(disk, 0, 4 * BLOCK) == 4 * OLD
+        assert disk.origin_read_bytes == 0, "it is not warm"
+        await check_cache(host.cache)
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("index commit failed")
+def test_slots_given_up_are_free_only_after_a_commit_that_succeeds(tmp_path: Path) -> None:
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_AROUND))
+        cache = host.cache
+        await read(disk, 0, 4 * BLOCK)
+        await cache.commit()
+        await disk.write(0, memoryview(NEW), False)
+        free = cache.placement.free
+        env = cache.index._env = cast("Any", FailingEnvironment(cache.index._env))
+        env.fails = {True}
+        with pytest.raises(OSError, match="injected"):
+            await cache.commit()
+        assert cache.placement.free == free
+        env.fails = set()
+        await cache.commit()
+        assert cache.placement.free == free + 1
 
     play(tmp_path, story)
 
@@ -806,6 +919,7 @@ def test_a_disk_leaves_write_back_where_the_mount_became_unsafe(
             await trio.sleep(1)
             assert disk.mode is Mode.WRITE_THROUGH
             assert (await read(disk)) == (NEW if dirty else OLD)
+            assert host.origin.durable[:BLOCK] == (NEW if dirty else OLD)
             await disk.write(BLOCK, memoryview(NEW), True)
             assert host.origin.durable[BLOCK : 2 * BLOCK] == NEW
             with pytest.raises(ForebayError, match="soft"):

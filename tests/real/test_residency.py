@@ -1,0 +1,70 @@
+"""What was checked once is believed only while it is in memory: read from the device again, it is checked again."""
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import trio
+
+from forebay_cache import Cache, View, open_cache, private
+from forebay_cache.cache import RESIDENCY_SECONDS
+from forebay_cache.geometry import BLOCK, SECTOR
+from forebay_cache.layer import SLOT_SHIFT, Layer
+
+
+async def _nowhere(offset: int, length: int) -> bytes:
+    raise AssertionError(f"{length} bytes at {offset} are not in the cache")
+
+
+def _made(path: Path) -> tuple[Cache, Layer, View]:
+    """A cache with two blocks of private data, which are ready."""
+    cache = open_cache(path, path.with_name("index"), size=8 << 20)
+    layer = cache.make_layer("disk:d:1", private=True)
+    layer.adopt(0, None)
+    assert private.write(cache, layer, 0, memoryview(b"d" * 2 * BLOCK))
+    cache.publish()
+    return cache, layer, View(cache, [layer], None, _nowhere)
+
+
+def _forgotten_by_the_kernel(cache: Cache, at: int) -> None:
+    """Nothing of the device is in memory any more, and one byte of it is another."""
+    os.pwrite(cache.device.fd, b"x", at)
+    os.fsync(cache.device.fd)
+    os.posix_fadvise(cache.device.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
+    os.pread(cache.device.fd, 1, cache.device.at(cache.device.slots - 1))
+    os.pread(cache.device.fd, 1, 0)
+    if resource.getrusage(resource.RUSAGE_THREAD).ru_inblock == before:
+        pytest.skip("its file system is one in memory")
+
+
+def _slot(layer: Layer, block: int) -> int:
+    return (layer.pages[0][block] >> SLOT_SHIFT) - 1
+
+
+@pytest.mark.expect_log("is damaged")
+async def test_what_had_to_be_read_from_the_device_is_checked(tmp_path: Path) -> None:
+    cache, layer, view = _made(tmp_path / "device")
+    assert await view.read(0, 2 * BLOCK) == [b"d" * BLOCK] * 2
+    _forgotten_by_the_kernel(cache, cache.device.at(_slot(layer, 1), 5 * SECTOR))
+    assert await view.read(0, BLOCK) == [b"d" * BLOCK]
+    with pytest.raises(OSError, match="damaged"):
+        await view.read(0, 2 * BLOCK)
+    cache.release()
+
+
+async def test_after_a_fault_of_the_map_everything_is_checked(tmp_path: Path) -> None:
+    cache, layer, view = _made(tmp_path / "device")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(cache.run)
+        await trio.sleep(2 * RESIDENCY_SECONDS)
+        _forgotten_by_the_kernel(cache, cache.device.at(_slot(layer, 1), 5 * SECTOR))
+        assert all(cache.ready[_slot(layer, block)] for block in (0, 1))
+        found = view.read_now(0, SECTOR)
+        assert found is not None
+        assert bytes(found) == b"d" * SECTOR
+        await trio.sleep(4 * RESIDENCY_SECONDS)
+        assert not any(cache.ready[_slot(layer, block)] for block in (0, 1))
+        nursery.cancel_scope.cancel()
+    cache.release()
