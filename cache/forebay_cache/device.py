@@ -375,8 +375,11 @@ class Device:
     def adopt(self, layout: Superblock) -> None:
         """Map the device anew: it has grown. Slices of the old map stay valid. Raises OSError, and nothing changed."""
         new = mmap.mmap(self.fd, layout.size, mmap.MAP_SHARED, mmap.PROT_READ)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(
+            OSError
+        ):  # what the kernel reads ahead would come into memory unseen
             new.madvise(mmap.MADV_RANDOM)
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
         self.layout = layout
         self._mmap = new
         self.map = memoryview(new)
@@ -420,6 +423,10 @@ class Device:
         for buffer in buffers:
             buffer[:] = whole[: len(buffer)]
             whole = whole[len(buffer) :]
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Have the kernel read it at one go: it is about to be asked for in small pieces."""
+        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def sync(self) -> None:
         """Make everything written so far durable. Raises OSError: then nothing may be assumed durable."""

@@ -28,6 +28,7 @@ import trio
 from forebay_cache import ops
 from forebay_cache.cache import Cache, boot_id
 from forebay_cache.device import (
+    JOURNAL_OFFSET,
     Device,
     Superblock,
     format_was_cut,
@@ -147,6 +148,7 @@ def _start(device: Device, index: Index, boot: str) -> Cache:
     journal = Journal(device, Position(meta.journal_offset, meta.journal_sequence))
     known = index.layers()
     replay = _Replay(index, known)
+    device.will_need(JOURNAL_OFFSET, device.layout.journal_size)
     for payload in journal.replay():
         replay.take(ops.unpack(payload))
     survived = meta.boot_id == boot

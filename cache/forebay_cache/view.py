@@ -327,6 +327,8 @@ class View:
             good = matching(found, now)
             start = piece.offset & 0xFFFF
             need = covered(start, piece.length)
+            if now == (before[piece.slot] or stored):
+                self._ready[piece.slot] &= good  # the rest is not what was checked once
             if not cache.failed:
                 self._ready[piece.slot] |= good
             if good & need == need:

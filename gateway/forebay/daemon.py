@@ -188,7 +188,12 @@ class Gateway:
             nursery=self._nursery,
             size=size,
         )
+        source.left_by = self._left_by
         return source, settings
+
+    def _left_by(self, disk: str) -> int:
+        served = isinstance(self._disks.get(disk), Attached) or disk in self._coming
+        return 0 if served else left_dirty(self._cache, disk)[0]
 
     async def _opened(
         self, record: Record, source: Source, settings: DiskSettings, path: Path

@@ -332,11 +332,11 @@ class Disk:
         )
 
     def _trouble(self) -> str | None:
-        """With the image; it ends by itself."""
+        """What ends by itself."""
         if self.image.unreachable is not None:
             return f"{self.image.key} cannot be reached: {self.image.unreachable}; tried again by itself"
         if self.writeback.error is not None:
-            return f"{self.image.key} could not be written: {self.writeback.error}; tried again by itself"
+            return f"write-back failed: {self.writeback.error}; tried again by itself"
         return None
 
     def status(self) -> dict[str, Any]:

@@ -88,6 +88,8 @@ class Source:
         )  # it comes back after a restart: its clients are still there
         self.on_lost: Callable[[str], None] = log.error
         self.dirty_bytes: Callable[[], int] = lambda: 0  # that the image lacks
+        self.left_by: Callable[[str], int] = lambda _: 0
+        """Bytes that the cache has of a disk of that name which is not served."""
         self._lost: str | None = None
         self._hurried = self.resumed
         self._ours = self.resumed and self.marker is not None  # a marker was left at the last end
@@ -212,9 +214,10 @@ class Source:
     async def _share(self, image: FileImage, file: ImageFile, descriptor: Descriptor) -> None:
         """Read the image: nobody is to write it meanwhile, unless a gateway does that already."""
         self._identified(file)
-        with bounded(self._timeout, f"looking for the owner of {self.label}"):
-            owner = await self._threads.run(lambda: read_owner(image))
+        owner = await self._owner(image)
         if owner is None or owner.gateway == self.use.gateway:
+            if self.use.overlay:
+                self._check_left(owner)
             await self._lock(descriptor, READS)
             return
         if self.use.overlay:
@@ -225,6 +228,21 @@ class Source:
         log.warning("%s is written by %s: '%s' may read old data", self.key, owner, self.use.disk)
         # its writes, and its restart, are not to fail because of us
         await self._lock(descriptor, LOOKS)
+
+    async def _owner(self, image: FileImage) -> Owner | None:
+        with bounded(self._timeout, f"looking for the owner of {self.label}"):
+            return await self._threads.run(lambda: read_owner(image))
+
+    def _check_left(self, owner: Owner | None) -> None:
+        """A disk of this gateway that cannot be served now may have what the image lacks. Raises ForebayError."""
+        if owner is None or owner.state == "clean" or owner.gateway != self.use.gateway:
+            return
+        left = 0 if owner.disk == self.use.disk else self.left_by(owner.disk)
+        if left:
+            raise ForebayError(
+                f"{self.key} lacks {left} bytes that disk '{owner.disk}' of this gateway has: bring that disk back "
+                f"('forebay status' says why it is not served), or give them up: forebay detach {owner.disk} --discard"
+            )
 
     def _identified(self, file: ImageFile) -> None:
         if file.status is not None:
@@ -251,6 +269,7 @@ class Source:
         if self._claim is not None:
             await self._claim.admit(file, descriptor, need_locks=need_locks)
             return
+        self._check_left(await self._owner(image))
         me = Owner.of_this_process(self.use.gateway, self.use.disk)
         self._claim = await Claim.take(
             image,

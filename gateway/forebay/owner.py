@@ -338,12 +338,12 @@ class Marker:
 
     def _write(self, owner: Owner) -> None:
         text = json.dumps(asdict(owner), indent=1) + "\n"
-        self._unsure = True
         fd = os.open("owner.new", _CREATE | os.O_TRUNC, 0o644, dir_fd=self._sidecar)
         with open(fd, "wb") as file:  # writes all of it, or raises
             file.write(text.encode())
             file.flush()
             os.fsync(fd)
+        self._unsure = True
         os.rename("owner.new", "owner", src_dir_fd=self._sidecar, dst_dir_fd=self._sidecar)
         os.fsync(self._sidecar)
         self.owner, self._unsure = owner, False

@@ -58,6 +58,9 @@ PASSES_BESIDE_WRITES = 2
 AGAIN_SECONDS = 1.0
 """How soon a guest's write tries a pass again that failed, while the cache device does not work."""
 
+IDLE_SECONDS = 10.0
+"""After how long without anything dirty the marker beside the image is to say so, where no pass has cleared it."""
+
 FREEZE_ROOM = 1 << 19
 """As room for the journal records of a write of so many bytes: more than the longest name of a layer takes."""
 
@@ -131,10 +134,15 @@ class WriteBack:
     async def _due(self) -> None:
         """Wait until data is half as old as it may become, or so much that writes are about to be slowed down."""
         disk = self._disk
+        idle_since = trio.current_time()
         while True:
-            if disk.dirty_bytes and (self.error is not None or disk.block_cache.failed is not None):
+            if self.error is not None or disk.marker_is_stale():
                 return
-            if disk.marker_is_stale():
+            if disk.dirty_bytes and disk.block_cache.failed is not None:
+                return
+            if disk.dirty_bytes or not disk.marked:
+                idle_since = trio.current_time()
+            elif trio.current_time() - idle_since >= IDLE_SECONDS:
                 return
             if disk.writes_back:
                 if disk.dirty_bytes and disk.dirty_share() >= LOW:

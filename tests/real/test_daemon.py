@@ -372,6 +372,34 @@ def test_a_disk_whose_store_is_no_longer_configured_is_shown(
     assert [one["name"] for one in json.loads(gateway.cli("status", "--json").stdout)] == ["e"]
 
 
+def test_an_image_that_lacks_what_a_disk_that_is_not_served_has_is_left_alone(
+    gateway: GatewayProcess, content: bytes, connect: Connect
+) -> None:
+    """Its store got another name; under that one the image is the same."""
+    gateway.allow_log("disk 'd' is not served: no store 'old'")
+    old = gateway.directory / "old"
+    old.mkdir()
+    random_image(old / "a.raw", SIZE, seed=1)
+    gateway.configure({"stores.old": {"path": str(old)}, "defaults": {"max_lag": "1h"}})
+    gateway.restart()
+    gateway.attach("d", "old:a.raw", mode="write-back")
+    client = connect(gateway.uri("d"))
+    client.pwrite(b"x" * 65536, 0)
+    client.shutdown()
+    gateway.configure({"stores.new": {"path": str(old)}})
+    gateway.restart()
+    marker = old / "a.raw.forebay" / "owner"
+    before = marker.read_bytes()
+    for how in (["--mode", "write-through"], ["--overlay"]):
+        refused = gateway.cli("attach", "e", "new:a.raw", *how, check=False)
+        one_line(refused, "new:a.raw", "65536 bytes", "disk 'd'", "forebay detach d --discard")
+    assert marker.read_bytes() == before
+    gateway.cli("detach", "d", "--discard")
+    gateway.attach("e", "new:a.raw", mode="write-through")
+    gateway.cli("detach", "e")
+    assert not marker.exists()
+
+
 def test_a_disk_that_is_not_served_leaves_nothing_to_the_next_of_its_name(
     gateway: GatewayProcess, content: bytes, connect: Connect
 ) -> None:

@@ -20,6 +20,8 @@ from forebay.errors import ForebayError
 from forebay.sizes import Mode
 from forebay_cache import clean, mark_hot, open_cache, pin_layer, private, scrub
 from forebay_cache.geometry import BLOCK, SECTOR
+from forebay_cache.index import Changes
+from forebay_cache.layer import SLOT_SHIFT
 from forebay_cache.revive import revive
 from forebay_cache.sums import UNKNOWN
 from forebay_cache.view import read_slots
@@ -140,6 +142,63 @@ def test_a_marker_that_could_not_be_cleared_is_cleared_later(tmp_path: Path, kil
         assert disk.state() == "ready"
         await disk.write(0, memoryview(OLD), True)
         assert marker.is_dirty, "that it was cleared was noted"
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("write-back failed")
+@pytest.mark.parametrize("fails", ["flush", "commit", "late"])
+def test_what_fails_before_the_marker_is_cleared_is_done_again(tmp_path: Path, fails: str) -> None:
+    """All of the pass went well but its very end. `late`: given up, and done all the same."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        marker, cache, calls = host.sources["d"].marker, host.cache, 0
+        assert marker is not None
+        await disk.write(0, memoryview(NEW), True)
+        whole: tuple[Any, str] = {
+            "flush": (disk.image, "flush"),
+            "commit": (cache, "commit_records"),
+            "late": (marker, "clean"),
+        }[fails]
+        do = getattr(*whole)
+
+        async def once(*arguments: Any, **options: Any) -> None:
+            nonlocal calls
+            calls += disk.dirty_bytes == 0
+            if fails == "late" and calls == 1:
+                await do()
+            if calls == 1:
+                raise OSError(errno.EIO, "injected")
+            await do(*arguments, **options)
+
+        with mock.patch.object(*whole, once):
+            with pytest.raises(OSError, match="injected"):
+                await disk.drain(nothing)
+            assert disk.state() == "lagging"
+            await trio.sleep(10)
+        assert disk.state() == "ready"
+        assert not marker.is_dirty
+
+    play(tmp_path, story)
+
+
+def test_a_marker_with_nothing_dirty_behind_it_is_cleared(tmp_path: Path) -> None:
+    """It was set for a write that could not be made."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        marker = host.sources["d"].marker
+        assert marker is not None
+        found = []
+        await disk.mark()
+        await trio.sleep(5)
+        found.append(marker.is_dirty)  # one that is used all the time is not written time and again
+        await trio.sleep(10)
+        found.append(marker.is_dirty)
+        await disk.write(0, memoryview(NEW), True)
+        found.append(marker.is_dirty)
+        assert found == [True, False, True]
 
     play(tmp_path, story)
 
@@ -357,12 +416,51 @@ def test_damaged_dirty_data_is_not_written_back(tmp_path: Path) -> None:
         for block in range(3):
             await disk.write(block * BLOCK, memoryview(NEW), False)
         await disk.flush()
-        slot = (disk.view.private[0].pages[0][1] >> 32) - 1
+        slot = (disk.view.private[0].pages[0][1] >> SLOT_SHIFT) - 1
         cache.device.write(cache.device.at(slot, 5 * SECTOR), b"x")
         with pytest.raises(OSError, match="damaged"):
             await disk.writeback.checkpoint()
         assert host.origin.visible == OLD * (SIZE // BLOCK)
         assert disk.dirty_bytes == 3 * BLOCK
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("is damaged")
+def test_a_sector_that_was_seen_not_to_fit_is_not_believed(tmp_path: Path) -> None:
+    """It was ready. Then its neighbour is read from the device, and it with it."""
+
+    async def story(host: Host) -> None:
+        cache, disk = host.cache, await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        await disk.write(0, memoryview(NEW), False)
+        await disk.flush()
+        slot = (disk.view.private[0].pages[0][0] >> SLOT_SHIFT) - 1
+        cache.device.write(cache.device.at(slot, 5 * SECTOR), b"x")
+        cache.ready[slot] &= ~1
+        assert await read(disk, 0, SECTOR) == NEW[:SECTOR]
+        with pytest.raises(OSError, match="damaged"):
+            await read(disk, 5 * SECTOR, SECTOR)
+
+    play(tmp_path, story)
+
+
+@pytest.mark.parametrize("power", [False, True])
+def test_what_was_written_through_is_not_cached_after_a_power_cut(
+    tmp_path: Path, power: bool
+) -> None:
+    """The image may have lost it: nobody asked for a flush."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        await disk.write(0, memoryview(NEW), False)
+        await host.cache.commit()
+        await host.kill(host.snapshot())
+        if power:
+            host.origin.visible[:] = host.origin.durable
+        await host.start(boot="second" if power else "first")
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        assert await read(disk) == (OLD if power else NEW)
+        assert disk.origin_read_bytes == (BLOCK if power else 0)
 
     play(tmp_path, story)
 
@@ -738,6 +836,27 @@ def test_what_a_commit_had_that_failed_is_in_the_next(tmp_path: Path) -> None:
         assert await read(disk, 0, 4 * BLOCK) == 4 * OLD
         assert disk.origin_read_bytes == 0, "it is not warm"
         await check_cache(host.cache)
+
+    play(tmp_path, story)
+
+
+def test_the_index_never_names_what_the_device_may_lose(tmp_path: Path) -> None:
+    """A commit is made durable behind the data that it names, and behind nothing else's back."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        cache, seen = host.cache, []
+        commit = cache.index.commit
+
+        async def watched(changes: Changes) -> None:
+            seen.append((len(changes.pages), {**cache.open_sectors, **cache.syncing}))
+            await commit(changes)
+
+        await disk.write(0, memoryview(NEW), False)
+        assert cache.open_sectors
+        with mock.patch.object(cache.index, "commit", watched):
+            await cache.commit()
+        assert [(pages > 0, undurable) for pages, undurable in seen] == [(True, {})]
 
     play(tmp_path, story)
 

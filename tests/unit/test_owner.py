@@ -183,6 +183,26 @@ def test_a_marker_of_which_nobody_knows_what_it_says_is_written_again(
     assert marker.is_dirty == (then == "dirty")
 
 
+def test_a_marker_that_was_not_written_at_all_is_what_it_was(
+    image: FileImage, take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it need not be written where it says what is to be said: its store may be full."""
+    marker = take()
+    marker.set_state("dirty")
+
+    def full(_fd: int) -> None:
+        raise OSError(28, "injected")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="injected"):
+        marker.set_state("clean")
+    marker.set_state("dirty")
+    found = read_owner(image)
+    assert found is not None
+    assert found.state == "dirty"
+    assert marker.is_dirty
+
+
 def test_a_lock_file_that_its_holder_removes_meanwhile_is_not_trusted(
     image: FileImage, take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
