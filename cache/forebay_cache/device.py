@@ -375,9 +375,8 @@ class Device:
     def adopt(self, layout: Superblock) -> None:
         """Map the device anew: it has grown. Slices of the old map stay valid. Raises OSError, and nothing changed."""
         new = mmap.mmap(self.fd, layout.size, mmap.MAP_SHARED, mmap.PROT_READ)
-        with contextlib.suppress(
-            OSError
-        ):  # what the kernel reads ahead would come into memory unseen
+        # What the kernel reads ahead would come into memory unseen.
+        with contextlib.suppress(OSError):
             new.madvise(mmap.MADV_RANDOM)
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
         self.layout = layout
