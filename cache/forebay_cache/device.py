@@ -375,10 +375,8 @@ class Device:
     def adopt(self, layout: Superblock) -> None:
         """Map the device anew: it has grown. Slices of the old map stay valid. Raises OSError, and nothing changed."""
         new = mmap.mmap(self.fd, layout.size, mmap.MAP_SHARED, mmap.PROT_READ)
-        # What the kernel reads ahead would come into memory unseen.
         with contextlib.suppress(OSError):
             new.madvise(mmap.MADV_RANDOM)
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
         self.layout = layout
         self._mmap = new
         self.map = memoryview(new)
@@ -423,9 +421,13 @@ class Device:
             buffer[:] = whole[: len(buffer)]
             whole = whole[len(buffer) :]
 
-    def will_need(self, offset: int, length: int) -> None:
-        """Have the kernel read it at one go: it is about to be asked for in small pieces."""
-        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+    def read_nothing_ahead(self) -> None:
+        """From now on what comes into memory was asked for: anything else would be believed there, unseen.
+
+        Not before the journal is replayed, which is read in order: that takes 25 ms for 32 MiB, and 230 without.
+        """
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def sync(self) -> None:
         """Make everything written so far durable. Raises OSError: then nothing may be assumed durable."""

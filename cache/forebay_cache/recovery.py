@@ -28,7 +28,6 @@ import trio
 from forebay_cache import ops
 from forebay_cache.cache import Cache, boot_id
 from forebay_cache.device import (
-    JOURNAL_OFFSET,
     Device,
     Superblock,
     format_was_cut,
@@ -148,9 +147,9 @@ def _start(device: Device, index: Index, boot: str) -> Cache:
     journal = Journal(device, Position(meta.journal_offset, meta.journal_sequence))
     known = index.layers()
     replay = _Replay(index, known)
-    device.will_need(JOURNAL_OFFSET, device.layout.journal_size)
     for payload in journal.replay():
         replay.take(ops.unpack(payload))
+    device.read_nothing_ahead()
     survived = meta.boot_id == boot
     frontier = max(meta.frontier, replay.frontier)
     placement = Placement(device.slots, frontier=frontier)

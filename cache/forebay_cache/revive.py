@@ -82,6 +82,7 @@ async def _find(cache: Cache) -> None:
     device = cache.device
     if await trio.to_thread.run_sync(_found, device):
         device.adopt(device.layout)
+        device.read_nothing_ahead()
         for view in cache.views:
             view.follow()
 

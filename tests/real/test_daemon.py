@@ -346,13 +346,19 @@ def wait_for(true: Callable[[], bool], seconds: float = 30) -> None:
         assert time.monotonic() < end, "it never came"
 
 
-def test_a_disk_whose_store_is_no_longer_configured_is_shown(
-    gateway: GatewayProcess, content: bytes
-) -> None:
+def old_store(gateway: GatewayProcess) -> Path:
+    """A folder with an image `a.raw`, for a store 'old' that disk 'd' will have lost after a restart."""
     gateway.allow_log("disk 'd' is not served: no store 'old'")
     old = gateway.directory / "old"
     old.mkdir()
     random_image(old / "a.raw", SIZE, seed=1)
+    return old
+
+
+def test_a_disk_whose_store_is_no_longer_configured_is_shown(
+    gateway: GatewayProcess, content: bytes
+) -> None:
+    old = old_store(gateway)
     gateway.configure({"stores.old": {"path": str(old)}})
     gateway.restart()
     gateway.attach("d", "old:a.raw")
@@ -376,10 +382,7 @@ def test_an_image_that_lacks_what_a_disk_that_is_not_served_has_is_left_alone(
     gateway: GatewayProcess, content: bytes, connect: Connect
 ) -> None:
     """Its store got another name; under that one the image is the same."""
-    gateway.allow_log("disk 'd' is not served: no store 'old'")
-    old = gateway.directory / "old"
-    old.mkdir()
-    random_image(old / "a.raw", SIZE, seed=1)
+    old = old_store(gateway)
     gateway.configure({"stores.old": {"path": str(old)}, "defaults": {"max_lag": "1h"}})
     gateway.restart()
     gateway.attach("d", "old:a.raw", mode="write-back")
@@ -403,10 +406,7 @@ def test_an_image_that_lacks_what_a_disk_that_is_not_served_has_is_left_alone(
 def test_a_disk_that_is_not_served_leaves_nothing_to_the_next_of_its_name(
     gateway: GatewayProcess, content: bytes, connect: Connect
 ) -> None:
-    gateway.allow_log("disk 'd' is not served: no store 'old'")
-    old = gateway.directory / "old"
-    old.mkdir()
-    random_image(old / "a.raw", SIZE, seed=1)
+    old = old_store(gateway)
     gateway.configure({"stores.old": {"path": str(old), "mode": "full-copy"}})
     gateway.restart()
     gateway.attach("d", "old:a.raw")

@@ -1,7 +1,9 @@
 """What was checked once is believed only while it is in memory: read from the device again, it is checked again."""
 
+import errno
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from forebay_cache import Cache, View, open_cache, private
 from forebay_cache.cache import RESIDENCY_SECONDS
 from forebay_cache.geometry import BLOCK, SECTOR
 from forebay_cache.layer import SLOT_SHIFT, Layer
+from forebay_cache.revive import revive
 
 
 async def _nowhere(offset: int, length: int) -> bytes:
@@ -27,9 +30,10 @@ def _made(path: Path) -> tuple[Cache, Layer, View]:
     return cache, layer, View(cache, [layer], None, _nowhere)
 
 
-def _forgotten_by_the_kernel(cache: Cache, at: int) -> None:
-    """Nothing of the device is in memory any more, and one byte of it is another."""
-    os.pwrite(cache.device.fd, b"x", at)
+def _forgotten_by_the_kernel(cache: Cache, *damaged: int) -> None:
+    """Nothing of the device is in memory any more, and some bytes of it are others."""
+    for at in damaged:
+        os.pwrite(cache.device.fd, b"x", at)
     os.fsync(cache.device.fd)
     os.posix_fadvise(cache.device.fd, 0, 0, os.POSIX_FADV_DONTNEED)
     before = resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
@@ -54,15 +58,25 @@ async def test_what_had_to_be_read_from_the_device_is_checked(tmp_path: Path) ->
     cache.release()
 
 
-@pytest.mark.expect_log("is damaged")
-async def test_the_kernel_reads_nothing_ahead(tmp_path: Path) -> None:
+@pytest.mark.expect_log("is damaged|cache device .* failed")
+@pytest.mark.parametrize("came_back", [False, True])
+async def test_the_kernel_reads_nothing_ahead(tmp_path: Path, came_back: bool) -> None:
     """It would be in memory then, and nobody would know that it had gone from there."""
-    cache, layer, view = _made(tmp_path / "device")
-    _forgotten_by_the_kernel(cache, cache.device.at(_slot(layer, 5), 5 * SECTOR))
-    for block in range(5):
+    path = tmp_path / "device"
+    cache, layer, view = _made(path)
+    if came_back:  # as another file, so with another descriptor
+        shutil.copy(path, tmp_path / "copy")
+        (tmp_path / "copy").rename(path)
+        cache.fail(OSError(errno.EIO, "injected"))
+        await revive(cache)
+        assert await view.read(0, 8 * BLOCK)
+    damaged = range(2, 8)
+    _forgotten_by_the_kernel(cache, *(cache.device.at(_slot(layer, n), SECTOR) for n in damaged))
+    for block in (0, 1):
         assert await view.read(block * BLOCK, BLOCK) == [b"d" * BLOCK]
-    with pytest.raises(OSError, match="damaged"):
-        await view.read(5 * BLOCK, BLOCK)
+    for block in damaged:
+        with pytest.raises(OSError, match="damaged"):
+            await view.read(block * BLOCK, BLOCK)
     cache.release()
 
 
