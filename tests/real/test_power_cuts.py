@@ -41,6 +41,9 @@ SECONDS = float(os.environ.get("FOREBAY_CUT_SECONDS", "9"))
 ONE_LIFE = os.environ.get("FOREBAY_CUT_LIFE")
 KEEP = os.environ.get("FOREBAY_CUT_KEEP")
 
+LEAST = 100
+"""States of one life, however slow the machine is and the time is up."""
+
 STATES = 3000
 """Looked at after one life, at most: then another life finds more."""
 
@@ -218,12 +221,15 @@ def the_life(seed: str) -> Life:
 
 
 def one_life(fast: Path, seed: str, end: float) -> Count:
-    """Live it, and look at it until `end` (of the monotonic clock)."""
+    """Live it, and look at it until `end` (of the monotonic clock), and at LEAST of its states."""
     count = Count(lives=1)
     with fresh(fast) as directory:
         living = live(the_life(seed), directory)
-        until = (lambda: False) if ONE_LIFE else (lambda: time.monotonic() >= end)
-        look_at(living, directory / "replay", count, until=until)
+
+        def enough() -> bool:
+            return not ONE_LIFE and count.cuts >= LEAST and time.monotonic() >= end
+
+        look_at(living, directory / "replay", count, until=enough)
     return count
 
 
