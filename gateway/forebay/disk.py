@@ -497,6 +497,8 @@ class Disk:
         It holds until the next await: a pass may end then, and say that the image has everything.
         """
         while not (self.marked or self.overlay):
+            if self.source.marker is not None:
+                await self.image.arrive()
             async with self._marking:
                 if self.source.marker is not None and not self.marked:
                     await self.source.marker.dirty()
@@ -633,8 +635,20 @@ class Disk:
 
     async def _watch(self) -> None:
         while True:
-            await trio.sleep(1.0 if self.image.origin is None else WATCH_SECONDS)
+            reached = self.image.origin is not None
+            await trio.sleep(WATCH_SECONDS if reached else 1.0)
             await self.image.look()
+            if not reached and self.image.origin is not None and self._mode_to_be is None:
+                self._leave_unsafe()
+
+    def _leave_unsafe(self) -> None:
+        """As `_avoid_unsafe`, where the store came later than its disks."""
+        try:
+            self.source.check_safe(self.mode)
+        except ForebayError as fault:
+            log.warning("%s: in write-through until the next restart: %s", self.name, fault)
+            assert self._nursery is not None, "run() is running"
+            self._nursery.start_soon(self._change_over, Mode.WRITE_THROUGH)
 
     async def _preload_at_attach(self) -> None:
         try:

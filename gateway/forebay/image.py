@@ -62,7 +62,8 @@ class Images:
         image.sources.append(source)
         source.on_lost = image.stop
         source.dirty_bytes = partial(image.lacks, source)
-        await image.try_reach()
+        if not (source.resumed and image.being_reached):  # as long as that may take
+            await image.try_reach()
         return image
 
     def drop_disk(self, disk: str, key: str) -> None:
@@ -109,6 +110,7 @@ class Image:
         """Names of the disks that keep all of it."""
         self._images = images
         self._reaching = trio.Lock()
+        self._waiting = trio.lowlevel.ParkingLot()  # for an origin, or a conflict
         self._views: list[View] = []
         known = images.cache.record("image", self.key)
         self._writing = 0  # writes to the origin under way
@@ -136,6 +138,11 @@ class Image:
 
     # -- the origin -------------------------------------------------------------------------------------------
 
+    @property
+    def being_reached(self) -> bool:
+        """Whether an attempt is under way."""
+        return self._reaching.locked()
+
     async def try_reach(self) -> None:
         """Open the origin if it is not; a failure is noted, and tried again when its time has come."""
         async with self._reaching:
@@ -162,6 +169,22 @@ class Image:
             self.unreachable = None
             self._pause = RETRY_SECONDS
             self.origin = origin
+            self._waiting.unpark_all()
+
+    async def arrive(self) -> Origin:
+        """The origin: one that cannot be reached is waited for as one that hangs is. Raises OSError(EIO)."""
+        if self._is_away():
+            with trio.move_on_after(self.sources[-1].timeout):
+                await self.try_reach()
+                while self._is_away():
+                    with trio.move_on_at(self._next_try):
+                        await self._waiting.park()
+                    await self.try_reach()
+        return self.reached()
+
+    def _is_away(self) -> bool:
+        """Whether it cannot be reached now, and may be later."""
+        return self.origin is None and self.conflict is None and bool(self.sources)
 
     async def _open(self) -> Origin | None:
         """The origin; None where the image was taken over while the cache has data that it lacks. Raises OSError."""
@@ -210,6 +233,7 @@ class Image:
             gives = " to give that data up" if self.has_private() else ", and attach it again"
             self.conflict = f"{why}: detach with --discard{gives}"
             log.error("%s", self.conflict)
+            self._waiting.unpark_all()
         for view in self._views:
             view.lookahead = 0  # every read asks for leave first
 
@@ -263,14 +287,14 @@ class Image:
         if self.conflict is not None:
             raise OSError(errno.EIO, self.conflict)
         if self.origin is None:
-            raise OSError(errno.EIO, f"{self.key} cannot be reached: {self.unreachable}")
+            raise OSError(
+                errno.EIO, f"{self.key} cannot be reached: {self.unreachable or 'no answer'}"
+            )
         return self.origin
 
     async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
         """Bytes of the origin. Raises OSError."""
-        if self.origin is None and self.conflict is None:
-            await self.try_reach()
-        return await self.reached().read(offset, length, background)
+        return await (await self.arrive()).read(offset, length, background)
 
     @contextlib.asynccontextmanager
     async def writing(self) -> AsyncIterator[None]:

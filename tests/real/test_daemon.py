@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from real.gateway_process import GatewayProcess
-from real.processes import MIB, NbdServer, loop_device, need, random_image
+from real.processes import MIB, ONE_THREAD, NbdServer, loop_device, need, random_image
 
 MakeGateway = Callable[..., GatewayProcess]
 Connect = Callable[..., Any]
@@ -325,6 +325,7 @@ def test_a_warm_disk_comes_up_without_its_store(
     assert bytes(connect(gateway.uri("d")).pread(SIZE // 2, 0)) == content[: SIZE // 2]
     gateway.stop()
     gone = gateway.images.rename(gateway.directory / "gone")
+    gateway.configure({"defaults": {"origin_timeout": "1s"}})
     gateway.start()
     assert gateway.status("d")["state"] == "degraded"
     client = connect(gateway.uri("d"))
@@ -521,7 +522,7 @@ def test_an_origin_that_hangs_stops_only_its_own_disk(
     gateway.configure({"defaults": {"origin_timeout": "3s"}})
     gateway.restart()
     random_image(gateway.images / "b.raw", SIZE, seed=2)
-    server = start_nbdkit("file", gateway.images / "b.raw")
+    server = start_nbdkit("file", gateway.images / "b.raw", options=[ONE_THREAD])
     gateway.attach("hung", server.uri)
     gateway.attach("well", "a.raw")
     warm = bytes(connect(gateway.uri("hung")).pread(65536, 0))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from real.disk_fixture import wait_for
-from real.processes import MIB, accepts, random_image
+from real.processes import MIB, ONE_THREAD, accepts, random_image
 from real.service_manager import ManagedGateway
 from real.steady_guest import SteadyGuest
 
@@ -289,13 +289,14 @@ def test_clients_wait_for_a_daemon_that_fails_once(
     disk.goes_on()
 
 
+@pytest.mark.parametrize("still", [False, True], ids=["meanwhile", "afterwards too"])
 def test_a_store_that_hangs_does_not_hold_up_a_restart(
-    managed: ManagedGateway, connect: Connect, start_nbdkit: Callable[..., Any]
+    still: bool, managed: ManagedGateway, connect: Connect, start_nbdkit: Callable[..., Any]
 ) -> None:
-    """Requests that wait for it move unanswered; the other disks do not even notice."""
+    """Requests that wait for it move unanswered, and wait on; the other disks do not even notice."""
     image = managed.directory / "slow.raw"
     content = random_image(image, MIB, 7)
-    server = start_nbdkit("file", image)
+    server = start_nbdkit("file", image, options=[ONE_THREAD])
     managed.attach("slow", server.uri, mode="write-through")
     disk = Disk(managed, connect)
     client = connect(managed.uri("slow"))
@@ -306,14 +307,23 @@ def test_a_store_that_hangs_does_not_hold_up_a_restart(
 
     data = nbd.Buffer(4096)
     written = nbd.Buffer.from_bytearray(bytearray(b"w" * 4096))
-    left = {client.aio_pread(data, 512 << 10), client.aio_pwrite(written, 768 << 10)}
+    left = {
+        client.aio_pread(data, 512 << 10),
+        client.aio_pwrite(written, 768 << 10),
+        client.aio_flush(),
+    }
     client.poll(100)
     begin = time.monotonic()
     managed.end()
     ended = time.monotonic() - begin
-    server.resume()
+    if not still:
+        server.resume()
     managed.start()
     disk.goes_on()
+    if still:
+        assert managed.status("slow")["state"] == "degraded"
+        assert client.poll(500) == 0
+        server.resume()
     while left := {one for one in left if not client.aio_command_completed(one)}:
         client.poll(1000)
     assert bytes(data.to_bytearray()) == content[512 << 10 :][:4096]

@@ -171,6 +171,7 @@ def test_one_that_comes_back_with_nothing_of_its_own_goes_on_with_what_is_there(
     next_.cli("flush", "e")
     # While the other one has it: nothing is read from here, neither old nor new.
     gone.allow_log(".*")
+    gone.configure({"defaults": {"origin_timeout": "1s"}})
     gone.start()
     client = nbd.NBD()
     client.connect_uri(gone.uri("d"))

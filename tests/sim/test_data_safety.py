@@ -1025,10 +1025,11 @@ def test_a_kill_while_the_clean_blocks_are_dropped_leaves_one_layer(
 # -- a store that may lose what it took ------------------------------------------------------------------------
 
 
-@pytest.mark.expect_log("in write-through until the next restart")
+@pytest.mark.expect_log("in write-through until the next restart|can(not)? be reached")
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("dirty", [False, True])
 def test_a_disk_leaves_write_back_where_the_mount_became_unsafe(
-    tmp_path: Path, dirty: bool
+    tmp_path: Path, dirty: bool, late: bool
 ) -> None:
     """It is served all the same; what was dirty goes to the image first. And it does not come back to that mode."""
 
@@ -1039,8 +1040,11 @@ def test_a_disk_leaves_write_back_where_the_mount_became_unsafe(
         await host.stop()
         await host.start()
         with mock.patch.object(FakeSource, "check_safe", unsafe):
+            if late:
+                host.origin.faults["open"] = 1
             disk = await host.attach("d", LAZY)
-            await trio.sleep(1)
+            assert (disk.image.origin is None) == late
+            await trio.sleep(3)
             assert disk.mode is Mode.WRITE_THROUGH
             assert (await read(disk)) == (NEW if dirty else OLD)
             assert host.origin.durable[:BLOCK] == (NEW if dirty else OLD)
@@ -1049,8 +1053,8 @@ def test_a_disk_leaves_write_back_where_the_mount_became_unsafe(
             with pytest.raises(ForebayError, match="soft"):
                 await disk.set_mode(Mode.WRITE_BACK, nothing)
 
-    def unsafe(_source: FakeSource, mode: Mode) -> None:
-        if mode in (Mode.WRITE_BACK, Mode.FULL_COPY):
+    def unsafe(source: FakeSource, mode: Mode) -> None:
+        if source.opened and mode in (Mode.WRITE_BACK, Mode.FULL_COPY):
             raise ForebayError("soft")
 
     play(tmp_path, story)
