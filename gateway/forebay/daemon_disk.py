@@ -94,10 +94,12 @@ class Attached:
         self._scope.cancel()
         await self._ended.wait()
 
-    def pulse(self) -> tuple[int, ...]:
-        """Changes whenever something moves: a request is answered, the origin or the cache takes or gives something."""
+    def pulse(self) -> tuple[object, ...]:
+        """Changes whenever something moves: a request is answered, the origin or the cache takes or gives something, or
+        the origin comes or goes.
+        """
         found = self.disk.status()
-        counters = ("reads", "writes", "cached_bytes", "private_bytes")
+        counters = ("state", "reads", "writes", "cached_bytes", "private_bytes")
         origin = ("origin_read_bytes", "origin_written_bytes")
         return (self.door.answered, *(found[key] for key in (*counters, *origin)))
 

@@ -240,10 +240,13 @@ class Disk:
             return
         self._check_fits(mode)
         self.source.check_safe(mode)
+        if not self.image.all_durable():
+            self.image.reached()
         leaves_private = self.writes_private and not self.overlay and mode not in PRIVATE_MODES
         if leaves_private and self.dirty_bytes:
             await self.writeback.catch_up()  # most of it, while the VM goes on writing
         async with self.gate.closed():
+            self.source.check_safe(mode)  # the image may have come meanwhile
             if leaves_private:
                 await self.writeback.finish(progress)
                 for layer in self.view.private:
@@ -374,6 +377,7 @@ class Disk:
     # -- reading ----------------------------------------------------------------------------------------------
 
     async def _fetch(self, offset: int, length: int) -> Buffer:
+        await self._arrive()
         if self.view.clean is None:
             self.origin_read_bytes += length
             return await self.image.read(offset, length)
@@ -410,6 +414,16 @@ class Disk:
         return await find(self, offset, length)
 
     # -- writing ----------------------------------------------------------------------------------------------
+
+    async def _arrive(self) -> None:
+        """Wait for an image that cannot be reached, as for one that hangs, before anybody else has to wait for us."""
+        if self.image.origin is None:
+            await self.image.arrive(self.settings.origin_timeout)
+
+    async def _arrive_to_write(self) -> None:
+        """The same, unless the cache takes writes: it does where the marker says already that the image lacks some."""
+        if not (self.writes_private and (self.marked or self.overlay)):
+            await self._arrive()
 
     def _check_conflict(self) -> None:
         if self.image.conflict is not None:
@@ -497,8 +511,6 @@ class Disk:
         It holds until the next await: a pass may end then, and say that the image has everything.
         """
         while not (self.marked or self.overlay):
-            if self.source.marker is not None:
-                await self.image.arrive()
             async with self._marking:
                 if self.source.marker is not None and not self.marked:
                     await self.source.marker.dirty()
@@ -526,6 +538,7 @@ class Disk:
         if not len(data):
             return
         self.written_bytes += len(data)
+        await self._arrive_to_write()
         async with self.gate.passing():
             await self._policy.write(offset, data)
         if fua:
@@ -540,6 +553,8 @@ class Disk:
     async def flush(self) -> None:
         """Implements Export."""
         self._check_conflict()
+        if not self.writes_private and not self.image.all_durable():
+            await self._arrive()
         if not self.read_only:
             await self._policy.flush()
 
@@ -550,6 +565,7 @@ class Disk:
             raise OSError(errno.ENOTSUP, "zeroing may be as slow as writing here")
         if not length:
             return
+        await self._arrive_to_write()
         async with self.gate.passing():
             await self._policy.zero(offset, length, may_trim=not no_hole)
         if fua:
@@ -624,22 +640,23 @@ class Disk:
             task_status.started()
 
     async def _change_over(self, mode: Mode) -> None:
-        """Finish a change of mode that an earlier life began."""
+        """Leave write-back for that mode, however long it takes."""
         log.info("%s: dirty data is written back before the mode becomes %s", self.name, mode.value)
-        while True:
+        while self.mode in PRIVATE_MODES:
             try:
-                return await self.set_mode(mode, _silent)
+                await self.set_mode(mode, _silent)
             except OSError as error:
                 log.info("%s: still in write-back: %s", self.name, error.strerror)
-            await trio.sleep(WATCH_SECONDS)
+                await trio.sleep(WATCH_SECONDS)
 
     async def _watch(self) -> None:
         while True:
-            reached = self.image.origin is not None
-            await trio.sleep(WATCH_SECONDS if reached else 1.0)
-            await self.image.look()
-            if not reached and self.image.origin is not None and self._mode_to_be is None:
+            await trio.sleep(self.image.look_in())
+            away = self.image.origin is None
+            await self.image.try_reach()
+            if away and self.image.origin is not None and self._mode_to_be is None:
                 self._leave_unsafe()
+            await self.image.look()
 
     def _leave_unsafe(self) -> None:
         """As `_avoid_unsafe`, where the store came later than its disks."""

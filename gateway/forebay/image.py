@@ -25,6 +25,7 @@ log = logging.getLogger("forebay.image")
 RETRY_SECONDS = 1.0
 """How soon an origin that could not be reached is tried again; doubled each time, up to RETRY_MOST."""
 RETRY_MOST = 15.0
+LEAST_PAUSE = 0.05
 
 WATCH_SECONDS = 5.0
 """How often an image is looked at for changes that somebody else made."""
@@ -171,20 +172,21 @@ class Image:
             self.origin = origin
             self._waiting.unpark_all()
 
-    async def arrive(self) -> Origin:
-        """The origin: one that cannot be reached is waited for as one that hangs is. Raises OSError(EIO)."""
-        if self._is_away():
-            with trio.move_on_after(self.sources[-1].timeout):
-                await self.try_reach()
-                while self._is_away():
-                    with trio.move_on_at(self._next_try):
-                        await self._waiting.park()
-                    await self.try_reach()
-        return self.reached()
+    async def arrive(self, timeout: float) -> None:
+        """Wait until there is an origin; the watch of the disks tries. Raises OSError(EIO) after `timeout` seconds."""
+        with trio.move_on_after(timeout):
+            while self._is_away():
+                await self._waiting.park()
+        self.reached()
 
     def _is_away(self) -> bool:
-        """Whether it cannot be reached now, and may be later."""
-        return self.origin is None and self.conflict is None and bool(self.sources)
+        return self.origin is None and self.conflict is None
+
+    def look_in(self) -> float:
+        """Seconds until it should be looked at."""
+        if not self._is_away():
+            return WATCH_SECONDS
+        return max(LEAST_PAUSE, self._next_try - trio.current_time())
 
     async def _open(self) -> Origin | None:
         """The origin; None where the image was taken over while the cache has data that it lacks. Raises OSError."""
@@ -287,14 +289,13 @@ class Image:
         if self.conflict is not None:
             raise OSError(errno.EIO, self.conflict)
         if self.origin is None:
-            raise OSError(
-                errno.EIO, f"{self.key} cannot be reached: {self.unreachable or 'no answer'}"
-            )
+            why = self.unreachable or "no answer"
+            raise OSError(errno.EIO, f"{self.key} cannot be reached: {why}")
         return self.origin
 
     async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
         """Bytes of the origin. Raises OSError."""
-        return await (await self.arrive()).read(offset, length, background)
+        return await self.reached().read(offset, length, background)
 
     @contextlib.asynccontextmanager
     async def writing(self) -> AsyncIterator[None]:

@@ -68,9 +68,7 @@ class Source:
         nursery: trio.Nursery,
         size: int | None = None,
     ) -> None:
-        """`timeout`: seconds that any call to the image may take. `nursery`: for connections. `size`: as recorded when
-        the disk was attached; None at the first time.
-        """
+        """`nursery`: for connections. `size`: as recorded when the disk was attached; None at the first time."""
         self.image = image
         self.key = image.key
         self.label = label
@@ -78,9 +76,9 @@ class Source:
         self.file_id: tuple[int, int] | None = None
         self.unsafe: str | None = None
         """Why nothing is to be written back to where the image lies; known once it was opened."""
-        self.timeout = timeout
         self._size = size
         self._threads = threads
+        self._timeout = timeout
         self._nursery = nursery
         self._claim: Claim | None = None
         self._origin: Origin | None = None  # the last one handed out
@@ -179,7 +177,7 @@ class Source:
             file = await self._in_thread(
                 lambda: open_image(image, read_only=read_only, any_format=not first)
             )
-            origin = FileOrigin(file, self.label, threads=self._threads, timeout=self.timeout)
+            origin = FileOrigin(file, self.label, threads=self._threads, timeout=self._timeout)
             try:
                 if file.status is not None:
                     place = file.status.device
@@ -196,7 +194,7 @@ class Source:
             return origin
         if isinstance(image, DeviceImage):
             file = await self._in_thread(lambda: open_device(image, read_only=read_only))
-            device = BlockOrigin(file, self.label, threads=self._threads, timeout=self.timeout)
+            device = BlockOrigin(file, self.label, threads=self._threads, timeout=self._timeout)
             try:
                 await self._lock(device.descriptor, READS if read_only else WRITES)
             except BaseException:
@@ -204,11 +202,11 @@ class Source:
                 raise
             return device
         return await NbdOrigin.open(
-            self._nursery, image, self.label, read_only=read_only, timeout=self.timeout
+            self._nursery, image, self.label, read_only=read_only, timeout=self._timeout
         )
 
     async def _in_thread(self, do: Callable[[], ImageFile]) -> ImageFile:
-        with bounded(self.timeout, f"opening {self.label}"):
+        with bounded(self._timeout, f"opening {self.label}"):
             return await self._threads.run(do, drop=lambda late: os.close(late.fd))
 
     # ------------------------------------------------------------------------------------------------------- the owner
@@ -232,7 +230,7 @@ class Source:
         await self._lock(descriptor, LOOKS)
 
     async def _owner(self, image: FileImage) -> Owner | None:
-        with bounded(self.timeout, f"looking for the owner of {self.label}"):
+        with bounded(self._timeout, f"looking for the owner of {self.label}"):
             return await self._threads.run(lambda: read_owner(image))
 
     def _check_left(self, owner: Owner | None) -> None:
@@ -258,7 +256,7 @@ class Source:
                 hold(fd, access)
 
         try:
-            with bounded(self.timeout, f"locking {self.label}"):
+            with bounded(self._timeout, f"locking {self.label}"):
                 await self._threads.run(lock)
         except InUse as fault:
             raise in_use(self.key, fault) from None
@@ -278,7 +276,7 @@ class Source:
             file,
             me,
             self._threads,
-            self.timeout,
+            self._timeout,
             again=self._ours,
             need_locks=need_locks,
             descriptor=descriptor,
@@ -310,7 +308,7 @@ class Source:
         """A redo journal for a checkpoint of that instant. Raises OSError."""
         async with self._ours_or_lost() as claim:
             journal = await claim.begin_redo(as_of)
-        return Journal(self, journal, as_of, self._threads, self.timeout)
+        return Journal(self, journal, as_of, self._threads, self._timeout)
 
     async def commit_redo(self, journal: Redo) -> None:
         """See `Journal`. Raises OSError."""

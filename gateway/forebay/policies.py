@@ -81,7 +81,6 @@ class OriginWrites:
     async def _write(self, offset: int, data: memoryview, *, only_if: Callable[[], bool]) -> bool:
         disk = self._disk
         start, end = _sectors(offset, len(data))
-        await disk.image.arrive()
         async with disk.ranges.hold(start, end), disk.image.writing():
             if not only_if():
                 return False
@@ -134,7 +133,6 @@ class OriginWrites:
     ) -> bool:
         disk = self._disk
         start, end = _sectors(offset, length)
-        await disk.image.arrive()
         async with disk.ranges.hold(start, end), disk.image.writing():
             if not only_if():
                 return False
@@ -152,8 +150,6 @@ class OriginWrites:
         """The origin has it durably. A failure that somebody else was told of is told here once too."""
         image = self._disk.image
         try:
-            if not image.all_durable():
-                await image.arrive()
             await image.flush()
             if image.sync_failures != self._failures:
                 raise OSError(

@@ -315,7 +315,6 @@ class FakeSource:
         self.discarding = False  # the operator gives up what the image lacks
         self.marker = FakeMarker(self) if self.use.writes else None
         self.resumed = True
-        self.timeout = 5.0
         self.opened = False
         self.on_lost: object = None  # set by the image, for what does not happen here
         self.dirty_bytes: object = None
