@@ -403,6 +403,8 @@ class Disk:
     async def cache(self, offset: int, length: int) -> None:
         """Bring a range in."""
         if self.view.clean is not None:
+            if self.image.origin is None and await self.image.filler.missing(offset, length):
+                await self._arrive()
             await self.image.filler.prefetch(offset, length, self)
 
     async def extents(
@@ -553,9 +555,9 @@ class Disk:
     async def flush(self) -> None:
         """Implements Export."""
         self._check_conflict()
-        if not self.writes_private and not self.image.all_durable():
-            await self._arrive()
         if not self.read_only:
+            if not self.writes_private and not self.image.all_durable():
+                await self._arrive()
             await self._policy.flush()
 
     async def zero(self, offset: int, length: int, fua: bool, no_hole: bool, fast: bool) -> None:

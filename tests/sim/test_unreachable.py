@@ -29,6 +29,7 @@ async def away(host: Host, mode: Mode) -> Disk:
         (Mode.NONE, "read"),
         (Mode.WRITE_THROUGH, "read"),
         (Mode.WRITE_BACK, "read"),
+        (Mode.WRITE_BACK, "cache"),
         (Mode.WRITE_THROUGH, "write"),
         (Mode.WRITE_THROUGH, "zero"),
         (Mode.WRITE_BACK, "write"),
@@ -58,6 +59,8 @@ def test_what_needs_an_image_that_cannot_be_reached_waits_for_it(
                 match call:
                     case "read":
                         assert await read(disk) == OLD
+                    case "cache":
+                        await disk.cache(0, BLOCK)
                     case "write":
                         await disk.write(0, memoryview(NEW), True)
                     case "zero":
