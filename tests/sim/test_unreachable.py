@@ -147,3 +147,25 @@ def test_a_disk_is_detached_while_a_read_waits_for_the_image(tmp_path: Path) -> 
         assert await read(await host.attach("e", settings(Mode.WRITE_THROUGH))) == OLD
 
     play(tmp_path, story)
+
+
+@pytest.mark.expect_log("can(not)? be reached")
+def test_who_asks_for_the_same_block_later_waits_longer(tmp_path: Path) -> None:
+    """Each guest for its own time, not for what is left of the first one's."""
+
+    async def story(host: Host) -> None:
+        disk = await away(host, Mode.WRITE_THROUGH)
+        first = trio.Event()
+
+        async def ask() -> None:
+            with pytest.raises(OSError, match="cannot be reached"):
+                await read(disk)
+            host.origin.heal()
+            first.set()
+
+        host._tasks.start_soon(ask)
+        await trio.sleep(disk.settings.origin_timeout - 1)
+        assert await read(disk) == OLD
+        assert first.is_set()
+
+    play(tmp_path, story)
