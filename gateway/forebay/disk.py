@@ -116,14 +116,20 @@ class Disk:
 
     def _avoid_unsafe(self) -> None:
         """The store was mounted otherwise since the attach: nothing more is acknowledged before it has it."""
-        try:
-            self.source.check_safe(self.mode)
-        except ForebayError as fault:
-            log.warning("%s: in write-through until the next restart: %s", self.name, fault)
+        if self._is_unsafe():
             if self.marked:
                 self._mode_to_be, self.mode = Mode.WRITE_THROUGH, Mode.WRITE_BACK
             else:
                 self.mode = Mode.WRITE_THROUGH
+
+    def _is_unsafe(self) -> bool:
+        """Known once the image was opened; said in the log."""
+        try:
+            self.source.check_safe(self.mode)
+        except ForebayError as fault:
+            log.warning("%s: in write-through until the next restart: %s", self.name, fault)
+            return True
+        return False
 
     def _layers(self) -> list[Layer]:
         """What the cache has for this disk, newest first. Raises ForebayError where it is another image's."""
@@ -240,13 +246,10 @@ class Disk:
             return
         self._check_fits(mode)
         self.source.check_safe(mode)
-        if not self.image.all_durable():
-            self.image.reached()
         leaves_private = self.writes_private and not self.overlay and mode not in PRIVATE_MODES
         if leaves_private and self.dirty_bytes:
             await self.writeback.catch_up()  # most of it, while the VM goes on writing
         async with self.gate.closed():
-            self.source.check_safe(mode)  # the image may have come meanwhile
             if leaves_private:
                 await self.writeback.finish(progress)
                 for layer in self.view.private:
@@ -254,6 +257,7 @@ class Disk:
                 self.view.private = []
             else:
                 await self._policy.flush()
+                self.source.check_safe(mode)  # the image may have come meanwhile
             was, self.mode = self.mode, mode
             self._choose()
         self._stop_hydration()
@@ -653,21 +657,14 @@ class Disk:
 
     async def _watch(self) -> None:
         while True:
-            await trio.sleep(self.image.look_in())
             away = self.image.origin is None
+            await trio.sleep(self.image.look_in())
             await self.image.try_reach()
-            if away and self.image.origin is not None and self._mode_to_be is None:
-                self._leave_unsafe()
+            came = away and self.image.origin is not None
+            if came and self._mode_to_be is None and self._is_unsafe():
+                assert self._nursery is not None, "run() is running"
+                self._nursery.start_soon(self._change_over, Mode.WRITE_THROUGH)
             await self.image.look()
-
-    def _leave_unsafe(self) -> None:
-        """As `_avoid_unsafe`, where the store came later than its disks."""
-        try:
-            self.source.check_safe(self.mode)
-        except ForebayError as fault:
-            log.warning("%s: in write-through until the next restart: %s", self.name, fault)
-            assert self._nursery is not None, "run() is running"
-            self._nursery.start_soon(self._change_over, Mode.WRITE_THROUGH)
 
     async def _preload_at_attach(self) -> None:
         try:

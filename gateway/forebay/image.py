@@ -26,6 +26,7 @@ RETRY_SECONDS = 1.0
 """How soon an origin that could not be reached is tried again; doubled each time, up to RETRY_MOST."""
 RETRY_MOST = 15.0
 LEAST_PAUSE = 0.05
+"""Of a disk's watch, where another one was just trying."""
 
 WATCH_SECONDS = 5.0
 """How often an image is looked at for changes that somebody else made."""
@@ -63,7 +64,8 @@ class Images:
         image.sources.append(source)
         source.on_lost = image.stop
         source.dirty_bytes = partial(image.lacks, source)
-        if not (source.resumed and image.being_reached):  # as long as that may take
+        # At a start no disk waits for what another one of the image is waiting for already.
+        if not (source.resumed and image.being_reached):
             await image.try_reach()
         return image
 
@@ -376,7 +378,6 @@ class Image:
 
     async def look(self) -> None:
         """Notice a change by somebody else, or take down what the image looks like after our own writes."""
-        await self.try_reach()
         if self.origin is None or self.conflict is not None:
             return
         try:

@@ -601,6 +601,7 @@ def test_an_index_that_cannot_be_written(
             done = gateway.cli("mode", "write-through", "none", check=False)
             assert done.returncode == 1
             assert "index" in done.stderr
+            assert gateway.log_text().count("index commit failed") == told, "once, not each time"
             if not kept:
                 faulty.lift()
                 wait_for(lambda: cache_info(gateway)["state"] == "ok", "it is not tried again")

@@ -1053,8 +1053,34 @@ def test_a_disk_leaves_write_back_where_the_mount_became_unsafe(
             with pytest.raises(ForebayError, match="soft"):
                 await disk.set_mode(Mode.WRITE_BACK, nothing)
 
-    def unsafe(source: FakeSource, mode: Mode) -> None:
-        if source.opened and mode in (Mode.WRITE_BACK, Mode.FULL_COPY):
-            raise ForebayError("soft")
+    play(tmp_path, story)
+
+
+def unsafe(source: FakeSource, mode: Mode) -> None:
+    """As Source.check_safe of an image on a soft mount: nobody knows before it was opened."""
+    if source.opened and mode in (Mode.WRITE_BACK, Mode.FULL_COPY):
+        raise ForebayError("soft")
+
+
+@pytest.mark.expect_log("can(not)? be reached")
+def test_a_disk_does_not_enter_write_back_where_the_mount_turns_out_unsafe(tmp_path: Path) -> None:
+    """The image comes while the change of mode is under way."""
+
+    async def story(host: Host) -> None:
+        host.origin.faults["open"] = 1
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        assert disk.state() == "degraded"
+
+        async def flush() -> None:
+            await trio.sleep(3)
+
+        with (
+            mock.patch.object(FakeSource, "check_safe", unsafe),
+            mock.patch.object(disk._policy, "flush", flush),
+            pytest.raises(ForebayError, match="soft"),
+        ):
+            await disk.set_mode(Mode.WRITE_BACK, nothing)
+        assert disk.state() == "ready"
+        assert disk.mode is Mode.WRITE_THROUGH
 
     play(tmp_path, story)

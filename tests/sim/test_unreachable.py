@@ -1,24 +1,33 @@
 """An image that cannot be reached, step by step on the simulated host: who waits for it, and for how long."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+from unittest import mock
 
 import pytest
 import trio
 
+from forebay.daemon_disk import Attached
 from forebay.disk import Disk
 from forebay.sizes import Mode
 from forebay_cache.geometry import BLOCK
 from sim.fake_host import Host, nothing, settings
+from sim.fake_origin import FakeOrigin, FakeSource
 from sim.test_data_safety import NEW, OLD, play, read
 
 
-async def away(host: Host, mode: Mode) -> Disk:
-    """A disk as after a restart without its store."""
-    await host.attach("d", settings(mode))
+async def away(host: Host, mode: Mode, *, unsure: bool = False) -> Disk:
+    """A disk as after a kill without its store; with `unsure`, nobody knows if a write to it is durable."""
+    disk = await host.attach("d", settings(mode))
+    if unsure:
+        await disk.write(BLOCK, memoryview(NEW), False)
     await host.kill(host.snapshot())
     await host.start()
     host.origin.faults["open"] = -1
-    return await host.attach("d", settings(mode))
+    disk = await host.attach("d", settings(mode))
+    assert disk.state() == "degraded"
+    return disk
 
 
 @pytest.mark.expect_log("cannot be reached|can be reached again")
@@ -42,16 +51,7 @@ def test_what_needs_an_image_that_cannot_be_reached_waits_for_it(
     """As for one that hangs: the guests are there already, of a restart, and are not to hear what passes."""
 
     async def story(host: Host) -> None:
-        disk = await host.attach("d", settings(mode, max_lag=1000.0))
-        if call == "flush":
-            await disk.write(
-                BLOCK, memoryview(NEW), False
-            )  # after a kill nobody knows if it is durable
-        await host.kill(host.snapshot())
-        await host.start()
-        host.origin.faults["open"] = -1
-        disk = await host.attach("d", settings(mode, max_lag=1000.0))
-        assert disk.state() == "degraded"
+        disk = await away(host, mode, unsure=call == "flush")
         answer: list[str] = []
 
         async def ask() -> None:
@@ -132,19 +132,69 @@ def test_a_mode_is_changed_while_a_write_waits_for_the_image(tmp_path: Path) -> 
     play(tmp_path, story)
 
 
+async def slowly(source: FakeSource) -> FakeOrigin:
+    """In the place of FakeSource.open: nothing of it may be left where it is given up."""
+    await trio.sleep(4)
+    source.opened = True
+    return source.origin
+
+
 @pytest.mark.expect_log("can(not)? be reached")
-def test_a_disk_is_detached_while_a_read_waits_for_the_image(tmp_path: Path) -> None:
-    """Its guest is gone before; nobody goes on trying, and all others are served on."""
+def test_a_disk_is_detached_while_its_image_is_being_reached(tmp_path: Path) -> None:
+    """A read waits for it as well; nobody goes on trying, and all others are served on."""
 
     async def story(host: Host) -> None:
         disk = await away(host, Mode.WRITE_THROUGH)
-        with trio.move_on_after(1.5):
-            await read(disk)
-        await host.detach("d", discard=False)
+        source = host.sources["d"]
         host.origin.heal()
-        await trio.sleep(30)
+        with mock.patch.object(FakeSource, "open", slowly):
+            with trio.move_on_after(1.5):
+                await read(disk)
+            assert disk.image.being_reached
+            await host.detach("d", discard=False)
+            await trio.sleep(30)
         assert disk.image.origin is None
+        assert not source.opened
         assert await read(await host.attach("e", settings(Mode.WRITE_THROUGH))) == OLD
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("can(not)? be reached")
+def test_a_disk_comes_up_while_another_one_waits_for_the_image(tmp_path: Path) -> None:
+    """What it has in the cache is served at once; the image, when it is there, is there for both."""
+
+    async def story(host: Host) -> None:
+        assert await read(await host.attach("d", settings(Mode.WRITE_THROUGH), overlay=True)) == OLD
+        await trio.sleep(1)  # it is kept
+        await host.stop()
+        await host.start()
+        host.origin.faults["open"] = 1
+        first = await host.attach("d", settings(Mode.WRITE_THROUGH), overlay=True)
+        with mock.patch.object(FakeSource, "open", slowly):
+            await trio.sleep(1.5)
+            assert first.image.being_reached
+            with trio.fail_after(1):
+                second = await host.attach("e", settings(Mode.WRITE_THROUGH), overlay=True)
+                assert await read(second) == OLD
+            await trio.sleep(4)
+        assert await read(second, BLOCK) == await read(first, BLOCK) == OLD
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("can(not)? be reached")
+def test_the_watchdog_sees_that_an_image_came(tmp_path: Path) -> None:
+    """A request may wait as long for it, and then as long again for what it answers."""
+
+    async def story(host: Host) -> None:
+        disk = await away(host, Mode.WRITE_THROUGH)
+        seen = cast("Attached", SimpleNamespace(disk=disk, door=SimpleNamespace(answered=0)))
+        before = Attached.pulse(seen)
+        host.origin.heal()
+        await trio.sleep(3)
+        assert disk.image.origin is not None
+        assert Attached.pulse(seen) != before
 
     play(tmp_path, story)
 
