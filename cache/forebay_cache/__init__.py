@@ -3,20 +3,20 @@
 It knows nothing of NBD, of images' homes or of modes: those are the business of whoever puts the layers together.
 """
 
+from forebay_cache.blocks.clean import invalidate, mark_hot, past_failure, uncover
+from forebay_cache.blocks.settle import pages_of, pin_layer, settle
 from forebay_cache.cache import Cache
-from forebay_cache.check import check
-from forebay_cache.clean import invalidate, mark_hot, past_failure, uncover
 from forebay_cache.errors import CacheError, CacheFull
-from forebay_cache.fill import Filler, ReadAhead, Source
-from forebay_cache.growth import extend, extend_device
-from forebay_cache.layer import Layer
-from forebay_cache.recovery import format_device, open_cache
-from forebay_cache.repair import Repaired, repair
-from forebay_cache.report import Fault, Report
-from forebay_cache.revive import Revived, come_back, revive
-from forebay_cache.scrub import Damage, Found, scrub
-from forebay_cache.settle import pages_of, pin_layer, settle
-from forebay_cache.view import View
+from forebay_cache.layers.layer import Layer
+from forebay_cache.offline.check import check
+from forebay_cache.offline.recovery import format_device, open_cache
+from forebay_cache.offline.repair import Repaired, repair
+from forebay_cache.offline.report import Fault, Report
+from forebay_cache.read.fill import Filler, ReadAhead, Source
+from forebay_cache.read.view import View
+from forebay_cache.upkeep.growth import extend, extend_device
+from forebay_cache.upkeep.revive import Revived, come_back, revive
+from forebay_cache.upkeep.scrub import Damage, Found, scrub
 
 __all__ = [
     "Cache",

@@ -20,16 +20,16 @@ from typing import Any, Protocol
 
 import trio
 
-from forebay_cache import ops
-from forebay_cache.device import Device, Superblock
+from forebay_cache.device.device import Device, Superblock
+from forebay_cache.device.syncer import Syncer
+from forebay_cache.durable.journal import Journal, JournalFull
 from forebay_cache.errors import CacheFull, IndexFault
-from forebay_cache.geometry import BLOCK, PAGE_BLOCKS, SECTOR, SECTORS
-from forebay_cache.index import PAGE_KEY, Changes, Index, LayerRecord, Meta
-from forebay_cache.journal import Journal, JournalFull
-from forebay_cache.layer import ABSENT, SLOT_SHIFT, Layer
-from forebay_cache.placement import TOUCHED, Placement
-from forebay_cache.sums import UNKNOWN, Sums, checksums
-from forebay_cache.syncer import Syncer
+from forebay_cache.format import ops
+from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, SECTORS
+from forebay_cache.index.index import PAGE_KEY, Changes, Index, LayerRecord, Meta
+from forebay_cache.index.sums import UNKNOWN, Sums, checksums
+from forebay_cache.layers.layer import ABSENT, SLOT_SHIFT, Layer
+from forebay_cache.slots.placement import TOUCHED, Placement
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _low_water(slots: int) -> int:
 
 
 class Cache:
-    """An open cache. Made by :func:`forebay_cache.recovery.open_cache`; :meth:`run` has to be running."""
+    """An open cache. Made by :func:`forebay_cache.offline.recovery.open_cache`; :meth:`run` has to be running."""
 
     def __init__(
         self, device: Device, index: Index, journal: Journal, placement: Placement

@@ -18,10 +18,10 @@ from typing import Any
 
 import trio
 
-from forebay import redo
-from forebay.owner import Owner
-from forebay_cache import ops
-from forebay_cache.device import plan
+from forebay.sidecar import redo
+from forebay.sidecar.marker import Owner
+from forebay_cache.device.device import plan
+from forebay_cache.format import ops
 from forebay_nbd import events as ev
 from forebay_nbd.haggle import haggle
 from forebay_nbd.handshake import ClientHandshake

@@ -15,18 +15,25 @@ from typing import Any, cast
 
 from xxhash import xxh3_64, xxh3_64_intdigest
 
-from forebay import redo
-from forebay.config import Config, OriginsSection, Store
+from forebay.config.model import Config, OriginsSection, Store
 from forebay.errors import ForebayError
-from forebay.owner import Owner
-from forebay.store import resolve
-from forebay_cache import CacheError, ops
-from forebay_cache.device import JOURNAL_OFFSET, SUPERBLOCK, Device, Superblock, read_superblock
-from forebay_cache.index import TABLES, Meta
-from forebay_cache.journal import Journal, Position
-from forebay_cache.medium import Medium
-from forebay_cache.report import Report
-from forebay_cache.walk import Tables, Walk
+from forebay.origin.addresses import resolve
+from forebay.sidecar import redo
+from forebay.sidecar.marker import Owner
+from forebay_cache import CacheError
+from forebay_cache.device.device import (
+    JOURNAL_OFFSET,
+    SUPERBLOCK,
+    Device,
+    Superblock,
+    read_superblock,
+)
+from forebay_cache.durable.journal import Journal, Position
+from forebay_cache.format import ops
+from forebay_cache.index.index import TABLES, Meta
+from forebay_cache.offline.report import Report
+from forebay_cache.offline.walk import Tables, Walk
+from forebay_cache.upkeep.medium import Medium
 from forebay_nbd import Limits
 from forebay_nbd import events as ev
 from forebay_nbd.export import Export

@@ -11,14 +11,16 @@ import pytest
 import trio
 from xxhash import xxh3_64_intdigest
 
-from forebay import redo
 from forebay.errors import ForebayError
-from forebay.origin_calls import Calls
-from forebay.owner import Owner
-from forebay_cache import Cache, CacheError, View, open_cache, ops, private
-from forebay_cache.device import JOURNAL_OFFSET, SUPERBLOCK, plan
-from forebay_cache.geometry import BLOCK, SECTOR
-from forebay_cache.layer import SLOT_SHIFT
+from forebay.origin.calls import Calls
+from forebay.sidecar import redo
+from forebay.sidecar.marker import Owner
+from forebay_cache import Cache, CacheError, View, open_cache
+from forebay_cache.blocks import private
+from forebay_cache.device.device import JOURNAL_OFFSET, SUPERBLOCK, plan
+from forebay_cache.format import ops
+from forebay_cache.format.geometry import BLOCK, SECTOR
+from forebay_cache.layers.layer import SLOT_SHIFT
 from fuzz.record import _IDENT
 
 SIZE = 8 << 20

@@ -30,18 +30,18 @@ import trio.testing
 from lmdb.verify import VerifyError, verify
 
 import forebay_cache.cache
-from forebay import recover
-from forebay.config import Config
-from forebay.daemon import Gateway
-from forebay.daemon_disk import Record
-from forebay.disk import Disk
-from forebay.image import layer_prefix
-from forebay.origin_calls import Calls, Status
+from forebay.config.model import Config
+from forebay.daemon.attached import Record
+from forebay.daemon.gateway import Gateway
+from forebay.disk.disk import Disk
+from forebay.image.image import layer_prefix
+from forebay.origin.calls import Calls, Status
+from forebay.sidecar import recover
 from forebay_cache import Cache, Damage, View, open_cache, scrub
-from forebay_cache.device import Buffer, Device
-from forebay_cache.geometry import BLOCK, FULL, PAGE_BLOCKS, PAGE_SHIFT, SECTORS
-from forebay_cache.layer import SLOT_SHIFT, ZERO_SHIFT, Layer
-from forebay_cache.view import matching, read_slots
+from forebay_cache.device.device import Buffer, Device
+from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, PAGE_SHIFT, SECTORS
+from forebay_cache.layers.layer import SLOT_SHIFT, ZERO_SHIFT, Layer
+from forebay_cache.read.view import matching, read_slots
 from real.crash_ledger import SECTOR, Ledger
 from real.crash_log import WHOLE, Content, File, State
 from sim.fake_host import Listener, check_cache, nothing

@@ -26,7 +26,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-from forebay.fuse_awake import kept_awake
+from forebay.doors.fuse.awake import kept_awake
 
 
 @dataclass

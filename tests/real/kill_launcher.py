@@ -31,13 +31,13 @@ import trio
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 # What a daemon imports as it starts, and later.
-import forebay.cli_commands
-import forebay.control
-import forebay.daemon
-import forebay.metrics
-import forebay.nbd_origin
-import forebay.redo  # noqa: F401
-from forebay.cli import main as forebay_main
+import forebay.cli.commands
+import forebay.control.metrics
+import forebay.control.server
+import forebay.daemon.gateway
+import forebay.origin.nbd
+import forebay.sidecar.redo  # noqa: F401
+from forebay.cli.main import main as forebay_main
 from real import kill_plants
 
 PR_SET_PDEATHSIG = 1

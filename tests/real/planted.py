@@ -11,10 +11,10 @@ from typing import Any
 import lmdb
 import trio
 
-from forebay import redo
-from forebay.owner import Marker
-from forebay_cache.device import Device
-from forebay_cache.syncer import Syncer
+from forebay.sidecar import redo
+from forebay.sidecar.marker import Marker
+from forebay_cache.device.device import Device
+from forebay_cache.device.syncer import Syncer
 from sim import bugs
 
 
@@ -92,7 +92,7 @@ BUGS: dict[str, tuple[Callable[[bugs.Replace], None], str]] = {
 def main() -> int:
     bug, _, _, *arguments = sys.argv[1:]  # between them: -m forebay
     BUGS[bug][0](_replace)
-    from forebay.cli import main as forebay_main
+    from forebay.cli.main import main as forebay_main
 
     sys.argv = ["forebay", *arguments]
     return forebay_main()

@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 import pyfuse3
 import trio
 
-from forebay.fuse_awake import kept_awake
+from forebay.doors.fuse.awake import kept_awake
 
 ROOT = pyfuse3.ROOT_INODE
 MARKS = 2

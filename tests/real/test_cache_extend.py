@@ -202,7 +202,7 @@ def test_a_block_device_is_not_ours_to_make_larger(
 
 KILLER = """
 import os, signal, sys
-import forebay_cache.device, forebay_cache.growth
+import forebay_cache.device.device, forebay_cache.upkeep.growth
 from forebay_cache.cache import Cache
 
 target, when, trail = sys.argv[1:4]
@@ -228,19 +228,19 @@ class System:
         named = ("posix_fallocate", "fsync", "pwrite", "fdatasync")
         return point(name, found) if name in named else found
 
-whole = forebay_cache.growth.grow
+whole = forebay_cache.upkeep.growth.grow
 
 def grow(*words):
-    plain, forebay_cache.device.write_superblock.__globals__["os"] = os, System()
+    plain, forebay_cache.device.device.write_superblock.__globals__["os"] = os, System()
     try:
         return whole(*words)
     finally:
-        forebay_cache.device.write_superblock.__globals__["os"] = plain
+        forebay_cache.device.device.write_superblock.__globals__["os"] = plain
 
-forebay_cache.growth.grow = grow
+forebay_cache.upkeep.growth.grow = grow
 Cache.adopt = point("adopt", Cache.adopt)
 sys.argv[1:] = sys.argv[6:]
-from forebay.cli import main
+from forebay.cli.main import main
 sys.exit(main())
 """
 """Runs `forebay serve`, and kills it before or after the n-th step of extending the cache."""

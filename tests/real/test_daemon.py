@@ -552,7 +552,7 @@ def test_the_watchdog_is_petted(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(address))
         manager.settimeout(20)
-        code = "import trio; from forebay.notify import keep_alive; trio.run(keep_alive)"
+        code = "import trio; from forebay.systemd import keep_alive; trio.run(keep_alive)"
         environment = {**os.environ, "NOTIFY_SOCKET": str(address), "WATCHDOG_USEC": "20000"}
         with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
             assert [manager.recv(100) for _ in range(3)] == [b"WATCHDOG=1"] * 3

@@ -8,8 +8,8 @@ import pytest
 import trio
 import trio.testing
 
-from forebay.config import GatewaySection
-from forebay.daemon_socket import Door, socket_path
+from forebay.config.model import GatewaySection
+from forebay.doors.listener import Door, socket_path
 from forebay.errors import ForebayError
 from forebay_nbd.client import Client
 

@@ -7,12 +7,12 @@ from unittest import mock
 import pytest
 import trio
 
-from forebay import mounts
 from forebay.errors import ForebayError
-from forebay.origin_source import Source, Use
-from forebay.origin_threads import StoreThreads
-from forebay.sizes import Mode
-from forebay.store import FileImage
+from forebay.image.source import Source, Use
+from forebay.origin import mounts
+from forebay.origin.addresses import FileImage
+from forebay.origin.threads import StoreThreads
+from forebay.units import Mode
 
 LINE = "98 29 {major}:{minor} / {point} rw shared:9 - nfs4 nas:/export rw,{option}\n"
 

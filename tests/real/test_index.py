@@ -10,7 +10,7 @@ import pytest
 
 from forebay_cache import CacheError, format_device
 from forebay_cache.errors import IndexFault
-from forebay_cache.index import PAGE_KEY, Changes, Index
+from forebay_cache.index.index import PAGE_KEY, Changes, Index
 
 PAGE = b"\1" * 512
 

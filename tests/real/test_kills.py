@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from forebay_cache import Cache, Layer, clean, invalidate, open_cache
-from forebay_cache.geometry import PAGE_BLOCKS
-from forebay_cache.layer import SLOT_SHIFT
+from forebay_cache import Cache, Layer, invalidate, open_cache
+from forebay_cache.blocks import clean
+from forebay_cache.format.geometry import PAGE_BLOCKS
+from forebay_cache.layers.layer import SLOT_SHIFT
 from real.disk_fixture import MODES
 from real.kill_checker import Tally
 from real.kill_daemon import KillableGateway

@@ -13,9 +13,9 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forebay.config import Config, OriginsSection
+from forebay.config.model import Config, OriginsSection
 from forebay.errors import ForebayError
-from forebay.store import resolve
+from forebay.origin.addresses import resolve
 from forebay_nbd import Limits
 from real.gateway_process import GatewayProcess
 from real.nbd_hostile_cases import BREAKS, ENDS, ERRORS, MIB, REFUSED, STREAMS, contexts

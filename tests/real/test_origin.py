@@ -16,10 +16,10 @@ import trio
 import trio.testing
 
 from forebay.errors import ForebayError
-from forebay.origin import HOLE, WRITE_PIECE, ZERO, BlockOrigin, FileOrigin
-from forebay.origin_calls import PUNCH_HOLE, ZERO_RANGE, Buffer, Calls
-from forebay.origin_threads import StoreThreads
-from forebay.store import DeviceImage, FileImage, ImageFile, open_device, open_image
+from forebay.origin.addresses import DeviceImage, FileImage, ImageFile, open_device, open_image
+from forebay.origin.calls import PUNCH_HOLE, ZERO_RANGE, Buffer, Calls
+from forebay.origin.file import HOLE, WRITE_PIECE, ZERO, BlockOrigin, FileOrigin
+from forebay.origin.threads import StoreThreads
 from real.processes import loop_device
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -257,7 +257,7 @@ async def test_a_sparse_image_stays_sparse(path: Path) -> None:
 async def test_a_badly_fragmented_image_is_covered(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forebay.origin.MOST_EXTENTS", 3)
+    monkeypatch.setattr("forebay.origin.file.MOST_EXTENTS", 3)
     with path.open("wb") as made:
         made.truncate(MIB)
         for index in range(8):
@@ -401,7 +401,7 @@ async def test_a_hung_store_does_not_hold_up_its_background_work_for_ever(
 async def test_background_reads_let_foreground_reads_go_first(
     path: Path, content: bytearray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forebay.origin_threads.BACKGROUND_PATIENCE", 20)
+    monkeypatch.setattr("forebay.origin.threads.BACKGROUND_PATIENCE", 20)
     calls = Faulty()
     back = calls.hang["preadv"] = threading.Event()
     order: list[str] = []

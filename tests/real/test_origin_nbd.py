@@ -17,9 +17,9 @@ import trio
 import trio.testing
 
 from forebay.errors import ForebayError
-from forebay.nbd_origin import NbdOrigin
-from forebay.origin import HOLE, ZERO
-from forebay.store import parse_nbd
+from forebay.origin.addresses import parse_nbd
+from forebay.origin.file import HOLE, ZERO
+from forebay.origin.nbd import NbdOrigin
 from real import processes
 from real.processes import NbdServer
 

@@ -12,14 +12,14 @@ import pytest
 import trio
 
 from forebay.errors import ForebayError, InUseError
-from forebay.image_lock import WRITES, hold
-from forebay.origin_calls import Buffer, Calls
-from forebay.origin_source import Source, Use
-from forebay.origin_threads import StoreThreads
-from forebay.owner import Marker
-from forebay.owner_record import Owner, TakenOver
-from forebay.store import DeviceImage, FileImage, open_image
-from forebay_cache.frozen import Range
+from forebay.image.source import Source, Use
+from forebay.origin.addresses import DeviceImage, FileImage, open_image
+from forebay.origin.calls import Buffer, Calls
+from forebay.origin.threads import StoreThreads
+from forebay.sidecar.locks import WRITES, hold
+from forebay.sidecar.marker import Marker
+from forebay.sidecar.record import Owner, TakenOver
+from forebay_cache.blocks.frozen import Range
 from real.processes import loop_device
 
 SIZE = 1 << 20
@@ -193,7 +193,7 @@ async def test_a_device_is_locked_too(tmp_path: Path) -> None:
 async def test_the_marker_tells_how_much_is_dirty(
     image: FileImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forebay.owner.COUNT_SECONDS", 0.0)
+    monkeypatch.setattr("forebay.sidecar.marker.COUNT_SECONDS", 0.0)
     async with sources(image) as make:
         source = make()
         source.dirty_bytes = lambda: 8192
@@ -268,7 +268,7 @@ async def test_a_write_that_hangs_keeps_the_marker(
 async def test_the_first_attempt_after_a_restart_is_short(
     image: FileImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forebay.origin_source.START_SECONDS", 0.1)
+    monkeypatch.setattr("forebay.image.source.START_SECONDS", 0.1)
     back = threading.Event()
 
     def hang(*_: object, **__: object) -> object:
@@ -283,7 +283,7 @@ async def test_the_first_attempt_after_a_restart_is_short(
         await before.close_prepared()
         source = make(size=SIZE)
         with monkeypatch.context() as patch:
-            patch.setattr("forebay.origin_source.open_image", hang)
+            patch.setattr("forebay.image.source.open_image", hang)
             with trio.fail_after(10), pytest.raises(TimeoutError, match="opening vm"):
                 await source.open()
         back.set()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from forebay.config import GatewaySection
-from forebay.peers import Admission, Peer
+from forebay.config.model import GatewaySection
+from forebay.doors.peers import Admission, Peer
 from real.gateway_process import GatewayProcess
 from real.processes import random_image
 

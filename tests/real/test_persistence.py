@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from forebay_cache import Cache, Layer, View, open_cache, private
+from forebay_cache import Cache, Layer, View, open_cache
+from forebay_cache.blocks import private
 from real.disk_fixture import MODES, PRIVATE_MODES, OneDisk, ask, run, wait_for
 from real.gateway_process import GatewayProcess
 from real.processes import MIB, accepts, random_image

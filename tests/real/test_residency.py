@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from forebay_cache import Cache, View, open_cache, private
+from forebay_cache import Cache, View, open_cache
+from forebay_cache.blocks import private
 from forebay_cache.cache import RESIDENCY_SECONDS
-from forebay_cache.geometry import BLOCK, SECTOR
-from forebay_cache.layer import SLOT_SHIFT, Layer
-from forebay_cache.revive import revive
+from forebay_cache.format.geometry import BLOCK, SECTOR
+from forebay_cache.layers.layer import SLOT_SHIFT, Layer
+from forebay_cache.upkeep.revive import revive
 
 
 async def _nowhere(offset: int, length: int) -> bytes:

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 import forebay_cache
-from forebay_cache import clean, private
+from forebay_cache.blocks import clean, private
 from real.disk_fixture import cache_info
 from real.gateway_process import GatewayProcess
 from real.processes import MIB, loop_device

@@ -10,10 +10,10 @@ from unittest import mock
 
 import pytest
 
-from forebay import origin_calls
 from forebay.errors import ForebayError
-from forebay.origin_calls import open_beneath
-from forebay.store import FileImage, ImageFile, open_image
+from forebay.origin import calls as origin_calls
+from forebay.origin.addresses import FileImage, ImageFile, open_image
+from forebay.origin.calls import open_beneath
 from real.gateway_process import GatewayProcess
 
 SECRET = b"secret" * 1000

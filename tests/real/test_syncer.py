@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from forebay_cache.syncer import Syncer
+from forebay_cache.device.syncer import Syncer
 
 
 class Thread:
@@ -74,7 +74,7 @@ async def test_a_descriptor_that_cannot_be_synced_is_an_error(tmp_path: Path) ->
 async def test_without_the_kernels_way_a_thread_does_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forebay_cache.syncer._NUMBERS", {})
+    monkeypatch.setattr("forebay_cache.device.syncer._NUMBERS", {})
     fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
     thread = Thread(fd)
     syncer = Syncer(fd, thread)

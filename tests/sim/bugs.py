@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import trio
 
-import forebay.policies
-import forebay_cache.private
-from forebay.image import Image
+import forebay.disk.policies
+import forebay_cache.blocks.private
+from forebay.image.image import Image
 from forebay_cache.cache import Cache
 
 Replace = Callable[[object, str, object], None]
@@ -44,7 +44,7 @@ def overwritten_in_place(replace: Replace) -> None:
     def target(word: int, second: int, mask: int, opened: int) -> int:
         return second & mask & word & 0xFFFF
 
-    replace(forebay_cache.private, "_target", target)
+    replace(forebay_cache.blocks.private, "_target", target)
 
 
 def image_not_synced(replace: Replace) -> None:
@@ -60,4 +60,4 @@ def no_region_log(replace: Replace) -> None:
     async def mark_hot(*_: object) -> None:
         await trio.lowlevel.checkpoint()
 
-    replace(forebay.policies, "mark_hot", mark_hot)
+    replace(forebay.disk.policies, "mark_hot", mark_hot)

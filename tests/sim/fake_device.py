@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import forebay_cache.device
-import forebay_cache.private
-from forebay_cache.index import Changes, Index
+import forebay_cache.blocks.private
+import forebay_cache.device.device
+from forebay_cache.index.index import Changes, Index
 from sim.fake_loop import FakeSyncer
 
 TEAR = 512
@@ -73,7 +73,7 @@ class Recorder:
         with contextlib.ExitStack() as stack:
             system = _System(self)
             for target, name, value in (
-                (forebay_cache.device, "os", system),
+                (forebay_cache.device.device, "os", system),
                 (Index, "_commit", lambda index, changes: self.commit(commit, index, changes)),
                 (syncer, "begin", staticmethod(self.begin)),
             ):

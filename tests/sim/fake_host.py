@@ -13,16 +13,16 @@ from unittest import mock
 import trio
 
 import forebay_cache.cache
-from forebay.config import DiskSettings
-from forebay.disk import Disk
-from forebay.image import Images
-from forebay.origin_source import Source
-from forebay.sizes import Mode
+from forebay.config.model import DiskSettings
+from forebay.disk.disk import Disk
+from forebay.image.image import Images
+from forebay.image.source import Source
+from forebay.units import Mode
 from forebay_cache import Cache, come_back, open_cache
-from forebay_cache.geometry import FULL, PAGE_BLOCKS
-from forebay_cache.layer import SLOT_SHIFT, ZERO_SHIFT, Layer
-from forebay_cache.placement import FREE, HELD, QUARANTINED, TOUCHED, UNSCANNED
-from forebay_cache.settle import pages_of
+from forebay_cache.blocks.settle import pages_of
+from forebay_cache.format.geometry import FULL, PAGE_BLOCKS
+from forebay_cache.layers.layer import SLOT_SHIFT, ZERO_SHIFT, Layer
+from forebay_cache.slots.placement import FREE, HELD, QUARANTINED, TOUCHED, UNSCANNED
 from sim.fake_origin import FakeOrigin, FakeSource
 
 DEVICE_SIZE = 4 << 20

@@ -17,10 +17,10 @@ import outcome
 import trio
 from trio.testing import MockClock
 
-import forebay.disk
+import forebay.disk.disk
 import forebay_cache.cache
-import forebay_cache.index
-import forebay_cache.medium
+import forebay_cache.index.index
+import forebay_cache.upkeep.medium
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -41,7 +41,7 @@ class Dice:
 
 
 class FakeWorker:
-    """Stands for forebay_cache.worker.Worker: the job is done by the loop, some time after it was handed over."""
+    """Stands for device.worker.Worker: the job is done by the loop, some time after it was handed over."""
 
     dice: Dice
 
@@ -65,7 +65,7 @@ class FakeWorker:
 
 
 class FakeSyncer:
-    """Stands for forebay_cache.syncer.Syncer: a sync takes in what was written before it was asked for.
+    """Stands for forebay_cache.device.syncer.Syncer: a sync takes in what was written before it was asked for.
 
     A kernel may also take in what is written while it is at it. Nobody may rely on that, so ``begin``, if set, is told
     where to draw the line.
@@ -128,10 +128,10 @@ def simulated(dice: Dice) -> Iterator[type[FakeSyncer]]:
     with contextlib.ExitStack() as stack:
         for target, name, value in (
             (trio.to_thread, "run_sync", run_sync),
-            (forebay.disk, "wall_clock", trio.current_time),
+            (forebay.disk.disk, "wall_clock", trio.current_time),
             (forebay_cache.cache, "Syncer", syncer),
-            (forebay_cache.index, "Worker", worker),
-            (forebay_cache.medium, "Worker", worker),
+            (forebay_cache.index.index, "Worker", worker),
+            (forebay_cache.upkeep.medium, "Worker", worker),
             (forebay_cache.cache, "RESIDENCY_SECONDS", 1e9),
             (forebay_cache.cache, "PAGES_KEPT", dice.random.choice((0, 1, 32768))),
             (trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),

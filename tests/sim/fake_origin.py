@@ -10,9 +10,9 @@ import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forebay.origin import Identity
-from forebay.origin_source import Use
-from forebay_cache.frozen import Range
+from forebay.image.source import Use
+from forebay.origin.file import Identity
+from forebay_cache.blocks.frozen import Range
 from sim.fake_loop import Dice
 
 SECTOR = 4096
@@ -34,7 +34,7 @@ class Piece:
 
 
 class FakeOrigin:
-    """Implements forebay.origin.Origin. ``scale`` stretches its latencies."""
+    """Implements forebay.origin.file.Origin. ``scale`` stretches its latencies."""
 
     read_only = False
     label = "fake"
@@ -302,7 +302,7 @@ class FakeJournal:
 
 
 class FakeSource:
-    """Implements what Disk and Image use of forebay.origin_source.Source."""
+    """Implements what Disk and Image use of forebay.image.source.Source."""
 
     def __init__(
         self, origin: FakeOrigin, disk: str, *, overlay: bool, key: str = "images:fake.raw"

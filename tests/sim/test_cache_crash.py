@@ -33,17 +33,17 @@ import pytest
 import trio
 import trio.testing
 
-import forebay_cache.private
-import forebay_cache.recovery
-from forebay.disk import Disk
-from forebay.sizes import Mode
-from forebay.writeback import WriteBack
+import forebay_cache.blocks.private
+import forebay_cache.offline.recovery
+from forebay.checkpoint.writeback import WriteBack
+from forebay.disk.disk import Disk
+from forebay.units import Mode
 from forebay_cache import View, check
-from forebay_cache.device import Device
+from forebay_cache.device.device import Device
+from forebay_cache.durable.journal import Journal
 from forebay_cache.errors import CacheFull
-from forebay_cache.geometry import BLOCK, SECTOR
-from forebay_cache.journal import Journal
-from forebay_cache.view import ORIGIN
+from forebay_cache.format.geometry import BLOCK, SECTOR
+from forebay_cache.read.view import ORIGIN
 from sim import bugs
 from sim.fake_device import TEAR, Recorder, torn
 from sim.fake_host import Host, Listener, check_cache, nothing, settings
@@ -489,7 +489,9 @@ def _no_journal(stack: ExitStack) -> None:
 
 
 def _unchecked_replay(stack: ExitStack) -> None:
-    _replace(stack, forebay_cache.recovery, "_choose", lambda cache, sector, claims: claims[-1])
+    _replace(
+        stack, forebay_cache.offline.recovery, "_choose", lambda cache, sector, claims: claims[-1]
+    )
 
 
 def _no_redo_journal(stack: ExitStack) -> None:

@@ -13,24 +13,28 @@ import trio
 import trio.testing
 
 import forebay_cache.cache
-import forebay_cache.recovery
-import forebay_cache.view
-from forebay.disk import Disk
+import forebay_cache.offline.recovery
+import forebay_cache.read.view
+from forebay.disk.disk import Disk
 from forebay.errors import ForebayError
-from forebay.sizes import Mode
-from forebay_cache import clean, mark_hot, open_cache, pin_layer, private, scrub
-from forebay_cache.geometry import BLOCK, SECTOR
-from forebay_cache.index import Changes
-from forebay_cache.layer import SLOT_SHIFT
-from forebay_cache.revive import revive
-from forebay_cache.sums import UNKNOWN
-from forebay_cache.view import read_slots
+from forebay.units import Mode
+from forebay_cache import mark_hot, open_cache, pin_layer, scrub
+from forebay_cache.blocks import clean, private
+from forebay_cache.format.geometry import BLOCK, SECTOR
+from forebay_cache.index.index import Changes
+from forebay_cache.index.sums import UNKNOWN
+from forebay_cache.layers.layer import SLOT_SHIFT
+from forebay_cache.read.view import read_slots
+from forebay_cache.upkeep.revive import revive
 from sim.fake_host import Host, check_cache, nothing, settings
 from sim.fake_loop import Dice, simulated
 from sim.fake_origin import FakeOrigin, FakeSource
 
 # The package has functions of these names.
-SCRUB, SETTLE = import_module("forebay_cache.scrub"), import_module("forebay_cache.settle")
+SCRUB, SETTLE = (
+    import_module("forebay_cache.upkeep.scrub"),
+    import_module("forebay_cache.blocks.settle"),
+)
 
 SIZE = 24 * BLOCK
 OLD, NEW = b"o" * BLOCK, b"n" * BLOCK
@@ -335,7 +339,7 @@ def test_a_sector_that_is_overwritten_again_and_again_can_be_read(
                 host.cache.forget_ready()
             return found
 
-        with mock.patch.object(forebay_cache.view, "read_slots", overwritten_meanwhile):
+        with mock.patch.object(forebay_cache.read.view, "read_slots", overwritten_meanwhile):
             got = await read(disk, 0, 2 * SECTOR)
         assert got == bytes([version]) * SECTOR + NEW[:SECTOR]
         assert version == (9 if paged_out else 1)
@@ -639,7 +643,7 @@ def test_what_was_stored_while_the_device_failed_is_not_believed(
     tmp_path: Path, failed: str
 ) -> None:
     """The kernel throws away what it could not write, and says so to a sync: also of a block that is being stored."""
-    module = import_module("forebay_cache.clean")
+    module = import_module("forebay_cache.blocks.clean")
     write, prepare = module._write, module._prepare
 
     async def story(host: Host) -> None:
@@ -939,7 +943,7 @@ def test_a_layer_that_is_pinned_while_slots_are_looked_for_is_known(tmp_path: Pa
         await read(disk, 0, SIZE)
         name = disk.image.layer.name
         await host.stop()
-        with mock.patch.object(forebay_cache.recovery, "SCAN_AT_ONCE", 0):
+        with mock.patch.object(forebay_cache.offline.recovery, "SCAN_AT_ONCE", 0):
             cache = open_cache(host.device_file, host.device_file.parent / "index", boot="first")
         layer = cache.layer(name)
         assert layer is not None

@@ -28,13 +28,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from forebay.disk import PRIVATE_MODES, Disk
+from forebay.disk.disk import PRIVATE_MODES, Disk
 from forebay.errors import ForebayError
-from forebay.image import RETRY_MOST
-from forebay.sizes import Mode
-from forebay_cache.geometry import BLOCK, FULL, PAGE_BLOCKS, SECTOR, sector_runs
-from forebay_cache.layer import SLOT_SHIFT, ZERO_SHIFT
-from forebay_cache.view import ORIGIN
+from forebay.image.image import RETRY_MOST
+from forebay.units import Mode
+from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, SECTOR, sector_runs
+from forebay_cache.layers.layer import SLOT_SHIFT, ZERO_SHIFT
+from forebay_cache.read.view import ORIGIN
 from sim.fake_host import Host, Listener, check_cache, nothing, settings
 from sim.fake_loop import Dice, Loop, simulated
 from sim.fake_origin import FakeOrigin
@@ -137,7 +137,8 @@ class DiskMachine(RuleBasedStateMachine):
         self.loop.run(self._start, mode if self._fits(mode) else Mode.WRITE_BACK)
 
     def _fits(self, mode: Mode) -> bool:
-        return mode is not Mode.FULL_COPY or self.size < 2 << 20
+        cap = self.limits["cache_size"]
+        return mode is not Mode.FULL_COPY or (self.size < 2 << 20 and not 0 < cap < self.size)
 
     async def _start(self, mode: Mode) -> None:
         self.mode = mode

@@ -6,7 +6,7 @@ import trio
 import trio.testing
 
 from forebay_cache import Filler, open_cache
-from forebay_cache.geometry import BLOCK
+from forebay_cache.format.geometry import BLOCK
 
 
 class Origin:

@@ -7,10 +7,10 @@ from unittest import mock
 
 import pytest
 
-from forebay import redo
-from forebay.owner import Marker, read_owner
-from forebay.owner_record import Owner
-from forebay.store import FileImage, open_image
+from forebay.origin.addresses import FileImage, open_image
+from forebay.sidecar import redo
+from forebay.sidecar.marker import Marker, read_owner
+from forebay.sidecar.record import Owner
 
 AS_OF = "2026-01-02T03:04:05.678+00:00"
 

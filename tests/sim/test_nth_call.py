@@ -34,12 +34,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-import forebay_cache.device
-from forebay.disk import Disk
+import forebay_cache.device.device
+from forebay.disk.disk import Disk
 from forebay.errors import ForebayError
-from forebay.sizes import Mode
-from forebay_cache.geometry import BLOCK, SECTOR
-from forebay_cache.index import Changes, Index
+from forebay.units import Mode
+from forebay_cache.format.geometry import BLOCK, SECTOR
+from forebay_cache.index.index import Changes, Index
 from sim.fake_host import Host, check_cache, nothing, settings
 from sim.fake_loop import Dice, simulated
 from sim.fake_origin import FakeOrigin
@@ -179,12 +179,12 @@ class Faults:
         def committed(index: Index, changes: Changes) -> None:
             text = self.call("index.commit")
             if text in ("EIO", "ENOSPC"):
-                raise forebay_cache.index._fault(
+                raise forebay_cache.index.index._fault(
                     lmdb.MapFullError("injected") if text == "ENOSPC" else lmdb.Error("injected")
                 )
             commit(index, changes)
             if text == "done":
-                raise forebay_cache.index._fault(lmdb.Error("injected, after it was done"))
+                raise forebay_cache.index.index._fault(lmdb.Error("injected, after it was done"))
 
         def began(index: Index, write: bool) -> Any:
             if not write and self.call("index.read"):
@@ -202,7 +202,7 @@ class Faults:
             fault(fake, call)
 
         with (
-            mock.patch.object(forebay_cache.device, "os", self),
+            mock.patch.object(forebay_cache.device.device, "os", self),
             mock.patch.object(Index, "_commit", committed),
             mock.patch.object(Index, "_begun", began),
             mock.patch.object(FakeOrigin, "_fault", origin),

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import pytest
 
-from forebay_cache.placement import TOUCHED, Placement
+from forebay_cache.slots.placement import TOUCHED, Placement
 from sim import traces
 
 

@@ -8,10 +8,10 @@ from unittest import mock
 import pytest
 import trio
 
-from forebay.daemon_disk import Attached
-from forebay.disk import Disk
-from forebay.sizes import Mode
-from forebay_cache.geometry import BLOCK
+from forebay.daemon.attached import Attached
+from forebay.disk.disk import Disk
+from forebay.units import Mode
+from forebay_cache.format.geometry import BLOCK
 from sim.fake_host import Host, nothing, settings
 from sim.fake_origin import FakeOrigin, FakeSource
 from sim.test_data_safety import NEW, OLD, play, read

@@ -12,14 +12,14 @@ import trio
 import trio.testing
 
 import forebay_cache.cache
-from forebay.config import DiskSettings
-from forebay.disk import Disk, left_dirty
+from forebay.config.model import DiskSettings
+from forebay.disk.copy import preload_range
+from forebay.disk.disk import Disk, left_dirty
+from forebay.disk.policies import OriginWrites, PrivateOrOrigin
 from forebay.errors import ForebayError
-from forebay.hydrate import preload_range
-from forebay.policies import OriginWrites, PrivateOrOrigin
-from forebay.sizes import Mode
+from forebay.units import Mode
 from forebay_cache import Cache
-from forebay_cache.geometry import BLOCK, PAGE_SHIFT, SECTOR
+from forebay_cache.format.geometry import BLOCK, PAGE_SHIFT, SECTOR
 from sim.fake_host import Host, check_cache, nothing, settings
 from sim.fake_loop import Dice, simulated
 from sim.fake_origin import Buffer, FakeOrigin
@@ -188,7 +188,7 @@ def test_full_copies_and_overlays_are_not_slowed_down(tmp_path: Path) -> None:
         assert trio.current_time() < before + 4
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("forebay.disk.log.warning", lambda *_: None)
+        patch.setattr("forebay.disk.disk.log.warning", lambda *_: None)
         play(tmp_path, story)
 
 
@@ -349,7 +349,7 @@ def test_a_pass_has_its_data_made_durable_as_it_goes(tmp_path: Path) -> None:
 
         with (
             mock.patch.object(store, "write_ranges", noted),
-            mock.patch("forebay.writeback.SYNC_EVERY", MIB),
+            mock.patch("forebay.checkpoint.writeback.SYNC_EVERY", MIB),
         ):
             await disk.drain(nothing)
         assert MIB <= most <= 6 * MIB
@@ -370,7 +370,9 @@ def test_a_copy_that_came_out_wrong_is_not_believed(tmp_path: Path, how: str) ->
         disk = await host.attach("d", lazy())
         await read(disk, 0, BLOCK)
         await write(disk, 2 * SECTOR, NEW * 3 * SECTOR)
-        module = import_module("forebay_cache.settle")  # the package has the function by that name
+        module = import_module(
+            "forebay_cache.blocks.settle"
+        )  # the package has the function by that name
         copy = module._copy_sectors
 
         def spoil(cache: Cache, slots: list[int]) -> None:

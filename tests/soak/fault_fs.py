@@ -20,7 +20,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-from forebay.fuse_awake import kept_awake
+from forebay.doors.fuse.awake import kept_awake
 
 OPERATIONS = ("read", "write", "fsync", "names")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import trio
 
-from forebay.config import Config, GatewaySection
-from forebay.control import serve_control
+from forebay.config.model import Config, GatewaySection
+from forebay.control.metrics import metrics_text
+from forebay.control.server import serve_control
 from forebay.errors import ForebayError
-from forebay.metrics import metrics_text
-from forebay.sizes import GIB, MIB, Mode
+from forebay.units import GIB, MIB, Mode
 
 Progress = Callable[[int, int], None]
 

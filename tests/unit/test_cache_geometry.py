@@ -5,15 +5,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay_cache import ops
-from forebay_cache.geometry import (
-    BLOCK,
-    FULL,
-    SECTOR,
-    block_runs,
-    covered,
-    sector_runs,
-)
+from forebay_cache.format import ops
+from forebay_cache.format.geometry import BLOCK, FULL, SECTOR, block_runs, covered, sector_runs
 
 
 @given(st.integers(0, 1 << 40), st.integers(0, 1 << 20))

@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 import trio
 
-from forebay import cli_stats, client, render_progress
-from forebay.cli import COMMANDS, build_parser, command_in, main
-from forebay.cli_commands import RUN
-from forebay.cli_completion import completion
-from forebay.cli_stats import Wanted, difference, parse_wanted, rates
+from forebay import client
+from forebay.cli import progress as render_progress
+from forebay.cli import stats as cli_stats
+from forebay.cli.commands import RUN
+from forebay.cli.completion import completion
+from forebay.cli.main import COMMANDS, build_parser, command_in, main
+from forebay.cli.stats import Wanted, difference, parse_wanted, rates
 from forebay.errors import ForebayError
-from forebay.sizes import MIB
+from forebay.units import MIB
 from unit.control_fake import FakeGateway, disk, served
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -450,7 +452,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch, then: Any = None) -> Iterator[li
 
     slept: list[float] = []
     clock = SimpleNamespace(sleep=sleep, monotonic=lambda: now[0], time=lambda: 1.5e9 + now[0])
-    monkeypatch.setattr("forebay.cli_stats.time", clock)
+    monkeypatch.setattr("forebay.cli.stats.time", clock)
     yield slept
 
 
@@ -585,7 +587,7 @@ def test_no_progress_bar_where_nothing_is_to_do() -> None:
 
 PROBE = """
 import sys
-from forebay.cli import main
+from forebay.cli.main import main
 code = main(sys.argv[1:])
 heavy = {"pydantic", "rich", "starlette", "hypercorn", "trio", "anyio", "lmdb", "shtab", "http",
          "email", "ssl", "asyncio", "forebay_nbd", "forebay_cache"}

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from forebay import cli_wait
+from forebay.cli import wait as cli_wait
 from forebay.errors import ForebayError, InUseError
 
 HELD = "images:a.raw is in use by host one (disk 'd', dirty, since 2026): detach it there first"
@@ -69,6 +69,6 @@ def test_an_interrupt_says_that_nothing_was_attached(monkeypatch: pytest.MonkeyP
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("forebay.cli_wait.time.sleep", interrupt)
+    monkeypatch.setattr("forebay.cli.wait.time.sleep", interrupt)
     with pytest.raises(ForebayError, match="'d' is not attached"):
         cli_wait.when_free(Daemon(HELD).attach, "d", 60)

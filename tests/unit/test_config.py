@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from forebay import client_config
-from forebay.client_config import run_directory
-from forebay.config import BLOCK_SIZES, LONGEST_RUN, Config, ConfigError, DiskSettings, Mode
+from forebay.config import client as client_config
+from forebay.config.client import run_directory
+from forebay.config.model import BLOCK_SIZES, LONGEST_RUN, Config, ConfigError, DiskSettings, Mode
 from forebay.errors import ForebayError
-from forebay.sizes import GIB
+from forebay.units import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
 

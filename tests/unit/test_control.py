@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import trio
 
-from forebay.control import serve_control
-from forebay.control_arguments import LONGEST_BODY
+from forebay.control.arguments import LONGEST_BODY
+from forebay.control.server import serve_control
 from forebay.errors import ForebayError
-from forebay.sizes import MIB, Mode
+from forebay.units import MIB, Mode
 from unit.control_fake import CACHE, FakeGateway, disk, served
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -31,7 +31,7 @@ def test_every_row_has_a_test() -> None:
 
 
 def test_every_state_is_explained() -> None:
-    source = (ROOT / "gateway/forebay/disk.py").read_text()
+    source = (ROOT / "gateway/forebay/disk/disk.py").read_text()
     [state] = [
         x
         for x in ast.walk(ast.parse(source))

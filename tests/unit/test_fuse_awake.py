@@ -5,7 +5,7 @@ import sys
 
 STANDS = """
 import ctypes, errno, os, time, trio
-from forebay import fuse_awake
+from forebay.doors.fuse import awake as fuse_awake
 
 fuse_awake.TURN_SECONDS, fuse_awake.STILL_SECONDS = 0.02, 0.2
 libc = ctypes.PyDLL(None, use_errno=True)  # holds the interpreter's lock during the call, as pyfuse3 does

@@ -9,7 +9,7 @@ import trio.testing
 
 pytest.importorskip("pyfuse3", reason="python3-pyfuse3 is not installed: `make setup` installs it")
 
-from forebay.fuse_turns import Turns
+from forebay.doors.fuse.turns import Turns
 
 TASKS = 5
 

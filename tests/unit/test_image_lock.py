@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from forebay.image_lock import (
+from forebay.sidecar.locks import (
     LOOKS,
     READS,
     WRITES,
@@ -107,7 +107,7 @@ def test_a_file_system_without_locks_is_told_apart(
     def none(*_: object) -> bytes:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("forebay.image_lock.fcntl.fcntl", none)
+    monkeypatch.setattr("forebay.sidecar.locks.fcntl.fcntl", none)
     with pytest.raises(NoLocks):
         hold(opened(), WRITES)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import forebay_cache.index
+import forebay_cache.index.index
 from forebay_cache import CacheError, format_device, open_cache
-from forebay_cache.geometry import FULL, PAGE_BLOCKS, SECTORS
-from forebay_cache.index import PAGE_KEY, Changes, Index, LayerRecord
-from forebay_cache.layer import pack
-from forebay_cache.sums import GROUP, Taken
+from forebay_cache.format.geometry import FULL, PAGE_BLOCKS, SECTORS
+from forebay_cache.index.index import PAGE_KEY, Changes, Index, LayerRecord
+from forebay_cache.index.sums import GROUP, Taken
+from forebay_cache.layers.layer import pack
 
 SLOTS = 4096
 
@@ -27,7 +27,7 @@ def test_the_map_holds_the_worst_case_and_what_writing_it_back_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One dirty block in each page, all slots used; then all of them change layers, in one commit."""
-    monkeypatch.setattr(forebay_cache.index, "_MAP_LEAST", 0)
+    monkeypatch.setattr(forebay_cache.index.index, "_MAP_LEAST", 0)
     index = Index(tmp_path / "index", SLOTS)
     order = [
         n * 1237 % SLOTS for n in range(SLOTS)

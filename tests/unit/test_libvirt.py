@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from forebay import libvirt_version as version
-from forebay.cli import main
+from forebay.cli.main import main
 from forebay.errors import ForebayError
-from forebay.libvirt_domain import WantedDisk, read_domain
-from forebay.libvirt_hook import logged_reason
-from forebay.sizes import Mode
-from forebay.xml_disk import disk_element, metadata_element
+from forebay.libvirt import version
+from forebay.libvirt.disk_xml import disk_element, metadata_element
+from forebay.libvirt.domain import WantedDisk, read_domain
+from forebay.libvirt.hook import logged_reason
+from forebay.units import Mode
 from unit.control_fake import FakeGateway, disk, served
 
 Capture = pytest.CaptureFixture[str]

@@ -3,7 +3,7 @@ from itertools import groupby
 
 import pytest
 
-from forebay.metrics import metrics_text
+from forebay.control.metrics import metrics_text
 from unit.control_fake import CACHE, disk
 
 SAMPLE = re.compile(

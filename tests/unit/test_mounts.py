@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from forebay.mounts import parse, unsafe, why_not
+from forebay.origin.mounts import parse, unsafe, why_not
 
 NFS = "/mnt/nfs images"
 LINE = "98 29 0:{minor} / /mnt/nfs\\040images rw,relatime shared:{minor} - {kind} nas:/export {options}\n"

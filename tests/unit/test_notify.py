@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from forebay import notify as module
-from forebay.notify import notify
+from forebay import systemd as module
+from forebay.systemd import notify
 
 
 def test_a_manager_that_does_not_read_is_waited_for_once(

@@ -13,14 +13,14 @@ import pytest
 import trio
 import trio.testing
 
-from forebay import owner as owner_module
-from forebay.claim import Claim
 from forebay.errors import ForebayError, InUseError
-from forebay.image_lock import WRITES, hold, set_lock
-from forebay.origin_threads import StoreThreads
-from forebay.owner import Marker, read_owner
-from forebay.owner_record import Owner, State, TakenOver
-from forebay.store import FileImage, ImageFile, open_image
+from forebay.origin.addresses import FileImage, ImageFile, open_image
+from forebay.origin.threads import StoreThreads
+from forebay.sidecar import marker as owner_module
+from forebay.sidecar.claim import Claim
+from forebay.sidecar.locks import WRITES, hold, set_lock
+from forebay.sidecar.marker import Marker, read_owner
+from forebay.sidecar.record import Owner, State, TakenOver
 
 US, THEM = "gateway-a", "gateway-b"
 
@@ -127,7 +127,7 @@ def test_the_token_grows_although_a_clean_release_removed_it(
     take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 2_000_000_000.0
-    monkeypatch.setattr("forebay.owner.time.time", lambda: now)
+    monkeypatch.setattr("forebay.sidecar.marker.time.time", lambda: now)
     first = take()
     assert first.owner is not None
     token = first.owner.token
@@ -218,7 +218,7 @@ def test_a_lock_file_that_its_holder_removes_meanwhile_is_not_trusted(
             first.release()
         return real(*arguments)
 
-    monkeypatch.setattr("forebay.owner._locked", locked)
+    monkeypatch.setattr("forebay.sidecar.marker._locked", locked)
     take(THEM)
     assert tries == 2
     monkeypatch.undo()
@@ -310,7 +310,7 @@ def test_what_is_dirty_stands_in_the_marker_and_in_the_refusal(
     marker.count(12 << 20)
     assert marker.owner is not None
     assert marker.owner.dirty_bytes == 0, "not so soon again"
-    monkeypatch.setattr("forebay.owner.COUNT_SECONDS", 0.0)
+    monkeypatch.setattr("forebay.sidecar.marker.COUNT_SECONDS", 0.0)
     marker.count(12 << 20)
     since = marker.owner.dirty_since
     marker.close()
@@ -396,7 +396,7 @@ def test_a_store_without_locks_is_refused_unless_it_is_allowed(
     def none(*_: object) -> bytes:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("forebay.image_lock.fcntl.fcntl", none)
+    monkeypatch.setattr("forebay.sidecar.locks.fcntl.fcntl", none)
     with pytest.raises(ForebayError, match="no file locks .* require_locks = false") as refused:
         take()
     assert len(str(refused.value).splitlines()) == 1

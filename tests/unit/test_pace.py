@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from forebay.pace import HIGH, LOW, SLACK, Amount, Pace, share
+from forebay.checkpoint.pace import HIGH, LOW, SLACK, Amount, Pace, share
 
 MB = 10**6
 MOST = 200 * MB

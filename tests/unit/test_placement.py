@@ -14,7 +14,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from forebay_cache.placement import MAIN, PROBATION, TOUCHED, Placement
+from forebay_cache.slots.placement import MAIN, PROBATION, TOUCHED, Placement
 
 TERABYTE = 1 << 24  # slots
 TINY = (1, 2, 3, 4, 8)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from forebay_cache.placement import Placement
+from forebay_cache.slots.placement import Placement
 
 REGION = 4096
 

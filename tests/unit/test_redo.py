@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from forebay import redo
 from forebay.errors import ForebayError
-from forebay.origin_calls import Calls
+from forebay.origin.calls import Calls
+from forebay.sidecar import redo
 
 SIZE = 1 << 20
 OLD = b"o" * SIZE

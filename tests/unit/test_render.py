@@ -1,6 +1,6 @@
 import pytest
 
-from forebay.render import (
+from forebay.cli.render import (
     Cell,
     Column,
     hit_percent,
@@ -13,7 +13,7 @@ from forebay.render import (
     table,
     wants_colour,
 )
-from forebay.sizes import MIB
+from forebay.units import MIB
 from unit.control_fake import disk
 
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay.sizes import (
+from forebay.units import (
     GIB,
     KIB,
     LARGEST_SIZE,

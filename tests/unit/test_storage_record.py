@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from forebay import lvm, storage_record
-from forebay.config import Config, GatewaySection
-from forebay.storage_record import Record, locate, locate_volume, read_record, write_record
+from forebay.config.model import Config, GatewaySection
+from forebay.storage import lvm
+from forebay.storage import record as storage_record
+from forebay.storage.record import Record, locate, locate_volume, read_record, write_record
 from forebay_cache import CacheError
 
 VOLUME = "9r8r3t-zuDm-4JGT-SuTy-CXV1-CPTL-eGmczS"

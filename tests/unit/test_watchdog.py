@@ -8,9 +8,9 @@ import pytest
 import trio
 import trio.testing
 
-from forebay import watchdog
-from forebay.daemon_disk import Attached
-from forebay.watchdog import MARGIN_SECONDS, Watch, feed
+from forebay.daemon import watchdog
+from forebay.daemon.attached import Attached
+from forebay.daemon.watchdog import MARGIN_SECONDS, Watch, feed
 
 TIMEOUT = 60.0
 PATIENCE = TIMEOUT + MARGIN_SECONDS

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay.xml_disk import LONGEST_SERIAL, disk_element, parse_target, serial_of
+from forebay.libvirt.disk_xml import LONGEST_SERIAL, disk_element, parse_target, serial_of
 from unit.control_fake import disk
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,1 @@
+"""What happens to blocks of a layer: clean, private, frozen, settled."""

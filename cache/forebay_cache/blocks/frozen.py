@@ -1,0 +1,138 @@
+"""Reading a frozen layer in bulk, for write-back. Nothing in it changes any more, so a thread can do it.
+
+The event loop says which blocks, where they lie and what their checksums are; the thread reads the device, compares,
+and makes byte ranges of it, neighbours joined.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import NamedTuple
+
+import trio
+
+from forebay_cache.cache import Cache
+from forebay_cache.device.device import Buffer, Device
+from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, SECTOR, sector_runs
+from forebay_cache.index.sums import checksums
+from forebay_cache.layers.layer import SLOT_SHIFT, ZERO_SHIFT
+from forebay_cache.read.view import View
+
+_ZEROS = -1
+
+_Parts = list[tuple[int, int, int]]
+"""Of one block: (first sector, count, slot)."""
+
+
+class Block(NamedTuple):
+    """One block of a frozen layer, as its page has it."""
+
+    number: int
+    word: int
+    second: int
+
+    @property
+    def stored(self) -> int:
+        """Bytes of data; zeros are none."""
+        return (self.word & ~(self.word >> ZERO_SHIFT) & FULL).bit_count() * SECTOR
+
+
+class Range(NamedTuple):
+    """Bytes of a disk; ``data`` None: zeros."""
+
+    offset: int
+    length: int
+    data: Buffer | None
+
+
+class _Doubtful(Exception):
+    """What was read does not have its checksum."""
+
+
+def blocks_of(page: array[int], number: int) -> list[Block]:
+    """The blocks of which a page of a private layer holds anything."""
+    first = number * PAGE_BLOCKS
+    return [
+        Block(first + i, page[i], page[PAGE_BLOCKS + i])
+        for i in range(PAGE_BLOCKS)
+        if page[i] & FULL
+    ]
+
+
+async def read_blocks(cache: Cache, view: View, blocks: list[Block], size: int) -> list[Range]:
+    """What blocks of a frozen layer hold, in order; nothing of it beyond ``size`` bytes.
+
+    ``view`` reads that layer alone: it takes over where a checksum does not fit, and says what that means. Raises
+    OSError.
+    """
+    parts = [_parts(block) for block in blocks]
+    slots = {slot for of_block in parts for _, _, slot in of_block if slot >= 0}
+    await cache.load_sums(slots)
+    sums: dict[int, bytes] = {}
+    for slot in slots:
+        cache.load_sums_now(slot)  # unless loaded just now
+        sums[slot] = cache.sums.get(slot) or b""
+    token = cache.pin()
+    try:
+        return await trio.to_thread.run_sync(_read, cache.device, blocks, parts, sums, size)
+    except (_Doubtful, OSError):
+        for slot in slots:
+            cache.ready[slot] = 0  # it is not what was checked once
+        return [await _read_again(view, *part) for part in _ranges(blocks, parts, size)]
+    finally:
+        cache.unpin(token)
+
+
+async def _read_again(view: View, offset: int, length: int, zeros: bool) -> Range:
+    return Range(offset, length, None if zeros else b"".join(await view.read(offset, length)))
+
+
+def _read(
+    device: Device, blocks: list[Block], parts: list[_Parts], sums: dict[int, bytes], size: int
+) -> list[Range]:
+    """In a thread."""
+    buffer = memoryview(bytearray(sum(block.stored for block in blocks)))
+    at = 0
+    for of_block in parts:
+        for first, count, slot in of_block:
+            if slot >= 0:
+                piece = buffer[at : at + count * SECTOR]
+                device.read_into(device.at(slot, first * SECTOR), [piece])
+                wanted = memoryview(sums[slot]).cast("I")[first : first + count].tolist()
+                if checksums(piece) != wanted:
+                    raise _Doubtful
+                at += count * SECTOR
+    found: list[Range] = []
+    at = 0
+    for offset, length, zeros in _ranges(blocks, parts, size):
+        found.append(Range(offset, length, None if zeros else buffer[at : at + length]))
+        at += 0 if zeros else length
+    return found
+
+
+def _parts(block: Block) -> _Parts:
+    """(first sector, count, slot) of a block's data and zeros, in order; the slot of zeros is -1."""
+    word, second = block.word, block.second
+    zero = word >> ZERO_SHIFT & word & FULL
+    data = word & FULL & ~zero
+    side = second & data
+    parts = [(*run, (word >> SLOT_SHIFT) - 1) for run in sector_runs(data & ~side)]
+    if side:
+        parts += [(*run, (second >> SLOT_SHIFT) - 1) for run in sector_runs(side)]
+    if zero:
+        parts += [(*run, _ZEROS) for run in sector_runs(zero)]
+    return sorted(parts) if side or zero else parts
+
+
+def _ranges(blocks: list[Block], parts: list[_Parts], size: int) -> list[tuple[int, int, bool]]:
+    """(offset, length, zeros) in bytes of what the blocks hold up to ``size``, neighbours joined."""
+    found: list[tuple[int, int, bool]] = []
+    for block, of_block in zip(blocks, parts, strict=True):
+        for first, count, slot in of_block:
+            offset, zeros = block.number * BLOCK + first * SECTOR, slot < 0
+            length = min(count * SECTOR, size - offset)  # an image may end inside a sector
+            if found and found[-1][2] == zeros and found[-1][0] + found[-1][1] == offset:
+                found[-1] = (found[-1][0], found[-1][1] + length, zeros)
+            else:
+                found.append((offset, length, zeros))
+    return found

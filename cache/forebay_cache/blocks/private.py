@@ -1,0 +1,342 @@
+"""Writes into a private layer: dirty data, or an overlay's own.
+
+Where a sector goes decides what a power cut can do to it, so the rule is in one place, :func:`_target`: a place that
+durable state may name is never overwritten. Nothing here awaits; what would have to wait says so with False.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from array import array
+from typing import NamedTuple
+
+from xxhash import xxh3_64_intdigest
+
+from forebay_cache.cache import Cache
+from forebay_cache.format import ops
+from forebay_cache.format.geometry import (
+    BLOCK,
+    BLOCK_SHIFT,
+    FULL,
+    MASKS,
+    PAGE_BLOCKS,
+    PAGE_SHIFT,
+    SECTOR,
+    SECTOR_SHIFT,
+    SECTORS,
+    block_runs,
+    sector_runs,
+)
+from forebay_cache.index.sums import CHANGED, checksums
+from forebay_cache.layers.layer import ABSENT, SLOT_SHIFT, ZERO_SHIFT, Layer
+
+
+def write(cache: Cache, layer: Layer, offset: int, data: memoryview) -> bool:
+    """Store whole sectors; ``offset`` and ``len(data)`` are multiples of a sector.
+
+    True: data and records are in the kernel's hands after ``cache.publish()``, which has to come before the reply,
+    before anything is read, and before ``data`` changes. False: nothing (or only a prefix, harmlessly) was done;
+    something has to be loaded or waited for first, see :func:`prepare`. Raises OSError when the device refuses.
+    """
+    cache.check()
+    length = len(data)
+    if not cache.journal_room(length):
+        return False
+    try:
+        if (offset & (BLOCK - 1)) + length <= BLOCK:
+            done = _write_simply(cache, layer, offset, data)
+            if done is not None:
+                return done
+        at = 0
+        for block, start, part in block_runs(offset, length):
+            if not _write_block(cache, layer, block, start, data[at : at + part]):
+                cache.publish()  # `data` may change before the next try
+                return False
+            at += part
+    except OSError as error:
+        cache.fail(error)
+        with contextlib.suppress(OSError):
+            cache.publish()
+        raise
+    return True
+
+
+def write_run(cache: Cache, layer: Layer, writes: list[tuple[int, memoryview]]) -> int:
+    """:func:`write` of as many of some (offset, data) as can be had now, in order; returns how many.
+
+    Data of parts of sectors cannot. Raises OSError for the first one; a later one that fails is left to be tried again.
+    """
+    cache.check()
+    if not cache.journal_room(sum([len(data) for _, data in writes])):
+        return 0
+    taken = 0
+    try:
+        for offset, data in writes:
+            length = len(data)
+            if (offset | length) & (SECTOR - 1):
+                break
+            done = None
+            if (offset & (BLOCK - 1)) + length <= BLOCK:
+                done = _write_simply(cache, layer, offset, data)
+            if done is None:
+                done = write(cache, layer, offset, data)
+            if not done:
+                break
+            taken += 1
+    except OSError as error:
+        cache.fail(error)
+        if not taken:
+            raise
+    return taken
+
+
+def _write_simply(  # noqa: C901  (calls cost more than what they would hide)
+    cache: Cache, layer: Layer, offset: int, data: memoryview
+) -> bool | None:
+    """The usual case of :func:`_write_block`, in one piece because it is most of what a write costs.
+
+    Sectors of one block that go to the same slot. None: it is not that simple. Raises OSError; nothing was done then.
+    """
+    number = offset >> PAGE_SHIFT
+    page = layer.pages.get(number)
+    if page is None:
+        page = layer.missing
+        if page is None:
+            return False
+        layer.adopt(number, None)
+    block = offset >> BLOCK_SHIFT
+    i = block & (PAGE_BLOCKS - 1)
+    start = offset & (BLOCK - 1)
+    length = len(data)
+    first = start >> SECTOR_SHIFT
+    mask = MASKS[first][(start + length - 1) >> SECTOR_SHIFT]
+    key = layer.id << 32 | block
+    if cache.syncing and cache.syncing.get(key, 0) & mask:
+        return False
+    word, second = page[i], page[PAGE_BLOCKS + i]
+    opened = cache.open_sectors.get(key, 0)
+    target = _target(word, second, mask, opened)
+    if target:
+        if target != mask:
+            return None
+        slot = (second >> SLOT_SHIFT) - 1
+    else:
+        slot = (word >> SLOT_SHIFT) - 1
+    fresh = slot < 0
+    if fresh:
+        if target and not word >> SLOT_SHIFT:
+            return None
+        slot = cache.take_slot(layer, block)
+        if slot < 0:
+            return False
+    sums = cache.sums
+    if sums.state[slot] != CHANGED and not sums.change(slot):
+        return False
+    device = cache.device
+    at = device.data_offset + (slot << BLOCK_SHIFT) + start
+    if opened & mask:
+        cache.write_later(slot, mask, at, data)
+    else:
+        try:
+            device.write(at, data)
+        except OSError:
+            if fresh:
+                cache.abandon(slot)
+            raise
+    at = slot * SECTORS + first
+    if length == SECTOR:
+        sums.values[at] = value = xxh3_64_intdigest(data) & 0xFFFFFFFF
+        cache.note(ops.write_one(target != 0, mask, layer.id, block, slot, value))
+    else:
+        values = checksums(data)
+        sums.values[at : at + len(values)] = array("I", values)
+        cache.note(ops.write(target != 0, mask, layer.id, block, slot, values))
+    cache.ready[slot] |= mask
+    if page is ABSENT:
+        page = layer.writable(number)
+    if fresh:
+        layer.slots += 1
+        if target:
+            second |= (slot + 1) << SLOT_SHIFT
+        else:
+            word |= (slot + 1) << SLOT_SHIFT
+    layer.sectors += (mask & ~word).bit_count()
+    page[i] = word & ~(mask << ZERO_SHIFT) | mask
+    page[PAGE_BLOCKS + i] = second & ~mask | target
+    layer.dirty.add(number)
+    layer.changed = True
+    cache.open_sectors[key] = opened | mask
+    return True
+
+
+def _write_block(cache: Cache, layer: Layer, block: int, start: int, data: memoryview) -> bool:
+    number, i = divmod(block, PAGE_BLOCKS)
+    page = layer.pages.get(number)
+    if page is None:
+        return False
+    first = start >> SECTOR_SHIFT
+    mask = MASKS[first][first + (len(data) >> SECTOR_SHIFT) - 1]
+    key = layer.id << 32 | block
+    if cache.syncing and cache.syncing.get(key, 0) & mask:
+        return False
+    word, second = page[i], page[PAGE_BLOCKS + i]
+    opened = cache.open_sectors.get(key, 0)
+    target = _target(word, second, mask, opened)
+    slots = [(word >> SLOT_SHIFT) - 1, (second >> SLOT_SHIFT) - 1]
+    had = tuple(slots)
+    if not _slots_for(cache, layer, block, slots, mask & ~target, target):
+        return False
+    try:
+        for side, part in ((0, mask & ~target), (1, target)):
+            if part:
+                place = _Place(layer.id, block, slots[side], side)
+                _put(cache, place, first, data, part, in_place=bool(opened & part))
+    except OSError:
+        for slot in set(slots) - set(had):
+            cache.abandon(slot)
+        raise
+    page = layer.writable(number)
+    layer.slots += (slots[0] != had[0]) + (slots[1] != had[1])
+    layer.sectors += (mask & ~word).bit_count()
+    page[i] = (slots[0] + 1) << SLOT_SHIFT | word & ~(mask << ZERO_SHIFT) & 0xFFFFFFFF | mask
+    page[PAGE_BLOCKS + i] = (slots[1] + 1) << SLOT_SHIFT | second & 0xFFFF & ~mask | target
+    cache.open_sectors[key] = cache.open_sectors.get(key, 0) | mask
+    return True
+
+
+def _target(word: int, second: int, mask: int, opened: int) -> int:
+    """Which sectors of ``mask`` go to the second slot.
+
+    A sector written since the last sync began stays where it is: nothing durable names that place. Any other that the
+    layer answers for moves to the other side. A sector new to the layer goes to the first slot.
+    """
+    if not word >> SLOT_SHIFT and not second >> SLOT_SHIFT:
+        return 0
+    side = second & 0xFFFF
+    moving = word & mask & ~opened & FULL
+    return (side ^ moving) & mask & word
+
+
+def _slots_for(
+    cache: Cache, layer: Layer, block: int, slots: list[int], first: int, second: int
+) -> bool:
+    """Make sure of slots and their checksums for the sides that are written; False: cannot be had now."""
+    wanted = [side for side, part in ((0, first), (1, second)) if part]
+    if sum(slots[side] < 0 for side in wanted) > cache.placement.free:
+        cache.take_slot_soon()
+        return False
+    for side in wanted:
+        if slots[side] >= 0 and not cache.sums.change(slots[side]):
+            return False
+    for side in wanted:
+        if slots[side] < 0:
+            slots[side] = cache.take_slot(layer, block)
+    return True
+
+
+class _Place(NamedTuple):
+    """Where sectors of a block go."""
+
+    layer: int
+    block: int
+    slot: int
+    side: int
+
+
+def _put(
+    cache: Cache, place: _Place, first: int, data: memoryview, part: int, *, in_place: bool
+) -> None:
+    """Write the sectors ``part`` of ``data``, which begins at sector ``first``, and note it."""
+    noted: list[int] = []
+    for start, count in sector_runs(part):
+        piece = data[(start - first) * SECTOR : (start + count - first) * SECTOR]
+        at = cache.device.at(place.slot, start * SECTOR)
+        if in_place:
+            cache.write_later(place.slot, part, at, piece)
+        else:
+            cache.device.write(at, piece)
+        values = checksums(piece)
+        at = place.slot * SECTORS + start
+        cache.sums.values[at : at + count] = array("I", values)
+        noted += values
+    cache.note(ops.write(place.side, part, place.layer, place.block, place.slot, noted))
+    cache.ready[place.slot] |= part
+
+
+def zero(cache: Cache, layer: Layer, offset: int, length: int) -> bool:
+    """Make whole sectors read as zeros without storing any; the terms of :func:`write`."""
+    cache.check()
+    if not cache.journal_room(length // 16):
+        return False
+    for block, start, part in block_runs(offset, length):
+        number, i = divmod(block, PAGE_BLOCKS)
+        if layer.pages.get(number) is None:
+            return False
+        key = layer.id << 32 | block
+        mask = MASKS[start >> SECTOR_SHIFT][(start + part - 1) >> SECTOR_SHIFT]
+        if cache.syncing and cache.syncing.get(key, 0) & mask:
+            return False
+        _zero_block(cache, layer, number, i, mask, key)
+    return True
+
+
+def _zero_block(cache: Cache, layer: Layer, number: int, i: int, mask: int, key: int) -> None:
+    page = layer.writable(number)
+    if mask == FULL:
+        cache.clear_entry(layer, page, i)
+        page[i] = FULL << ZERO_SHIFT | FULL
+        layer.sectors += FULL.bit_count()
+        cache.open_sectors.pop(key, None)
+        cache.note(ops.zero(FULL, layer.id, key & 0xFFFFFFFF, 0))
+        return
+    word, second = page[i], page[PAGE_BLOCKS + i]
+    opened = cache.open_sectors.get(key, 0)
+    target = _target(word, second, mask, opened)
+    layer.sectors += (mask & ~word).bit_count()
+    page[i] = word | mask << ZERO_SHIFT | mask
+    page[PAGE_BLOCKS + i] = second & ~mask | target
+    cache.open_sectors[key] = opened | mask
+    cache.note(ops.zero(mask, layer.id, key & 0xFFFFFFFF, (second & ~mask | target) & FULL))
+
+
+async def prepare(
+    cache: Cache, layer: Layer, offset: int, length: int, *, zeros: bool = False
+) -> None:
+    """Wait for what :func:`write` (or :func:`zero`) said False to: pages, checksums, slots, a sync, the journal.
+
+    Raises :class:`forebay_cache.errors.CacheFull` or OSError.
+    """
+    runs = block_runs(offset, length)
+    await cache.load(layer, {block // PAGE_BLOCKS for block, _, _ in runs})
+    if not cache.journal_room(length):
+        await cache.commit()
+    if cache.syncing:
+        await cache.synced()
+    if zeros:
+        return
+    await cache.load_sums(_known_slots(layer, runs))
+    missing = sum(_missing(cache, layer, *run) for run in runs)
+    if missing > cache.placement.free:
+        await cache.room(min(missing, max(1, cache.device.slots // 4)))
+
+
+def _missing(cache: Cache, layer: Layer, block: int, start: int, length: int) -> int:
+    """How many new slots a write to one block takes."""
+    number, i = divmod(block, PAGE_BLOCKS)
+    page = layer.pages.get(number, ABSENT)
+    word, second = page[i], page[PAGE_BLOCKS + i]
+    mask = MASKS[start >> SECTOR_SHIFT][(start + length - 1) >> SECTOR_SHIFT]
+    target = _target(word, second, mask, cache.open_sectors.get(layer.id << 32 | block, 0))
+    return (bool(mask & ~target) and not word >> SLOT_SHIFT) + (
+        bool(target) and not second >> SLOT_SHIFT
+    )
+
+
+def _known_slots(layer: Layer, runs: list[tuple[int, int, int]]) -> list[int]:
+    slots = []
+    for block, _, _ in runs:
+        number, i = divmod(block, PAGE_BLOCKS)
+        page = layer.pages.get(number)
+        if page is not None:
+            slots += [(page[j] >> SLOT_SHIFT) - 1 for j in (i, PAGE_BLOCKS + i)]
+    return [slot for slot in slots if slot >= 0]

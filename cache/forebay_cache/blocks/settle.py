@@ -1,0 +1,273 @@
+"""After write-back: what a frozen private layer held is in the origin now, so it becomes clean.
+
+A block of which the clean layer has nothing more is handed over, slot and all. Otherwise its sectors are copied into
+the clean slot first; they are shadowed by the private layer until the entry changes hands, which happens between two
+awaits, so that one commit stores both sides of it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import trio
+
+from forebay_cache.blocks.clean import drop
+from forebay_cache.cache import Cache
+from forebay_cache.format.geometry import (
+    BLOCK,
+    FULL,
+    MASKS,
+    PAGE_BLOCKS,
+    PAGE_SHIFT,
+    SECTOR,
+    SECTORS,
+    sector_runs,
+)
+from forebay_cache.index.sums import checksums
+from forebay_cache.layers.layer import ABSENT, SLOT_SHIFT, ZERO_SHIFT, Layer, pack
+from forebay_cache.read.fill import Filler
+
+#: Bytes of a write whose records take the journal as much room as the drops of a whole page.
+_DROPS = 2 * PAGE_BLOCKS * SECTOR
+#: Blocks that change layers in one go.
+_STRETCH = 32
+
+
+async def pages_of(cache: Cache, layer: Layer) -> list[int]:
+    """Numbers of all pages of a layer that hold anything, in order, whether in memory or not."""
+    numbers = {n for n, page in layer.pages.items() if page is not ABSENT}
+    after = 0
+    while True:
+        found = await trio.to_thread.run_sync(cache.index.pages, layer.id, after, 1024)
+        numbers.update(n for n, _ in found)
+        if len(found) < 1024:  # what was loaded or made while the index was asked counts too
+            numbers.update(n for n, page in layer.pages.items() if page is not ABSENT)
+            return sorted(numbers)
+        after = found[-1][0] + 1
+
+
+async def pin_layer(cache: Cache, layer: Layer, pinned: bool) -> None:
+    """Keep all of a clean layer from being evicted, or no longer."""
+    layer.pinned = pinned
+    layer.changed = True
+    change = cache.placement.hold if pinned else cache.placement.unhold
+    for number in await pages_of(cache, layer):
+        await cache.load(layer, [number])
+        if layer.pinned != pinned:  # somebody changed their mind meanwhile
+            return
+        page = cache.page(layer, number)
+        for i in range(PAGE_BLOCKS):
+            slot = (page[i] >> SLOT_SHIFT) - 1
+            if slot >= 0 and not cache.evicting(slot):
+                cache.owner[slot] = layer.id << 32 | number * PAGE_BLOCKS + i  # unless scanned
+                change(slot)
+
+
+async def settle(
+    cache: Cache, frozen: Layer, filler: Filler, turn: Callable[[], Awaitable[None]]
+) -> None:
+    """Move everything from a frozen private layer to the clean one of ``filler``. The origin has it, durably.
+
+    ``turn`` lets others go on; it is called between two stretches, each of which keeps the event loop for a fraction
+    of a millisecond. Interrupted, it can be called again; what was moved already is clean. Raises OSError.
+    """
+    clean = filler.layer
+    for number in await pages_of(cache, frozen):
+        for start in range(0, PAGE_BLOCKS, _STRETCH):
+            await cache.load(frozen, [number])
+            await cache.load(clean, [number])
+            blocks = range(start, start + _STRETCH)
+            if any(cache.page(frozen, number)[i] & FULL for i in blocks):
+                await _settle(cache, frozen, filler, clean, number, blocks)
+                await turn()
+
+
+async def _settle(
+    cache: Cache, frozen: Layer, filler: Filler, clean: Layer, number: int, blocks: range
+) -> None:
+    """The same for some blocks of one page."""
+    if not cache.journal_room(_DROPS):
+        await cache.commit()
+    offset = (number << PAGE_SHIFT) + blocks.start * BLOCK
+    filler.overtaken(offset, len(blocks) * BLOCK)
+    jobs = _jobs(cache, frozen, clean, number, blocks)
+    _drop_shadowed(cache, clean, number, jobs)
+    copied = await _copy(cache, jobs)
+    for i in blocks:
+        _hand_over(cache, frozen, clean, number, i, copied.get(i, (-1, 0)))
+
+
+class _Job(NamedTuple):
+    """Sectors of one block of the page to be copied from one slot to another."""
+
+    i: int
+    source: int
+    to: int
+    mask: int
+
+
+#: What was copied, by block of the page: (slot, sectors)
+_Copied = dict[int, tuple[int, int]]
+
+
+def _jobs(cache: Cache, frozen: Layer, clean: Layer, number: int, blocks: range) -> list[_Job]:
+    """What has to be copied so that each block ends in one slot.
+
+    Where the clean block has data that the private one lacks, its slot stays and gets the private sectors. Elsewhere
+    the private slot with more of the data takes its place, and gets the sectors that lie in the other one.
+    """
+    jobs: list[_Job] = []
+    page, target = cache.page(frozen, number), cache.page(clean, number)
+    for i in blocks:
+        slots, data = _private_slots(page, i)
+        old = (target[i] >> SLOT_SHIFT) - 1
+        if old >= 0 and _data(target[i]) & ~page[i]:
+            if not cache.evicting(old) and old not in cache.storing:
+                jobs += [_Job(i, slots[side], old, data[side]) for side in (0, 1) if data[side]]
+        elif data[0] and data[1]:
+            major = _major(data)
+            jobs.append(_Job(i, slots[1 - major], slots[major], data[1 - major]))
+    return jobs
+
+
+def _drop_shadowed(cache: Cache, clean: Layer, number: int, jobs: list[_Job]) -> None:
+    """Forget clean sectors before others are copied over them: a copy that is not finished damages nothing then."""
+    page = cache.page(clean, number)
+    for job in jobs:
+        if (page[job.i] >> SLOT_SHIFT) - 1 == job.to:
+            drop(cache, clean, number * PAGE_BLOCKS + job.i, job.mask)
+    cache.publish()
+
+
+def _data(word: int) -> int:
+    return word & ~(word >> ZERO_SHIFT) & FULL
+
+
+def _private_slots(page: array[int], i: int) -> tuple[list[int], list[int]]:
+    """Both slots of a private block, and the sectors whose data lies in each."""
+    word, second = page[i], page[PAGE_BLOCKS + i]
+    data = _data(word)
+    side = second & data
+    return [(word >> SLOT_SHIFT) - 1, (second >> SLOT_SHIFT) - 1], [data & ~side, side]
+
+
+def _major(data: list[int]) -> int:
+    return 1 if data[1].bit_count() > data[0].bit_count() else 0
+
+
+async def _copy(cache: Cache, jobs: list[_Job]) -> _Copied:
+    """Do the jobs. Nobody looks at the places written: the frozen layer names others, and lies above the clean one."""
+    copied: _Copied = {}
+    if not jobs:
+        return copied
+    token = cache.pin()
+    storing = {job.to for job in jobs}
+    cache.storing |= storing
+    try:
+        for job in jobs:
+            cache.ready[job.to] &= ~job.mask
+        since = cache.forgotten
+        crcs = await trio.to_thread.run_sync(_copy_sectors, cache, jobs)
+        await cache.load_sums([slot for job in jobs for slot in (job.source, job.to)])
+        for job in jobs:
+            good = _take_sums(cache, job, crcs[job])
+            cache.ready[job.to] &= ~job.mask  # a reader may have set it
+            cache.note_ready(job.to, good, since)
+            slot, mask = copied.get(job.i, (job.to, 0))
+            copied[job.i] = (slot, mask | job.mask)
+    finally:
+        cache.storing -= storing
+        cache.unpin(token)
+    return copied
+
+
+def _copy_sectors(cache: Cache, jobs: list[_Job]) -> dict[_Job, list[int]]:
+    """In a thread. Returns checksums of what was copied, by sector."""
+    found = {}
+    for job in jobs:
+        crcs = found[job] = [-1] * SECTORS
+        for first, count in sector_runs(job.mask):
+            data = bytearray(count * SECTOR)
+            cache.device.read_into(cache.device.at(job.source, first * SECTOR), [data])
+            cache.device.write(cache.device.at(job.to, first * SECTOR), data)
+            crcs[first : first + count] = checksums(data)
+    return found
+
+
+def _take_sums(cache: Cache, job: _Job, crcs: list[int]) -> int:
+    """The copies have the checksums of their source, so a bad copy shows when it is read; the good ones as a mask."""
+    for slot in (job.to, job.source):
+        cache.load_sums_now(slot)  # unless loaded just now
+    cache.sums.change(job.to)
+    values, to, source = cache.sums.values, job.to * SECTORS, job.source * SECTORS
+    good = 0
+    for first, count in sector_runs(job.mask):
+        wanted = values[source + first : source + first + count]
+        values[to + first : to + first + count] = wanted
+        if wanted.tolist() == crcs[first : first + count]:
+            good |= MASKS[first][first + count - 1]
+        else:
+            good |= sum(
+                1 << first + n for n, value in enumerate(wanted) if value == crcs[first + n]
+            )
+    return good
+
+
+def _hand_over(
+    cache: Cache, frozen: Layer, clean: Layer, number: int, i: int, copied: tuple[int, int]
+) -> None:
+    """One block changes layers; both pages go into the same commit."""
+    if not cache.page(frozen, number)[i] & FULL:
+        return
+    cache.page(clean, number)
+    page, target = frozen.writable(number), clean.writable(number)
+    old = (target[i] >> SLOT_SHIFT) - 1
+    if old >= 0 and copied[0] == old:
+        _merge(clean, target, i, page[i], done=copied[1])
+    else:
+        _replace(cache, frozen, clean, number, i, copied)
+    cache.clear_entry(frozen, page, i)
+
+
+def _merge(clean: Layer, target: array[int], i: int, word: int, *, done: int) -> None:
+    """The clean slot stays, and has the sectors ``done`` of the private block as well."""
+    old = target[i]
+    zero = word >> ZERO_SHIFT & FULL
+    stale = word & FULL & ~done & ~zero  # could not be copied
+    valid = old & FULL & ~stale | done | zero
+    clean.sectors += valid.bit_count() - (old & FULL).bit_count()
+    target[i] = pack(
+        (old >> SLOT_SHIFT) - 1, old >> ZERO_SHIFT & FULL & ~stale & ~done | zero, valid
+    )
+
+
+def _replace(
+    cache: Cache, frozen: Layer, clean: Layer, number: int, i: int, copied: tuple[int, int]
+) -> None:
+    """A private slot becomes the clean one. What lies in the other private slot and was not copied is dropped."""
+    page, target = frozen.pages[number], clean.pages[number]
+    old = target[i]
+    if old >> SLOT_SHIFT:
+        cache.free_slot(clean, (old >> SLOT_SHIFT) - 1)
+    slots, data = _private_slots(page, i)
+    major = _major(data)
+    kept = data[major]
+    slot = slots[major] if kept else -1
+    if slot >= 0 and copied[0] == slot:
+        kept |= copied[1]
+    zero = old >> ZERO_SHIFT & FULL & ~page[i] | page[i] >> ZERO_SHIFT & FULL
+    if slot >= 0:
+        # The frozen entry must not free the slot that it gives away.
+        if major:
+            page[PAGE_BLOCKS + i] &= FULL
+        else:
+            page[i] &= 0xFFFFFFFF
+        frozen.slots -= 1
+        clean.slots += 1
+        cache.owner[slot] = clean.id << 32 | number * PAGE_BLOCKS + i
+        if not clean.pinned:
+            cache.placement.unhold(slot)
+    clean.sectors += (kept | zero).bit_count() - (old & FULL).bit_count()
+    target[i] = pack(slot, zero, kept | zero)

@@ -1,0 +1,1 @@
+"""The cache device: layout, reads and writes, and making them durable."""

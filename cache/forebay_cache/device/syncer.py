@@ -1,0 +1,154 @@
+"""fdatasync of the cache device for the event loop, without a thread where the kernel can do that.
+
+A guest's flush waits for one fdatasync, which a good device does in less time than it takes to wake a thread and be
+woken by it. So the kernel's asynchronous I/O does it (IOCB_CMD_FDSYNC, linux/aio_abi.h, since Linux 4.18): the loop
+looks on for a moment, bounded, and if the device is slower than that it goes on with other work and an eventfd tells it
+when it is done. A device that hangs stops nobody but those who wait for it. Where the kernel or a sandbox refuses, a
+thread does the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import struct
+from collections.abc import Callable
+
+import trio
+
+from forebay_cache.device.worker import Worker
+
+#: The loop looks on for so long, and only while the device is that quick.
+LOOK_ON_SECONDS = 150e-6
+
+#: A sync that took no longer than this, waking up included, may be quick enough the next time.
+QUICK_SECONDS = 500e-6
+
+_NUMBERS = {
+    "x86_64": (206, 207, 209, 208),
+    "aarch64": (0, 1, 2, 4),
+}  # setup, destroy, submit, getevents
+_FDSYNC = 3
+_RESFD = 1
+_IOCB = struct.Struct("<QIiHhIQQqQII")
+_EVENT = struct.Struct("<QQqq")
+_TIMESPEC = struct.Struct("<qq")
+
+
+class Syncer:
+    """Makes what was written to one descriptor durable. One call at a time."""
+
+    def __init__(self, fd: int, sync: Callable[[], None]) -> None:
+        """``sync`` does the same in a thread, where the kernel's way is not to be had."""
+        self._sync = sync
+        self._worker: Worker | None = None
+        self._quick = True
+        self.pending = False
+        """What now() began goes on."""
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._context = ctypes.c_ulong(0)
+        self._iocb = ctypes.create_string_buffer(
+            _IOCB.pack(0, 0, 0, _FDSYNC, 0, fd, 0, 0, 0, 0, _RESFD, self._event)
+        )
+        self._list = (ctypes.c_void_p * 1)(ctypes.addressof(self._iocb))
+        self._done = ctypes.create_string_buffer(_EVENT.size)
+        self._moment = ctypes.create_string_buffer(_TIMESPEC.pack(0, int(LOOK_ON_SECONDS * 1e9)))
+        self._no_time = ctypes.create_string_buffer(_TIMESPEC.pack(0, 0))
+        self._syscall = ctypes.CDLL(None, use_errno=True).syscall
+        self._syscall.restype = ctypes.c_long
+        self._numbers = _NUMBERS.get(platform.machine())
+        if self._numbers is None or self._call(0, 1, ctypes.byref(self._context)) < 0:
+            self._use_thread()
+
+    def _call(self, which: int, *arguments: object) -> int:
+        assert self._numbers is not None
+        return int(self._syscall(ctypes.c_long(self._numbers[which]), *arguments))
+
+    def _use_thread(self) -> None:
+        self._numbers = None
+        self._worker = Worker("device-sync")
+
+    @property
+    def quick(self) -> bool:
+        """Whether :meth:`now` is worth a try."""
+        return self._quick and self._worker is None
+
+    def now(self) -> bool:
+        """Sync, if the device is done in a moment. False: it goes on, and is waited for by :meth:`finish`.
+
+        Raises OSError: then nothing may be assumed durable.
+        """
+        if not self._begin():
+            return False
+        self.pending = True
+        if not self._get(self._moment):
+            return False
+        self._drain()
+        self._done_with()
+        return True
+
+    async def finish(self) -> None:
+        """Wait for what :meth:`now` began, if it goes on. Raises OSError. Not cancellable."""
+        if self.pending:
+            await self._wait()
+
+    async def __call__(self) -> None:
+        """Raises OSError: then nothing may be assumed durable. Not cancellable."""
+        if self._begin():
+            self.pending = True
+            if self._quick and self._get(self._moment):
+                self._drain()
+                self._done_with()
+            else:
+                await self._wait()
+        else:
+            assert self._worker is not None
+            await self._worker.run(self._sync)
+
+    def _begin(self) -> bool:
+        """False: the kernel does not do it, from now on a thread has to."""
+        assert not self.pending
+        if self._worker is not None:
+            return False
+        if self._call(2, self._context, 1, self._list) == 1:
+            return True
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EAGAIN):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self._use_thread()
+        return False
+
+    async def _wait(self) -> None:
+        """For what was begun."""
+        with trio.CancelScope(shield=True):
+            began = trio.current_time()
+            while not self._get(self._no_time):
+                await trio.lowlevel.wait_readable(self._event)
+                self._drain()
+        self._drain()
+        self._quick = trio.current_time() - began < QUICK_SECONDS
+        self._done_with()
+
+    def _get(self, patience: object) -> bool:
+        return self._call(3, self._context, 1, 1, self._done, patience) == 1
+
+    def _drain(self) -> None:
+        try:
+            os.eventfd_read(self._event)
+        except BlockingIOError:
+            pass
+
+    def _done_with(self) -> None:
+        self.pending = False
+        result = int(_EVENT.unpack(self._done)[2])
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+
+    def close(self) -> None:
+        """Give everything back. No call may be under way."""
+        if self._worker is not None:
+            self._worker.close()
+        elif self._numbers is not None:
+            self._call(1, self._context)
+        os.close(self._event)

@@ -1,0 +1,1 @@
+"""What makes changes durable: the intent journal and the commit."""

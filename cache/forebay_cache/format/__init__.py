@@ -1,0 +1,1 @@
+"""Units, words and records as they are stored."""

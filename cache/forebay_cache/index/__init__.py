@@ -1,0 +1,1 @@
+"""The index: LMDB tables that say what lies in which slot, and the checksums of slots."""

@@ -1,0 +1,1 @@
+"""Layers: maps from the blocks of an image or disk to slots."""

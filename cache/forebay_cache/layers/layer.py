@@ -1,0 +1,116 @@
+"""Layers: maps from the blocks of an image or disk to slots.
+
+A *clean* layer holds what the origin has too; one lies under every disk of an image and is shared. A *private* layer
+holds what only the cache has: a disk's dirty data, or an overlay's own. A disk reads through its private layers,
+newest first, then through the clean one. Freezing what is dirty at one instant is therefore one assignment: the open
+layer becomes a frozen one, and new writes go to a new layer on top.
+
+A page is an array of 64-bit words, one for each of its 64 blocks::
+
+    bits 63..32   slot + 1, 0: none
+    bits 31..16   zero: sectors known to be all zeros, nothing is stored for them
+    bits 15..0    valid: sectors this layer answers for
+
+A private page has a second array of 64 words behind the first::
+
+    bits 63..32   second slot + 1, 0: none
+    bits 15..0    side: sectors whose data lies in the second slot
+
+The two slots of a private block are what makes overwriting safe: a sector whose place is named by durable state is
+written to the *other* slot, so that a power cut finds the old or the new data, whole, and its checksum with it.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+
+from forebay_cache.format.geometry import PAGE_BLOCKS
+from forebay_cache.index.index import LayerRecord
+
+assert sys.byteorder == "little", "pages are stored as they lie in memory: little endian"
+
+#: Stands for a page that the layer does not have: every lookup in it is a miss. Never written.
+ABSENT = array("Q", bytes(16 * PAGE_BLOCKS))
+
+SLOT_SHIFT = 32
+ZERO_SHIFT = 16
+
+
+def new_page(private: bool) -> array[int]:
+    """An empty page that may be written."""
+    return array("Q", bytes((16 if private else 8) * PAGE_BLOCKS))
+
+
+def pack(slot: int, zero: int, valid: int) -> int:
+    """A word from slot number (-1: none) and masks."""
+    return (slot + 1) << SLOT_SHIFT | zero << ZERO_SHIFT | valid
+
+
+class Layer:
+    """One layer in memory: the pages that were needed so far, and totals over all of it.
+
+    ``pages`` holds what is loaded: a page, or ABSENT. For a page that is not a key ``missing`` stands: None where it
+    has to be loaded from the index first, ABSENT in a layer that has nothing but what is in memory. ``dirty`` are the
+    page numbers that the next commit stores.
+    """
+
+    __slots__ = (
+        "cap",
+        "changed",
+        "dead",
+        "dirty",
+        "given_up",
+        "hand",
+        "id",
+        "loading",
+        "missing",
+        "name",
+        "pages",
+        "pinned",
+        "private",
+        "sectors",
+        "slots",
+    )
+
+    def __init__(self, ident: int, record: LayerRecord) -> None:
+        self.id = ident
+        self.name = record.name
+        self.private = record.private
+        self.slots = record.slots
+        self.sectors = record.sectors
+        self.dead = record.dead
+        self.pinned = record.pinned
+        self.cap = 0  # most slots it may hold, 0: no limit of its own
+        self.hand = 0  # where the search for a victim among its own blocks goes on
+        self.pages: dict[int, array[int]] = {}
+        self.dirty: set[int] = set()
+        self.loading: dict[int, object] = {}
+        self.changed = False
+        self.given_up = False  # the index says that it is dead: see Cache.give_up()
+        self.missing: array[int] | None = None
+
+    def record(self) -> LayerRecord:
+        """As the index keeps it."""
+        return LayerRecord(
+            self.name, self.private, self.slots, self.sectors, self.dead, self.pinned
+        )
+
+    @property
+    def held(self) -> bool:
+        """Whether its slots must not be evicted."""
+        return self.private or self.pinned
+
+    def writable(self, number: int) -> array[int]:
+        """The page, which must be loaded, ready to be changed: it will be in the next commit."""
+        page = self.pages[number]
+        if page is ABSENT:
+            page = self.pages[number] = new_page(self.private)
+        self.dirty.add(number)
+        self.changed = True
+        return page
+
+    def adopt(self, number: int, raw: bytes | None) -> None:
+        """Put a page that was read from the index in place, unless a newer one is there."""
+        if number not in self.pages:
+            self.pages[number] = ABSENT if raw is None else array("Q", raw)

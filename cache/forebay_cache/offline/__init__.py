@@ -1,0 +1,1 @@
+"""A cache that nobody serves from: recovery at start, check and repair."""

@@ -1,0 +1,83 @@
+"""What a journal holds that its index does not have yet, as a check sees it: claims, and places that do not count.
+
+The rules are those of ``recovery``; nothing is changed here.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+
+from forebay_cache.device.device import Device
+from forebay_cache.durable.journal import Journal, Position
+from forebay_cache.format import ops
+from forebay_cache.format.geometry import FULL, SECTORS
+from forebay_cache.index.index import Meta
+
+#: Of one sector: (slot, checksum), or None for zeros.
+Claim = tuple[int, int] | None
+
+
+@dataclass
+class Pending:
+    """Keys are layer << 32 | block; a region is (layer, number)."""
+
+    records: int = 0
+    #: claims of each sector, oldest first
+    claims: dict[int, dict[int, list[Claim]]] = field(default_factory=dict)
+    #: clean sectors that are not valid any more
+    dropped: dict[int, int] = field(default_factory=dict)
+    hot: set[tuple[int, int]] = field(default_factory=set)
+    #: layers that were made: (name, private)
+    made: dict[int, tuple[str, bool]] = field(default_factory=dict)
+    #: slots that records name, and for which block
+    slots: dict[int, int] = field(default_factory=dict)
+    #: sectors that the last frame names: killed behind it, nobody may have been told that they were written
+    last: dict[int, int] = field(default_factory=dict)
+    #: why the records end here, where they make no sense
+    fault: str = ""
+
+    @classmethod
+    def read(cls, device: Device, meta: Meta) -> Pending:
+        """All records from the position in the index on. Raises OSError."""
+        found = cls()
+        journal = Journal(device, Position(meta.journal_offset, meta.journal_sequence))
+        for payload in journal.replay():
+            found.last.clear()
+            try:
+                for op in ops.unpack(payload):
+                    found._take(op)
+            except (ValueError, IndexError, struct.error) as fault:
+                found.fault = f"a record that makes no sense behind {found.records}: {fault}"
+                break
+        return found
+
+    def _take(self, op: ops.Op) -> None:
+        self.records += 1
+        key = op.layer << 32 | op.a
+        match op.kind:
+            case ops.LAYER:
+                self.made[op.layer] = op.name, bool(op.side)
+            case ops.HOT:
+                self.hot.add((op.layer, op.a))
+            case ops.DROP:
+                self.dropped[key] = self.dropped.get(key, 0) | op.mask
+            case ops.WRITE:
+                self.slots[op.b] = key
+                self.last[key] = self.last.get(key, 0) | op.mask
+                sectors = [s for s in range(SECTORS) if op.mask >> s & 1]
+                for sector, crc in zip(sectors, op.crcs, strict=True):
+                    self._of(key, sector).append((op.b, crc))
+            case ops.ZERO:
+                for sector in range(SECTORS):
+                    if op.mask >> sector & 1:
+                        self._of(key, sector).append(None)
+            case _:
+                raise ValueError(f"kind {op.kind}")
+
+    def _of(self, key: int, sector: int) -> list[Claim]:
+        return self.claims.setdefault(key, {}).setdefault(sector, [])
+
+    def named(self, key: int) -> int:
+        """Mask of the sectors of a private block that records say something of."""
+        return sum(1 << sector for sector in self.claims.get(key, ())) & FULL

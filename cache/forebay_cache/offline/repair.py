@@ -1,0 +1,179 @@
+"""Repair of a cache that nobody has open: what a check found wrong leaves the index.
+
+First what would keep a start from reading the index, then a start's own recovery, which brings what the journal holds
+into the index, then what is still wrong. Clean blocks are only dropped: the image has them. Private data is dropped
+only if told to, for what is read there afterwards is older.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from forebay_cache.device.device import Progress, open_device, read_superblock, write_superblock
+from forebay_cache.errors import CacheError
+from forebay_cache.format.geometry import FULL, PAGE_BLOCKS
+from forebay_cache.index.index import PAGE_KEY, Changes, Index, LayerRecord
+from forebay_cache.layers.layer import SLOT_SHIFT, ZERO_SHIFT, pack
+from forebay_cache.offline.check import check
+from forebay_cache.offline.recovery import open_cache
+from forebay_cache.offline.report import Fix, Report
+
+
+@dataclass
+class Repaired:
+    """``before`` and ``after``: what was found. Blocks, or pages, that were dropped.
+
+    What is still there afterwards is private.
+    """
+
+    before: Report
+    after: Report
+    dropped_clean: int = 0
+    dropped_private: int = 0
+
+
+def repair(
+    device: Path,
+    index: Path,
+    progress: Progress,
+    *,
+    drop_dirty: bool = False,
+    boot: str | None = None,
+) -> Repaired:
+    """Mend what can be mended. Raises CacheError when the cache is in use or beyond repair; OSError."""
+    before = check(device, index, progress, boot)
+    if before.hopeless:
+        raise CacheError(before.hopeless)
+    done = Repaired(before, before)
+    if not before.damaged:
+        return done
+    if not before.superblocks:
+        _write_superblocks(device)
+    _mend(index, before, done, drop_dirty=drop_dirty, entries=True)
+    if drop_dirty or not _bars_the_start(before):
+        open_cache(device, index, boot=boot).release()
+    now = check(device, index, lambda _done, _total: None, boot)
+    _mend(index, now, done, drop_dirty=drop_dirty, entries=False)
+    done.after = check(device, index, lambda _done, _total: None, boot)
+    return done
+
+
+def _bars_the_start(report: Report) -> bool:
+    """Whether private entries make no sense: they stay, and so does what the journal holds."""
+    entries = any(fix.entry and fix.private for fix in report.fixes.values())
+    return entries or any(report.pages.values()) or any(report.entries.values())
+
+
+def _write_superblocks(path: Path) -> None:
+    fd = open_device(path)
+    try:
+        layout = read_superblock(fd, path)
+        assert layout is not None, "it was there a moment ago"
+        write_superblock(fd, layout)
+    finally:
+        os.close(fd)
+
+
+def _mend(path: Path, report: Report, done: Repaired, *, drop_dirty: bool, entries: bool) -> None:
+    """Change the index, in one commit. ``entries``: only what makes no sense, the device's content is for later."""
+    pages = {key: b"" for key, private in report.pages.items() if drop_dirty or not private}
+    fixes = {
+        key: fix
+        for key, fix in report.fixes.items()
+        if (drop_dirty or not fix.private) and (fix.entry or not entries)
+    }
+    forgotten = [entry for entry, private in report.entries.items() if drop_dirty or not private]
+    if not (pages or fixes or forgotten) and report.totals:
+        return
+    if any(report.entries.values()) and not drop_dirty:
+        return  # nothing can be counted while layers are missing
+    index = Index(path, report.slots)
+    try:
+        index.forget_now(forgotten)
+        changes = Changes(index.meta)
+        changes.pages = sorted((pages | _mended_pages(index, fixes, done)).items())
+        changes.layers = _counted(index, dict(changes.pages))
+        if any(table == "records" for table, _ in forgotten):
+            changes.layers.update(_without_clean(index))
+        index.commit_now(changes)
+    finally:
+        index.close()
+    for key in pages:
+        _count(done, private=report.pages[key])
+    for entry in forgotten:
+        _count(done, private=report.entries[entry])
+
+
+def _without_clean(index: Index) -> dict[int, LayerRecord | None]:
+    """A record says what an image looked like when its blocks were cached: without it nobody knows if it still does."""
+    layers = index.layers().items()
+    return {ident: replace(record, dead=True) for ident, record in layers if not record.private}
+
+
+def _count(done: Repaired, *, private: bool) -> None:
+    if private:
+        done.dropped_private += 1
+    else:
+        done.dropped_clean += 1
+
+
+def _mended_pages(index: Index, fixes: dict[int, Fix], done: Repaired) -> dict[bytes, bytes]:
+    found: dict[bytes, array[int]] = {}
+    for block, fix in fixes.items():
+        ident, number = block >> 32, (block & 0xFFFFFFFF) // PAGE_BLOCKS
+        key = PAGE_KEY.pack(ident, number)
+        if key not in found:
+            found[key] = array("Q", index.page(ident, number) or b"")
+        if found[key]:
+            _mend_block(found[key], block % PAGE_BLOCKS, fix)
+            _count(done, private=fix.private)
+    return {key: page.tobytes() for key, page in found.items()}
+
+
+def _mend_block(page: array[int], i: int, fix: Fix) -> None:
+    private = len(page) > PAGE_BLOCKS
+    word = page[i]
+    second = page[PAGE_BLOCKS + i] if private else 0
+    zero = word >> ZERO_SHIFT & FULL
+    if fix.entry:
+        word = second = 0
+    elif not private:
+        word = pack(-1, zero, zero)
+    else:
+        valid = word & FULL & ~fix.sectors
+        data, side = valid & ~zero, second & FULL
+        slots = (word >> SLOT_SHIFT) - 1, (second >> SLOT_SHIFT) - 1
+        first = slots[0] if data & ~side else -1
+        other = slots[1] if data & side else -1
+        word = pack(first, zero & valid, valid)
+        second = (other + 1) << SLOT_SHIFT | (side if other >= 0 else 0)
+    page[i] = word
+    if private:
+        page[PAGE_BLOCKS + i] = second
+
+
+def _counted(index: Index, changed: dict[bytes, bytes]) -> dict[int, LayerRecord | None]:
+    """The layers' records with the totals that their pages have, when some of them are changed."""
+    known = index.layers()
+    totals = {ident: [0, 0] for ident in known}
+    start = b""
+    while found := index.all_pages(start, 512):
+        for key, raw in found:
+            ident, _ = PAGE_KEY.unpack(key) if len(key) == PAGE_KEY.size else (-1, 0)
+            if ident in totals:
+                _add(totals[ident], changed.get(key, raw))
+        start = found[-1][0] + b"\0"
+    return {
+        ident: replace(known[ident], slots=slots, sectors=sectors)
+        for ident, (slots, sectors) in totals.items()
+        if (known[ident].slots, known[ident].sectors) != (slots, sectors)
+    }
+
+
+def _add(total: list[int], raw: bytes) -> None:
+    words = array("Q", raw[: len(raw) // 8 * 8])
+    total[0] += sum(1 for word in words if word >> SLOT_SHIFT)
+    total[1] += sum((word & FULL).bit_count() for word in words[:PAGE_BLOCKS])

@@ -1,0 +1,365 @@
+"""One walk through the index of a cache that nobody has open, and through the slots that it names.
+
+See ``check``, whose middle part this is.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import lmdb
+
+from forebay_cache.device.device import Device, Progress
+from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, SECTOR, SECTORS, sector_runs
+from forebay_cache.index.index import GROUP_KEY, LAYER_KEY, PAGE_KEY, TABLES, LayerRecord, Meta
+from forebay_cache.index.sums import GROUP, SIZE
+from forebay_cache.layers.layer import SLOT_SHIFT, ZERO_SHIFT
+from forebay_cache.offline.claims import Pending
+from forebay_cache.offline.report import Fault, Fix, Report
+from forebay_cache.upkeep.medium import UNREADABLE, Medium, matching
+
+
+class Tables:
+    """The tables of the index, within one transaction."""
+
+    def __init__(self, env: lmdb.Environment, txn: lmdb.Transaction[bytes]) -> None:
+        self._txn = txn
+        self._db = {}
+        for name in TABLES:
+            try:
+                self._db[name] = env.open_db(name.encode(), txn=txn, create=False)
+            except lmdb.Error:
+                pass  # told as a missing table
+        self._group: tuple[int, bytes] = (-1, b"")
+
+    @property
+    def missing(self) -> list[str]:
+        """Tables that should be there."""
+        return [name for name in TABLES if name not in self._db]
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        """One value, or None."""
+        value: bytes | None = self._txn.get(key, db=self._db[table])
+        return value
+
+    def items(self, table: str) -> Iterator[tuple[bytes, bytes]]:
+        """All keys and values, in order."""
+        with self._txn.cursor(db=self._db[table]) as cursor:
+            yield from cursor
+
+    def sums(self, slot: int) -> bytes:
+        """Checksums of a slot, u32[16]; zeros where there are none."""
+        group, n = divmod(slot, GROUP)
+        if self._group[0] != group:
+            value = self.get("sums", GROUP_KEY.pack(group)) or b""
+            self._group = group, value.ljust(GROUP * SIZE, b"\0")
+        return self._group[1][n * SIZE : (n + 1) * SIZE]
+
+
+@dataclass
+class Entry:
+    """What a page says of one block, in units of ``geometry``."""
+
+    ident: int
+    block: int
+    record: LayerRecord
+    word: int
+    second: int
+
+    @property
+    def key(self) -> int:
+        """Of the block, among all layers."""
+        return self.ident << 32 | self.block
+
+    @property
+    def data(self) -> int:
+        """Mask of the sectors that lie in a slot."""
+        return self.word & ~(self.word >> ZERO_SHIFT) & FULL
+
+    def places(self) -> list[tuple[int, int]]:
+        """(slot, mask of the sectors that lie there) for each slot it names, whether or not anything does."""
+        data = self.data
+        side = self.second & data if self.record.private else 0
+        found = [((self.word >> SLOT_SHIFT) - 1, data & ~side)]
+        if self.record.private:
+            found.append(((self.second >> SLOT_SHIFT) - 1, side))
+        return [(slot, mask) for slot, mask in found if slot >= 0 or mask]
+
+    def nonsense(self, slots: int, frontier: int) -> str:
+        """What about it cannot be, whatever lies on the device."""
+        if self.word >> ZERO_SHIFT & ~self.word & FULL:
+            return "zeros that are not valid"
+        if self.record.private and self.second >> SECTORS & FULL:
+            return "bits that have no meaning"
+        for slot, mask in self.places():
+            if slot < 0:
+                return f"sectors {mask:#06x} lie in no slot"
+            if slot >= min(slots, frontier):
+                return f"names slot {slot}, of {slots} of which {frontier} were ever used"
+        return ""
+
+
+class Walk:
+    """Fills ``report``. ``boot``: the running kernel's boot id."""
+
+    def __init__(
+        self, report: Report, tables: Tables, meta: Meta, device: Device, medium: Medium, boot: str
+    ) -> None:
+        self._report = report
+        self._tables = tables
+        self._device = device
+        self._survived = meta.boot_id == boot
+        self._pending = Pending.read(device, meta)
+        self._frontier = max([meta.frontier, *(slot + 1 for slot in self._pending.slots)])
+        self._sums = lru_cache(maxsize=64)(medium.sums)
+        self._owners = array("Q", bytes(8 * device.slots))  # key of the block, + 1
+        self._named: dict[int, Entry] = {}  # private blocks that the journal has something of
+
+    def run(self, progress: Progress) -> None:
+        """All of it; ``progress`` gets bytes of the device. Raises OSError, and what LMDB raises."""
+        report, pending = self._report, self._pending
+        report.journal_records = pending.records
+        if pending.fault:
+            report.wrong(pending.fault, "journal")
+        self._layers = self._read_layers()
+        self._counted = {ident: [0, 0] for ident in self._layers}
+        report.layers = len(self._layers)
+        self._read_records()
+        self._read_hot()
+        total = sum(x.slots for x in self._layers.values() if not x.dead) * BLOCK
+        progress(0, total)
+        for key, raw in self._tables.items("pages"):
+            self._page(key, raw)
+            progress(min(report.checked_bytes, total), total)
+        self._check_slots_of_journal()
+        for block in pending.claims:
+            self._check_claims(block)
+        self._compare_totals()
+        report.free_slots = report.slots - report.used_slots
+        progress(total, total)
+
+    # -- tables -----------------------------------------------------------------------------------------------
+
+    def _read_layers(self) -> dict[int, LayerRecord]:
+        found = {}
+        for key, raw in self._tables.items("layers"):
+            try:
+                found[LAYER_KEY.unpack(key)[0]] = LayerRecord(**json.loads(raw))
+            except (ValueError, TypeError, struct.error) as fault:
+                self._wrong_record("layers", key, f"the record of layer {key.hex()}: {fault}")
+        for ident, (name, private) in self._pending.made.items():
+            found.setdefault(ident, LayerRecord(name, private))
+        return found
+
+    def _read_records(self) -> None:
+        for key, raw in self._tables.items("records"):
+            self._report.records += 1
+            try:
+                kind, nul, _ = key.decode().partition("\0")
+                if not (kind and nul and isinstance(json.loads(raw), dict)):
+                    raise ValueError("not an object with a kind and a name")
+            except ValueError as fault:
+                self._wrong_record("records", key, f"record {key!r}: {fault}")
+
+    def _wrong_record(self, table: str, key: bytes, text: str) -> None:
+        self._report.wrong(text, private=True)
+        self._report.entries[table, key] = True
+
+    def _read_hot(self) -> None:
+        self._hot = set(self._pending.hot)
+        for key, _ in self._tables.items("hot"):
+            if len(key) == PAGE_KEY.size:
+                self._hot.add(PAGE_KEY.unpack(key))
+            else:
+                self._report.wrong(f"hot region {key.hex()}: no such key can be")
+                self._report.entries["hot", key] = False
+        self._report.hot_regions = len(self._hot)
+
+    # -- pages ------------------------------------------------------------------------------------------------
+
+    def _page(self, key: bytes, raw: bytes) -> None:
+        ident, number = PAGE_KEY.unpack(key) if len(key) == PAGE_KEY.size else (-1, 0)
+        record = self._layers.get(ident)
+        where = f"page {number} of layer {ident}"
+        if record is None:
+            self._bad_page(key, f"{where}: there is no such layer", private=True)
+        elif len(raw) != (16 if record.private else 8) * PAGE_BLOCKS:
+            self._bad_page(key, f"{where} ('{record.name}') has {len(raw)} bytes", record.private)
+        else:
+            words = array("Q", raw)
+            for i in range(PAGE_BLOCKS):
+                word, second = words[i], words[PAGE_BLOCKS + i] if record.private else 0
+                if word or second:
+                    self._entry(Entry(ident, number * PAGE_BLOCKS + i, record, word, second))
+
+    def _bad_page(self, key: bytes, text: str, private: bool) -> None:
+        self._report.wrong(text, private=private)
+        self._report.pages[key] = private
+
+    def _entry(self, entry: Entry) -> None:
+        text, what = entry.nonsense(self._device.slots, self._frontier), "index"
+        if not text:
+            text, what = self._claimed_twice(entry), "overlap"
+        if text:
+            self._wrong_entry(entry, text, what)
+            return
+        counted = self._counted[entry.ident]
+        for slot, mask in entry.places():
+            counted[0] += 1
+            self._own(slot, entry)
+            if mask and not entry.record.dead:
+                self._check_place(entry, slot, mask)
+        counted[1] += (entry.word & FULL).bit_count()
+        if entry.record.private and entry.key in self._pending.claims:
+            self._named[entry.key] = entry
+
+    def _claimed_twice(self, entry: Entry) -> str:
+        slots = [slot for slot, _ in entry.places()]
+        for slot in slots:
+            owner = self._owners[slot]
+            if owner or slots.count(slot) > 1:
+                other = self._name((owner or entry.key + 1) - 1)
+                return f"slot {slot} belongs to {other} as well"
+        return ""
+
+    def _name(self, key: int) -> str:
+        record = self._layers.get(key >> 32)
+        layer = f"'{record.name}'" if record else f"layer {key >> 32}"
+        return f"block {key & 0xFFFFFFFF} of {layer}"
+
+    def _own(self, slot: int, entry: Entry) -> None:
+        self._owners[slot] = entry.key + 1
+        self._report.used_slots += 1
+        if entry.record.private:
+            self._report.private_slots += 1
+        else:
+            self._report.clean_slots += 1
+
+    def _wrong_entry(self, entry: Entry, text: str, what: str) -> None:
+        record = entry.record
+        self._report.wrong(
+            f"{self._name(entry.key)}: {text}",
+            what,
+            layer=record.name,
+            private=record.private,
+            offset=entry.block * BLOCK,
+            length=BLOCK,
+            slot=(entry.word >> SLOT_SHIFT) - 1,
+        )
+        self._report.fixes[entry.key] = Fix(record.private and not record.dead, entry=True)
+
+    # -- the device -------------------------------------------------------------------------------------------
+
+    def _check_place(self, entry: Entry, slot: int, mask: int) -> None:
+        self._report.checked_bytes += BLOCK
+        mask &= ~self._does_not_count(entry)
+        bad = mask & ~matching(self._sums(slot), self._tables.sums(slot))
+        if bad:
+            self._damaged(entry.key, entry.record, slot, bad)
+
+    def _does_not_count(self, entry: Entry) -> int:
+        """Sectors that the next start drops, or of which the journal says something newer."""
+        if entry.record.private:
+            return self._pending.named(entry.key)
+        region = entry.ident, entry.block // PAGE_BLOCKS
+        if not self._survived and region in self._hot:
+            return FULL
+        return self._pending.dropped.get(entry.key, 0)
+
+    def _damaged(self, key: int, record: LayerRecord, slot: int, bad: int) -> None:
+        report = self._report
+        if record.private:
+            report.damaged_private += 1
+        else:
+            report.damaged_clean += 1
+        fix = report.fixes.setdefault(key, Fix(record.private))
+        fix.sectors |= bad
+        sums = self._sums(slot) if slot >= 0 else [0] * SECTORS
+        for first, count in sector_runs(bad):
+            unread = any(sums[s] == UNREADABLE for s in range(first, first + count))
+            report.note(
+                Fault(
+                    "unreadable" if unread else "checksum",
+                    f"{'dirty' if record.private else 'clean'} data of {self._name(key)}",
+                    record.name,
+                    record.private,
+                    (key & 0xFFFFFFFF) * BLOCK + first * SECTOR,
+                    count * SECTOR,
+                    slot,
+                )
+            )
+
+    # -- the journal ------------------------------------------------------------------------------------------
+
+    def _check_slots_of_journal(self) -> None:
+        """Slots that are named by records only are in use too."""
+        for slot, key in self._pending.slots.items():
+            record = self._layers.get(key >> 32)
+            if record is None or record.dead:
+                continue  # recovery passes these records over
+            if slot >= self._device.slots:
+                self._report.wrong(f"{self._name(key)}: the journal names slot {slot}", "journal")
+            elif self._owners[slot] not in (0, key + 1):
+                other = self._name(self._owners[slot] - 1)
+                self._report.wrong(
+                    f"{self._name(key)}: the journal has it in slot {slot}, which belongs to {other}",
+                    "overlap",
+                    layer=record.name,
+                    private=record.private,
+                    slot=slot,
+                )
+            elif not self._owners[slot]:
+                self._owners[slot] = key + 1
+                self._report.used_slots += 1
+                self._report.private_slots += 1
+
+    def _check_claims(self, key: int) -> None:
+        """One of the claims of each sector holds, or what the index says of it does."""
+        record = self._layers.get(key >> 32)
+        if record is None or record.dead:
+            return
+        entry = self._named.get(key) or Entry(key >> 32, key & 0xFFFFFFFF, record, 0, 0)
+        bad = 0
+        for sector, claims in self._pending.claims[key].items():
+            self._report.checked_bytes += SECTOR
+            if not any(claim is None or self._lies(*claim, sector) for claim in claims):
+                bad |= (not self._index_holds(entry, sector)) << sector
+        if bad:
+            slot = next((s for s, mask in entry.places() if mask & bad), -1)
+            self._damaged(key, record, slot, bad)
+
+    def _lies(self, slot: int, crc: int, sector: int) -> bool:
+        return slot < self._device.slots and self._sums(slot)[sector] == crc
+
+    def _index_holds(self, entry: Entry, sector: int) -> bool:
+        """Nothing, or zeros, was true before the first claim: that may be gone after a power loss, or unanswered."""
+        if not entry.word >> sector & 1 or entry.word >> ZERO_SHIFT >> sector & 1:
+            last = self._pending.last.get(entry.key, 0) >> sector & 1
+            return not self._survived or bool(last)
+        for slot, mask in entry.places():
+            if mask >> sector & 1:
+                return bool(matching(self._sums(slot), self._tables.sums(slot)) >> sector & 1)
+        return False
+
+    # -- totals -----------------------------------------------------------------------------------------------
+
+    def _compare_totals(self) -> None:
+        """What the layers say of themselves: readers skip a private layer that holds nothing by its own account."""
+        for ident, (slots, sectors) in self._counted.items():
+            record = self._layers[ident]
+            if record.dead or (record.slots, record.sectors) == (slots, sectors):
+                continue
+            if ident in self._pending.made or any(key >> 32 == ident for key in self._report.fixes):
+                continue  # not in the index yet; or what is forgotten counts differently
+            self._report.totals = False
+            self._report.wrong(
+                f"'{record.name}' says {record.slots} slots and {record.sectors} sectors, "
+                f"and has {slots} and {sectors}",
+                layer=record.name,
+                private=record.private,
+            )

@@ -1,0 +1,1 @@
+"""Reading: views over layers, and fills from the origin."""

@@ -1,0 +1,248 @@
+"""Misses: fetching blocks from the origin, each once however many ask, and reading ahead where a guest reads on.
+
+A *flight* is one origin read of neighbouring blocks. Whoever needs one of its blocks waits for it; when the data has
+landed they go on at once, and it is stored in the clean layer behind their backs. An origin write that begins or ends
+while a flight is in the air takes the flight out of the books (nobody else joins it) and marks the sectors, so that
+what it read is not stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from typing import Protocol
+
+import trio
+
+from forebay_cache.blocks import clean
+from forebay_cache.cache import Cache
+from forebay_cache.device.device import Buffer
+from forebay_cache.errors import IndexFault
+from forebay_cache.format.geometry import BLOCK, BLOCK_SHIFT, FULL, PAGE_BLOCKS, SECTOR
+from forebay_cache.layers.layer import Layer
+
+#: One origin read is at most this long: enough for a slow link, short enough to spread over several.
+CHUNK = 1 << 20
+#: Data that has landed and waits to be stored; beyond this it is served and not kept.
+UNSTORED = 64 << 20
+#: How far a sequential reader is kept ahead of.
+WINDOW = 8 << 20
+#: Reading counts as sequential after this many bytes on end.
+STREAK = 2 * BLOCK
+#: Requests of a sequential reader may arrive this much out of order (deep queues do that).
+SLACK = 2 << 20
+
+
+class Source(Protocol):
+    """Where misses are read: an origin. Lengths in bytes."""
+
+    size: int
+
+    async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
+        """Exactly ``length`` bytes. Raises OSError."""
+
+
+class Tally(Protocol):
+    """Whoever is charged for what a fetch reads from the origin."""
+
+    origin_read_bytes: int
+
+
+class Flight:
+    """One origin read in the air."""
+
+    __slots__ = ("data", "error", "landed", "length", "offset", "stored")
+
+    def __init__(self, offset: int, length: int) -> None:
+        self.offset = offset
+        self.length = length
+        self.landed = trio.Event()
+        self.stored = trio.Event()  # what could be kept of it is kept
+        self.data = memoryview(b"")
+        self.error: OSError | None = None
+
+    def blocks(self) -> range:
+        """The numbers of the blocks it brings."""
+        return range(self.offset >> BLOCK_SHIFT, (self.offset + self.length - 1 >> BLOCK_SHIFT) + 1)
+
+
+class Filler:
+    """Fetches for one image; all disks on it share it. ``nursery`` outlives every guest's request."""
+
+    def __init__(self, cache: Cache, layer: Layer, source: Source, nursery: trio.Nursery) -> None:
+        self.cache = cache
+        self.layer = layer
+        self.source = source
+        self._nursery = nursery
+        self._flights: dict[int, Flight] = {}
+        self._unstored = 0
+        self.waiting = 0  # guests' misses in the air: background work looks at it and stands aside
+
+    async def fetch(self, offset: int, length: int, tally: Tally) -> Buffer:
+        """Bytes of the origin for a guest. Raises OSError. Cancelling leaves the flights to the others."""
+        self.waiting += 1
+        try:
+            return await self._fetch(offset, length, tally)
+        finally:
+            self.waiting -= 1
+
+    async def _fetch(self, offset: int, length: int, tally: Tally) -> Buffer:
+        flights = self.launch(offset, length, tally)
+        for flight in flights:
+            await flight.landed.wait()
+            if flight.error is not None:
+                raise OSError(flight.error.errno or errno.EIO, flight.error.strerror)
+        parts = [_part(flight, offset, length) for flight in flights]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def launch(
+        self, offset: int, length: int, tally: Tally, *, background: bool = False
+    ) -> list[Flight]:
+        """Flights that together cover the range: those in the air already, and new ones for the rest."""
+        flights: list[Flight] = []
+        block, end = offset >> BLOCK_SHIFT, (offset + length - 1 >> BLOCK_SHIFT) + 1
+        while block < end:
+            flight = self._flights.get(block)
+            if flight is None:
+                stop = block + 1
+                most = min(end, block + CHUNK // BLOCK)
+                while stop < most and stop not in self._flights:
+                    stop += 1
+                flight = self._start(block, stop, background)
+                tally.origin_read_bytes += flight.length
+            flights.append(flight)
+            block = flight.blocks().stop
+        return flights
+
+    def _start(self, block: int, stop: int, background: bool) -> Flight:
+        offset = block << BLOCK_SHIFT
+        flight = Flight(offset, min(stop << BLOCK_SHIFT, self.source.size) - offset)
+        for n in range(block, stop):
+            self._flights[n] = flight
+        self._nursery.start_soon(self._fly, flight, background)
+        return flight
+
+    async def _fly(self, flight: Flight, background: bool) -> None:
+        try:
+            with clean.filling(self.cache, self.layer, flight.blocks()) as cells:
+                try:
+                    data = await self.source.read(flight.offset, flight.length, background)
+                    flight.data = memoryview(data)
+                except OSError as error:
+                    flight.error = error
+                flight.landed.set()
+                if flight.error is None and self._unstored < UNSTORED:
+                    await self._store(flight, cells)
+        finally:
+            if not flight.landed.is_set():
+                flight.error = OSError(errno.ESHUTDOWN, "the gateway is stopping")
+                flight.landed.set()
+            self._forget(flight)
+            flight.stored.set()
+
+    async def _store(self, flight: Flight, cells: dict[int, list[int]]) -> None:
+        data = flight.data
+        if len(data) % SECTOR:  # the end of an image that is not a multiple of a sector
+            data = memoryview(bytes(data) + bytes(-len(data) % SECTOR))
+        self._unstored += len(data)
+        try:
+            await clean.store(self.cache, self.layer, flight.offset, data, cells)
+        finally:
+            self._unstored -= len(data)
+
+    def _forget(self, flight: Flight) -> None:
+        for n in flight.blocks():
+            if self._flights.get(n) is flight:
+                del self._flights[n]
+
+    def overtaken(self, offset: int, length: int) -> None:
+        """The origin is being written here, or just was: nobody joins these flights, and they store nothing of it."""
+        if self._flights:
+            for n in range(offset >> BLOCK_SHIFT, (offset + length - 1 >> BLOCK_SHIFT) + 1):
+                flight = self._flights.get(n)
+                if flight is not None:
+                    self._forget(
+                        flight
+                    )  # all of it: whoever joins a flight takes what it needs from it
+        clean.overtake(self.cache, self.layer, offset, length)
+
+    async def prefetch(
+        self, offset: int, length: int, tally: Tally, *, background: bool = False
+    ) -> None:
+        """Bring what is missing of a range in; it is in the cache when this returns. Raises OSError."""
+        for start, part in await self.missing(offset, length):
+            for flight in self.launch(start, part, tally, background=background):
+                await flight.stored.wait()
+                if flight.error is not None:
+                    raise OSError(flight.error.errno or errno.EIO, flight.error.strerror)
+
+    def ahead(self, offset: int, length: int, tally: Tally) -> None:
+        """Start fetching a range without waiting for it; errors are the next reader's to see."""
+        self._nursery.start_soon(self._ahead, offset, length, tally)
+
+    async def _ahead(self, offset: int, length: int, tally: Tally) -> None:
+        with contextlib.suppress(IndexFault):
+            for start, part in await self.missing(offset, length):
+                self.launch(start, part, tally)
+
+    async def missing(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """``[(offset, length)]`` of whole blocks that the clean layer lacks, each at most CHUNK."""
+        length = min(length, self.source.size - offset)
+        if length <= 0:
+            return []
+        first, last = offset >> BLOCK_SHIFT, offset + length - 1 >> BLOCK_SHIFT
+        await self.cache.load(self.layer, range(first // PAGE_BLOCKS, last // PAGE_BLOCKS + 1))
+        gaps: list[tuple[int, int]] = []
+        for block in range(first, last + 1):
+            page = self.layer.pages.get(block // PAGE_BLOCKS)
+            need = FULL
+            left = self.source.size - (block << BLOCK_SHIFT)
+            if left < BLOCK:
+                need = (1 << (left + SECTOR - 1) // SECTOR) - 1
+            if page is not None and page[block % PAGE_BLOCKS] & need == need:
+                continue
+            start, part = block << BLOCK_SHIFT, min(BLOCK, left)
+            if gaps and sum(gaps[-1]) == start and gaps[-1][1] + part <= CHUNK:
+                gaps[-1] = (gaps[-1][0], gaps[-1][1] + part)
+            else:
+                gaps.append((start, part))
+        return gaps
+
+
+def _part(flight: Flight, offset: int, length: int) -> memoryview:
+    start = max(offset, flight.offset) - flight.offset
+    stop = min(offset + length, flight.offset + flight.length) - flight.offset
+    return flight.data[start:stop]
+
+
+class ReadAhead:
+    """Watches the slow reads of one disk; keeps a window fetched ahead of a sequential reader."""
+
+    def __init__(self, filler: Filler, tally: Tally) -> None:
+        self._filler = filler
+        self._tally = tally
+        self._end = -1
+        self._streak = 0
+        self._fetched = 0
+
+    def note(self, offset: int, length: int) -> int:
+        """A read that missed, or ran into the mark. Returns the offset at which the next look is due."""
+        if not self._end - SLACK <= offset <= self._end + SLACK or self._end < 0:
+            self._end, self._streak, self._fetched = offset + length, 0, offset + length
+            return 1 << 63
+        if offset + length > self._end:
+            self._streak += offset + length - self._end
+            self._end = offset + length
+        if self._streak < STREAK:
+            return 1 << 63
+        window = min(WINDOW, 2 * self._streak)
+        start = max(self._fetched, self._end)
+        stop = min(self._end + window, self._filler.source.size)
+        if stop - start >= min(window // 2, CHUNK) or (
+            stop == self._filler.source.size and stop > start
+        ):
+            self._filler.ahead(start, stop - start, self._tally)
+            self._fetched = stop
+        if self._fetched >= self._filler.source.size:
+            return 1 << 63
+        return max(self._end, self._fetched - window // 2)

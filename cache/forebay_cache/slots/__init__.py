@@ -1,0 +1,1 @@
+"""Which slots are free, which are to be evicted."""

@@ -1,0 +1,1 @@
+"""Looking after a cache in use: scrub, a device that comes back, growth."""

@@ -1,0 +1,106 @@
+"""Reading slots from the device itself, past the kernel's cache, in one thread that comes last at the disk.
+
+For whoever checks what lies on the device: the kernel's cache would answer for it, and be filled with what nobody asked
+for. Where the file system knows no O_DIRECT, as tmpfs, reads are ordinary ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import platform
+import threading
+from array import array
+from collections.abc import Callable, Collection
+from typing import TypeVar
+
+from forebay_cache.device.worker import Worker
+from forebay_cache.format.geometry import BLOCK, SECTOR, SECTORS
+from forebay_cache.index.sums import checksums
+
+T = TypeVar("T")
+
+#: No checksum is this: what stands for a sector that could not be read.
+UNREADABLE = -1
+
+_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
+_WHO_PROCESS, _LOWEST = 1, 2 << 13 | 7  # linux/ioprio.h: best effort, the last of eight levels
+
+
+class Medium:
+    """An open device, read without the kernel's cache. ``at`` gives the offset of a slot. Close it."""
+
+    def __init__(self, fd: int, at: Callable[[int], int]) -> None:
+        self._at = at
+        self._buffer = mmap.mmap(-1, BLOCK)  # aligned as O_DIRECT wants it
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        try:
+            self._fd = os.open(f"/proc/self/fd/{fd}", flags | os.O_DIRECT)
+        except OSError:
+            self._fd = os.dup(fd)
+
+    def sums(self, slot: int) -> list[int]:
+        """Checksums of the sectors of a slot as they lie there; UNREADABLE for those that cannot be read."""
+        with memoryview(self._buffer) as whole:
+            try:
+                self._read(whole, self._at(slot))
+                return checksums(whole)
+            except OSError:
+                return [self._sector(whole[s * SECTOR :][:SECTOR], slot, s) for s in range(SECTORS)]
+
+    def _sector(self, part: memoryview, slot: int, sector: int) -> int:
+        with part:
+            try:
+                self._read(part, self._at(slot) + sector * SECTOR)
+            except OSError:
+                return UNREADABLE
+            return checksums(part)[0]
+
+    def _read(self, buffer: memoryview, offset: int) -> None:
+        if os.preadv(self._fd, [buffer], offset) != len(buffer):
+            raise OSError(errno.EIO, "short read from the cache device")
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._buffer.close()
+
+
+def matching(sums: Collection[int], stored: bytes) -> int:
+    """Mask of the sectors whose checksum is the one that is ``stored`` (u32[16])."""
+    return sum(
+        1 << s for s, (a, b) in enumerate(zip(sums, array("I", stored), strict=True)) if a == b
+    )
+
+
+class LastInLine:
+    """A thread whose reads the disk does after everybody else's, where its scheduler knows of priorities.
+
+    Not with less of the processor, and not idle at the disk: guests may be waiting for what it holds meanwhile, which
+    is the interpreter's lock, and a pin on the cache's slots while it reads.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._worker = Worker(name)
+        self._worker.run_now(_stand_back)
+
+    async def ask(self, job: Callable[[], T]) -> T:
+        """What ``job`` returns or raises. Not cancellable."""
+        found: list[T] = []
+        await self._worker.run(lambda: found.append(job()))
+        return found[0]
+
+    def close(self) -> None:
+        """End the thread."""
+        self._worker.close()
+
+
+def _stand_back() -> None:
+    """The calling thread, and it alone."""
+    number = _IOPRIO_SET.get(platform.machine())
+    if number is not None and threading.current_thread() is not threading.main_thread():
+        ctypes.CDLL(None).syscall(number, _WHO_PROCESS, 0, _LOWEST)  # a sandbox may forbid it

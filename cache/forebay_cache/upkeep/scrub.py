@@ -1,0 +1,243 @@
+"""Scrub: read every slot that holds something from the device, and compare it with its entry and its checksums.
+
+Beside guests: one block at a time, by a thread that comes last at the disk, and no more than half of the time.
+Clean blocks that are damaged are given up and fetched again; damaged private data is told, with where it belongs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import trio
+
+from forebay_cache.blocks.settle import pages_of
+from forebay_cache.cache import Cache
+from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, SECTOR, sector_runs
+from forebay_cache.index.sums import SIZE
+from forebay_cache.layers.layer import ABSENT, SLOT_SHIFT, ZERO_SHIFT, Layer
+from forebay_cache.upkeep.medium import UNREADABLE, LastInLine, Medium, matching
+
+#: What is told one by one; of more damage there are counts only.
+MOST_TOLD = 1000
+#: A busy host holds the scrub up so long for each block, and no longer: it has to come to its end.
+PATIENCE_SECONDS = 1.0
+_BUSY_STEP = 0.02
+
+#: refetch(layer, offset, length): the sectors were dropped; whether they are in the cache again. Never raises OSError.
+Refetch = Callable[[Layer, int, int], Awaitable[bool]]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Sectors of a layer that are not what they were: ``offset`` and ``length`` in bytes of the image or disk.
+
+    ``what``: "checksum", "unreadable", or "index" (the entry makes no sense). ``repaired``: fetched again.
+    """
+
+    layer: str
+    private: bool
+    offset: int
+    length: int
+    slot: int
+    what: str
+    repaired: bool = False
+
+
+@dataclass
+class Found:
+    """What a scrub found; bytes and blocks."""
+
+    checked_bytes: int = 0
+    damaged_clean: int = 0
+    repaired_clean: int = 0
+    damaged_private: int = 0
+    damaged_index: int = 0
+    damage: list[Damage] = field(default_factory=list)
+
+    def note(self, damage: Damage) -> None:
+        """One run of damaged sectors more."""
+        if len(self.damage) < MOST_TOLD:
+            self.damage.append(damage)
+
+    def json(self) -> dict[str, Any]:
+        """As a dict of plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Scrubber:
+    cache: Cache
+    medium: Medium
+    thread: LastInLine
+    found: Found
+    busy: Callable[[], bool]
+    refetch: Refetch | None
+
+
+async def scrub(
+    cache: Cache,
+    progress: Callable[[int, int], None],
+    *,
+    busy: Callable[[], bool] = lambda: False,
+    refetch: Refetch | None = None,
+) -> Found:
+    """Check all slots; damaged clean blocks are given up (the origin has them) and, with ``refetch``, fetched again.
+
+    ``progress`` gets bytes; ``busy`` says whether guests wait for something. Cancelled, it has checked what it has
+    checked. Raises IndexFault when the index cannot be read.
+    """
+    found = Found()
+    layers = [x for x in cache.layers.values() if not x.dead]
+    total = sum(x.slots for x in layers) * BLOCK
+    progress(0, total)
+    thread = LastInLine("scrub")
+    medium = Medium(cache.device.fd, cache.device.at)
+    try:
+        scrubber = _Scrubber(cache, medium, thread, found, busy, refetch)
+        for layer in layers:
+            for number in await pages_of(cache, layer):
+                await cache.load(layer, [number])
+                await trio.lowlevel.checkpoint()
+                for i in range(PAGE_BLOCKS):
+                    await _check(scrubber, layer, number, i)
+                progress(min(found.checked_bytes, total), total)
+    finally:
+        medium.close()
+        thread.close()
+    progress(total, total)
+    return found
+
+
+async def _check(scrubber: _Scrubber, layer: Layer, number: int, i: int) -> None:
+    cache, found = scrubber.cache, scrubber.found
+    block = number * PAGE_BLOCKS + i
+    if wrong := _nonsense(cache, layer, number, i):
+        found.damaged_index += 1
+        found.note(Damage(layer.name, layer.private, block * BLOCK, BLOCK, wrong, "index"))
+        if not layer.private and not layer.dead:
+            _forget(layer, number, i)
+            await _again(scrubber, layer, block * BLOCK, BLOCK)
+        return
+    for slot, mask in held(layer, number, i):
+        found.checked_bytes += BLOCK
+        before = cache.sums.get(slot)
+        token = cache.pin()
+        began = trio.current_time()
+        try:
+            sums, stored = await scrubber.thread.ask(partial(read_slot, scrubber, slot))
+        finally:
+            cache.unpin(token)
+        if _is_judged(cache, layer, number, i, slot, mask, before, stored):
+            bad = mask & ~matching(sums, cache.sums.get(slot) or stored)
+            if bad:
+                await _damaged(scrubber, layer, block, slot, bad, sums)
+        await _stand_aside(scrubber.busy, trio.current_time() - began)
+
+
+def read_slot(scrubber: _Scrubber, slot: int) -> tuple[list[int], bytes]:
+    """In the thread: checksums of a slot as it lies there, and (u32[16]) as the index has them."""
+    stored = scrubber.cache.index.sums([slot]).get(slot, bytes(SIZE))
+    return scrubber.medium.sums(slot), stored
+
+
+def _is_judged(
+    cache: Cache,
+    layer: Layer,
+    number: int,
+    i: int,
+    slot: int,
+    mask: int,
+    before: bytes | None,
+    stored: bytes,
+) -> bool:
+    """False: the block was changed while it was read, so what was read says nothing."""
+    if layer.dead or (slot, mask) not in held(layer, number, i):
+        return False
+    return (cache.sums.get(slot) or stored) == (before or stored)
+
+
+async def _damaged(
+    scrubber: _Scrubber, layer: Layer, block: int, slot: int, bad: int, sums: list[int]
+) -> None:
+    cache, found = scrubber.cache, scrubber.found
+    cache.damaged_slots += 1
+    cache.ready[slot] &= ~bad  # whoever reads it looks for himself, and gets an error
+    repaired = False
+    if layer.private:
+        found.damaged_private += 1
+    else:
+        found.damaged_clean += 1
+        cache.retire(layer, block, slot)
+        repaired = await _again(scrubber, layer, block * BLOCK, BLOCK)
+    for first, count in sector_runs(bad):
+        unread = any(sums[s] == UNREADABLE for s in range(first, first + count))
+        found.note(
+            Damage(
+                layer.name,
+                layer.private,
+                block * BLOCK + first * SECTOR,
+                count * SECTOR,
+                slot,
+                "unreadable" if unread else "checksum",
+                repaired,
+            )
+        )
+
+
+async def _again(scrubber: _Scrubber, layer: Layer, offset: int, length: int) -> bool:
+    if scrubber.refetch is None or not await scrubber.refetch(layer, offset, length):
+        return False
+    scrubber.found.repaired_clean += 1
+    return True
+
+
+async def _stand_aside(busy: Callable[[], bool], took: float) -> None:
+    """Leave the device to others for as long as it was taken from them, and longer while guests wait."""
+    await trio.sleep(took)
+    with trio.move_on_after(PATIENCE_SECONDS):
+        while busy():  # noqa: ASYNC110 - nobody tells
+            await trio.sleep(_BUSY_STEP)
+
+
+def held(layer: Layer, number: int, i: int) -> list[tuple[int, int]]:
+    """Slots of one block, each with the mask of sectors that lie there."""
+    page = layer.pages.get(number, ABSENT)
+    word = page[i]
+    data = word & ~(word >> ZERO_SHIFT) & FULL
+    side = page[PAGE_BLOCKS + i] & data if layer.private else 0
+    slots = [((word >> SLOT_SHIFT) - 1, data & ~side)]
+    if layer.private:
+        slots.append(((page[PAGE_BLOCKS + i] >> SLOT_SHIFT) - 1, side))
+    return [(slot, mask) for slot, mask in slots if slot >= 0 and mask]
+
+
+def _nonsense(cache: Cache, layer: Layer, number: int, i: int) -> int:
+    """The slot, + 1, that an entry names and cannot have; -1 for another entry that cannot be; 0: all is well."""
+    page = layer.pages.get(number, ABSENT)
+    word = page[i]
+    second = page[PAGE_BLOCKS + i] if layer.private else 0
+    data = word & ~(word >> ZERO_SHIFT) & FULL
+    if word >> ZERO_SHIFT & FULL & ~word:
+        return -1
+    for entry, need in ((word, data & ~second), (second, data & second)):
+        slot = (entry >> SLOT_SHIFT) - 1
+        if slot < 0 and need:
+            return -1
+        if slot >= cache.device.slots:
+            return slot + 1
+        owner = layer.id << 32 | number * PAGE_BLOCKS + i
+        if slot >= 0 and cache.scan is None and cache.owner[slot] != owner and not layer.dead:
+            return slot + 1
+    return 0
+
+
+def _forget(layer: Layer, number: int, i: int) -> None:
+    """Drop an entry of a clean layer. Its slot is left alone: it is another's, or none."""
+    page = layer.writable(number)
+    word = page[i]
+    layer.sectors -= (word & FULL).bit_count()
+    layer.slots -= bool(word >> SLOT_SHIFT)
+    page[i] = 0

@@ -1,0 +1,311 @@
+"""What each sub-command does. Arguments are checked already; the result is the exit code."""
+
+import argparse
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from forebay.client import Client, Progress
+from forebay.config.client import run_directory
+from forebay.errors import ForebayError
+from forebay.units import format_size
+
+Arguments = argparse.Namespace
+
+
+def daemon(arguments: Arguments) -> Client:
+    """The daemon that the configuration points at. Raises ForebayError for a file that cannot be
+    read.
+    """
+    return Client(os.path.join(run_directory(arguments.config), "control.sock"))
+
+
+def print_json(content: Any) -> None:
+    """Indented, one object after the other."""
+    print(json.dumps(content, indent=2))
+
+
+@contextmanager
+def progress_shown(what: str) -> Iterator[Progress]:
+    """A progress bar on stderr where both it and stdout are a terminal, else nothing."""
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        yield lambda _done, _total: None
+        return
+    from forebay.cli.progress import progress_bar
+
+    with progress_bar(what) as advance:
+        yield advance
+
+
+# ------------------------------------------------------------------------------------- the daemon
+
+
+def serve(arguments: Arguments) -> int:
+    """Run the daemon until it is told to end."""
+    gc.disable()  # nothing that is imported goes again; the daemon has it enabled once it serves
+    from pathlib import Path
+
+    from forebay.config.model import Config
+    from forebay.daemon.gateway import serve as run_daemon
+
+    config = Config.load(arguments.config)
+    state, run = (path and Path(path).absolute() for path in (arguments.state, arguments.run))
+    return run_daemon(config, state, run)
+
+
+def check_config(arguments: Arguments) -> int:
+    """Say that the configuration is right, and what it may lack."""
+    from forebay.config.model import Config
+
+    config = Config.load(arguments.config)
+    for warning in config.warnings():
+        print(f"forebay: warning: {warning}", file=sys.stderr)
+    print(f"{config.source or 'built-in defaults'}: good")
+    return 0
+
+
+def dump_config(arguments: Arguments) -> int:
+    """Print what holds, defaults included, in the form of the file."""
+    from forebay.config.model import Config
+
+    config = Config.load(arguments.config)
+    if arguments.json:
+        print(config.model_dump_json(indent=2))
+    else:
+        print(config.to_toml())
+    return 0
+
+
+def demo(_: Arguments) -> int:
+    """Show everything on a throw-away directory."""
+    from forebay.cli.demo import main
+
+    main()
+    return 0
+
+
+# ------------------------------------------------------------------------------------------ disks
+
+
+def attach(arguments: Arguments) -> int:
+    """Serve an image; prints where."""
+    content = {
+        "name": arguments.name,
+        "image": _image(arguments.image),
+        "mode": arguments.mode,
+        "cache_size": arguments.cache_size,
+        "preload": arguments.preload,
+        "read_only": arguments.read_only,
+        "overlay": arguments.overlay,
+    }
+    client = daemon(arguments)
+    if arguments.wait is None:
+        status = client.post("/disks", content)
+    else:
+        from forebay.cli.wait import when_free
+
+        status = when_free(lambda: client.post("/disks", content), arguments.name, arguments.wait)
+    if arguments.json:
+        print_json(status)
+    else:
+        print(f"{status['name']}: {status['socket']}")
+        from forebay.libvirt.version import installed_version
+
+        _warn_of_old_libvirt(installed_version())
+    return 0
+
+
+def _warn_of_old_libvirt(version: tuple[int, int, int] | None) -> None:
+    """On stderr, where this libvirt is too old for <reconnect>."""
+    from forebay.libvirt.version import knows_reconnect, reconnect_warning
+
+    if version is not None and not knows_reconnect(version):
+        print(f"forebay: warning: {reconnect_warning(version)}", file=sys.stderr)
+
+
+def _image(text: str) -> str:
+    """A path is made absolute here: the daemon has a working directory of its own."""
+    store, colon, _ = text.partition(":")
+    if text.startswith("/") or (colon and "/" not in store):
+        return text
+    return os.path.abspath(text)
+
+
+def detach(arguments: Arguments) -> int:
+    """Drain, then let go."""
+    flags = f"discard={int(arguments.discard)}&force={int(arguments.force)}"
+    with progress_shown(f"detach {arguments.name}") as progress:
+        daemon(arguments).follow("DELETE", f"/disks/{arguments.name}?{flags}", None, progress)
+    print(f"{arguments.name}: detached")
+    return 0
+
+
+def status(arguments: Arguments) -> int:
+    """The table of disks, or JSON."""
+    client = daemon(arguments)
+    disks = [client.get(f"/disks/{arguments.name}")] if arguments.name else client.get("/disks")
+    if arguments.json:
+        print_json(disks)
+        return 0
+    from forebay.cli.render import reasons, status_table, wants_colour
+
+    terminal = sys.stdout.isatty()
+    width = os.get_terminal_size().columns if terminal else None
+    print("\n".join(status_table(disks, colour=wants_colour(terminal), width=width)))
+    if terminal and (why := reasons(disks)):
+        print("", *why, sep="\n")
+    if terminal and not disks:
+        print("no disks yet: 'forebay attach NAME IMAGE' serves one")
+    return 0
+
+
+def flush(arguments: Arguments) -> int:
+    """Write back; done only when nothing is dirty."""
+    content = {
+        "names": [arguments.name] if arguments.name else None,
+        "timeout": arguments.timeout,
+    }
+    with progress_shown(f"flush {arguments.name or 'all disks'}") as progress:
+        result = daemon(arguments).follow("POST", "/flush", content, progress)
+    if arguments.json:
+        print_json(result)
+    if result["dirty_bytes"]:
+        raise ForebayError(
+            f"{format_size(result['dirty_bytes'])} are dirty again: guests went on writing; "
+            "pause them, or choose mode write-through, and flush again"
+        )
+    if result["not_served"]:
+        raise ForebayError(
+            f"{', '.join(result['not_served'])}: not served, so what is dirty there stays: "
+            "see 'forebay status'"
+        )
+    if not arguments.json:
+        done = result["written_back_bytes"]
+        written = f"{format_size(done)} written back, " if done else ""
+        print(f"{arguments.name or 'all disks'}: {written}nothing is dirty")
+    return 0
+
+
+def mode(arguments: Arguments) -> int:
+    """Change the mode; leaving write-back drains first."""
+    with progress_shown(f"mode {arguments.name}") as progress:
+        disk = daemon(arguments).follow(
+            "POST", f"/disks/{arguments.name}/mode", {"mode": arguments.mode}, progress
+        )
+    print(f"{disk['name']}: {disk['mode']}")
+    return 0
+
+
+def preload(arguments: Arguments) -> int:
+    """Bring data in."""
+    with progress_shown(f"preload {arguments.name}") as progress:
+        disk = daemon(arguments).follow(
+            "POST", f"/disks/{arguments.name}/preload", {"amount": arguments.amount}, progress
+        )
+    print(f"{disk['name']}: {format_size(disk['cached_bytes'])} cached")
+    return 0
+
+
+def xml(arguments: Arguments) -> int:
+    """Print the disk element, or that for the hook."""
+    from forebay.libvirt.disk_xml import disk_element, metadata_element
+    from forebay.libvirt.version import installed_version
+
+    disk = daemon(arguments).get(f"/disks/{arguments.name}")
+    if arguments.metadata:
+        print(metadata_element(disk))
+        return 0
+    version = arguments.libvirt or installed_version()
+    print(disk_element(disk, arguments.target, version))
+    _warn_of_old_libvirt(version)
+    return 0
+
+
+def libvirt_hook(arguments: Arguments) -> int:
+    """What libvirt's hook for QEMU does."""
+    from forebay.libvirt.hook import run
+
+    return run(
+        arguments.domain,
+        arguments.operation,
+        arguments.sub_operation,
+        arguments.extra,
+        arguments.config,
+    )
+
+
+# ------------------------------------------------------------------------------------------ cache
+
+
+def cache(arguments: Arguments) -> int:
+    """The cache device: what it holds; make, extend, format, check, remove."""
+    from forebay.cli.cache import cache as run
+
+    return run(arguments, daemon(arguments))
+
+
+def stats(arguments: Arguments) -> int:
+    """Rates."""
+    from forebay.cli.stats import stats as run
+
+    return run(arguments.what, daemon(arguments), json_lines=arguments.json)
+
+
+def fuse(arguments: Arguments) -> int:
+    """Mount disks and images as files until told to end."""
+    from pathlib import Path
+
+    from forebay.config.model import Config
+    from forebay.doors.fuse.mount import Settings, mount
+
+    settings = Settings(
+        allow_other=arguments.allow_other, wait=arguments.wait, patience=arguments.patience
+    )
+    return mount(Config.load(arguments.config), Path(arguments.mount), settings)
+
+
+def recover(arguments: Arguments) -> int:
+    """Finish or drop a checkpoint beside an image; says what point in time the image is at."""
+    return _recover(arguments, take_over=False, sure=True)
+
+
+def takeover(arguments: Arguments) -> int:
+    """The same, and the image is free for another gateway."""
+    return _recover(arguments, take_over=True, sure=arguments.yes)
+
+
+def _recover(arguments: Arguments, *, take_over: bool, sure: bool) -> int:
+    from forebay.config.model import Config
+    from forebay.sidecar.recover import run
+
+    report = run(Config.load(arguments.config), arguments.image, take_over=take_over, sure=sure)
+    if arguments.json:
+        print_json(report.json())
+    else:
+        print("\n".join(report.lines()))
+    return 0
+
+
+RUN: dict[str, Callable[[Arguments], int]] = {
+    "serve": serve,
+    "attach": attach,
+    "detach": detach,
+    "status": status,
+    "stats": stats,
+    "flush": flush,
+    "mode": mode,
+    "preload": preload,
+    "xml": xml,
+    "libvirt-hook": libvirt_hook,
+    "cache": cache,
+    "recover": recover,
+    "takeover": takeover,
+    "fuse": fuse,
+    "check-config": check_config,
+    "dump-config": dump_config,
+    "demo": demo,
+}

@@ -1,0 +1,180 @@
+"""Tables and lines for people: what `forebay status`, `stats` and `cache` print.
+
+Plain aligned text; at a terminal the heading is bold, and what needs a look is coloured.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from forebay.units import MIB, format_duration, format_size
+
+BOLD, RED, YELLOW = "1", "31", "33"
+
+_HEALTHY = ("ready", "copying")
+"""States that need no look; every other one is coloured."""
+
+
+class Cell(NamedTuple):
+    """One field of a table; `colour` is used at a terminal only."""
+
+    text: str
+    colour: str = ""
+
+
+class Column(NamedTuple):
+    """A heading, and on which side its fields are aligned."""
+
+    heading: str
+    right: bool = False
+    shrinks: bool = False
+
+
+STATUS_COLUMNS = (
+    Column("NAME"),
+    Column("IMAGE", shrinks=True),
+    Column("SIZE", right=True),
+    Column("MODE"),
+    Column("STATE"),
+    Column("CACHED", right=True),
+    Column("DIRTY", right=True),
+    Column("LAG", right=True),
+    Column("HIT%", right=True),
+    Column("CLIENTS", right=True),
+)
+
+
+def wants_colour(terminal: bool) -> bool:
+    """Whether to colour: at a terminal that can, unless NO_COLOR (no-color.org) is set."""
+    return terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def table(
+    columns: Sequence[Column],
+    rows: Iterable[Sequence[Cell]],
+    *,
+    colour: bool = False,
+    width: int | None = None,
+) -> list[str]:
+    """Aligned lines, heading first. `width` (characters): columns that may shrink do, to fit it."""
+    body = list(rows)
+    widths = [
+        max(len(column.heading), *(len(row[i].text) for row in body), 0)
+        for i, column in enumerate(columns)
+    ]
+    if width is not None:
+        _shrink(columns, widths, width)
+    heading = [Cell(column.heading, BOLD) for column in columns]
+    return [_line(columns, widths, row, colour) for row in (heading, *body)]
+
+
+def _shrink(columns: Sequence[Column], widths: list[int], width: int) -> None:
+    excess = sum(widths) + 2 * (len(widths) - 1) - width
+    for i, column in enumerate(columns):
+        if column.shrinks and excess > 0:
+            widths[i] = max(len(column.heading), 12, widths[i] - excess)
+
+
+def _line(
+    columns: Sequence[Column], widths: Sequence[int], row: Sequence[Cell], colour: bool
+) -> str:
+    fields = []
+    for column, width, cell in zip(columns, widths, row, strict=True):
+        text = _middle_cut(cell.text, width)
+        text = text.rjust(width) if column.right else text.ljust(width)
+        fields.append(f"\x1b[{cell.colour}m{text}\x1b[0m" if colour and cell.colour else text)
+    return "  ".join(fields).rstrip()
+
+
+def _middle_cut(text: str, width: int) -> str:
+    """Cut from the middle: the store in front and the file at the end tell images apart."""
+    if len(text) <= width:
+        return text
+    front = (width - 1) // 2
+    return text[:front] + "…" + text[len(text) - (width - 1 - front) :]
+
+
+def hit_percent(hits: float, misses: float) -> str:
+    """`97.3`, or `-` where nothing was asked."""
+    return f"{100 * hits / (hits + misses):.1f}" if hits + misses > 0 else "-"
+
+
+def mode_of(disk: Mapping[str, Any]) -> str:
+    """The mode, and what else decides about writes: `write-back,overlay`."""
+    marks = [mark for key, mark in (("overlay", "overlay"), ("read_only", "ro")) if disk[key]]
+    return ",".join([disk["mode"], *marks])
+
+
+def status_row(disk: Mapping[str, Any]) -> list[Cell]:
+    """One line of `forebay status`."""
+    state = str(disk["state"])
+    dirty = disk["dirty_bytes"]
+    attention = YELLOW if dirty else ""
+    return [
+        Cell(disk["name"]),
+        Cell(disk["image"]),
+        Cell(format_size(disk["size"])),
+        Cell(mode_of(disk)),
+        Cell(state, "" if state in _HEALTHY else RED),
+        Cell(format_size(disk["cached_bytes"])),
+        Cell(format_size(dirty), attention),
+        Cell(format_duration(disk["lag_seconds"]), attention),
+        Cell(hit_percent(disk["read_hits"], disk["read_misses"])),
+        Cell(str(disk["clients"])),
+    ]
+
+
+def status_table(
+    disks: Sequence[Mapping[str, Any]], *, colour: bool = False, width: int | None = None
+) -> list[str]:
+    """`forebay status`."""
+    return table(STATUS_COLUMNS, map(status_row, disks), colour=colour, width=width)
+
+
+def reasons(disks: Iterable[Mapping[str, Any]]) -> list[str]:
+    """`name: state: why`, for the disks that need a look."""
+    return [
+        f"{disk['name']}: {disk['state']}: {disk['reason']}" for disk in disks if disk.get("reason")
+    ]
+
+
+def key_values(values: Mapping[str, Any]) -> list[str]:
+    """`key  value` lines; what is counted in bytes or seconds is shown in units."""
+    wide = max(map(len, values), default=0)
+    return [f"{key.ljust(wide)}  {_shown(key, value)}" for key, value in values.items()]
+
+
+def _shown(key: str, value: Any) -> str:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and (key.endswith("_bytes") or key in ("size", "block_size")):
+        return f"{format_size(value)} ({value})" if value >= 1024 else str(value)
+    if number and key.endswith("_seconds"):
+        return format_duration(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)
+
+
+def rate(per_second: float) -> str:
+    """Requests per second in at most five characters: `0`, `12`, `1.2k`, `345k`."""
+    for unit in ("", "k", "M"):
+        if per_second < 999.5:
+            return (
+                f"{per_second:.0f}{unit}"
+                if per_second >= 9.95 or not unit
+                else f"{per_second:.1f}{unit}"
+            )
+        per_second /= 1000
+    return f"{per_second:.0f}G"
+
+
+def megabytes(per_second: float) -> str:
+    """Bytes per second as MiB per second: `0.00`, `3.41`, `87.1`, `1240`."""
+    amount = per_second / MIB
+    return (
+        f"{amount:.2f}"
+        if amount < 9.995
+        else f"{amount:.1f}"
+        if amount < 99.95
+        else f"{amount:.0f}"
+    )

@@ -1,0 +1,427 @@
+"""The configuration: what can be set, what it means, and what is wrong with a file.
+
+The models below are the manual: each field says what it does. Everything has a default that works,
+so a host without a file is served too. A wrong file is refused as a whole, with every fault in it.
+"""
+
+import grp
+import os
+import pwd
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+)
+
+from forebay.config.client import DEFAULT_RUN, config_path, read_toml
+from forebay.config.toml_text import line_of, toml_lines
+from forebay.errors import ConfigError, ForebayError
+from forebay.units import (
+    GIB,
+    KIB,
+    Mode,
+    did_you_mean,
+    exact_duration,
+    exact_size,
+    parse_duration,
+    parse_name,
+    parse_preload,
+    parse_size,
+)
+
+__all__ = ["Config", "ConfigError", "DiskSettings", "Mode", "Store"]
+
+BLOCK_SIZES = (64 * KIB,)
+"""What the cache's on-disk format knows, bytes."""
+
+SMALLEST_CACHE = 16 * BLOCK_SIZES[0]
+"""Bytes. Less cannot hold one large request and evict at the same time."""
+
+KVM = "kvm"
+"""The default group of sockets: QEMU runs in it on Debian and Fedora."""
+
+LONGEST_RUN = 107 - len("/disks/d.sock.new")
+"""Bytes of path. The address of a Unix socket holds 107 (unix(7)); a disk's name is checked at
+attach.
+"""
+
+
+# ----------------------------------------------------------------------------------- kinds of value
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError(f"'{path}' is not an absolute path: begin it with /")
+    return Path(os.path.normpath(path))
+
+
+def _octal(value: object) -> int:
+    if isinstance(value, str) and 3 <= len(value) <= 4 and not value.strip("01234567"):
+        return int(value, 8)
+    raise ValueError(f'{value!r} is not a file mode: write it in octal and in quotes, as "0660"')
+
+
+def _known_user(name: str) -> str:
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        hint = did_you_mean(name, (user.pw_name for user in pwd.getpwall()))
+        raise ValueError(
+            f"no user '{name}' on this host{hint}: create it, or leave the key out"
+        ) from None
+    return name
+
+
+def _known_group(name: str) -> str:
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        hint = did_you_mean(name, (group.gr_name for group in grp.getgrall()))
+        raise ValueError(
+            f"no group '{name}' on this host{hint}: create it, or leave the key out"
+        ) from None
+    return name
+
+
+def _socket_group(name: str) -> str | None:
+    """A group of this host. KVM may be missing, written or not: one file then fits all hosts."""
+    try:
+        return _known_group(name)
+    except ValueError:
+        if name != KVM:
+            raise
+        return None
+
+
+def _known_peer(name: str) -> str:
+    """A user, or a group with an @ in front."""
+    return f"@{_known_group(name[1:])}" if name.startswith("@") else _known_user(name)
+
+
+def _above_zero(value: float) -> float:
+    if value <= 0:
+        raise ValueError("must be more than zero: write 30s, 500ms or 2m")
+    return value
+
+
+def _preload_text(value: int | str) -> str:
+    return value if isinstance(value, str) else exact_size(value)
+
+
+Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(exact_size, when_used="json")]
+Preload = Annotated[
+    int | str, BeforeValidator(parse_preload), PlainSerializer(_preload_text, when_used="json")
+]
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    AfterValidator(_above_zero),
+    PlainSerializer(exact_duration, when_used="json"),
+]
+ModeName = Annotated[Mode, BeforeValidator(Mode.parse)]
+Directory = Annotated[Path, AfterValidator(_absolute)]
+FileMode = Annotated[
+    int, BeforeValidator(_octal), PlainSerializer(lambda mode: f"{mode:04o}", when_used="json")
+]
+OnChange = Literal["refresh", "refuse"]
+User = Annotated[str, AfterValidator(_known_user)]
+Group = Annotated[str, AfterValidator(_known_group)]
+SocketGroup = Annotated[str, AfterValidator(_socket_group)]
+SocketPeer = Annotated[str, AfterValidator(_known_peer)]
+
+
+# ----------------------------------------------------------------------------------------- sections
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GatewaySection(_Section):
+    """`[gateway]`: the daemon's directories and who may use its sockets."""
+
+    state: Directory = Path("/var/lib/forebay")
+    """The index, and the embedded cache device. Must survive a reboot."""
+    run: Directory = Path(DEFAULT_RUN)
+    """Sockets. libvirt overlays record the paths in it: the same on all hosts, for ever."""
+    socket_owner: User | None = None
+    """User that owns the disks' sockets; without it the daemon's own."""
+    socket_group: SocketGroup | None = Field(default_factory=lambda: _socket_group(KVM))
+    """Group of the disks' sockets, the one QEMU runs in; the daemon's own on a host without kvm."""
+    socket_mode: FileMode = 0o660
+    """File mode of the disks' sockets; connecting needs write permission."""
+    socket_peers: list[SocketPeer] | None = None
+    """Users, and groups as "@name", whose processes may use the disks' sockets, asked of the kernel at each connection;
+    without it those whom owner, group and mode let in. Root and the daemon's own user always may.
+    """
+    control_group: Group | None = None
+    """Group that may use the control API (mode 0660); without it only the daemon's own user may
+    (0600).
+    """
+
+    @field_validator("run")
+    @classmethod
+    def _sockets_fit(cls, run: Path) -> Path:
+        length = len(os.fsencode(run))
+        if length > LONGEST_RUN:
+            raise ValueError(
+                f"{length} bytes of path are too long for a Unix socket: use at most {LONGEST_RUN}"
+            )
+        return run
+
+
+class CacheSection(_Section):
+    """`[cache]`: where cached blocks lie."""
+
+    device: Directory | None = None
+    """Logical volume, block device or file; without it STATE/cache.img."""
+    size: Size = 20 * GIB
+    """Size of the file, where the device is one; a block device is used as a whole."""
+    block_size: Size = BLOCK_SIZES[0]
+    """Unit of placement on the device."""
+
+    @field_validator("size")
+    @classmethod
+    def _large_enough(cls, size: int) -> int:
+        if size < SMALLEST_CACHE:
+            raise ValueError(
+                f"{exact_size(size)} is too small: use at least {exact_size(SMALLEST_CACHE)}"
+            )
+        return size
+
+    @field_validator("block_size")
+    @classmethod
+    def _known_block_size(cls, size: int) -> int:
+        if size not in BLOCK_SIZES:
+            known = ", ".join(map(exact_size, BLOCK_SIZES))
+            raise ValueError(f"{exact_size(size)} is not supported: use {known}")
+        return size
+
+
+class DiskSettings(_Section):
+    """What holds for one disk, and the built-in defaults (`[defaults]`)."""
+
+    mode: ModeName = Mode.WRITE_THROUGH
+    """How the disk reads and writes."""
+    cache_size: Size = 0
+    """Most that the disk may hold of the cache, bytes; 0: no limit of its own."""
+    preload: Preload = 0
+    """What attach brings in: bytes from the start of the image, `trace` (what the last boot read)
+    or `all`.
+    """
+    max_lag: Duration = 30.0
+    """Seconds for which data may be dirty before it is written back."""
+    max_dirty: Size = GIB
+    """Bytes that may be dirty; from a quarter of them on, writes are slowed down towards write-back's speed."""
+    origin_timeout: Duration = 60.0
+    """Seconds after which an origin that does not answer is an error to the guest."""
+    on_change: OnChange = "refresh"
+    """What to do when somebody else changes an image while it is in use: `refresh`, forget what is cached of it and go
+    on with what is there now, or `refuse`, serve nothing until it is attached anew. With data in the cache that belongs
+    on the image as it was, it is always the latter.
+    """
+    require_locks: bool = True
+    """Whether an image is refused for writing where its file system has no locks that other hosts see."""
+
+
+class Store(_Section):
+    """`[stores.NAME]`: a directory of images, and what differs from `[defaults]` for them."""
+
+    path: Directory
+    """The directory. It may be absent when the daemon starts."""
+    mode: ModeName | None = None
+    cache_size: Size | None = None
+    preload: Preload | None = None
+    max_lag: Duration | None = None
+    max_dirty: Size | None = None
+    origin_timeout: Duration | None = None
+    on_change: OnChange | None = None
+    require_locks: bool | None = None
+
+
+class OriginsSection(_Section):
+    """`[origins]`: shell patterns of images outside all stores that may be attached; none at first."""
+
+    nbd: list[str] = Field(default_factory=list)
+    """NBD URIs, as `nbd://storage1/*`."""
+    devices: list[str] = Field(default_factory=list)
+    """Block devices, as `/dev/vg1/vm-*`."""
+
+
+# ----------------------------------------------------------------------------------- the whole file
+
+
+class Config(_Section):
+    """A configuration that was found right."""
+
+    gateway: GatewaySection = Field(default_factory=GatewaySection)
+    cache: CacheSection = Field(default_factory=CacheSection)
+    defaults: DiskSettings = Field(default_factory=DiskSettings)
+    stores: dict[str, Store] = Field(default_factory=dict)
+    origins: OriginsSection = Field(default_factory=OriginsSection)
+
+    _source: Path | None = PrivateAttr(None)
+
+    @field_validator("stores", mode="before")
+    @classmethod
+    def _names_of_stores(cls, stores: object) -> object:
+        for name in stores if isinstance(stores, dict) else ():
+            parse_name(name)
+            if name.lower() == "nbd":
+                raise ValueError("'nbd' cannot name a store, nbd: begins a URI: rename it")
+        return stores
+
+    @field_validator("stores")
+    @classmethod
+    def _one_store_a_directory(cls, stores: dict[str, Store]) -> dict[str, Store]:
+        seen: dict[Path, str] = {}
+        for name, store in stores.items():
+            other = seen.setdefault(store.path, name)
+            if other != name:
+                raise ValueError(
+                    f"'{other}' and '{name}' are the same directory {store.path}: remove one"
+                )
+        return stores
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] | None = None) -> Self:
+        """The configuration in `path`, or where FOREBAY_CONFIG says, or in the default place, or
+        the built-in one.
+
+        Raises ConfigError with one line for each fault of the file.
+        """
+        source = config_path(path)
+        if source is None:
+            return cls()
+        text, data = read_toml(source)
+        try:
+            config = cls.model_validate(data)
+        except ValidationError as refused:
+            raise ConfigError(_faults(source, text, refused)) from None
+        config._source = Path(source)  # noqa: SLF001  (its own class)
+        return config
+
+    @property
+    def source(self) -> Path | None:
+        """The file it was read from; None for the built-in defaults."""
+        return self._source
+
+    @property
+    def cache_device(self) -> Path:
+        """`cache.device`, or the embedded default STATE/cache.img."""
+        return self.cache.device or self.gateway.state / "cache.img"
+
+    def disk_settings(
+        self, store: str | None, overrides: Mapping[str, Any] | None = None
+    ) -> DiskSettings:
+        """What holds for a disk in `store` (None: outside all stores): defaults, then the store,
+        then `overrides`.
+
+        Overrides are values or text as in the file; those that are None do not count. Raises
+        ForebayError.
+        """
+        merged = self.defaults.model_dump()
+        if store is not None:
+            merged |= self.store(store).model_dump(exclude_none=True, exclude={"path"})
+        merged |= {key: value for key, value in (overrides or {}).items() if value is not None}
+        try:
+            return DiskSettings.model_validate(merged)
+        except ValidationError as refused:
+            fault = refused.errors()[0]
+            raise ForebayError(f"{_dotted(fault['loc'])}: {_what(fault)}") from None
+
+    def store(self, name: str) -> Store:
+        """The store with this name. Raises ForebayError."""
+        if name in self.stores:
+            return self.stores[name]
+        known = ", ".join(self.stores) or "none are configured"
+        raise ForebayError(
+            f"no store '{name}'{did_you_mean(name, self.stores)}: stores are {known}"
+        )
+
+    def warnings(self) -> list[str]:
+        """What is allowed but perhaps not meant: one line each."""
+        found = []
+        if self.gateway.socket_group is None:
+            found.append(
+                f"gateway.socket_group: no group '{KVM}' on this host, sockets are the daemon's own: "
+                "name the group that QEMU runs in"
+            )
+        if not (self.stores or self.origins.nbd or self.origins.devices):
+            found.append(
+                "no image can be attached: add a [stores.NAME] with a path, a directory of images"
+            )
+        found += (
+            f"stores.{name}.path: {store.path} is no directory now: mount it before attaching"
+            for name, store in self.stores.items()
+            if not store.path.is_dir()
+        )
+        return found
+
+    def to_toml(self) -> str:
+        """The effective configuration as TOML; reading it back gives an equal one."""
+        return "\n".join(toml_lines(self.model_dump(mode="json", exclude_none=True)))
+
+
+# ------------------------------------------------------------------------------------------- faults
+
+_PLAIN = {
+    "missing": "is required: add it",
+    "string_type": "must be text in quotes",
+    "path_type": "must be a path in quotes",
+    "list_type": 'must be a list, as ["a", "b"]',
+    "model_type": "must be a section with keys of its own",
+    "dict_type": "must be a section with keys of its own",
+}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "gateway": GatewaySection,
+    "cache": CacheSection,
+    "defaults": DiskSettings,
+    "stores.NAME": Store,
+    "origins": OriginsSection,
+}
+
+
+def _faults(source: str, text: str, refused: ValidationError) -> list[str]:
+    found = [(line_of(text, fault["loc"]), fault) for fault in refused.errors(include_url=False)]
+    return [
+        f"{source}:{line or 1}: {_dotted(fault['loc'])}: {_what(fault)}"
+        for line, fault in sorted(found, key=lambda pair: pair[0] or 0)
+    ]
+
+
+def _dotted(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in loc)
+
+
+def _what(fault: Mapping[str, Any]) -> str:
+    kind = fault["type"]
+    if kind == "extra_forbidden":
+        return _unknown_key(fault["loc"])
+    if kind == "value_error":
+        return str(fault["ctx"]["error"])
+    return _PLAIN.get(kind, str(fault["msg"]))
+
+
+def _unknown_key(loc: tuple[int | str, ...]) -> str:
+    """Suggests the nearest key of the section, or the section in which the key would be right."""
+    *_, key = (str(part) for part in loc)
+    section = "" if len(loc) == 1 else "stores.NAME" if loc[0] == "stores" else str(loc[0])
+    known = list(_SECTIONS[section].model_fields) if section else list(Config.model_fields)
+    hint = did_you_mean(key, known)
+    elsewhere = [
+        name for name, model in _SECTIONS.items() if name != section and key in model.model_fields
+    ]
+    if elsewhere and not hint:
+        return f"unknown key here: it belongs in [{'] or ['.join(elsewhere)}]"
+    return f"unknown {'key' if section else 'section'}{hint}: known are {', '.join(known)}"

@@ -1,0 +1,110 @@
+"""What a request to the control API may carry, checked as the command checks its arguments."""
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from forebay.units import Mode, did_you_mean, parse_duration, parse_name, parse_preload, parse_size
+
+LONGEST_BODY = 64 << 10
+"""Bytes of a request's body. The largest sensible one, an attach, has a few hundred."""
+
+Parse = Callable[[Any], Any]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str) and value:
+        return value
+    raise ValueError(f"{value!r} is not text: write it in quotes")
+
+
+def _flag(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    words = {
+        "": True,
+        "1": True,
+        "true": True,
+        "yes": True,
+        "0": False,
+        "false": False,
+        "no": False,
+    }
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    raise ValueError(f"{value!r} is neither true nor false")
+
+
+def _names(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [parse_name(name) for name in value]
+    raise ValueError(f"{value!r} is not a list of names")
+
+
+ATTACH: dict[str, Parse] = {
+    "name": parse_name,
+    "image": _text,
+    "mode": Mode.parse,
+    "cache_size": parse_size,
+    "preload": parse_preload,
+    "read_only": _flag,
+    "overlay": _flag,
+}
+DETACH: dict[str, Parse] = {"discard": _flag, "force": _flag}
+EXTEND: dict[str, Parse] = {"size": parse_size}
+FLUSH: dict[str, Parse] = {"timeout": parse_duration}
+FLUSH_MANY: dict[str, Parse] = {"names": _names, "timeout": parse_duration}
+MODE: dict[str, Parse] = {"mode": Mode.parse}
+PRELOAD: dict[str, Parse] = {"amount": parse_preload}
+
+
+async def arguments(
+    request: Request, known: Mapping[str, Parse], required: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The query's and the JSON body's keys, parsed; null counts as absent. Raises HTTPException
+    (400, 413).
+    """
+    given: dict[str, Any] = dict(request.query_params)
+    given |= _object(await _body(request))
+    parsed = {}
+    for key, value in given.items():
+        if key not in known:
+            raise HTTPException(
+                400, f"{key}: unknown{did_you_mean(key, known)}: known are {', '.join(known)}"
+            )
+        if value is None:
+            continue
+        try:
+            parsed[key] = known[key](value)
+        except ValueError as fault:
+            raise HTTPException(400, f"{key}: {fault}") from None
+    if missing := [key for key in required if key not in parsed]:
+        raise HTTPException(400, f"{missing[0]}: is required: send it in a JSON object")
+    return parsed
+
+
+async def _body(request: Request) -> bytes:
+    body = b""
+    async with aclosing(request.stream()) as parts:
+        async for part in parts:
+            body += part
+            if len(body) > LONGEST_BODY:
+                text = f"the request is too long: send at most {LONGEST_BODY} bytes"
+                raise HTTPException(413, text)
+    return body
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    if not body.strip():
+        return {}
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise HTTPException(400, 'the request is not a JSON object: send {"key": value, ...}')
+    return found

@@ -1,0 +1,282 @@
+"""The control API: HTTP with JSON, for the command, for scripts and for a Prometheus scraper.
+
+What takes long (flush, detach, preload, mode, scrub) answers with one JSON object a line:
+`{"done": bytes, "total": bytes}` as it goes on, then `{"result": ...}` or `{"error": text}`. What
+fails before the first such line is answered as every other error: a 4xx or 5xx status with
+`{"error": text}`. A client that hangs up ends the waiting, never the data. The routes stand in
+gateway/README.md.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from forebay import __version__
+from forebay.control.arguments import (
+    ATTACH,
+    DETACH,
+    EXTEND,
+    FLUSH,
+    FLUSH_MANY,
+    MODE,
+    PRELOAD,
+    arguments,
+)
+from forebay.control.work import Operation, Progress, error, failure
+from forebay.errors import ForebayError
+from forebay.units import Mode
+
+Status = dict[str, Any]
+"""What is told about one disk; the keys of the contract and more."""
+
+NOT_SERVED = "failed"
+"""The state of a disk on record that could not be opened; what it has dirty is not known."""
+
+WRITES_BACK = (Mode.WRITE_BACK, Mode.FULL_COPY)
+
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Answers(Protocol):
+    """What the control API needs of the daemon. Amounts are bytes, time-outs seconds.
+
+    Everything raises ForebayError for what cannot be done, and OSError for what the host refused.
+    """
+
+    async def attach(
+        self,
+        name: str,
+        image: str,
+        *,
+        mode: Mode | None,
+        cache_size: int | None,
+        preload: int | str | None,
+        read_only: bool,
+        overlay: bool,
+    ) -> Status:
+        """Serve an image; None stands for what the store says."""
+
+    async def detach(self, name: str, *, discard: bool, force: bool, progress: Progress) -> None:
+        """Drain, or drop what is dirty, and stop serving."""
+
+    def status(self, name: str | None = None) -> list[Status]:
+        """All disks, or the one with this name."""
+
+    async def flush(
+        self, names: list[str] | None, *, timeout: float | None, progress: Progress
+    ) -> None:
+        """Return when none of these disks (None: of all) has anything dirty."""
+
+    async def set_mode(self, name: str, mode: Mode, progress: Progress) -> Status:
+        """Change how a disk reads and writes."""
+
+    async def preload(self, name: str, amount: int | str, progress: Progress) -> None:
+        """Bring in bytes from the start, or `trace`, or `all`."""
+
+    def cache_info(self) -> dict[str, Any]:
+        """The cache device and what it holds."""
+
+    async def extend_cache(self, size: int | None, progress: Progress) -> dict[str, Any]:
+        """Use all of the cache device, made `size` bytes where it is a file; what it is then."""
+
+    async def release_cache(self, progress: Progress) -> dict[str, Any]:
+        """Write back all that is dirty. Raises ForebayError while there are disks."""
+
+    async def scrub(self, progress: Progress) -> dict[str, Any]:
+        """Check the whole cache device; what was found."""
+
+    async def repair_cache(self, progress: Progress) -> dict[str, Any]:
+        """Use a cache device again that has failed, then check it; what was found."""
+
+    def metrics(self) -> str:
+        """Prometheus text."""
+
+
+Endpoint = Callable[[Request], Awaitable["Response | Operation"]]
+
+
+def _guarded(endpoint: Endpoint) -> Endpoint:
+    """The endpoint, with every fault answered in JSON: none of them may end the daemon."""
+
+    async def call(request: Request) -> Response | Operation:
+        try:
+            return await endpoint(request)
+        except Exception as fault:  # noqa: BLE001
+            return error(*failure(fault), fault)
+
+    return call
+
+
+class Control:
+    """The endpoints, on one gateway."""
+
+    def __init__(self, gateway: Answers) -> None:
+        self._gateway = gateway
+
+    def routes(self) -> list[Route]:
+        """Every route; gateway/README.md has the same table."""
+        table: list[tuple[str, str, Endpoint]] = [
+            ("GET", "/", self.index),
+            ("GET", "/metrics", self.metrics),
+            ("GET", "/disks", self.disks),
+            ("POST", "/disks", self.attach),
+            ("GET", "/disks/{name}", self.disk),
+            ("DELETE", "/disks/{name}", self.detach),
+            ("POST", "/disks/{name}/flush", self.flush),
+            ("POST", "/disks/{name}/mode", self.mode),
+            ("POST", "/disks/{name}/preload", self.preload),
+            ("POST", "/flush", self.flush_many),
+            ("GET", "/cache", self.cache),
+            ("POST", "/cache/extend", self.extend),
+            ("POST", "/cache/release", self.release),
+            ("POST", "/cache/scrub", self.scrub),
+            ("POST", "/cache/repair", self.repair),
+        ]
+        return [Route(path, _guarded(call), methods=[method]) for method, path, call in table]
+
+    def _name(self, request: Request) -> str:
+        """The disk in the path. Raises HTTPException (404) when there is none."""
+        name: str = request.path_params["name"]
+        try:
+            self._gateway.status(name)
+        except ForebayError as fault:
+            raise HTTPException(404, str(fault)) from None
+        return name
+
+    async def index(self, _: Request) -> Response:
+        """Who answers, for a person with curl."""
+        routes = [f"{_method(route)} {route.path}" for route in self.routes()]
+        return JSONResponse({"forebay": __version__, "routes": routes})
+
+    async def metrics(self, _: Request) -> Response:
+        """Prometheus text."""
+        return PlainTextResponse(self._gateway.metrics(), media_type=PROMETHEUS_TEXT)
+
+    async def disks(self, _: Request) -> Response:
+        """The status of all disks, a list."""
+        return JSONResponse(self._gateway.status())
+
+    async def disk(self, request: Request) -> Response:
+        """The status of one disk."""
+        return JSONResponse(self._gateway.status(self._name(request))[0])
+
+    async def attach(self, request: Request) -> Response:
+        """Attach an image; answers with the new disk's status."""
+        given = await arguments(request, ATTACH, ("name", "image"))
+        status = await self._gateway.attach(
+            given["name"],
+            given["image"],
+            mode=given.get("mode"),
+            cache_size=given.get("cache_size"),
+            preload=given.get("preload"),
+            read_only=given.get("read_only", False),
+            overlay=given.get("overlay", False),
+        )
+        return JSONResponse(status, 201)
+
+    async def detach(self, request: Request) -> Operation:
+        """Write back what is dirty (or drop it: `discard`) and let the image go."""
+        name, given = self._name(request), await arguments(request, DETACH)
+
+        async def work(progress: Progress) -> Status:
+            await self._gateway.detach(
+                name,
+                discard=given.get("discard", False),
+                force=given.get("force", False),
+                progress=progress,
+            )
+            return {"name": name}
+
+        return Operation(work)
+
+    async def flush(self, request: Request) -> Operation:
+        """Write back what one disk has dirty."""
+        name, given = self._name(request), await arguments(request, FLUSH)
+        return self._flush([name], given.get("timeout"))
+
+    async def flush_many(self, request: Request) -> Operation:
+        """Write back what all disks, or those in `names`, have dirty."""
+        given = await arguments(request, FLUSH_MANY)
+        return self._flush(given.get("names"), given.get("timeout"))
+
+    def _flush(self, names: list[str] | None, timeout: float | None) -> Operation:
+        async def work(progress: Progress) -> Status:
+            before = self._written_back()
+            await self._gateway.flush(names, timeout=timeout, progress=progress)
+            after = self._written_back()
+            disks = [d for d in self._gateway.status() if names is None or d["name"] in names]
+            return {
+                "names": [disk["name"] for disk in disks],
+                "written_back_bytes": sum(
+                    after.get(disk["name"], 0) - before.get(disk["name"], 0) for disk in disks
+                ),
+                "dirty_bytes": sum(disk["dirty_bytes"] for disk in disks),
+                "not_served": [disk["name"] for disk in disks if disk["state"] == NOT_SERVED],
+            }
+
+        return Operation(work)
+
+    def _written_back(self) -> dict[str, int]:
+        """By disk: what went to the origin behind its guest's back."""
+        return {
+            disk["name"]: disk["origin_written_bytes"]
+            for disk in self._gateway.status()
+            if disk["mode"] in WRITES_BACK
+        }
+
+    async def mode(self, request: Request) -> Operation:
+        """Change the mode; answers with the disk's status."""
+        name, given = self._name(request), await arguments(request, MODE, ("mode",))
+        return Operation(lambda progress: self._gateway.set_mode(name, given["mode"], progress))
+
+    async def preload(self, request: Request) -> Operation:
+        """Bring part of the image in; answers with the disk's status."""
+        name, given = self._name(request), await arguments(request, PRELOAD, ("amount",))
+
+        async def work(progress: Progress) -> Status:
+            await self._gateway.preload(name, given["amount"], progress)
+            return self._gateway.status(name)[0]
+
+        return Operation(work)
+
+    async def cache(self, _: Request) -> Response:
+        """What the cache device is and holds."""
+        return JSONResponse(self._gateway.cache_info())
+
+    async def extend(self, request: Request) -> Operation:
+        """Use a cache device that has grown, or make the file larger first; answers as GET /cache."""
+        given = await arguments(request, EXTEND)
+        return Operation(lambda progress: self._gateway.extend_cache(given.get("size"), progress))
+
+    async def release(self, _: Request) -> Operation:
+        """Make sure that nothing needs the cache any more; answers with the daemon's pid."""
+        return Operation(self._gateway.release_cache)
+
+    async def scrub(self, _: Request) -> Operation:
+        """Read and check everything on the cache device."""
+        return Operation(self._gateway.scrub)
+
+    async def repair(self, _: Request) -> Operation:
+        """Use a cache device again that has failed, then do the same."""
+        return Operation(self._gateway.repair_cache)
+
+
+def _method(route: Route) -> str:
+    """The route's one method; starlette adds HEAD to GET by itself."""
+    return min(route.methods or ())
+
+
+def control_app(gateway: Answers) -> Starlette:
+    """The ASGI application."""
+
+    async def refuse(request: Request, fault: Exception) -> Response:
+        """Answer what starlette's router found no route or method for."""
+        text = f"no {request.method} {request.url.path} here: GET / lists the routes"
+        return error(failure(fault)[0], text)
+
+    return Starlette(routes=Control(gateway).routes(), exception_handlers={HTTPException: refuse})

@@ -1,0 +1,73 @@
+"""The watchdog (`WatchdogSec=`): fed for as long as requests get answers, not for as long as a timer ticks.
+
+It is fed from the event loop, so a loop that stands still is noticed by itself. What else can hang is a request: each
+wait in the data path is bounded (`origin_timeout`), so one that has no answer for longer than that, on a disk where
+nothing else moves either, will never get one. Then the feeding stops, and systemd starts the daemon anew. A store that
+hangs is not such a case: its requests fail in time.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+
+import trio
+
+from forebay.daemon.attached import Attached
+from forebay.systemd import notify, watchdog_seconds
+from forebay.units import format_size
+
+log = logging.getLogger("forebay.daemon")
+
+MARGIN_SECONDS = 30.0
+"""What a request may take beyond `origin_timeout` without any sign of life of its disk."""
+
+STATUS_SECONDS = 10.0
+"""How often `systemctl status` is told how the disks are, where no watchdog asks more often."""
+
+
+class Watch:
+    """Judges at each look whether disks move."""
+
+    def __init__(self) -> None:
+        self._moved: dict[str, tuple[object, float]] = {}
+
+    def stuck(self, disks: Iterable[Attached]) -> str | None:
+        """Why the daemon has to be started anew; None: it has not."""
+        now = trio.current_time()
+        found = None
+        moved: dict[str, tuple[object, float]] = {}
+        for one in disks:
+            pulse = one.pulse()
+            last, since = self._moved.get(one.name, (None, now))
+            moved[one.name] = (pulse, since if pulse == last else now)
+            waiting = one.door.unanswered_since
+            if waiting is None:
+                continue
+            still = now - max(waiting, moved[one.name][1])
+            if still > one.disk.settings.origin_timeout + MARGIN_SECONDS:
+                found = f"disk '{one.name}' answers nothing and has moved nothing for {still:.0f} s"
+        self._moved = moved
+        return found
+
+
+async def feed(disks: Callable[[], list[Attached]]) -> None:
+    """Feed the watchdog, if there is one, twice as often as asked, and tell the manager how the disks are."""
+    asked = watchdog_seconds()
+    pause = min(STATUS_SECONDS, asked / 2 if asked else STATUS_SECONDS)
+    watch = Watch()
+    told: str | None = None
+    while True:
+        found = disks()
+        stuck = watch.stuck(found)
+        if stuck is not None and told is None:
+            log.error("%s: the watchdog is not fed any more", stuck)
+        told = stuck
+        if stuck is None and asked:
+            notify("WATCHDOG=1", wait=False)
+        notify(f"STATUS={stuck or _summary(found)}", wait=False)
+        await trio.sleep(pause)
+
+
+def _summary(disks: list[Attached]) -> str:
+    clients = sum(one.door.clients for one in disks)
+    dirty = sum(one.disk.dirty_bytes for one in disks)
+    return f"{len(disks)} disks, {clients} clients, {format_size(dirty)} dirty"

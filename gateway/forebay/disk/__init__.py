@@ -1,0 +1,1 @@
+"""One disk as its VM sees it: an NBD export over the layers of the cache, with its mode."""

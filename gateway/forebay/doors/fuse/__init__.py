@@ -1,0 +1,1 @@
+"""Disks as files: a FUSE mount, in a process of its own, that is an NBD client of the daemon."""

@@ -1,0 +1,222 @@
+"""`forebay fuse MOUNT`: the process that mounts the disks, from start to end."""
+
+import contextlib
+import ctypes
+import errno
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import trio
+
+from forebay.config.model import Config
+from forebay.doors.fuse.awake import kept_awake
+from forebay.doors.fuse.daemon import Daemon
+from forebay.doors.fuse.open_files import OpenFiles
+from forebay.doors.fuse.places import DISKS, IMAGES, DisksPlace, ImagesPlace, Place
+from forebay.errors import ForebayError
+from forebay.origin.addresses import resolve
+from forebay.systemd import keep_alive, notify
+
+try:
+    import pyfuse3
+
+    from forebay.doors.fuse.files import Files
+    from forebay.doors.fuse.turns import Turns
+except ImportError as missing:
+    raise ForebayError(
+        f"FUSE is not available ({missing}): install python3-pyfuse3 and fuse3"
+    ) from None
+
+log = logging.getLogger("forebay.fuse")
+
+READ_AHEAD_KB = 1024
+"""KiB the kernel reads ahead of a sequential reader, where we may set it: as much as one request can carry."""
+
+IN_FLIGHT = 64
+"""Requests the kernel has out at once, where we may set it: as many as the daemon takes on one connection."""
+
+TASKS = 99
+"""Requests worked on at once; each has a buffer of 1 MiB for what the kernel may send."""
+
+IDLE_TASKS = 16
+"""Of these, how many stay when there is nothing to do: to end one and start the next costs more than a small read."""
+
+KEPT_BYTES = 32 << 20
+"""Freed memory that is not given back to the system: requests come with a buffer of up to 1 MiB each."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""mallopt(3)."""
+
+UNMOUNT_SECONDS = 5.0
+"""How long an orderly unmount may take at the end; then the mount is cut off."""
+
+
+class Settings:
+    """What the command was told. Times in seconds."""
+
+    def __init__(self, *, allow_other: bool, wait: float, patience: float) -> None:
+        self.allow_other = allow_other
+        self.wait = wait
+        self.patience = patience
+
+
+def mount(config: Config, where: Path, settings: Settings) -> int:
+    """Mount at `where` and serve until it is unmounted or SIGTERM or SIGINT comes; 0. Raises ForebayError."""
+    _log_to_stderr()
+    _keep_memory()
+    where = _mount_point(where)
+    options = set(pyfuse3.default_options) | {"fsname=forebay", "subtype=forebay"}
+    if settings.allow_other:
+        options.add("allow_other")
+    try:
+        trio.run(_main, config, where, options, settings)
+    except BaseExceptionGroup as group:
+        fault: BaseException = group
+        while isinstance(fault, BaseExceptionGroup) and len(fault.exceptions) == 1:
+            fault = fault.exceptions[0]
+        if isinstance(fault, ForebayError):
+            raise fault from None
+        raise
+    return 0
+
+
+async def _main(config: Config, where: Path, options: set[str], settings: Settings) -> None:
+    started = time.time_ns()
+    daemon = Daemon(str(config.gateway.run / "control.sock"))
+    images = ImagesPlace({name: store.path for name, store in config.stores.items()}, started)
+    places: dict[str, Place] = {DISKS: DisksPlace(daemon, started), IMAGES: images}
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            files = OpenFiles(
+                daemon,
+                images,
+                _keys(config),
+                nursery,
+                wait=settings.wait,
+                patience=settings.patience,
+            )
+            Turns.install()
+            _mount(Files(places, files, daemon), where, options)
+            nursery.start_soon(files.tidy)
+            nursery.start_soon(_ready, where)
+            nursery.start_soon(_unmount_on, signals, where)
+            nursery.start_soon(keep_alive)
+            try:
+                async with kept_awake():
+                    await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=TASKS)
+            finally:
+                notify("STOPPING=1")
+                pyfuse3.close(unmount=True)
+                with trio.CancelScope(shield=True):
+                    await files.shut()
+                nursery.cancel_scope.cancel()
+    log.info("%s: unmounted", where)
+
+
+def _keys(config: Config) -> Callable[[str], str | None]:
+    """What tells the image that a disk was attached from."""
+
+    def key_of(text: str) -> str | None:
+        try:
+            return resolve(config, text).key
+        except ForebayError:
+            return None
+
+    return key_of
+
+
+# ------------------------------------------------------------------------------------------------------------- mounting
+
+
+def _mount_point(where: Path) -> Path:
+    """The absolute path of a directory to mount at; a mount that a killed process left there is removed."""
+    where = Path(os.path.abspath(where))
+    try:
+        # for a moment the kernel knows the attributes of a dead one, but never this
+        os.statvfs(where)
+        found = where.stat()
+    except OSError as fault:
+        if fault.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+            raise ForebayError(f"{where}: {fault.strerror}: make the directory first") from None
+        log.warning("%s: a process that ended had it mounted; mounting anew", where)
+        _fusermount("-u", "-z", str(where))
+        found = where.stat()
+    if not where.is_dir():
+        raise ForebayError(f"{where} is not a directory: mount at an empty directory")
+    if found.st_dev != where.parent.stat().st_dev and os.path.ismount(where):
+        raise ForebayError(f"{where} has something mounted already: unmount that first")
+    return where
+
+
+def _mount(files: "Files", where: Path, options: set[str]) -> None:
+    try:
+        pyfuse3.init(files, str(where), options)
+    except RuntimeError:
+        hint = "see the line above"
+        if not Path("/dev/fuse").exists():
+            hint = "there is no /dev/fuse: load the module fuse"
+        elif "allow_other" in options and os.geteuid() != 0:
+            hint = "--allow-other needs user_allow_other in /etc/fuse.conf, or root"
+        raise ForebayError(f"{where} cannot be mounted: {hint}") from None
+
+
+async def _ready(where: Path) -> None:
+    """Tell the service manager once the mount answers; then let the kernel ask for more at once."""
+    found = await trio.to_thread.run_sync(os.stat, where, abandon_on_cancel=True)
+    _tune(os.minor(found.st_dev))
+    log.info("%s: mounted", where)
+    notify("READY=1")
+    gc.freeze()  # what is there now stays: requests do not wait for a look through it
+
+
+def _tune(minor: int) -> None:
+    """Let the kernel ask for more at once. Root may; without it the mount is as right and somewhat slower."""
+    for path, value in (
+        (f"/sys/class/bdi/0:{minor}/read_ahead_kb", READ_AHEAD_KB),
+        (f"/sys/fs/fuse/connections/{minor}/max_background", IN_FLIGHT),
+        (f"/sys/fs/fuse/connections/{minor}/congestion_threshold", IN_FLIGHT * 3 // 4),
+    ):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(str(value))
+
+
+async def _unmount_on(signals: AsyncIterator[int], where: Path) -> None:
+    """Unmount in order while requests are still answered, so that what is mapped and dirty arrives; else cut it off."""
+    await anext(signals)
+    with trio.move_on_after(UNMOUNT_SECONDS):
+        done = await trio.to_thread.run_sync(_fusermount, "-u", str(where), abandon_on_cancel=True)
+        if done:
+            return
+    log.warning("%s: in use: those who have files open there get errors from now on", where)
+    pyfuse3.terminate()
+
+
+def _fusermount(*arguments: str) -> bool:
+    """Whether it did it. Blocks."""
+    try:
+        command = ["fusermount3", *arguments]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        raise ForebayError("fusermount3 is not installed: install fuse3") from None
+
+
+def _keep_memory() -> None:
+    """Have malloc keep what it was given, in place of asking the system for each large buffer: pages cost time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # not every C library has it
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("pyfuse3").setLevel(logging.WARNING)

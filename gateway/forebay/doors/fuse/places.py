@@ -1,0 +1,165 @@
+"""The directories of the mount and what they hold: `disks/NAME`, and `images/STORE/path` as the stores have them."""
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Protocol, TypeVar
+
+import trio
+
+from forebay.doors.fuse.daemon import Daemon, Served, disk_for
+from forebay.origin.addresses import SIDECAR
+from forebay.origin.calls import open_beneath
+
+Path = tuple[str, ...]
+"""Names from the root of the mount on; () is the root."""
+
+DISKS, IMAGES = "disks", "images"
+
+STORE_SECONDS = 20.0
+"""Longest wait for a store's directory. Then the answer is EIO: a hung file server must not hang the mount."""
+
+STORE_THREADS = 4
+"""Looks into one store at once; those that hang keep their place."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A directory or a file. `mode` has the permissions only; `size` in bytes, `mtime_ns` since the epoch."""
+
+    folder: bool
+    mode: int
+    uid: int = 0
+    gid: int = 0
+    size: int = 0
+    mtime_ns: int = 0
+
+
+class Place(Protocol):
+    """One top directory. Paths are those below it; methods raise OSError."""
+
+    async def look(self, path: Path) -> Found:
+        """What lies there. ENOENT, ENOTDIR."""
+
+    async def names(self, path: Path) -> list[str]:
+        """The names in the directory."""
+
+
+class DisksPlace:
+    """`disks/`: each disk as a file, with the owner and the permissions of its socket."""
+
+    def __init__(self, daemon: Daemon, started_ns: int) -> None:
+        self._daemon = daemon
+        self._started_ns = started_ns
+
+    async def look(self, path: Path) -> Found:
+        """The directory itself, or a disk."""
+        if not path:
+            return Found(folder=True, mode=0o555, mtime_ns=self._started_ns)
+        disk = (await self._daemon.disks()).get(path[0])
+        if disk is None:  # it may have been attached just now
+            disk = (await self._daemon.disks(fresh=True)).get(path[0])
+        if disk is None or len(path) > 1 or _ours(disk):
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return found_disk(disk)
+
+    async def names(self, path: Path) -> list[str]:
+        """The disks, without those that stand for images."""
+        if path:
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        disks = await self._daemon.disks(fresh=True)
+        return [disk.name for disk in disks.values() if not _ours(disk)]
+
+
+class ImagesPlace:
+    """`images/`: the stores, and in them what is a regular file or a directory. Nobody writes here."""
+
+    def __init__(self, stores: Mapping[str, FilePath], started_ns: int) -> None:
+        self._stores = stores
+        self._started_ns = started_ns
+        self._limits = {name: trio.CapacityLimiter(STORE_THREADS) for name in stores}
+
+    async def look(self, path: Path) -> Found:
+        """The directory of stores, a directory in a store, or an image."""
+        if not path:
+            return Found(folder=True, mode=0o555, mtime_ns=self._started_ns)
+        return await self._in_store(path, _look)
+
+    async def names(self, path: Path) -> list[str]:
+        """Stores, or the directories and images there."""
+        if not path:
+            return list(self._stores)
+        return await self._in_store(path, _names)
+
+    async def _in_store(self, path: Path, look: Callable[[FilePath, str], T]) -> T:
+        store, *parts = path
+        if store not in self._stores or any(part.endswith(SIDECAR) for part in parts):
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        root, inside = self._stores[store], "/".join(parts) or "."
+        with trio.move_on_after(STORE_SECONDS):
+            return await trio.to_thread.run_sync(
+                look, root, inside, abandon_on_cancel=True, limiter=self._limits[store]
+            )
+        raise OSError(errno.EIO, f"store {store} does not answer")
+
+
+def found_disk(disk: Served) -> Found:
+    """A disk as a file. Raises OSError when its socket is gone."""
+    socket = os.stat(disk.socket)  # in memory: it lies below /run
+    mode = stat.S_IMODE(socket.st_mode) & (0o444 if disk.read_only else 0o666)
+    return Found(
+        False, mode, socket.st_uid, socket.st_gid, size=disk.size, mtime_ns=socket.st_mtime_ns
+    )
+
+
+def _ours(disk: Served) -> bool:
+    """Whether a mount attached it, to serve an image by its path."""
+    return disk.name == disk_for(disk.image)
+
+
+def _look(root: FilePath, inside: str) -> Found:
+    """What lies at `inside` below a store. Blocks. Links, devices and the like are not there."""
+    descriptor = _open(root, inside, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        seen = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    folder = stat.S_ISDIR(seen.st_mode)
+    if not folder and not stat.S_ISREG(seen.st_mode):
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    allowed = stat.S_IMODE(seen.st_mode) & (0o555 if folder else 0o444)
+    return Found(
+        folder, allowed, seen.st_uid, seen.st_gid, 0 if folder else seen.st_size, seen.st_mtime_ns
+    )
+
+
+def _names(root: FilePath, inside: str) -> list[str]:
+    """What a directory of a store holds. Blocks."""
+    descriptor = _open(root, inside, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with os.scandir(descriptor) as entries:
+            return [
+                entry.name
+                for entry in entries
+                if not entry.name.endswith(SIDECAR)
+                and (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False))
+            ]
+    finally:
+        os.close(descriptor)
+
+
+def _open(root: FilePath, inside: str, flags: int) -> int:
+    top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return open_beneath(top, inside, flags)
+    except OSError as fault:
+        if fault.errno in (errno.ELOOP, errno.EXDEV):
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+        raise
+    finally:
+        os.close(top)

@@ -1,0 +1,226 @@
+"""A disk's own NBD socket, and who is connected to it."""
+
+import grp
+import logging
+import os
+import pwd
+import socket
+from pathlib import Path
+
+import trio
+
+from forebay.config.model import GatewaySection
+from forebay.doors.peers import Admission
+from forebay.doors.restart import Client, Sockets
+from forebay.errors import ForebayError
+from forebay_nbd import Connection, Export, Server
+
+log = logging.getLogger("forebay.daemon")
+
+LONGEST_ADDRESS = 107
+"""Bytes of a Unix socket's address (unix(7))."""
+
+BACKLOG = 64
+"""Connections that may wait to be accepted: QEMU opens a few per disk, copying tools up to sixteen."""
+
+HANDSHAKE_SECONDS = 0.2
+"""How long who is just connecting may take before a hand-over; clients need a millisecond."""
+
+HURRY_SECONDS = 2.0
+"""How long requests that are not waited for any more take to let go. Those that do not are lost with their client."""
+
+_NEW = ".new"
+
+
+def socket_path(run: Path, name: str) -> Path:
+    """Where the disk's socket lies. Raises ForebayError when no socket can have so long a name."""
+    path = run / "disks" / f"{name}.sock"
+    length = len(os.fsencode(path)) + len(_NEW)
+    if length > LONGEST_ADDRESS:
+        raise ForebayError(
+            f"'{name}' makes the socket's path {length - LONGEST_ADDRESS} bytes too long: "
+            "choose a shorter name, or a shorter gateway.run"
+        )
+    return path
+
+
+def listen(path: Path, section: GatewaySection) -> trio.SocketListener:
+    """A listening socket at `path`, which appears there when owner and mode are set. Raises OSError."""
+    new = path.with_name(path.name + _NEW)
+    new.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.bind(str(new))
+        _give(new, section)
+        sock.listen(BACKLOG)
+        new.rename(path)
+    except BaseException:
+        sock.close()
+        new.unlink(missing_ok=True)
+        raise
+    return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+
+
+def _give(path: Path, section: GatewaySection) -> None:
+    owner = pwd.getpwnam(section.socket_owner).pw_uid if section.socket_owner else -1
+    group = grp.getgrnam(section.socket_group).gr_gid if section.socket_group else -1
+    if (owner, group) != (-1, -1):
+        os.chown(path, owner, group)
+    path.chmod(section.socket_mode)
+
+
+class Door:
+    """The socket of one disk, open or shut. `name` is the export's name; the default export is the same."""
+
+    def __init__(self, export: Export, path: Path, section: GatewaySection) -> None:
+        self.path = path
+        self._export = export
+        self._section = section
+        self._admission = (
+            Admission()
+        )  # of open(): what the configuration names has to be there by then
+        self._server = Server(
+            lambda name: export if name in ("", export.name) else None,
+            lambda: [export.name],
+            admits=self._admits,
+        )
+        self._scope: trio.CancelScope | None = None
+        self._shut = trio.Event()
+        self._accepting: int | None = None
+        self._leaving = False
+
+    def _admits(self, sock: socket.socket) -> bool:
+        try:
+            refused = self._admission.refused(sock)
+        except OSError:  # gone already
+            return False
+        if refused is not None:
+            log.info("%s: %s is refused: see gateway.socket_peers", self._export.name, refused)
+        return refused is None
+
+    @property
+    def clients(self) -> int:
+        """Connections in transmission."""
+        return sum(one.session is not None for one in self._server.connections)
+
+    @property
+    def unanswered_since(self) -> float | None:
+        """Trio time since when the oldest request without an answer is under way; None where there is none."""
+        since = (one.unanswered_since for one in self._server.connections)
+        return min((one for one in since if one is not None), default=None)
+
+    @property
+    def answered(self) -> int:
+        """Changes whenever a request that had to wait is answered."""
+        return sum(one.answered for one in self._server.connections)
+
+    async def open(self, nursery: trio.Nursery, inherited: Sockets | None = None) -> None:
+        """Accept clients, and go on with those that the process before left. Raises ForebayError."""
+        sockets = inherited or Sockets()
+        try:
+            self._admission = Admission.to_disks(self._section)
+            listener = self._listener(sockets)
+        except (OSError, KeyError) as fault:
+            sockets.hang_up()
+            raise ForebayError(
+                f"cannot make the socket {self.path}: {fault}: check [gateway] in the configuration"
+            ) from None
+        self._shut = trio.Event()
+        self._scope = trio.CancelScope()
+        await nursery.start(self._serve, listener, sockets.clients, self._scope)
+
+    def _listener(self, inherited: Sockets) -> trio.SocketListener:
+        found, inherited.listener = inherited.listener, None
+        if found is None:
+            return listen(self.path, self._section)
+        if inherited.path != self.path:
+            found.close()
+            return listen(self.path, self._section)
+        try:
+            _give(self.path, self._section)
+            found.setblocking(False)
+            return trio.SocketListener(trio.socket.from_stdlib_socket(found))
+        except BaseException:
+            found.close()
+            raise
+
+    async def _serve(
+        self,
+        listener: trio.SocketListener,
+        clients: list[Client],
+        scope: trio.CancelScope,
+        *,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        ours = self.path.lstat().st_ino
+        self._accepting = listener.socket.fileno()
+        try:
+            async with trio.open_nursery() as nursery:
+                for client in clients:
+                    self._go_on(client, nursery)
+                with scope:
+                    await self._server.serve(listener, task_status=task_status)
+        finally:
+            if not self._leaving and self.path.exists() and self.path.lstat().st_ino == ours:
+                self.path.unlink()
+            self._scope = self._accepting = None
+            self._shut.set()
+
+    def _go_on(self, client: Client, nursery: trio.Nursery) -> None:
+        """Serve a client of the process before, if the disk still is what it was told."""
+        if (client.size, client.read_only) == (self._export.size, self._export.read_only):
+            nursery.start_soon(self._server.resume, client.sock, client.session)
+        else:
+            log.error(
+                "%s: its size or access changed: a client has to reconnect", self._export.name
+            )
+            Sockets(clients=[client]).hang_up()
+
+    async def shut(self, seconds: float) -> None:
+        """Accept nobody any more, let requests in flight finish, for at most so many seconds, then hang up."""
+        if self._scope is None:
+            return
+        self._scope.cancel()
+        with trio.move_on_after(seconds):
+            await self._shut.wait()
+            return
+        for connection in list(self._server.connections):
+            connection.abort()
+        await self._shut.wait()
+
+    async def freeze(self, seconds: float) -> Sockets:
+        """Stop serving and leave the sockets as they are, for another process: listener, clients, the path.
+
+        Requests in flight have so many seconds to finish; then they move too, and are done again.
+        """
+        if self._scope is None or self._accepting is None:
+            return Sockets()
+        with trio.move_on_after(HANDSHAKE_SECONDS):
+            while any(one.session is None for one in self._server.connections):  # noqa: ASYNC110 - nobody tells
+                await trio.sleep(HANDSHAKE_SECONDS / 20)
+        found = Sockets(socket.socket(fileno=os.dup(self._accepting)), self.path)
+        self._leaving = True
+        connections = list(self._server.connections)
+        for connection in connections:
+            connection.freeze()
+        self._scope.cancel()
+        await self._all_frozen(connections, seconds)
+        found.clients = [self._frozen(one) for one in connections if one.frozen]
+        return found
+
+    async def _all_frozen(self, connections: list[Connection], seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await self._shut.wait()
+        for connection in connections:
+            connection.hurry()
+        with trio.move_on_after(HURRY_SECONDS):
+            await self._shut.wait()
+            return
+        for connection in list(self._server.connections):
+            connection.abort()
+        await self._shut.wait()
+
+    def _frozen(self, connection: Connection) -> Client:
+        assert connection.session is not None
+        session, export = connection.session, self._export
+        return Client(connection.sock, session, export.size, export.read_only)

@@ -1,0 +1,1 @@
+"""What libvirt sees: the <disk> element, and the hook that follows its domains."""

@@ -1,0 +1,106 @@
+"""What a domain's XML says of its Forebay disks.
+
+    <metadata>
+      <disks xmlns='urn:forebay:libvirt:1'>
+        <disk name='vm1' image='images:debian-12.raw' mode='write-back'/>
+      </disks>
+    </metadata>
+
+The attributes are the arguments of `forebay attach`: name, image, mode, cache-size, preload, read-only, overlay; and
+instance, for a disk of `forebay@INSTANCE` instead of `forebay`.
+libvirt keeps one element for each namespace (formatdomain.rst, "General metadata"), hence the one around them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from forebay.errors import ForebayError
+from forebay.units import Mode, did_you_mean, parse_name, parse_preload, parse_size
+
+NAMESPACE = "urn:forebay:libvirt:1"
+
+
+@dataclass(frozen=True)
+class WantedDisk:
+    """One disk of a domain, as `forebay attach` takes it; None stands for what the store says."""
+
+    name: str
+    image: str
+    mode: Mode | None = None
+    cache_size: int | None = None
+    preload: int | str | None = None
+    read_only: bool = False
+    overlay: bool = False
+    instance: str | None = None
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A domain's name, its UUID, and the Forebay disks that its metadata names."""
+
+    name: str
+    uuid: str
+    disks: tuple[WantedDisk, ...]
+
+
+def _yes_or_no(text: str) -> bool:
+    known = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+    if text.lower() not in known:
+        raise ValueError(f"{text!r} is neither yes nor no")
+    return known[text.lower()]
+
+
+def _image(text: str) -> str:
+    if text.startswith("/") or ":" in text:
+        return text
+    raise ValueError(f"{text!r} is no image: write STORE:PATH, an absolute path or an NBD URI")
+
+
+ATTRIBUTES: dict[str, Callable[[str], Any]] = {
+    "name": parse_name,
+    "image": _image,
+    "mode": Mode.parse,
+    "cache-size": parse_size,
+    "preload": parse_preload,
+    "read-only": _yes_or_no,
+    "overlay": _yes_or_no,
+    "instance": parse_name,
+}
+
+
+def read_domain(xml: str) -> Domain:
+    """The domain that libvirt wrote. Raises ForebayError, one line, for what is wrong in our part of it."""
+    # libvirt writes this text itself: no entities, nothing external
+    from xml.etree import ElementTree as ET  # noqa: PLC0415  (8 ms, and most commands do without)
+
+    try:
+        root = ET.fromstring(xml)  # noqa: S314
+    except ET.ParseError as fault:
+        raise ForebayError(f"the domain's XML cannot be read: {fault}") from None
+    elements = root.iterfind(f"metadata/{{{NAMESPACE}}}disks/{{{NAMESPACE}}}disk")
+    disks = tuple(_wanted(dict(element.attrib)) for element in elements)
+    names = [disk.name for disk in disks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ForebayError(f"metadata: <disk name='{min(twice)}'> stands there twice: remove one")
+    return Domain(root.findtext("name", ""), root.findtext("uuid", ""), disks)
+
+
+def _wanted(attributes: dict[str, str]) -> WantedDisk:
+    where = f"metadata: <disk name='{attributes.get('name', '')}'>"
+    values = {}
+    for key, text in attributes.items():
+        if key not in ATTRIBUTES:
+            hint = did_you_mean(key, ATTRIBUTES)
+            known = ", ".join(ATTRIBUTES)
+            raise ForebayError(f"{where}: no attribute '{key}'{hint}: use {known}")
+        try:
+            values[key.replace("-", "_")] = ATTRIBUTES[key](text)
+        except ValueError as fault:
+            raise ForebayError(f"{where}: {key}: {fault}") from None
+    for key in ("name", "image"):
+        if key not in values:
+            raise ForebayError(f"{where}: '{key}' is missing")
+    if values.get("read_only") and values.get("overlay"):
+        raise ForebayError(f"{where}: either read-only or overlay: leave one of the two out")
+    return WantedDisk(**values)

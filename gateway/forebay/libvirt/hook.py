@@ -1,0 +1,318 @@
+"""What libvirt's hook for QEMU does (libvirt's hooks.rst): attach a domain's disks before it starts, detach them after.
+
+Nothing here asks libvirt: it waits for the hook, and would wait for ever. Nothing is printed on stdout: for `migrate`
+and `restore` libvirt takes that for the domain's new XML.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import syslog
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from types import FrameType
+from typing import Any
+
+from forebay.client import Client
+from forebay.config.client import DEFAULT_CONFIG, config_path, run_directory
+from forebay.errors import ForebayError
+from forebay.libvirt.domain import Domain, WantedDisk, read_domain
+from forebay.libvirt.hold import Hold
+
+PREPARE_SECONDS = 30.0
+"""How long a domain's start waits for its disks. libvirt answers nothing about the domain meanwhile."""
+
+RELEASE_SECONDS = 5.0
+"""How long a domain's end waits until its disks have drained. What takes longer goes on behind its back."""
+
+DOMAIN_LOGS = "/var/log/libvirt/qemu"
+SHUTTING_DOWN = ": shutting down, reason="
+"""What libvirt writes into a domain's log before it calls the hook (qemuProcessStop)."""
+
+LOG_TAIL = 4096
+LOG_AGE = 60.0
+"""Seconds. An older line is about another shutdown."""
+
+KEPT_REASONS = ("saved", None)
+"""Why a domain ended, where its overlays have to stay: it comes back, or it is not known that it does not."""
+
+
+class Daemon:
+    """A daemon as the hook needs it: the one that the configuration points at, or another instance."""
+
+    def __init__(self, config: str | None, instance: str | None = None) -> None:
+        """`config` as in `run`; the instance's file lies beside it. Raises ForebayError."""
+        if instance is not None:
+            config = os.path.join(
+                os.path.dirname(config_path(config) or DEFAULT_CONFIG), f"{instance}.toml"
+            )
+        self._config = config
+        self._run = run_directory(config)
+        self.client = Client(os.path.join(self._run, "control.sock"))
+
+    def disk(self, name: str) -> dict[str, Any] | None:
+        """The disk's status, or None. Raises ForebayError."""
+        disks: list[dict[str, Any]] = self.client.get("/disks")
+        return next((disk for disk in disks if disk["name"] == name), None)
+
+    def hold(self, name: str) -> Hold:
+        """Whose the disk is."""
+        return Hold(self._run, name)
+
+    def set_mode(self, name: str, mode: str) -> None:
+        """Change the disk's mode, or wait until nothing else changes it. Raises ForebayError."""
+        self.client.follow("POST", f"/disks/{name}/mode", {"mode": mode}, _silent)
+
+    def key(self, image: str) -> str:
+        """The name under which the daemon shows this image. Raises ForebayError."""
+        from forebay.config.model import Config  # noqa: PLC0415  (100 ms, and most write the key itself)
+        from forebay.origin.addresses import resolve  # noqa: PLC0415
+
+        return resolve(Config.load(self._config), image).key
+
+
+Held = tuple[Daemon, Hold]
+
+
+def run(domain: str, operation: str, sub_operation: str, extra: str, config: str | None) -> int:
+    """One call of the hook, the domain's XML on stdin; `config` as `--config` named it. The exit code.
+
+    Raises ForebayError where libvirt is to be told that the domain cannot start here.
+    """
+    match operation, sub_operation:
+        case "prepare", "begin":
+            _start(domain, config)
+        case "release", "end":
+            _end(domain, extra, config)
+        case "migrate", "begin":
+            _migrate(read_domain(sys.stdin.read()))
+        case "restore", "begin":
+            _restore(read_domain(sys.stdin.read()), config)
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------------- start
+
+
+def _start(name: str, config: str | None) -> None:
+    """Attach what the domain's metadata names, all of it or nothing."""
+    try:
+        with _at_most(PREPARE_SECONDS):
+            _attach_all(read_domain(sys.stdin.read()), config)
+    except (ForebayError, OSError) as fault:
+        raise ForebayError(f"domain '{name}' cannot start: {fault}") from None
+
+
+def _attach_all(domain: Domain, config: str | None) -> None:
+    done: list[Held] = []
+    try:
+        for disk in domain.disks:
+            daemon = Daemon(config, disk.instance)
+            if _attach(daemon, domain, disk):
+                done.append((daemon, daemon.hold(disk.name)))
+    except BaseException:
+        if done:
+            _wait(_detach_behind(done))
+        raise
+
+
+def _attach(daemon: Daemon, domain: Domain, disk: WantedDisk) -> bool:
+    """See to it that the disk is attached, and this domain's; whether it was not attached before."""
+    hold = daemon.hold(disk.name)
+    try:
+        found = daemon.disk(disk.name)
+        if found is not None:
+            _check_free(hold, domain)
+            if hold.call_off():
+                found = _settled(daemon, found)
+        if found is None:
+            daemon.client.post("/disks", _arguments(disk))
+        else:
+            _check_same(daemon, disk, found)
+            if disk.mode is not None and disk.mode != found["mode"]:
+                daemon.set_mode(disk.name, disk.mode)
+        hold.take(domain.uuid, domain.name)
+        return found is None
+    except ForebayError as fault:
+        raise ForebayError(f"disk '{disk.name}': {fault}") from None
+
+
+def _check_free(hold: Hold, domain: Domain) -> None:
+    holder = hold.domain()
+    if holder is not None and holder[0] != domain.uuid:
+        raise ForebayError(
+            f"it is attached for domain '{holder[1]}': stop that, "
+            f"or where it is gone, 'forebay detach {hold.path.name}'"
+        )
+
+
+def _arguments(disk: WantedDisk) -> dict[str, Any]:
+    """For the control API, which serves one instance."""
+    given = asdict(disk)
+    del given["instance"]
+    return given
+
+
+def _settled(daemon: Daemon, found: dict[str, Any]) -> dict[str, Any] | None:
+    """The disk's status once a detach that was called off has ended, one way or the other."""
+    with contextlib.suppress(ForebayError):  # it may be gone
+        daemon.set_mode(found["name"], found["mode"])  # to the same: waits, and does nothing more
+    return daemon.disk(found["name"])
+
+
+def _check_same(daemon: Daemon, disk: WantedDisk, found: dict[str, Any]) -> None:
+    """That the disk which is there is the one wanted. Raises ForebayError."""
+    if found["state"] == "failed":
+        raise ForebayError(f"it is not served: {found['reason']}")
+    for key in ("read_only", "overlay"):
+        if found[key] != getattr(disk, key):
+            kind = key.replace("_", "-")
+            raise ForebayError(
+                f"it is attached {'' if found[key] else 'not '}as {kind}: 'forebay detach {disk.name}'"
+            )
+    if found["image"] != disk.image and found["image"] != daemon.key(disk.image):
+        raise ForebayError(
+            f"it is attached to {found['image']}, not to {disk.image}: 'forebay detach {disk.name}'"
+        )
+
+
+def _migrate(domain: Domain) -> None:
+    """Called on the host that the domain comes to. Raises ForebayError for what cannot come along."""
+    for disk in domain.disks:
+        if disk.overlay:
+            raise ForebayError(
+                f"domain '{domain.name}' cannot come here: what it wrote to overlay '{disk.name}' "
+                "lies on its own host only"
+            )
+
+
+def _restore(domain: Domain, config: str | None) -> None:
+    """Called before a saved domain is brought back. Raises ForebayError when an overlay's writes are gone."""
+    for disk in domain.disks:
+        if disk.overlay and Daemon(config, disk.instance).disk(disk.name) is None:
+            raise ForebayError(
+                f"domain '{domain.name}' cannot be restored: what it wrote to overlay '{disk.name}' "
+                "is gone; start it afresh with 'virsh start --force-boot'"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------- end
+
+
+def _end(name: str, extra: str, config: str | None) -> None:
+    """Let the domain's disks go. Raises nothing: the domain has ended, and nobody is left to be told but the log."""
+    try:
+        if held := _to_release(read_domain(sys.stdin.read()), extra, config):
+            _wait(_detach_behind(held))
+    except Exception as fault:  # noqa: BLE001
+        _log(f"domain '{name}': {fault}")
+
+
+def _to_release(domain: Domain, extra: str, config: str | None) -> list[Held]:
+    """The disks that were attached for this domain, but for overlays that it will need again."""
+    keep_overlays = False
+    if any(disk.overlay for disk in domain.disks):
+        reason = extra if extra not in ("", "-") else logged_reason(domain.name, DOMAIN_LOGS)
+        keep_overlays = reason in KEPT_REASONS
+    held = []
+    for disk in domain.disks:
+        try:
+            daemon = Daemon(config, disk.instance)
+            hold = daemon.hold(disk.name)
+            holder = hold.domain()
+        except (ForebayError, OSError) as fault:
+            _log(f"disk '{disk.name}' stays attached: {fault}")
+            continue
+        ours = holder is not None and holder[0] == domain.uuid
+        if ours and not (disk.overlay and keep_overlays):
+            held.append((daemon, hold))
+    return held
+
+
+def logged_reason(name: str, logs: str) -> str | None:
+    """Why the domain ended, from its log; None where that does not say. libvirt before 10.5 does not tell hooks."""
+    from datetime import UTC, datetime  # noqa: PLC0415
+
+    try:
+        with open(os.path.join(logs, f"{name}.log"), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+        at, _, reason = next(line for line in reversed(lines) if SHUTTING_DOWN in line).partition(
+            SHUTTING_DOWN
+        )
+        when = datetime.strptime(at, "%Y-%m-%d %H:%M:%S.%f%z")
+    except (OSError, ValueError, StopIteration):
+        return None
+    return reason.strip() if (datetime.now(UTC) - when).total_seconds() < LOG_AGE else None
+
+
+def _detach_behind(held: Sequence[Held]) -> int:
+    """Start a process that drains and detaches these disks; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for descriptor in range(3):  # libvirt waits until its pipes are closed
+            os.dup2(nothing, descriptor)
+        for daemon, hold in held:
+            _detach(daemon, hold)
+    finally:
+        os._exit(0)
+
+
+def _detach(daemon: Daemon, hold: Hold) -> None:
+    """Drain and detach the disk, and give up the hold. What fails goes to the log."""
+    name = hold.path.name
+    try:
+        with hold.detaching() as ours:
+            if not ours:
+                return
+            if daemon.disk(name) is not None:
+                daemon.client.follow("DELETE", f"/disks/{name}", None, _silent)
+            hold.drop()
+    except (ForebayError, OSError) as fault:
+        _log(f"disk '{name}' stays attached: {fault}")
+
+
+def _wait(child: int) -> None:
+    """Return when the process ends, or after RELEASE_SECONDS."""
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while time.monotonic() < deadline:
+        if os.waitpid(child, os.WNOHANG) != (0, 0):
+            return
+        time.sleep(0.01)
+
+
+# -------------------------------------------------------------------------------------------------------------- common
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """End what is inside with a ForebayError after so long."""
+
+    def late(_signal: int, _frame: FrameType | None) -> None:
+        raise ForebayError(
+            f"no answer for {seconds:g} s: see 'forebay status' and the daemon's log"
+        )
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _silent(_done: int, _total: int) -> None:
+    """Progress that nobody looks at."""
+
+
+def _log(text: str) -> None:
+    """For the journal: libvirt keeps what a hook prints only when it fails."""
+    syslog.openlog("forebay", 0, syslog.LOG_DAEMON)
+    syslog.syslog(syslog.LOG_WARNING, text)

@@ -1,0 +1,238 @@
+"""An image on an NBD server.
+
+The connection is made again with back-off when it breaks, for as long as the callers wait, and requests without an
+answer are sent again. What the server acknowledged and did not flush before the break is unknown: the next flush says
+so (origin_order.Syncs has the same rule), and whoever holds the data writes it again.
+"""
+
+import errno
+from collections.abc import Sequence
+from typing import Self
+
+import trio
+
+from forebay.errors import ForebayError
+from forebay.origin.addresses import NbdImage
+from forebay.origin.calls import Buffer
+from forebay.origin.file import HOLE, MOST_EXTENTS, ZERO, ZERO_PIECE, Identity, check_range, pieces
+from forebay.origin.nbd_requests import Requests, connect
+from forebay.origin.threads import bounded
+from forebay_nbd.client import Client
+
+
+class NbdOrigin:
+    """A raw image that an NBD server has. Implements forebay.origin.file.Origin."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        image: NbdImage,
+        label: str,
+        client: Client,
+        *,
+        read_only: bool,
+        timeout: float,
+    ) -> None:
+        """Over a connected client; `open` makes one. `timeout`: seconds that any call may take."""
+        self.size = client.size
+        self.read_only = read_only
+        self.label = label
+        self._requests = Requests(
+            nursery, image, label, client, read_only=read_only, timeout=timeout
+        )
+
+    @classmethod
+    async def open(
+        cls,
+        nursery: trio.Nursery,
+        image: NbdImage,
+        label: str,
+        *,
+        read_only: bool,
+        timeout: float,
+    ) -> Self:
+        """Connect, once. Connections live in `nursery`.
+
+        Raises ForebayError for what the operator has to change, OSError for a server that does not answer.
+        """
+        client = await connect(nursery, image, timeout)
+        try:
+            if client.size == 0:
+                raise ForebayError(f"{label}: the server says that it is empty: check the export")
+            if client.read_only and not read_only:
+                raise ForebayError(
+                    f"{label}: its server allows reading only: attach with --read-only or --overlay"
+                )
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await client.aclose()
+            raise
+        return cls(nursery, image, label, client, read_only=read_only, timeout=timeout)
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
+        """Exactly `length` bytes. What lies beyond the end of the image is zeros. Raises OSError."""
+        wanted = min(length, max(0, self.size - offset))
+        self._check(offset, wanted)
+        found: bytearray = await self._requests.ask(
+            f"reading {self.label}",
+            lambda client: client.pread(offset, wanted),
+            offset,
+            wanted,
+            background,
+        )
+        return found if wanted == length else found + bytes(length - wanted)
+
+    async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """(length, HOLE | ZERO or 0) one after the other, covering the range. Raises OSError."""
+        self._check(offset, length)
+        found: list[tuple[int, int]] = []
+        at, end = offset, offset + length
+        while at < end and len(found) < MOST_EXTENTS:
+            part = await self._some_extents(at, end - at)
+            if not part:
+                break
+            for size, flags in part:
+                _append(found, size, flags & (HOLE | ZERO))
+                at += size
+        if at < end:
+            _append(found, end - at, 0)
+        return found
+
+    async def _some_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        first = offset // self._requests.sector * self._requests.sector
+        last = -(-(offset + length) // self._requests.sector) * self._requests.sector
+        try:
+            part: list[tuple[int, int]] = await self._requests.ask(
+                f"asking for the holes of {self.label}",
+                lambda client: client.block_status(first, last - first),
+                offset,
+                length,
+            )
+        except OSError as error:
+            if error.errno in (errno.ENOTSUP, errno.EINVAL):
+                return []
+            raise
+        return _clipped(part, offset - first, length)
+
+    async def identity(self) -> Identity:
+        """The size: no more is known of an image behind NBD."""
+        return Identity(self.size)
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    async def write(self, offset: int, data: Sequence[Buffer], background: bool = False) -> None:
+        """Write the buffers one after the other from `offset`. Raises OSError."""
+        self._check_change(offset, sum(memoryview(buffer).nbytes for buffer in data))
+        at = offset
+        for piece, length in pieces(data):
+            await self._write(at, piece[0] if len(piece) == 1 else b"".join(piece), background)
+            at += length
+
+    async def write_ranges(
+        self, ranges: Sequence[tuple[int, Buffer]], background: bool = False
+    ) -> None:
+        """Write several (offset, data), one after the other. Raises OSError."""
+        for offset, data in ranges:
+            await self.write(offset, [data], background)
+
+    async def _write(self, offset: int, data: Buffer, background: bool) -> None:
+        sector = self._requests.sector
+        end = offset + len(data)
+        first, last = offset // sector * sector, -(-end // sector) * sector
+
+        async def write(client: Client) -> None:
+            if (first, last) == (offset, end):
+                await client.pwrite(offset, data)
+                return
+            whole = await client.pread(first, last - first)
+            whole[offset - first : end - first] = data
+            await client.pwrite(first, bytes(whole))
+
+        await self._requests.ask(
+            f"writing {self.label}", write, first, last - first, background, kind="change"
+        )
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Give space back where the server can; zeros either way, which NBD's TRIM does not promise."""
+        await self.zero(offset, length, may_trim=True)
+
+    async def zero(self, offset: int, length: int, may_trim: bool) -> None:
+        """Make the range read as zeros. Raises OSError."""
+        self._check_change(offset, length)
+        first = min(offset + length, -(-offset // self._requests.sector) * self._requests.sector)
+        last = max(first, (offset + length) // self._requests.sector * self._requests.sector)
+        try:
+            if last > first:
+                await self._requests.ask(
+                    f"zeroing {self.label}",
+                    lambda client: client.zero(first, last - first, no_hole=not may_trim),
+                    first,
+                    last - first,
+                    kind="change",
+                )
+        except OSError as error:
+            if error.errno != errno.ENOTSUP:
+                raise
+            await self._write_zeros(first, last)
+        await self._write_zeros(offset, first)
+        await self._write_zeros(last, offset + length)
+
+    async def _write_zeros(self, offset: int, end: int) -> None:
+        while offset < end:
+            count = min(ZERO_PIECE, end - offset)
+            await self._write(offset, bytes(count), background=False)
+            offset += count
+
+    # ------------------------------------------------------------------------------------------ durability, end
+
+    @property
+    def sync_failures(self) -> int:
+        """How often the outcome of a flush became unknown so far."""
+        return self._requests.sync_failures
+
+    async def flush(self, *, times: bool = False) -> None:
+        """Make durable every change that was acknowledged before. Raises OSError: make all of them again."""
+        del times  # an image behind NBD shows none
+        await self._requests.flush()
+
+    async def forget(self) -> None:
+        """Nothing of it is kept on this side."""
+
+    async def settle(self) -> None:
+        """Wait until no change that was given up can arrive any more. ETIMEDOUT: one still can."""
+        with bounded(self._requests.timeout, f"waiting for a hung write to {self.label}"):
+            await self._requests.settled(0, self.size)
+
+    async def close(self) -> None:
+        """Say goodbye to the server. Implies no flush."""
+        await self._requests.close()
+
+    def _check(self, offset: int, length: int) -> None:
+        check_range(self.label, self.size, offset, length)
+
+    def _check_change(self, offset: int, length: int) -> None:
+        if self.read_only:
+            raise OSError(errno.EROFS, f"{self.label} is open for reading only")
+        self._check(offset, length)
+
+
+def _append(found: list[tuple[int, int]], size: int, flags: int) -> None:
+    if found and found[-1][1] == flags:
+        found[-1] = (found[-1][0] + size, flags)
+    elif size:
+        found.append((size, flags))
+
+
+def _clipped(part: list[tuple[int, int]], skip: int, length: int) -> list[tuple[int, int]]:
+    """The extents without their first `skip` bytes, and at most `length` bytes of them."""
+    found = []
+    for size, flags in part:
+        cut = min(skip, size)
+        left = min(size - cut, length)
+        skip -= cut
+        length -= left
+        if left:
+            found.append((left, flags))
+    return found

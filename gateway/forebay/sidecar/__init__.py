@@ -1,0 +1,1 @@
+"""What lies beside an image, in IMAGE.forebay/: the owner marker, locks, and the redo journal."""

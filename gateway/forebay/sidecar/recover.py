@@ -1,0 +1,107 @@
+"""`forebay recover` and `forebay takeover`: an image whose gateway is gone, on any host that sees it. No daemon."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from forebay.config.model import Config
+from forebay.errors import ForebayError
+from forebay.origin.addresses import FileImage, open_image, resolve
+from forebay.sidecar.marker import Marker, Recovered
+from forebay.sidecar.record import NOBODY
+from forebay.units import format_size
+
+
+def find(config: Config, text: str) -> FileImage:
+    """The image: as `attach` names it, or any path, for a host that has no stores. Raises ForebayError."""
+    path = Path(os.path.realpath(text))
+    if "/" in text.partition(":")[0] and path.is_file():
+        return FileImage("", path.parent, path.name)
+    found = resolve(config, text)
+    if not isinstance(found, FileImage):
+        raise ForebayError(f"{text} is not a file, so there is nothing beside it to recover from")
+    return found
+
+
+def run(config: Config, text: str, *, take_over: bool = False, sure: bool = True) -> "Report":
+    """Recover an image, or take it over. Raises ForebayError, also where data would be lost and nobody is `sure`."""
+    image = find(config, text)
+    try:
+        file = open_image(image, read_only=False, any_format=True)
+    except OSError as error:
+        raise ForebayError(f"{text}: {error.strerror}") from None
+    try:
+        need_locks = config.disk_settings(image.store or None).require_locks
+        found = Marker.recover(image, file, need_locks=need_locks)
+        if take_over:
+            if found.lacks and not sure:
+                raise ForebayError(
+                    f"{text}: {_later(found)} would be given up{_instant(found)}: bring that gateway back, or say --yes"
+                )
+            Marker.recover(image, file, take_over=True, need_locks=need_locks)
+    except OSError as error:
+        raise ForebayError(f"{text}: {error.strerror}") from None
+    finally:
+        os.close(file.fd)
+    return Report(text, found, taken=take_over and found.owner is not None)
+
+
+class Report:
+    """What was done, in words and as JSON."""
+
+    def __init__(self, image: str, found: Recovered, *, taken: bool) -> None:
+        self._image = image
+        self._found = found
+        self._taken = taken
+
+    def lines(self) -> list[str]:
+        """For people."""
+        found, lines = self._found, []
+        if found.finished is not None:
+            lines.append(
+                f"the checkpoint of {found.as_of or 'an unknown instant'} was finished (disk '{found.finished.disk}', "
+                f"host {found.finished.host})"
+            )
+        elif found.dropped:
+            lines.append(
+                "a checkpoint that was not complete was dropped: none of it is in the image"
+            )
+        if found.lacks and self._taken:
+            lines.append(f"taken over{_instant(found)}; {_later(found)} are given up")
+        elif found.lacks:
+            lines.append(
+                f"whole{_instant(found)}; {_later(found)}: bring that gateway back, or 'forebay takeover'"
+            )
+        elif self._taken:
+            lines.append("taken over; nothing is lost")
+        elif not lines:
+            lines.append("whole, and nothing to recover")
+        return [f"{self._image}: {line}" for line in lines]
+
+    def json(self) -> dict[str, object]:
+        """`as_of` null: not known, or no gateway had later writes."""
+        found = self._found
+        owner = found.owner if found.owner and found.owner.gateway != NOBODY else None
+        return {
+            "image": self._image,
+            "finished": found.finished is not None,
+            "dropped": found.dropped,
+            "as_of": (found.as_of or None) if found.lacks or found.finished else None,
+            "lacks_data": found.lacks and not self._taken,
+            "taken_over": self._taken,
+            "owner": asdict(owner) if owner else None,
+        }
+
+
+def _instant(found: Recovered) -> str:
+    if found.as_of:
+        return f" as of {found.as_of}"
+    since = found.owner.since if found.owner else ""
+    return f" as of {since}, when the disk was attached" if since and not found.finished else ""
+
+
+def _later(found: Recovered) -> str:
+    assert found.owner is not None
+    owner = found.owner
+    much = f" ({format_size(owner.dirty_bytes)} at the last count)" if owner.dirty_bytes else ""
+    return f"later writes{much} that host {owner.host} has (disk '{owner.disk}')"

@@ -1,0 +1,306 @@
+r"""The redo journal beside an image: a checkpoint, whole and durable, before any of it goes into the image (promise 5).
+
+It is written as `IMAGE.forebay/redo.new`. Made durable, it is renamed to `redo`: with that the checkpoint is committed.
+Then it is applied to the image, the image is made durable, and the journal is removed. Whoever comes later, on
+whatever host, applies a `redo` that is found (as often as need be: the result is the same) and drops a `redo.new`;
+either way the image is as it was at one instant.
+
+The file, little endian::
+
+    header   4096 bytes: b"FBREDO\0\0", JSON padded with zeros, XXH3-64 of what comes before in the last 8 bytes
+    records  magic u32 | kind u32 | offset u64 | length u64 | checksum u64 | data, where kind is DATA
+
+Kinds: DATA; ZEROS, a range that reads as zeros; END, whose offset and length are the number of records before it and
+the sum of the lengths of their data. A record's checksum is XXH3-64 of the 24 bytes before it and its data.
+
+Everything here blocks, raises OSError, and belongs in a thread.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import stat
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from xxhash import xxh3_64, xxh3_64_intdigest
+
+from forebay.errors import ForebayError
+from forebay.origin.calls import IOV_MAX, PUNCH_HOLE, Calls
+from forebay.origin.threads import Descriptor
+from forebay_cache.blocks.frozen import Range
+from forebay_cache.device.device import Buffer
+
+FORMAT = 1
+NAME, UNFINISHED = "redo", "redo.new"
+DATA, ZEROS, END = 1, 2, 3
+
+_MAGIC = b"FBREDO\0\0"
+_HEADER = 4096
+_RECORD = struct.Struct("<IIQQ")
+_SUM = struct.Struct("<Q")
+_HEAD = _RECORD.size + _SUM.size
+_RECORD_MAGIC = 0x52424652  # "RFBR"
+_PIECE = 4 << 20
+#: Made durable in parts, so that no single call takes long enough to be given up.
+_SYNC_EVERY = 64 << 20
+_zeros = bytes(1 << 20)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a journal says of itself. `size` and `inode` are the image's; `as_of` is UTC, ISO 8601."""
+
+    gateway: str
+    host: str
+    disk: str
+    size: int
+    inode: int
+    as_of: str
+    format: int = FORMAT
+
+
+class Redo:
+    """A journal that is being written. :meth:`add` may run in several threads at once."""
+
+    def __init__(self, sidecar: int, checkpoint: Checkpoint) -> None:
+        """`sidecar`: descriptor of the directory, which stays the caller's."""
+        self._sidecar = sidecar
+        self._lock = threading.Lock()
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # a write that hung may still come, to the old file
+            os.unlink(UNFINISHED, dir_fd=sidecar)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._file = Descriptor(os.open(UNFINISHED, flags, 0o600, dir_fd=sidecar))
+        self._end = _HEADER
+        self._records = 0
+        self._bytes = 0
+        self._unsynced = 0
+        try:
+            with self._file as fd:
+                _write(fd, [_header(checkpoint)], 0)
+        except BaseException:
+            self.drop()
+            raise
+
+    @property
+    def length(self) -> int:
+        """Bytes of data so far."""
+        return self._bytes
+
+    def add(self, offset: int, length: int, data: Sequence[Buffer] | None) -> None:
+        """One range of the image; `data` None: it reads as zeros."""
+        stored = 0 if data is None else length
+        kind = ZEROS if data is None else DATA
+        self._append(_record(kind, offset, length, data or []), 1, stored)
+
+    def add_all(self, ranges: Sequence[Range]) -> None:
+        """Several of them at once."""
+        records: list[Buffer] = []
+        stored = 0
+        for offset, length, data in ranges:
+            if data is None:
+                records += _record(ZEROS, offset, length, [])
+            else:
+                records += _record(DATA, offset, length, [data])
+                stored += length
+        self._append(records, len(ranges), stored)
+
+    def _append(self, buffers: list[Buffer], records: int, stored: int) -> None:
+        with self._lock:
+            at = self._end
+            self._end += records * _HEAD + stored
+            self._records += records
+            self._bytes += stored
+            self._unsynced += stored
+            sync = self._unsynced >= _SYNC_EVERY
+            if sync:
+                self._unsynced = 0
+        with self._file as fd:
+            _write(fd, buffers, at)
+            if sync:
+                os.fdatasync(fd)
+
+    def commit(self) -> None:
+        """Durable, and from now on to be applied by whoever finds it."""
+        with self._file as fd:
+            _write(fd, _record(END, self._records, self._bytes, []), self._end)
+            os.fsync(fd)
+        os.rename(UNFINISHED, NAME, src_dir_fd=self._sidecar, dst_dir_fd=self._sidecar)
+        os.fsync(self._sidecar)
+        self.close()
+
+    def drop(self) -> None:
+        """It is not to be committed."""
+        with contextlib.suppress(OSError):
+            os.unlink(UNFINISHED, dir_fd=self._sidecar)
+        self.close()
+
+    def close(self) -> None:
+        """Let the file go. Idempotent."""
+        self._file.close()
+
+
+def remove(sidecar: int) -> None:
+    """The image has it all, durably. Durable when this returns."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(NAME, dir_fd=sidecar)
+    os.fsync(sidecar)
+
+
+def recover(
+    sidecar: int,
+    image: int,
+    label: str,
+    calls: Calls,
+    applied: Callable[[Checkpoint], None] | None = None,
+) -> Checkpoint | None:
+    """Apply a committed journal to the open image and remove it; drop an uncommitted one. None: there was none.
+
+    `applied` is called when the image has it, durably, and before the journal goes. Nothing is written unless all of
+    the journal is good. Raises ForebayError for one that is not, or is another file's.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(UNFINISHED, dir_fd=sidecar)
+    try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(NAME, flags, dir_fd=sidecar)
+    except FileNotFoundError:
+        return None
+    try:
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ValueError("not a file")
+            checkpoint = _read_header(fd)
+            for _ in _records(fd, checkpoint.size):
+                pass
+        except ValueError as fault:
+            raise ForebayError(
+                f"{label}: its redo journal cannot be read ({fault}), so the image may hold part of a checkpoint: "
+                f"bring the gateway that wrote it back, or remove {NAME} from the directory beside it"
+            ) from None
+        status = os.fstat(image)
+        if (status.st_size, status.st_ino) != (checkpoint.size, checkpoint.inode):
+            raise ForebayError(
+                f"{label}: the redo journal beside it belongs to another file ({checkpoint.size} bytes, inode "
+                f"{checkpoint.inode}): put that file back, or remove {NAME} from the directory beside it"
+            )
+        for kind, offset, length, at in _records(fd, checkpoint.size):
+            _apply(fd, image, calls, kind, offset, length, at)
+        os.fsync(image)
+    finally:
+        os.close(fd)
+    if applied is not None:
+        applied(checkpoint)
+    remove(sidecar)
+    return checkpoint
+
+
+def _apply(fd: int, image: int, calls: Calls, kind: int, offset: int, length: int, at: int) -> None:
+    if kind == ZEROS:
+        _zero(image, calls, offset, length)
+    while kind == DATA and length:
+        data = os.pread(fd, min(_PIECE, length), at)
+        _write(image, [data], offset)
+        at, offset, length = at + len(data), offset + len(data), length - len(data)
+
+
+def _zero(image: int, calls: Calls, offset: int, length: int) -> None:
+    try:
+        calls.fallocate(image, PUNCH_HOLE, offset, length)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV):
+            raise
+        while length:
+            part = min(len(_zeros), length)
+            _write(image, [_zeros[:part]], offset)
+            offset, length = offset + part, length - part
+
+
+def _header(checkpoint: Checkpoint) -> bytes:
+    text = json.dumps(asdict(checkpoint)).encode()
+    body = (_MAGIC + text).ljust(_HEADER - _SUM.size, b"\0")
+    if len(body) > _HEADER - _SUM.size:
+        raise OSError(errno.ENAMETOOLONG, "a redo journal's header does not hold such long names")
+    return body + _SUM.pack(xxh3_64_intdigest(body))
+
+
+def _read_header(fd: int) -> Checkpoint:
+    raw = os.pread(fd, _HEADER, 0)
+    if len(raw) < _HEADER or not raw.startswith(_MAGIC):
+        raise ValueError("no header")
+    body, (found,) = raw[: -_SUM.size], _SUM.unpack(raw[-_SUM.size :])
+    if xxh3_64_intdigest(body) != found:
+        raise ValueError("damaged header")
+    try:
+        fields = json.loads(body[len(_MAGIC) :].rstrip(b"\0"))
+        if fields["format"] != FORMAT:
+            raise ValueError(f"format {fields['format']}, this version knows only {FORMAT}")
+        words = [fields[name] for name in ("gateway", "host", "disk", "as_of")]
+        if not all(isinstance(word, str) and word.isprintable() for word in words):
+            raise ValueError("names that are no text")
+        if not all(isinstance(fields[name], int) for name in ("size", "inode")):
+            raise ValueError("a size that is no number")
+        return Checkpoint(**fields)
+    except (KeyError, TypeError, RecursionError):
+        raise ValueError("a header that makes no sense") from None
+
+
+def _record(kind: int, offset: int, length: int, data: Sequence[Buffer]) -> list[Buffer]:
+    head = _RECORD.pack(_RECORD_MAGIC, kind, offset, length)
+    total = xxh3_64(head)
+    for buffer in data:
+        total.update(buffer)
+    return [head + _SUM.pack(total.intdigest()), *data]
+
+
+def _records(fd: int, image_size: int) -> Iterator[tuple[int, int, int, int]]:
+    """(kind, offset, length, where its data lies) of each record, all checked. Raises ValueError.
+
+    The checksum is no signature: whoever may write beside the image may have written this.
+    """
+    at, records, size = _HEADER, 0, 0
+    while True:
+        raw = os.pread(fd, _HEAD, at)
+        if len(raw) < _HEAD:
+            raise ValueError("it ends early")
+        magic, kind, offset, length = _RECORD.unpack_from(raw)
+        (found,) = _SUM.unpack_from(raw, _RECORD.size)
+        at += _HEAD
+        total = xxh3_64(raw[: _RECORD.size])
+        if magic != _RECORD_MAGIC or kind not in (DATA, ZEROS, END):
+            raise ValueError(f"no record at byte {at - _HEAD}")
+        if kind != END and offset + length > image_size:
+            raise ValueError(f"a record beyond the end of the image, at byte {at - _HEAD}")
+        stored = length if kind == DATA else 0
+        for start in range(0, stored, _PIECE):
+            part = os.pread(fd, min(_PIECE, stored - start), at + start)
+            if not part:
+                raise ValueError("it ends early")
+            total.update(part)
+        if total.intdigest() != found:
+            raise ValueError(f"damaged record at byte {at - _HEAD}")
+        if kind == END:
+            if (offset, length) != (records, size):
+                raise ValueError("records are missing")
+            return
+        yield kind, offset, length, at
+        at += stored
+        records, size = records + 1, size + stored
+
+
+def _write(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
+    views = [memoryview(buffer) for buffer in buffers]
+    while views:
+        count = os.pwritev(fd, views[:IOV_MAX], offset)
+        if count == 0:
+            raise OSError(errno.EIO, "nothing could be written")
+        offset += count
+        while views and count >= len(views[0]):
+            count -= len(views.pop(0))
+        if count:
+            views[0] = views[0][count:]

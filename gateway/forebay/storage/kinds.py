@@ -1,0 +1,210 @@
+"""The kinds of local storage that can hold a cache: a logical volume that we make, a file that we make, and a block
+device that is there already (what OpenNebula's proposal #2827 calls the drivers lvm, file and dummy).
+
+Each has the same four verbs. `check` refuses before anything has changed; `make` provides the storage; `enlarge` makes
+it larger as far as that is not the cache's own work; `drop` gives it back, is content when it is gone already, and
+leaves alone what is not this cache's any more.
+"""
+
+import os
+import stat
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from forebay.errors import ForebayError
+from forebay.storage import lvm
+from forebay.storage.record import (
+    DEVICE,
+    FILE,
+    LVM,
+    Record,
+    find_volume,
+    give_to_owner,
+    sync_directory,
+)
+from forebay.units import format_size
+from forebay_cache.device import device as cache_device
+
+Progress = cache_device.Progress
+
+
+class Storage(Protocol):
+    """One place for a cache. Every method raises ForebayError, CacheError and OSError."""
+
+    def check(self, size: int | None, *, force: bool) -> None:
+        """Refuse what cannot be made."""
+
+    def make(self, size: int | None, state: Path, progress: Progress) -> Record:
+        """Provide `size` bytes. The record, with what is known now."""
+
+    def enlarge(self, size: int | None) -> int | None:
+        """Make it `size` bytes long where the cache cannot do so; what to ask the cache for then."""
+
+    def drop(self) -> None:
+        """Give it back; what it held is gone."""
+
+
+def storage_of(record: Record) -> Storage:
+    """The storage that a record describes."""
+    kinds: dict[str, type[OnVolume | InFile | OnDevice]] = {
+        LVM: OnVolume,
+        FILE: InFile,
+        DEVICE: OnDevice,
+    }
+    return kinds[record.kind](record)
+
+
+@dataclass
+class OnVolume:
+    """A logical volume; `record.path` is `/dev/GROUP/NAME`."""
+
+    record: Record
+
+    def check(self, size: int | None, *, force: bool) -> None:
+        """The group is there and has room, and the name is free."""
+        del force  # what another volume holds is never ours to overwrite
+        name, group = Path(self.record.path).name, self.record.group
+        lvm.check_volume_name(name)
+        lvm.group(group)
+        taken = lvm.find(group, name)
+        if taken is not None:
+            what = f"a Forebay cache ({taken.cache})" if taken.cache else "not a Forebay cache"
+            raise ForebayError(
+                f"{taken.label} is there already, {what}: choose another name in [cache] device, or "
+                "remove it"
+            )
+        lvm.check_space(group, size or 0, self.record.place)
+
+    def make(self, size: int | None, state: Path, progress: Progress) -> Record:
+        """Make and tag it."""
+        del state, progress
+        record, name = self.record, Path(self.record.path).name
+        tags = (lvm.CACHE_TAG, lvm.UUID_TAG + record.uuid)
+        lvm.create(record.group, name, size or 0, tags, record.place)
+        volume = find_volume(record, Path(record.path))
+        return replace(record, path=volume.path, volume=volume.uuid)
+
+    def enlarge(self, size: int | None) -> int | None:
+        """By lvextend, under whatever name it has now."""
+        volume = find_volume(self.record, Path(self.record.path))
+        if size is not None and size < volume.size:
+            raise _shrinks(volume.label, volume.size)
+        if size is not None and size > volume.size:
+            lvm.check_space(volume.group, size - volume.size, self.record.place)
+            lvm.extend(volume, size, self.record.place)
+        return None
+
+    def drop(self) -> None:
+        """Erase the superblock, so that whoever gets these extents next holds no cache; then lvremove."""
+        for volume in lvm.caches():
+            if volume.cache == self.record.uuid or volume.uuid == self.record.volume:
+                if volume.active:
+                    _erase(Path(volume.path), self.record.uuid)
+                lvm.remove(volume)
+
+
+@dataclass
+class InFile:
+    """A regular file with space of its own."""
+
+    record: Record
+
+    def check(self, size: int | None, *, force: bool) -> None:
+        """Nothing of that name is there, and the file system has room."""
+        del force
+        path = Path(self.record.path)
+        if os.path.lexists(path):
+            raise ForebayError(f"{path}: is there already: remove it, or choose another path")
+        try:
+            room = os.statvfs(path.parent)
+        except OSError as fault:
+            raise ForebayError(
+                f"{path.parent}: {fault.strerror}: make the directory first"
+            ) from None
+        free = room.f_bavail * room.f_frsize
+        if (size or 0) > free:
+            raise ForebayError(
+                f"no space: {format_size(size or 0)} are needed and {path.parent} has "
+                f"{format_size(free)} free: say less, or make room there"
+            )
+
+    def make(self, size: int | None, state: Path, progress: Progress) -> Record:
+        """Under its own name: the record says that it is not ready."""
+        path = Path(self.record.path)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            cache_device.reserve(fd, path, size or 0, progress)
+        finally:
+            os.close(fd)
+        give_to_owner(state, path)
+        sync_directory(path.parent)
+        return self.record
+
+    def enlarge(self, size: int | None) -> int | None:
+        """Whoever has it open does so."""
+        return size
+
+    def drop(self) -> None:
+        """Remove it, unless somebody put another file there."""
+        path = Path(self.record.path)
+        if path.exists() and _erase(path, self.record.uuid):
+            path.unlink()
+            sync_directory(path.parent)
+
+
+@dataclass
+class OnDevice:
+    """A block device that is there already and stays there."""
+
+    record: Record
+
+    def check(self, size: int | None, *, force: bool) -> None:
+        """It is a block device of which nobody makes use. What it holds is looked at when it is formatted."""
+        path = Path(self.record.path)
+        try:
+            info = path.stat()
+        except OSError as fault:
+            raise ForebayError(f"{path}: {fault.strerror}: 'lsblk' lists what there is") from None
+        if not stat.S_ISBLK(info.st_mode):
+            raise ForebayError(f"{path}: not a block device: for a file say --file and --size")
+        del size, force
+
+    def make(self, size: int | None, state: Path, progress: Progress) -> Record:
+        """It is there."""
+        del size, state, progress
+        return self.record
+
+    def enlarge(self, size: int | None) -> int | None:
+        """Its owner does so."""
+        if size is not None:
+            raise ForebayError(
+                f"{self.record.path}: a block device is not ours to make larger: do so, then run "
+                "'forebay cache extend' without --size"
+            )
+        return None
+
+    def drop(self) -> None:
+        """Erase the superblock."""
+        _erase(Path(self.record.path), self.record.uuid)
+
+
+def _shrinks(what: str, size: int) -> ForebayError:
+    return ForebayError(
+        f"{what}: has {format_size(size)} ({size} bytes) already: a cache only grows; for a smaller one "
+        "remove it and create another"
+    )
+
+
+def _erase(path: Path, uuid: str) -> bool:
+    """Erase this cache's superblock, if that is what lies there. False where it is not, and not blank either."""
+    fd = cache_device.open_device(path)
+    try:
+        layout = cache_device.read_superblock(fd, path)
+        if layout is None:
+            return cache_device.is_blank(fd)
+        if str(layout.uuid) == uuid:
+            cache_device.erase(fd)
+        return str(layout.uuid) == uuid
+    finally:
+        os.close(fd)

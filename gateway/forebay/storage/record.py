@@ -1,0 +1,200 @@
+"""What STATE says of the device that the cache lies on, and how that device is found again.
+
+`STATE/device.json` is written by `forebay cache create`. Without it, the cache is on whatever `[cache] device` names,
+and only the uuids in superblock and index say whether that is right.
+
+A logical volume is found by its uuid, which the kernel shows to everybody for every active volume
+(`/sys/dev/block/MAJOR:MINOR/dm/uuid`), else by its tags, through `lvm`. So a volume that was renamed is found, and
+another one that got its name is not taken for it.
+"""
+
+import json
+import logging
+import os
+import stat
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from forebay.config.model import Config
+from forebay.storage import lvm
+from forebay_cache import CacheError
+
+log = logging.getLogger("forebay.storage")
+
+LVM, FILE, DEVICE = "lvm", "file", "device"
+CREATING, READY, REMOVING = "creating", "ready", "removing"
+
+_SYS = Path("/sys")
+_DEV = Path("/dev")
+
+
+@dataclass(frozen=True)
+class Record:
+    """The device of a cache. `volume` and `group` are for logical volumes: its uuid, and its group's name."""
+
+    kind: str
+    path: str
+    uuid: str
+    state: str = READY
+    group: str = ""
+    volume: str = ""
+    place: str | None = None
+    """The tag of the physical volumes that it is to lie on, as `@ssd`."""
+
+
+def record_path(state: Path) -> Path:
+    """Where the record lies."""
+    return state / "device.json"
+
+
+def read_record(state: Path) -> Record | None:
+    """Raises CacheError for one that cannot be understood."""
+    path = record_path(state)
+    try:
+        return Record(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        raise CacheError(
+            f"{path}: cannot be understood: remove it, and let [cache] device name the device"
+        ) from None
+
+
+def write_record(state: Path, record: Record | None) -> None:
+    """Replace the record, or (None) remove it; durable when this returns. Raises OSError."""
+    path = record_path(state)
+    if record is None:
+        path.unlink(missing_ok=True)
+    else:
+        partial = path.with_name(path.name + ".new")
+        with partial.open("w") as file:
+            json.dump(asdict(record), file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        give_to_owner(state, partial)
+        partial.rename(path)
+    sync_directory(state)
+
+
+def sync_directory(path: Path) -> None:
+    """Make creations, renames and removals in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def give_to_owner(state: Path, *paths: Path) -> None:
+    """Root makes what the daemon's user, whose STATE is, has to open."""
+    if os.geteuid() == 0:
+        owner = state.stat()
+        for path in paths:
+            os.chown(path, owner.st_uid, owner.st_gid)
+
+
+# ------------------------------------------------------------------------------------------ finding
+
+
+def locate(config: Config) -> Path:
+    """Where the cache lies. Only the embedded file is made when it is missing: a device that is gone stays gone.
+
+    Raises CacheError and ForebayError.
+    """
+    record = read_record(config.gateway.state)
+    if record is None:
+        return _as_configured(config)
+    if record.state != READY:
+        verb = "create" if record.state == CREATING else "remove"
+        raise CacheError(
+            f"{record.path}: 'forebay cache {verb}' was interrupted: run it again, so that it ends"
+        )
+    if record.kind == LVM:
+        return Path(locate_volume(record, config.cache.device))
+    path = config.cache.device or Path(record.path)
+    if not path.exists():
+        raise CacheError(f"{path}: no such {record.kind}: bring it back, or correct [cache] device")
+    return path
+
+
+def _as_configured(config: Config) -> Path:
+    path = config.cache_device
+    memory = path.is_relative_to("/dev/shm")  # noqa: S108  files in memory, for tests and benchmarks
+    if path.is_relative_to(_DEV) and not memory and not path.exists():
+        raise CacheError(f"{path}: no such device: activate it, or correct [cache] device")
+    return path
+
+
+def locate_volume(record: Record, configured: Path | None) -> str:
+    """The path of the logical volume that holds the cache, whatever its name is. Raises CacheError, ForebayError."""
+    expected = configured or Path(record.path)
+    if record.volume and volume_behind(expected) == _bare(record.volume):
+        return str(expected)
+    found = _by_kernel(record.volume) or find_volume(record, expected).path
+    if not _same(found, expected):
+        level = logging.WARNING if configured else logging.INFO
+        log.log(
+            level, "the cache was on %s and is on %s now: correct [cache] device", expected, found
+        )
+    return found
+
+
+def find_volume(record: Record, expected: Path) -> lvm.Volume:
+    """The active volume that carries the cache's tags, or has its uuid. Raises CacheError, ForebayError."""
+    known = [v for v in lvm.caches() if record.volume == v.uuid or record.uuid == v.cache]
+    mine = [v for v in known if record.volume == v.uuid] or known
+    if not mine:
+        what = "is another device" if expected.exists() else "is missing"
+        raise CacheError(
+            f"{expected}: {what}, and no logical volume has the tag {lvm.UUID_TAG}{record.uuid}: "
+            "bring the cache's volume back; 'lvs -o +lv_tags' lists what is there"
+        )
+    if len(mine) > 1:
+        raise CacheError(
+            f"{' and '.join(sorted(v.label for v in mine))} both claim to be cache {record.uuid}: take "
+            f"the tag {lvm.CACHE_TAG} off the wrong one"
+        )
+    if not mine[0].active:
+        raise CacheError(f"{mine[0].label}: not active: run 'lvchange -ay {mine[0].label}'")
+    return mine[0]
+
+
+def volume_behind(path: Path) -> str | None:
+    """The uuid, without dashes, of the logical volume that a block device is."""
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    if not stat.S_ISBLK(info.st_mode):
+        return None
+    major, minor = os.major(info.st_rdev), os.minor(info.st_rdev)
+    return _volume_in(_SYS / "dev/block" / f"{major}:{minor}" / "dm")
+
+
+def _by_kernel(volume: str) -> str | None:
+    """The path of an active logical volume."""
+    for directory in _SYS.glob("class/block/dm-*/dm"):
+        if volume and _volume_in(directory) == _bare(volume):
+            return str(_DEV / "mapper" / (directory / "name").read_text().strip())
+    return None
+
+
+def _volume_in(directory: Path) -> str | None:
+    """device-mapper's own identity of what LVM made: `LVM-`, 32 characters of the group's uuid, 32 of the volume's."""
+    try:
+        text = (directory / "uuid").read_text().strip()
+    except OSError:
+        return None
+    return text[36:] if text.startswith("LVM-") and len(text) == 68 else None
+
+
+def _bare(uuid: str) -> str:
+    return uuid.replace("-", "")
+
+
+def _same(found: str, expected: Path) -> bool:
+    try:
+        return expected.samefile(found)
+    except OSError:
+        return False

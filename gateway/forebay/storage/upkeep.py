@@ -1,0 +1,168 @@
+"""Looking after the cache device: scrub and repair beside guests, check and repair while no daemon runs.
+
+What the cache calls layers is told here as operators know it: disks and images.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import trio
+
+import forebay_cache
+from forebay.config.model import Config
+from forebay.daemon.attached import Attached
+from forebay.daemon.process import in_one_line, offline
+from forebay.errors import ForebayError
+from forebay.storage.record import locate
+from forebay_cache import Cache, CacheError, Found, Layer, Report, Revived
+from forebay_cache.device.device import Progress
+
+_PRIVATE, _CLEAN = "disk:", "image:"
+
+
+def place(layer: str) -> dict[str, str]:
+    """`disk` and `image` of a layer by its name; empty where it is of neither."""
+    if layer.startswith(_PRIVATE):
+        _, disk, _, image = [*layer.split(":", 3), "", "", ""][:4]
+        return {"disk": disk, "image": image}
+    return {"disk": "", "image": layer.removeprefix(_CLEAN)}
+
+
+class Upkeep:
+    """Of a cache in use; `attached` gives the disks that are served."""
+
+    def __init__(self, cache: Cache, attached: Callable[[], list[Attached]]) -> None:
+        self._cache = cache
+        self._attached = attached
+        self._running = trio.Lock()
+        self.origin_read_bytes = 0
+        """Fetched again from images."""
+
+    async def scrub(self, progress: Progress) -> dict[str, Any]:
+        """Check all of the device; what was found. Raises ForebayError while another scrub runs."""
+        with self._alone():
+            found = await forebay_cache.scrub(
+                self._cache, progress, busy=self._guests_wait, refetch=self._refetch
+            )
+        return self._told(found)
+
+    async def repair(self, progress: Progress) -> dict[str, Any]:
+        """Use a device again that has failed, then scrub. Raises ForebayError when it still fails."""
+        with self._alone():
+            failed = self._cache.failed
+            revived = await self._revived()
+            found = await forebay_cache.scrub(
+                self._cache, progress, busy=self._guests_wait, refetch=self._refetch
+            )
+        found.damaged_clean += revived.dropped_clean
+        told = self._told(found)
+        told["had_failed"] = failed.strerror if failed else None
+        told["rewritten_bytes"] = revived.rewritten_bytes
+        return told
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        try:
+            self._running.acquire_nowait()
+        except trio.WouldBlock:
+            raise ForebayError("a scrub or repair runs already: wait until it has ended") from None
+        try:
+            yield
+        finally:
+            self._running.release()
+
+    async def _revived(self) -> Revived:
+        try:
+            return await forebay_cache.revive(self._cache)
+        except CacheError as fault:
+            raise ForebayError(str(fault)) from None
+        except OSError as fault:
+            raise ForebayError(
+                f"{self._cache.device.path} still fails ({fault.strerror}): put the device right and run this again"
+            ) from fault
+
+    def _guests_wait(self) -> bool:
+        return any(one.disk.image.filler.waiting for one in self._attached())
+
+    async def _refetch(self, layer: Layer, offset: int, length: int) -> bool:
+        for one in self._attached():
+            image = one.disk.image
+            if image.layer is layer:
+                try:
+                    await image.filler.prefetch(offset, length, self, background=True)
+                    return not await image.filler.missing(offset, length)
+                except OSError:
+                    return False
+        return False  # nobody uses the image now: whoever does next fetches it
+
+    def _told(self, found: Found) -> dict[str, Any]:
+        told = found.json()
+        for one in told["damage"]:
+            one.update(place(one.pop("layer")))
+            one["device_offset"] = self._cache.device.at(one["slot"]) if one["slot"] >= 0 else None
+        return told
+
+
+# ---------------------------------------------------------------------------------------- without a daemon
+
+
+def check(config: Config, progress: Progress) -> dict[str, Any]:
+    """Read and compare all of a cache that no daemon uses, and change nothing. Raises ForebayError."""
+    with _untouched(config), in_one_line():
+        return _report(
+            forebay_cache.check(locate(config), config.gateway.state / "index", progress)
+        )
+
+
+def repair(config: Config, progress: Progress, *, drop_dirty: bool) -> dict[str, Any]:
+    """Drop what is damaged in a cache that no daemon uses; dirty data only with `drop_dirty`. Raises ForebayError."""
+    with offline(config):
+        done = forebay_cache.repair(
+            locate(config), config.gateway.state / "index", progress, drop_dirty=drop_dirty
+        )
+    return {
+        "dropped_clean": done.dropped_clean,
+        "dropped_private": done.dropped_private,
+        "before": _report(done.before),
+        "after": _report(done.after),
+    }
+
+
+@contextlib.contextmanager
+def _untouched(config: Config) -> Iterator[None]:
+    """Keep daemons from starting on STATE, without making or changing anything there."""
+    path = config.gateway.state / "lock"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield  # no daemon has run here yet
+        return
+    except OSError as fault:
+        raise ForebayError(
+            f"{path}: {fault.strerror}: run this as root, or as the daemon's user"
+        ) from None
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as fault:
+            if fault.errno != errno.EWOULDBLOCK:
+                raise
+            raise ForebayError(
+                f"{config.gateway.state} is in use by a daemon: 'forebay cache scrub' checks the cache meanwhile, "
+                "or stop the daemon first"
+            ) from None
+        yield
+    finally:
+        os.close(fd)
+
+
+def _report(report: Report) -> dict[str, Any]:
+    told = report.json()
+    told["damaged"] = report.damaged
+    for one in told["faults"]:
+        one.update(place(one.pop("layer")))
+    return told

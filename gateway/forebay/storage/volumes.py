@@ -1,0 +1,293 @@
+"""`forebay cache create`, `extend` and `remove`: storage for the cache, made, enlarged and given back.
+
+What is about to be made or removed is on record before it happens (storage_record.py). A command that was killed is
+run again: it finds the record, and finishes or begins anew.
+"""
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import stat
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from forebay.client import Client, NoDaemonError
+from forebay.config.model import Config
+from forebay.daemon.process import format_cache, in_one_line, offline
+from forebay.errors import ForebayError
+from forebay.storage import lvm
+from forebay.storage.kinds import Progress, storage_of
+from forebay.storage.record import (
+    CREATING,
+    DEVICE,
+    FILE,
+    LVM,
+    READY,
+    REMOVING,
+    Record,
+    give_to_owner,
+    locate,
+    read_record,
+    sync_directory,
+    write_record,
+)
+from forebay.units import format_size
+from forebay_cache import CacheError, extend_device, format_device, open_cache
+from forebay_cache.device.device import SMALLEST
+from forebay_cache.format.geometry import SECTOR
+from forebay_cache.index.index import Index
+
+STOP_SECONDS = 120.0
+"""How long a daemon that was told to end may take: longer than it gives itself."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `cache create` was asked for; one of the first three."""
+
+    group: str | None = None
+    device: Path | None = None
+    file: Path | None = None
+    size: int | None = None
+    place: str | None = None
+    force: bool = False
+
+
+# ----------------------------------------------------------------------------------------- creating
+
+
+def create(config: Config, wanted: Wanted, progress: Progress) -> Record:
+    """Provide storage and format it. Raises ForebayError; then nothing has changed."""
+    state = config.gateway.state
+    if wanted.size is not None and wanted.size < SMALLEST:
+        raise ForebayError(f"a cache of {wanted.size} bytes is too small: say at least {SMALLEST}")
+    record = _planned(config, wanted)
+    with offline(config):
+        _clear_leftovers(state)
+        _refuse_second(state)
+        storage = storage_of(record)
+        storage.check(wanted.size, force=wanted.force)
+        write_record(state, record)
+        try:
+            record = storage.make(wanted.size, state, progress)
+            index = state / "index"
+            format_device(
+                Path(record.path), index, force=wanted.force, ident=uuid.UUID(record.uuid)
+            )
+            give_to_owner(state, index, *index.iterdir(), state / "lock")
+            record = replace(record, state=READY)
+            write_record(state, record)
+        except BaseException:
+            _undo(state, record)
+            raise
+    return record
+
+
+def _planned(config: Config, wanted: Wanted) -> Record:
+    """The record as it is before anything is made. Raises ForebayError when the configuration names another place."""
+    configured = config.cache.device
+    ident = str(uuid.uuid4())
+    if wanted.group is not None:
+        path = _volume_path(wanted.group, configured)
+        return Record(LVM, path, ident, CREATING, wanted.group, place=wanted.place)
+    path_ = wanted.device or wanted.file
+    assert path_ is not None
+    if configured is not None and configured != path_:
+        raise ForebayError(
+            f"[cache] device is {configured}, not {path_}: correct {config.source}, then try again"
+        )
+    return Record(DEVICE if wanted.device else FILE, str(path_), ident, CREATING)
+
+
+def _volume_path(group: str, configured: Path | None) -> str:
+    """`/dev/GROUP/NAME`, the name as the configuration has it."""
+    if configured is None:
+        return f"/dev/{group}/forebay"
+    mapped = f"/dev/mapper/{group.replace('-', '--')}-"
+    if configured.parent == Path("/dev") / group:
+        return str(configured)
+    if str(configured).startswith(mapped):
+        name = str(configured).removeprefix(mapped).replace("--", "-")
+        return f"/dev/{group}/{name}"
+    raise ForebayError(
+        f"[cache] device is {configured}, which is not in volume group {group}: write "
+        f'device = "/dev/{group}/NAME" there, then try again'
+    )
+
+
+def _clear_leftovers(state: Path) -> None:
+    """A `create` that was killed: nothing was ever stored in what it made."""
+    record = read_record(state)
+    if record is not None and record.state == CREATING:
+        storage_of(record).drop()
+        shutil.rmtree(state / "index", ignore_errors=True)
+        write_record(state, None)
+
+
+def _undo(state: Path, record: Record) -> None:
+    """What failed is reported; what fails now is left for the next `create` to clear."""
+    with contextlib.suppress(ForebayError, CacheError, OSError):
+        storage_of(record).drop()
+        shutil.rmtree(state / "index", ignore_errors=True)
+        write_record(state, None)
+
+
+def _refuse_second(state: Path) -> None:
+    """One cache for one STATE."""
+    record = read_record(state)
+    index = state / "index"
+    if record is None and (not index.exists() or _is_fresh(index)):
+        return
+    where = f" on {record.path}" if record else ""
+    raise ForebayError(
+        f"{state} has a cache already{where}: 'forebay cache extend' makes it larger, 'forebay cache "
+        "remove' gives it back; another instance needs a 'state' of its own"
+    )
+
+
+def _is_fresh(index: Path) -> bool:
+    opened = Index(index, 0)
+    opened.close()
+    return opened.meta.fresh
+
+
+# ---------------------------------------------------------------------------------------- extending
+
+
+def extend(config: Config, client: Client, size: int | None, progress: Progress) -> dict[str, Any]:
+    """Make the storage `size` bytes long, or (None) take what it has. What the cache is now.
+
+    Raises ForebayError.
+    """
+    with in_one_line(), _daemon_or_lock(config, client) as running:
+        record = _record(config)
+        if record.state != READY:
+            locate(config)  # says what to do
+        rest = storage_of(record).enlarge(size)
+        if running:
+            content = {"size": rest}
+            found: dict[str, Any] = client.follow("POST", "/cache/extend", content, progress)
+            return found
+        path = locate(config)
+        layout = extend_device(path, config.gateway.state / "index", rest, progress)
+        return {"device": str(path), "uuid": str(layout.uuid), "size": layout.size}
+
+
+@contextlib.contextmanager
+def _daemon_or_lock(config: Config, client: Client) -> Iterator[bool]:
+    """True while a daemon runs; else its STATE is held."""
+    try:
+        client.get("/cache")
+    except NoDaemonError:
+        with offline(config):
+            yield False
+    else:
+        yield True
+
+
+def _record(config: Config) -> Record:
+    """The record, or what can be told of a cache that was made without one. Raises ForebayError and CacheError."""
+    record = read_record(config.gateway.state)
+    if record is not None:
+        path = locate(config) if record.state == READY and record.kind != LVM else record.path
+        return replace(record, path=str(path))
+    path = locate(config)
+    if not path.exists():
+        raise ForebayError(f"{path}: there is no cache: 'forebay cache create' makes one")
+    kind = DEVICE if stat.S_ISBLK(path.stat().st_mode) else FILE
+    return Record(kind, str(path), "")
+
+
+# ----------------------------------------------------------------------------------------- removing
+
+
+def remove(config: Config, client: Client, progress: Progress) -> Record:
+    """Write back what is dirty, end the daemon, give the storage back. What was removed.
+
+    Raises ForebayError while a disk is attached, or when anything is dirty still.
+    """
+    state = config.gateway.state
+    _end_daemon(client, progress)
+    with offline(config):
+        record = _record(config)
+        if record.state == READY:
+            record = replace(record, uuid=_checked_empty(config), state=REMOVING)
+            write_record(state, record)
+        storage_of(record).drop()
+        shutil.rmtree(state / "index", ignore_errors=True)
+        sync_directory(state)
+        write_record(state, None)
+    return record
+
+
+def _end_daemon(client: Client, progress: Progress) -> None:
+    """Have the daemon drain, and end it; it refuses while there are disks."""
+    try:
+        pid = client.follow("POST", "/cache/release", None, progress)["pid"]
+    except NoDaemonError:
+        return
+    try:
+        daemon = os.pidfd_open(pid)
+        signal.pidfd_send_signal(daemon, signal.SIGTERM)
+    except PermissionError:
+        raise ForebayError(
+            f"the daemon (pid {pid}) is another user's: run this as root, or stop it first"
+        ) from None
+    except ProcessLookupError:
+        return
+    try:
+        if not select.select([daemon], [], [], STOP_SECONDS)[0]:
+            raise ForebayError(f"the daemon (pid {pid}) does not end: stop it, then try again")
+    finally:
+        os.close(daemon)
+
+
+def _checked_empty(config: Config) -> str:
+    """The uuid of a cache that nobody needs any more. Raises ForebayError, CacheError."""
+    state, path = config.gateway.state, locate(config)
+    if not (state / "index").exists():
+        raise ForebayError(
+            f"{path}: its index is not at {state / 'index'}, so nobody knows what is dirty: correct "
+            "'state', or drop it with 'forebay cache format --force'"
+        )
+    cache = open_cache(path, state / "index")  # what was journaled since the last commit counts
+    try:
+        disks = sorted(cache.records("disk"))
+        dirty = sum(x.sectors for x in cache.layers.values() if x.private and not x.dead) * SECTOR
+    finally:
+        cache.release()
+    if disks:
+        raise ForebayError(
+            f"attached: {', '.join(disks)}: start the daemon, and detach them with 'forebay detach NAME'"
+        )
+    if dirty:
+        raise ForebayError(
+            f"{path}: {format_size(dirty)} are dirty, only this cache has them: start the daemon and "
+            "drain it with 'forebay flush --all'"
+        )
+    return cache.uuid
+
+
+# --------------------------------------------------------------------------------------- formatting
+
+
+def format_again(config: Config, *, force: bool) -> None:
+    """`forebay cache format`: an empty cache on the same device. Raises ForebayError."""
+    state = config.gateway.state
+    format_cache(config, force)
+    record = read_record(state)
+    if record is None:
+        return
+    opened = Index(state / "index", 0)
+    opened.close()
+    write_record(state, replace(record, uuid=opened.meta.uuid))
+    if record.kind == LVM:
+        tags = (lvm.UUID_TAG + record.uuid, lvm.UUID_TAG + opened.meta.uuid)
+        for volume in lvm.caches():
+            if volume.uuid == record.volume:
+                lvm.retag(volume, *tags)

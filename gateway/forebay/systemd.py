@@ -1,0 +1,101 @@
+"""Talking to systemd without its library: sd_notify(3), the file descriptor store, what it hands over at the start."""
+
+import os
+import select
+import socket
+from collections.abc import Sequence
+
+import trio
+
+FIRST_FD = 3
+"""Where the descriptors that a service is started with begin (sd_listen_fds(3))."""
+
+SEND_SECONDS = 5.0
+"""How long a service manager may take to read what it is told. It reads at once, or never: who did not is not waited
+for again until something could be sent."""
+
+
+class _Patience:
+    seconds = SEND_SECONDS
+
+
+def notify(state: str, fds: Sequence[int] = (), *, wait: bool = True) -> bool:
+    """Send `state` (`READY=1`, `STATUS=...`, several lines) to the service manager; whether there is one that took it.
+
+    Never raises: a manager that went away is no reason to stop serving disks. Without `wait` it never waits either.
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return False
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+        try:
+            sender.settimeout(_Patience.seconds if wait else 0)
+            sender.connect(address)
+            socket.send_fds(sender, [state.encode()], list(fds))
+        except TimeoutError:
+            _Patience.seconds = 0
+            return False
+        except OSError:
+            return False
+    _Patience.seconds = SEND_SECONDS
+    return True
+
+
+def store(name: str, fd: int) -> bool:
+    """Give a descriptor to the manager, which hands it to this service's next process; whether it was sent."""
+    return notify(f"FDSTORE=1\nFDNAME={name}", [fd])
+
+
+def unstore(name: str) -> bool:
+    """Have the manager close what it holds under this name."""
+    return notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+
+def settled(seconds: float) -> bool:
+    """Wait until the manager has dealt with all that was sent so far; False when it does not say so in time."""
+    read, write = os.pipe()
+    try:
+        sent = notify("BARRIER=1", [write])
+        os.close(write)
+        poll = select.poll()
+        poll.register(read, select.POLLHUP)
+        return sent and bool(poll.poll(seconds * 1000))
+    finally:
+        os.close(read)
+
+
+def received() -> list[tuple[str, int]]:
+    """(name, descriptor) of what the manager started this process with. The environment forgets it: children got none.
+
+    Descriptors become close-on-exec. A second call returns nothing.
+    """
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    count = int(os.environ.pop("LISTEN_FDS", None) or 0)
+    if os.environ.pop("LISTEN_PID", None) != str(os.getpid()):
+        return []
+    fds = range(FIRST_FD, FIRST_FD + count)
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    names += [""] * (count - len(names))
+    return list(zip(names, fds, strict=False))
+
+
+async def keep_alive() -> None:
+    """Feed the watchdog from the event loop for as long as that turns: for a process that holds nobody's data.
+
+    The daemon asks for more, see `forebay.daemon.watchdog`.
+    """
+    asked = watchdog_seconds()
+    while asked:
+        notify("WATCHDOG=1", wait=False)
+        await trio.sleep(asked / 2)
+
+
+def watchdog_seconds() -> float | None:
+    """How often, in seconds, the manager wants to hear `WATCHDOG=1` (`WatchdogSec=`); None: it does not."""
+    microseconds = int(os.environ.get("WATCHDOG_USEC") or 0)
+    if not microseconds or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    return microseconds / 1e6
