@@ -118,7 +118,7 @@ async def _serve(
             inherited.claim()
             await gateway.resume(inherited)
             # 100 ms to import: after the guests that may be waiting, and beside what they do.
-            server = await trio.to_thread.run_sync(import_module, "forebay.control")
+            server = await trio.to_thread.run_sync(import_module, "forebay.control.server")
             path = config.gateway.run / "control.sock"
             await control.start(server.serve_control, gateway, path)
             nursery.start_soon(feed, gateway.attached)
