@@ -30,7 +30,9 @@ def pytest_configure() -> None:
     - A shell lets what it starts in the background ignore SIGINT, and what tests start would inherit that.
     - Where these variables say that it runs under CI, pytest compares what differs line by line; for lists of
       long byte strings, which the searches for planted bugs compare, that takes minutes.
+    - A state that follows one it must not follow is an error, here and in every daemon that a test starts.
     """
+    os.environ["FOREBAY_STRICT"] = "1"
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("CI", "BUILD_NUMBER"):
