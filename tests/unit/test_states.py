@@ -74,5 +74,5 @@ def test_the_table_of_the_page_is_that_of_the_code(
 
 @pytest.mark.parametrize(("page", "heading", "table"), TABLES)
 def test_every_state_has_its_moves(page: str, heading: str, table: Table[Any]) -> None:
-    kind = type(next(iter(table)))
+    kind: type[Enum] = type(next(iter(table)))
     assert list(table) == list(kind)
