@@ -22,12 +22,12 @@ from forebay.sidecar import redo
 from forebay.sidecar.marker import Owner
 from forebay_cache.device.device import plan
 from forebay_cache.format import ops
-from forebay_nbd import events as ev
-from forebay_nbd.haggle import haggle
-from forebay_nbd.handshake import ClientHandshake
-from forebay_nbd.replies import ReplyReader
-from forebay_nbd.requests import encode_request
-from forebay_nbd.wire import Cmd
+from forebay_nbd.client.haggle import haggle
+from forebay_nbd.protocol import events as ev
+from forebay_nbd.protocol.handshake import ClientHandshake
+from forebay_nbd.protocol.replies import ReplyReader
+from forebay_nbd.protocol.requests import encode_request
+from forebay_nbd.protocol.wire import Cmd
 from fuzz.targets import ASKED, CONTEXTS, EXPORT, SIZE, requests
 from real import processes
 from real.nbd_memory import serving

@@ -35,14 +35,14 @@ from forebay_cache.offline.report import Report
 from forebay_cache.offline.walk import Tables, Walk
 from forebay_cache.upkeep.medium import Medium
 from forebay_nbd import Limits
-from forebay_nbd import events as ev
-from forebay_nbd.export import Export
-from forebay_nbd.haggle import Answers, haggle
-from forebay_nbd.handshake import ClientHandshake, ServerHandshake, State
-from forebay_nbd.negotiation import Negotiation
-from forebay_nbd.replies import ReplyReader
-from forebay_nbd.requests import RequestReader, check, encode_reply
-from forebay_nbd.wire import Cmd, CmdFlag, ProtocolError, RequestError
+from forebay_nbd.client.haggle import Answers, haggle
+from forebay_nbd.protocol import events as ev
+from forebay_nbd.protocol.handshake import ClientHandshake, ServerHandshake, State
+from forebay_nbd.protocol.replies import ReplyReader
+from forebay_nbd.protocol.requests import RequestReader, check, encode_reply
+from forebay_nbd.protocol.wire import Cmd, CmdFlag, ProtocolError, RequestError
+from forebay_nbd.server.export import Export
+from forebay_nbd.server.negotiation import Negotiation
 
 SIZE = 8 << 20
 LIMITS = Limits()

@@ -7,8 +7,8 @@ from typing import Self
 
 import trio
 
-from forebay_nbd.events import Request
-from forebay_nbd.requests import encode_request
+from forebay_nbd.protocol.events import Request
+from forebay_nbd.protocol.requests import encode_request
 
 HELLO = b"NBDMAGICIHAVEOPT\0\3"
 

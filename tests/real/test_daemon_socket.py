@@ -11,7 +11,7 @@ import trio.testing
 from forebay.config.model import GatewaySection
 from forebay.doors.listener import Door, socket_path
 from forebay.errors import ForebayError
-from forebay_nbd.client import Client
+from forebay_nbd.client.client import Client
 
 
 class Memory:

@@ -12,8 +12,8 @@ import pytest
 import trio
 
 from forebay_nbd import Client, Limits
-from forebay_nbd.events import DataChunk, ErrorChunk, HoleChunk, NoneChunk
-from forebay_nbd.requests import encode_reply
+from forebay_nbd.protocol.events import DataChunk, ErrorChunk, HoleChunk, NoneChunk
+from forebay_nbd.protocol.requests import encode_reply
 from real.nbd_memory import MemoryExport, serving
 from real.nbd_raw import until
 from real.processes import NbdServer

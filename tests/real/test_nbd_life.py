@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from forebay_nbd import Connection, Limits
-from forebay_nbd.budget import Budget
+from forebay_nbd.server.budget import Budget
 from real.nbd_memory import MemoryExport, serving
 from real.nbd_raw import Raw, option, request, still_serves, until
 

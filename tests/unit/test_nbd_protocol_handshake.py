@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay_nbd import events as ev
-from forebay_nbd.handshake import (
+from forebay_nbd.protocol import events as ev
+from forebay_nbd.protocol.handshake import (
     TRANSITIONS,
     ClientHandshake,
     LocalProtocolError,
     ServerHandshake,
     State,
 )
-from forebay_nbd.wire import Opt, ProtocolError, Rep
+from forebay_nbd.protocol.wire import Opt, ProtocolError, Rep
 
 IHAVEOPT = b"IHAVEOPT"
 REPLY = bytes.fromhex("0003e889045565a9")

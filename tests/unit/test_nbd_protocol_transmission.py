@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay_nbd import events as ev
-from forebay_nbd.replies import ReplyReader
-from forebay_nbd.requests import RequestReader, check, encode_reply, encode_request
-from forebay_nbd.wire import (
+from forebay_nbd.protocol import events as ev
+from forebay_nbd.protocol.replies import ReplyReader
+from forebay_nbd.protocol.requests import RequestReader, check, encode_reply, encode_request
+from forebay_nbd.protocol.wire import (
     MAX_PAYLOAD,
     REQUEST_MAGIC,
     Buffer,

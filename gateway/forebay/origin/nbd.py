@@ -17,7 +17,7 @@ from forebay.origin.calls import Buffer
 from forebay.origin.file import HOLE, MOST_EXTENTS, ZERO, ZERO_PIECE, Identity, check_range, pieces
 from forebay.origin.nbd_requests import Requests, connect
 from forebay.origin.threads import bounded
-from forebay_nbd.client import Client
+from forebay_nbd.client.client import Client
 
 
 class NbdOrigin:

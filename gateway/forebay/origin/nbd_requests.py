@@ -16,8 +16,8 @@ import trio
 from forebay.errors import ForebayError
 from forebay.origin.addresses import NbdImage
 from forebay.origin.threads import Lanes, bounded
-from forebay_nbd.client import Client
-from forebay_nbd.wire import Flag
+from forebay_nbd.client.client import Client
+from forebay_nbd.protocol.wire import Flag
 
 log = logging.getLogger("forebay.origin")
 

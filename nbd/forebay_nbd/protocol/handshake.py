@@ -7,9 +7,14 @@ sent (LocalProtocolError).
 
 import enum
 
-from . import events as ev
-from .options import decode_option, decode_option_reply, encode_option, encode_option_reply
-from .wire import (
+from forebay_nbd.protocol import events as ev
+from forebay_nbd.protocol.options import (
+    decode_option,
+    decode_option_reply,
+    encode_option,
+    encode_option_reply,
+)
+from forebay_nbd.protocol.wire import (
     CLIENT_FLAGS,
     EXPORT_REPLY,
     EXPORT_REPLY_ZEROES,

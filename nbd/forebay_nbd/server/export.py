@@ -2,7 +2,7 @@
 
 from typing import Protocol, runtime_checkable
 
-from .wire import Buffer, Flag
+from forebay_nbd.protocol.wire import Buffer, Flag
 
 
 @runtime_checkable

@@ -13,18 +13,18 @@ from time import perf_counter
 
 import trio
 
-from . import events as ev
-from .batch import Batch, Outcome
-from .budget import Budget
-from .events import Request
-from .export import Export
-from .handshake import ServerHandshake, State
-from .limits import Limits
-from .negotiation import Negotiation
-from .outbox import Outbox
-from .requests import RequestReader, encode_request
-from .slow import SlowRequests
-from .wire import ProtocolError
+from forebay_nbd.protocol import events as ev
+from forebay_nbd.protocol.events import Request
+from forebay_nbd.protocol.handshake import ServerHandshake, State
+from forebay_nbd.protocol.requests import RequestReader, encode_request
+from forebay_nbd.protocol.wire import ProtocolError
+from forebay_nbd.server.batch import Batch, Outcome
+from forebay_nbd.server.budget import Budget
+from forebay_nbd.server.export import Export
+from forebay_nbd.server.limits import Limits
+from forebay_nbd.server.negotiation import Negotiation
+from forebay_nbd.server.outbox import Outbox
+from forebay_nbd.server.slow import SlowRequests
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .wire import MAX_STRING
+from forebay_nbd.protocol.wire import MAX_STRING
 
 
 @dataclass(frozen=True, slots=True)

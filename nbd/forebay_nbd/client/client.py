@@ -8,28 +8,29 @@ from dataclasses import dataclass, field
 
 import trio
 
-from . import events as ev
-from .haggle import Answers, Terms, haggle
-from .handshake import ClientHandshake
-from .replies import ReplyReader
-from .requests import encode_request
-from .wire import BASE_ALLOCATION, Buffer, Cmd, CmdFlag, Flag, ProtocolError, local_errno, rest
-
-Address = str | tuple[str, int]
-"""The path of a Unix socket, or a host and a port."""
+from forebay_nbd.client.connecting import Address, connect, named, shake_hands
+from forebay_nbd.client.haggle import Terms
+from forebay_nbd.protocol import events as ev
+from forebay_nbd.protocol.replies import ReplyReader
+from forebay_nbd.protocol.requests import encode_request
+from forebay_nbd.protocol.wire import (
+    BASE_ALLOCATION,
+    Buffer,
+    Cmd,
+    CmdFlag,
+    Flag,
+    ProtocolError,
+    local_errno,
+    rest,
+)
 
 CONNECT_SECONDS = 10.0
 """A server that has not let us in by then is not there."""
 MAX_RANGE = 1 << 30
 """Longest TRIM, WRITE_ZEROES, CACHE and BLOCK_STATUS sent, bytes: the field has 32 bits, and some servers work through
 such a range before they answer anything else."""
-SEND_BUFFER = 4 << 20
-"""SO_SNDBUF asked for on Unix sockets; the kernel caps it (net.core.wmem_max). A write of 1 MiB, as FUSE has them,
-leaves in one go: by default it takes six, each after a wait for the server to read."""
 TURNS = 32
 """Receives in a row before other tasks run."""
-MOST_ANSWERS = 100
-"""Replies to one option that are believed: five come. A server may send them without end."""
 
 
 _PLAIN = CmdFlag(0)
@@ -83,14 +84,14 @@ class Client:
         name = address if isinstance(address, str) else "{}:{}".format(*address)
         try:
             with trio.fail_after(timeout):
-                sock = await _connect(address)
+                sock = await connect(address)
         except trio.TooSlowError:
             raise TimeoutError(errno.ETIMEDOUT, f"{name}: no answer in {timeout:g} s") from None
         except OSError as exc:
-            raise _named(exc, name) from exc
+            raise named(exc, name) from exc
         try:
             with trio.fail_after(timeout):
-                terms, early = await _shake_hands(sock, export, contexts)
+                terms, early = await shake_hands(sock, export, contexts)
         except BaseException as exc:
             trio.lowlevel.notify_closing(sock)
             sock.close()
@@ -99,7 +100,7 @@ class Client:
             if isinstance(exc, ProtocolError):
                 raise ConnectionError(errno.EPROTO, f"{name}: {exc}") from exc
             if isinstance(exc, OSError):
-                raise _named(exc, name) from exc
+                raise named(exc, name) from exc
             raise
         client = cls(sock, terms, name)
         client._reader.feed(early)
@@ -336,88 +337,6 @@ class Client:
         for call in calls.values():
             call.error = ConnectionError(errno.ENOTCONN, f"{self.name}: {why}")
             call.done.set()
-
-
-# --- connecting ------------------------------------------------------------------------------
-async def _connect(address: Address) -> socket.socket:
-    if isinstance(address, str):
-        found = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            await found.connect(address)
-        except BaseException:
-            found.close()
-            raise
-    else:
-        found = (await trio.open_tcp_stream(*address)).socket
-    sock = socket.socket(fileno=found.detach())
-    sock.setblocking(False)
-    if sock.family == socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-    else:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    return sock
-
-
-async def _shake_hands(
-    sock: socket.socket, export: str, contexts: tuple[str, ...]
-) -> tuple[Terms, bytes]:
-    """The terms, and what the server has sent beyond the handshake."""
-    hands = ClientHandshake()
-    greeting = await _hear(sock, hands)
-    if not isinstance(greeting, ev.Greeting):
-        raise ProtocolError("no greeting")
-    talk = haggle(greeting, export, contexts)
-    question = next(talk)
-    while True:
-        await _say(sock, hands.send(question))
-        answers: Answers = []
-        while not isinstance(question, ev.ClientFlags) and not _ends(answers):
-            reply = await _hear(sock, hands)
-            assert not isinstance(reply, ev.Greeting)
-            answers.append(reply)
-            if len(answers) > MOST_ANSWERS:  # as fast as they come: nobody else would have a turn
-                raise ProtocolError(f"more than {MOST_ANSWERS} replies to one option")
-        try:
-            question = talk.send(answers)
-        except StopIteration as stop:
-            terms: Terms = stop.value
-            return terms, hands.trailing()
-
-
-def _ends(answers: Answers) -> bool:
-    return bool(answers) and isinstance(answers[-1], (ev.Ack, ev.OptionError, ev.ExportBegins))
-
-
-async def _hear(
-    sock: socket.socket, hands: ClientHandshake
-) -> ev.Greeting | ev.OptionReply | ev.ExportBegins:
-    while isinstance(event := hands.next_event(), ev.NeedData):
-        try:
-            data = sock.recv(4096)
-        except BlockingIOError:
-            await trio.lowlevel.wait_readable(sock)
-            continue
-        if not data:
-            raise ConnectionError(
-                errno.ECONNRESET, "the server closed the connection during the handshake"
-            )
-        hands.receive(data)
-    return event
-
-
-async def _say(sock: socket.socket, data: bytes) -> None:
-    while data:
-        try:
-            data = data[sock.send(data) :]
-        except BlockingIOError:
-            await trio.lowlevel.wait_writable(sock)
-
-
-def _named(exc: OSError, name: str) -> OSError:
-    """The same error, its text saying where."""
-    text = exc.strerror or str(exc) or type(exc).__name__
-    return type(exc)(exc.errno or errno.ECONNREFUSED, f"{name}: {text}")
 
 
 def _pieces(offset: int, length: int, most: int) -> Iterator[tuple[int, int]]:

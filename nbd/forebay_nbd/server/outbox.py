@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import trio
 
-from .budget import Budget
-from .export import Export
-from .limits import Limits
-from .wire import Buffer, rest
+from forebay_nbd.protocol.wire import Buffer, rest
+from forebay_nbd.server.budget import Budget
+from forebay_nbd.server.export import Export
+from forebay_nbd.server.limits import Limits
 
 _IOV_MAX = 1024
 """Buffers that one pwritev takes (limits.h)."""

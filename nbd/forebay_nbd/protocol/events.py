@@ -6,7 +6,7 @@ sizes are bytes.
 
 from dataclasses import dataclass
 
-from .wire import Buffer
+from forebay_nbd.protocol.wire import Buffer
 
 
 class NeedData:

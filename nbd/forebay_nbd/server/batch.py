@@ -7,12 +7,9 @@ a time.
 
 import enum
 
-from .events import NeedData, Request
-from .export import Export
-from .limits import Limits
-from .requests import RequestReader, check
-from .slow import SlowRequests, data_head, failure, success
-from .wire import (
+from forebay_nbd.protocol.events import NeedData, Request
+from forebay_nbd.protocol.requests import RequestReader, check
+from forebay_nbd.protocol.wire import (
     DATA_CHUNK_FAST,
     DATA_DONE,
     MAX_PAYLOAD,
@@ -26,6 +23,9 @@ from .wire import (
     CmdFlag,
     ProtocolError,
 )
+from forebay_nbd.server.export import Export
+from forebay_nbd.server.limits import Limits
+from forebay_nbd.server.slow import SlowRequests, data_head, failure, success
 
 _HEADER = REQUEST_FAST.size
 

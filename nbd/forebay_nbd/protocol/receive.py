@@ -4,7 +4,7 @@ The owner receives into space() and says how much came with received(). Long dat
 which they are received directly. No I/O happens here.
 """
 
-from .wire import Buffer
+from forebay_nbd.protocol.wire import Buffer
 
 
 class ReceiveBuffer:

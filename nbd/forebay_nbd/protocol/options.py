@@ -3,8 +3,8 @@
 import struct
 from collections.abc import Callable
 
-from . import events as ev
-from .wire import (
+from forebay_nbd.protocol import events as ev
+from forebay_nbd.protocol.wire import (
     INFO_BLOCK_SIZE_BODY,
     INFO_EXPORT_BODY,
     MAX_STRING,

@@ -5,10 +5,19 @@ The state is what the client has agreed on so far; `export` is set when transmis
 
 from collections.abc import Callable, Iterable
 
-from . import events as ev
-from .export import Export, transmission_flags
-from .options import option_number
-from .wire import BASE_ALLOCATION, MAX_PAYLOAD, MAX_SIZE, MAX_STRING, Info, Opt, ProtocolError, Rep
+from forebay_nbd.protocol import events as ev
+from forebay_nbd.protocol.options import option_number
+from forebay_nbd.protocol.wire import (
+    BASE_ALLOCATION,
+    MAX_PAYLOAD,
+    MAX_SIZE,
+    MAX_STRING,
+    Info,
+    Opt,
+    ProtocolError,
+    Rep,
+)
+from forebay_nbd.server.export import Export, transmission_flags
 
 Answer = ev.OptionReply | ev.ExportBegins
 

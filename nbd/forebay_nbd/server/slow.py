@@ -5,13 +5,9 @@ import logging
 
 import trio
 
-from .budget import Budget
-from .events import ErrorChunk, NoneChunk, Request, SimpleReply, StatusChunk
-from .export import Export
-from .limits import Limits
-from .outbox import Outbox
-from .requests import encode_reply
-from .wire import (
+from forebay_nbd.protocol.events import ErrorChunk, NoneChunk, Request, SimpleReply, StatusChunk
+from forebay_nbd.protocol.requests import encode_reply
+from forebay_nbd.protocol.wire import (
     CHUNK_DONE,
     CHUNK_HEADER,
     MAX_EXTENTS,
@@ -23,6 +19,10 @@ from .wire import (
     CmdFlag,
     wire_errno,
 )
+from forebay_nbd.server.budget import Budget
+from forebay_nbd.server.export import Export
+from forebay_nbd.server.limits import Limits
+from forebay_nbd.server.outbox import Outbox
 
 log = logging.getLogger(__name__)
 

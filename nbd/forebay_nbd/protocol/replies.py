@@ -7,7 +7,7 @@ data land in the memory given with the request, long ones without being copied o
 import bisect
 from dataclasses import dataclass, field
 
-from .events import (
+from forebay_nbd.protocol.events import (
     NEED_DATA,
     DataChunk,
     ErrorChunk,
@@ -19,8 +19,8 @@ from .events import (
     SimpleReply,
     StatusChunk,
 )
-from .receive import ReceiveBuffer
-from .wire import (
+from forebay_nbd.protocol.receive import ReceiveBuffer
+from forebay_nbd.protocol.wire import (
     CHUNK_DONE,
     CHUNK_ERROR_BIT,
     CHUNK_HEADER,

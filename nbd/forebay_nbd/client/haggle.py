@@ -4,8 +4,16 @@ import errno
 from collections.abc import Generator
 from dataclasses import dataclass, field
 
-from . import events as ev
-from .wire import MAX_PAYLOAD, MAX_SIZE, Flag, HandshakeFlag, Info, ProtocolError, Rep
+from forebay_nbd.protocol import events as ev
+from forebay_nbd.protocol.wire import (
+    MAX_PAYLOAD,
+    MAX_SIZE,
+    Flag,
+    HandshakeFlag,
+    Info,
+    ProtocolError,
+    Rep,
+)
 
 Question = ev.ClientFlags | ev.ClientOption
 Answers = list[ev.OptionReply | ev.ExportBegins]

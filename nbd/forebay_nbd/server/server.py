@@ -7,11 +7,11 @@ from collections.abc import Callable, Coroutine
 
 import trio
 
-from .budget import Budget
-from .connection import Connection, Session
-from .export import Export
-from .limits import Limits
-from .wire import ProtocolError
+from forebay_nbd.protocol.wire import ProtocolError
+from forebay_nbd.server.budget import Budget
+from forebay_nbd.server.connection import Connection, Session
+from forebay_nbd.server.export import Export
+from forebay_nbd.server.limits import Limits
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import errno
 import mmap
 from collections.abc import Iterator
 
-from .events import (
+from forebay_nbd.protocol.events import (
     NEED_DATA,
     DataChunk,
     ErrorChunk,
@@ -21,8 +21,8 @@ from .events import (
     SimpleReply,
     StatusChunk,
 )
-from .receive import ReceiveBuffer
-from .wire import (
+from forebay_nbd.protocol.receive import ReceiveBuffer
+from forebay_nbd.protocol.wire import (
     CHUNK_DONE,
     CHUNK_HEADER,
     ERROR_BODY,

@@ -1,0 +1,1 @@
+"""The NBD client: one connection, many requests in flight."""

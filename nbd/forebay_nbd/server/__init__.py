@@ -1,0 +1,1 @@
+"""The NBD server: exports, connections, and the bounds that hostile clients meet."""
