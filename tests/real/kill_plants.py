@@ -92,15 +92,15 @@ CACHE, GATEWAY = "forebay_cache", "forebay"
 
 POINTS = (
     # the cache device
-    Point("data pwrite", f"{CACHE}.device:Device.write", _slots),
-    Point("intent record append", f"{CACHE}.journal:Journal.append"),
+    Point("data pwrite", f"{CACHE}.device.device:Device.write", _slots),
+    Point("intent record append", f"{CACHE}.durable.journal:Journal.append"),
     Point("publish", f"{CACHE}.cache:Cache.publish"),
-    Point("fdatasync begun", f"{CACHE}.syncer:Syncer._begin"),
-    Point("fdatasync ended", f"{CACHE}.syncer:Syncer._done_with"),
+    Point("fdatasync begun", f"{CACHE}.device.syncer:Syncer._begin"),
+    Point("fdatasync ended", f"{CACHE}.device.syncer:Syncer._done_with"),
     # the index
     Point("snapshot", f"{CACHE}.cache:Cache.snapshot"),
-    Point("LMDB commit", f"{CACHE}.index:Index._commit"),
-    Point("journal truncation", f"{CACHE}.journal:Journal.trim"),
+    Point("LMDB commit", f"{CACHE}.index.index:Index._commit"),
+    Point("journal truncation", f"{CACHE}.durable.journal:Journal.trim"),
     Point("slots given free", f"{CACHE}.cache:Cache._release"),
     Point("layer made", f"{CACHE}.cache:Cache.make_layer"),
     Point("layer dropped", f"{CACHE}.cache:Cache.drop_layer"),
@@ -108,51 +108,51 @@ POINTS = (
     Point("disk record", f"{CACHE}.cache:Cache.put_record", _disk),
     Point("image record", f"{CACHE}.cache:Cache.put_record", _image),
     # clean blocks
-    Point("fill written", f"{CACHE}.clean:_write"),
-    Point("fill published", f"{CACHE}.clean:_publish"),
+    Point("fill written", f"{CACHE}.blocks.clean:_write"),
+    Point("fill published", f"{CACHE}.blocks.clean:_publish"),
     Point("eviction", f"{CACHE}.cache:Cache.evict_slot"),
     Point("region heated", f"{CACHE}.cache:Cache.heat"),
     Point("region cooled", f"{CACHE}.cache:Cache.cool"),
-    Point("clean sectors dropped", f"{CACHE}.clean:drop"),
+    Point("clean sectors dropped", f"{CACHE}.blocks.clean:drop"),
     # write-back
-    Point("freeze", f"{GATEWAY}.disk:Disk.freeze"),
-    Point("shadowed sectors dropped", f"{CACHE}.settle:_drop_shadowed"),
-    Point("settle copied", f"{CACHE}.settle:_copy_sectors"),
-    Point("block handed over", f"{CACHE}.settle:_hand_over"),
-    Point("layer settled", f"{GATEWAY}.disk:Disk.settled"),
+    Point("freeze", f"{GATEWAY}.disk.disk:Disk.freeze"),
+    Point("shadowed sectors dropped", f"{CACHE}.blocks.settle:_drop_shadowed"),
+    Point("settle copied", f"{CACHE}.blocks.settle:_copy_sectors"),
+    Point("block handed over", f"{CACHE}.blocks.settle:_hand_over"),
+    Point("layer settled", f"{GATEWAY}.disk.disk:Disk.settled"),
     # the origin
-    Point("origin write", f"{GATEWAY}.origin_calls:Calls.pwritev"),
-    Point("origin fallocate", f"{GATEWAY}.origin_calls:Calls.fallocate"),
-    Point("origin fdatasync", f"{GATEWAY}.origin_calls:Calls.fdatasync"),
-    Point("origin fsync", f"{GATEWAY}.origin_calls:Calls.fsync"),
+    Point("origin write", f"{GATEWAY}.origin.calls:Calls.pwritev"),
+    Point("origin fallocate", f"{GATEWAY}.origin.calls:Calls.fallocate"),
+    Point("origin fdatasync", f"{GATEWAY}.origin.calls:Calls.fdatasync"),
+    Point("origin fsync", f"{GATEWAY}.origin.calls:Calls.fsync"),
     # the redo journal
-    Point("redo create", f"{GATEWAY}.redo:Redo.__init__"),
-    Point("redo add", f"{GATEWAY}.redo:Redo._append"),
-    Point("redo commit", f"{GATEWAY}.redo:Redo.commit"),
+    Point("redo create", f"{GATEWAY}.sidecar.redo:Redo.__init__"),
+    Point("redo add", f"{GATEWAY}.sidecar.redo:Redo._append"),
+    Point("redo commit", f"{GATEWAY}.sidecar.redo:Redo.commit"),
     Point("redo rename", "os:rename", _renamed("redo.new")),
-    Point("redo remove", f"{GATEWAY}.redo:remove"),
-    Point("redo apply", f"{GATEWAY}.redo:_apply"),
+    Point("redo remove", f"{GATEWAY}.sidecar.redo:remove"),
+    Point("redo apply", f"{GATEWAY}.sidecar.redo:_apply"),
     # the owner marker
-    Point("owner marker", f"{GATEWAY}.owner:Marker._write"),
+    Point("owner marker", f"{GATEWAY}.sidecar.marker:Marker._write"),
     Point("owner rename", "os:rename", _renamed("owner.new")),
-    Point("owner claim", f"{GATEWAY}.owner:Marker._begin"),
-    Point("owner removal", f"{GATEWAY}.owner:Marker._remove"),
+    Point("owner claim", f"{GATEWAY}.sidecar.marker:Marker._begin"),
+    Point("owner removal", f"{GATEWAY}.sidecar.marker:Marker._remove"),
     # attach, detach, change of mode
-    Point("attach: origin opened", f"{GATEWAY}.origin_source:Source.prepare"),
-    Point("attach: disk opened", f"{GATEWAY}.daemon:Gateway._opened"),
-    Point("attach: socket", f"{GATEWAY}.daemon_socket:Door.open"),
-    Point("detach: drained", f"{GATEWAY}.disk:Disk.drain"),
-    Point("detach: hung up", f"{GATEWAY}.daemon:Gateway._shut"),
-    Point("detach: closed", f"{GATEWAY}.disk:Disk.close"),
-    Point("detach: released", f"{GATEWAY}.origin_source:Source.release"),
-    Point("mode: finished", f"{GATEWAY}.writeback:WriteBack.finish"),
-    Point("mode: chosen", f"{GATEWAY}.disk:Disk._choose"),
-    Point("mode: changed", f"{GATEWAY}.disk:Disk.set_mode"),
-    Point("pinned", f"{CACHE}.settle:pin_layer"),
+    Point("attach: origin opened", f"{GATEWAY}.image.source:Source.prepare"),
+    Point("attach: disk opened", f"{GATEWAY}.daemon.gateway:Gateway._opened"),
+    Point("attach: socket", f"{GATEWAY}.doors.listener:Door.open"),
+    Point("detach: drained", f"{GATEWAY}.disk.disk:Disk.drain"),
+    Point("detach: hung up", f"{GATEWAY}.daemon.gateway:Gateway._shut"),
+    Point("detach: closed", f"{GATEWAY}.disk.disk:Disk.close"),
+    Point("detach: released", f"{GATEWAY}.image.source:Source.release"),
+    Point("mode: finished", f"{GATEWAY}.checkpoint.writeback:WriteBack.finish"),
+    Point("mode: chosen", f"{GATEWAY}.disk.disk:Disk._choose"),
+    Point("mode: changed", f"{GATEWAY}.disk.disk:Disk.set_mode"),
+    Point("pinned", f"{CACHE}.blocks.settle:pin_layer"),
     # a start
-    Point("start: replayed", f"{CACHE}.recovery:_Replay.apply"),
-    Point("start: committed", f"{CACHE}.recovery:_commit_start"),
-    Point("start: journal of the image", f"{GATEWAY}.redo:recover"),
+    Point("start: replayed", f"{CACHE}.offline.recovery:_Replay.apply"),
+    Point("start: committed", f"{CACHE}.offline.recovery:_commit_start"),
+    Point("start: journal of the image", f"{GATEWAY}.sidecar.redo:recover"),
 )
 
 SIDES = tuple(f"{side} {point.name}" for point in POINTS for side in ("before", "after"))
@@ -198,19 +198,26 @@ class _Plant:
         return call_async if inspect.iscoroutinefunction(original) else call
 
 
-def replace(target: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put `make(function)` in the place of a function of the product, also where it was imported by name."""
+def find(target: str) -> tuple[Any, str]:
+    """The module or class that has the function `target` names, and the function's name in it."""
     module_name, _, path = target.partition(":")
-    module = importlib.import_module(module_name)
+    owner: Any = importlib.import_module(module_name)
     *owner_path, name = path.split(".")
-    owner: Any = module
     for part in owner_path:
         owner = getattr(owner, part)
+    assert callable(owner.__dict__.get(name)), (
+        f"{target} is not there any more: this plants nothing"
+    )
+    return owner, name
+
+
+def replace(target: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put `make(function)` in the place of a function of the product, also where it was imported by name."""
+    owner, name = find(target)
     original = owner.__dict__[name]
-    assert callable(original), target
     replacement = make(original)
     setattr(owner, name, replacement)
-    if owner_path:
+    if inspect.isclass(owner):
         return
     for found in list(sys.modules.values()):
         if getattr(found, "__name__", "").startswith(("forebay", "forebay_cache")):
@@ -247,7 +254,7 @@ def _no_intent_records() -> None:
 
         return skip
 
-    replace("forebay_cache.journal:Journal.append", make)
+    replace("forebay_cache.durable.journal:Journal.append", make)
 
 
 def _journal_truncated_early() -> None:
@@ -273,8 +280,8 @@ def _journal_truncated_early() -> None:
 
         return committed
 
-    replace("forebay_cache.journal:Journal.mark", note)
-    replace("forebay_cache.index:Index._commit", late)
+    replace("forebay_cache.durable.journal:Journal.mark", note)
+    replace("forebay_cache.index.index:Index._commit", late)
 
 
 def _drops_forgotten() -> None:
@@ -283,7 +290,7 @@ def _drops_forgotten() -> None:
     def make(_drop: Callable[..., Any]) -> Callable[..., Any]:
         return lambda _mask, _layer, _block: b""
 
-    replace("forebay_cache.ops:drop", make)
+    replace("forebay_cache.format.ops:drop", make)
 
 
 def _settled_before_the_origin() -> None:
@@ -295,7 +302,7 @@ def _settled_before_the_origin() -> None:
 
         return nothing
 
-    replace("forebay.writeback:_Work.all", make)
+    replace("forebay.checkpoint.writeback:_Work.all", make)
 
 
 def _disks_not_committed() -> None:
@@ -307,7 +314,7 @@ def _disks_not_committed() -> None:
 
         return later
 
-    replace("forebay.daemon:Gateway._commit", make)
+    replace("forebay.daemon.gateway:Gateway._commit", make)
 
 
 def _flush_of_the_origin_only_said() -> None:
@@ -316,7 +323,7 @@ def _flush_of_the_origin_only_said() -> None:
     def make(_sync: Callable[..., Any]) -> Callable[..., Any]:
         return lambda _calls, _fd: None
 
-    replace("forebay.origin_calls:Calls.fdatasync", make)
+    replace("forebay.origin.calls:Calls.fdatasync", make)
 
 
 BUGS: dict[str, Callable[[], None]] = {
