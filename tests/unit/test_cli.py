@@ -564,6 +564,20 @@ def test_shipped_completions_are_those_of_the_command(shell: str, file: str) -> 
         )
 
 
+def test_completion_without_shtab_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    assert ended.value.code == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("forebay: making a completion script needs shtab")
+    assert "config/completions" in told.err
+    assert told.err.count("\n") == 1
+
+
 def test_progress_bar_draws() -> None:
     from rich.console import Console
 

@@ -5,8 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from forebay.cli.commands import Arguments, print_json, progress_shown
-from forebay.client import Client, NoDaemonError
+from forebay.cli.asking import Arguments, Daemon, print_json, progress_shown
 from forebay.errors import ForebayError
 from forebay.units import format_size
 
@@ -22,7 +21,7 @@ BELONGS = {
 """Which options go with which actions."""
 
 
-def cache(arguments: Arguments, client: Client) -> int:
+def cache(arguments: Arguments, client: Daemon) -> int:
     """Do what `arguments.action` says. Raises ArgumentTypeError for options that do not go with it."""
     for option, actions in BELONGS.items():
         if getattr(arguments, option) not in (None, False) and arguments.action not in actions:
@@ -31,19 +30,19 @@ def cache(arguments: Arguments, client: Client) -> int:
     return ACTIONS[arguments.action](arguments, client)
 
 
-def info(arguments: Arguments, client: Client) -> int:
+def info(arguments: Arguments, client: Daemon) -> int:
     """What it is and holds."""
     return _shown(arguments, client.get("/cache"))
 
 
-def scrub(arguments: Arguments, client: Client) -> int:
+def scrub(arguments: Arguments, client: Daemon) -> int:
     """Check everything on it, beside guests."""
     with progress_shown("scrub") as progress:
         found = client.follow("POST", "/cache/scrub", None, progress)
     return _told(arguments, found)
 
 
-def check(arguments: Arguments, _: Client) -> int:
+def check(arguments: Arguments, _: Daemon) -> int:
     """The same, and the index as well, while no daemon runs."""
     from forebay.config.model import Config
     from forebay.storage.upkeep import check as run
@@ -67,8 +66,10 @@ def _fault_line(fault: dict[str, Any]) -> str:
     return f"{fault['what']}: {fault['text']}{where}"
 
 
-def repair(arguments: Arguments, client: Client) -> int:
+def repair(arguments: Arguments, client: Daemon) -> int:
     """By the daemon where one runs, else here."""
+    from forebay.client import NoDaemonError
+
     try:
         client.get("/cache")
     except NoDaemonError:
@@ -138,7 +139,7 @@ def _shown(arguments: Arguments, found: dict[str, Any]) -> int:
     return 0
 
 
-def create(arguments: Arguments, _: Client) -> int:
+def create(arguments: Arguments, _: Daemon) -> int:
     """Provide storage for a cache and format it."""
     wanted = _wanted(arguments)
     from forebay.config.model import Config
@@ -181,7 +182,7 @@ def _wanted(arguments: Arguments) -> dict[str, Any]:
     }
 
 
-def extend(arguments: Arguments, client: Client) -> int:
+def extend(arguments: Arguments, client: Daemon) -> int:
     """Make it larger, whether or not the daemon runs."""
     from forebay.config.model import Config
     from forebay.storage.volumes import extend as run
@@ -196,7 +197,7 @@ def extend(arguments: Arguments, client: Client) -> int:
     return 0
 
 
-def remove(arguments: Arguments, client: Client) -> int:
+def remove(arguments: Arguments, client: Daemon) -> int:
     """Drain it, then give its storage back."""
     from forebay.config.model import Config
     from forebay.storage.volumes import remove as run
@@ -211,7 +212,7 @@ def remove(arguments: Arguments, client: Client) -> int:
     return 0
 
 
-def format_(arguments: Arguments, _: Client) -> int:
+def format_(arguments: Arguments, _: Daemon) -> int:
     """Make it empty."""
     from forebay.config.model import Config
     from forebay.storage.record import locate
@@ -223,7 +224,7 @@ def format_(arguments: Arguments, _: Client) -> int:
     return 0
 
 
-ACTIONS: dict[str, Callable[[Arguments, Client], int]] = {
+ACTIONS: dict[str, Callable[[Arguments, Daemon], int]] = {
     "check": check,
     "info": info,
     "create": create,

@@ -1,45 +1,13 @@
 """What each sub-command does. Arguments are checked already; the result is the exit code."""
 
-import argparse
 import gc
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
-from forebay.client import Client, Progress
-from forebay.config.client import run_directory
+from forebay.cli.asking import Arguments, daemon, print_json, progress_shown
 from forebay.errors import ForebayError
 from forebay.units import format_size
-
-Arguments = argparse.Namespace
-
-
-def daemon(arguments: Arguments) -> Client:
-    """The daemon that the configuration points at. Raises ForebayError for a file that cannot be
-    read.
-    """
-    return Client(os.path.join(run_directory(arguments.config), "control.sock"))
-
-
-def print_json(content: Any) -> None:
-    """Indented, one object after the other."""
-    print(json.dumps(content, indent=2))
-
-
-@contextmanager
-def progress_shown(what: str) -> Iterator[Progress]:
-    """A progress bar on stderr where both it and stdout are a terminal, else nothing."""
-    if not (sys.stdout.isatty() and sys.stderr.isatty()):
-        yield lambda _done, _total: None
-        return
-    from forebay.cli.progress import progress_bar
-
-    with progress_bar(what) as advance:
-        yield advance
-
 
 # ------------------------------------------------------------------------------------- the daemon
 

@@ -1,8 +1,12 @@
-"""Completion scripts for shells, made by shtab; disks are completed from their sockets."""
+"""Completion scripts for shells, made by shtab; disks are completed from their sockets.
+
+They are shipped ready made in config/completions. shtab is needed to make them anew, and for nothing else.
+"""
 
 import argparse
+from types import ModuleType
 
-import shtab
+from forebay.errors import ForebayError
 
 PREAMBLE = {
     "bash": """
@@ -22,22 +26,32 @@ _forebay_disks() {
 """,
 }
 
-COMPLETERS = {
-    "NAME": {"bash": "_forebay_disks", "zsh": "_forebay_disks"},
-    "FILE": shtab.FILE,
-    "DIR": shtab.DIRECTORY,
-}
-"""By metavar: how its values are completed."""
-
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:
-    """The completion script for `bash`, `zsh` or `tcsh`."""
+    """The completion script for `bash`, `zsh` or `tcsh`. Raises ForebayError where shtab is not installed."""
+    shtab = _shtab()
+    completers = {
+        "NAME": {"bash": "_forebay_disks", "zsh": "_forebay_disks"},
+        "FILE": shtab.FILE,
+        "DIR": shtab.DIRECTORY,
+    }
     for command in _parsers(parser):
         for action in command._actions:  # noqa: SLF001  (shtab reads them there too)
-            if action.metavar in COMPLETERS:
-                action.complete = COMPLETERS[action.metavar]  # type: ignore[attr-defined]
-    # shtab takes a text or one for each shell; its types know the text only
-    return shtab.complete(parser, shell, preamble=PREAMBLE.get(shell, ""))
+            if action.metavar in completers:
+                action.complete = completers[action.metavar]  # type: ignore[attr-defined]
+    made: str = shtab.complete(parser, shell, preamble=PREAMBLE.get(shell, ""))
+    return made
+
+
+def _shtab() -> ModuleType:
+    try:
+        import shtab
+    except ImportError:
+        raise ForebayError(
+            "making a completion script needs shtab, which is not installed: use the one that is shipped "
+            "in config/completions, or 'pip install shtab'"
+        ) from None
+    return shtab
 
 
 def _parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:

@@ -98,7 +98,10 @@ class _Completion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
         from forebay.cli.completion import completion
 
-        print(completion(build_parser(), rest[1]), end="")
+        try:
+            print(completion(build_parser(), rest[1]), end="")
+        except ForebayError as fault:
+            parser.exit(FAILED, f"{parser.prog}: {fault}\n")
         parser.exit(DONE)
 
 

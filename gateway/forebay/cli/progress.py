@@ -13,7 +13,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from forebay.client import Progress as Advance
+from forebay.cli.asking import Progress as Advance
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from forebay.cli.asking import Daemon
 from forebay.cli.render import Cell, Column, hit_percent, megabytes, rate, table
-from forebay.client import Client, NoDaemonError
 from forebay.units import format_duration, format_size, parse_duration, parse_name
 
 Disk = Mapping[str, Any]
@@ -194,7 +194,7 @@ def total_row(disk: Disk) -> list[Cell]:
 # ---------------------------------------------------------------------------------------- command
 
 
-def stats(words: Sequence[str], client: Client, *, json_lines: bool) -> int:
+def stats(words: Sequence[str], client: Daemon, *, json_lines: bool) -> int:
     """Print totals, or a line an interval until interrupted; the exit code."""
     wanted = parse_wanted(words, lambda: [disk["name"] for disk in client.get("/disks")])
     if wanted.interval is None:
@@ -220,13 +220,15 @@ def stats(words: Sequence[str], client: Client, *, json_lines: bool) -> int:
     return 0
 
 
-def sample(client: Client, name: str | None) -> list[Disk]:
+def sample(client: Daemon, name: str | None) -> list[Disk]:
     """The disks' status now."""
     return client.get("/disks") if name is None else [client.get(f"/disks/{name}")]
 
 
-def intervals(client: Client, wanted: Wanted) -> Iterator[dict[str, Any]]:
+def intervals(client: Daemon, wanted: Wanted) -> Iterator[dict[str, Any]]:
     """Rates of one interval after the other. A daemon that is restarted meanwhile is waited for."""
+    from forebay.client import NoDaemonError
+
     assert wanted.interval is not None
     before, then = sample(client, wanted.name), time.monotonic()
     due, shown, away = then, 0, False

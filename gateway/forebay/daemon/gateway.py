@@ -15,7 +15,7 @@ import trio
 from forebay.config.model import Config, DiskSettings
 from forebay.control.metrics import metrics_text
 from forebay.daemon.attached import Absent, Attached, Record
-from forebay.daemon.process import format_cache, run_process
+from forebay.daemon.process import run_process
 from forebay.daemon.together import Progress, Shares, together
 from forebay.disk.disk import Disk, left_dirty
 from forebay.doors.listener import Door, socket_path
@@ -28,8 +28,6 @@ from forebay.origin.threads import StoreThreads, bounded
 from forebay.storage.upkeep import Upkeep
 from forebay.units import Mode, did_you_mean, format_size, parse_name
 from forebay_cache import Cache, CacheError, extend
-
-__all__ = ["Gateway", "format_cache", "serve"]
 
 log = logging.getLogger("forebay.daemon")
 
@@ -73,7 +71,7 @@ class Gateway:
         self._coming: dict[str, _Coming] = {}
         self._threads: dict[str, StoreThreads] = {}
         self._extending = trio.Lock()
-        self._upkeep = Upkeep(cache, self.attached)
+        self._upkeep = Upkeep(cache, lambda: [one.disk.image for one in self.attached()])
 
     # ------------------------------------------------------------------------------------------------------ attaching
 

@@ -1,19 +1,15 @@
 """The daemon as a process: its directories and their locks, its log, its signals, how it begins and ends."""
 
-import contextlib
-import errno
-import fcntl
 import gc
 import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import lmdb
 import trio
 
 import forebay_cache
@@ -22,9 +18,9 @@ from forebay.daemon.attached import Attached
 from forebay.daemon.watchdog import feed
 from forebay.doors.restart import Inheritance
 from forebay.errors import ForebayError
-from forebay.storage.record import locate
+from forebay.storage.state import FAULTS, STATE_MODE, held, one_line, open_cache
 from forebay.systemd import notify
-from forebay_cache import Cache, CacheError
+from forebay_cache import Cache
 
 log = logging.getLogger("forebay.daemon")
 
@@ -33,6 +29,9 @@ STOP_SECONDS = 60.0
 
 ALARM_SECONDS = 90
 """When even that hangs, SIGALRM ends the process. No worse than a crash: see promise 1."""
+
+RUN_MODE = 0o755
+"""File mode of RUN, where it is made: clients have to find their sockets in it."""
 
 _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6}
 
@@ -60,8 +59,8 @@ def run_process(config: Config, state: Path | None, run: Path | None, make: Make
     inherited = Inheritance.find()
     try:
         with (
-            _locked(config.gateway.state, "--state", 0o700),
-            _locked(config.gateway.run, "--run", 0o755),
+            held(config.gateway.state, "--state", STATE_MODE),
+            held(config.gateway.run, "--run", RUN_MODE),
         ):
             (config.gateway.run / "disks").mkdir(exist_ok=True)
             _remove_stale_sockets(config.gateway.run, inherited.paths)
@@ -84,9 +83,9 @@ def _run(config: Config, make: MakeGateway, inherited: Inheritance) -> bool:
         fault = _cause(group)
         if fault is None:
             raise
-        raise _one_line(fault) from group
-    except (CacheError, OSError, lmdb.Error) as fault:
-        raise _one_line(fault) from fault
+        raise one_line(fault) from group
+    except FAULTS as fault:
+        raise one_line(fault) from fault
 
 
 async def _main(config: Config, make: MakeGateway, inherited: Inheritance) -> bool:
@@ -139,92 +138,6 @@ async def _serve(
     return handed_over
 
 
-def open_cache(config: Config) -> Cache:
-    """The cache on its device. Raises CacheError and OSError."""
-    section = config.cache
-    return forebay_cache.open_cache(
-        locate(config),
-        config.gateway.state / "index",
-        size=section.size,
-        block_size=section.block_size,
-    )
-
-
-def format_cache(config: Config, force: bool) -> None:
-    """Make the cache device empty; `force`: also when something unknown is on it. The daemon must not run.
-
-    Raises ForebayError.
-    """
-    with offline(config):
-        forebay_cache.format_device(
-            locate(config), config.gateway.state / "index", size=config.cache.size, force=force
-        )
-
-
-@contextlib.contextmanager
-def offline(config: Config) -> Iterator[None]:
-    """Hold STATE, so that no daemon runs on it meanwhile. Raises ForebayError, also for faults of the cache."""
-    with _locked(config.gateway.state, "--state", 0o700), in_one_line():
-        yield
-
-
-@contextlib.contextmanager
-def in_one_line() -> Iterator[None]:
-    """Faults of the cache become ForebayError."""
-    try:
-        yield
-    except (CacheError, OSError, lmdb.Error) as fault:
-        raise _one_line(fault) from fault
-
-
-# ---------------------------------------------------------------------------------------- directories
-
-
-@contextlib.contextmanager
-def _locked(directory: Path, option: str, mode: int) -> Iterator[None]:
-    """Make the directory, and hold its lock file: two daemons on one are impossible. Raises ForebayError."""
-    try:
-        directory.mkdir(mode=mode, parents=True, exist_ok=True)
-        fd = os.open(
-            directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-        )
-    except OSError as fault:
-        raise ForebayError(
-            f"{directory}: {fault.strerror}: let the daemon's user write there, or choose another {option}"
-        ) from fault
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as fault:
-            if fault.errno != errno.EWOULDBLOCK:
-                raise ForebayError(
-                    f"{directory}/lock: {fault.strerror}: use a local directory"
-                ) from fault
-            raise ForebayError(
-                f"{directory} is in use by another daemon (pid {_pid(fd)}): stop that one, "
-                f"or give this one {option} of its own"
-            ) from None
-        _note_pid(fd, directory)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _pid(fd: int) -> str:
-    text = os.pread(fd, 20, 0).decode(errors="replace").strip()
-    return text if text.isdecimal() else "unknown"
-
-
-def _note_pid(fd: int, directory: Path) -> None:
-    try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    except OSError as fault:
-        raise ForebayError(
-            f"{directory}: {fault.strerror}: make room there, then start again"
-        ) from fault
-
-
 def _remove_stale_sockets(run: Path, inherited: set[Path]) -> None:
     """What a killed daemon left. Its lock is ours, so nobody answers there any more."""
     for path in (run / "disks").glob("*.sock*"):
@@ -237,30 +150,13 @@ def _remove_stale_sockets(run: Path, inherited: set[Path]) -> None:
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> Exception | None:
     """The one fault that an operator can do something about, if a group has nothing else."""
-    known, other = group.split((ForebayError, CacheError, OSError, lmdb.Error))
+    known, other = group.split((ForebayError, *FAULTS))
     if known is None or other is not None:
         return None
     found: BaseException = known
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
     return found if isinstance(found, Exception) else None
-
-
-def _one_line(fault: Exception) -> ForebayError:
-    if isinstance(fault, ForebayError):
-        return fault
-    if isinstance(fault, OSError):
-        where = f"{fault.filename}: " if fault.filename else ""
-        what = fault.strerror or str(fault)
-        hint = (
-            "make room there" if fault.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
-        )
-        return ForebayError(f"{where}{what}: {hint}, then start again")
-    if isinstance(fault, lmdb.Error):
-        return ForebayError(
-            f"the index cannot be opened ({fault}): see that its disk has room and works"
-        )
-    return ForebayError(str(fault))
 
 
 class _Format(logging.Formatter):

@@ -4,21 +4,17 @@ What the cache calls layers is told here as operators know it: disks and images.
 """
 
 import contextlib
-import errno
-import fcntl
-import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import trio
 
 import forebay_cache
 from forebay.config.model import Config
-from forebay.daemon.attached import Attached
-from forebay.daemon.process import in_one_line, offline
 from forebay.errors import ForebayError
 from forebay.storage.record import locate
-from forebay_cache import Cache, CacheError, Found, Layer, Report, Revived
+from forebay.storage.state import in_one_line, index_path, offline, untouched
+from forebay_cache import Cache, CacheError, Filler, Found, Layer, Report, Revived
 from forebay_cache.device.device import Progress
 
 _PRIVATE, _CLEAN = "disk:", "image:"
@@ -32,12 +28,25 @@ def place(layer: str) -> dict[str, str]:
     return {"disk": "", "image": layer.removeprefix(_CLEAN)}
 
 
-class Upkeep:
-    """Of a cache in use; `attached` gives the disks that are served."""
+class CachedImage(Protocol):
+    """What is needed of an image in use, to fetch damaged blocks of it again."""
 
-    def __init__(self, cache: Cache, attached: Callable[[], list[Attached]]) -> None:
+    @property
+    def layer(self) -> Layer:
+        """Its clean blocks."""
+
+    @property
+    def filler(self) -> Filler:
+        """What fetches from it; `waiting` counts the misses that guests wait for."""
+
+
+class Upkeep:
+    """Scrub and repair of a cache in use. One of them runs at a time."""
+
+    def __init__(self, cache: Cache, images: Callable[[], Iterable[CachedImage]]) -> None:
+        """`images` gives the images that are in use at that moment."""
         self._cache = cache
-        self._attached = attached
+        self._images = images
         self._running = trio.Lock()
         self.origin_read_bytes = 0
         """Fetched again from images."""
@@ -86,11 +95,11 @@ class Upkeep:
             ) from fault
 
     def _guests_wait(self) -> bool:
-        return any(one.disk.image.filler.waiting for one in self._attached())
+        return any(image.filler.waiting for image in self._images())
 
     async def _refetch(self, layer: Layer, offset: int, length: int) -> bool:
-        for one in self._attached():
-            image = one.disk.image
+        """Fetch a range of clean blocks again, in bytes of the image. True if the cache has all of it then."""
+        for image in self._images():
             if image.layer is layer:
                 try:
                     await image.filler.prefetch(offset, length, self, background=True)
@@ -112,17 +121,15 @@ class Upkeep:
 
 def check(config: Config, progress: Progress) -> dict[str, Any]:
     """Read and compare all of a cache that no daemon uses, and change nothing. Raises ForebayError."""
-    with _untouched(config), in_one_line():
-        return _report(
-            forebay_cache.check(locate(config), config.gateway.state / "index", progress)
-        )
+    with untouched(config), in_one_line():
+        return _report(forebay_cache.check(locate(config), index_path(config), progress))
 
 
 def repair(config: Config, progress: Progress, *, drop_dirty: bool) -> dict[str, Any]:
     """Drop what is damaged in a cache that no daemon uses; dirty data only with `drop_dirty`. Raises ForebayError."""
     with offline(config):
         done = forebay_cache.repair(
-            locate(config), config.gateway.state / "index", progress, drop_dirty=drop_dirty
+            locate(config), index_path(config), progress, drop_dirty=drop_dirty
         )
     return {
         "dropped_clean": done.dropped_clean,
@@ -130,34 +137,6 @@ def repair(config: Config, progress: Progress, *, drop_dirty: bool) -> dict[str,
         "before": _report(done.before),
         "after": _report(done.after),
     }
-
-
-@contextlib.contextmanager
-def _untouched(config: Config) -> Iterator[None]:
-    """Keep daemons from starting on STATE, without making or changing anything there."""
-    path = config.gateway.state / "lock"
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield  # no daemon has run here yet
-        return
-    except OSError as fault:
-        raise ForebayError(
-            f"{path}: {fault.strerror}: run this as root, or as the daemon's user"
-        ) from None
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as fault:
-            if fault.errno != errno.EWOULDBLOCK:
-                raise
-            raise ForebayError(
-                f"{config.gateway.state} is in use by a daemon: 'forebay cache scrub' checks the cache meanwhile, "
-                "or stop the daemon first"
-            ) from None
-        yield
-    finally:
-        os.close(fd)
 
 
 def _report(report: Report) -> dict[str, Any]:

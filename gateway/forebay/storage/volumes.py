@@ -1,6 +1,6 @@
 """`forebay cache create`, `extend` and `remove`: storage for the cache, made, enlarged and given back.
 
-What is about to be made or removed is on record before it happens (storage_record.py). A command that was killed is
+What is about to be made or removed is on record before it happens (record.py). A command that was killed is
 run again: it finds the record, and finishes or begins anew.
 """
 
@@ -14,14 +14,13 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from forebay.client import Client, NoDaemonError
+from forebay.client import NoDaemonError, Progress
 from forebay.config.model import Config
-from forebay.daemon.process import format_cache, in_one_line, offline
 from forebay.errors import ForebayError
 from forebay.storage import lvm
-from forebay.storage.kinds import Progress, storage_of
+from forebay.storage.kinds import storage_of
 from forebay.storage.record import (
     CREATING,
     DEVICE,
@@ -36,6 +35,7 @@ from forebay.storage.record import (
     sync_directory,
     write_record,
 )
+from forebay.storage.state import format_cache, in_one_line, offline
 from forebay.units import format_size
 from forebay_cache import CacheError, extend_device, format_device, open_cache
 from forebay_cache.device.device import SMALLEST
@@ -44,6 +44,18 @@ from forebay_cache.index.index import Index
 
 STOP_SECONDS = 120.0
 """How long a daemon that was told to end may take: longer than it gives itself."""
+
+
+class Daemon(Protocol):
+    """The daemon that may be running on the cache, as `forebay.client.Client` asks it. Raises ForebayError."""
+
+    def get(self, target: str) -> Any:
+        """What it says at `target`. Raises NoDaemonError where none runs."""
+
+    def follow(
+        self, method: str, target: str, content: dict[str, Any] | None, progress: Progress
+    ) -> Any:
+        """Have it do some work; the result. Raises NoDaemonError where none runs."""
 
 
 @dataclass(frozen=True)
@@ -159,19 +171,19 @@ def _is_fresh(index: Path) -> bool:
 # ---------------------------------------------------------------------------------------- extending
 
 
-def extend(config: Config, client: Client, size: int | None, progress: Progress) -> dict[str, Any]:
+def extend(config: Config, daemon: Daemon, size: int | None, progress: Progress) -> dict[str, Any]:
     """Make the storage `size` bytes long, or (None) take what it has. What the cache is now.
 
     Raises ForebayError.
     """
-    with in_one_line(), _daemon_or_lock(config, client) as running:
+    with in_one_line(), _daemon_or_lock(config, daemon) as running:
         record = _record(config)
         if record.state != READY:
             locate(config)  # says what to do
         rest = storage_of(record).enlarge(size)
         if running:
             content = {"size": rest}
-            found: dict[str, Any] = client.follow("POST", "/cache/extend", content, progress)
+            found: dict[str, Any] = daemon.follow("POST", "/cache/extend", content, progress)
             return found
         path = locate(config)
         layout = extend_device(path, config.gateway.state / "index", rest, progress)
@@ -179,10 +191,10 @@ def extend(config: Config, client: Client, size: int | None, progress: Progress)
 
 
 @contextlib.contextmanager
-def _daemon_or_lock(config: Config, client: Client) -> Iterator[bool]:
+def _daemon_or_lock(config: Config, daemon: Daemon) -> Iterator[bool]:
     """True while a daemon runs; else its STATE is held."""
     try:
-        client.get("/cache")
+        daemon.get("/cache")
     except NoDaemonError:
         with offline(config):
             yield False
@@ -206,13 +218,13 @@ def _record(config: Config) -> Record:
 # ----------------------------------------------------------------------------------------- removing
 
 
-def remove(config: Config, client: Client, progress: Progress) -> Record:
+def remove(config: Config, daemon: Daemon, progress: Progress) -> Record:
     """Write back what is dirty, end the daemon, give the storage back. What was removed.
 
     Raises ForebayError while a disk is attached, or when anything is dirty still.
     """
     state = config.gateway.state
-    _end_daemon(client, progress)
+    _end_daemon(daemon, progress)
     with offline(config):
         record = _record(config)
         if record.state == READY:
@@ -225,26 +237,37 @@ def remove(config: Config, client: Client, progress: Progress) -> Record:
     return record
 
 
-def _end_daemon(client: Client, progress: Progress) -> None:
-    """Have the daemon drain, and end it; it refuses while there are disks."""
+def _end_daemon(daemon: Daemon, progress: Progress) -> None:
+    """Have the daemon write back what is dirty, then end it. Nothing happens where none runs.
+
+    Raises ForebayError, also while there are disks, which it refuses.
+    """
     try:
-        pid = client.follow("POST", "/cache/release", None, progress)["pid"]
+        pid = daemon.follow("POST", "/cache/release", None, progress)["pid"]
     except NoDaemonError:
         return
     try:
-        daemon = os.pidfd_open(pid)
-        signal.pidfd_send_signal(daemon, signal.SIGTERM)
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        _terminate(process, pid)
+    finally:
+        os.close(process)
+
+
+def _terminate(process: int, pid: int) -> None:
+    """SIGTERM to the process behind a pidfd, and wait for its end. Raises ForebayError."""
+    try:
+        signal.pidfd_send_signal(process, signal.SIGTERM)
     except PermissionError:
         raise ForebayError(
             f"the daemon (pid {pid}) is another user's: run this as root, or stop it first"
         ) from None
     except ProcessLookupError:
         return
-    try:
-        if not select.select([daemon], [], [], STOP_SECONDS)[0]:
-            raise ForebayError(f"the daemon (pid {pid}) does not end: stop it, then try again")
-    finally:
-        os.close(daemon)
+    if not select.select([process], [], [], STOP_SECONDS)[0]:
+        raise ForebayError(f"the daemon (pid {pid}) does not end: stop it, then try again")
 
 
 def _checked_empty(config: Config) -> str:

@@ -1,0 +1,185 @@
+"""The directory STATE: who holds it, and the cache that lies in it or is named there.
+
+One process at a time holds a directory: the daemon for as long as it runs, or a command that works on the cache
+without it (`forebay cache create`, `check`, `repair`, ...). What all of these need is here; what the daemon does
+beyond that is in `forebay.daemon.process`.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+
+import forebay_cache
+from forebay.config.model import Config
+from forebay.errors import ForebayError
+from forebay.storage.record import locate
+from forebay_cache import Cache, CacheError
+
+FAULTS = (CacheError, OSError, lmdb.Error)
+"""What `one_line` makes a ForebayError of: faults of the cache, of the host, and of the index."""
+
+STATE_MODE = 0o700
+"""File mode of STATE, where it is made: what guests wrote lies in it."""
+
+
+def index_path(config: Config) -> Path:
+    """Where the LMDB environment of the cache lies: the directory `index` in STATE."""
+    return config.gateway.state / "index"
+
+
+def open_cache(config: Config) -> Cache:
+    """The cache on its device, opened for use; whoever calls this holds STATE. Raises CacheError and OSError."""
+    section = config.cache
+    return forebay_cache.open_cache(
+        locate(config),
+        index_path(config),
+        size=section.size,
+        block_size=section.block_size,
+    )
+
+
+def format_cache(config: Config, force: bool) -> None:
+    """Make the cache device empty; with `force` also one that holds something unknown. No daemon may run.
+
+    Raises ForebayError.
+    """
+    with offline(config):
+        forebay_cache.format_device(
+            locate(config), index_path(config), size=config.cache.size, force=force
+        )
+
+
+@contextlib.contextmanager
+def offline(config: Config) -> Iterator[None]:
+    """Hold STATE, so that no daemon runs on it meanwhile. Raises ForebayError, also for faults of the cache."""
+    with held(config.gateway.state, "--state", STATE_MODE), in_one_line():
+        yield
+
+
+@contextlib.contextmanager
+def untouched(config: Config) -> Iterator[None]:
+    """Keep daemons from starting on STATE, without making or changing anything there.
+
+    Several processes may do so at once. Raises ForebayError where a daemon runs, or STATE cannot be read.
+    """
+    path = config.gateway.state / "lock"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield  # no daemon has run here yet
+        return
+    except OSError as fault:
+        raise ForebayError(
+            f"{path}: {fault.strerror}: run this as root, or as the daemon's user"
+        ) from None
+    try:
+        _lock_shared(fd, config.gateway.state)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _lock_shared(fd: int, state: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as fault:
+        if fault.errno != errno.EWOULDBLOCK:
+            raise
+        raise ForebayError(
+            f"{state} is in use by a daemon: 'forebay cache scrub' checks the cache meanwhile, "
+            "or stop the daemon first"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------- holding a directory
+
+
+@contextlib.contextmanager
+def held(directory: Path, option: str, mode: int) -> Iterator[None]:
+    """Make the directory, with that file mode, and hold its lock file: no two daemons can have one directory.
+
+    `option` is the one of `forebay serve` that names another directory. Raises ForebayError.
+    """
+    fd = _open_lock(directory, option, mode)
+    try:
+        _lock(fd, directory, option)
+        _note_pid(fd, directory)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _open_lock(directory: Path, option: str, mode: int) -> int:
+    try:
+        directory.mkdir(mode=mode, parents=True, exist_ok=True)
+        return os.open(
+            directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
+    except OSError as fault:
+        raise ForebayError(
+            f"{directory}: {fault.strerror}: let the daemon's user write there, or choose another {option}"
+        ) from fault
+
+
+def _lock(fd: int, directory: Path, option: str) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as fault:
+        if fault.errno != errno.EWOULDBLOCK:
+            raise ForebayError(
+                f"{directory}/lock: {fault.strerror}: use a local directory"
+            ) from fault
+        raise ForebayError(
+            f"{directory} is in use by another daemon (pid {_pid(fd)}): stop that one, "
+            f"or give this one {option} of its own"
+        ) from None
+
+
+def _pid(fd: int) -> str:
+    text = os.pread(fd, 20, 0).decode(errors="replace").strip()
+    return text if text.isdecimal() else "unknown"
+
+
+def _note_pid(fd: int, directory: Path) -> None:
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    except OSError as fault:
+        raise ForebayError(
+            f"{directory}: {fault.strerror}: make room there, then start again"
+        ) from fault
+
+
+# ------------------------------------------------------------------------------------------- faults in one line
+
+
+@contextlib.contextmanager
+def in_one_line() -> Iterator[None]:
+    """Whatever of FAULTS the body raises is raised as ForebayError."""
+    try:
+        yield
+    except FAULTS as fault:
+        raise one_line(fault) from fault
+
+
+def one_line(fault: Exception) -> ForebayError:
+    """A fault of the cache or of the host, as one line that says what is wrong and what to do."""
+    if isinstance(fault, ForebayError):
+        return fault
+    if isinstance(fault, OSError):
+        where = f"{fault.filename}: " if fault.filename else ""
+        what = fault.strerror or str(fault)
+        hint = (
+            "make room there" if fault.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
+        )
+        return ForebayError(f"{where}{what}: {hint}, then start again")
+    if isinstance(fault, lmdb.Error):
+        return ForebayError(
+            f"the index cannot be opened ({fault}): see that its disk has room and works"
+        )
+    return ForebayError(str(fault))
