@@ -10,7 +10,7 @@ import trio
 from forebay.errors import ForebayError
 from forebay.image.source import Source, Use
 from forebay.origin import mounts
-from forebay.origin.addresses import FileImage
+from forebay.origin.addresses import FileAddress
 from forebay.origin.threads import StoreThreads
 from forebay.units import Mode
 
@@ -29,8 +29,11 @@ async def test_write_back_to_a_store_that_may_lose_it_is_refused(
     place = store.stat().st_dev
     line = LINE.format(major=os.major(place), minor=os.minor(place), point=store, option=option)
     (tmp_path / "mountinfo").write_text(line)
-    image = FileImage("images", store, "vm.raw")
-    with mock.patch.object(mounts, "_MOUNTINFO", tmp_path / "mountinfo"):
+    image = FileAddress("images", store, "vm.raw")
+    with (
+        mock.patch.object(mounts, "_MOUNTINFO", tmp_path / "mountinfo"),
+        mock.patch.object(mounts, "has_local_locks", return_value=False),  # its locks are good
+    ):
         async with trio.open_nursery() as nursery:
             for use in (
                 Use("d", "us"),

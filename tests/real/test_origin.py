@@ -16,9 +16,13 @@ import trio
 import trio.testing
 
 from forebay.errors import ForebayError
-from forebay.origin.addresses import DeviceImage, FileImage, ImageFile, open_device, open_image
+from forebay.origin.addresses import DeviceAddress, FileAddress
+from forebay.origin.block import BlockOrigin
 from forebay.origin.calls import PUNCH_HOLE, ZERO_RANGE, Buffer, Calls
-from forebay.origin.file import HOLE, WRITE_PIECE, ZERO, BlockOrigin, FileOrigin
+from forebay.origin.file import FileOrigin
+from forebay.origin.opening import OpenImage, open_device, open_image
+from forebay.origin.pieces import WRITE_PIECE
+from forebay.origin.protocol import HOLE, ZERO
 from forebay.origin.threads import StoreThreads
 from real.processes import loop_device
 
@@ -86,13 +90,13 @@ def content(path: Path, random_image: Callable[..., bytes]) -> bytearray:
     return bytearray(random_image(path, SIZE))
 
 
-def opened(path: Path, read_only: bool = False) -> ImageFile:
-    return open_image(FileImage("images", path.parent, path.name), read_only=read_only)
+def opened(path: Path, read_only: bool = False) -> OpenImage:
+    return open_image(FileAddress("images", path.parent, path.name), read_only=read_only)
 
 
 @asynccontextmanager
 async def origin_of(
-    file: ImageFile,
+    file: OpenImage,
     kind: type[FileOrigin] = FileOrigin,
     *,
     calls: Calls | None = None,
@@ -116,7 +120,7 @@ async def kinds(kind: str, path: Path) -> AsyncIterator[FileOrigin]:
             yield origin
         return
     with loop_device(path, int(kind)) as device:
-        file = open_device(DeviceImage(str(device)), read_only=False)
+        file = open_device(DeviceAddress(str(device)), read_only=False)
         async with origin_of(file, BlockOrigin) as origin:
             yield origin
 
@@ -257,7 +261,7 @@ async def test_a_sparse_image_stays_sparse(path: Path) -> None:
 async def test_a_badly_fragmented_image_is_covered(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forebay.origin.file.MOST_EXTENTS", 3)
+    monkeypatch.setattr("forebay.origin.blocking.MOST_EXTENTS", 3)
     with path.open("wb") as made:
         made.truncate(MIB)
         for index in range(8):
@@ -277,7 +281,7 @@ async def test_a_device_is_all_data(path: Path, content: bytearray, sector: int)
 
 async def test_a_device_in_use_is_refused(path: Path, content: bytearray) -> None:
     with loop_device(path, 512) as device:
-        image = DeviceImage(str(device))
+        image = DeviceAddress(str(device))
         file = open_device(image, read_only=False)
         with pytest.raises(ForebayError, match="in use"):
             open_device(image, read_only=False)

@@ -18,8 +18,8 @@ import trio.testing
 
 from forebay.errors import ForebayError
 from forebay.origin.addresses import parse_nbd
-from forebay.origin.file import HOLE, ZERO
 from forebay.origin.nbd import NbdOrigin
+from forebay.origin.protocol import HOLE, ZERO
 from real import processes
 from real.processes import NbdServer
 

@@ -13,8 +13,9 @@ import trio
 
 from forebay.errors import ForebayError, InUseError
 from forebay.image.source import Source, Use
-from forebay.origin.addresses import DeviceImage, FileImage, open_image
+from forebay.origin.addresses import DeviceAddress, FileAddress
 from forebay.origin.calls import Buffer, Calls
+from forebay.origin.opening import open_image
 from forebay.origin.threads import StoreThreads
 from forebay.sidecar.locks import WRITES, hold
 from forebay.sidecar.marker import Marker
@@ -26,13 +27,13 @@ SIZE = 1 << 20
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> FileImage:
+def image(tmp_path: Path) -> FileAddress:
     (tmp_path / "vm.img").write_bytes(b"x" * SIZE)
-    return FileImage("images", tmp_path, "vm.img")
+    return FileAddress("images", tmp_path, "vm.img")
 
 
 @asynccontextmanager
-async def sources(image: FileImage, timeout: float = 30) -> AsyncIterator[Callable[..., Source]]:
+async def sources(image: FileAddress, timeout: float = 30) -> AsyncIterator[Callable[..., Source]]:
     """`make(size=..., read_only=..., overlay=..., gateway=...)` makes a source of the image."""
     async with trio.open_nursery() as nursery:
         threads = StoreThreads("s")
@@ -47,13 +48,13 @@ async def sources(image: FileImage, timeout: float = 30) -> AsyncIterator[Callab
         nursery.cancel_scope.cancel()
 
 
-def marker(image: FileImage) -> dict[str, Any] | None:
+def marker(image: FileAddress) -> dict[str, Any] | None:
     path = image.root / "vm.img.forebay" / "owner"
     found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
     return found
 
 
-async def test_a_source_from_attach_to_detach(image: FileImage) -> None:
+async def test_a_source_from_attach_to_detach(image: FileAddress) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     async with sources(image) as make:
         source = make()
@@ -72,7 +73,7 @@ async def test_a_source_from_attach_to_detach(image: FileImage) -> None:
 
 
 async def test_what_a_restart_left_is_given_back_although_it_was_not_opened_since(
-    image: FileImage,
+    image: FileAddress,
 ) -> None:
     async with sources(image) as make:
         first = make()
@@ -88,7 +89,7 @@ async def test_what_a_restart_left_is_given_back_although_it_was_not_opened_sinc
         assert os.listdir(image.root) == ["vm.img"]
 
 
-async def test_an_attach_that_fails_gives_back_what_it_took(image: FileImage) -> None:
+async def test_an_attach_that_fails_gives_back_what_it_took(image: FileAddress) -> None:
     async with sources(image) as make:
         source = make()
         await source.prepare()
@@ -96,7 +97,7 @@ async def test_an_attach_that_fails_gives_back_what_it_took(image: FileImage) ->
         assert os.listdir(image.root) == ["vm.img"]
 
 
-async def test_an_image_of_another_size_is_not_opened_under_a_disk(image: FileImage) -> None:
+async def test_an_image_of_another_size_is_not_opened_under_a_disk(image: FileAddress) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     async with sources(image) as make:
         source = make(size=SIZE // 2, read_only=True)
@@ -105,7 +106,7 @@ async def test_an_image_of_another_size_is_not_opened_under_a_disk(image: FileIm
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-async def test_an_image_that_is_taken_meanwhile_is_not_written(image: FileImage) -> None:
+async def test_an_image_that_is_taken_meanwhile_is_not_written(image: FileAddress) -> None:
     async with sources(image) as make:
         ours = make()
         await ours.prepare()
@@ -129,7 +130,7 @@ async def test_an_image_that_is_taken_meanwhile_is_not_written(image: FileImage)
 
 
 @pytest.mark.expect_log("is written by host .* 'd' may read old data")
-async def test_reading_what_another_gateway_writes_is_told(image: FileImage) -> None:
+async def test_reading_what_another_gateway_writes_is_told(image: FileAddress) -> None:
     file = open_image(image, read_only=False)
     held = Marker.take(image, file, Owner.of_this_process("them", "theirs"))
     async with sources(image) as make:
@@ -140,7 +141,9 @@ async def test_reading_what_another_gateway_writes_is_told(image: FileImage) -> 
     os.close(file.fd)
 
 
-async def test_gateways_that_read_an_image_share_it_and_keep_writers_out(image: FileImage) -> None:
+async def test_gateways_that_read_an_image_share_it_and_keep_writers_out(
+    image: FileAddress,
+) -> None:
     async with sources(image) as make:
         ours, theirs = make(overlay=True), make(gateway="them", read_only=True)
         await ours.prepare()
@@ -157,7 +160,7 @@ async def test_gateways_that_read_an_image_share_it_and_keep_writers_out(image: 
 
 @pytest.mark.expect_log("is written by host .* 'd' may read old data")
 async def test_who_reads_what_another_gateway_writes_does_not_keep_that_from_coming_back(
-    image: FileImage,
+    image: FileAddress,
 ) -> None:
     async with sources(image) as make:
         theirs = make(gateway="them")
@@ -179,7 +182,7 @@ async def test_a_device_is_locked_too(tmp_path: Path) -> None:
         async with trio.open_nursery() as nursery:
             use, threads = Use("d", "us"), StoreThreads("s")
             source = Source(
-                DeviceImage(str(device)), "dev", use, threads=threads, timeout=30, nursery=nursery
+                DeviceAddress(str(device)), "dev", use, threads=threads, timeout=30, nursery=nursery
             )
             fd = os.open(device, os.O_RDWR)
             hold(fd, WRITES)
@@ -191,7 +194,7 @@ async def test_a_device_is_locked_too(tmp_path: Path) -> None:
 
 
 async def test_the_marker_tells_how_much_is_dirty(
-    image: FileImage, monkeypatch: pytest.MonkeyPatch
+    image: FileAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("forebay.sidecar.marker.COUNT_SECONDS", 0.0)
     async with sources(image) as make:
@@ -213,7 +216,7 @@ async def test_the_marker_tells_how_much_is_dirty(
 
 @pytest.mark.parametrize("gone", [True, False])
 async def test_what_was_lost_is_told_once_and_refused_ever_after(
-    image: FileImage, gone: bool
+    image: FileAddress, gone: bool
 ) -> None:
     told: list[str] = []
     async with sources(image) as make:
@@ -238,7 +241,7 @@ async def test_what_was_lost_is_told_once_and_refused_ever_after(
 
 
 async def test_a_write_that_hangs_keeps_the_marker(
-    image: FileImage, monkeypatch: pytest.MonkeyPatch
+    image: FileAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another gateway must not begin to write while one of our writes may still arrive."""
     back = threading.Event()
@@ -266,7 +269,7 @@ async def test_a_write_that_hangs_keeps_the_marker(
 
 
 async def test_the_first_attempt_after_a_restart_is_short(
-    image: FileImage, monkeypatch: pytest.MonkeyPatch
+    image: FileAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("forebay.image.source.START_SECONDS", 0.1)
     back = threading.Event()
@@ -294,21 +297,21 @@ async def test_the_first_attempt_after_a_restart_is_short(
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-async def test_one_image_by_two_names(image: FileImage, tmp_path: Path) -> None:
+async def test_one_image_by_two_names(image: FileAddress, tmp_path: Path) -> None:
     async with sources(image) as make:
         ours = make(read_only=True)
         threads = StoreThreads("t")
 
-        def other(name: FileImage) -> Source:
+        def other(name: FileAddress) -> Source:
             use = Use("e", "us", read_only=True)
             return Source(name, "e", use, threads=threads, timeout=9, nursery=ours._nursery)
 
         assert ours.same_image(
-            other(FileImage("parent", tmp_path.parent, f"{tmp_path.name}/vm.img"))
+            other(FileAddress("parent", tmp_path.parent, f"{tmp_path.name}/vm.img"))
         )
         (tmp_path / "mount").mkdir()
         os.link(tmp_path / "vm.img", tmp_path / "mount" / "vm.img")  # as a bind mount shows it
-        mounted = other(FileImage("mount", tmp_path / "mount", "vm.img"))
+        mounted = other(FileAddress("mount", tmp_path / "mount", "vm.img"))
         assert not ours.same_image(mounted), "not known before it is open"
         for one in (ours, mounted):
             await one.prepare()

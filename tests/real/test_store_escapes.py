@@ -12,8 +12,9 @@ import pytest
 
 from forebay.errors import ForebayError
 from forebay.origin import calls as origin_calls
-from forebay.origin.addresses import FileImage, ImageFile, open_image
+from forebay.origin.addresses import FileAddress
 from forebay.origin.calls import open_beneath
+from forebay.origin.opening import OpenImage, open_image
 from real.gateway_process import GatewayProcess
 
 SECRET = b"secret" * 1000
@@ -35,7 +36,7 @@ def root(tmp_path: Path) -> Path:
 
 def opened(root: Path, path: str, *, read_only: bool = False) -> bytes:
     """What an image of that path would show."""
-    image: ImageFile = open_image(FileImage("images", root, path), read_only=read_only)
+    image: OpenImage = open_image(FileAddress("images", root, path), read_only=read_only)
     try:
         return os.pread(image.fd, 1 << 20, 0)
     finally:

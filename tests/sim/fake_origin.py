@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from forebay.image.source import Use
-from forebay.origin.file import Identity
+from forebay.origin.protocol import Identity
 from forebay_cache.blocks.frozen import Range
 from sim.fake_loop import Dice
 
@@ -34,7 +34,7 @@ class Piece:
 
 
 class FakeOrigin:
-    """Implements forebay.origin.file.Origin. ``scale`` stretches its latencies."""
+    """Implements forebay.origin.protocol.Origin. ``scale`` stretches its latencies."""
 
     read_only = False
     label = "fake"

@@ -7,7 +7,8 @@ from unittest import mock
 
 import pytest
 
-from forebay.origin.addresses import FileImage, open_image
+from forebay.origin.addresses import FileAddress
+from forebay.origin.opening import open_image
 from forebay.sidecar import redo
 from forebay.sidecar.marker import Marker, read_owner
 from forebay.sidecar.record import Owner
@@ -21,7 +22,7 @@ def test_while_the_journal_goes_the_marker_names_the_instant_already(
 ) -> None:
     """A power cut in between: an image that shows that instant must not be said to be of an older one."""
     (tmp_path / "a.raw").write_bytes(bytes(1 << 20))
-    image = FileImage("images", tmp_path, "a.raw")
+    image = FileAddress("images", tmp_path, "a.raw")
     file = open_image(image, read_only=False)
     me = Owner.of_this_process("a gateway", "d")
     marker = Marker.take(image, file, me)

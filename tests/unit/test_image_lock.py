@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from forebay.origin.mounts import has_local_locks, parse
 from forebay.sidecar.locks import (
     LOOKS,
     READS,
@@ -16,7 +17,6 @@ from forebay.sidecar.locks import (
     InUse,
     NoLocks,
     hold,
-    local_locks,
     set_lock,
 )
 
@@ -133,4 +133,5 @@ MOUNTS = """\
     ],
 )
 def test_an_nfs_client_that_keeps_its_locks_to_itself(device: str, local: bool) -> None:
-    assert local_locks(MOUNTS, device) is local
+    major, minor = map(int, device.split(":"))
+    assert has_local_locks(parse(MOUNTS), os.makedev(major, minor)) is local

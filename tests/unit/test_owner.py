@@ -14,7 +14,8 @@ import trio
 import trio.testing
 
 from forebay.errors import ForebayError, InUseError
-from forebay.origin.addresses import FileImage, ImageFile, open_image
+from forebay.origin.addresses import FileAddress
+from forebay.origin.opening import OpenImage, open_image
 from forebay.origin.threads import StoreThreads
 from forebay.sidecar import marker as owner_module
 from forebay.sidecar.claim import Claim
@@ -26,20 +27,20 @@ US, THEM = "gateway-a", "gateway-b"
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> FileImage:
+def image(tmp_path: Path) -> FileAddress:
     (tmp_path / "vm.img").write_bytes(bytes(4096))
-    return FileImage("images", tmp_path, "vm.img")
+    return FileAddress("images", tmp_path, "vm.img")
 
 
 @pytest.fixture
-def file(image: FileImage) -> Iterator[ImageFile]:
+def file(image: FileAddress) -> Iterator[OpenImage]:
     opened = open_image(image, read_only=False)
     yield opened
     os.close(opened.fd)
 
 
 @pytest.fixture
-def take(image: FileImage, file: ImageFile) -> Iterator[Callable[..., Marker]]:
+def take(image: FileAddress, file: OpenImage) -> Iterator[Callable[..., Marker]]:
     taken: list[Marker] = []
 
     def taker(gateway: str = US, disk: str = "d") -> Marker:
@@ -52,11 +53,11 @@ def take(image: FileImage, file: ImageFile) -> Iterator[Callable[..., Marker]]:
         marker.close()
 
 
-def sidecar(image: FileImage) -> Path:
+def sidecar(image: FileAddress) -> Path:
     return image.root / "vm.img.forebay"
 
 
-def test_the_marker_says_who(image: FileImage, take: Callable[..., Marker]) -> None:
+def test_the_marker_says_who(image: FileAddress, take: Callable[..., Marker]) -> None:
     take(disk="web1")
     found = json.loads((sidecar(image) / "owner").read_text())
     assert found["gateway"] == US
@@ -70,14 +71,14 @@ def test_the_marker_says_who(image: FileImage, take: Callable[..., Marker]) -> N
     assert read_owner(image) == Owner.parse((sidecar(image) / "owner").read_bytes())
 
 
-def test_a_clean_release_leaves_nothing(image: FileImage, take: Callable[..., Marker]) -> None:
+def test_a_clean_release_leaves_nothing(image: FileAddress, take: Callable[..., Marker]) -> None:
     take().release()
     assert os.listdir(image.root) == ["vm.img"]
     assert read_owner(image) is None
 
 
 def test_a_release_leaves_what_others_keep_there(
-    image: FileImage, take: Callable[..., Marker]
+    image: FileAddress, take: Callable[..., Marker]
 ) -> None:
     marker = take()
     (sidecar(image) / "trace").touch()
@@ -86,7 +87,7 @@ def test_a_release_leaves_what_others_keep_there(
     take(THEM)
 
 
-def test_a_held_lock_keeps_everybody_out(image: FileImage, take: Callable[..., Marker]) -> None:
+def test_a_held_lock_keeps_everybody_out(image: FileAddress, take: Callable[..., Marker]) -> None:
     marker = take(disk="web1")
     marker.set_state("dirty")
     host = Owner.of_this_process(US, "").host
@@ -99,7 +100,7 @@ def test_a_held_lock_keeps_everybody_out(image: FileImage, take: Callable[..., M
 
 @pytest.mark.parametrize("state", ["clean", "dirty"])
 def test_what_another_gateway_left_behind_is_refused_after_its_lock_is_gone(
-    image: FileImage, take: Callable[..., Marker], state: State
+    image: FileAddress, take: Callable[..., Marker], state: State
 ) -> None:
     marker = take(disk="web1")
     marker.set_state(state)
@@ -110,7 +111,7 @@ def test_what_another_gateway_left_behind_is_refused_after_its_lock_is_gone(
 
 
 def test_our_own_marker_is_taken_back_with_its_state_and_a_larger_token(
-    image: FileImage, take: Callable[..., Marker]
+    image: FileAddress, take: Callable[..., Marker]
 ) -> None:
     marker = take()
     assert marker.owner is not None
@@ -138,7 +139,7 @@ def test_the_token_grows_although_a_clean_release_removed_it(
     assert second.owner.token > token
 
 
-def test_a_dirty_release_keeps_the_marker(image: FileImage, take: Callable[..., Marker]) -> None:
+def test_a_dirty_release_keeps_the_marker(image: FileAddress, take: Callable[..., Marker]) -> None:
     marker = take()
     marker.set_state("dirty")
     marker.release()
@@ -150,7 +151,7 @@ def test_a_dirty_release_keeps_the_marker(image: FileImage, take: Callable[..., 
 
 @pytest.mark.parametrize(("first", "then"), [("clean", "dirty"), ("dirty", "clean")])
 def test_a_marker_of_which_nobody_knows_what_it_says_is_written_again(
-    image: FileImage,
+    image: FileAddress,
     take: Callable[..., Marker],
     monkeypatch: pytest.MonkeyPatch,
     first: State,
@@ -184,7 +185,7 @@ def test_a_marker_of_which_nobody_knows_what_it_says_is_written_again(
 
 
 def test_a_marker_that_was_not_written_at_all_is_what_it_was(
-    image: FileImage, take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
+    image: FileAddress, take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So it need not be written where it says what is to be said: its store may be full."""
     marker = take()
@@ -204,7 +205,7 @@ def test_a_marker_that_was_not_written_at_all_is_what_it_was(
 
 
 def test_a_lock_file_that_its_holder_removes_meanwhile_is_not_trusted(
-    image: FileImage, take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
+    image: FileAddress, take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The race: we open the lock file, its holder unlinks it and leaves, we get a lock on nothing."""
     first = take()
@@ -226,7 +227,7 @@ def test_a_lock_file_that_its_holder_removes_meanwhile_is_not_trusted(
         take(US)
 
 
-def test_lost_ownership_is_noticed(image: FileImage, take: Callable[..., Marker]) -> None:
+def test_lost_ownership_is_noticed(image: FileAddress, take: Callable[..., Marker]) -> None:
     marker = take()
     marker.check()
     assert marker.owner is not None
@@ -252,7 +253,7 @@ def test_lost_ownership_is_noticed(image: FileImage, take: Callable[..., Marker]
     ],
 )
 def test_a_marker_that_cannot_be_read_is_not_overwritten(
-    image: FileImage, take: Callable[..., Marker], text: bytes
+    image: FileAddress, take: Callable[..., Marker], text: bytes
 ) -> None:
     sidecar(image).mkdir()
     (sidecar(image) / "owner").write_bytes(text)
@@ -262,7 +263,7 @@ def test_a_marker_that_cannot_be_read_is_not_overwritten(
 
 
 def test_links_in_the_place_of_our_files_are_not_followed(
-    image: FileImage, take: Callable[..., Marker], tmp_path: Path
+    image: FileAddress, take: Callable[..., Marker], tmp_path: Path
 ) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()
@@ -278,7 +279,7 @@ def test_links_in_the_place_of_our_files_are_not_followed(
 
 
 def test_the_marker_belongs_to_the_file_that_is_open(
-    image: FileImage, take: Callable[..., Marker], tmp_path: Path
+    image: FileAddress, take: Callable[..., Marker], tmp_path: Path
 ) -> None:
     (tmp_path / "new.img").write_bytes(bytes(4096))
     os.rename(tmp_path / "new.img", tmp_path / "vm.img")
@@ -286,7 +287,7 @@ def test_the_marker_belongs_to_the_file_that_is_open(
         take()
 
 
-def test_nothing_stays_open(image: FileImage, take: Callable[..., Marker]) -> None:
+def test_nothing_stays_open(image: FileAddress, take: Callable[..., Marker]) -> None:
     before = sorted(os.listdir("/proc/self/fd"))
     take().release()
     marker = take()
@@ -296,14 +297,14 @@ def test_nothing_stays_open(image: FileImage, take: Callable[..., Marker]) -> No
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-def test_the_lock_is_not_inherited(image: FileImage, take: Callable[..., Marker]) -> None:
+def test_the_lock_is_not_inherited(image: FileAddress, take: Callable[..., Marker]) -> None:
     """A child that outlives us (a helper, a hook) must not keep the image locked."""
     marker = take()
     assert not os.get_inheritable(marker._lock)
 
 
 def test_what_is_dirty_stands_in_the_marker_and_in_the_refusal(
-    image: FileImage, take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
+    image: FileAddress, take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marker = take(disk="web1")
     marker.set_state("dirty")
@@ -335,7 +336,7 @@ def test_what_is_dirty_stands_in_the_marker_and_in_the_refusal(
 
 @pytest.mark.parametrize("theirs", [True, False], ids=["another's", "gone"])
 def test_a_marker_that_is_not_ours_any_more_is_left_as_it_is(
-    image: FileImage, take: Callable[..., Marker], theirs: bool
+    image: FileAddress, take: Callable[..., Marker], theirs: bool
 ) -> None:
     marker = take()
     marker.set_state("dirty")
@@ -366,7 +367,7 @@ def test_a_marker_that_is_not_ours_any_more_is_left_as_it_is(
 
 @pytest.mark.parametrize("how", ["replaced", "deleted", "cut"])
 def test_no_checkpoint_is_committed_for_another_file(
-    image: FileImage, take: Callable[..., Marker], how: str
+    image: FileAddress, take: Callable[..., Marker], how: str
 ) -> None:
     marker = take()
     marker.set_state("dirty")
@@ -391,7 +392,10 @@ def test_no_checkpoint_is_committed_for_another_file(
 
 @pytest.mark.expect_log("has no file locks: only the marker")
 def test_a_store_without_locks_is_refused_unless_it_is_allowed(
-    image: FileImage, file: ImageFile, take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
+    image: FileAddress,
+    file: OpenImage,
+    take: Callable[..., Marker],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def none(*_: object) -> bytes:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -411,7 +415,7 @@ def test_a_store_without_locks_is_refused_unless_it_is_allowed(
 
 
 def test_qemu_is_seen_before_anything_is_changed(
-    image: FileImage, file: ImageFile, take: Callable[..., Marker]
+    image: FileAddress, file: OpenImage, take: Callable[..., Marker]
 ) -> None:
     """A program that locks as QEMU does keeps out a gateway, and one that would recover the image."""
     marker = take()
@@ -441,7 +445,7 @@ def test_qemu_is_seen_before_anything_is_changed(
 # ------------------------------------------------------------------------------------ off the event loop
 
 
-async def test_a_claim_goes_through_its_states(image: FileImage, file: ImageFile) -> None:
+async def test_a_claim_goes_through_its_states(image: FileAddress, file: OpenImage) -> None:
     claim = await Claim.take(image, file, Owner.of_this_process(US, "d"), StoreThreads("s"), 10)
     for change, state in ((claim.dirty, "dirty"), (claim.dirty, "dirty"), (claim.clean, "clean")):
         await change()
@@ -456,7 +460,7 @@ async def test_a_claim_goes_through_its_states(image: FileImage, file: ImageFile
 
 
 async def test_a_mark_that_hangs_is_not_overtaken(
-    image: FileImage, file: ImageFile, monkeypatch: pytest.MonkeyPatch
+    image: FileAddress, file: OpenImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`dirty` hangs and is given up; `clean` after it must not be undone by `dirty` ending late."""
     claim = await Claim.take(image, file, Owner.of_this_process(US, "d"), StoreThreads("s"), 0.1)
@@ -485,7 +489,7 @@ async def test_a_mark_that_hangs_is_not_overtaken(
 
 
 async def test_a_claim_that_came_too_late_is_given_back(
-    image: FileImage, file: ImageFile, monkeypatch: pytest.MonkeyPatch
+    image: FileAddress, file: OpenImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = StoreThreads("s")
     me = Owner.of_this_process(US, "d")

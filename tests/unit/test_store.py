@@ -5,17 +5,9 @@ import pytest
 
 from forebay.config.model import Config
 from forebay.errors import ForebayError
-from forebay.origin.addresses import (
-    DeviceImage,
-    FileImage,
-    NbdImage,
-    look,
-    open_device,
-    open_image,
-    parse_nbd,
-    resolve,
-)
+from forebay.origin.addresses import DeviceAddress, FileAddress, NbdAddress, parse_nbd, resolve
 from forebay.origin.calls import Calls
+from forebay.origin.opening import look, open_device, open_image
 
 
 @pytest.fixture
@@ -43,8 +35,8 @@ def config(root: Path) -> Config:
     )
 
 
-def file_image(root: Path, path: str) -> FileImage:
-    return FileImage("images", root / "images", path)
+def file_image(root: Path, path: str) -> FileAddress:
+    return FileAddress("images", root / "images", path)
 
 
 # ------------------------------------------------------------------------------------- resolving text
@@ -116,9 +108,9 @@ def test_what_is_refused(config: Config, root: Path, text: str, says: str) -> No
 
 def test_the_key_of_an_nbd_image_reads_back_as_the_same_image() -> None:
     for image in (
-        NbdImage("a b/ü?&#", host="10.0.0.1", port=1),
-        NbdImage("", host="fe80::1"),
-        NbdImage("x", socket="/run/a b?c&d=e#f.sock"),
+        NbdAddress("a b/ü?&#", host="10.0.0.1", port=1),
+        NbdAddress("", host="fe80::1"),
+        NbdAddress("x", socket="/run/a b?c&d=e#f.sock"),
     ):
         assert parse_nbd(image.key) == image
 
@@ -190,7 +182,7 @@ def test_what_is_not_opened(root: Path, make: object, path: str, says: str) -> N
 
 def test_a_store_that_is_not_mounted_is_named(root: Path) -> None:
     with pytest.raises(ForebayError, match="mount the store 'images'"):
-        open_image(FileImage("images", root / "gone", "vm.img"), read_only=False)
+        open_image(FileAddress("images", root / "gone", "vm.img"), read_only=False)
 
 
 def test_a_file_with_two_names_is_read_but_not_written(root: Path) -> None:
@@ -220,6 +212,6 @@ def test_without_openat2_links_are_refused_all_the_same(
 
 def test_a_file_is_no_device(root: Path) -> None:
     with pytest.raises(ForebayError, match="not a block device"):
-        open_device(DeviceImage(str(root / "images" / "vm.img")), read_only=True)
+        open_device(DeviceAddress(str(root / "images" / "vm.img")), read_only=True)
     with pytest.raises(ForebayError, match="no such device"):
-        open_device(DeviceImage("/dev/none"), read_only=True)
+        open_device(DeviceAddress("/dev/none"), read_only=True)

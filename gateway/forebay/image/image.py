@@ -12,7 +12,7 @@ import trio
 
 from forebay.errors import ForebayError
 from forebay.image.source import Source
-from forebay.origin.file import Identity, Origin
+from forebay.origin.protocol import Identity, Origin
 from forebay.sidecar.record import TakenOver
 from forebay_cache import Cache, Filler, Layer, View, invalidate
 from forebay_cache.blocks.clean import REGION_SHIFT

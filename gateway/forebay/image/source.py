@@ -11,17 +11,13 @@ from dataclasses import dataclass
 import trio
 
 from forebay.errors import ForebayError
-from forebay.origin.addresses import (
-    DeviceImage,
-    FileImage,
-    Image,
-    ImageFile,
-    open_device,
-    open_image,
-)
-from forebay.origin.file import BlockOrigin, FileOrigin, Origin
+from forebay.origin.addresses import Address, DeviceAddress, FileAddress
+from forebay.origin.block import BlockOrigin
+from forebay.origin.file import FileOrigin
 from forebay.origin.mounts import unsafe
 from forebay.origin.nbd import NbdOrigin
+from forebay.origin.opening import OpenImage, open_device, open_image
+from forebay.origin.protocol import Origin
 from forebay.origin.threads import Descriptor, StoreThreads, bounded
 from forebay.sidecar.claim import Claim
 from forebay.sidecar.locks import LOOKS, READS, WRITES, Access, InUse, NoLocks, hold
@@ -66,7 +62,7 @@ class Source:
 
     def __init__(
         self,
-        image: Image,
+        image: Address,
         label: str,
         use: Use,
         *,
@@ -110,7 +106,7 @@ class Source:
     @property
     def marker(self) -> "Source | None":
         """Where to say whether the image lacks data (`dirty`, `clean`); None for a disk that never writes it."""
-        return self if self.use.writes and isinstance(self.image, FileImage) else None
+        return self if self.use.writes and isinstance(self.image, FileAddress) else None
 
     def same_image(self, other: "Source") -> bool:
         """Whether both lead to one image, be it by two stores or two mounts."""
@@ -180,7 +176,7 @@ class Source:
 
     async def _opened(self, first: bool) -> Origin:
         image, read_only = self.image, not self.use.writes
-        if isinstance(image, FileImage):
+        if isinstance(image, FileAddress):
             file = await self._in_thread(
                 lambda: open_image(image, read_only=read_only, any_format=not first)
             )
@@ -199,7 +195,7 @@ class Source:
                 await _closed(origin)
                 raise
             return origin
-        if isinstance(image, DeviceImage):
+        if isinstance(image, DeviceAddress):
             file = await self._in_thread(lambda: open_device(image, read_only=read_only))
             device = BlockOrigin(file, self.label, threads=self._threads, timeout=self._timeout)
             try:
@@ -212,13 +208,13 @@ class Source:
             self._nursery, image, self.label, read_only=read_only, timeout=self._timeout
         )
 
-    async def _in_thread(self, do: Callable[[], ImageFile]) -> ImageFile:
+    async def _in_thread(self, do: Callable[[], OpenImage]) -> OpenImage:
         with bounded(self._timeout, f"opening {self.label}"):
             return await self._threads.run(do, drop=lambda late: os.close(late.fd))
 
     # ------------------------------------------------------------------------------------------------------- the owner
 
-    async def _share(self, image: FileImage, file: ImageFile, descriptor: Descriptor) -> None:
+    async def _share(self, image: FileAddress, file: OpenImage, descriptor: Descriptor) -> None:
         """Read the image: nobody is to write it meanwhile, unless a gateway does that already."""
         self._identified(file)
         owner = await self._owner(image)
@@ -236,7 +232,7 @@ class Source:
         # its writes, and its restart, are not to fail because of us
         await self._lock(descriptor, LOOKS)
 
-    async def _owner(self, image: FileImage) -> Owner | None:
+    async def _owner(self, image: FileAddress) -> Owner | None:
         with bounded(self._timeout, f"looking for the owner of {self.label}"):
             return await self._threads.run(lambda: read_owner(image))
 
@@ -251,7 +247,7 @@ class Source:
                 f"('forebay status' says why it is not served), or give them up: forebay detach {owner.disk} --discard"
             )
 
-    def _identified(self, file: ImageFile) -> None:
+    def _identified(self, file: OpenImage) -> None:
         if file.status is not None:
             self.file_id = (file.status.device, file.status.inode)
 
@@ -270,7 +266,7 @@ class Source:
         except NoLocks as error:
             log.info("%s: no file locks: %s", self.key, error.strerror)
 
-    async def _take(self, image: FileImage, file: ImageFile, descriptor: Descriptor) -> None:
+    async def _take(self, image: FileAddress, file: OpenImage, descriptor: Descriptor) -> None:
         self._identified(file)
         need_locks = self.use.need_locks
         if self._claim is not None:
@@ -417,10 +413,10 @@ class Journal:
         await self._source.end_redo(self._as_of, left)
 
 
-def _path(image: Image) -> str:
-    if isinstance(image, FileImage):
+def _path(image: Address) -> str:
+    if isinstance(image, FileAddress):
         return str(image.root / image.path)
-    return image.path if isinstance(image, DeviceImage) else ""
+    return image.path if isinstance(image, DeviceAddress) else ""
 
 
 async def _closed(origin: Origin) -> None:

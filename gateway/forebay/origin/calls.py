@@ -53,7 +53,7 @@ _libc.statx.argtypes = (
 
 @dataclass(frozen=True)
 class Status:
-    """What a file is, as far as origins ask. Times in nanoseconds since the epoch, size in bytes."""
+    """What statx(2) says of a file, as far as origins ask. Times in nanoseconds since the epoch, size in bytes."""
 
     mode: int
     links: int
@@ -66,7 +66,7 @@ class Status:
 
     @classmethod
     def of(cls, found: os.stat_result) -> "Status":
-        """The same, from what os.stat returned."""
+        """The same from what os.stat returned."""
         return cls(
             mode=found.st_mode,
             links=found.st_nlink,
@@ -83,11 +83,11 @@ class Calls:
     """The operating system. Every method raises OSError, and may block for as long as the storage does."""
 
     def preadv(self, fd: int, buffers: list[bytearray | memoryview], offset: int) -> int:
-        """Bytes read; 0 at the end of the file."""
+        """Read into the buffers. How many bytes were read; 0 at the end of the file."""
         return os.preadv(fd, buffers, offset)
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-        """Bytes written, possibly fewer than given."""
+        """Write the buffers one after the other. How many bytes were written, possibly fewer than given."""
         return os.pwritev(fd, buffers, offset)
 
     def fdatasync(self, fd: int) -> None:
@@ -95,7 +95,7 @@ class Calls:
         os.fdatasync(fd)
 
     def fsync(self, fd: int) -> None:
-        """The same, and the file's times."""
+        """Make durable what this descriptor wrote, and the file's times."""
         os.fsync(fd)
 
     def forget(self, fd: int) -> None:
@@ -103,22 +103,22 @@ class Calls:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def seek_data(self, fd: int, offset: int) -> int:
-        """Where the next data at or after `offset` begins. ENXIO: nowhere."""
+        """The offset at which the next data at or after `offset` begins. ENXIO: there is none."""
         return os.lseek(fd, offset, os.SEEK_DATA)
 
     def seek_hole(self, fd: int, offset: int) -> int:
-        """Where the next hole at or after `offset` begins; the end of the file counts as one."""
+        """The offset at which the next hole at or after `offset` begins; the end of the file counts as one."""
         return os.lseek(fd, offset, os.SEEK_HOLE)
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
-        """Change the space under a range; `mode` is PUNCH_HOLE or ZERO_RANGE."""
+        """Make the range read as zeros; `mode`, PUNCH_HOLE or ZERO_RANGE, says what becomes of its space."""
         while _libc.fallocate64(fd, mode, offset, length) != 0:
             number = ctypes.get_errno()
             if number != errno.EINTR:
                 raise OSError(number, os.strerror(number))
 
     def status(self, fd: int) -> Status:
-        """Of an open file, as its server knows it now.
+        """The status of an open file as its server knows it now.
 
         AT_STATX_FORCE_SYNC because plain fstat on NFS answers from a cache that lags seconds behind.
         """
@@ -171,7 +171,7 @@ class _OpenHow(ctypes.Structure):
 
 
 def open_beneath(root: int, path: str, flags: int) -> int:
-    """Open `path` below the directory `root` without following any link, symbolic or magic; a new descriptor.
+    """A new descriptor of `path` below the directory `root`, opened without following any link, symbolic or magic.
 
     Raises OSError: EXDEV when the path leaves `root`, ELOOP when a part of it is a symbolic link.
     """
@@ -190,7 +190,7 @@ def open_beneath(root: int, path: str, flags: int) -> int:
 
 
 def _walk_beneath(root: int, path: str, flags: int) -> int:
-    """The same where openat2 is missing or forbidden: part by part, O_NOFOLLOW at each."""
+    """As `open_beneath`, where openat2 is missing or forbidden: part by part, with O_NOFOLLOW at each."""
     *folders, last = [part for part in path.split("/") if part not in ("", ".")] or ["."]
     here = root
     try:

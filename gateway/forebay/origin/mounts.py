@@ -1,10 +1,10 @@
-"""How the file system of a store is mounted, where that decides whether what it took can be lost without a word.
+"""How a file system is mounted, where that decides whether its locks keep others out, and whether it may lose writes.
 
 A write to an NFS file system that is mounted `soft` is given up when its server does not answer, and may arrive later
 or never; nfs(5) warns of silent corruption. Without locks that the server knows of, nothing keeps another host's
 gateway or QEMU away; and those of NFS 3 outlive a host that dies, or are lost with the server and not noticed, where
 those of NFS 4 are leases: who lost one cannot write any more. Such a store is served, but a disk that acknowledges
-what the store does not have yet is refused. The file is /proc/self/mountinfo, proc(5).
+what the store does not have yet is refused. The file that says all this is /proc/self/mountinfo, proc(5).
 """
 
 import os
@@ -15,7 +15,9 @@ from pathlib import Path
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _NFS = ("nfs", "nfs4")
 _SOFT = ("soft", "softerr")
-_NO_LOCKS = ("nolock", "local_lock=all", "local_lock=posix", "local_lock=flock")
+_LOCAL_LOCKS = ("nolock", "local_lock=all", "local_lock=posix")
+"""With these an NFS client keeps the locks of fcntl(2) to itself."""
+_NO_LOCKS = (*_LOCAL_LOCKS, "local_lock=flock")
 _NO_LEASES = ("vers=2", "vers=3")
 _FOR_LOCKS = (
     (_NO_LOCKS, "with locks"),
@@ -29,17 +31,22 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 @dataclass(frozen=True)
 class Mount:
-    """One line of mountinfo: `device` as os.makedev gives it, `options` those of the mount and of the file system."""
+    """One line of mountinfo."""
 
     device: int
+    """The device number of the file system, as os.makedev and st_dev give it."""
     point: str
+    """The directory on which it is mounted."""
     kind: str
+    """The type of the file system: ext4, nfs4."""
     source: str
+    """What is mounted: a device, or server:/path."""
     options: frozenset[str]
+    """The options of the mount and those of the file system."""
 
 
 def parse(text: str) -> list[Mount]:
-    """All mounts, the latest last. Lines that make no sense are left out."""
+    """All mounts in the text of a mountinfo file, the latest last. Lines that make no sense are left out."""
     found = []
     for line in text.splitlines():
         before, dash, after = line.partition(" - ")
@@ -57,32 +64,44 @@ def parse(text: str) -> list[Mount]:
 
 
 def _plain(text: str) -> str:
-    """Blanks and backslashes are written in octal."""
+    """A field without its escapes: blanks and backslashes are written in octal."""
     return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), text)
 
 
-def why_not(mounts: list[Mount], device: int, *, locks: bool = True) -> str | None:
-    """Why nothing is to be written back to the file system with that device number; None: nothing is against it.
+def of_this_process() -> list[Mount]:
+    """The mounts that this process sees now. Empty where /proc cannot be read; touches no other file system."""
+    try:
+        return parse(_MOUNTINFO.read_text(errors="surrogateescape"))
+    except OSError:
+        return []
 
-    `locks` False: the operator keeps others away, and says so.
+
+def _latest(mounts: list[Mount], device: int) -> Mount | None:
+    """The latest mount of the file system with that device number."""
+    return next((mount for mount in reversed(mounts) if mount.device == device), None)
+
+
+def has_local_locks(mounts: list[Mount], device: int) -> bool:
+    """True if the file system with that device number is NFS, and its client keeps locks to itself (nfs(5))."""
+    mount = _latest(mounts, device)
+    return mount is not None and mount.kind in _NFS and not mount.options.isdisjoint(_LOCAL_LOCKS)
+
+
+def why_not(mounts: list[Mount], device: int, *, locks: bool = True) -> str | None:
+    """Why nothing is to be written back to the file system with that device number; None if nothing is against it.
+
+    With `locks` False its locks are not asked for: the operator keeps others away, and has said so.
     """
-    for mount in reversed(mounts):
-        if mount.device != device:
-            continue
-        if mount.kind not in _NFS:
-            return None
-        for wrong, right in ((_SOFT, "hard"), *(_FOR_LOCKS if locks else ())):
-            bad = sorted(mount.options.intersection(wrong))
-            if bad:
-                return f"{mount.source} is mounted '{bad[0]}' on {mount.point}: mount it {right}"
+    mount = _latest(mounts, device)
+    if mount is None or mount.kind not in _NFS:
         return None
+    for wrong, right in ((_SOFT, "hard"), *(_FOR_LOCKS if locks else ())):
+        bad = sorted(mount.options.intersection(wrong))
+        if bad:
+            return f"{mount.source} is mounted '{bad[0]}' on {mount.point}: mount it {right}"
     return None
 
 
 def unsafe(device: int, *, locks: bool = True) -> str | None:
-    """:func:`why_not`, of this host as it is now. Reads /proc only; None where that cannot be read."""
-    try:
-        mounts = parse(_MOUNTINFO.read_text(errors="surrogateescape"))
-        return why_not(mounts, device, locks=locks)
-    except OSError:
-        return None
+    """What `why_not` says of this host as it is now. None where /proc cannot be read."""
+    return why_not(of_this_process(), device, locks=locks)

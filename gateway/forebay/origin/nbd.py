@@ -2,7 +2,7 @@
 
 The connection is made again with back-off when it breaks, for as long as the callers wait, and requests without an
 answer are sent again. What the server acknowledged and did not flush before the break is unknown: the next flush says
-so (origin_order.Syncs has the same rule), and whoever holds the data writes it again.
+so (`Syncs` in order.py has the same rule), and whoever holds the data writes it again.
 """
 
 import errno
@@ -12,50 +12,51 @@ from typing import Self
 import trio
 
 from forebay.errors import ForebayError
-from forebay.origin.addresses import NbdImage
+from forebay.origin.addresses import NbdAddress
 from forebay.origin.calls import Buffer
-from forebay.origin.file import HOLE, MOST_EXTENTS, ZERO, ZERO_PIECE, Identity, check_range, pieces
 from forebay.origin.nbd_requests import Requests, connect
+from forebay.origin.pieces import ZERO_PIECE, check_range, pieces
+from forebay.origin.protocol import HOLE, MOST_EXTENTS, ZERO, Identity
 from forebay.origin.threads import bounded
 from forebay_nbd.client.client import Client
 
 
 class NbdOrigin:
-    """A raw image that an NBD server has. Implements forebay.origin.file.Origin."""
+    """A raw image that an NBD server has. Implements forebay.origin.protocol.Origin."""
 
     def __init__(
         self,
         nursery: trio.Nursery,
-        image: NbdImage,
+        address: NbdAddress,
         label: str,
         client: Client,
         *,
         read_only: bool,
         timeout: float,
     ) -> None:
-        """Over a connected client; `open` makes one. `timeout`: seconds that any call may take."""
+        """Take over a connected client, which `open` makes. `timeout`: seconds that any call may take."""
         self.size = client.size
         self.read_only = read_only
         self.label = label
         self._requests = Requests(
-            nursery, image, label, client, read_only=read_only, timeout=timeout
+            nursery, address, label, client, read_only=read_only, timeout=timeout
         )
 
     @classmethod
     async def open(
         cls,
         nursery: trio.Nursery,
-        image: NbdImage,
+        address: NbdAddress,
         label: str,
         *,
         read_only: bool,
         timeout: float,
     ) -> Self:
-        """Connect, once. Connections live in `nursery`.
+        """Connect to the server: one attempt. The tasks of connections run in `nursery`.
 
         Raises ForebayError for what the operator has to change, OSError for a server that does not answer.
         """
-        client = await connect(nursery, image, timeout)
+        client = await connect(nursery, address, timeout)
         try:
             if client.size == 0:
                 raise ForebayError(f"{label}: the server says that it is empty: check the export")
@@ -67,7 +68,7 @@ class NbdOrigin:
             with trio.CancelScope(shield=True):
                 await client.aclose()
             raise
-        return cls(nursery, image, label, client, read_only=read_only, timeout=timeout)
+        return cls(nursery, address, label, client, read_only=read_only, timeout=timeout)
 
     # ------------------------------------------------------------------------------------------------- reading
 
@@ -85,7 +86,7 @@ class NbdOrigin:
         return found if wanted == length else found + bytes(length - wanted)
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """(length, HOLE | ZERO or 0) one after the other, covering the range. Raises OSError."""
+        """(length, HOLE | ZERO or 0) of the extents one after the other, covering the range. Raises OSError."""
         self._check(offset, length)
         found: list[tuple[int, int]] = []
         at, end = offset, offset + length
@@ -101,6 +102,7 @@ class NbdOrigin:
         return found
 
     async def _some_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """The extents at the beginning of the range, from one answer; none if the server cannot say. Raises OSError."""
         first = offset // self._requests.sector * self._requests.sector
         last = -(-(offset + length) // self._requests.sector) * self._requests.sector
         try:
@@ -117,13 +119,13 @@ class NbdOrigin:
         return _clipped(part, offset - first, length)
 
     async def identity(self) -> Identity:
-        """The size: no more is known of an image behind NBD."""
+        """The size in bytes: no more is known of an image behind NBD."""
         return Identity(self.size)
 
     # ------------------------------------------------------------------------------------------------- writing
 
     async def write(self, offset: int, data: Sequence[Buffer], background: bool = False) -> None:
-        """Write the buffers one after the other from `offset`. Raises OSError."""
+        """Write the buffers one after the other from `offset`. Not durable before `flush`. Raises OSError."""
         self._check_change(offset, sum(memoryview(buffer).nbytes for buffer in data))
         at = offset
         for piece, length in pieces(data):
@@ -138,6 +140,7 @@ class NbdOrigin:
             await self.write(offset, [data], background)
 
     async def _write(self, offset: int, data: Buffer, background: bool) -> None:
+        """Write one piece. Sectors at its ends that it covers in part are read, changed and written. Raises OSError."""
         sector = self._requests.sector
         end = offset + len(data)
         first, last = offset // sector * sector, -(-end // sector) * sector
@@ -155,7 +158,7 @@ class NbdOrigin:
         )
 
     async def trim(self, offset: int, length: int) -> None:
-        """Give space back where the server can; zeros either way, which NBD's TRIM does not promise."""
+        """Give space back where the server can; zeros either way, which NBD's TRIM does not promise. Raises OSError."""
         await self.zero(offset, length, may_trim=True)
 
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
@@ -189,7 +192,7 @@ class NbdOrigin:
 
     @property
     def sync_failures(self) -> int:
-        """How often the outcome of a flush became unknown so far."""
+        """How many flushes so far ended without anybody knowing what they made durable."""
         return self._requests.sync_failures
 
     async def flush(self, *, times: bool = False) -> None:
@@ -198,7 +201,7 @@ class NbdOrigin:
         await self._requests.flush()
 
     async def forget(self) -> None:
-        """Nothing of it is kept on this side."""
+        """Nothing to do: nothing of the image is kept on this side."""
 
     async def settle(self) -> None:
         """Wait until no change that was given up can arrive any more. ETIMEDOUT: one still can."""
@@ -206,19 +209,22 @@ class NbdOrigin:
             await self._requests.settled(0, self.size)
 
     async def close(self) -> None:
-        """Say goodbye to the server. Implies no flush."""
+        """Disconnect from the server. Implies no flush."""
         await self._requests.close()
 
     def _check(self, offset: int, length: int) -> None:
+        """Raise OSError(EINVAL) unless the range lies in the image."""
         check_range(self.label, self.size, offset, length)
 
     def _check_change(self, offset: int, length: int) -> None:
+        """Raise OSError unless the image is open for writing and the range lies in it."""
         if self.read_only:
             raise OSError(errno.EROFS, f"{self.label} is open for reading only")
         self._check(offset, length)
 
 
 def _append(found: list[tuple[int, int]], size: int, flags: int) -> None:
+    """Add an extent to the list, or to the last one there if that has the same flags."""
     if found and found[-1][1] == flags:
         found[-1] = (found[-1][0] + size, flags)
     elif size:
@@ -226,7 +232,7 @@ def _append(found: list[tuple[int, int]], size: int, flags: int) -> None:
 
 
 def _clipped(part: list[tuple[int, int]], skip: int, length: int) -> list[tuple[int, int]]:
-    """The extents without their first `skip` bytes, and at most `length` bytes of them."""
+    """The extents without their first `skip` bytes, and at most `length` bytes of what follows."""
     found = []
     for size, flags in part:
         cut = min(skip, size)

@@ -1,7 +1,8 @@
 """Requests to one NBD server: in flight together, over connections that are made again when they break.
 
 Every request runs in a task of its own, so that a caller who gives up does not cut a request off half-sent, and the
-connection with it. A change that was given up keeps its range closed until its answer is there, as in origin.py.
+connection with it. While a change that was given up has no answer, nobody else reads or writes its range (file.py has
+the same rule).
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import trio
 
 from forebay.errors import ForebayError
-from forebay.origin.addresses import NbdImage
+from forebay.origin.addresses import NbdAddress
 from forebay.origin.threads import Lanes, bounded
 from forebay_nbd.client.client import Client
 from forebay_nbd.protocol.wire import Flag
@@ -44,7 +45,7 @@ MORE_PAUSE = 60.0
 
 @dataclass(eq=False)
 class _Link:
-    """One connection."""
+    """One connection, and how many requests are in flight on it."""
 
     client: Client
     in_flight: int = 0
@@ -52,15 +53,18 @@ class _Link:
 
 @dataclass(eq=False)
 class _Job:
-    """One request. `out`: it is with the server; `given_up`: nobody waits for it any more."""
+    """One request, which a task of its own makes."""
 
     do: Callable[[Client], Awaitable[Any]]
     background: bool
     first: int
     last: int
+    """The first byte that it touches, and the first one after it that it does not."""
     kind: Literal["ask", "change", "flush"]
     out: bool = False
+    """True while it is with the server."""
     given_up: bool = False
+    """True once nobody waits for it any more."""
     result: Any = None
     error: Exception | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -68,37 +72,43 @@ class _Job:
 
 
 class Requests:
-    """What goes to one export, by one image. `sync_failures` as origin_order.Syncs has it."""
+    """The requests of one image to its export."""
 
     def __init__(
         self,
         nursery: trio.Nursery,
-        image: NbdImage,
+        address: NbdAddress,
         label: str,
         client: Client,
         *,
         read_only: bool,
         timeout: float,
     ) -> None:
-        """Over a connected client; more connections live in `nursery`. `timeout`: seconds that a request may take."""
+        """Take over a connected client; tasks run in `nursery`. `timeout`: seconds that a request may take."""
         self.sync_failures = 0
+        """How many flushes so far ended without anybody knowing what they made durable."""
         self.timeout = timeout
         self.sector = client.terms.minimum_block
+        """Bytes of the smallest unit that the server reads and writes."""
         self._size = client.size
         self._read_only = read_only
         self._label = label
         self._nursery = nursery
-        self._image = image
+        self._address = address
         self._links = [_Link(client)]
         self._lanes = Lanes(FOREGROUND_REQUESTS, BACKGROUND_REQUESTS)
         self._jobs: set[_Job] = set()
         self._connecting = trio.Lock()
         self._pause = FIRST_PAUSE
         self._adding = False
+        """True while a further connection is being made."""
         self._closed = False
-        self._written = 0  # changes that the server acknowledged
-        self._flushed = 0  # as many of them as are durable, or were given up for lost
+        self._written = 0
+        """How many changes the server acknowledged."""
+        self._flushed = 0
+        """How many of them are durable, or are taken for lost."""
         self._failures_told = 0
+        """Of how many `sync_failures` somebody was told by an error of `flush`."""
 
     async def flush(self) -> None:
         """Make durable every change that was acknowledged before. Raises OSError: make all of them again."""
@@ -116,16 +126,17 @@ class Requests:
         self._flushed = max(self._flushed, written)
 
     async def close(self) -> None:
-        """Say goodbye to the server. Implies no flush."""
+        """Disconnect from the server. Implies no flush."""
         self._closed = True
         links, self._links = self._links, []
         for link in links:
             await link.client.aclose()
 
     async def settled(self, first: int, last: int, *, alone: bool = False) -> None:
-        """Wait for changes in this range that were given up; with `alone`, also for those that were not.
+        """Wait for changes of the bytes from `first` to `last` (exclusive) that were given up.
 
-        A change of part of a sector reads and writes all of it, and must not do so beside another one.
+        With `alone`, wait for all changes of them: one of part of a sector reads and writes all of that sector, and
+        must not do so beside another one.
         """
         while under_way := [
             job
@@ -147,7 +158,11 @@ class Requests:
         *,
         kind: Literal["ask", "change", "flush"] = "ask",
     ) -> T:
-        """Have `do` done with a connected client, again if that breaks meanwhile. Raises OSError."""
+        """Await `do` with a connected client, again on another connection if that one breaks. What `do` returns.
+
+        `offset` and `length` say which bytes it touches, `what` names it in the error of a time-out. Raises OSError.
+        Cancellation gives the request up; if it is with the server already, its answer is waited for in the background.
+        """
         job = _Job(do, background, offset, offset + length, kind)
         with bounded(self.timeout, what):
             await self.settled(job.first, job.last, alone=kind == "change" and self.sector > 1)
@@ -165,7 +180,7 @@ class Requests:
         return result
 
     async def _run(self, job: _Job) -> None:
-        """Runs in a task of its own. No fault of a request leaves it: the nursery is everybody's."""
+        """Make the request, in a task of its own. Raises nothing, whatever `do` raises: the nursery is everybody's."""
         try:
             with job.scope:
                 async with self._lanes.queue(job.background) as limiter, limiter:
@@ -183,6 +198,7 @@ class Requests:
             job.ended.set()
 
     async def _until_answered(self, job: _Job) -> None:
+        """Send the request until a connection lives long enough for its answer; once only if it was given up."""
         while True:
             link = await self._link()
             try:
@@ -195,6 +211,7 @@ class Requests:
                     raise
 
     def _lost(self, link: _Link, error: Exception) -> None:
+        """Note that a connection broke: what was written and not flushed may be lost, on whichever connection."""
         if link not in self._links:
             return
         self._links.remove(link)
@@ -207,7 +224,7 @@ class Requests:
     # --------------------------------------------------------------------------------------------- connections
 
     async def _link(self) -> _Link:
-        """The connection with the least to do; a new one when there is none. Raises OSError."""
+        """The connection with the fewest requests in flight; a new one when there is none. Raises OSError."""
         while not self._links:
             async with self._connecting:
                 if not self._links:
@@ -219,9 +236,11 @@ class Requests:
         return link
 
     def _may_add(self, client: Client) -> bool:
+        """True if the server keeps several connections coherent, and there are fewer than are of use."""
         return len(self._links) < CONNECTIONS and bool(client.terms.flags & Flag.CAN_MULTI_CONN)
 
     async def _reconnect(self) -> None:
+        """Connect, however long it takes. Raises OSError(ESTALE) if another image is there now."""
         while True:
             if self._closed:
                 raise OSError(errno.EBADF, f"{self._label}: closed")
@@ -238,7 +257,7 @@ class Requests:
                 return
 
     async def _add(self) -> None:
-        """One more connection, in the background: a server may leave it waiting."""
+        """Make one more connection, in the background: a server may leave it waiting."""
         try:
             link = _Link(await self._same_image())
         except (OSError, ForebayError) as error:
@@ -250,7 +269,8 @@ class Requests:
             self._adding = False
 
     async def _same_image(self) -> Client:
-        client = await connect(self._nursery, self._image, self.timeout)
+        """A new connection to the same export. Raises OSError, and ForebayError if its size or access has changed."""
+        client = await connect(self._nursery, self._address, self.timeout)
         if client.size != self._size or (client.read_only and not self._read_only) or self._closed:
             size = client.size
             await client.aclose()
@@ -263,6 +283,7 @@ class Requests:
 
 @contextlib.asynccontextmanager
 async def _counted(link: _Link, job: _Job) -> AsyncIterator[None]:
+    """Count the request as in flight on the connection while the body runs."""
     link.in_flight += 1
     job.out = True
     try:
@@ -272,7 +293,7 @@ async def _counted(link: _Link, job: _Job) -> AsyncIterator[None]:
         job.out = False
 
 
-async def connect(nursery: trio.Nursery, image: NbdImage, timeout: float) -> Client:
-    """One attempt. Raises OSError."""
-    address = image.socket or (image.host, image.port)
-    return await Client.connect(nursery, address, image.export, timeout=timeout)
+async def connect(nursery: trio.Nursery, address: NbdAddress, timeout: float) -> Client:
+    """A client, connected in one attempt of at most `timeout` seconds. Its tasks run in `nursery`. Raises OSError."""
+    server = address.socket or (address.host, address.port)
+    return await Client.connect(nursery, server, address.export, timeout=timeout)

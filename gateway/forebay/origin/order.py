@@ -1,6 +1,6 @@
 """What must not overtake what in an image: changes that were given up, and flushes.
 
-See the head of origin.py for why. Everything here runs on the event loop.
+The head of file.py says why. Everything here runs on the event loop.
 """
 
 import errno
@@ -10,55 +10,65 @@ from forebay.origin.threads import Call, StoreThreads, bounded
 
 
 class Changes:
-    """Writes and the like to one image, by range, that go on in a thread although nobody waits for them any more."""
+    """The changes of one image, by range. It remembers those that go on in a thread with nobody waiting any more."""
 
     def __init__(self, threads: StoreThreads) -> None:
         self._threads = threads
-        self._loose: dict[Call[None], tuple[int, int]] = {}
+        self._given_up: dict[Call[None], tuple[int, int]] = {}
+        """Calls that were given up and have not ended, with the bytes that they change: from, to (exclusive)."""
 
     async def make(
         self, do: Callable[[], None], start: int, end: int, background: bool = False
     ) -> None:
-        """Call `do`, which changes bytes `start` to `end`, in a thread. Raises OSError."""
+        """Call `do`, which changes the bytes from `start` to `end` (exclusive), in a thread. Raises OSError.
+
+        Waits first for changes of the same bytes that were given up. Cancellation gives this one up, too.
+        """
         await self.settled(start, end)
         call = Call(do, on_end=self._ended)
         try:
             await self._threads.wait_for(call, background=background)
         finally:
             if call.given_up:
-                self._loose[call] = (start, end)
+                self._given_up[call] = (start, end)
 
     def _ended(self, call: Call[None]) -> None:
-        self._loose.pop(call, None)
+        self._given_up.pop(call, None)
 
     async def settled(self, start: int, end: int) -> None:
-        """Return when no loose change touches bytes `start` to `end`."""
-        while loose := [
-            call for call, (first, last) in self._loose.items() if first < end and start < last
+        """Return when no change that was given up can touch the bytes from `start` to `end` (exclusive) any more."""
+        while under_way := [
+            call for call, (first, last) in self._given_up.items() if first < end and start < last
         ]:
-            await loose[0].ended.wait()
+            await under_way[0].ended.wait()
 
 
 class Syncs:
     """The flushes of one descriptor: one at a time, each for everyone who asked before it began.
 
-    `failures` counts how often the outcome of one became unknown: it failed, it was too late, or it failed after it
-    was too late. The kernel tells about lost data once, to one caller, and forgets the data; so every flush
-    during which the count went up raises, and so does the first one after a failure that nobody was told about.
+    The kernel tells about lost data once, to one caller, and forgets the data; so every flush during which `failures`
+    went up raises, and so does the first one after a failure that nobody was told about.
     """
 
     def __init__(self, threads: StoreThreads, sync: Callable[[], None], label: str) -> None:
+        """`sync` makes durable what the descriptor wrote; it blocks, and runs in a thread. `label` is for messages."""
         self.failures = 0
+        """How often the outcome of a sync became unknown: it failed, it took too long, or it failed after that."""
         self._threads = threads
         self._sync = sync
         self._label = label
         self._told = 0
+        """Of how many failures somebody was told."""
         self._begun = 0
+        """How many syncs were begun so far."""
         self._current: Call[None] | None = None
+        """The sync under way."""
 
     async def flush(self, timeout: float) -> None:
-        """Make durable everything written before. Raises OSError: what was written since the last flush that
-        returned, to the last byte, is then unknown, and has to be written again.
+        """Make durable everything that was written before, within `timeout` seconds.
+
+        Raises OSError: of what was written since the last flush that returned, nobody knows what is durable, and all of
+        it has to be written again.
         """
         told = self._told
         try:
@@ -78,6 +88,7 @@ class Syncs:
             )
 
     async def _one_from_now_on(self) -> None:
+        """Wait for a sync that begins after this call, made by whoever asks for one first. Raises OSError."""
         arrived = self._begun
         while (current := self._current) is not None:
             number = self._begun

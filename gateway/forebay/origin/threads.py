@@ -35,7 +35,7 @@ that never moves would stop the guest's writes in the end."""
 
 @contextlib.contextmanager
 def bounded(seconds: float, what: str) -> Iterator[None]:
-    """Give the body `seconds`, then raise OSError(ETIMEDOUT) that names `what`."""
+    """Cancel the body after `seconds`, and raise OSError(ETIMEDOUT) then. `what` names in it what took too long."""
     with trio.move_on_after(seconds) as scope:
         yield
     if scope.cancelled_caught:
@@ -43,9 +43,10 @@ def bounded(seconds: float, what: str) -> Iterator[None]:
 
 
 class Descriptor:
-    """A file descriptor that threads share. Its number stays taken until the last of them is done with it.
+    """A file descriptor that threads share: a context manager, whose body may use the number that it gives.
 
-    Without that, a thread that was given up could wake after `close` and write into whatever file got the number next.
+    The number stays taken until the last body has ended. Without that, a thread that was given up could wake after
+    `close` and write into whatever file got the number next. Entering raises OSError(EBADF) after `close`.
     """
 
     def __init__(self, fd: int) -> None:
@@ -69,7 +70,7 @@ class Descriptor:
             os.close(self._fd)
 
     def close(self) -> None:
-        """Close it now, or in the thread that leaves last. May block. Idempotent."""
+        """Close it now, or in the thread that leaves its body last. May block. The second call does nothing."""
         with self._lock:
             first, self._closing = not self._closing, True
             now = first and self._users == 0
@@ -78,11 +79,9 @@ class Descriptor:
 
 
 class Call(Generic[T]):
-    """One blocking call in a thread, begun at most once.
+    """One blocking call in a thread, begun at most once. `StoreThreads.wait_for` makes it.
 
-    `on_end` runs on the event loop, once: when the thread has ended, or when the call was given up before it began.
-    Until then, with nobody waiting any more, the call is `given_up`. `drop` gets a result that came too late for
-    anyone to take, in a thread: an open descriptor, say.
+    The call is given up when whoever waits for it stops waiting: a time-out, or a cancelled task. Its thread goes on.
     """
 
     def __init__(
@@ -92,25 +91,32 @@ class Call(Generic[T]):
         on_end: Callable[["Call[T]"], None] | None = None,
         drop: Callable[[T], object] | None = None,
     ) -> None:
+        """`do` blocks. `on_end` runs on the event loop, once, when `ended` is set. `drop` is called in a thread with a
+        result that came too late for anyone to take: an open descriptor, say.
+        """
         self._do = do
         self._on_end = on_end
         self._drop = drop
         self._lock = threading.Lock()
         self._token = trio.lowlevel.current_trio_token()
-        self._stopped = False  # nobody waits any more: do not begin
+        self._stopped = False
+        """True once nobody waits any more: the call is not to begin then."""
         self._over = False
-        self._left: Callable[[], object] | None = None  # drops the result
+        """True once the thread has done its work."""
+        self._drop_result: Callable[[], object] | None = None
         self.begun = False
         self.error: BaseException | None = None
+        """What `do` raised."""
         self.ended = trio.Event()
+        """Set when the thread has ended, or when the call was given up before it began."""
 
     @property
     def given_up(self) -> bool:
-        """True while the thread runs on with nobody waiting."""
+        """True while the thread runs on and nobody waits for it."""
         return self._stopped and not self.ended.is_set()
 
     def in_thread(self) -> T:
-        """Make the call. Runs in the thread."""
+        """Make the call, and return or raise what it does. Runs in the thread. ECANCELED: it was given up before."""
         with self._lock:
             if self._stopped:
                 raise OSError(errno.ECANCELED, "given up before it began")
@@ -118,7 +124,7 @@ class Call(Generic[T]):
         try:
             result = self._do()
             if self._drop is not None:
-                self._left = functools.partial(self._drop, result)
+                self._drop_result = functools.partial(self._drop, result)
             return result
         except BaseException as error:
             self.error = error
@@ -131,18 +137,18 @@ class Call(Generic[T]):
             self._over = True
             late = self._stopped
         if late:
-            if self._left is not None:
-                self._left()
+            if self._drop_result is not None:
+                self._drop_result()
             with contextlib.suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self._finish)
 
     def stop_waiting(self, *, taken: bool) -> None:
-        """The task that asked goes on; `taken`: with a result. Runs on the event loop, once."""
+        """Say that nobody waits any more; with `taken`, because the result was taken. Runs on the event loop, once."""
         with self._lock:
             self._stopped = True
             over = self._over
-        if over and not taken and self._left is not None:
-            trio.lowlevel.start_thread_soon(self._left, lambda _: None)
+        if over and not taken and self._drop_result is not None:
+            trio.lowlevel.start_thread_soon(self._drop_result, lambda _: None)
         if over or not self.begun:
             self._finish()
 
@@ -153,23 +159,25 @@ class Call(Generic[T]):
 
 
 class Lanes:
-    """Places in front of one store. Foreground calls are what a guest waits for; background calls let them go first."""
+    """The queue in front of one store. A guest waits for foreground calls; background calls let them go first."""
 
     def __init__(self, foreground: int, background: int) -> None:
+        """`foreground` and `background`: how many calls of each kind are made at a time."""
         self._limits = (trio.CapacityLimiter(foreground), trio.CapacityLimiter(background))
         self._foreground = 0
+        """Foreground calls that wait for a place or have one."""
         self._quiet = trio.Event()
         self._quiet.set()
 
     @property
     def busy(self) -> tuple[int, int]:
-        """Places taken, foreground and background."""
+        """How many places are taken: (foreground, background)."""
         foreground, background = self._limits
         return int(foreground.borrowed_tokens), int(background.borrowed_tokens)
 
     @contextlib.asynccontextmanager
     async def queue(self, background: bool) -> AsyncIterator[trio.CapacityLimiter]:
-        """Stand in line while the body runs; the body takes its place from the limiter that this gives."""
+        """Queue up. The body takes its place from the limiter that this gives, and counts as waiting until it ends."""
         if background:
             await self._let_foreground_go()
             yield self._limits[1]
@@ -191,7 +199,7 @@ class Lanes:
 
 
 class StoreThreads:
-    """The threads of one store."""
+    """The threads that make the blocking calls of one store, with limits of their own."""
 
     def __init__(
         self,
@@ -204,7 +212,7 @@ class StoreThreads:
 
     @property
     def busy(self) -> tuple[int, int]:
-        """Threads at work or hung, foreground and background: for status."""
+        """How many threads are at work or hung: (foreground, background)."""
         return self._lanes.busy
 
     async def run(
@@ -216,12 +224,12 @@ class StoreThreads:
     ) -> T:
         """Call `do` in a thread and return what it returns. Raises what it raises.
 
-        Cancellation gives the call up at once; its thread goes on, and what it returns goes to `drop`.
+        Cancellation gives the call up at once; its thread goes on, and what `do` returns then goes to `drop`.
         """
         return await self.wait_for(Call(do, drop=drop), background=background)
 
     async def wait_for(self, call: Call[T], *, background: bool = False) -> T:
-        """`run`, for a call that the caller keeps a hand on."""
+        """As `run`, for a call that the caller has made, and may look at later."""
         taken = False
         try:
             async with self._lanes.queue(background) as limiter:

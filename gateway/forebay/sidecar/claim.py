@@ -6,7 +6,8 @@ from typing import Self, TypeVar
 
 import trio
 
-from forebay.origin.addresses import FileImage, ImageFile
+from forebay.origin.addresses import FileAddress
+from forebay.origin.opening import OpenImage
 from forebay.origin.threads import Call, Descriptor, StoreThreads, bounded
 from forebay.sidecar import redo
 from forebay.sidecar.marker import Marker
@@ -28,8 +29,8 @@ class Claim:
     @classmethod
     async def take(
         cls,
-        image: FileImage,
-        file: ImageFile,
+        image: FileAddress,
+        file: OpenImage,
         me: Owner,
         threads: StoreThreads,
         timeout: float,
@@ -115,7 +116,7 @@ class Claim:
         await self._one_at_a_time("looking at the owner of", check)
 
     async def admit(
-        self, file: ImageFile, descriptor: Descriptor, *, need_locks: bool = True
+        self, file: OpenImage, descriptor: Descriptor, *, need_locks: bool = True
     ) -> None:
         """See `Marker`. Raises ForebayError and OSError."""
 

@@ -18,6 +18,8 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass
 
+from forebay.origin import mounts
+
 _DOES, _BARS = 100, 200
 _READ, _WRITE, _RESIZE = 0, 1, 3
 
@@ -62,7 +64,7 @@ def hold(fd: int, access: Access) -> None:
 
     Raises InUse, with no lock taken; NoLocks; OSError.
     """
-    if _mounted_without(os.fstat(fd).st_dev):
+    if mounts.has_local_locks(mounts.of_this_process(), os.fstat(fd).st_dev):
         raise NoLocks(errno.ENOLCK, "mounted so that locks stay on this host")
     try:
         for byte in _bytes(access):
@@ -91,23 +93,6 @@ def set_lock(fd: int, kind: int, start: int = 0, length: int = 0) -> None:
         if error.errno in _NONE_THERE:
             raise NoLocks(error.errno, error.strerror) from None
         raise
-
-
-def _mounted_without(device: int) -> bool:
-    """Whether an NFS client keeps locks to itself (nfs(5): nolock, local_lock)."""
-    with suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8") as file:
-        return local_locks(file.read(), f"{os.major(device)}:{os.minor(device)}")
-    return False
-
-
-def local_locks(mountinfo: str, device: str) -> bool:
-    """The same, of a text as in proc_pid_mountinfo(5) and a device as it stands there."""
-    for line in mountinfo.splitlines():
-        mount, _, file_system = line.partition(" - ")
-        if mount.split()[2:3] == [device] and file_system.startswith("nfs"):
-            options = file_system.split()[-1].split(",")
-            return bool({"nolock", "local_lock=all", "local_lock=posix"}.intersection(options))
-    return False
 
 
 def _locked(fd: int, byte: int) -> bool:

@@ -32,8 +32,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Self
 
 from forebay.errors import ForebayError
-from forebay.origin.addresses import SIDECAR, FileImage, ImageFile, look, open_folder
+from forebay.origin.addresses import SIDECAR, FileAddress
 from forebay.origin.calls import Calls
+from forebay.origin.opening import OpenImage, look, open_folder
 from forebay.sidecar import redo
 from forebay.sidecar.locks import WRITES, InUse, NoLocks, hold, set_lock
 from forebay.sidecar.record import (
@@ -62,7 +63,7 @@ COUNT_SECONDS = 15.0
 """How often, at most, the marker is written anew only to say how much is dirty."""
 
 
-def read_owner(image: FileImage) -> Owner | None:
+def read_owner(image: FileAddress) -> Owner | None:
     """Who holds the image for writing, by its marker; None: nobody. Blocks.
 
     Raises OSError, and ForebayError for a marker that cannot be read.
@@ -111,7 +112,7 @@ class Marker:
     """The marker of one image, held by this process. Every method blocks, and raises OSError."""
 
     def __init__(
-        self, image: FileImage, file: ImageFile, folder: int, sidecar: int, lock: int
+        self, image: FileAddress, file: OpenImage, folder: int, sidecar: int, lock: int
     ) -> None:
         self.image = image
         self._file = Calls().status(file.fd)
@@ -126,8 +127,8 @@ class Marker:
     @classmethod
     def take(
         cls,
-        image: FileImage,
-        file: ImageFile,
+        image: FileAddress,
+        file: OpenImage,
         me: Owner,
         *,
         again: bool = False,
@@ -164,8 +165,8 @@ class Marker:
     @classmethod
     def recover(
         cls,
-        image: FileImage,
-        file: ImageFile,
+        image: FileAddress,
+        file: OpenImage,
         *,
         take_over: bool = False,
         need_locks: bool = True,
@@ -193,7 +194,7 @@ class Marker:
             marker = cls(image, file, folder, sidecar, lock)
             return marker._recover(owner, file, take_over=take_over)
 
-    def _recover(self, owner: Owner | None, file: ImageFile, *, take_over: bool) -> Recovered:
+    def _recover(self, owner: Owner | None, file: OpenImage, *, take_over: bool) -> Recovered:
         dropped = redo.UNFINISHED in os.listdir(self._sidecar)
         finished = self._finish(owner, file)
         found = Recovered(finished, dropped, owner)
@@ -205,7 +206,7 @@ class Marker:
             self._write(replace(me, token=token, as_of=found.as_of))
         return found
 
-    def _finish(self, owner: Owner | None, file: ImageFile) -> redo.Checkpoint | None:
+    def _finish(self, owner: Owner | None, file: OpenImage) -> redo.Checkpoint | None:
         """Finish or drop a checkpoint. The marker names its instant before the journal goes, as in `end_redo`."""
 
         def name(finished: redo.Checkpoint) -> None:
@@ -214,7 +215,7 @@ class Marker:
 
         return redo.recover(self._sidecar, file.fd, self.image.key, Calls(), name)
 
-    def _begin(self, me: Owner, file: ImageFile) -> None:
+    def _begin(self, me: Owner, file: OpenImage) -> None:
         before = _read(self._sidecar, self.image)
         if before is not None and before.gateway not in (me.gateway, NOBODY):
             raise left_behind(self.image, before)
@@ -234,7 +235,7 @@ class Marker:
             )
         self._write(mine)
 
-    def admit(self, file: ImageFile, *, need_locks: bool = True) -> None:
+    def admit(self, file: OpenImage, *, need_locks: bool = True) -> None:
         """Another descriptor of the same image takes the place of the one that was closed. As `take` and `check`."""
         self.check()
         _hold(self.image, file, need_locks)
@@ -360,13 +361,13 @@ def _opened(stack: contextlib.ExitStack, fd: int) -> int:
     return fd
 
 
-def _open_sidecar(folder: int, image: FileImage) -> int:
+def _open_sidecar(folder: int, image: FileAddress) -> int:
     name = os.path.basename(image.path) + SIDECAR
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(name, flags, dir_fd=folder)
 
 
-def _made_sidecar(folder: int, image: FileImage) -> int:
+def _made_sidecar(folder: int, image: FileAddress) -> int:
     name = os.path.basename(image.path) + SIDECAR
     try:
         with contextlib.suppress(FileExistsError):
@@ -380,7 +381,7 @@ def _made_sidecar(folder: int, image: FileImage) -> int:
         ) from error
 
 
-def _tidy(image: FileImage, folder: int, sidecar: int) -> None:
+def _tidy(image: FileAddress, folder: int, sidecar: int) -> None:
     """Leave nothing beside an image that was refused, if only we made it; under the lock, where there are any."""
     with contextlib.suppress(OSError):
         if os.listdir(sidecar) == ["lock"]:
@@ -388,7 +389,7 @@ def _tidy(image: FileImage, folder: int, sidecar: int) -> None:
             os.rmdir(os.path.basename(image.path) + SIDECAR, dir_fd=folder)
 
 
-def _check_same(image: FileImage, folder: int, file: ImageFile) -> None:
+def _check_same(image: FileAddress, folder: int, file: OpenImage) -> None:
     """The marker must lie beside the very file that is open: a name can be moved in between."""
     calls = Calls()
     fd = os.open(
@@ -402,7 +403,7 @@ def _check_same(image: FileImage, folder: int, file: ImageFile) -> None:
         raise ForebayError(f"{image.key} was just replaced by another file: try again")
 
 
-def _locked(image: FileImage, fd: int, need_locks: bool) -> bool:
+def _locked(image: FileAddress, fd: int, need_locks: bool) -> bool:
     """Lock the file of that name. False: another one has it."""
     try:
         set_lock(fd, fcntl.F_WRLCK)
@@ -413,7 +414,7 @@ def _locked(image: FileImage, fd: int, need_locks: bool) -> bool:
     return True
 
 
-def _hold(image: FileImage, file: ImageFile, need_locks: bool) -> None:
+def _hold(image: FileAddress, file: OpenImage, need_locks: bool) -> None:
     """QEMU's locks, on the image itself."""
     try:
         hold(file.fd, WRITES)
@@ -423,7 +424,7 @@ def _hold(image: FileImage, file: ImageFile, need_locks: bool) -> None:
         _do_without(image, error, need_locks)
 
 
-def _do_without(image: FileImage, error: NoLocks, need_locks: bool) -> None:
+def _do_without(image: FileAddress, error: NoLocks, need_locks: bool) -> None:
     if need_locks:
         raise ForebayError(
             f"{image.key}: its store has no file locks ({error.strerror}), so another host could write it at the same "
@@ -446,7 +447,7 @@ def _still_there(sidecar: int, lock: int) -> bool:
     return named.st_ino == os.fstat(lock).st_ino
 
 
-def _read(sidecar: int, image: FileImage) -> Owner | None:
+def _read(sidecar: int, image: FileAddress) -> Owner | None:
     try:
         fd = os.open(
             "owner", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=sidecar
@@ -466,14 +467,14 @@ def _read(sidecar: int, image: FileImage) -> Owner | None:
         os.close(fd)
 
 
-def _read_leniently(sidecar: int, image: FileImage) -> Owner | None:
+def _read_leniently(sidecar: int, image: FileAddress) -> Owner | None:
     try:
         return _read(sidecar, image)
     except (OSError, ForebayError):
         return None
 
 
-def _check_ours(image: FileImage, folder: int, me: Owner) -> None:
+def _check_ours(image: FileAddress, folder: int, me: Owner) -> None:
     """Whoever takes an image over replaces or removes the marker that we left."""
     with contextlib.ExitStack() as stack:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from forebay.errors import ForebayError, InUseError
-from forebay.origin.addresses import FileImage
+from forebay.origin.addresses import FileAddress
 from forebay.sidecar.locks import InUse
 from forebay.units import format_size
 
@@ -114,7 +114,7 @@ def _boot_id() -> str:
 # ---------------------------------------------------------------------------------------------------------- messages
 
 
-def taken_over(image: FileImage, found: Owner | None) -> TakenOver:
+def taken_over(image: FileAddress, found: Owner | None) -> TakenOver:
     """`found`: what the marker says now."""
     by = f" by {found}" if found is not None and found.gateway != NOBODY else ""
     return TakenOver(f"{image.key} was taken over{by}")
@@ -129,7 +129,7 @@ def in_use(label: str, fault: InUse) -> InUseError:
     )
 
 
-def held(image: FileImage, owner: Owner | None) -> InUseError:
+def held(image: FileAddress, owner: Owner | None) -> InUseError:
     """A gateway serves the image now."""
     lacks = f", with {owner.lacks}" if owner is not None and owner.state == "dirty" else ""
     return InUseError(
@@ -139,7 +139,7 @@ def held(image: FileImage, owner: Owner | None) -> InUseError:
     )
 
 
-def left_behind(image: FileImage, owner: Owner) -> InUseError:
+def left_behind(image: FileAddress, owner: Owner) -> InUseError:
     """A gateway does not serve the image now, and did not give it back."""
     if owner.state == "dirty":
         has, then = f"has {owner.lacks}", "gives that data up"

@@ -6,19 +6,20 @@ from pathlib import Path
 
 from forebay.config.model import Config
 from forebay.errors import ForebayError
-from forebay.origin.addresses import FileImage, open_image, resolve
+from forebay.origin.addresses import FileAddress, resolve
+from forebay.origin.opening import open_image
 from forebay.sidecar.marker import Marker, Recovered
 from forebay.sidecar.record import NOBODY
 from forebay.units import format_size
 
 
-def find(config: Config, text: str) -> FileImage:
+def find(config: Config, text: str) -> FileAddress:
     """The image: as `attach` names it, or any path, for a host that has no stores. Raises ForebayError."""
     path = Path(os.path.realpath(text))
     if "/" in text.partition(":")[0] and path.is_file():
-        return FileImage("", path.parent, path.name)
+        return FileAddress("", path.parent, path.name)
     found = resolve(config, text)
-    if not isinstance(found, FileImage):
+    if not isinstance(found, FileAddress):
         raise ForebayError(f"{text} is not a file, so there is nothing beside it to recover from")
     return found
 

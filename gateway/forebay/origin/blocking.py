@@ -1,0 +1,138 @@
+"""The blocking part of an image in a file or on a block device: what its threads do with the one open descriptor.
+
+One descriptor does all the I/O of an image, so that a lock held on it fences every write (an unlocked second
+descriptor would write past a lost NFS lease). It is buffered; O_DIRECT would take aligned buffers in `read` and aligned
+pieces in `pieces`, and nothing else.
+"""
+
+import contextlib
+import errno
+from collections.abc import Sequence
+
+from forebay.origin.calls import Buffer, Calls, Status
+from forebay.origin.opening import OpenImage
+from forebay.origin.pieces import views_after
+from forebay.origin.protocol import HOLE, MOST_EXTENTS, ZERO, Identity
+from forebay.origin.threads import Descriptor
+
+
+class BlockingFile:
+    """The calls on one open image file. Every method blocks, raises OSError, and runs in a thread.
+
+    The ranges that it is given lie in the image: `FileOrigin` has checked them.
+    """
+
+    def __init__(self, image: OpenImage, label: str, calls: Calls) -> None:
+        """Take over the descriptor of `image`. `label` names it in messages."""
+        self.descriptor = Descriptor(image.fd)
+        self._image = image
+        self._label = label
+        self._calls = calls
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """Exactly `length` bytes in a fresh buffer; zeros beyond the end of the image. EIO: the file became shorter."""
+        found = bytearray(length)
+        view = memoryview(found)
+        wanted = min(length, self._image.size - offset)
+        done = 0
+        with self.descriptor as fd:
+            while done < wanted:
+                count = self._calls.preadv(fd, [view[done:wanted]], offset + done)
+                if count == 0:
+                    raise self._truncated(offset + done)
+                done += count
+        return found
+
+    def _truncated(self, at: int) -> OSError:
+        text = f"{self._label} ends at byte {at} but had {self._image.size}: it was truncated"
+        return OSError(errno.EIO, text)
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """(length, HOLE | ZERO or 0) of the extents one after the other, covering the range."""
+        found: list[tuple[int, int]] = []
+        at, end = offset, offset + length
+        with self.descriptor as fd:
+            if self._calls.status(fd).size < end:
+                raise self._truncated(self._calls.status(fd).size)
+            while at < end and len(found) < MOST_EXTENTS:
+                data = min(end, self._next_data(fd, at))
+                if data > at:
+                    found.append((data - at, HOLE | ZERO))
+                hole = min(end, self._calls.seek_hole(fd, data)) if data < end else end
+                if data == hole < end:
+                    break  # it moved while we looked: what is left counts as data
+                if hole > data:
+                    found.append((hole - data, 0))
+                at = hole
+        return [*found, (end - at, 0)] if at < end else found
+
+    def _next_data(self, fd: int, at: int) -> int:
+        """Where the next data at or after `at` begins; the size of the image where there is none."""
+        try:
+            return self._calls.seek_data(fd, at)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return self._image.size
+            raise
+
+    def identity(self) -> Identity:
+        """Size, times and inode as the server has them now. ESTALE: the file was deleted, renamed or replaced."""
+        with self.descriptor as fd:
+            ours = self._calls.status(fd)
+        if ours.links == 0:
+            raise OSError(errno.ESTALE, f"{self._label} was deleted or replaced while in use")
+        self._check_name(ours)
+        return Identity(ours.size, ours.mtime_ns, ours.ctime_ns, ours.inode)
+
+    def _check_name(self, ours: Status) -> None:
+        """Raise OSError(ESTALE) unless the name of the image still leads to the open file."""
+        try:
+            named = self._image.look()
+        except FileNotFoundError:
+            raise OSError(errno.ESTALE, f"{self._label} was renamed while in use") from None
+        if (named.device, named.inode) != (ours.device, ours.inode):
+            raise OSError(errno.ESTALE, f"{self._label} was replaced by another file while in use")
+
+    def forget(self) -> None:
+        """Have the kernel read anew what it kept of the file in memory."""
+        with self.descriptor as fd:
+            self._calls.forget(fd)
+
+    def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write the buffers one after the other, all of them."""
+        views = [memoryview(buffer) for buffer in buffers]
+        with self.descriptor as fd:
+            while views:
+                count = self._calls.pwritev(fd, views, offset)
+                if count == 0:
+                    raise OSError(errno.EIO, f"{self._label}: nothing could be written at {offset}")
+                offset += count
+                views = views_after(views, count)
+
+    def allocate(self, mode: int, offset: int, length: int) -> None:
+        """Make the range read as zeros; `mode` is PUNCH_HOLE or ZERO_RANGE, which many file systems cannot do."""
+        with self.descriptor as fd:
+            self._calls.fallocate(fd, mode, offset, length)
+
+    def sync(self, *, times: bool) -> None:
+        """Make durable what this descriptor wrote; with `times`, the file's times as well."""
+        with self.descriptor as fd:
+            try:
+                (self._calls.fsync if times else self._calls.fdatasync)(fd)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._calls.forget(fd)  # what reads back from now on is what the medium has
+                raise
+
+
+class BlockingDevice(BlockingFile):
+    """The same on a block device, which has no holes, and no identity but its size."""
+
+    def identity(self) -> Identity:
+        """The size in bytes: nothing else about a device says that somebody wrote to it."""
+        with self.descriptor as fd:
+            return Identity(self._calls.device_size(fd))
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """One extent of data: nobody can say which part of a device was never written."""
+        return [(length, 0)] if length and offset >= 0 else []

@@ -1,0 +1,176 @@
+"""Opening the file or the block device of an image, with a refusal that says what to do for each that is unfit.
+
+Everything here touches storage, blocks, and belongs in a thread. Paths in a store are opened below its directory
+without following any link, so that whoever may create files there cannot point a disk at something else.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from forebay.errors import ForebayError
+from forebay.origin.addresses import DeviceAddress, FileAddress
+from forebay.origin.calls import Calls, Status, open_beneath
+
+_FORMATS = {b"QFI\xfb": "qcow2", b"QED\0": "qed", b"KDMV": "vmdk", b"vhdxfile": "vhdx"}
+"""The first bytes of files in formats that a guest must not see as a disk."""
+_LONGEST_MAGIC = 8
+
+_NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@dataclass
+class OpenImage:
+    """An open file or block device, as `open_image` and `open_device` return it. Whoever has it closes `fd`."""
+
+    fd: int
+    size: int
+    """Bytes."""
+    read_only: bool
+    look: Callable[[], Status]
+    """Returns what the name of the image leads to now, which may be another file than the open one. Blocks, and raises
+    OSError."""
+    sector: int = 1
+    """Bytes of the smallest unit that can be written: a device's logical sector, 1 for a file."""
+    status: Status | None = None
+    """What the file was when it was opened; None for a device."""
+
+
+def open_image(
+    address: FileAddress, *, read_only: bool, any_format: bool = False, calls: Calls | None = None
+) -> OpenImage:
+    """Open an image file. Raises ForebayError for what the operator has to change, OSError for failing storage.
+
+    With `any_format` a file that begins like a qcow2 image or the like is not refused. That is for images that were
+    attached before: a guest may write whatever it likes to the start of its disk, and must find it again after a
+    restart.
+    """
+    calls = calls or Calls()
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        fd = _open_in_store(address, address.path, flags)
+    except OSError as error:
+        raise _file_refusal(address, error, read_only) from error
+    try:
+        found = calls.status(fd)
+        _check_kind(address, found, read_only)
+        if not any_format:
+            _check_format(address, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return OpenImage(fd, found.size, read_only, lambda: look(address, calls), status=found)
+
+
+def open_folder(address: FileAddress) -> int:
+    """A new descriptor of the directory that the image lies in, which the caller closes. Raises OSError."""
+    folder = os.path.dirname(address.path)
+    return _open_in_store(address, folder or ".", os.O_RDONLY | os.O_DIRECTORY)
+
+
+def look(address: FileAddress, calls: Calls) -> Status:
+    """What the name of the image leads to now. Raises OSError."""
+    fd = _open_in_store(address, address.path, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        return calls.status(fd)
+    finally:
+        os.close(fd)
+
+
+def _open_in_store(address: FileAddress, path: str, flags: int) -> int:
+    """A new descriptor of `path` in the store of the address. Raises OSError."""
+    root = os.open(address.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return open_beneath(root, path, flags)
+    finally:
+        os.close(root)
+
+
+def _check_kind(address: FileAddress, found: Status, read_only: bool) -> None:
+    """Raise ForebayError unless the file is a regular one with a size and, if it is to be written, with one name."""
+    if stat.S_ISDIR(found.mode):
+        raise ForebayError(f"{address.key} is a directory: name an image in it")
+    if not stat.S_ISREG(found.mode):
+        raise ForebayError(f"{address.key} is not a regular file: name a raw image")
+    if found.size == 0:
+        raise ForebayError(
+            f"{address.key} is empty: give it a size with truncate, or copy an image to it"
+        )
+    if found.links > 1 and not read_only:
+        raise ForebayError(
+            f"{address.key} has {found.links} names (hard links), and writing would change it under all of them: "
+            "copy it, or attach it with --overlay or --read-only"
+        )
+
+
+def _check_format(address: FileAddress, fd: int) -> None:
+    """Raise ForebayError for an image that is not raw, unless its name says that it is."""
+    start = os.pread(fd, _LONGEST_MAGIC, 0)
+    for magic, name in _FORMATS.items():
+        if start.startswith(magic) and not address.path.endswith(".raw"):
+            raise ForebayError(
+                f"{address.key} is in {name} format, and a guest would see that format's tables: convert it with "
+                "qemu-img convert -O raw, or give it a name that ends in .raw if that is meant"
+            )
+
+
+def _file_refusal(address: FileAddress, error: OSError, read_only: bool) -> Exception:
+    """What to raise for an error of opening the file: a ForebayError where the operator can do something about it."""
+    key = address.key
+    if not address.root.is_dir():
+        return ForebayError(
+            f"{key}: {address.root} is not there: mount the store '{address.store}'"
+        )
+    if error.errno in _NO_SUCH_FILE:
+        return ForebayError(f"{key}: no such image in {address.root}: check the name")
+    if error.errno in (errno.ELOOP, errno.EXDEV):
+        return ForebayError(f"{key}: a symbolic link is on the way: name the file it leads to")
+    if error.errno == errno.EISDIR:
+        return ForebayError(f"{key} is a directory: name an image in it")
+    if error.errno in (*_NOT_ALLOWED, errno.ETXTBSY):
+        way = "read" if read_only else "read and write"
+        return ForebayError(
+            f"{key}: {os.strerror(error.errno)}: let the daemon's user {way} it"
+            + ("" if read_only else ", or attach it with --read-only or --overlay")
+        )
+    return error
+
+
+def open_device(
+    address: DeviceAddress, *, read_only: bool, calls: Calls | None = None
+) -> OpenImage:
+    """Open a block device; for writing only if nothing else on this host has it open (O_EXCL).
+
+    Raises ForebayError for what the operator has to change, OSError for failing storage.
+    """
+    calls = calls or Calls()
+    path = address.path
+    flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_EXCL
+    try:
+        fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise _device_refusal(path, error) from error
+    try:
+        if not stat.S_ISBLK(os.fstat(fd).st_mode):
+            raise ForebayError(f"{path} is not a block device: put a file into a store")
+        size, sector = calls.device_size(fd), calls.sector_size(fd)
+        if size == 0:
+            raise ForebayError(f"{path} has no size: activate or connect it first")
+        return OpenImage(fd, size, read_only, lambda: Status.of(os.stat(path)), sector)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _device_refusal(path: str, error: OSError) -> Exception:
+    """What to raise for an error of opening the device: a ForebayError where the operator can do something."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return ForebayError(f"{path}: no such device: check the name")
+    if error.errno == errno.EBUSY:
+        return ForebayError(f"{path} is mounted or in use on this host: unmount it first")
+    if error.errno in _NOT_ALLOWED:
+        return ForebayError(f"{path}: {error.strerror}: let the daemon's user open it")
+    return error

@@ -1,0 +1,108 @@
+"""What the rest of the gateway asks of an image where it lives: the protocol `Origin`, and what an image looked like.
+
+`FileOrigin` (file.py), `BlockOrigin` (block.py) and `NbdOrigin` (nbd.py) implement it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from forebay.origin.calls import Buffer
+
+HOLE, ZERO = 1, 2
+"""Flags of an extent: it takes no space, it reads as zeros. The numbers are those of NBD's base:allocation
+(NBD_STATE_HOLE, NBD_STATE_ZERO)."""
+
+MOST_EXTENTS = 4096
+"""Extents that one call reports. The rest of a badly fragmented image counts as data, which is always true enough."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What an image looked like at some time. Another identity later means that somebody changed the image.
+
+    An NBD export and a block device have nothing but a size: all else is 0.
+    """
+
+    size: int
+    """Bytes."""
+    mtime_ns: int = 0
+    """Nanoseconds since the epoch, as `ctime_ns`."""
+    ctime_ns: int = 0
+    inode: int = 0
+
+
+class Origin(Protocol):
+    """An open image where it lives. All offsets and lengths are bytes.
+
+    Every method raises OSError: ETIMEDOUT when the storage did not answer in time. Calls with `background` let the
+    others of the same store go first.
+    """
+
+    size: int
+    read_only: bool
+    label: str
+    """The image as the operator wrote it, for messages."""
+
+    @property
+    def sync_failures(self) -> int:
+        """How many flushes so far ended without anybody knowing what they made durable.
+
+        When the number has grown, everything since the last good flush has to be written again.
+        """
+        ...
+
+    async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
+        """Exactly `length` bytes. What lies beyond the end of the image is zeros."""
+        ...
+
+    async def write(self, offset: int, data: Sequence[Buffer], background: bool = False) -> None:
+        """Write the buffers one after the other from `offset`. Not durable before `flush`.
+
+        After an error the range holds what was there before, the new data, or a mix.
+        """
+        ...
+
+    async def write_ranges(
+        self, ranges: Sequence[tuple[int, Buffer]], background: bool = False
+    ) -> None:
+        """Write several (offset, data), a few megabytes together. The buffers must not change any more.
+
+        After an error each range holds what was there before, the new data, or a mix.
+        """
+        ...
+
+    async def flush(self, *, times: bool = False) -> None:
+        """Make durable every write that returned before; with `times`, the times that `identity` reports as well.
+
+        After an error everything since the last good flush has to be written again.
+        """
+        ...
+
+    async def zero(self, offset: int, length: int, may_trim: bool) -> None:
+        """Make a range read as zeros. It keeps its space unless `may_trim`."""
+        ...
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Give the space of a range back where that can be done. The range reads as zeros afterwards, always."""
+        ...
+
+    async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """(length, flags) of the extents one after the other, covering the range; the flags are HOLE | ZERO or 0."""
+        ...
+
+    async def identity(self) -> Identity:
+        """What the image looks like now. ESTALE: it was deleted, or its name leads to another file now."""
+        ...
+
+    async def forget(self) -> None:
+        """From now on read what is there now, and nothing that was kept in memory here: somebody else changed it."""
+        ...
+
+    async def settle(self) -> None:
+        """Wait until no call that was given up can change the image any more. ETIMEDOUT: one still can."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the image, without a flush."""
+        ...
