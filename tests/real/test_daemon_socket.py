@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from forebay.config.model import GatewaySection
-from forebay.doors.listener import Door, socket_path
+from forebay.doors.listener import Listener, socket_path
 from forebay.errors import ForebayError
 from forebay_nbd.client.client import Client
 
@@ -94,37 +94,37 @@ def section(run: Path) -> GatewaySection:
 async def test_a_door_opens_and_shuts_and_opens_again(run: Path) -> None:
     disk = Memory()
     path = socket_path(run, "d")
-    door = Door(disk, path, section(run))
+    listener = Listener(disk, path, section(run))
     async with trio.open_nursery() as nursery:
         for _ in range(2):
-            await door.open(nursery)
+            await listener.open(nursery)
             assert os.listdir(run / "disks") == ["d.sock"]
             client = await Client.connect(nursery, str(path), "d")
-            assert door.clients == 1
+            assert listener.clients == 1
             assert await client.pread(5, 100) == disk.content[5:105]
-            await door.shut(5)
+            await listener.shut(5)
             assert os.listdir(run / "disks") == []
-            assert door.clients == 0
+            assert listener.clients == 0
             with pytest.raises(ConnectionError):
                 await client.pread(5, 100)
-        await door.shut(5)  # once more does no harm
+        await listener.shut(5)  # once more does no harm
 
 
 async def test_requests_in_flight_are_answered_before_the_door_is_shut(run: Path) -> None:
     disk = Memory()
     disk.hang = trio.Event()
-    door = Door(disk, socket_path(run, "d"), section(run))
+    listener = Listener(disk, socket_path(run, "d"), section(run))
     answers: list[bytearray] = []
     async with trio.open_nursery() as nursery:
-        await door.open(nursery)
-        client = await Client.connect(nursery, str(door.path), "")
+        await listener.open(nursery)
+        client = await Client.connect(nursery, str(listener.path), "")
 
         async def read() -> None:
             answers.append(await client.pread(0, 4096))
 
         nursery.start_soon(read)
         await trio.testing.wait_all_tasks_blocked(0.05)
-        nursery.start_soon(door.shut, 20)
+        nursery.start_soon(listener.shut, 20)
         await trio.testing.wait_all_tasks_blocked(0.05)
         assert not answers
         disk.hang.set()
@@ -134,10 +134,10 @@ async def test_requests_in_flight_are_answered_before_the_door_is_shut(run: Path
 async def test_a_request_that_hangs_does_not_keep_the_door_open(run: Path) -> None:
     disk = Memory()
     disk.hang = trio.Event()
-    door = Door(disk, socket_path(run, "d"), section(run))
+    listener = Listener(disk, socket_path(run, "d"), section(run))
     async with trio.open_nursery() as nursery:
-        await door.open(nursery)
-        client = await Client.connect(nursery, str(door.path), "")
+        await listener.open(nursery)
+        client = await Client.connect(nursery, str(listener.path), "")
 
         async def read() -> None:
             with pytest.raises(ConnectionError):
@@ -146,21 +146,21 @@ async def test_a_request_that_hangs_does_not_keep_the_door_open(run: Path) -> No
         nursery.start_soon(read)
         await trio.testing.wait_all_tasks_blocked(0.05)
         with trio.fail_after(5):
-            await door.shut(0.1)
+            await listener.shut(0.1)
 
 
 async def test_a_door_that_cannot_be_made_says_so(run: Path) -> None:
-    door = Door(Memory(), run / "none" / "d.sock", section(run))
+    listener = Listener(Memory(), run / "none" / "d.sock", section(run))
     async with trio.open_nursery() as nursery:
         with pytest.raises(ForebayError, match=r"cannot make the socket .*none/d\.sock"):
-            await door.open(nursery)
+            await listener.open(nursery)
 
 
 async def test_a_socket_that_is_not_ours_is_left_alone(run: Path) -> None:
-    door = Door(Memory(), socket_path(run, "d"), section(run))
+    listener = Listener(Memory(), socket_path(run, "d"), section(run))
     async with trio.open_nursery() as nursery:
-        await door.open(nursery)
-        door.path.unlink()
-        door.path.touch()
-        await door.shut(5)
+        await listener.open(nursery)
+        listener.path.unlink()
+        listener.path.touch()
+        await listener.shut(5)
     assert os.listdir(run / "disks") == ["d.sock"]

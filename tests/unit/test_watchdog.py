@@ -17,7 +17,7 @@ PATIENCE = TIMEOUT + MARGIN_SECONDS
 
 
 @dataclass
-class Door:
+class Listener:
     unanswered_since: float | None = None
     clients: int = 1
 
@@ -39,7 +39,7 @@ class Fake:
 
     name: str = "d"
     moved: int = 0
-    door: Door = field(default_factory=Door)
+    listener: Listener = field(default_factory=Listener)
     disk: Block = field(default_factory=Block)
 
     def pulse(self) -> tuple[int, ...]:
@@ -55,7 +55,7 @@ async def test_a_request_without_answer_counts_when_nothing_moves(
 ) -> None:
     watch, disk, other = Watch(), Fake(), Fake("other")
     assert stuck(watch, disk, other) is None
-    disk.door.unanswered_since = trio.current_time()
+    disk.listener.unanswered_since = trio.current_time()
     for _ in range(int(PATIENCE // 10)):
         await trio.sleep(10)
         assert stuck(watch, disk, other) is None
@@ -63,14 +63,14 @@ async def test_a_request_without_answer_counts_when_nothing_moves(
     found = stuck(watch, disk, other)
     assert found is not None
     assert "'d'" in found
-    disk.door.unanswered_since = None
+    disk.listener.unanswered_since = None
     assert stuck(watch, disk, other) is None
 
 
 async def test_a_slow_request_is_none_that_hangs(autojump_clock: trio.testing.MockClock) -> None:
     """Zeroing a terabyte on a slow store: minutes for one answer, and something moves all the time."""
     watch, disk = Watch(), Fake()
-    disk.door.unanswered_since = trio.current_time()
+    disk.listener.unanswered_since = trio.current_time()
     for _ in range(100):
         await trio.sleep(PATIENCE - 1)
         disk.moved += 1
@@ -82,7 +82,7 @@ async def test_an_idle_disk_is_none_that_hangs(autojump_clock: trio.testing.Mock
     for _ in range(10):
         await trio.sleep(PATIENCE * 2)
         assert stuck(watch, disk) is None
-    disk.door.unanswered_since = trio.current_time()
+    disk.listener.unanswered_since = trio.current_time()
     assert stuck(watch, disk) is None, "it counts from when the request came"
 
 
@@ -100,7 +100,7 @@ async def test_it_is_fed_until_then(
     monkeypatch.setattr(watchdog, "watchdog_seconds", lambda: 30.0)
     disk = Fake()
     begin = trio.current_time()
-    disk.door.unanswered_since = begin
+    disk.listener.unanswered_since = begin
     with trio.move_on_after(10 * PATIENCE):
         await feed(lambda: cast("Any", [disk]))
     fed = [at - begin for at, state in said if state == "WATCHDOG=1"]

@@ -9,7 +9,7 @@ import trio
 
 from forebay.config.model import Config, DiskSettings
 from forebay.disk.disk import Disk
-from forebay.doors.listener import Door
+from forebay.doors.listener import Listener
 from forebay.doors.restart import Sockets
 from forebay.image.source import Source
 from forebay.units import Mode
@@ -56,11 +56,11 @@ class Record:
 class Attached:
     """A disk that is served."""
 
-    def __init__(self, record: Record, source: Source, disk: Disk, door: Door) -> None:
+    def __init__(self, record: Record, source: Source, disk: Disk, listener: Listener) -> None:
         self.record = record
         self.source = source
         self.disk = disk
-        self.door = door
+        self.listener = listener
         self.busy = trio.Lock()  # detach and mode changes, one at a time
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
@@ -70,14 +70,17 @@ class Attached:
         """The disk's name."""
         return self.source.use.disk
 
-    async def start(self, nursery: trio.Nursery, inherited: Sockets | None = None) -> None:
-        """Begin background work, then accept clients, and go on with inherited ones. Raises ForebayError."""
+    async def start(self, nursery: trio.Nursery, earlier: Sockets | None = None) -> None:
+        """Begin background work, then accept clients, and go on with those that the process before left.
+
+        Raises ForebayError.
+        """
         try:
             await nursery.start(self._run)
-            await self.door.open(nursery, inherited)
+            await self.listener.open(nursery, earlier)
         except BaseException:
-            if inherited is not None:
-                inherited.hang_up()
+            if earlier is not None:
+                earlier.hang_up()
             with trio.CancelScope(shield=True):
                 await self.rest()
             raise
@@ -101,14 +104,14 @@ class Attached:
         found = self.disk.status()
         counters = ("state", "reads", "writes", "cached_bytes", "private_bytes")
         origin = ("origin_read_bytes", "origin_written_bytes")
-        return (self.door.answered, *(found[key] for key in (*counters, *origin)))
+        return (self.listener.answered, *(found[key] for key in (*counters, *origin)))
 
     def status(self) -> dict[str, Any]:
         """The keys of the contract, and more."""
         return {
             **self.disk.status(),
-            "clients": self.door.clients,
-            "socket": str(self.door.path),
+            "clients": self.listener.clients,
+            "socket": str(self.listener.path),
         }
 
 

@@ -18,8 +18,8 @@ from forebay.daemon.attached import Absent, Attached, Record
 from forebay.daemon.process import run_process
 from forebay.daemon.together import Progress, Shares, together
 from forebay.disk.disk import Disk, left_dirty
-from forebay.doors.listener import Door, socket_path
-from forebay.doors.restart import Inheritance, Sockets, give
+from forebay.doors.listener import Listener, socket_path
+from forebay.doors.restart import EarlierSockets, Sockets, leave_sockets
 from forebay.errors import ForebayError
 from forebay.image.image import Images
 from forebay.image.source import Source, Use
@@ -37,7 +37,7 @@ CLIENTS_SECONDS = 20.0
 """How long requests in flight have at detach and at stop. Then their clients are cut off; they repeat what was not
 answered. Below systemd's usual 90 s for the whole stop."""
 
-HAND_OVER_SECONDS = 0.25
+RESTART_SECONDS = 0.25
 """How long a restart waits for requests in flight, and for stores: guests wait meanwhile, and what has no answer then
 is done by the next process."""
 
@@ -204,7 +204,7 @@ class Gateway:
             read_only=record.read_only,
             overlay=record.overlay,
         )
-        return Attached(record, source, disk, Door(disk, path, self.config.gateway))
+        return Attached(record, source, disk, Listener(disk, path, self.config.gateway))
 
     async def _undo(self, attached: Attached) -> None:
         del self._disks[attached.name]
@@ -213,25 +213,24 @@ class Gateway:
             await attached.disk.close(discard=True)
             await self._commit()
 
-    async def resume(self, inherited: Inheritance) -> None:
+    async def resume(self, earlier: EarlierSockets) -> None:
         """Bring back the disks on record, each whether or not its origin can be reached, and their clients."""
         known = self._cache.records("disk")
         await together(
-            partial(self._resume, name, Record.read(known[name]), inherited)
-            for name in sorted(known)
+            partial(self._resume, name, Record.read(known[name]), earlier) for name in sorted(known)
         )
-        inherited.drop_rest("it is not served")
+        earlier.drop_rest("it is not served")
 
-    async def _resume(self, name: str, record: Record, inherited: Inheritance) -> None:
+    async def _resume(self, name: str, record: Record, earlier: EarlierSockets) -> None:
         try:
-            await self._bring_back(name, record, inherited)
+            await self._bring_back(name, record, earlier)
         except (ForebayError, OSError, CacheError) as fault:
             log.error("disk '%s' is not served: %s", name, fault)
             self._disks[name] = Absent(
                 name, record, str(fault), partial(left_dirty, self._cache, name)
             )
 
-    async def _bring_back(self, name: str, record: Record, inherited: Inheritance) -> None:
+    async def _bring_back(self, name: str, record: Record, earlier: EarlierSockets) -> None:
         path = socket_path(self.config.gateway.run, name)
         source, settings = self._source(name, record, record.size)
         if source.key != record.key:
@@ -240,7 +239,7 @@ class Gateway:
                 "give the store its old name and path, or detach the disk"
             )
         attached = await self._opened(record, source, settings, path)
-        await attached.start(self._nursery, inherited.take(name))
+        await attached.start(self._nursery, earlier.take(name))
         self._disks[name] = attached
 
     # ------------------------------------------------------------------------------------------------------ detaching
@@ -269,12 +268,12 @@ class Gateway:
         """Hang up, and write back what came until then. If that fails, accept clients again."""
         try:
             with trio.CancelScope(shield=True):
-                await attached.door.shut(CLIENTS_SECONDS)
+                await attached.listener.shut(CLIENTS_SECONDS)
             if not discard and attached.disk.status()["dirty_bytes"]:
                 await attached.disk.drain(lambda _done, _total: None)
         except BaseException:
             with trio.CancelScope(shield=True):
-                await attached.door.open(self._nursery)
+                await attached.listener.open(self._nursery)
             raise
 
     async def _forget(self, attached: Attached, discard: bool) -> None:
@@ -403,19 +402,19 @@ class Gateway:
 
     # ------------------------------------------------------------------------------------------------------- the end
 
-    async def stop(self, *, hand_over: bool = False) -> bool:
+    async def stop(self, *, restart: bool = False) -> bool:
         """Answer what is in flight, hang up, end all work. Bounded; what is dirty stays in the cache, durably.
 
-        `hand_over`: do not hang up, but give the sockets to the service manager; clients wait, so it takes no longer
+        `restart`: do not hang up, but leave the sockets with the service manager; clients wait, so it takes no longer
         than it must. Whether the manager took them.
         """
         disks = self.attached()
-        patience = HAND_OVER_SECONDS if hand_over else RELEASE_SECONDS
-        if hand_over:
+        patience = RESTART_SECONDS if restart else RELEASE_SECONDS
+        if restart:
             await self._commit()  # most of it while clients are served
-            hand_over = await self._hand_over(disks)
+            restart = await self._leave_sockets(disks)
         else:
-            await together(partial(one.door.shut, CLIENTS_SECONDS) for one in disks)
+            await together(partial(one.listener.shut, CLIENTS_SECONDS) for one in disks)
         for one in disks:
             await one.rest()
         with trio.move_on_after(patience):
@@ -423,19 +422,19 @@ class Gateway:
         await self._commit()
         with trio.move_on_after(patience):
             await together(partial(self._let_go, one) for one in disks)
-        return hand_over
+        return restart
 
-    async def _hand_over(self, disks: list[Attached]) -> bool:
+    async def _leave_sockets(self, disks: list[Attached]) -> bool:
         """What was acknowledged is in the journal: whatever happens from here on, the next process finds it."""
         began = trio.current_time()
         frozen: dict[str, Sockets] = {}
 
         async def freeze(one: Attached) -> None:
-            frozen[one.name] = await one.door.freeze(HAND_OVER_SECONDS)
+            frozen[one.name] = await one.listener.freeze(RESTART_SECONDS)
 
         await together(partial(freeze, one) for one in disks)
         count = sum(len(sockets.clients) for sockets in frozen.values())
-        if not give(frozen):
+        if not leave_sockets(frozen):
             return False
         took = 1000 * (trio.current_time() - began)
         log.info("handed over: %d disks, %d clients, in %.0f ms", len(disks), count, took)
@@ -463,7 +462,7 @@ async def _prepared(source: Source) -> None:
 
 
 def _check_unused(attached: Attached, force: bool) -> None:
-    clients = attached.door.clients
+    clients = attached.listener.clients
     if clients and not force:
         plural = "client is" if clients == 1 else "clients are"
         raise ForebayError(

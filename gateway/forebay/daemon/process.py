@@ -16,7 +16,7 @@ import forebay_cache
 from forebay.config.model import Config
 from forebay.daemon.attached import Attached
 from forebay.daemon.watchdog import feed
-from forebay.doors.restart import Inheritance
+from forebay.doors.restart import EarlierSockets
 from forebay.errors import ForebayError
 from forebay.storage.state import FAULTS, STATE_MODE, held, one_line, open_cache
 from forebay.systemd import notify
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from forebay.control.server import Gateway as Controlled
 
     class _Runnable(Controlled, Protocol):
-        async def resume(self, inherited: Inheritance) -> None: ...
+        async def resume(self, earlier: EarlierSockets) -> None: ...
 
         def attached(self) -> list[Attached]: ...
 
-        async def stop(self, *, hand_over: bool = False) -> bool: ...
+        async def stop(self, *, restart: bool = False) -> bool: ...
 
 
 MakeGateway = Callable[[Config, Cache, trio.Nursery], "_Runnable"]
@@ -56,29 +56,29 @@ def run_process(config: Config, state: Path | None, run: Path | None, make: Make
     given = {name: path for name, path in places.items() if path is not None}
     config = config.model_copy(update={"gateway": config.gateway.model_copy(update=given)})
     _log_to_stderr()
-    inherited = Inheritance.find()
+    earlier = EarlierSockets.find()
     try:
         with (
             held(config.gateway.state, "--state", STATE_MODE),
             held(config.gateway.run, "--run", RUN_MODE),
         ):
             (config.gateway.run / "disks").mkdir(exist_ok=True)
-            _remove_stale_sockets(config.gateway.run, inherited.paths)
-            handed_over = _run(config, make, inherited)
+            _remove_stale_sockets(config.gateway.run, earlier.paths)
+            sockets_left = _run(config, make, earlier)
     except ForebayError as fault:
-        inherited.failed(str(fault))
+        earlier.failed(str(fault))
         raise
-    if handed_over:
+    if sockets_left:
         # Guests wait for the next process, and taking the interpreter apart would take as long as all of the above.
         logging.shutdown()
         os._exit(0)
     return 0
 
 
-def _run(config: Config, make: MakeGateway, inherited: Inheritance) -> bool:
-    """Whether the sockets were handed over at the end."""
+def _run(config: Config, make: MakeGateway, earlier: EarlierSockets) -> bool:
+    """True if the sockets were left with the service manager at the end."""
     try:
-        return trio.run(_main, config, make, inherited)
+        return trio.run(_main, config, make, earlier)
     except BaseExceptionGroup as group:
         fault = _cause(group)
         if fault is None:
@@ -88,7 +88,7 @@ def _run(config: Config, make: MakeGateway, inherited: Inheritance) -> bool:
         raise one_line(fault) from fault
 
 
-async def _main(config: Config, make: MakeGateway, inherited: Inheritance) -> bool:
+async def _main(config: Config, make: MakeGateway, earlier: EarlierSockets) -> bool:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         cache = open_cache(config)
         try:
@@ -96,26 +96,26 @@ async def _main(config: Config, make: MakeGateway, inherited: Inheritance) -> bo
                 await nursery.start(cache.run)
                 nursery.start_soon(forebay_cache.come_back, cache)
                 gateway = make(config, cache, nursery)
-                handed_over = await _serve(config, gateway, inherited, nursery, signals)
+                sockets_left = await _serve(config, gateway, earlier, nursery, signals)
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(STOP_SECONDS):
                 await cache.close()
-    return handed_over
+    return sockets_left
 
 
 async def _serve(
     config: Config,
     gateway: "_Runnable",
-    inherited: Inheritance,
+    earlier: EarlierSockets,
     nursery: trio.Nursery,
     signals: AsyncIterator[int],
 ) -> bool:
-    planned = handed_over = False
+    planned = sockets_left = False
     async with trio.open_nursery() as control:
         try:
-            inherited.claim()
-            await gateway.resume(inherited)
+            earlier.claim()
+            await gateway.resume(earlier)
             # 100 ms to import: after the guests that may be waiting, and beside what they do.
             server = await trio.to_thread.run_sync(import_module, "forebay.control.server")
             path = config.gateway.run / "control.sock"
@@ -132,16 +132,16 @@ async def _serve(
             control.cancel_scope.cancel()
             with trio.move_on_after(STOP_SECONDS) as scope:
                 scope.shield = True
-                handed_over = await gateway.stop(hand_over=planned and managed)
+                sockets_left = await gateway.stop(restart=planned and managed)
             if scope.cancelled_caught:
                 log.error("the stop took too long and was cut short; nothing acknowledged is lost")
-    return handed_over
+    return sockets_left
 
 
-def _remove_stale_sockets(run: Path, inherited: set[Path]) -> None:
+def _remove_stale_sockets(run: Path, earlier: set[Path]) -> None:
     """What a killed daemon left. Its lock is ours, so nobody answers there any more."""
     for path in (run / "disks").glob("*.sock*"):
-        if path not in inherited:
+        if path not in earlier:
             path.unlink(missing_ok=True)
 
 

@@ -39,7 +39,7 @@ class Watch:
             pulse = one.pulse()
             last, since = self._moved.get(one.name, (None, now))
             moved[one.name] = (pulse, since if pulse == last else now)
-            waiting = one.door.unanswered_since
+            waiting = one.listener.unanswered_since
             if waiting is None:
                 continue
             still = now - max(waiting, moved[one.name][1])
@@ -68,6 +68,6 @@ async def feed(disks: Callable[[], list[Attached]]) -> None:
 
 
 def _summary(disks: list[Attached]) -> str:
-    clients = sum(one.door.clients for one in disks)
+    clients = sum(one.listener.clients for one in disks)
     dirty = sum(one.disk.dirty_bytes for one in disks)
     return f"{len(disks)} disks, {clients} clients, {format_size(dirty)} dirty"

@@ -24,16 +24,17 @@ BACKLOG = 64
 """Connections that may wait to be accepted: QEMU opens a few per disk, copying tools up to sixteen."""
 
 HANDSHAKE_SECONDS = 0.2
-"""How long who is just connecting may take before a hand-over; clients need a millisecond."""
+"""How long who is just connecting may take before a planned restart; clients need a millisecond."""
 
 HURRY_SECONDS = 2.0
 """How long requests that are not waited for any more take to let go. Those that do not are lost with their client."""
 
 _NEW = ".new"
+"""What the name of a socket ends with until owner and mode are set."""
 
 
 def socket_path(run: Path, name: str) -> Path:
-    """Where the disk's socket lies. Raises ForebayError when no socket can have so long a name."""
+    """Where the socket of the disk `name` lies. Raises ForebayError if no socket can have so long a path."""
     path = run / "disks" / f"{name}.sock"
     length = len(os.fsencode(path)) + len(_NEW)
     if length > LONGEST_ADDRESS:
@@ -69,25 +70,32 @@ def _give(path: Path, section: GatewaySection) -> None:
     path.chmod(section.socket_mode)
 
 
-class Door:
-    """The socket of one disk, open or shut. `name` is the export's name; the default export is the same."""
+class Listener:
+    """The NBD socket of one disk: accepts clients while it is open, and serves them.
+
+    The disk is the export of the name `export.name`, and the default export.
+    """
 
     def __init__(self, export: Export, path: Path, section: GatewaySection) -> None:
+        """`path` is where the socket is to lie; nothing is there before `open`."""
         self.path = path
         self._export = export
         self._section = section
-        self._admission = (
-            Admission()
-        )  # of open(): what the configuration names has to be there by then
+        self._admission = Admission()
+        """Who may connect. Made anew by `open`: users and groups that the configuration names have to exist by then."""
         self._server = Server(
             lambda name: export if name in ("", export.name) else None,
             lambda: [export.name],
             admits=self._admits,
         )
         self._scope: trio.CancelScope | None = None
+        """Of accepting; None while the socket is shut."""
         self._shut = trio.Event()
+        """Set when the last connection has ended after the socket was shut."""
         self._accepting: int | None = None
+        """The listening socket's descriptor, while it is open."""
         self._leaving = False
+        """True if the path stays for another process, after `freeze`."""
 
     def _admits(self, sock: socket.socket) -> bool:
         try:
@@ -98,9 +106,11 @@ class Door:
             log.info("%s: %s is refused: see gateway.socket_peers", self._export.name, refused)
         return refused is None
 
+    # -- who is there
+
     @property
     def clients(self) -> int:
-        """Connections in transmission."""
+        """How many connections are past the handshake."""
         return sum(one.session is not None for one in self._server.connections)
 
     @property
@@ -111,15 +121,20 @@ class Door:
 
     @property
     def answered(self) -> int:
-        """Changes whenever a request that had to wait is answered."""
+        """A number that changes whenever a request that had to wait is answered."""
         return sum(one.answered for one in self._server.connections)
 
-    async def open(self, nursery: trio.Nursery, inherited: Sockets | None = None) -> None:
-        """Accept clients, and go on with those that the process before left. Raises ForebayError."""
-        sockets = inherited or Sockets()
+    # -- opening
+
+    async def open(self, nursery: trio.Nursery, earlier: Sockets | None = None) -> None:
+        """Accept clients, and go on with those that the process before left. Raises ForebayError.
+
+        The tasks live in `nursery`. Sockets of `earlier` that are not used are closed.
+        """
+        sockets = earlier or Sockets()
         try:
             self._admission = Admission.to_disks(self._section)
-            listener = self._listener(sockets)
+            listener = self._socket(sockets)
         except (OSError, KeyError) as fault:
             sockets.hang_up()
             raise ForebayError(
@@ -129,11 +144,12 @@ class Door:
         self._scope = trio.CancelScope()
         await nursery.start(self._serve, listener, sockets.clients, self._scope)
 
-    def _listener(self, inherited: Sockets) -> trio.SocketListener:
-        found, inherited.listener = inherited.listener, None
+    def _socket(self, earlier: Sockets) -> trio.SocketListener:
+        """The listening socket: the earlier one, if it lies at our path, or a new one. Raises OSError, KeyError."""
+        found, earlier.listener = earlier.listener, None
         if found is None:
             return listen(self.path, self._section)
-        if inherited.path != self.path:
+        if earlier.path != self.path:
             found.close()
             return listen(self.path, self._section)
         try:
@@ -152,6 +168,7 @@ class Door:
         *,
         task_status: trio.TaskStatus[None],
     ) -> None:
+        """Serve until `scope` is cancelled and the last connection has ended; then remove the socket's path."""
         ours = self.path.lstat().st_ino
         self._accepting = listener.socket.fileno()
         try:
@@ -176,17 +193,25 @@ class Door:
             )
             Sockets(clients=[client]).hang_up()
 
+    # -- shutting
+
     async def shut(self, seconds: float) -> None:
-        """Accept nobody any more, let requests in flight finish, for at most so many seconds, then hang up."""
+        """Accept nobody any more, let requests in flight finish, for at most so many seconds, then hang up.
+
+        Returns when the last connection has ended; at once where the socket is not open.
+        """
         if self._scope is None:
             return
         self._scope.cancel()
         with trio.move_on_after(seconds):
             await self._shut.wait()
             return
+        self._abort()
+        await self._shut.wait()
+
+    def _abort(self) -> None:
         for connection in list(self._server.connections):
             connection.abort()
-        await self._shut.wait()
 
     async def freeze(self, seconds: float) -> Sockets:
         """Stop serving and leave the sockets as they are, for another process: listener, clients, the path.
@@ -209,6 +234,7 @@ class Door:
         return found
 
     async def _all_frozen(self, connections: list[Connection], seconds: float) -> None:
+        """Wait for the connections to freeze; those that do not in time are told to hurry, then hung up on."""
         with trio.move_on_after(seconds):
             await self._shut.wait()
         for connection in connections:
@@ -216,8 +242,7 @@ class Door:
         with trio.move_on_after(HURRY_SECONDS):
             await self._shut.wait()
             return
-        for connection in list(self._server.connections):
-            connection.abort()
+        self._abort()
         await self._shut.wait()
 
     def _frozen(self, connection: Connection) -> Client:

@@ -1,8 +1,8 @@
 """A planned restart: the sockets of the disks go from one process to the next, by way of systemd's descriptor store.
 
-At SIGTERM each connection is frozen at a request boundary, and the old process gives to the manager, in this order, one
-memory file that says how to go on, and the sockets, listening and connected. It does so whenever there is a manager
-that listens: whether it is a restart is the manager's decision, who closes what it holds at a stop.
+At SIGTERM each connection is frozen at a request boundary, and the old process gives to the service manager, in this
+order, one memory file that says how to go on, and the sockets, listening and connected. It does so whenever there is a
+manager that listens: whether it is a restart is the manager's decision, who closes what it holds at a stop.
 
 The new process takes what it finds when its cache is open: it marks the memory file as used, has the manager forget
 everything, and only then reads from the sockets. So
@@ -33,14 +33,15 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
-from forebay import systemd as notify
+from forebay import systemd
 from forebay_nbd import Session
 
 log = logging.getLogger("forebay.daemon")
 
 VERSION = 1
+"""Of the memory file."""
 
 PATIENCE_SECONDS = 30.0
 """Clients wait so long for a daemon that fails to start, and is started again; then it hangs up on them."""
@@ -85,6 +86,13 @@ class Sockets:
             _hang_up(client.sock)
         self.listener, self.clients = None, []
 
+    def close(self) -> None:
+        """Close this process's copies; whoever else has some goes on with them."""
+        if self.listener is not None:
+            self.listener.close()
+        for client in self.clients:
+            client.sock.close()
+
 
 def _hang_up(sock: socket.socket) -> None:
     try:
@@ -97,28 +105,35 @@ def _hang_up(sock: socket.socket) -> None:
 # -------------------------------------------------------------------------------------------------- the old process
 
 
-def give(disks: dict[str, Sockets]) -> bool:
-    """Hand over what is frozen; False when the manager did not take it. The sockets are closed here in any case."""
+def leave_sockets(disks: dict[str, Sockets]) -> bool:
+    """Leave frozen sockets, by disk, with the service manager. True if it took them; else clients are hung up on.
+
+    The sockets are closed in this process in any case.
+    """
     names: list[str] = []
     try:
-        body = _body(disks, names)
-        with _memory_file(body) as memory:
-            stored = notify.store(_SESSIONS, memory.fileno())
-            stored = stored and all(notify.store(name, fd) for name, fd in _descriptors(disks))
-            stored = stored and notify.settled(SETTLE_SECONDS)
+        stored = _store(disks, names)
         if not stored:
             log.warning("the service manager did not take the sockets: clients have to reconnect")
             for name in (*names, _SESSIONS):
-                notify.unstore(name)
+                systemd.unstore(name)
             for sockets in disks.values():
                 sockets.hang_up()
         return stored
     finally:
         for sockets in disks.values():
-            if sockets.listener is not None:
-                sockets.listener.close()
-            for client in sockets.clients:
-                client.sock.close()
+            sockets.close()
+
+
+def _store(disks: dict[str, Sockets], names: list[str]) -> bool:
+    """Send everything to the manager. True if it says that it has it; adds to `names` under what it was sent."""
+    body = _body(disks, names)
+    with _memory_file(body) as memory:
+        return (
+            systemd.store(_SESSIONS, memory.fileno())
+            and all(systemd.store(name, fd) for name, fd in _descriptors(disks))
+            and systemd.settled(SETTLE_SECONDS)
+        )
 
 
 def _listener_name(disk: str) -> str:
@@ -144,36 +159,35 @@ def _body(disks: dict[str, Sockets], names: list[str]) -> bytes:
     blobs: list[bytes] = []
     for disk, sockets in disks.items():
         if sockets.listener is not None and sockets.path is not None:
-            listeners.append(
-                {
-                    "fd": _listener_name(disk),
-                    "disk": disk,
-                    "path": str(sockets.path),
-                    "file": _file(sockets.path),
-                }
-            )
+            listeners.append(_described_listener(disk, sockets.path))
         for number, client in enumerate(sockets.clients):
-            session = client.session
-            clients.append(
-                {
-                    "fd": _client_name(disk, number),
-                    "disk": disk,
-                    "size": client.size,
-                    "read_only": client.read_only,
-                    "export": session.export_name,
-                    "structured": session.structured,
-                    "contexts": [[number, name] for number, name in session.contexts.items()],
-                    "unparsed": len(session.unparsed),
-                    "unsent": len(session.unsent),
-                }
-            )
-            blobs += [session.unparsed, session.unsent]
+            clients.append(_described_client(disk, number, client))
+            blobs += [client.session.unparsed, client.session.unsent]
     names += [one["fd"] for one in (*listeners, *clients)]
     text = json.dumps({"at": _now(), "listeners": listeners, "clients": clients}).encode()
     return b"".join([_LENGTH.pack(len(text)), text, *blobs])
 
 
-def _memory_file(body: bytes) -> Any:
+def _described_listener(disk: str, path: Path) -> dict[str, Any]:
+    return {"fd": _listener_name(disk), "disk": disk, "path": str(path), "file": _file(path)}
+
+
+def _described_client(disk: str, number: int, client: Client) -> dict[str, Any]:
+    session = client.session
+    return {
+        "fd": _client_name(disk, number),
+        "disk": disk,
+        "size": client.size,
+        "read_only": client.read_only,
+        "export": session.export_name,
+        "structured": session.structured,
+        "contexts": [[number, name] for number, name in session.contexts.items()],
+        "unparsed": len(session.unparsed),
+        "unsent": len(session.unsent),
+    }
+
+
+def _memory_file(body: bytes) -> IO[bytes]:
     memory = os.fdopen(os.memfd_create(_SESSIONS, os.MFD_CLOEXEC), "w+b")
     memory.write(_HEAD.pack(_MAGIC, VERSION, 0, len(body), zlib.crc32(body)))
     memory.write(body)
@@ -186,6 +200,7 @@ def _now() -> float:
 
 
 def _file(path: Path) -> list[int] | None:
+    """Device and inode of what lies at `path`; None where nothing does."""
     try:
         found = path.lstat()
     except OSError:
@@ -196,8 +211,8 @@ def _file(path: Path) -> list[int] | None:
 # -------------------------------------------------------------------------------------------------- the new process
 
 
-class Inheritance:
-    """What the process before this one left, by disk. Empty where there was none."""
+class EarlierSockets:
+    """The sockets that the process before this one left with the service manager, by disk; none if it left none."""
 
     def __init__(self) -> None:
         self._disks: dict[str, Sockets] = {}
@@ -207,15 +222,18 @@ class Inheritance:
 
     @classmethod
     def find(cls) -> Self:
-        """Look at what this process was started with. It still belongs to the manager: see `claim`."""
+        """What this process was started with. It belongs to the manager, who keeps a copy, until `claim`.
+
+        A set that cannot be understood, or was used before, is given up here: its clients are hung up on.
+        """
         found = cls()
-        given = notify.received()
+        given = systemd.received()
         found._names = {name for name, _ in given}
         fds = {name: fd for name, fd in given if name != _SESSIONS}
         memories = [fd for name, fd in given if name == _SESSIONS]
         try:
             found._read(memories, fds)
-        except (OSError, ValueError, KeyError, TypeError) as fault:
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as fault:
             log.error(
                 "the sockets of the process before are not used, their clients have to reconnect: %s",
                 fault,
@@ -240,26 +258,36 @@ class Inheritance:
         text, blobs = _content(self._memory)
         self._at = float(text["at"])
         for one in text["listeners"]:
-            if one["fd"] in fds and one["file"] and _file(Path(one["path"])) == one["file"]:
-                sockets = self._disks.setdefault(one["disk"], Sockets())
-                sockets.path = Path(one["path"])
-                sockets.listener = socket.socket(fileno=fds.pop(one["fd"]))
+            self._take_listener(one, fds)
         for one in text["clients"]:
-            unparsed, blobs = _cut(blobs, one["unparsed"])
-            unsent, blobs = _cut(blobs, one["unsent"])
-            contexts = {int(number): str(name) for number, name in one["contexts"]}
-            session = Session(
-                str(one["export"]),
-                bool(one["structured"]),
-                contexts,
-                bytes(unparsed),
-                bytes(unsent),
-            )
-            if one["fd"] not in fds:
-                continue  # it hung up meanwhile, and the manager noticed
-            sock = socket.socket(fileno=fds.pop(one["fd"]))
-            client = Client(sock, session, int(one["size"]), bool(one["read_only"]))
-            self._disks.setdefault(one["disk"], Sockets()).clients.append(client)
+            blobs = self._take_client(one, blobs, fds)
+
+    def _take_listener(self, described: dict[str, Any], fds: dict[str, int]) -> None:
+        """The listening socket, if its path still leads to it."""
+        name, path, file = described["fd"], Path(described["path"]), described["file"]
+        if name in fds and file and _file(path) == file:
+            sockets = self._disks.setdefault(described["disk"], Sockets())
+            sockets.path = path
+            sockets.listener = socket.socket(fileno=fds.pop(name))
+
+    def _take_client(
+        self, described: dict[str, Any], blobs: memoryview, fds: dict[str, int]
+    ) -> memoryview:
+        """A connected client, if it is still there. The blobs without its own are returned."""
+        unparsed, blobs = _cut(blobs, described["unparsed"])
+        unsent, blobs = _cut(blobs, described["unsent"])
+        session = Session(
+            str(described["export"]),
+            bool(described["structured"]),
+            {int(number): str(name) for number, name in described["contexts"]},
+            bytes(unparsed),
+            bytes(unsent),
+        )
+        if described["fd"] in fds:  # else it hung up meanwhile, and the manager noticed
+            sock = socket.socket(fileno=fds.pop(described["fd"]))
+            client = Client(sock, session, int(described["size"]), bool(described["read_only"]))
+            self._disks.setdefault(described["disk"], Sockets()).clients.append(client)
+        return blobs
 
     @property
     def paths(self) -> set[Path]:
@@ -267,21 +295,21 @@ class Inheritance:
         return {one.path for one in self._disks.values() if one.path is not None}
 
     def claim(self) -> None:
-        """From now on it is ours: nobody after us may use it again. To be called before a byte is read from it."""
+        """From now on they are this process's: no later one may use them. Called before a byte is read from them."""
         if self._memory is not None:
             os.pwrite(self._memory, _USED, _USED_AT)
             os.close(self._memory)
             self._memory = None
         for name in self._names:
-            notify.unstore(name)
+            systemd.unstore(name)
         self._names = set()
 
     def take(self, disk: str) -> Sockets:
-        """Those of a disk, to be served or closed by the caller."""
+        """Those of a disk, to be served or closed by the caller; empty where there are none."""
         return self._disks.pop(disk, Sockets())
 
     def drop_rest(self, why: str) -> None:
-        """Hang up on the clients of disks that are not served."""
+        """Hang up on the clients of disks that nobody took. `why` is for the log."""
         for disk, sockets in self._disks.items():
             if sockets.clients:
                 log.error("disk '%s': %d clients hung up on: %s", disk, len(sockets.clients), why)
@@ -326,6 +354,7 @@ def _read_all(memory: int, length: int) -> bytes:
 
 
 def _cut(data: memoryview, length: int) -> tuple[memoryview, memoryview]:
+    """The first `length` bytes, and the rest. Raises ValueError."""
     if not 0 <= length <= len(data):
         raise ValueError("the hand-over is too short")
     return data[:length], data[length:]
