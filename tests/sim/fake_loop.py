@@ -17,7 +17,7 @@ import outcome
 import trio
 from trio.testing import MockClock
 
-import forebay.disk.disk
+import forebay.checkpoint.ages
 import forebay_cache.cache
 import forebay_cache.index.index
 import forebay_cache.upkeep.medium
@@ -128,7 +128,7 @@ def simulated(dice: Dice) -> Iterator[type[FakeSyncer]]:
     with contextlib.ExitStack() as stack:
         for target, name, value in (
             (trio.to_thread, "run_sync", run_sync),
-            (forebay.disk.disk, "wall_clock", trio.current_time),
+            (forebay.checkpoint.ages, "wall_clock", trio.current_time),
             (forebay_cache.cache, "Syncer", syncer),
             (forebay_cache.index.index, "Worker", worker),
             (forebay_cache.upkeep.medium, "Worker", worker),

@@ -35,7 +35,7 @@ import trio.testing
 
 import forebay_cache.blocks.private
 import forebay_cache.offline.recovery
-from forebay.checkpoint.writeback import WriteBack
+from forebay.checkpoint.passes import Pass
 from forebay.disk.disk import Disk
 from forebay.units import Mode
 from forebay_cache import View, check
@@ -498,7 +498,7 @@ def _no_redo_journal(stack: ExitStack) -> None:
     async def nothing(*_: object) -> None:
         await trio.lowlevel.checkpoint()
 
-    _replace(stack, WriteBack, "_journal", nothing)
+    _replace(stack, Pass, "_write_journal", nothing)
 
 
 def _journal_removed_early(stack: ExitStack) -> None:

@@ -195,7 +195,7 @@ def test_a_marker_with_nothing_dirty_behind_it_is_cleared(tmp_path: Path) -> Non
         marker = host.sources["d"].marker
         assert marker is not None
         found = []
-        await disk.mark()
+        await disk.dirty.mark.set()
         await trio.sleep(5)
         found.append(marker.is_dirty)  # one that is used all the time is not written time and again
         await trio.sleep(10)
@@ -248,7 +248,7 @@ def test_a_write_that_had_to_wait_is_announced_again(tmp_path: Path, zeros: bool
 
         async def a_pass_ends(*args: Any, **options: Any) -> None:
             await prepare(*args, **options)
-            await disk.unmark()
+            await disk.dirty.mark.clear()
             assert not marker.is_dirty
 
         with (
@@ -464,7 +464,7 @@ def test_what_was_written_through_is_not_cached_after_a_power_cut(
         await host.start(boot="second" if power else "first")
         disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
         assert await read(disk) == (OLD if power else NEW)
-        assert disk.origin_read_bytes == (BLOCK if power else 0)
+        assert disk.counters.origin_read_bytes == (BLOCK if power else 0)
 
     play(tmp_path, story)
 
@@ -573,7 +573,7 @@ def test_what_went_past_the_cache_is_durable_after_a_drain(tmp_path: Path, marke
     async def story(host: Host) -> None:
         disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
         if marked:
-            await disk.mark()
+            await disk.dirty.mark.set()
         host.cache.fail(OSError(errno.EIO, "injected"))
         await disk.write(0, memoryview(NEW), False)
         assert host.origin.visible[:BLOCK] == NEW
@@ -843,7 +843,7 @@ def test_what_a_commit_had_that_failed_is_in_the_next(tmp_path: Path) -> None:
         assert host.cache.record("test", "x") == {"kept": True}
         disk = await host.attach("d", settings(Mode.WRITE_AROUND))
         assert await read(disk, 0, 4 * BLOCK) == 4 * OLD
-        assert disk.origin_read_bytes == 0, "it is not warm"
+        assert disk.counters.origin_read_bytes == 0, "it is not warm"
         await check_cache(host.cache)
 
     play(tmp_path, story)
@@ -909,7 +909,7 @@ def test_what_was_fetched_is_served_and_not_kept_while_the_index_fails(tmp_path:
         layer.pages.clear()
         with clean.filling(cache, layer, [0]) as cells:
             await clean.store(cache, layer, 0, NEW[:SECTOR], cells)
-        filler.ahead(0, SIZE, disk)
+        filler.ahead(0, SIZE, disk.counters)
         await trio.sleep(1)
         env.fails = set()
         assert await read(disk) == b"x" * 512 + OLD[512:]

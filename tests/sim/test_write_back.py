@@ -12,9 +12,10 @@ import trio
 import trio.testing
 
 import forebay_cache.cache
+from forebay.checkpoint.dirty import left_dirty
 from forebay.config.model import DiskSettings
 from forebay.disk.copy import preload_range
-from forebay.disk.disk import Disk, left_dirty
+from forebay.disk.disk import Disk
 from forebay.disk.policies import OriginWrites, PrivateOrOrigin
 from forebay.errors import ForebayError
 from forebay.units import Mode
@@ -349,7 +350,7 @@ def test_a_pass_has_its_data_made_durable_as_it_goes(tmp_path: Path) -> None:
 
         with (
             mock.patch.object(store, "write_ranges", noted),
-            mock.patch("forebay.checkpoint.writeback.SYNC_EVERY", MIB),
+            mock.patch("forebay.checkpoint.batches.SYNC_EVERY", MIB),
         ):
             await disk.drain(nothing)
         assert MIB <= most <= 6 * MIB
@@ -495,7 +496,7 @@ def test_the_first_reads_and_writes_after_a_freeze_wait_for_nothing(tmp_path: Pa
         disk = await host.attach("d", lazy())
         for page in range(2):
             await disk.write(page << PAGE_SHIFT, memoryview(NEW * BLOCK), False)
-        disk.freeze()
+        disk.dirty.freeze()
         for page in range(2):
             at = page << PAGE_SHIFT
             assert disk.write_now([(at, memoryview(OLD * SECTOR))]) == 1

@@ -12,12 +12,13 @@ from typing import Any
 import lmdb
 import trio
 
+from forebay.checkpoint.dirty import left_dirty
 from forebay.config.model import Config, DiskSettings
 from forebay.control.metrics import metrics_text
 from forebay.daemon.attached import Absent, Attached, Record
 from forebay.daemon.process import run_process
 from forebay.daemon.together import Progress, Shares, together
-from forebay.disk.disk import Disk, left_dirty
+from forebay.disk.disk import Disk
 from forebay.doors.listener import Listener, socket_path
 from forebay.doors.restart import EarlierSockets, Sockets, leave_sockets
 from forebay.errors import ForebayError

@@ -10,7 +10,8 @@ from forebay_cache.blocks import clean
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR
 
 if TYPE_CHECKING:
-    from forebay.disk.disk import Disk, Progress
+    from forebay.checkpoint.steps import Progress
+    from forebay.disk.disk import Disk
 
 log = logging.getLogger("forebay.hydrate")
 
@@ -47,7 +48,7 @@ async def _step(disk: "Disk", offset: int, length: int) -> None:
             while filler.waiting:  # noqa: ASYNC110  (guests' misses come and go all the time)
                 await trio.sleep(YIELD_SECONDS)
             try:
-                await filler.prefetch(start, part, disk, background=True)
+                await filler.prefetch(start, part, disk.counters, background=True)
             except OSError as error:
                 errors.append(error)
                 return

@@ -2,31 +2,29 @@
 
 import errno
 import logging
-from collections.abc import Callable
-from datetime import UTC, datetime
-from time import time as wall_clock
 from typing import Any, Self
 
 import trio
 
-from forebay.checkpoint.pace import LOW, SLACK, Amount, Pace, share
-from forebay.checkpoint.writeback import WriteBack
+from forebay.checkpoint.counters import Counters
+from forebay.checkpoint.dirty import Dirty
+from forebay.checkpoint.pace import LOW, SLACK, Amount
+from forebay.checkpoint.schedule import WriteBack
+from forebay.checkpoint.steps import Progress
 from forebay.config.model import DiskSettings
 from forebay.disk.block_status import CACHED_CONTEXT, allocation, cached
 from forebay.disk.copy import hydrate, preload_range
 from forebay.disk.policies import NoRoom, OriginWrites, Policy, PrivateOrOrigin, PrivateWrites
 from forebay.disk.ranges import Gate, Ranges
 from forebay.errors import ForebayError
-from forebay.image.image import WATCH_SECONDS, Image, Images, image_of, layer_prefix
+from forebay.image.image import WATCH_SECONDS, Image, Images
 from forebay.image.source import Source
 from forebay.units import Mode
-from forebay_cache import Cache, Layer, ReadAhead, View, pin_layer
+from forebay_cache import Layer, ReadAhead, View, pin_layer
 from forebay_cache.device.device import Buffer
 from forebay_cache.format.geometry import BLOCK, SECTOR
 
 log = logging.getLogger("forebay.disk")
-
-Progress = Callable[[int, int], None]
 
 TURN_SECONDS = 0.05
 """A write that is slowed down looks again this often: a pass that ended may have made room."""
@@ -56,19 +54,12 @@ class Disk:
         self.ranges = Ranges()
         self.gate = Gate()
         self.view = View(self.block_cache, [], None, self._fetch)
-        self.pace = Pace()
-        self.writeback = WriteBack(self)
-        self.marked = False
+        self.counters = Counters()
+        self.dirty = Dirty(self.view, source, image, settings.max_dirty)
+        self.writeback = WriteBack(source, image, settings, self.dirty, self.counters)
         self._mode_to_be: Mode | None = None  # as soon as what is dirty has been written back
-        self.write_hits = self.write_misses = self.written_bytes = 0
-        self.origin_read_bytes = self.origin_written_bytes = self.journal_written_bytes = 0
         self.copied: float | None = None  # how much of a full copy is there, 0..1
-        self._ahead = ReadAhead(image.filler, self)
-        self._marking = trio.Lock()
-        self._dirty_since: dict[int, float] = {}
-        self._frozen_at: dict[int, str] = {}
-        self._generation = 0
-        self._free_sectors = self._frozen_slots = 0
+        self._ahead = ReadAhead(image.filler, self.counters)
         self._pressed = False  # what is added is charged for
         self._turn = trio.Lock()
         self._hydration: trio.CancelScope | None = None
@@ -97,14 +88,11 @@ class Disk:
         disk = cls(image, name, source, settings, read_only=read_only)
         try:
             disk._check_fits(disk.mode)
-            disk.view.private = disk._layers()
-            disk.marked = any(x.sectors for x in disk.view.private) and not overlay
-            if disk.marked and not disk.writes_private and not read_only:
+            disk.dirty.adopt()
+            if disk.dirty.mark.is_set and not disk.writes_private and not read_only:
                 # The mode was changed, or the configuration, and we ended before the data had gone to the image.
                 disk._mode_to_be, disk.mode = disk.mode, Mode.WRITE_BACK
             disk._avoid_unsafe()
-            disk._generation = len(disk.view.private)
-            disk._recall_times()
             disk._choose()
             image.watch(disk.view)
             image.caps[name] = settings.cache_size // BLOCK
@@ -117,7 +105,7 @@ class Disk:
     def _avoid_unsafe(self) -> None:
         """The store was mounted otherwise since the attach: nothing more is acknowledged before it has it."""
         if self._is_unsafe():
-            if self.marked:
+            if self.dirty.mark.is_set:
                 self._mode_to_be, self.mode = Mode.WRITE_THROUGH, Mode.WRITE_BACK
             else:
                 self.mode = Mode.WRITE_THROUGH
@@ -130,18 +118,6 @@ class Disk:
             log.warning("%s: in write-through until the next restart: %s", self.name, fault)
             return True
         return False
-
-    def _layers(self) -> list[Layer]:
-        """What the cache has for this disk, newest first. Raises ForebayError where it is another image's."""
-        layers = self.block_cache.layers_named(layer_prefix(self.name))
-        for layer in layers:
-            key = image_of(layer)
-            if key is not None and key != self.image.key:
-                raise ForebayError(
-                    f"the cache holds data that disk '{self.name}' wrote for {key}: attach that image "
-                    "under this name and detach it again, or choose another name"
-                )
-        return layers[::-1]
 
     def _check_fits(self, mode: Mode) -> None:
         if mode is not Mode.FULL_COPY:
@@ -173,72 +149,15 @@ class Disk:
     def _choose(self) -> None:
         """Set up the layers and the policy of the mode."""
         if self.writes_private:
-            if not self.view.private:
-                self.view.private = [self._new_layer()]
+            self.dirty.begin()
             self._policy = PrivateWrites(self) if self.overlay else PrivateOrOrigin(self)
         else:
             self._policy = OriginWrites(self, keep=self.mode is Mode.WRITE_THROUGH)
         self.write_now = self._policy.write_now
-        self._limit()
-        self.view.clean = None if self.mode is Mode.NONE else self.image.layer
-
-    def _new_layer(self) -> Layer:
-        self._generation += 1
-        while (name := self._layer_name()) and self.block_cache.layer(name):
-            self._generation += 1
-        return self.block_cache.make_layer(name, private=True)
-
-    def _layer_name(self) -> str:
-        return f"{layer_prefix(self.name)}{self._generation}:{self.image.key}"
-
-    def frozen_at(self, layer: Layer) -> str:
-        """When that layer was frozen: UTC, ISO 8601; empty where nobody knows any more."""
-        return self._frozen_at.get(layer.id, "")
-
-    def _recall_times(self) -> None:
-        """How old is what an earlier life left dirty. Of the last seconds before a kill nobody knows: as old as now."""
-        known = self.block_cache.record("dirty", self.name) or {}
-        for layer in self.view.private:
-            since, frozen = known.get(str(layer.id), (wall_clock(), ""))
-            if layer.sectors:
-                age = max(0.0, wall_clock() - since)
-                self._dirty_since[layer.id] = trio.current_time() - age
-            if frozen:
-                self._frozen_at[layer.id] = frozen
-
-    def _note_times(self) -> None:
-        """Keep what :meth:`_recall_times` needs, from the next commit on."""
-        if self.overlay:
-            return
-        now = trio.current_time()
-        times = {
-            str(ident): (wall_clock() - (now - since), self._frozen_at.get(ident, ""))
-            for ident, since in self._dirty_since.items()
-        }
-        self.block_cache.put_record("dirty", self.name, times or None)
-
-    def freeze(self) -> None:
-        """From now on writes go to a new layer: what is dirty at this instant stays together."""
-        now = datetime.fromtimestamp(wall_clock(), UTC).isoformat(timespec="milliseconds")
-        self._frozen_at[self.view.private[0].id] = now
-        self.view.private = [self._new_layer(), *self.view.private]
-        self._limit()
-        self._note_times()
-
-    def _limit(self) -> None:
-        """How many sectors the open layer may hold before anybody has to look at the pace of writes."""
-        frozen = self.view.private[1:]
+        self.writeback.automatic = self.writes_back
         most = self.settings.max_dirty * LOW if self.writes_back else 2 * self.size + BLOCK
-        self._free_sectors = int(most) // SECTOR - sum(x.sectors for x in frozen)
-        self._frozen_slots = sum(x.slots for x in frozen)
-
-    def settled(self, layer: Layer) -> None:
-        """The frozen layer is empty: all of it is in the image, and clean."""
-        self.view.private = [x for x in self.view.private if x is not layer]
-        self._dirty_since.pop(layer.id, None)
-        self._frozen_at.pop(layer.id, None)
-        self._limit()
-        self._note_times()
+        self._most_sectors = int(most) // SECTOR
+        self.view.clean = None if self.mode is Mode.NONE else self.image.layer
 
     async def set_mode(self, mode: Mode, progress: Progress) -> None:
         """Change over while clients are connected. Raises ForebayError or OSError; the mode is the old one then."""
@@ -247,14 +166,12 @@ class Disk:
         self._check_fits(mode)
         self.source.check_safe(mode)
         leaves_private = self.writes_private and not self.overlay and mode not in PRIVATE_MODES
-        if leaves_private and self.dirty_bytes:
+        if leaves_private and self.dirty.bytes:
             await self.writeback.catch_up()  # most of it, while the VM goes on writing
         async with self.gate.closed():
             if leaves_private:
                 await self.writeback.finish(progress)
-                for layer in self.view.private:
-                    self.block_cache.drop_layer(layer)
-                self.view.private = []
+                self.dirty.drop()
             else:
                 await self._policy.flush()
                 self.source.check_safe(mode)  # the image may have come meanwhile
@@ -271,48 +188,23 @@ class Disk:
     @property
     def dirty_bytes(self) -> int:
         """What the image lacks; an overlay's own data is not meant for it."""
-        if self.overlay:
-            return 0
-        return sum(x.sectors for x in self.view.private) * SECTOR
+        return self.dirty.bytes
 
-    def note_dirty(self, sectors: int, slots: int) -> None:
+    def note_dirty(self, layer: Layer, sectors: int, slots: int) -> None:
         """Something was written to the open layer, which has grown by so much."""
-        top = self.view.private[0].id
-        if top not in self._dirty_since:
-            self._dirty_since[top] = trio.current_time()
-            self._note_times()
+        if layer.id not in self.dirty.ages.since:
+            self.dirty.ages.note_first_write(layer)
         if self._pressed and (sectors > 0 or slots > 0):
             now, added = trio.current_time(), Amount(max(0, sectors) * SECTOR, max(0, slots))
-            self.pace.charge(now, self.pace.takes(now, added, *self.amounts()))
-
-    def amounts(self) -> tuple[Amount, Amount]:
-        """What is dirty, and what may be: all that the cache has room for, if `max_dirty` is not less."""
-        slots = sum(x.slots for x in self.view.private)
-        room = slots + self.block_cache.spare_slots()
-        if self.block_cache.scan is not None:  # nobody knows yet
-            room = self.block_cache.device.slots
-        return Amount(self.dirty_bytes, slots), Amount(self.settings.max_dirty, room)
-
-    def dirty_share(self) -> float:
-        """Of what may be dirty, how much is."""
-        return share(*self.amounts())
-
-    def lag_seconds(self) -> float:
-        """Age of the oldest data that the image does not have."""
-        if self.overlay:
-            return 0.0
-        now = trio.current_time()
-        return max(
-            (now - self._dirty_since.get(x.id, now) for x in self.view.private if x.sectors),
-            default=0.0,
-        )
+            pace = self.writeback.pace
+            pace.charge(now, pace.takes(now, added, *self.dirty.amounts()))
 
     def state(self) -> str:
         """One word for the STATE column; `reason` in the status says more."""
         if self.image.conflict is not None:
             return "conflict"
         if self.block_cache.failed is not None:
-            return "broken" if self._only_here() else "pass-through"
+            return "broken" if self.dirty.private_bytes else "pass-through"
         if self.image.origin is None:
             return "degraded"
         if self.writeback.error is not None:
@@ -321,13 +213,9 @@ class Disk:
             return "copying"
         return "ready"
 
-    def _only_here(self) -> int:
-        """Bytes that only the cache has."""
-        return sum(x.sectors for x in self.view.private) * SECTOR
-
     def reason(self) -> str | None:
         """Why the state is not what it should be, and what to do."""
-        failed, only = self.block_cache.failed, self._only_here()
+        failed, only = self.block_cache.failed, self.dirty.private_bytes
         if self.image.conflict is not None or failed is None:
             return self.image.conflict or self._trouble() or self.block_cache.index_error
         where = f"cache device {self.block_cache.device.path}: {failed.strerror or failed}"
@@ -349,7 +237,7 @@ class Disk:
     def status(self) -> dict[str, Any]:
         """The keys of the contract, but for clients and socket."""
         clean = 0 if self.mode is Mode.NONE else self.image.layer.sectors * SECTOR
-        own = self._only_here()
+        own = self.dirty.private_bytes
         return {
             "name": self.name,
             "image": self.image.key,
@@ -360,22 +248,22 @@ class Disk:
             "overlay": self.overlay,
             "size": self.size,
             "cached_bytes": min(clean + own, self.size),
-            "dirty_bytes": self.dirty_bytes,
+            "dirty_bytes": self.dirty.bytes,
             "private_bytes": own,
             "copied": self.copied,
-            "lag_seconds": round(self.lag_seconds(), 3),
-            "lag_bytes": self.dirty_bytes,
+            "lag_seconds": round(self.dirty.lag_seconds(), 3),
+            "lag_bytes": self.dirty.bytes,
             "reads": self.view.hits + self.view.misses,
-            "writes": self.write_hits + self.write_misses,
+            "writes": self.counters.write_hits + self.counters.write_misses,
             "read_bytes": self.view.read_bytes,
-            "written_bytes": self.written_bytes,
+            "written_bytes": self.counters.written_bytes,
             "read_hits": self.view.hits,
             "read_misses": self.view.misses,
-            "write_hits": self.write_hits,
-            "write_misses": self.write_misses,
-            "origin_read_bytes": self.origin_read_bytes,
-            "origin_written_bytes": self.origin_written_bytes,
-            "journal_written_bytes": self.journal_written_bytes,
+            "write_hits": self.counters.write_hits,
+            "write_misses": self.counters.write_misses,
+            "origin_read_bytes": self.counters.origin_read_bytes,
+            "origin_written_bytes": self.counters.origin_written_bytes,
+            "journal_written_bytes": self.counters.journal_written_bytes,
         }
 
     # -- reading ----------------------------------------------------------------------------------------------
@@ -383,9 +271,9 @@ class Disk:
     async def _fetch(self, offset: int, length: int) -> Buffer:
         await self._arrive()
         if self.view.clean is None:
-            self.origin_read_bytes += length
+            self.counters.origin_read_bytes += length
             return await self.image.read(offset, length)
-        return await self.image.filler.fetch(offset, length, self)
+        return await self.image.filler.fetch(offset, length, self.counters)
 
     async def read(self, offset: int, length: int) -> list[Buffer]:
         """Implements Export."""
@@ -409,7 +297,7 @@ class Disk:
         if self.view.clean is not None:
             if self.image.origin is None and await self.image.filler.missing(offset, length):
                 await self._arrive()
-            await self.image.filler.prefetch(offset, length, self)
+            await self.image.filler.prefetch(offset, length, self.counters)
 
     async def extents(
         self, context: str, offset: int, length: int, one: bool
@@ -428,7 +316,7 @@ class Disk:
 
     async def _arrive_to_write(self) -> None:
         """The same, unless the cache takes writes: it does where the marker says already that the image lacks some."""
-        if not (self.writes_private and (self.marked or self.overlay)):
+        if not (self.writes_private and (self.dirty.mark.is_set or self.overlay)):
             await self._arrive()
 
     def _check_conflict(self) -> None:
@@ -441,12 +329,12 @@ class Disk:
             return True
         if self.overlay:
             return False
-        if not self.marked:
+        if not self.dirty.mark.is_set:
             return True
         top, placement = self.view.private[0], self.block_cache.placement
         if (
-            top.sectors + (length >> 12) <= self._free_sectors
-            and 3 * (top.slots + self._frozen_slots) <= placement.free + placement.evictable()
+            top.sectors + self.dirty.frozen_sectors + (length >> 12) <= self._most_sectors
+            and 3 * (top.slots + self.dirty.frozen_slots) <= placement.free + placement.evictable()
         ):
             self._pressed = False
             return False
@@ -455,7 +343,7 @@ class Disk:
     def _must_slow_down(self, length: int) -> bool:
         if not self.writes_back:
             return False
-        dirty, most = self.amounts()
+        dirty, most = self.dirty.amounts()
         return self._wait() > SLACK or dirty.bytes + length > most.bytes
 
     def _press(self) -> bool:
@@ -463,19 +351,19 @@ class Disk:
         self._pressed = (
             self.writes_back
             and self.writeback.error is None  # else nothing is gained by it
-            and self.dirty_share() > LOW
+            and self.dirty.share() > LOW
         )
-        if self._pressed and not self.pace.passing:
+        if self._pressed and not self.writeback.pace.passing:
             self.writeback.want()
         if not self._pressed:
-            self.pace.relieve()
+            self.writeback.pace.relieve()
         return self._pressed
 
     async def admit(self, length: int) -> None:
         """Wait until that much may become dirty. Raises OSError."""
         if self.overlay:
             return
-        await self.mark()
+        await self.dirty.mark.set()
         if self.writes_back:
             await self._slow_down()
             await self._below_limit(length)
@@ -489,14 +377,14 @@ class Disk:
                 await trio.sleep(min(wait, TURN_SECONDS))
 
     def _wait(self) -> float:
-        return self.pace.wait(trio.current_time()) if self._press() else 0.0
+        return self.writeback.pace.wait(trio.current_time()) if self._press() else 0.0
 
     async def _below_limit(self, length: int) -> None:
         most = max(self.settings.max_dirty, length)
         began = trio.current_time()
-        while self.dirty_bytes + length > most:
+        while self.dirty.bytes + length > most:
             await self.writeback.passed()
-            if self.dirty_bytes + length > most:
+            if self.dirty.bytes + length > most:
                 self.writeback.check_goes_on("max_dirty is reached", began)
 
     async def write_back_some(self, began: float) -> None:
@@ -506,44 +394,17 @@ class Disk:
         """
         if self.overlay:
             raise OSError(errno.ENOSPC, "the cache is full")
-        if not self.dirty_bytes:
+        if not self.dirty.bytes:
             raise NoRoom
         await self.writeback.passed()
         self.writeback.check_goes_on("the cache is full", began)
-
-    async def mark(self) -> None:
-        """Say beside the image, durably, that it will lack data, before it does.
-
-        It holds until the next await: a pass may end then, and say that the image has everything.
-        """
-        while not (self.marked or self.overlay):
-            async with self._marking:
-                if self.source.marker is not None and not self.marked:
-                    await self.source.marker.dirty()
-                self.marked = True
-
-    async def unmark(self) -> None:
-        """Say that the image has everything, unless that changed meanwhile."""
-        async with self._marking:
-            if self.dirty_bytes == 0:
-                self.marked = False  # from here on whoever writes waits for the lock
-                if self.source.marker is not None and self.image.origin is not None:
-                    await self.source.marker.clean()
-
-    def marker_is_stale(self) -> bool:
-        """Whether it may say that the image lacks data while nobody is to write any: clearing it failed, or a kill
-        came before that.
-        """
-        marker, held = self.source.marker, self.marked or self._marking.locked()
-        reached = self.image.origin is not None and self.image.conflict is None
-        return reached and not held and marker is not None and marker.is_dirty
 
     async def write(self, offset: int, data: memoryview, fua: bool) -> None:
         """Implements Export."""
         self._check_conflict()
         if not len(data):
             return
-        self.written_bytes += len(data)
+        self.counters.written_bytes += len(data)
         await self._arrive_to_write()
         async with self.gate.passing():
             await self._policy.write(offset, data)
@@ -587,7 +448,10 @@ class Disk:
     async def drain(self, progress: Progress) -> None:
         """Write back everything that is dirty, in whatever mode. Raises OSError."""
         if self.writes_private and not self.overlay:
-            await self.writeback.drain(progress)
+            await self.writeback.nearly_finish(progress)
+            if not self.writeback.is_done:
+                async with self.gate.closed():
+                    await self.writeback.finish(progress)
             await self.image.flush()  # what went past the cache
         elif not self.read_only and not self.overlay:
             await self.image.flush()
@@ -674,23 +538,21 @@ class Disk:
 
     async def close(self, *, discard: bool) -> None:
         """At detach: drop what is private. `discard` says that it is meant to be lost where it is dirty."""
-        assert discard or not self.dirty_bytes, "drain first"
-        if self.dirty_bytes:
-            log.warning("%s: %d dirty bytes are dropped as asked", self.name, self.dirty_bytes)
+        assert discard or not self.dirty.bytes, "drain first"
+        if self.dirty.bytes:
+            log.warning("%s: %d dirty bytes are dropped as asked", self.name, self.dirty.bytes)
         # A pass that was not finished wrote to the image under clean blocks that its frozen layer hides.
-        begun = bool(self.dirty_bytes) and len(self.view.private) > 1
-        for layer in self.view.private:  # no await until all of it is dropped: one commit has it
-            self.block_cache.drop_layer(layer)
-        self.view.private = []
+        begun = bool(self.dirty.bytes) and len(self.dirty.frozen) > 0
+        self.dirty.drop()
         if discard and self.image.conflict is not None:
             self.image.give_up()
         elif begun:
             self.image.refresh()
-        self.block_cache.put_record("dirty", self.name, None)
+        self.dirty.ages.forget()
         await self._unpin()
         del self.image.caps[self.name]
         self.image.share_cap()
-        if discard and self.marked:
+        if discard and self.dirty.mark.is_set:
             await self._unmark_discarded()
         await self.image.leave(self.source, self.view)
 
@@ -705,16 +567,9 @@ class Disk:
         try:
             await self.block_cache.commit_records()  # else a kill now would bring it back, unmarked
             await self.image.flush()  # of a pass that was not finished
-            await self.unmark()
+            await self.dirty.mark.clear()
         except OSError as error:
             log.warning("%s: its marker could not be cleared: %s", self.name, error.strerror)
-
-
-def left_dirty(cache: Cache, name: str) -> tuple[int, float]:
-    """Of a disk that is not served: bytes that its image lacks, and the age of the oldest in seconds."""
-    dirty = sum(x.sectors for x in cache.layers_named(layer_prefix(name))) * SECTOR
-    since = [when for when, _ in (cache.record("dirty", name) or {}).values()]
-    return dirty, max(0.0, wall_clock() - min(since)) if dirty and since else 0.0
 
 
 def _silent(done: int, total: int) -> None:

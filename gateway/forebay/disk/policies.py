@@ -77,7 +77,7 @@ class OriginWrites:
         return await self._write(offset, data, only_if=self._clean)
 
     def _clean(self) -> bool:
-        return not self._disk.dirty_bytes
+        return not self._disk.dirty.bytes
 
     async def _write(self, offset: int, data: memoryview, *, only_if: Callable[[], bool]) -> bool:
         disk = self._disk
@@ -85,11 +85,11 @@ class OriginWrites:
         async with disk.ranges.hold(start, end), disk.image.writing():
             if not only_if():
                 return False
-            disk.write_misses += 1
+            disk.counters.write_misses += 1
             with self._overwriting(start, end):
                 await self._announce(start, end)
                 await disk.image.reached().write(offset, [data])
-            disk.origin_written_bytes += len(data)
+            disk.counters.origin_written_bytes += len(data)
             if self._keep:
                 await self._store(offset, data)
         return True
@@ -137,7 +137,7 @@ class OriginWrites:
         async with disk.ranges.hold(start, end), disk.image.writing():
             if not only_if():
                 return False
-            disk.write_misses += 1
+            disk.counters.write_misses += 1
             with self._overwriting(start, end):
                 await self._announce(start, end)
                 await disk.image.reached().zero(offset, length, may_trim)
@@ -178,17 +178,17 @@ class PrivateWrites:
         sectors, slots = top.sectors, top.slots
         taken = private.write_run(disk.block_cache, top, writes)
         if taken:
-            disk.write_hits += taken
-            disk.written_bytes += (
+            disk.counters.write_hits += taken
+            disk.counters.written_bytes += (
                 length if taken == len(writes) else sum(len(data) for _, data in writes[:taken])
             )
-            disk.note_dirty(top.sectors - sectors, top.slots - slots)
+            disk.note_dirty(top, top.sectors - sectors, top.slots - slots)
         return taken
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Any range, with all the waiting there may be."""
         disk = self._disk
-        disk.write_hits += 1
+        disk.counters.write_hits += 1
         start, end = _sectors(offset, len(data))
         async with disk.ranges.hold(start, end):
             whole = await self._whole(start, end, offset, data)
@@ -218,11 +218,11 @@ class PrivateWrites:
         began, timeout = trio.current_time(), disk.settings.origin_timeout
         with trio.move_on_after(timeout) as patience:
             while True:
-                await disk.mark()
+                await disk.dirty.mark.set()
                 layer = disk.view.private[0]  # a new one, if it was frozen meanwhile
                 sectors, slots = layer.sectors, layer.slots
                 if private.write(disk.block_cache, layer, offset, data):
-                    disk.note_dirty(layer.sectors - sectors, layer.slots - slots)
+                    disk.note_dirty(layer, layer.sectors - sectors, layer.slots - slots)
                     return disk.block_cache.publish()
                 try:
                     await private.prepare(disk.block_cache, layer, offset, len(data))
@@ -247,7 +247,7 @@ class PrivateWrites:
             await self.write(offset, memoryview(bytes(first - offset)))
         if offset + length > last:
             await self.write(last, memoryview(bytes(offset + length - last)))
-        disk.write_hits += 1
+        disk.counters.write_hits += 1
         async with disk.ranges.hold(first, last):
             for at in range(first, last, ZERO_PIECE):
                 await self._zero(at, min(ZERO_PIECE, last - at))
@@ -258,13 +258,13 @@ class PrivateWrites:
         for at in range(offset, offset + length, 16 * BLOCK):
             part = min(16 * BLOCK, offset + length - at)
             while True:
-                await disk.mark()
+                await disk.dirty.mark.set()
                 layer = disk.view.private[0]
                 sectors, slots = layer.sectors, layer.slots
                 if private.zero(disk.block_cache, layer, at, part):
                     break
                 await private.prepare(disk.block_cache, layer, at, part, zeros=True)
-            disk.note_dirty(layer.sectors - sectors, layer.slots - slots)
+            disk.note_dirty(layer, layer.sectors - sectors, layer.slots - slots)
             disk.block_cache.publish()
 
     def flush_now(self) -> bool:

@@ -1,0 +1,138 @@
+"""Reading a frozen layer from the cache, a batch of blocks at a time, into the image or the journal beside it."""
+
+import errno
+
+import trio
+
+from forebay.checkpoint.counters import Counters
+from forebay.checkpoint.steps import Steps
+from forebay.image.image import Image
+from forebay.image.source import Journal
+from forebay_cache import Layer, View, pages_of
+from forebay_cache.blocks.frozen import Block, Range, blocks_of, read_blocks
+from forebay_cache.device.device import Buffer
+
+BATCH_MOST = 1 << 20
+BATCH_BLOCKS = 128
+"""Bytes, and blocks, that are read and written at a time: handing over to a thread costs as much as a few writes."""
+
+SYNC_EVERY = 64 << 20
+"""Bytes after which the image is flushed already, so that the last flush is not so long that it is given up."""
+
+WRITERS = 4
+"""Writes to the origin at the same time: enough to hide its latency, few enough to leave it to the guests' misses."""
+
+YIELD_SECONDS = 0.002
+YIELD_MOST = 25
+"""How long, and how often at most, a write of write-back stands aside for misses that guests wait for."""
+
+
+class Batches:
+    """Reads all of one frozen layer and puts it somewhere, up to WRITERS batches at the same time."""
+
+    def __init__(self, image: Image, layer: Layer, steps: Steps) -> None:
+        self._image = image
+        self._cache = image.cache
+        self._layer = layer
+        self._steps = steps
+        self._view = View(image.cache, [layer], None, _refuse)
+        self._errors: list[OSError] = []
+        self._slots = trio.Semaphore(WRITERS)
+
+    async def all(self) -> None:
+        """Put everything that the layer holds. Raises OSError, the first one; then some of it was put, some not."""
+        async with trio.open_nursery() as nursery:
+            try:
+                await self._start_all(nursery)
+            except OSError as error:  # of the index; out of a nursery it would come in a group
+                self._errors.append(error)
+        if self._errors:
+            raise self._errors[0]
+
+    async def _start_all(self, nursery: trio.Nursery) -> None:
+        batch: list[Block] = []
+        stored = 0
+        for number in await pages_of(self._cache, self._layer):
+            await self._cache.load(self._layer, [number])
+            for block in blocks_of(self._layer.pages[number], number):
+                batch.append(block)
+                stored += block.stored
+                if len(batch) == BATCH_BLOCKS or stored >= BATCH_MOST:
+                    await self._begin(nursery, batch)
+                    batch, stored = [], 0
+        if batch:
+            await self._begin(nursery, batch)
+
+    async def _begin(self, nursery: trio.Nursery, batch: list[Block]) -> None:
+        await self._steps.turn()
+        await self._slots.acquire()
+        if self._errors:
+            self._slots.release()
+        else:
+            nursery.start_soon(self._one, batch)
+
+    async def _one(self, batch: list[Block]) -> None:
+        try:
+            await self._let_misses_go_first()
+            ranges = await read_blocks(self._cache, self._view, batch, self._image.size)
+            await self._put(ranges)
+            self._steps.advance(sum(r.length for r in ranges))
+        except OSError as error:
+            self._errors.append(error)
+        finally:
+            self._slots.release()
+
+    async def _let_misses_go_first(self) -> None:
+        for _ in range(YIELD_MOST):
+            if not self._image.filler.waiting:
+                break
+            await trio.sleep(YIELD_SECONDS)
+
+    async def _put(self, ranges: list[Range]) -> None:
+        """Write what one batch holds. Raises OSError."""
+        raise NotImplementedError
+
+
+class IntoImage(Batches):
+    """Writes the layer to the image. Nothing of it is durable before the image is flushed."""
+
+    def __init__(self, image: Image, layer: Layer, steps: Steps, counters: Counters) -> None:
+        super().__init__(image, layer, steps)
+        self._counters = counters
+        self._unsynced = 0
+
+    async def _put(self, ranges: list[Range]) -> None:
+        origin = self._image.reached()
+        for offset, length, data in ranges:
+            if data is None:
+                await origin.zero(offset, length, may_trim=True)
+        writes = [(r.offset, r.data) for r in ranges if r.data is not None]
+        if not writes:
+            return
+        await origin.write_ranges(writes, background=True)
+        stored = sum(len(data) for _, data in writes)
+        self._counters.origin_written_bytes += stored
+        self._unsynced += stored
+        if self._unsynced >= SYNC_EVERY:
+            self._unsynced = 0
+            await self._image.flush()
+
+
+class IntoJournal(Batches):
+    """Writes the layer to a redo journal, which is not committed by that."""
+
+    def __init__(
+        self, image: Image, layer: Layer, steps: Steps, counters: Counters, journal: Journal
+    ) -> None:
+        super().__init__(image, layer, steps)
+        self._counters = counters
+        self._journal = journal
+
+    async def _put(self, ranges: list[Range]) -> None:
+        await self._journal.add(ranges)
+        self._counters.journal_written_bytes += sum(r.length for r in ranges if r.data is not None)
+
+
+async def _refuse(offset: int, length: int) -> Buffer:
+    """For a view of a frozen layer alone: what that layer does not hold is nobody's to ask for."""
+    raise OSError(errno.EIO, f"no private data in {length} bytes at {offset}")

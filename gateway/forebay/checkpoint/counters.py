@@ -1,0 +1,24 @@
+"""What one disk has done: requests and bytes, for `forebay stats` and the metrics."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """Of one disk, since the daemon started or the disk was attached; none of them is ever decreased.
+
+    Reads are counted by the disk's :class:`forebay_cache.View`. A fetch is charged to whoever asked for it, so of
+    disks that share an image each has in `origin_read_bytes` what it caused.
+    """
+
+    write_hits: int = 0
+    """Writes and zeroing requests that the cache took."""
+    write_misses: int = 0
+    """Writes and zeroing requests that went to the image."""
+    written_bytes: int = 0
+    """Bytes that guests wrote, wherever they went; zeros that were asked for by length are not counted."""
+    origin_read_bytes: int = 0
+    origin_written_bytes: int = 0
+    """Bytes written to the image, by guests or by write-back."""
+    journal_written_bytes: int = 0
+    """Bytes written to the redo journal beside the image."""

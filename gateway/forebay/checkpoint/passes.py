@@ -1,0 +1,105 @@
+"""One pass over one frozen layer: all of it into the image, durably, and then it is clean.
+
+Until that is done reads find the data in the frozen layer, and a crash finds it there again: the pass is done once
+more. So what is written is always what the disk held at one instant, all of it.
+
+Should the host be lost in the middle of that, the image would hold a part. So where the image is a file, all of it
+goes into a redo journal beside the image first (`sidecar/redo.py`).
+"""
+
+import contextlib
+import errno
+
+import trio
+
+from forebay.checkpoint.batches import IntoImage, IntoJournal
+from forebay.checkpoint.counters import Counters
+from forebay.checkpoint.dirty import Dirty
+from forebay.checkpoint.steps import Steps
+from forebay.image.image import Image
+from forebay.image.source import Journal, Source
+from forebay_cache import Layer, past_failure, settle, uncover
+
+
+class Pass:
+    """Takes one frozen layer of a disk to its image. Made for one :meth:`run`."""
+
+    def __init__(
+        self,
+        source: Source,
+        image: Image,
+        dirty: Dirty,
+        counters: Counters,
+        layer: Layer,
+        steps: Steps,
+    ) -> None:
+        self._source = source
+        self._image = image
+        self._cache = image.cache
+        self._dirty = dirty
+        self._counters = counters
+        self._layer = layer
+        self._steps = steps
+
+    async def run(self) -> None:
+        """Return when the image has all of the layer, durably, and the layer is gone.
+
+        Raises OSError. Then, and when it is cancelled, the layer is still there, with all that was not settled, for
+        another pass.
+        """
+        # As long as there may be a committed journal, a start after a crash writes the image: its identity is not on
+        # record in all that time, or those writes would be taken for somebody else's.
+        async with self._image.writing():
+            journal = await self._write_journal()
+            await self._write_image()
+            if journal is not None:
+                await journal.end()
+                self._image.unfinished = False
+        await self._settle()
+
+    async def _write_journal(self) -> Journal | None:
+        """A committed redo journal of the layer; None where the image is not a file. Raises OSError."""
+        marker = self._source.marker
+        if marker is None:
+            return None
+        journal = await marker.begin_redo(self._dirty.ages.frozen_at(self._layer))
+        try:
+            await IntoJournal(self._image, self._layer, self._steps, self._counters, journal).all()
+        except BaseException:
+            with trio.CancelScope(shield=True), contextlib.suppress(OSError):
+                await journal.drop()
+            raise
+        self._image.unfinished = True
+        await journal.commit()
+        return journal
+
+    async def _write_image(self) -> None:
+        """Write the layer to the image, and flush it.
+
+        Raises OSError, also where a flush that somebody else asked for failed meanwhile: it may have lost some of this.
+        """
+        failures = self._image.sync_failures
+        async with self._image.writing():
+            await IntoImage(self._image, self._layer, self._steps, self._counters).all()
+        await self._image.flush()
+        if self._image.sync_failures != failures:
+            raise OSError(errno.EIO, "a flush of the image failed meanwhile: all is written again")
+
+    async def _settle(self) -> None:
+        """Make the layer's data clean and drop the layer; where the cache device has failed, drop the data with it."""
+        cache, is_settled = self._cache, False
+        with past_failure(cache):
+            await settle(cache, self._layer, self._image.filler, self._steps.aside)
+            # The clean layer has slots now that durable state gives to this one: nothing may be written there before.
+            await cache.commit()
+            is_settled = True
+        if not is_settled:
+            await uncover(cache, self._layer, self._image.filler)
+        self._drop()
+        if not is_settled:
+            await cache.commit_records()
+
+    def _drop(self) -> None:
+        """Readers go past the layer at the same instant at which its data counts as clean."""
+        self._dirty.settled(self._layer)
+        self._cache.drop_layer(self._layer)
