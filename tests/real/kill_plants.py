@@ -115,11 +115,11 @@ POINTS = (
     Point("region cooled", f"{CACHE}.cache:Cache.cool"),
     Point("clean sectors dropped", f"{CACHE}.blocks.clean:drop"),
     # write-back
-    Point("freeze", f"{GATEWAY}.disk.disk:Disk.freeze"),
+    Point("freeze", f"{GATEWAY}.checkpoint.dirty:Dirty.freeze"),
     Point("shadowed sectors dropped", f"{CACHE}.blocks.settle:_drop_shadowed"),
     Point("settle copied", f"{CACHE}.blocks.settle:_copy_sectors"),
     Point("block handed over", f"{CACHE}.blocks.settle:_hand_over"),
-    Point("layer settled", f"{GATEWAY}.disk.disk:Disk.settled"),
+    Point("layer settled", f"{GATEWAY}.checkpoint.dirty:Dirty.settled"),
     # the origin
     Point("origin write", f"{GATEWAY}.origin.calls:Calls.pwritev"),
     Point("origin fallocate", f"{GATEWAY}.origin.calls:Calls.fallocate"),
@@ -145,7 +145,7 @@ POINTS = (
     Point("detach: hung up", f"{GATEWAY}.daemon.gateway:Gateway._shut"),
     Point("detach: closed", f"{GATEWAY}.disk.disk:Disk.close"),
     Point("detach: released", f"{GATEWAY}.image.source:Source.release"),
-    Point("mode: finished", f"{GATEWAY}.checkpoint.writeback:WriteBack.finish"),
+    Point("mode: finished", f"{GATEWAY}.checkpoint.schedule:WriteBack.finish"),
     Point("mode: chosen", f"{GATEWAY}.disk.disk:Disk._choose"),
     Point("mode: changed", f"{GATEWAY}.disk.disk:Disk.set_mode"),
     Point("pinned", f"{CACHE}.blocks.settle:pin_layer"),
@@ -302,7 +302,7 @@ def _settled_before_the_origin() -> None:
 
         return nothing
 
-    replace("forebay.checkpoint.writeback:_Work.all", make)
+    replace("forebay.checkpoint.batches:Batches.all", make)
 
 
 def _disks_not_committed() -> None:
