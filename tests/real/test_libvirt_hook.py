@@ -247,8 +247,8 @@ def test_a_daemon_that_hangs_does_not_hold_up_a_start_for_ever(
     gateway: GatewayProcess, hook: Hook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (
-        "import sys; from forebay import libvirt_hook, cli; "
-        "libvirt_hook.PREPARE_SECONDS = 1.0; sys.exit(cli.main(sys.argv[1:]))"
+        "import sys; from forebay import cli; from forebay.libvirt import hook; "
+        "hook.PREPARE_SECONDS = 1.0; sys.exit(cli.main(sys.argv[1:]))"
     )
     os.kill(gateway.pid, signal.SIGSTOP)
     try:

@@ -22,13 +22,14 @@ path.write_bytes(bytes(1 << 20))
 with open(path, "r+b") as file:
     view = memoryview(mmap.mmap(file.fileno(), 1 << 20, prot=mmap.PROT_READ))
     os.ftruncate(file.fileno(), 1 << 19)
-from forebay_nbd.outbox import copied
+from forebay_nbd.server.outbox import copied
 assert copied([view[:4096]] * 3000 + [b"", b"x"]) == bytes(3000 * 4096) + b"x"
 def read():
     copied([b"x", view[1 << 19 :]])
 """,
     "reading for write-back, or to complete a sector": """
-from forebay_cache import View, open_cache, private
+from forebay_cache import View, open_cache
+from forebay_cache.blocks import private
 cache = open_cache(path, path.with_name("index"), size=8 << 20)
 layer = cache.make_layer("disk:d:1", private=True)
 layer.adopt(0, None)
@@ -41,7 +42,8 @@ def read():
     trio.run(view.read, 0, 65536)
 """,
     "reading what is ready beside what is not": """
-from forebay_cache import View, open_cache, private
+from forebay_cache import View, open_cache
+from forebay_cache.blocks import private
 cache = open_cache(path, path.with_name("index"), size=8 << 20)
 layer = cache.make_layer("disk:d:1", private=True)
 layer.adopt(0, None)
