@@ -1,4 +1,7 @@
 #!/bin/bash
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+#
 # tools/install.sh install | uninstall: puts Forebay into a host, or takes it out again. `make install` calls it.
 #
 #   PREFIX=/usr/local   where programs and units go; /usr for packages
@@ -60,15 +63,37 @@ put_files() {
     ln -sfn "$VENV/bin/forebay" "$DESTDIR$PREFIX/bin/forebay"
 }
 
-# An environment of the system's Python, which sees libnbd's and pyfuse3's bindings. Scripts in it have to name the
-# place where it will be.
-make_environment() {
+# Debian has what `python3 -m venv` needs in a package of its own. A packager's build (DESTDIR) installs nothing.
+need_venv() {
+    [ -x "$PYTHON" ] || fail "$PYTHON is missing: install python3 and python3-venv"
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$PYTHON is older than 3.11"
-    local place=$DESTDIR$VENV
-    [ -x "$place/bin/python" ] || "$PYTHON" -m venv --system-site-packages "$place"
+    ! "$PYTHON" -c 'import ensurepip' 2>/dev/null || return 0
+    [ -z "$DESTDIR" ] && [ "$(id -u)" -eq 0 ] && [ "$PYTHON" = /usr/bin/python3 ] && command -v apt-get >/dev/null ||
+        fail "$PYTHON cannot make environments: install python3-venv"
+    echo "install: installing python3-venv"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-venv >/dev/null
+}
+
+# What is in the environment is of these files; the second run compares them, and is done.
+fingerprint() {
+    { echo "$VENV"; "$PYTHON" --version; find pyproject.toml README.md gateway nbd cache -type f \
+        ! -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum; } | sha256sum
+}
+
+# An environment of the system's Python, which sees libnbd's and pyfuse3's bindings. One without a working pip, as
+# `python3 -m venv` leaves behind where python3-venv is missing, is made anew. Scripts in it have to name the place
+# where it will be.
+make_environment() {
+    local place=$DESTDIR$VENV stamp=$DESTDIR$VENV/.forebay-install
+    need_venv
+    [ ! -x "$place/bin/forebay" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ] || return 0
+    "$place/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv --system-site-packages --clear "$place"
+    rm -f "$stamp"
     "$place/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade .
     # pip has compiled what it installed: a restart must not wait for that
     [ -z "$DESTDIR" ] || grep -rlIZ "$place" "$place/bin" "$place/pyvenv.cfg" | xargs -0r sed -i "s#$place#$VENV#g"
+    fingerprint >"$stamp"
 }
 
 # The unit has a /tmp and /var/tmp of its own.

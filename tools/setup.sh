@@ -1,4 +1,7 @@
 #!/bin/bash
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+#
 # Leaves a working .venv/bin/forebay: system packages (only those that are missing), a virtual environment of the
 # system's Python, and this checkout installed into it, editable. The second run is done as soon as it has compared
 # one checksum. VENV=DIR puts the environment elsewhere.
@@ -10,7 +13,7 @@ PYTHON=/usr/bin/python3     # libnbd's binding exists for the system's Python on
 STAMP=$VENV/.forebay-setup
 
 # What the tests, the demo and the bench run as real clients and servers. All Python dependencies come as wheels, so
-# no compiler is needed.
+# no compiler is needed: pyfuse3, which has none, is the distribution's here and not the extra `fuse`.
 PACKAGES=(python3-venv python3-libnbd libnbd-bin nbdkit nbdkit-plugin-python qemu-utils fio curl python3-pyfuse3 fuse3
     systemd-container)
 
@@ -43,10 +46,12 @@ install_packages() {
         >/dev/null
 }
 
-# An environment that does not see the system's packages, or belongs to another Python, is made anew.
+# An environment that does not see the system's packages, belongs to another Python or has no pip is made anew. Without
+# python3-venv, `python3 -m venv` leaves one that has everything but pip.
 usable_venv() {
     [ -x "$VENV/bin/python" ] || return 1
     grep -qx 'include-system-site-packages = true' "$VENV/pyvenv.cfg" || return 1
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || return 1
     [ "$("$VENV/bin/python" -c 'import sys; print(sys.version_info[:3])' 2>/dev/null)" = \
         "$("$PYTHON" -c 'import sys; print(sys.version_info[:3])')" ]
 }
@@ -58,6 +63,7 @@ fi
 install_packages
 [ -x "$PYTHON" ] || fail "$PYTHON is missing: install python3"
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$PYTHON is older than 3.11"
+"$PYTHON" -c 'import ensurepip' 2>/dev/null || fail "$PYTHON cannot make environments: install python3-venv"
 usable_venv || "$PYTHON" -m venv --system-site-packages --clear "$VENV"
 echo "setup: installing forebay and its dependencies into $VENV"
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
