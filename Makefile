@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+#
 # make setup    leaves .venv/bin/forebay (system packages through root or sudo, only those missing)
 # make setup-libvirt   what the tests under a real libvirt need as well, 300 MB; make test runs them then
 # make test     all levels but the lab        PYTEST_ARGS='-k name' narrows it
@@ -16,7 +19,7 @@ ROUNDS ?= 5
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 # only what exists: a source root may be empty in an early checkout
-SOURCES := $(wildcard gateway nbd cache bench tests)
+SOURCES := $(wildcard gateway nbd cache bench tests tools)
 
 export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
@@ -71,7 +74,7 @@ lint: setup
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/mypy bench tests
+	$(BIN)/mypy bench tests tools
 
 format: setup
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -1,4 +1,7 @@
 #!/bin/bash
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+#
 # What tests/real/test_libvirt.py needs beyond `make setup`, about 300 MB: libvirt and QEMU, the boot loader and busybox
 # that its guest is made of, and a kernel for the guest, which is unpacked into .lab/kernel and not installed. Services
 # that the packages bring are not needed: the tests run a libvirtd of their own. The second run finds nothing to do.
