@@ -9,6 +9,8 @@
 # make bench-doors   socket, FUSE file, nbdfuse, sshfs, plain file     QUICK=1  BENCH_ARGS="--only read"
 # make fuzz     what reads bytes from outside, with atheris     SECONDS=600  TARGETS="server client"
 # make soak     kills, faults and changes, with guests that check all they read     SECONDS=3600  KILLS=2000  POINTS=1  SEED=
+# make docs     all pages as a site in build/site; a broken link fails
+# make dist     wheel and sdist in dist/, and a look at what is in them
 # make lint     ruff and mypy
 # make install  puts it into this host, with systemd units   PREFIX=/usr/local  DESTDIR=  (and: make uninstall)
 
@@ -25,7 +27,7 @@ export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup setup-libvirt test test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme fuzz soak lint format install uninstall clean
+.PHONY: setup setup-libvirt test test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme fuzz soak docs dist lint format install uninstall clean
 
 setup:
 	@tools/setup.sh
@@ -46,7 +48,7 @@ demo: setup
 bench: setup
 	PYTHONPATH=tests $(BIN)/python -m bench --rounds $(ROUNDS) $(if $(QUICK),--quick) $(BENCH_ARGS)
 
-# puts what the last run kept into README.md
+# puts what the last run kept into bench/README.md
 bench-readme: setup
 	PYTHONPATH=tests $(BIN)/python -m bench --readme
 
@@ -69,6 +71,13 @@ fuzz: setup
 soak: setup
 	PYTHONPATH=tests $(BIN)/python -m soak --seconds $(or $(SECONDS),3600) $(if $(KILLS),--kills $(KILLS)) \
 	  $(if $(POINTS),--points) $(if $(SEED),--seed $(SEED))
+
+docs: setup
+	@$(BIN)/python -c 'import mkdocs, pymdownx' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --quiet
+
+dist:
+	@tools/dist.sh
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

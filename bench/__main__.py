@@ -52,7 +52,9 @@ def arguments() -> argparse.Namespace:
         "--disk", type=Path, default=Path("/var/tmp"), help="a real disk, for the row that flushes"
     )
     parser.add_argument("--report", action="store_true", help="no run: print the kept result again")
-    parser.add_argument("--readme", action="store_true", help="put the kept result into README.md")
+    parser.add_argument(
+        "--readme", action="store_true", help="put the kept result into bench/README.md"
+    )
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.seconds, options.size = 3, 1.0, 256
@@ -266,7 +268,7 @@ def main() -> int:
         results = report.load(kept)
         print(report.text(results))
         if options.readme:
-            report.fill_readme(HERE.parent / "README.md", results)
+            report.fill_readme(report.PAGE, results)
         return 0
     memory = memory_directory(options.dir, options.size * MIB)
     os.environ["TMPDIR"] = str(memory)  # nbdkit's cache filter keeps its cache there

@@ -20,6 +20,7 @@ from bench.bed import room
 from bench.doors_bed import CACHE, Door, doors, missing
 from bench.doors_report import ROWS, Results, Row, Sample, fill_readme, keep, load, text
 from bench.measure import cpu_seconds
+from bench.report import PAGE
 
 HERE = Path(__file__).resolve().parent
 MIB = 1 << 20
@@ -39,7 +40,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--doors", default="", metavar="A,B", help="doors whose name contains one")
     parser.add_argument("--dir", type=Path, help="where all lies (/dev/shm if it has room)")
     parser.add_argument("--report", action="store_true", help="no run: print the kept result again")
-    parser.add_argument("--readme", action="store_true", help="put the kept result into README.md")
+    parser.add_argument(
+        "--readme", action="store_true", help="put the kept result into bench/README.md"
+    )
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.size, options.seconds = 3, 256, 1.0
@@ -142,7 +145,7 @@ def main() -> int:
         results = load(kept)
         print(text(results))
         if options.readme:
-            fill_readme(HERE.parent / "README.md", results)
+            fill_readme(PAGE, results)
         return 0
     if lacking := missing():
         print(f"not installed: {', '.join(lacking)}", file=sys.stderr)

@@ -169,7 +169,7 @@ def text(results: Results) -> str:
 
 
 def markdown(results: Results) -> str:
-    """Two tables for README.md: what each door did, and how the FUSE file compares."""
+    """Two tables for bench/README.md: what each door did, and how the FUSE file compares."""
     doors, kept = results.doors(), results.conditions
     out = [_line("work", *doors), _line(*["---"] * (len(doors) + 1))]
     rows = [row for row in ROWS if row.key in results.samples]

@@ -9,6 +9,9 @@ from pathlib import Path
 from bench.measure import Sample
 from bench.rows import CONSTANTS, ROWS, Bar, Field, Row
 
+PAGE = Path(__file__).resolve().parent / "README.md"
+"""The page that holds the tables of the last kept runs, between two marks each."""
+
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 COLOURS = {"forebay": "#1b6ca8"}
@@ -149,7 +152,7 @@ def text(results: Results) -> str:
 
 
 def markdown(results: Results) -> str:
-    """The table for README.md."""
+    """The table for bench/README.md."""
     heads = [name or "its figure" for name in HEADER]
     out = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     out += [f"| {' | '.join(_cells(line))} |" for line in lines(results)]

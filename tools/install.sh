@@ -19,6 +19,7 @@ DESTDIR=${DESTDIR:-}
 ENVIRONMENT=${ENVIRONMENT:-}
 PYTHON=${PYTHON:-/usr/bin/python3}
 HOME_OF_IT=$PREFIX/lib/forebay
+DOC=$PREFIX/share/doc/forebay
 VENV=${ENVIRONMENT:-$HOME_OF_IT/venv}
 # Read from /usr/lib and /usr/local/lib alike by systemd, and not from elsewhere.
 case $PREFIX in /usr | /usr/local) SYSTEMD=$PREFIX/lib ;; *) SYSTEMD=/usr/local/lib ;; esac
@@ -44,6 +45,9 @@ files() {
     echo "644 config/completions/_forebay $PREFIX/share/zsh/site-functions/_forebay"
     echo "755 config/libvirt/qemu-forebay $PREFIX/bin/qemu-forebay"
     echo "755 config/libvirt/hooks/qemu.d/forebay /etc/libvirt/hooks/qemu.d/forebay"
+    # The pages, in their folders, so that links from one to another work; units name them as their documentation.
+    find *.md bench cache config docs gateway nbd systemd tests/README.md ! -path '*/results/*' \
+        \( -name '*.md' -o -name '*.svg' \) -printf "644 %p $DOC/%p\n"
 }
 
 running() { [ -z "$DESTDIR" ] && [ -d /run/systemd/system ]; }
@@ -132,7 +136,7 @@ uninstall_it() {
         rmdir --ignore-fail-on-non-empty "$DESTDIR${to%/*}" 2>/dev/null || true
     done < <(files)
     [ ! -L "$DESTDIR$PREFIX/bin/forebay" ] || rm "$DESTDIR$PREFIX/bin/forebay"
-    rm -rf "$DESTDIR$HOME_OF_IT"
+    rm -rf "$DESTDIR$HOME_OF_IT" "$DESTDIR$DOC"
     ! running || systemctl daemon-reload
     echo "uninstall: kept: /etc/forebay, /var/lib/forebay (what is dirty there is nowhere else), the user forebay"
 }

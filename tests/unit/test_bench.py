@@ -1,4 +1,4 @@
-"""What the bench makes of its figures: a wrong ratio in the README would be worse than none."""
+"""What the bench makes of its figures: a wrong ratio in its page would be worse than none."""
 
 from pathlib import Path
 
@@ -94,3 +94,11 @@ def test_readme_without_marks_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no <!-- bench"):
         report.fill_readme(readme, results([1.0], [1.0], [1.0]))
     assert readme.read_text() == "nothing\n"
+
+
+def test_the_page_has_the_table_of_the_kept_run() -> None:
+    kept = report.PAGE.parent / "results" / "bench.json"
+    if not kept.exists():
+        pytest.skip("no results here: the sdist has none")
+    inside = report.PAGE.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
+    assert inside.strip() == report.markdown(report.load(kept)).strip(), "make bench-readme"

@@ -20,6 +20,7 @@ from bench.doors_report import (
     markdown,
     text,
 )
+from bench.report import PAGE
 
 READ = ROWS[0]
 
@@ -111,3 +112,11 @@ def test_readme_without_marks_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no <!-- doors"):
         fill_readme(readme, results(fuse=[(1, 1)]))
     assert readme.read_text() == "nothing\n"
+
+
+def test_the_page_has_the_tables_of_the_kept_run() -> None:
+    kept = PAGE.parent / "results" / "doors.json"
+    if not kept.exists():
+        pytest.skip("no results here: the sdist has none")
+    inside = PAGE.read_text().partition(BEGIN)[2].partition(END)[0]
+    assert inside.strip() == markdown(load(kept)).strip(), "make bench-doors-readme"

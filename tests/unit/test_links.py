@@ -1,0 +1,60 @@
+"""Every relative link in a page leads to a file that is there, and every anchor to a heading of it."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("bench", "cache", "config", "docs", "gateway", "nbd", "systemd", "tests")
+PAGES = sorted([*ROOT.glob("*.md"), *(p for name in FOLDERS for p in (ROOT / name).rglob("*.md"))])
+LINK = re.compile(r"""\]\(([^)\s]+)|\b(?:src|href)="([^"]+)"|^\[[^\]]+\]:\s*(\S+)""", re.MULTILINE)
+
+
+def prose(text: str) -> str:
+    """The page without its code, in which a bracket is no link and a hash no heading."""
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"(?ms)^ *```.*?^ *```$", "", text))
+
+
+def links(text: str) -> Iterator[str]:
+    for found in LINK.findall(prose(text)):
+        target = "".join(found)
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+def anchors(text: str) -> set[str]:
+    """What the headings of a page are reached by, as GitHub makes it; code in a heading counts."""
+    headings = re.findall(r"(?m)^#+ (.+)$", re.sub(r"(?ms)^ *```.*?^ *```$", "", text))
+    return {re.sub(r"[^\w\- ]", "", one.strip().lower()).replace(" ", "-") for one in headings}
+
+
+def faults(page: Path, root: Path = ROOT) -> Iterator[str]:
+    for link in links(page.read_text()):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.is_file() or not target.is_relative_to(root):
+            yield f"{link}: no such file"
+        elif anchor and anchor not in anchors(target.read_text()):
+            yield f"{link}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    assert list(faults(page)) == []
+
+
+def test_wrong_links_are_found(tmp_path: Path) -> None:
+    text = "# A `b`: c\n[x](no.md) [x](#a-b-c) [x](#d)\n```\n# d\n[x](no2.md)\n```\n`[x](no3.md)` https://d/\n"
+    assert list(links(text)) == ["no.md", "#a-b-c", "#d"]
+    assert anchors(text) == {"a-b-c"}
+    (tmp_path / "page.md").write_text(text)
+    found = list(faults(tmp_path / "page.md", tmp_path))
+    assert found == ["no.md: no such file", "#d: no such heading"]
+
+
+def test_pages_are_found() -> None:
+    assert {ROOT / "README.md", ROOT / "gateway/FAILURES.md", ROOT / "tests/fuzz/README.md"} <= {
+        *PAGES
+    }
