@@ -14,10 +14,10 @@ from pathlib import Path
 import lmdb
 
 from forebay_cache.device.device import open_device, size_of, write_format
+from forebay_cache.format.entry import pack
 from forebay_cache.format.geometry import FULL, PAGE_BLOCKS, SECTORS
 from forebay_cache.index.index import GROUP_KEY, PAGE_KEY, Changes, Index, LayerRecord
 from forebay_cache.index.sums import GROUP, ZERO_SECTOR_SUM
-from forebay_cache.layers.layer import pack
 
 IMAGES = 16
 BATCH = 1 << 18

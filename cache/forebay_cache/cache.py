@@ -25,10 +25,21 @@ from forebay_cache.device.syncer import Syncer
 from forebay_cache.durable.journal import Journal, JournalFull
 from forebay_cache.errors import CacheFull, IndexFault
 from forebay_cache.format import ops
+from forebay_cache.format.entry import (
+    Entry,
+    block_key,
+    block_of_key,
+    data_of,
+    entry_at,
+    layer_of_key,
+    put_entry,
+    slot_of,
+    zeros_only,
+)
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, SECTORS
 from forebay_cache.index.index import PAGE_KEY, Changes, Index, LayerRecord, Meta
 from forebay_cache.index.sums import UNKNOWN, Sums, checksums
-from forebay_cache.layers.layer import ABSENT, SLOT_SHIFT, Layer
+from forebay_cache.layers.layer import ABSENT, Layer
 from forebay_cache.slots.placement import TOUCHED, Placement
 
 log = logging.getLogger(__name__)
@@ -146,13 +157,13 @@ class Cache:
         self.ready = memoryview(self._ready_map).cast("H")
         self.forgotten = 0
         """How often all of that was forgotten."""
-        #: per slot, layer << 32 | block
+        #: per slot, the key of its block
         self._owner_map = _anonymous(slots * 8)
         self.owner = memoryview(self._owner_map).cast("Q")
         self.layers: dict[int, Layer] = {}
         self._by_name: dict[str, Layer] = {}
         self.sums = Sums(slots)
-        #: sectors written since the last sync began (key: layer << 32 | block), and those being synced
+        #: sectors written since the last sync began (by key of the block), and those being synced
         self.open_sectors: dict[int, int] = {}
         self.syncing: dict[int, int] = {}
         self._ops: list[bytes] = []
@@ -319,18 +330,14 @@ class Cache:
 
     def clear_entry(self, layer: Layer, page: array[int], i: int) -> None:
         """Forget one block of a layer; its slots may be reused after the next commit."""
-        word = page[i]
-        if not word:
+        entry = entry_at(page, i)
+        if not entry.word:
             return
-        layer.sectors -= (word & 0xFFFF).bit_count()
-        page[i] = 0
-        if word >> SLOT_SHIFT:
-            self.free_slot(layer, (word >> SLOT_SHIFT) - 1)
-        if layer.private:
-            second = page[PAGE_BLOCKS + i]
-            page[PAGE_BLOCKS + i] = 0
-            if second >> SLOT_SHIFT:
-                self.free_slot(layer, (second >> SLOT_SHIFT) - 1)
+        layer.sectors -= entry.valid.bit_count()
+        put_entry(page, i, Entry(0))
+        for slot in entry.slots:
+            if slot >= 0:
+                self.free_slot(layer, slot)
 
     # -- slots ------------------------------------------------------------------------------------------------
 
@@ -344,7 +351,7 @@ class Cache:
             self._evict_wanted.set()
         if slot is None:
             return -1
-        key = layer.id << 32 | block
+        key = block_key(layer.id, block)
         self.owner[slot] = key
         self.ready[slot] = 0
         self.placement.insert(slot, key, held=layer.held)
@@ -864,10 +871,10 @@ class Cache:
         try:
             for slot in victims:
                 key = self.owner[slot]
-                layer = self.layers.get(key >> 32)
+                layer = self.layers.get(layer_of_key(key))
                 if layer is None or slot not in self._evicting:
                     continue
-                number, i = divmod(key & 0xFFFFFFFF, PAGE_BLOCKS)
+                number, i = divmod(block_of_key(key), PAGE_BLOCKS)
                 if number not in layer.pages:
                     await self.load(layer, [number])
                 # Whoever freed the slot in the meantime has taken it out of the set.
@@ -876,7 +883,7 @@ class Cache:
         finally:
             for slot in self._evicting:
                 self.placement.keep(slot)
-                layer = self.layers.get(self.owner[slot] >> 32)
+                layer = self.layers.get(layer_of_key(self.owner[slot]))
                 if layer is not None and layer.held:
                     self.placement.hold(slot)
             self._evicting.clear()
@@ -884,11 +891,10 @@ class Cache:
     def evict_slot(self, layer: Layer, number: int, i: int, slot: int) -> bool:
         """Take a clean block, whose slot is quarantined, out of its layer; what is known to be zero stays known."""
         word = self.page(layer, number)[i]
-        if word >> SLOT_SHIFT != slot + 1 or layer.held:
+        if slot_of(word) != slot or layer.held:
             return False
-        zero = word >> 16 & 0xFFFF
-        layer.sectors -= (word & 0xFFFF & ~zero).bit_count()
-        layer.writable(number)[i] = zero << 16 | zero
+        layer.sectors -= data_of(word).bit_count()
+        layer.writable(number)[i] = zeros_only(word)
         self.placement.evicted(slot, self.owner[slot])
         layer.slots -= 1
         self._forget_slot(slot)
@@ -899,11 +905,11 @@ class Cache:
         """Give up a damaged clean block, and its slot for as long as the daemon runs."""
         number, i = divmod(block, PAGE_BLOCKS)
         page = layer.pages.get(number)
-        if page is None or page[i] >> SLOT_SHIFT != slot + 1 or slot in self._evicting:
+        if page is None or slot_of(page[i]) != slot or slot in self._evicting:
             return
-        zero = page[i] >> 16 & 0xFFFF
-        layer.sectors -= (page[i] & 0xFFFF & ~zero).bit_count()
-        layer.writable(number)[i] = zero << 16 | zero
+        word = page[i]
+        layer.sectors -= data_of(word).bit_count()
+        layer.writable(number)[i] = zeros_only(word)
         if self.failed is not None:  # there is nothing wrong with this slot more than with others
             self.free_slot(layer, slot)
             return

@@ -22,6 +22,7 @@ from forebay.sidecar import redo
 from forebay.sidecar.marker import Owner
 from forebay_cache.device.device import plan
 from forebay_cache.format import ops
+from forebay_cache.format.entry import pack
 from forebay_nbd.client.haggle import haggle
 from forebay_nbd.protocol import events as ev
 from forebay_nbd.protocol.handshake import ClientHandshake
@@ -294,7 +295,7 @@ def _tables() -> bytes:
         record = json.dumps({"name": name, "private": private, "slots": 1, "sectors": 2}).encode()
         found += entry(3, ident.to_bytes(4, "big"), record)
         page = array("Q", bytes(1024 if private else 512))
-        page[5] = (ident + 1) << 32 | 3
+        page[5] = pack(ident, 0, 3)
         found += entry(1, ident.to_bytes(4, "big") + bytes(4), page.tobytes())
     found += entry(4, (2).to_bytes(4, "big") + bytes(4), b"")
     found += entry(5, b"disk\0d", b'{"image": "images:a.raw"}')

@@ -19,8 +19,8 @@ from forebay_cache import Cache, CacheError, View, open_cache
 from forebay_cache.blocks import private
 from forebay_cache.device.device import JOURNAL_OFFSET, SUPERBLOCK, plan
 from forebay_cache.format import ops
+from forebay_cache.format.entry import slot_of
 from forebay_cache.format.geometry import BLOCK, SECTOR
-from forebay_cache.layers.layer import SLOT_SHIFT
 from fuzz.record import _IDENT
 
 SIZE = 8 << 20
@@ -181,7 +181,7 @@ def test_an_acknowledged_write_that_is_damaged_is_an_error_after_a_kill(tmp_path
     for offset in (0, BLOCK):
         assert private.write(cache, layer, offset, memoryview(b"n" * SECTOR))
         cache.publish()
-    at = cache.device.at((layer.pages[0][0] >> SLOT_SHIFT) - 1)
+    at = cache.device.at(slot_of(layer.pages[0][0]))
     cache.release()
     with (tmp_path / "device").open("r+b") as file:
         file.seek(at)

@@ -39,8 +39,9 @@ from forebay.origin.calls import Calls, Status
 from forebay.sidecar import recover
 from forebay_cache import Cache, Damage, View, open_cache, scrub
 from forebay_cache.device.device import Buffer, Device
+from forebay_cache.format.entry import entry_at
 from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, PAGE_SHIFT, SECTORS
-from forebay_cache.layers.layer import SLOT_SHIFT, ZERO_SHIFT, Layer
+from forebay_cache.layers.layer import Layer
 from forebay_cache.read.view import matching, read_slots
 from real.crash_ledger import SECTOR, Ledger
 from real.crash_log import WHOLE, Content, File, State
@@ -396,15 +397,13 @@ def _parts(private: list[Layer], clean: Layer | None, size: int) -> Iterator[_Pa
         need = FULL
         number, i = divmod(block, PAGE_BLOCKS)
         for layer in (*private, *([clean] if clean else ())):
-            page = layer.pages[number]
-            word, second = page[i], page[PAGE_BLOCKS + i] if layer.private else 0
+            entry = entry_at(layer.pages[number], i)
             for sector in range(SECTORS):
-                if word & need & 1 << sector:
-                    zero = word >> ZERO_SHIFT >> sector & 1
-                    place = second if second >> sector & 1 else word
-                    slot = -1 if zero else (place >> SLOT_SHIFT) - 1
+                if entry.valid & need & 1 << sector:
+                    zero = entry.zero >> sector & 1
+                    slot = -1 if zero else entry.slots[entry.side >> sector & 1]
                     yield _Part(block * BLOCK + sector * SECTOR, slot, layer.private)
-            need &= ~word
+            need &= ~entry.valid
 
 
 async def _let_go(disk: Disk) -> None:

@@ -16,8 +16,8 @@ import pytest
 
 from forebay_cache import Cache, Layer, invalidate, open_cache
 from forebay_cache.blocks import clean
+from forebay_cache.format.entry import slot_of
 from forebay_cache.format.geometry import PAGE_BLOCKS
-from forebay_cache.layers.layer import SLOT_SHIFT
 from real.disk_fixture import MODES
 from real.kill_checker import Tally
 from real.kill_daemon import KillableGateway
@@ -138,7 +138,7 @@ async def test_a_block_that_was_evicted_and_overwritten_does_not_come_back(tmp_p
     with clean.filling(cache, layer, [0]) as cells:
         await clean.store(cache, layer, 0, memoryview(b"o" * 65536), cells)
     await cache.commit()
-    slot = (cache.page(layer, 0)[0] >> SLOT_SHIFT) - 1
+    slot = slot_of(cache.page(layer, 0)[0])
     cache.placement.quarantine(slot)
     assert cache.evict_slot(layer, 0, 0, slot)
     await invalidate(cache, layer, 3 * SECTOR, SECTOR)  # and the origin is written

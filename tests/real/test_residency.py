@@ -12,8 +12,9 @@ import trio
 from forebay_cache import Cache, View, open_cache
 from forebay_cache.blocks import private
 from forebay_cache.cache import RESIDENCY_SECONDS
+from forebay_cache.format.entry import slot_of
 from forebay_cache.format.geometry import BLOCK, SECTOR
-from forebay_cache.layers.layer import SLOT_SHIFT, Layer
+from forebay_cache.layers.layer import Layer
 from forebay_cache.upkeep.revive import revive
 
 
@@ -45,7 +46,7 @@ def _forgotten_by_the_kernel(cache: Cache, *damaged: int) -> None:
 
 
 def _slot(layer: Layer, block: int) -> int:
-    return (layer.pages[0][block] >> SLOT_SHIFT) - 1
+    return slot_of(layer.pages[0][block])
 
 
 @pytest.mark.expect_log("is damaged")

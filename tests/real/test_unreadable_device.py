@@ -44,13 +44,14 @@ def read():
     "reading what is ready beside what is not": """
 from forebay_cache import View, open_cache
 from forebay_cache.blocks import private
+from forebay_cache.format.entry import slot_of
 cache = open_cache(path, path.with_name("index"), size=8 << 20)
 layer = cache.make_layer("disk:d:1", private=True)
 layer.adopt(0, None)
 assert private.write(cache, layer, 0, memoryview(b"x" * 131072))
 cache.publish()
 view = View(cache, [layer], None, None)
-cache.ready[(layer.pages[0][1] >> 32) - 1] = 0
+cache.ready[slot_of(layer.pages[0][1])] = 0
 os.truncate(path, cache.device.data_offset)
 async def both():
     await view.read(0, 131072, slices=True)

@@ -42,7 +42,7 @@ def slots_reused_early(replace: Replace) -> None:
 
 def overwritten_in_place(replace: Replace) -> None:
     def target(word: int, second: int, mask: int, opened: int) -> int:
-        return second & mask & word & 0xFFFF
+        return second & mask & word
 
     replace(forebay_cache.blocks.private, "_target", target)
 

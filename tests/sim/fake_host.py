@@ -20,8 +20,9 @@ from forebay.image.source import Source
 from forebay.units import Mode
 from forebay_cache import Cache, come_back, open_cache
 from forebay_cache.blocks.settle import pages_of
-from forebay_cache.format.geometry import FULL, PAGE_BLOCKS
-from forebay_cache.layers.layer import SLOT_SHIFT, ZERO_SHIFT, Layer
+from forebay_cache.format.entry import entry_at
+from forebay_cache.format.geometry import PAGE_BLOCKS
+from forebay_cache.layers.layer import Layer
 from forebay_cache.slots.placement import FREE, HELD, QUARANTINED, TOUCHED, UNSCANNED
 from sim.fake_origin import FakeOrigin, FakeSource
 
@@ -222,18 +223,11 @@ def _check_layer(cache: Cache, layer: Layer, named: dict[int, tuple[str, int]]) 
     slots = sectors = 0
     for number, page in layer.pages.items():
         for i in range(PAGE_BLOCKS):
-            word, second = page[i], page[PAGE_BLOCKS + i] if layer.private else 0
+            entry = entry_at(page, i)
             block = number * PAGE_BLOCKS + i
-            valid, zero = word & FULL, word >> ZERO_SHIFT & FULL
-            assert not zero & ~valid, f"{layer.name} block {block}: zeros that are not valid"
-            data = valid & ~zero
-            side = second & data
-            sectors += valid.bit_count()
-            for entry, need in ((word, data & ~side), (second, side)):
-                slot = (entry >> SLOT_SHIFT) - 1
-                if slot < 0:
-                    assert not need, f"{layer.name} block {block}: data nowhere"
-                    continue
+            assert not entry.fault(), f"{layer.name} block {block}: {entry.fault()}"
+            sectors += entry.valid.bit_count()
+            for slot, _ in entry.places():
                 slots += 1
                 assert slot not in named, f"slot {slot}: {named[slot]} and {layer.name} {block}"
                 named[slot] = layer.name, block

@@ -20,10 +20,10 @@ from forebay.errors import ForebayError
 from forebay.units import Mode
 from forebay_cache import mark_hot, open_cache, pin_layer, scrub
 from forebay_cache.blocks import clean, private
+from forebay_cache.format.entry import slot_of
 from forebay_cache.format.geometry import BLOCK, SECTOR
 from forebay_cache.index.index import Changes
 from forebay_cache.index.sums import UNKNOWN
-from forebay_cache.layers.layer import SLOT_SHIFT
 from forebay_cache.read.view import read_slots
 from forebay_cache.upkeep.revive import revive
 from sim.fake_host import Host, check_cache, nothing, settings
@@ -420,7 +420,7 @@ def test_damaged_dirty_data_is_not_written_back(tmp_path: Path) -> None:
         for block in range(3):
             await disk.write(block * BLOCK, memoryview(NEW), False)
         await disk.flush()
-        slot = (disk.view.private[0].pages[0][1] >> SLOT_SHIFT) - 1
+        slot = slot_of(disk.view.private[0].pages[0][1])
         cache.device.write(cache.device.at(slot, 5 * SECTOR), b"x")
         with pytest.raises(OSError, match="damaged"):
             await disk.writeback.checkpoint()
@@ -438,7 +438,7 @@ def test_a_sector_that_was_seen_not_to_fit_is_not_believed(tmp_path: Path) -> No
         cache, disk = host.cache, await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
         await disk.write(0, memoryview(NEW), False)
         await disk.flush()
-        slot = (disk.view.private[0].pages[0][0] >> SLOT_SHIFT) - 1
+        slot = slot_of(disk.view.private[0].pages[0][0])
         cache.device.write(cache.device.at(slot, 5 * SECTOR), b"x")
         cache.ready[slot] &= ~1
         assert await read(disk, 0, SECTOR) == NEW[:SECTOR]

@@ -32,8 +32,8 @@ from forebay.disk.disk import PRIVATE_MODES, Disk
 from forebay.errors import ForebayError
 from forebay.image.image import RETRY_MOST
 from forebay.units import Mode
-from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, SECTOR, sector_runs
-from forebay_cache.layers.layer import SLOT_SHIFT, ZERO_SHIFT
+from forebay_cache.format.entry import data_of, has_slot, slot_of
+from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, sector_runs
 from forebay_cache.read.view import ORIGIN
 from sim.fake_host import Host, Listener, check_cache, nothing, settings
 from sim.fake_loop import Dice, Loop, simulated
@@ -599,11 +599,11 @@ class DiskMachine(RuleBasedStateMachine):
         layer = cache.layer("image:images:fake.raw")
         assert layer is not None
         there = [
-            ((page[i] >> SLOT_SHIFT) - 1, first)
+            (slot_of(page[i]), first)
             for page in layer.pages.values()
             for i in range(PAGE_BLOCKS)
-            for first, _ in sector_runs(page[i] & ~(page[i] >> ZERO_SHIFT) & FULL)
-            if page[i] >> SLOT_SHIFT
+            for first, _ in sector_runs(data_of(page[i]))
+            if has_slot(page[i])
         ]
         if not there or self.damaged > 5:
             return

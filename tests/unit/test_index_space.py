@@ -9,10 +9,10 @@ import pytest
 
 import forebay_cache.index.index
 from forebay_cache import CacheError, format_device, open_cache
+from forebay_cache.format.entry import pack
 from forebay_cache.format.geometry import FULL, PAGE_BLOCKS, SECTORS
 from forebay_cache.index.index import PAGE_KEY, Changes, Index, LayerRecord
 from forebay_cache.index.sums import GROUP, Taken
-from forebay_cache.layers.layer import pack
 
 SLOTS = 4096
 

@@ -12,6 +12,16 @@ from forebay_cache.cache import Cache
 from forebay_cache.device.device import Buffer
 from forebay_cache.errors import CacheFull, IndexFault
 from forebay_cache.format import ops
+from forebay_cache.format.entry import (
+    NO_SLOT,
+    block_key,
+    pack,
+    slot_of,
+    slots_in,
+    valid_of,
+    with_zeros,
+    zero_of,
+)
 from forebay_cache.format.geometry import (
     BLOCK,
     FULL,
@@ -25,7 +35,7 @@ from forebay_cache.format.geometry import (
     sector_runs,
 )
 from forebay_cache.index.sums import checksums
-from forebay_cache.layers.layer import ABSENT, SLOT_SHIFT, ZERO_SHIFT, Layer, pack
+from forebay_cache.layers.layer import ABSENT, Layer
 
 #: Origin writes are announced by region of this many bytes: one sync for a region, not one for a write.
 REGION_SHIFT = 22
@@ -71,12 +81,12 @@ def filling(cache: Cache, layer: Layer, blocks: Sequence[int]) -> Iterator[dict[
                 if block in cells:
                     cells[block][0] |= covered(start, part)
     for block, cell in cells.items():
-        cache.filling.setdefault(layer.id << 32 | block, []).append(cell)
+        cache.filling.setdefault(block_key(layer.id, block), []).append(cell)
     try:
         yield cells
     finally:
         for block, cell in cells.items():
-            key = layer.id << 32 | block
+            key = block_key(layer.id, block)
             cache.filling[key] = [c for c in cache.filling[key] if c is not cell]
             if not cache.filling[key]:
                 del cache.filling[key]
@@ -97,7 +107,7 @@ def overtake(cache: Cache, layer: Layer, offset: int, length: int) -> None:
     """Fills under way for this range must not publish what they read."""
     if cache.filling:
         for block, start, part in block_runs(offset, length):
-            for cell in cache.filling.get(layer.id << 32 | block, ()):
+            for cell in cache.filling.get(block_key(layer.id, block), ()):
                 cell[0] |= covered(start, part)
 
 
@@ -146,13 +156,12 @@ def drop(cache: Cache, layer: Layer, block: int, mask: int) -> None:
     cache.note(ops.drop(mask, layer.id, block))
     if not word & mask:
         return
-    layer.sectors -= (word & mask & FULL).bit_count()
-    slot = (word >> SLOT_SHIFT) - 1
-    valid, zero = word & FULL & ~mask, word >> ZERO_SHIFT & FULL & ~mask
+    layer.sectors -= (word & mask).bit_count()
+    slot, valid, zero = slot_of(word), valid_of(word) & ~mask, zero_of(word) & ~mask
     page = layer.writable(number)
     if slot >= 0 and not valid & ~zero:
         cache.free_slot(layer, slot)
-        slot = -1
+        slot = NO_SLOT
     elif slot >= 0:
         cache.ready[slot] &= ~mask
     page[i] = pack(slot, zero, valid)
@@ -261,11 +270,11 @@ def _prepare(
         word = layer.pages[number][i] if number in layer.pages else None
         if word is None:
             continue
-        mask = covered(start, length) & ~word & ~cells[block][0] & FULL
+        mask = covered(start, length) & ~word & ~cells[block][0]
         if not mask:
             continue
         zero = _zeros(piece, mask)
-        slot = (word >> SLOT_SHIFT) - 1
+        slot = slot_of(word)
         if slot in cache.storing:
             continue
         fresh = False
@@ -306,7 +315,7 @@ def _publish(
     number, i = divmod(part.block, PAGE_BLOCKS)
     page = layer.pages.get(number)
     word = page[i] if page is not None else None
-    slot = -1 if word is None else (word >> SLOT_SHIFT) - 1
+    slot = NO_SLOT if word is None else slot_of(word)
     usable = word is not None and not layer.dead
     full = layer.cap and layer.slots >= layer.cap  # others were stored meanwhile
     if part.fresh and (not usable or slot >= 0 or full):
@@ -315,7 +324,7 @@ def _publish(
     if not usable or (not part.fresh and part.slot != slot):
         return
     assert word is not None
-    mask = part.mask & ~word & ~cells[part.block][0] & FULL
+    mask = part.mask & ~word & ~cells[part.block][0]
     zero = part.zero & mask
     stored = mask & ~zero
     if part.slot >= 0 and stored:
@@ -338,9 +347,9 @@ def _publish(
         if not zero:
             return
     layer.sectors += mask.bit_count()
-    keep = part.slot if stored or not part.fresh else -1
-    old_zero, old_valid = word >> ZERO_SHIFT & FULL, word & FULL
-    layer.writable(number)[i] = pack(keep, old_zero & ~stored | zero, old_valid | mask)
+    keep = part.slot if stored or not part.fresh else NO_SLOT
+    zero |= zero_of(word) & ~stored
+    layer.writable(number)[i] = pack(keep, zero, valid_of(word) | mask)
 
 
 def _make_room_in(cache: Cache, layer: Layer, count: int) -> None:
@@ -357,9 +366,8 @@ def _candidates(cache: Cache, layer: Layer, count: int) -> Iterator[tuple[int, i
     for n in range(len(numbers)):
         number = numbers[(layer.hand + n) % len(numbers)]
         page = layer.pages[number]
-        for i in range(PAGE_BLOCKS):
-            slot = (page[i] >> SLOT_SHIFT) - 1
-            if slot >= 0 and not cache.evicting(slot) and not layer.pinned:
+        for i, slot in slots_in(page):
+            if not cache.evicting(slot) and not layer.pinned:
                 (touched if cache.was_touched(slot) else untouched).append((slot, number, i))
         if len(untouched) >= count:
             layer.hand += n
@@ -374,7 +382,7 @@ def mark_zero(layer: Layer, offset: int, length: int, cells: dict[int, list[int]
         if number not in layer.pages:
             continue
         word = layer.pages[number][i]
-        mask = covered(start, part) & ~word & ~cells[block][0] & FULL
+        mask = covered(start, part) & ~word & ~cells[block][0]
         if mask:
-            layer.writable(number)[i] = word | mask << ZERO_SHIFT | mask
+            layer.writable(number)[i] = with_zeros(word, mask)
             layer.sectors += mask.bit_count()

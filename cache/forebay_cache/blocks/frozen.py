@@ -13,9 +13,9 @@ import trio
 
 from forebay_cache.cache import Cache
 from forebay_cache.device.device import Buffer, Device
-from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, SECTOR, sector_runs
+from forebay_cache.format.entry import Entry, entry_at, valid_of
+from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, sector_runs
 from forebay_cache.index.sums import checksums
-from forebay_cache.layers.layer import SLOT_SHIFT, ZERO_SHIFT
 from forebay_cache.read.view import View
 
 _ZEROS = -1
@@ -28,13 +28,12 @@ class Block(NamedTuple):
     """One block of a frozen layer, as its page has it."""
 
     number: int
-    word: int
-    second: int
+    entry: Entry
 
     @property
     def stored(self) -> int:
         """Bytes of data; zeros are none."""
-        return (self.word & ~(self.word >> ZERO_SHIFT) & FULL).bit_count() * SECTOR
+        return self.entry.data.bit_count() * SECTOR
 
 
 class Range(NamedTuple):
@@ -52,11 +51,7 @@ class _Doubtful(Exception):
 def blocks_of(page: array[int], number: int) -> list[Block]:
     """The blocks of which a page of a private layer holds anything."""
     first = number * PAGE_BLOCKS
-    return [
-        Block(first + i, page[i], page[PAGE_BLOCKS + i])
-        for i in range(PAGE_BLOCKS)
-        if page[i] & FULL
-    ]
+    return [Block(first + i, entry_at(page, i)) for i in range(PAGE_BLOCKS) if valid_of(page[i])]
 
 
 async def read_blocks(cache: Cache, view: View, blocks: list[Block], size: int) -> list[Range]:
@@ -112,13 +107,12 @@ def _read(
 
 def _parts(block: Block) -> _Parts:
     """(first sector, count, slot) of a block's data and zeros, in order; the slot of zeros is -1."""
-    word, second = block.word, block.second
-    zero = word >> ZERO_SHIFT & word & FULL
-    data = word & FULL & ~zero
-    side = second & data
-    parts = [(*run, (word >> SLOT_SHIFT) - 1) for run in sector_runs(data & ~side)]
+    entry = block.entry
+    (first, second), (data, side) = entry.slots, entry.sides
+    zero = entry.zero & entry.valid
+    parts = [(*run, first) for run in sector_runs(data)]
     if side:
-        parts += [(*run, (second >> SLOT_SHIFT) - 1) for run in sector_runs(side)]
+        parts += [(*run, second) for run in sector_runs(side)]
     if zero:
         parts += [(*run, _ZEROS) for run in sector_runs(zero)]
     return sorted(parts) if side or zero else parts

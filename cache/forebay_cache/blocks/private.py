@@ -14,10 +14,26 @@ from xxhash import xxh3_64_intdigest
 
 from forebay_cache.cache import Cache
 from forebay_cache.format import ops
+from forebay_cache.format.entry import (
+    ZEROS,
+    Entry,
+    block_key,
+    block_of_key,
+    entry_at,
+    has_slot,
+    moved,
+    put_entry,
+    slot_of,
+    with_slot,
+    with_zeros,
+    written,
+)
 from forebay_cache.format.geometry import (
     BLOCK,
     BLOCK_SHIFT,
     FULL,
+    IN_BLOCK,
+    IN_PAGE,
     MASKS,
     PAGE_BLOCKS,
     PAGE_SHIFT,
@@ -27,8 +43,15 @@ from forebay_cache.format.geometry import (
     block_runs,
     sector_runs,
 )
-from forebay_cache.index.sums import CHANGED, checksums
-from forebay_cache.layers.layer import ABSENT, SLOT_SHIFT, ZERO_SHIFT, Layer
+from forebay_cache.index.sums import CHANGED, SUM_BITS, checksums
+from forebay_cache.layers.layer import ABSENT, Layer
+
+_target = moved
+"""Which sectors of ``mask`` go to the second slot: ``_target(word, second, mask, opened)``.
+
+A sector written since the last sync began (``opened``) stays where it is: nothing durable names that place. Any other
+that the layer answers for moves to the other side. A sector new to the layer goes to the first slot.
+"""
 
 
 def write(cache: Cache, layer: Layer, offset: int, data: memoryview) -> bool:
@@ -43,7 +66,7 @@ def write(cache: Cache, layer: Layer, offset: int, data: memoryview) -> bool:
     if not cache.journal_room(length):
         return False
     try:
-        if (offset & (BLOCK - 1)) + length <= BLOCK:
+        if (offset & IN_BLOCK) + length <= BLOCK:
             done = _write_simply(cache, layer, offset, data)
             if done is not None:
                 return done
@@ -76,7 +99,7 @@ def write_run(cache: Cache, layer: Layer, writes: list[tuple[int, memoryview]]) 
             if (offset | length) & (SECTOR - 1):
                 break
             done = None
-            if (offset & (BLOCK - 1)) + length <= BLOCK:
+            if (offset & IN_BLOCK) + length <= BLOCK:
                 done = _write_simply(cache, layer, offset, data)
             if done is None:
                 done = write(cache, layer, offset, data)
@@ -105,26 +128,23 @@ def _write_simply(  # noqa: C901  (calls cost more than what they would hide)
             return False
         layer.adopt(number, None)
     block = offset >> BLOCK_SHIFT
-    i = block & (PAGE_BLOCKS - 1)
-    start = offset & (BLOCK - 1)
+    i = block & IN_PAGE
+    start = offset & IN_BLOCK
     length = len(data)
     first = start >> SECTOR_SHIFT
     mask = MASKS[first][(start + length - 1) >> SECTOR_SHIFT]
-    key = layer.id << 32 | block
+    key = block_key(layer.id, block)
     if cache.syncing and cache.syncing.get(key, 0) & mask:
         return False
     word, second = page[i], page[PAGE_BLOCKS + i]
     opened = cache.open_sectors.get(key, 0)
     target = _target(word, second, mask, opened)
-    if target:
-        if target != mask:
-            return None
-        slot = (second >> SLOT_SHIFT) - 1
-    else:
-        slot = (word >> SLOT_SHIFT) - 1
+    if target and target != mask:
+        return None
+    slot = slot_of(second if target else word)
     fresh = slot < 0
     if fresh:
-        if target and not word >> SLOT_SHIFT:
+        if target and not has_slot(word):
             return None
         slot = cache.take_slot(layer, block)
         if slot < 0:
@@ -145,7 +165,7 @@ def _write_simply(  # noqa: C901  (calls cost more than what they would hide)
             raise
     at = slot * SECTORS + first
     if length == SECTOR:
-        sums.values[at] = value = xxh3_64_intdigest(data) & 0xFFFFFFFF
+        sums.values[at] = value = xxh3_64_intdigest(data) & SUM_BITS
         cache.note(ops.write_one(target != 0, mask, layer.id, block, slot, value))
     else:
         values = checksums(data)
@@ -157,12 +177,11 @@ def _write_simply(  # noqa: C901  (calls cost more than what they would hide)
     if fresh:
         layer.slots += 1
         if target:
-            second |= (slot + 1) << SLOT_SHIFT
+            second = with_slot(second, slot)
         else:
-            word |= (slot + 1) << SLOT_SHIFT
+            word = with_slot(word, slot)
     layer.sectors += (mask & ~word).bit_count()
-    page[i] = word & ~(mask << ZERO_SHIFT) | mask
-    page[PAGE_BLOCKS + i] = second & ~mask | target
+    page[i], page[PAGE_BLOCKS + i] = written(word, second, mask, target)
     layer.dirty.add(number)
     layer.changed = True
     cache.open_sectors[key] = opened | mask
@@ -176,14 +195,14 @@ def _write_block(cache: Cache, layer: Layer, block: int, start: int, data: memor
         return False
     first = start >> SECTOR_SHIFT
     mask = MASKS[first][first + (len(data) >> SECTOR_SHIFT) - 1]
-    key = layer.id << 32 | block
+    key = block_key(layer.id, block)
     if cache.syncing and cache.syncing.get(key, 0) & mask:
         return False
-    word, second = page[i], page[PAGE_BLOCKS + i]
+    entry = word, second = entry_at(page, i)
     opened = cache.open_sectors.get(key, 0)
     target = _target(word, second, mask, opened)
-    slots = [(word >> SLOT_SHIFT) - 1, (second >> SLOT_SHIFT) - 1]
-    had = tuple(slots)
+    had = entry.slots
+    slots = list(had)
     if not _slots_for(cache, layer, block, slots, mask & ~target, target):
         return False
     try:
@@ -198,23 +217,10 @@ def _write_block(cache: Cache, layer: Layer, block: int, start: int, data: memor
     page = layer.writable(number)
     layer.slots += (slots[0] != had[0]) + (slots[1] != had[1])
     layer.sectors += (mask & ~word).bit_count()
-    page[i] = (slots[0] + 1) << SLOT_SHIFT | word & ~(mask << ZERO_SHIFT) & 0xFFFFFFFF | mask
-    page[PAGE_BLOCKS + i] = (slots[1] + 1) << SLOT_SHIFT | second & 0xFFFF & ~mask | target
+    word, second = written(word, second, mask, target)
+    put_entry(page, i, Entry(with_slot(word, slots[0]), with_slot(second, slots[1])))
     cache.open_sectors[key] = cache.open_sectors.get(key, 0) | mask
     return True
-
-
-def _target(word: int, second: int, mask: int, opened: int) -> int:
-    """Which sectors of ``mask`` go to the second slot.
-
-    A sector written since the last sync began stays where it is: nothing durable names that place. Any other that the
-    layer answers for moves to the other side. A sector new to the layer goes to the first slot.
-    """
-    if not word >> SLOT_SHIFT and not second >> SLOT_SHIFT:
-        return 0
-    side = second & 0xFFFF
-    moving = word & mask & ~opened & FULL
-    return (side ^ moving) & mask & word
 
 
 def _slots_for(
@@ -272,7 +278,7 @@ def zero(cache: Cache, layer: Layer, offset: int, length: int) -> bool:
         number, i = divmod(block, PAGE_BLOCKS)
         if layer.pages.get(number) is None:
             return False
-        key = layer.id << 32 | block
+        key = block_key(layer.id, block)
         mask = MASKS[start >> SECTOR_SHIFT][(start + part - 1) >> SECTOR_SHIFT]
         if cache.syncing and cache.syncing.get(key, 0) & mask:
             return False
@@ -284,19 +290,19 @@ def _zero_block(cache: Cache, layer: Layer, number: int, i: int, mask: int, key:
     page = layer.writable(number)
     if mask == FULL:
         cache.clear_entry(layer, page, i)
-        page[i] = FULL << ZERO_SHIFT | FULL
+        page[i] = ZEROS
         layer.sectors += FULL.bit_count()
         cache.open_sectors.pop(key, None)
-        cache.note(ops.zero(FULL, layer.id, key & 0xFFFFFFFF, 0))
+        cache.note(ops.zero(FULL, layer.id, block_of_key(key), 0))
         return
     word, second = page[i], page[PAGE_BLOCKS + i]
     opened = cache.open_sectors.get(key, 0)
     target = _target(word, second, mask, opened)
     layer.sectors += (mask & ~word).bit_count()
-    page[i] = word | mask << ZERO_SHIFT | mask
+    page[i] = with_zeros(word, mask)
     page[PAGE_BLOCKS + i] = second & ~mask | target
     cache.open_sectors[key] = opened | mask
-    cache.note(ops.zero(mask, layer.id, key & 0xFFFFFFFF, (second & ~mask | target) & FULL))
+    cache.note(ops.zero(mask, layer.id, block_of_key(key), (second & ~mask | target) & FULL))
 
 
 async def prepare(
@@ -326,17 +332,15 @@ def _missing(cache: Cache, layer: Layer, block: int, start: int, length: int) ->
     page = layer.pages.get(number, ABSENT)
     word, second = page[i], page[PAGE_BLOCKS + i]
     mask = MASKS[start >> SECTOR_SHIFT][(start + length - 1) >> SECTOR_SHIFT]
-    target = _target(word, second, mask, cache.open_sectors.get(layer.id << 32 | block, 0))
-    return (bool(mask & ~target) and not word >> SLOT_SHIFT) + (
-        bool(target) and not second >> SLOT_SHIFT
-    )
+    target = _target(word, second, mask, cache.open_sectors.get(block_key(layer.id, block), 0))
+    return (bool(mask & ~target) and not has_slot(word)) + (bool(target) and not has_slot(second))
 
 
 def _known_slots(layer: Layer, runs: list[tuple[int, int, int]]) -> list[int]:
-    slots = []
+    slots: list[int] = []
     for block, _, _ in runs:
         number, i = divmod(block, PAGE_BLOCKS)
         page = layer.pages.get(number)
         if page is not None:
-            slots += [(page[j] >> SLOT_SHIFT) - 1 for j in (i, PAGE_BLOCKS + i)]
+            slots += entry_at(page, i).slots
     return [slot for slot in slots if slot >= 0]

@@ -15,6 +15,21 @@ import trio
 
 from forebay_cache.blocks.clean import drop
 from forebay_cache.cache import Cache
+from forebay_cache.format.entry import (
+    NO_SLOT,
+    Entry,
+    block_key,
+    data_of,
+    entry_at,
+    has_slot,
+    pack,
+    put_entry,
+    slot_of,
+    slots_in,
+    valid_of,
+    without_slot,
+    zero_of,
+)
 from forebay_cache.format.geometry import (
     BLOCK,
     FULL,
@@ -26,7 +41,7 @@ from forebay_cache.format.geometry import (
     sector_runs,
 )
 from forebay_cache.index.sums import checksums
-from forebay_cache.layers.layer import ABSENT, SLOT_SHIFT, ZERO_SHIFT, Layer, pack
+from forebay_cache.layers.layer import ABSENT, Layer
 from forebay_cache.read.fill import Filler
 
 #: Bytes of a write whose records take the journal as much room as the drops of a whole page.
@@ -58,10 +73,10 @@ async def pin_layer(cache: Cache, layer: Layer, pinned: bool) -> None:
         if layer.pinned != pinned:  # somebody changed their mind meanwhile
             return
         page = cache.page(layer, number)
-        for i in range(PAGE_BLOCKS):
-            slot = (page[i] >> SLOT_SHIFT) - 1
-            if slot >= 0 and not cache.evicting(slot):
-                cache.owner[slot] = layer.id << 32 | number * PAGE_BLOCKS + i  # unless scanned
+        for i, slot in slots_in(page):
+            if not cache.evicting(slot):
+                block = number * PAGE_BLOCKS + i
+                cache.owner[slot] = block_key(layer.id, block)  # unless scanned
                 change(slot)
 
 
@@ -121,9 +136,10 @@ def _jobs(cache: Cache, frozen: Layer, clean: Layer, number: int, blocks: range)
     jobs: list[_Job] = []
     page, target = cache.page(frozen, number), cache.page(clean, number)
     for i in blocks:
-        slots, data = _private_slots(page, i)
-        old = (target[i] >> SLOT_SHIFT) - 1
-        if old >= 0 and _data(target[i]) & ~page[i]:
+        entry = entry_at(page, i)
+        slots, data = entry.slots, entry.sides
+        old = slot_of(target[i])
+        if old >= 0 and data_of(target[i]) & ~entry.valid:
             if not cache.evicting(old) and old not in cache.storing:
                 jobs += [_Job(i, slots[side], old, data[side]) for side in (0, 1) if data[side]]
         elif data[0] and data[1]:
@@ -136,24 +152,12 @@ def _drop_shadowed(cache: Cache, clean: Layer, number: int, jobs: list[_Job]) ->
     """Forget clean sectors before others are copied over them: a copy that is not finished damages nothing then."""
     page = cache.page(clean, number)
     for job in jobs:
-        if (page[job.i] >> SLOT_SHIFT) - 1 == job.to:
+        if slot_of(page[job.i]) == job.to:
             drop(cache, clean, number * PAGE_BLOCKS + job.i, job.mask)
     cache.publish()
 
 
-def _data(word: int) -> int:
-    return word & ~(word >> ZERO_SHIFT) & FULL
-
-
-def _private_slots(page: array[int], i: int) -> tuple[list[int], list[int]]:
-    """Both slots of a private block, and the sectors whose data lies in each."""
-    word, second = page[i], page[PAGE_BLOCKS + i]
-    data = _data(word)
-    side = second & data
-    return [(word >> SLOT_SHIFT) - 1, (second >> SLOT_SHIFT) - 1], [data & ~side, side]
-
-
-def _major(data: list[int]) -> int:
+def _major(data: tuple[int, int]) -> int:
     return 1 if data[1].bit_count() > data[0].bit_count() else 0
 
 
@@ -223,7 +227,7 @@ def _hand_over(
         return
     cache.page(clean, number)
     page, target = frozen.writable(number), clean.writable(number)
-    old = (target[i] >> SLOT_SHIFT) - 1
+    old = slot_of(target[i])
     if old >= 0 and copied[0] == old:
         _merge(clean, target, i, page[i], done=copied[1])
     else:
@@ -234,13 +238,11 @@ def _hand_over(
 def _merge(clean: Layer, target: array[int], i: int, word: int, *, done: int) -> None:
     """The clean slot stays, and has the sectors ``done`` of the private block as well."""
     old = target[i]
-    zero = word >> ZERO_SHIFT & FULL
-    stale = word & FULL & ~done & ~zero  # could not be copied
-    valid = old & FULL & ~stale | done | zero
-    clean.sectors += valid.bit_count() - (old & FULL).bit_count()
-    target[i] = pack(
-        (old >> SLOT_SHIFT) - 1, old >> ZERO_SHIFT & FULL & ~stale & ~done | zero, valid
-    )
+    zero = zero_of(word)
+    stale = valid_of(word) & ~done & ~zero  # could not be copied
+    valid = valid_of(old) & ~stale | done | zero
+    clean.sectors += valid.bit_count() - valid_of(old).bit_count()
+    target[i] = pack(slot_of(old), zero_of(old) & ~stale & ~done | zero, valid)
 
 
 def _replace(
@@ -249,25 +251,28 @@ def _replace(
     """A private slot becomes the clean one. What lies in the other private slot and was not copied is dropped."""
     page, target = frozen.pages[number], clean.pages[number]
     old = target[i]
-    if old >> SLOT_SHIFT:
-        cache.free_slot(clean, (old >> SLOT_SHIFT) - 1)
-    slots, data = _private_slots(page, i)
+    if has_slot(old):
+        cache.free_slot(clean, slot_of(old))
+    entry = entry_at(page, i)
+    slots, data = entry.slots, entry.sides
     major = _major(data)
     kept = data[major]
-    slot = slots[major] if kept else -1
+    slot = slots[major] if kept else NO_SLOT
     if slot >= 0 and copied[0] == slot:
         kept |= copied[1]
-    zero = old >> ZERO_SHIFT & FULL & ~page[i] | page[i] >> ZERO_SHIFT & FULL
+    zero = zero_of(old) & ~entry.valid | entry.zero
     if slot >= 0:
-        # The frozen entry must not free the slot that it gives away.
-        if major:
-            page[PAGE_BLOCKS + i] &= FULL
-        else:
-            page[i] &= 0xFFFFFFFF
+        put_entry(page, i, _given_away(entry, major))
         frozen.slots -= 1
         clean.slots += 1
-        cache.owner[slot] = clean.id << 32 | number * PAGE_BLOCKS + i
+        cache.owner[slot] = block_key(clean.id, number * PAGE_BLOCKS + i)
         if not clean.pinned:
             cache.placement.unhold(slot)
-    clean.sectors += (kept | zero).bit_count() - (old & FULL).bit_count()
+    clean.sectors += (kept | zero).bit_count() - valid_of(old).bit_count()
     target[i] = pack(slot, zero, kept | zero)
+
+
+def _given_away(entry: Entry, side: int) -> Entry:
+    """A frozen entry without the slot of that side, so that clearing the entry does not free a clean slot."""
+    word, second = entry
+    return Entry(word, without_slot(second)) if side else Entry(without_slot(word), second)

@@ -1,4 +1,4 @@
-"""Units of the cache, and how they are packed into words.
+"""Units of the cache.
 
 A *block* is 64 KiB, the unit of placement; a *sector* is 4 KiB, the unit of what is valid. A *page* of the index
 describes 64 blocks, 4 MiB of an image. A mask is 16 bits, bit n for sector n of a block.
@@ -17,6 +17,12 @@ FULL = (1 << SECTORS) - 1
 
 PAGE_SHIFT = 22
 PAGE_BLOCKS = 1 << (PAGE_SHIFT - BLOCK_SHIFT)
+
+IN_BLOCK = BLOCK - 1
+"""``offset & IN_BLOCK``: where in its block a byte lies."""
+
+IN_PAGE = PAGE_BLOCKS - 1
+"""``block & IN_PAGE``: which of its page's blocks a block is."""
 
 #: MASKS[first][last]: sectors first..last of a block, both included.
 MASKS: tuple[tuple[int, ...], ...] = tuple(

@@ -5,46 +5,23 @@ holds what only the cache has: a disk's dirty data, or an overlay's own. A disk 
 newest first, then through the clean one. Freezing what is dirty at one instant is therefore one assignment: the open
 layer becomes a frozen one, and new writes go to a new layer on top.
 
-A page is an array of 64-bit words, one for each of its 64 blocks::
-
-    bits 63..32   slot + 1, 0: none
-    bits 31..16   zero: sectors known to be all zeros, nothing is stored for them
-    bits 15..0    valid: sectors this layer answers for
-
-A private page has a second array of 64 words behind the first::
-
-    bits 63..32   second slot + 1, 0: none
-    bits 15..0    side: sectors whose data lies in the second slot
-
-The two slots of a private block are what makes overwriting safe: a sector whose place is named by durable state is
-written to the *other* slot, so that a power cut finds the old or the new data, whole, and its checksum with it.
+What a page says of each of its blocks is described in ``format.entry``.
 """
 
 from __future__ import annotations
 
-import sys
 from array import array
 
 from forebay_cache.format.geometry import PAGE_BLOCKS
 from forebay_cache.index.index import LayerRecord
 
-assert sys.byteorder == "little", "pages are stored as they lie in memory: little endian"
-
 #: Stands for a page that the layer does not have: every lookup in it is a miss. Never written.
 ABSENT = array("Q", bytes(16 * PAGE_BLOCKS))
-
-SLOT_SHIFT = 32
-ZERO_SHIFT = 16
 
 
 def new_page(private: bool) -> array[int]:
     """An empty page that may be written."""
     return array("Q", bytes((16 if private else 8) * PAGE_BLOCKS))
-
-
-def pack(slot: int, zero: int, valid: int) -> int:
-    """A word from slot number (-1: none) and masks."""
-    return (slot + 1) << SLOT_SHIFT | zero << ZERO_SHIFT | valid
 
 
 class Layer:

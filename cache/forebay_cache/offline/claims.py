@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from forebay_cache.device.device import Device
 from forebay_cache.durable.journal import Journal, Position
 from forebay_cache.format import ops
+from forebay_cache.format.entry import block_key
 from forebay_cache.format.geometry import FULL, SECTORS
 from forebay_cache.index.index import Meta
 
@@ -20,7 +21,7 @@ Claim = tuple[int, int] | None
 
 @dataclass
 class Pending:
-    """Keys are layer << 32 | block; a region is (layer, number)."""
+    """Keys are those of blocks; a region is (layer, number)."""
 
     records: int = 0
     #: claims of each sector, oldest first
@@ -54,7 +55,7 @@ class Pending:
 
     def _take(self, op: ops.Op) -> None:
         self.records += 1
-        key = op.layer << 32 | op.a
+        key = block_key(op.layer, op.a)
         match op.kind:
             case ops.LAYER:
                 self.made[op.layer] = op.name, bool(op.side)

@@ -39,10 +39,24 @@ from forebay_cache.device.device import (
 from forebay_cache.durable.journal import Journal, Position
 from forebay_cache.errors import CacheError
 from forebay_cache.format import ops
+from forebay_cache.format.entry import (
+    NO_SLOT,
+    Entry,
+    block_key,
+    entry_at,
+    pack,
+    pack_second,
+    put_entry,
+    side_of,
+    slot_of,
+    slots_in,
+    valid_of,
+    zero_of,
+)
 from forebay_cache.format.geometry import FULL, PAGE_BLOCKS, SECTOR, SECTORS
 from forebay_cache.index.index import PAGE_KEY, Index, LayerRecord, create
 from forebay_cache.index.sums import checksum
-from forebay_cache.layers.layer import SLOT_SHIFT, ZERO_SHIFT, Layer, pack
+from forebay_cache.layers.layer import Layer
 from forebay_cache.slots.placement import TOUCHED, UNSCANNED, Placement
 
 log = logging.getLogger(__name__)
@@ -287,16 +301,15 @@ def _drop_sectors(cache: Cache, layer: Layer, block: int, mask: int) -> None:
     if number not in layer.pages:
         layer.adopt(number, cache.index.page(layer.id, number))
     word = layer.pages[number][i]
-    hit = word & mask & FULL
+    hit = word & mask
     if not hit:
         return
     page = layer.writable(number)
     layer.sectors -= hit.bit_count()
-    valid, zero = word & FULL & ~mask, word >> ZERO_SHIFT & FULL & ~mask
-    slot = (word >> SLOT_SHIFT) - 1
+    slot, valid, zero = slot_of(word), valid_of(word) & ~mask, zero_of(word) & ~mask
     if slot >= 0 and not valid & ~zero:
         layer.slots -= 1
-        slot = -1
+        slot = NO_SLOT
     page[i] = pack(slot, zero, valid)
 
 
@@ -305,21 +318,15 @@ def _apply_block(
 ) -> None:
     number, i = divmod(block, PAGE_BLOCKS)
     page = _load(cache, layer, number)
-    word, second = page[i], page[PAGE_BLOCKS + i]
-    old = [(word >> SLOT_SHIFT) - 1, (second >> SLOT_SHIFT) - 1]
-    if claimed.replaced:
-        word = second = 0
-    slots = [
-        new if new >= 0 else (-1 if claimed.replaced else before)
-        for new, before in zip(claimed.slots, old, strict=True)
-    ]
-    valid, zero, side = word & FULL, word >> ZERO_SHIFT & FULL, second & FULL
-    layer.sectors -= (page[i] & FULL).bit_count()
+    before = entry_at(page, i)
+    entry = Entry(0) if claimed.replaced else before
+    slots = [new if new >= 0 else old for new, old in zip(claimed.slots, entry.slots, strict=True)]
+    valid, zero, side = entry.valid, entry.zero, side_of(entry.second)
     for sector, claims in claimed.claims.items():
         bit = 1 << sector
         chosen = _choose(cache, sector, claims)
         answered = not claimed.last & bit
-        if chosen == OLDER and survived and not _fits(cache, sector, page, i, answered):
+        if chosen == OLDER and survived and not _fits(cache, sector, before, answered):
             chosen = claims[-1]  # damaged: whoever reads it shall hear of it
         if chosen == OLDER:
             continue
@@ -333,10 +340,9 @@ def _apply_block(
     data = valid & ~zero
     used = [bool(data & ~side), bool(data & side)]
     final = [slot if use else -1 for slot, use in zip(slots, used, strict=True)]
-    layer.slots += sum(s >= 0 for s in final) - sum(s >= 0 for s in old)
-    layer.sectors += valid.bit_count()
-    page[i] = pack(final[0], zero, valid)
-    page[PAGE_BLOCKS + i] = (final[1] + 1) << SLOT_SHIFT | side
+    layer.slots += sum(s >= 0 for s in final) - sum(s >= 0 for s in before.slots)
+    layer.sectors += valid.bit_count() - before.valid.bit_count()
+    put_entry(page, i, Entry(pack(final[0], zero, valid), pack_second(final[1], side)))
 
 
 def _choose(
@@ -359,15 +365,14 @@ def _crc_at(cache: Cache, slot: int, sector: int) -> int:
     return checksum(data)
 
 
-def _fits(cache: Cache, sector: int, page: array[int], i: int, answered: bool) -> bool:
+def _fits(cache: Cache, sector: int, entry: Entry, answered: bool) -> bool:
     """Whether what the index says of a sector of a private block holds.
 
     Nothing, or zeros, was true only before the first claim: not where that was ``answered``.
     """
-    word, second = page[i], page[PAGE_BLOCKS + i]
-    if not word >> sector & 1 or word >> ZERO_SHIFT >> sector & 1:
+    if not entry.data >> sector & 1:
         return not answered
-    slot = ((second if second >> sector & 1 else word) >> SLOT_SHIFT) - 1
+    slot = entry.slots[entry.side >> sector & 1]
     stored = cache.index.sums([slot]).get(slot, bytes(4 * SECTORS))
     return _crc_at(cache, slot, sector) == array("I", stored)[sector]
 
@@ -419,12 +424,11 @@ def _adopt(cache: Cache, found: list[tuple[bytes, bytes]]) -> None:
         ident, number = PAGE_KEY.unpack(key)
         layer = cache.layers.get(ident)
         held = layer is not None and layer.held
-        first = ident << 32 | number * PAGE_BLOCKS
-        for i, word in enumerate(array("Q", raw)):
-            slot = (word >> SLOT_SHIFT) - 1
+        first = block_key(ident, number * PAGE_BLOCKS)
+        for i, slot in slots_in(raw):
             # What is known by now is newer than what the index said when it was read.
-            if slot >= 0 and state[slot] & ~TOUCHED == UNSCANNED:
-                owner[slot] = first + i % PAGE_BLOCKS
+            if state[slot] & ~TOUCHED == UNSCANNED:
+                owner[slot] = first + i
                 placement.adopt(slot, held=held)
 
 

@@ -14,9 +14,22 @@ from pathlib import Path
 
 from forebay_cache.device.device import Progress, open_device, read_superblock, write_superblock
 from forebay_cache.errors import CacheError
-from forebay_cache.format.geometry import FULL, PAGE_BLOCKS
+from forebay_cache.format.entry import (
+    NO_SLOT,
+    Entry,
+    block_of_key,
+    entry_at,
+    layer_of_key,
+    pack,
+    pack_second,
+    put_entry,
+    side_of,
+    slots_in,
+    valid_of,
+    zeros_only,
+)
+from forebay_cache.format.geometry import PAGE_BLOCKS
 from forebay_cache.index.index import PAGE_KEY, Changes, Index, LayerRecord
-from forebay_cache.layers.layer import SLOT_SHIFT, ZERO_SHIFT, pack
 from forebay_cache.offline.check import check
 from forebay_cache.offline.recovery import open_cache
 from forebay_cache.offline.report import Fix, Report
@@ -123,36 +136,35 @@ def _count(done: Repaired, *, private: bool) -> None:
 def _mended_pages(index: Index, fixes: dict[int, Fix], done: Repaired) -> dict[bytes, bytes]:
     found: dict[bytes, array[int]] = {}
     for block, fix in fixes.items():
-        ident, number = block >> 32, (block & 0xFFFFFFFF) // PAGE_BLOCKS
+        ident, number = layer_of_key(block), block_of_key(block) // PAGE_BLOCKS
         key = PAGE_KEY.pack(ident, number)
         if key not in found:
             found[key] = array("Q", index.page(ident, number) or b"")
         if found[key]:
-            _mend_block(found[key], block % PAGE_BLOCKS, fix)
+            _mend_block(found[key], block_of_key(block) % PAGE_BLOCKS, fix)
             _count(done, private=fix.private)
     return {key: page.tobytes() for key, page in found.items()}
 
 
 def _mend_block(page: array[int], i: int, fix: Fix) -> None:
-    private = len(page) > PAGE_BLOCKS
-    word = page[i]
-    second = page[PAGE_BLOCKS + i] if private else 0
-    zero = word >> ZERO_SHIFT & FULL
     if fix.entry:
-        word = second = 0
-    elif not private:
-        word = pack(-1, zero, zero)
+        mended = Entry(0)
+    elif len(page) == PAGE_BLOCKS:
+        mended = Entry(zeros_only(page[i]))
     else:
-        valid = word & FULL & ~fix.sectors
-        data, side = valid & ~zero, second & FULL
-        slots = (word >> SLOT_SHIFT) - 1, (second >> SLOT_SHIFT) - 1
-        first = slots[0] if data & ~side else -1
-        other = slots[1] if data & side else -1
-        word = pack(first, zero & valid, valid)
-        second = (other + 1) << SLOT_SHIFT | (side if other >= 0 else 0)
-    page[i] = word
-    if private:
-        page[PAGE_BLOCKS + i] = second
+        mended = _without(entry_at(page, i), fix.sectors)
+    put_entry(page, i, mended)
+
+
+def _without(entry: Entry, sectors: int) -> Entry:
+    """What is left of a private entry without these sectors; a slot in which nothing lies any more is not named."""
+    first, second = (
+        slot if mask & ~sectors else NO_SLOT
+        for slot, mask in zip(entry.slots, entry.sides, strict=True)
+    )
+    valid = entry.valid & ~sectors
+    side = side_of(entry.second) if second >= 0 else 0
+    return Entry(pack(first, entry.zero & valid, valid), pack_second(second, side))
 
 
 def _counted(index: Index, changed: dict[bytes, bytes]) -> dict[int, LayerRecord | None]:
@@ -174,6 +186,6 @@ def _counted(index: Index, changed: dict[bytes, bytes]) -> dict[int, LayerRecord
 
 
 def _add(total: list[int], raw: bytes) -> None:
-    words = array("Q", raw[: len(raw) // 8 * 8])
-    total[0] += sum(1 for word in words if word >> SLOT_SHIFT)
-    total[1] += sum((word & FULL).bit_count() for word in words[:PAGE_BLOCKS])
+    raw = raw[: len(raw) // 8 * 8]
+    total[0] += len(slots_in(raw))
+    total[1] += sum(valid_of(word).bit_count() for word in array("Q", raw)[:PAGE_BLOCKS])

@@ -59,7 +59,7 @@ class Report:
     faults: list[Fault] = field(default_factory=list)
     #: nothing can be repaired: the text says why
     hopeless: str = ""
-    #: by key: layer << 32 | block
+    #: by key of the block
     fixes: dict[int, Fix] = field(default_factory=dict)
     #: whole pages that cannot be read, by their key in the index; whether they may hold private data
     pages: dict[bytes, bool] = field(default_factory=dict)

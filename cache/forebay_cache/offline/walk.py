@@ -9,16 +9,22 @@ import json
 import struct
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import lmdb
 
 from forebay_cache.device.device import Device, Progress
+from forebay_cache.format.entry import (
+    Entry,
+    block_key,
+    block_of_key,
+    entry_at,
+    layer_of_key,
+)
 from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, SECTOR, SECTORS, sector_runs
 from forebay_cache.index.index import GROUP_KEY, LAYER_KEY, PAGE_KEY, TABLES, LayerRecord, Meta
 from forebay_cache.index.sums import GROUP, SIZE
-from forebay_cache.layers.layer import SLOT_SHIFT, ZERO_SHIFT
 from forebay_cache.offline.claims import Pending
 from forebay_cache.offline.report import Fault, Fix, Report
 from forebay_cache.upkeep.medium import UNREADABLE, Medium, matching
@@ -61,44 +67,24 @@ class Tables:
         return self._group[1][n * SIZE : (n + 1) * SIZE]
 
 
-@dataclass
-class Entry:
-    """What a page says of one block, in units of ``geometry``."""
+class Located(NamedTuple):
+    """What a page says of one block, and which block that is."""
 
-    ident: int
+    layer: int
     block: int
     record: LayerRecord
-    word: int
-    second: int
+    entry: Entry
 
     @property
     def key(self) -> int:
         """Of the block, among all layers."""
-        return self.ident << 32 | self.block
-
-    @property
-    def data(self) -> int:
-        """Mask of the sectors that lie in a slot."""
-        return self.word & ~(self.word >> ZERO_SHIFT) & FULL
-
-    def places(self) -> list[tuple[int, int]]:
-        """(slot, mask of the sectors that lie there) for each slot it names, whether or not anything does."""
-        data = self.data
-        side = self.second & data if self.record.private else 0
-        found = [((self.word >> SLOT_SHIFT) - 1, data & ~side)]
-        if self.record.private:
-            found.append(((self.second >> SLOT_SHIFT) - 1, side))
-        return [(slot, mask) for slot, mask in found if slot >= 0 or mask]
+        return block_key(self.layer, self.block)
 
     def nonsense(self, slots: int, frontier: int) -> str:
-        """What about it cannot be, whatever lies on the device."""
-        if self.word >> ZERO_SHIFT & ~self.word & FULL:
-            return "zeros that are not valid"
-        if self.record.private and self.second >> SECTORS & FULL:
-            return "bits that have no meaning"
-        for slot, mask in self.places():
-            if slot < 0:
-                return f"sectors {mask:#06x} lie in no slot"
+        """What about it cannot be, whatever lies on the device; empty if nothing."""
+        if fault := self.entry.fault():
+            return fault
+        for slot, _ in self.entry.places():
             if slot >= min(slots, frontier):
                 return f"names slot {slot}, of {slots} of which {frontier} were ever used"
         return ""
@@ -118,7 +104,7 @@ class Walk:
         self._frontier = max([meta.frontier, *(slot + 1 for slot in self._pending.slots)])
         self._sums = lru_cache(maxsize=64)(medium.sums)
         self._owners = array("Q", bytes(8 * device.slots))  # key of the block, + 1
-        self._named: dict[int, Entry] = {}  # private blocks that the journal has something of
+        self._named: dict[int, Located] = {}  # private blocks that the journal has something of
 
     def run(self, progress: Progress) -> None:
         """All of it; ``progress`` gets bytes of the device. Raises OSError, and what LMDB raises."""
@@ -193,83 +179,83 @@ class Walk:
         else:
             words = array("Q", raw)
             for i in range(PAGE_BLOCKS):
-                word, second = words[i], words[PAGE_BLOCKS + i] if record.private else 0
-                if word or second:
-                    self._entry(Entry(ident, number * PAGE_BLOCKS + i, record, word, second))
+                entry = entry_at(words, i)
+                if any(entry):
+                    self._entry(Located(ident, number * PAGE_BLOCKS + i, record, entry))
 
     def _bad_page(self, key: bytes, text: str, private: bool) -> None:
         self._report.wrong(text, private=private)
         self._report.pages[key] = private
 
-    def _entry(self, entry: Entry) -> None:
-        text, what = entry.nonsense(self._device.slots, self._frontier), "index"
+    def _entry(self, found: Located) -> None:
+        text, what = found.nonsense(self._device.slots, self._frontier), "index"
         if not text:
-            text, what = self._claimed_twice(entry), "overlap"
+            text, what = self._claimed_twice(found), "overlap"
         if text:
-            self._wrong_entry(entry, text, what)
+            self._wrong_entry(found, text, what)
             return
-        counted = self._counted[entry.ident]
-        for slot, mask in entry.places():
+        counted = self._counted[found.layer]
+        for slot, mask in found.entry.places():
             counted[0] += 1
-            self._own(slot, entry)
-            if mask and not entry.record.dead:
-                self._check_place(entry, slot, mask)
-        counted[1] += (entry.word & FULL).bit_count()
-        if entry.record.private and entry.key in self._pending.claims:
-            self._named[entry.key] = entry
+            self._own(slot, found)
+            if mask and not found.record.dead:
+                self._check_place(found, slot, mask)
+        counted[1] += found.entry.valid.bit_count()
+        if found.record.private and found.key in self._pending.claims:
+            self._named[found.key] = found
 
-    def _claimed_twice(self, entry: Entry) -> str:
-        slots = [slot for slot, _ in entry.places()]
+    def _claimed_twice(self, found: Located) -> str:
+        slots = [slot for slot, _ in found.entry.places()]
         for slot in slots:
             owner = self._owners[slot]
             if owner or slots.count(slot) > 1:
-                other = self._name((owner or entry.key + 1) - 1)
+                other = self._name((owner or found.key + 1) - 1)
                 return f"slot {slot} belongs to {other} as well"
         return ""
 
     def _name(self, key: int) -> str:
-        record = self._layers.get(key >> 32)
-        layer = f"'{record.name}'" if record else f"layer {key >> 32}"
-        return f"block {key & 0xFFFFFFFF} of {layer}"
+        record = self._layers.get(layer_of_key(key))
+        layer = f"'{record.name}'" if record else f"layer {layer_of_key(key)}"
+        return f"block {block_of_key(key)} of {layer}"
 
-    def _own(self, slot: int, entry: Entry) -> None:
-        self._owners[slot] = entry.key + 1
+    def _own(self, slot: int, found: Located) -> None:
+        self._owners[slot] = found.key + 1
         self._report.used_slots += 1
-        if entry.record.private:
+        if found.record.private:
             self._report.private_slots += 1
         else:
             self._report.clean_slots += 1
 
-    def _wrong_entry(self, entry: Entry, text: str, what: str) -> None:
-        record = entry.record
+    def _wrong_entry(self, found: Located, text: str, what: str) -> None:
+        record = found.record
         self._report.wrong(
-            f"{self._name(entry.key)}: {text}",
+            f"{self._name(found.key)}: {text}",
             what,
             layer=record.name,
             private=record.private,
-            offset=entry.block * BLOCK,
+            offset=found.block * BLOCK,
             length=BLOCK,
-            slot=(entry.word >> SLOT_SHIFT) - 1,
+            slot=found.entry.slots[0],
         )
-        self._report.fixes[entry.key] = Fix(record.private and not record.dead, entry=True)
+        self._report.fixes[found.key] = Fix(record.private and not record.dead, entry=True)
 
     # -- the device -------------------------------------------------------------------------------------------
 
-    def _check_place(self, entry: Entry, slot: int, mask: int) -> None:
+    def _check_place(self, found: Located, slot: int, mask: int) -> None:
         self._report.checked_bytes += BLOCK
-        mask &= ~self._does_not_count(entry)
+        mask &= ~self._does_not_count(found)
         bad = mask & ~matching(self._sums(slot), self._tables.sums(slot))
         if bad:
-            self._damaged(entry.key, entry.record, slot, bad)
+            self._damaged(found.key, found.record, slot, bad)
 
-    def _does_not_count(self, entry: Entry) -> int:
+    def _does_not_count(self, found: Located) -> int:
         """Sectors that the next start drops, or of which the journal says something newer."""
-        if entry.record.private:
-            return self._pending.named(entry.key)
-        region = entry.ident, entry.block // PAGE_BLOCKS
+        if found.record.private:
+            return self._pending.named(found.key)
+        region = found.layer, found.block // PAGE_BLOCKS
         if not self._survived and region in self._hot:
             return FULL
-        return self._pending.dropped.get(entry.key, 0)
+        return self._pending.dropped.get(found.key, 0)
 
     def _damaged(self, key: int, record: LayerRecord, slot: int, bad: int) -> None:
         report = self._report
@@ -288,7 +274,7 @@ class Walk:
                     f"{'dirty' if record.private else 'clean'} data of {self._name(key)}",
                     record.name,
                     record.private,
-                    (key & 0xFFFFFFFF) * BLOCK + first * SECTOR,
+                    block_of_key(key) * BLOCK + first * SECTOR,
                     count * SECTOR,
                     slot,
                 )
@@ -299,7 +285,7 @@ class Walk:
     def _check_slots_of_journal(self) -> None:
         """Slots that are named by records only are in use too."""
         for slot, key in self._pending.slots.items():
-            record = self._layers.get(key >> 32)
+            record = self._layers.get(layer_of_key(key))
             if record is None or record.dead:
                 continue  # recovery passes these records over
             if slot >= self._device.slots:
@@ -320,28 +306,30 @@ class Walk:
 
     def _check_claims(self, key: int) -> None:
         """One of the claims of each sector holds, or what the index says of it does."""
-        record = self._layers.get(key >> 32)
+        record = self._layers.get(layer_of_key(key))
         if record is None or record.dead:
             return
-        entry = self._named.get(key) or Entry(key >> 32, key & 0xFFFFFFFF, record, 0, 0)
+        found = self._named.get(key)
+        if found is None:
+            found = Located(layer_of_key(key), block_of_key(key), record, Entry(0))
         bad = 0
         for sector, claims in self._pending.claims[key].items():
             self._report.checked_bytes += SECTOR
             if not any(claim is None or self._lies(*claim, sector) for claim in claims):
-                bad |= (not self._index_holds(entry, sector)) << sector
+                bad |= (not self._index_holds(found, sector)) << sector
         if bad:
-            slot = next((s for s, mask in entry.places() if mask & bad), -1)
+            slot = next((s for s, mask in found.entry.places() if mask & bad), -1)
             self._damaged(key, record, slot, bad)
 
     def _lies(self, slot: int, crc: int, sector: int) -> bool:
         return slot < self._device.slots and self._sums(slot)[sector] == crc
 
-    def _index_holds(self, entry: Entry, sector: int) -> bool:
+    def _index_holds(self, found: Located, sector: int) -> bool:
         """Nothing, or zeros, was true before the first claim: that may be gone after a power loss, or unanswered."""
-        if not entry.word >> sector & 1 or entry.word >> ZERO_SHIFT >> sector & 1:
-            last = self._pending.last.get(entry.key, 0) >> sector & 1
+        if not found.entry.data >> sector & 1:
+            last = self._pending.last.get(found.key, 0) >> sector & 1
             return not self._survived or bool(last)
-        for slot, mask in entry.places():
+        for slot, mask in found.entry.places():
             if mask >> sector & 1:
                 return bool(matching(self._sums(slot), self._tables.sums(slot)) >> sector & 1)
         return False
@@ -354,7 +342,9 @@ class Walk:
             record = self._layers[ident]
             if record.dead or (record.slots, record.sectors) == (slots, sectors):
                 continue
-            if ident in self._pending.made or any(key >> 32 == ident for key in self._report.fixes):
+            if ident in self._pending.made or any(
+                layer_of_key(key) == ident for key in self._report.fixes
+            ):
                 continue  # not in the index yet; or what is forgotten counts differently
             self._report.totals = False
             self._report.wrong(

@@ -19,9 +19,12 @@ import trio
 
 from forebay_cache.cache import Cache
 from forebay_cache.device.device import Buffer
+from forebay_cache.format.entry import ALL_ZERO, Entry, entry_at, whole_private_slot, whole_slot
 from forebay_cache.format.geometry import (
     BLOCK,
-    FULL,
+    BLOCK_SHIFT,
+    IN_BLOCK,
+    IN_PAGE,
     MASKS,
     PAGE_BLOCKS,
     PAGE_SHIFT,
@@ -33,7 +36,7 @@ from forebay_cache.format.geometry import (
     covered,
 )
 from forebay_cache.index.sums import SIZE, checksums
-from forebay_cache.layers.layer import SLOT_SHIFT, ZERO_SHIFT, Layer
+from forebay_cache.layers.layer import Layer
 from forebay_cache.slots.placement import TOUCHED
 
 log = logging.getLogger(__name__)
@@ -84,71 +87,49 @@ class View:
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
         """A range inside one block, if it can be had at once as one buffer; else None."""
-        start = offset & 0xFFFF
-        if start + length > BLOCK or not length or offset >= self.lookahead:
+        start = offset & IN_BLOCK
+        end = start + length
+        if end > BLOCK or not length or offset >= self.lookahead:
             return None
-        need = MASKS[start >> SECTOR_SHIFT][(start + length - 1) >> SECTOR_SHIFT]
+        need = MASKS[start >> SECTOR_SHIFT][(end - 1) >> SECTOR_SHIFT]
         number = offset >> PAGE_SHIFT
-        i = (offset >> 16) & 63
+        i = offset >> BLOCK_SHIFT & IN_PAGE
         for layer in self.private:
             if layer.sectors:
-                page = layer.pages.get(number, layer.missing)
+                page = layer.pages.get(number)
                 if page is None:
-                    return None
+                    if layer.missing is None:
+                        return None
+                    continue
                 word = page[i]
                 if word & need:
-                    return self._private_now(page, i, need, start, length)
-        layer_ = self.clean
-        if layer_ is None:
-            return None
-        page = layer_.pages.get(number)
-        if page is None:
-            return None
-        word = page[i]
-        if word & need != need:
-            return None
-        if word >> ZERO_SHIFT & need:
-            if word >> ZERO_SHIFT & need != need:
+                    slot = whole_private_slot(word, page[PAGE_BLOCKS + i], need)
+                    if slot < 0 or self._ready[slot] & need != need:
+                        return self._zeros_now(slot, length)
+                    break
+        else:
+            clean = self.clean
+            if clean is None:
                 return None
-            self.hits += 1
-            self.read_bytes += length
-            return ZERO_BLOCK[:length] if length != BLOCK else ZERO_BLOCK
-        slot = (word >> SLOT_SHIFT) - 1
-        if self._ready[slot] & need != need:
-            return None
-        self._state[slot] |= TOUCHED
+            try:
+                slot = whole_slot(clean.pages[number][i], need)
+            except KeyError:
+                return None
+            if slot < 0 or self._ready[slot] & need != need:
+                return self._zeros_now(slot, length)
+            self._state[slot] |= TOUCHED
         self.hits += 1
         self.read_bytes += length
-        at = self._data + (slot << 16) + start
+        at = self._data + (slot << BLOCK_SHIFT) + start
         return self._map[at : at + length]
 
-    def _private_now(
-        self, page: array[int], i: int, need: int, start: int, length: int
-    ) -> Buffer | None:
-        word = page[i]
-        if word & need != need:
-            return None
-        zero = word >> ZERO_SHIFT & need
-        if zero:
-            if zero != need:
-                return None
-            self.hits += 1
-            self.read_bytes += length
-            return ZERO_BLOCK[:length]
-        second = page[PAGE_BLOCKS + i]
-        side = second & need
-        if not side:
-            slot = (word >> SLOT_SHIFT) - 1
-        elif side == need:
-            slot = (second >> SLOT_SHIFT) - 1
-        else:
-            return None
-        if self._ready[slot] & need != need:
+    def _zeros_now(self, slot: int, length: int) -> Buffer | None:
+        """What :meth:`read_now` returns where the sectors are not ready in one ``slot``: zeros if they are that."""
+        if slot != ALL_ZERO:
             return None
         self.hits += 1
         self.read_bytes += length
-        at = self._data + (slot << 16) + start
-        return self._map[at : at + length]
+        return ZERO_BLOCK[:length] if length != BLOCK else ZERO_BLOCK
 
     async def read(self, offset: int, length: int, *, slices: bool = False) -> list[Buffer]:
         """The bytes, from wherever they are.
@@ -216,38 +197,28 @@ class View:
         for layer in self.private:
             if not layer.sectors:
                 continue
-            page = self.cache.page(layer, number)
-            word, second = page[i], page[PAGE_BLOCKS + i]
-            hit = word & need & FULL
-            if hit:
-                zero = word >> ZERO_SHIFT & hit
-                side = second & hit & ~zero
-                sources.append((zero, ZEROS, True))
-                sources.append((side, (second >> SLOT_SHIFT) - 1, True))
-                sources.append((hit & ~zero & ~side, (word >> SLOT_SHIFT) - 1, True))
-                need &= ~hit
+            entry = entry_at(self.cache.page(layer, number), i)
+            if entry.valid & need:
+                sources += _sources(entry, need, private=True)
+                need &= ~entry.valid
         if self.clean is not None and need:
-            page = self.cache.page(self.clean, number)
-            word = page[i]
-            hit = word & need & FULL
-            zero = word >> ZERO_SHIFT & hit
-            sources.append((zero, ZEROS, False))
-            sources.append((hit & ~zero, (word >> SLOT_SHIFT) - 1, False))
-            need &= ~hit
+            entry = entry_at(self.cache.page(self.clean, number), i)
+            sources += _sources(entry, need, private=False)
+            need &= ~entry.valid
         sources.append((need, ORIGIN, False))
         return _cut(block, start, length, [s for s in sources if s[0]])
 
     def _is_ready(self, piece: Piece) -> bool:
         if piece.slot < 0:
             return False
-        mask = covered(piece.offset & 0xFFFF, piece.length)
+        mask = covered(piece.offset & IN_BLOCK, piece.length)
         return self._ready[piece.slot] & mask == mask
 
     def _slice(self, piece: Piece) -> Buffer:
         if piece.slot == ZEROS:
             return _zeros(piece.length)
         self._state[piece.slot] |= TOUCHED
-        at = self._data + (piece.slot << 16) + (piece.offset & 0xFFFF)
+        at = self._data + (piece.slot << BLOCK_SHIFT) + (piece.offset & IN_BLOCK)
         return self._map[at : at + piece.length]
 
     def _ready_ones(self, pieces: list[Piece], *, slices: bool) -> list[Buffer] | None:
@@ -262,14 +233,14 @@ class View:
 
     def _copy(self, piece: Piece) -> bytes | None:
         """A piece that is ready, copied; None: it was not, for the device had to be read, or cannot be."""
-        at = self._data + (piece.slot << 16) + (piece.offset & 0xFFFF)
+        at = self._data + (piece.slot << BLOCK_SHIFT) + (piece.offset & IN_BLOCK)
         before = _read_from_disks()
         try:
             data = self.cache.device.read(at, piece.length)
         except OSError:
             data = None
         if data is None or _read_from_disks() != before:
-            self._ready[piece.slot] &= ~covered(piece.offset & 0xFFFF, piece.length)
+            self._ready[piece.slot] &= ~covered(piece.offset & IN_BLOCK, piece.length)
             return None
         self._state[piece.slot] |= TOUCHED
         return data
@@ -325,7 +296,7 @@ class View:
             data, found, stored = read[piece.slot]
             now = cache.sums.get(piece.slot) or stored
             good = matching(found, now)
-            start = piece.offset & 0xFFFF
+            start = piece.offset & IN_BLOCK
             need = covered(start, piece.length)
             if now == (before[piece.slot] or stored):
                 self._ready[piece.slot] &= good  # the rest is not what was checked once
@@ -343,7 +314,7 @@ class View:
         """Give damaged clean blocks up; they are fetched again. Raises OSError(EIO) for private data."""
         cache = self.cache
         for piece in bad:
-            block = piece.offset >> 16
+            block = piece.offset >> BLOCK_SHIFT
             if cache.failed is not None and not piece.private:
                 assert self.clean is not None
                 cache.retire(self.clean, block, piece.slot)
@@ -425,18 +396,28 @@ def _read_from_disks() -> int:
 
 
 def _same_block(a: Piece, b: Piece) -> bool:
-    return a.offset >> 16 == b.offset >> 16
+    return a.offset >> BLOCK_SHIFT == b.offset >> BLOCK_SHIFT
 
 
 def _zeros(length: int) -> Buffer:
     return ZERO_BLOCK[:length] if length <= BLOCK else bytes(length)
 
 
+def _sources(entry: Entry, need: int, *, private: bool) -> list[tuple[int, int, bool]]:
+    """Which of the sectors ``need`` an entry has: (mask, slot or ZEROS, private)."""
+    (first, second), (data, side) = entry.slots, entry.sides
+    return [
+        (entry.zero & entry.valid & need, ZEROS, private),
+        (side & need, second, private),
+        (data & need, first, private),
+    ]
+
+
 def _cut(block: int, start: int, length: int, sources: list[tuple[int, int, bool]]) -> list[Piece]:
     """Pieces of one block, in order, from disjoint masks that together cover the range."""
     if len(sources) == 1:
         _, slot, private = sources[0]
-        return [Piece((block << 16) + start, length, slot, private)]
+        return [Piece((block << BLOCK_SHIFT) + start, length, slot, private)]
     pieces: list[Piece] = []
     at, end = start, start + length
     while at < end:
@@ -447,6 +428,6 @@ def _cut(block: int, start: int, length: int, sources: list[tuple[int, int, bool
         if last and last.slot == slot:
             pieces[-1] = last._replace(length=last.length + stop - at)
         else:
-            pieces.append(Piece((block << 16) + at, stop - at, slot, private))
+            pieces.append(Piece((block << BLOCK_SHIFT) + at, stop - at, slot, private))
         at = stop
     return pieces

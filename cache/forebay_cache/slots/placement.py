@@ -35,6 +35,8 @@ _FRESH_SHARE: Final = 40  # one slot in so many is fresh, see _settle()
 _FRESH_MAX: Final = 1024  # but no more than 64 MiB of blocks
 _GHOST_SHARE: Final = 4  # one slot in so many gets an entry in a generation of ghosts
 _GHOST_MAX: Final = 1 << 22  # entries: 8 MiB
+_MARK_BITS: Final = 16  # of a key in a generation of ghosts
+_MARK: Final = (1 << _MARK_BITS) - 1
 _RECYCLED_MAX: Final = 1 << 14  # free slots remembered by number; the others are found by search
 
 
@@ -104,7 +106,7 @@ class _Ghost:
 
     def _place(self, key: int) -> tuple[int, int]:
         mixed = hash((key, key >> 61))  # mixes all bits, which an integer's own hash does not
-        return (mixed >> 16) & ((1 << self._bits) - 1), (mixed & 0xFFFF) or 1
+        return (mixed >> _MARK_BITS) & ((1 << self._bits) - 1), (mixed & _MARK) or 1
 
     def add(self, key: int) -> None:
         if self._added >= self._limit:

@@ -17,6 +17,7 @@ import trio
 from forebay_cache.cache import Cache
 from forebay_cache.device.device import Device, open_device, read_superblock, write_copy
 from forebay_cache.errors import CacheError
+from forebay_cache.format.entry import block_of_key, layer_of_key
 from forebay_cache.format.geometry import PAGE_BLOCKS, SECTOR, SECTORS, sector_runs
 from forebay_cache.index.sums import SIZE, checksums
 from forebay_cache.layers.layer import Layer
@@ -121,9 +122,9 @@ async def _rewrite_all(cache: Cache, done: Revived) -> None:
         while slot in cache.storing:  # noqa: ASYNC110 - nobody tells
             await trio.sleep(_STORING_STEP)
         key = cache.owner[slot]
-        layer = cache.layers.get(key >> 32)
+        layer = cache.layers.get(layer_of_key(key))
         if layer is not None and not layer.dead:
-            await _rewrite(cache, layer, key & 0xFFFFFFFF, slot, done)
+            await _rewrite(cache, layer, block_of_key(key), slot, done)
 
 
 async def _rewrite(cache: Cache, layer: Layer, block: int, slot: int, done: Revived) -> None:

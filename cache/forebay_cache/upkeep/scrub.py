@@ -15,9 +15,10 @@ import trio
 
 from forebay_cache.blocks.settle import pages_of
 from forebay_cache.cache import Cache
-from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, SECTOR, sector_runs
+from forebay_cache.format.entry import block_key, entry_at, has_slot, valid_of
+from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, sector_runs
 from forebay_cache.index.sums import SIZE
-from forebay_cache.layers.layer import ABSENT, SLOT_SHIFT, ZERO_SHIFT, Layer
+from forebay_cache.layers.layer import ABSENT, Layer
 from forebay_cache.upkeep.medium import UNREADABLE, LastInLine, Medium, matching
 
 #: What is told one by one; of more damage there are counts only.
@@ -204,32 +205,20 @@ async def _stand_aside(busy: Callable[[], bool], took: float) -> None:
 
 def held(layer: Layer, number: int, i: int) -> list[tuple[int, int]]:
     """Slots of one block, each with the mask of sectors that lie there."""
-    page = layer.pages.get(number, ABSENT)
-    word = page[i]
-    data = word & ~(word >> ZERO_SHIFT) & FULL
-    side = page[PAGE_BLOCKS + i] & data if layer.private else 0
-    slots = [((word >> SLOT_SHIFT) - 1, data & ~side)]
-    if layer.private:
-        slots.append(((page[PAGE_BLOCKS + i] >> SLOT_SHIFT) - 1, side))
-    return [(slot, mask) for slot, mask in slots if slot >= 0 and mask]
+    entry = entry_at(layer.pages.get(number, ABSENT), i)
+    return [(slot, mask) for slot, mask in entry.places() if slot >= 0 and mask]
 
 
 def _nonsense(cache: Cache, layer: Layer, number: int, i: int) -> int:
     """The slot, + 1, that an entry names and cannot have; -1 for another entry that cannot be; 0: all is well."""
-    page = layer.pages.get(number, ABSENT)
-    word = page[i]
-    second = page[PAGE_BLOCKS + i] if layer.private else 0
-    data = word & ~(word >> ZERO_SHIFT) & FULL
-    if word >> ZERO_SHIFT & FULL & ~word:
+    entry = entry_at(layer.pages.get(number, ABSENT), i)
+    if entry.fault():
         return -1
-    for entry, need in ((word, data & ~second), (second, data & second)):
-        slot = (entry >> SLOT_SHIFT) - 1
-        if slot < 0 and need:
-            return -1
+    owner = block_key(layer.id, number * PAGE_BLOCKS + i)
+    for slot, _ in entry.places():
         if slot >= cache.device.slots:
             return slot + 1
-        owner = layer.id << 32 | number * PAGE_BLOCKS + i
-        if slot >= 0 and cache.scan is None and cache.owner[slot] != owner and not layer.dead:
+        if cache.scan is None and cache.owner[slot] != owner and not layer.dead:
             return slot + 1
     return 0
 
@@ -238,6 +227,6 @@ def _forget(layer: Layer, number: int, i: int) -> None:
     """Drop an entry of a clean layer. Its slot is left alone: it is another's, or none."""
     page = layer.writable(number)
     word = page[i]
-    layer.sectors -= (word & FULL).bit_count()
-    layer.slots -= bool(word >> SLOT_SHIFT)
+    layer.sectors -= valid_of(word).bit_count()
+    layer.slots -= has_slot(word)
     page[i] = 0
