@@ -341,9 +341,7 @@ class Oracle:
             gateway = Gateway(self._host.config, cache, nursery)
             record = Record.read(known)
             source, settings = gateway._source(DISK, record, record.size)
-            disk = await Disk.open(
-                gateway._images, DISK, source, settings, read_only=False, overlay=False
-            )
+            disk = await Disk.open(gateway._images, source, settings)
             stack.push_async_callback(_let_go, disk)
             if disk.image.origin is None or disk.image.conflict is not None:
                 raise Broken(f"{disk.image.unreachable or disk.image.conflict}")
@@ -353,7 +351,7 @@ class Oracle:
             await self._contents(disk, ledger, floor)
 
     async def _contents(self, disk: Disk, ledger: Ledger, floor: dict[int, int]) -> None:
-        cache = disk.block_cache
+        cache = disk.image.cache
         found = await _read(disk)
         if why := ledger.wrong(found, floor):
             raise Broken(f"in mode {disk.mode}: {why}")
@@ -428,7 +426,7 @@ async def _clean_is_clean(disk: Disk, image: bytes) -> None:
         return image[offset : offset + length]
 
     await disk.view.load(0, disk.size)
-    view = View(disk.block_cache, [], disk.image.layer, fetch)
+    view = View(disk.image.cache, [], disk.image.layer, fetch)
     for piece in disk.view.plan(0, disk.size):
         if not piece.private and piece.slot >= 0:
             data = b"".join(bytes(part) for part in await view.read(piece.offset, piece.length))

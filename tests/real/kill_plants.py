@@ -146,8 +146,8 @@ POINTS = (
     Point("detach: closed", f"{GATEWAY}.disk.disk:Disk.close"),
     Point("detach: released", f"{GATEWAY}.image.source:Source.release"),
     Point("mode: finished", f"{GATEWAY}.checkpoint.schedule:WriteBack.finish"),
-    Point("mode: chosen", f"{GATEWAY}.disk.disk:Disk._choose"),
-    Point("mode: changed", f"{GATEWAY}.disk.disk:Disk.set_mode"),
+    Point("mode: chosen", f"{GATEWAY}.disk.modes:Modes.choose"),
+    Point("mode: changed", f"{GATEWAY}.disk.modes:Modes.change"),
     Point("pinned", f"{CACHE}.blocks.settle:pin_layer"),
     # a start
     Point("start: replayed", f"{CACHE}.offline.recovery:_Replay.apply"),

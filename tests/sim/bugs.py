@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import trio
 
-import forebay.disk.policies
+import forebay.disk.origin_writes
 import forebay_cache.blocks.private
 from forebay.image.image import Image
 from forebay_cache.cache import Cache
@@ -60,4 +60,4 @@ def no_region_log(replace: Replace) -> None:
     async def mark_hot(*_: object) -> None:
         await trio.lowlevel.checkpoint()
 
-    replace(forebay.disk.policies, "mark_hot", mark_hot)
+    replace(forebay.disk.origin_writes, "mark_hot", mark_hot)

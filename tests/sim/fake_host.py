@@ -89,14 +89,7 @@ class Host:
         source = FakeSource(self.origin, name, overlay=overlay, **of_source)
         if source.marker is not None:
             source.marker.is_dirty = self._marks.get(name, False)
-        disk = await Disk.open(
-            self.images,
-            name,
-            cast("Source", source),
-            settings,
-            read_only=False,
-            overlay=overlay,
-        )
+        disk = await Disk.open(self.images, cast("Source", source), settings)
         scope, ended = trio.CancelScope(), trio.Event()
 
         async def run(*, task_status: trio.TaskStatus[None]) -> None:

@@ -390,7 +390,7 @@ class History:
 
     async def _check_clean(self, disk: Disk, origin: FakeOrigin) -> None:
         """Where nothing private lies above it, a clean block says what the origin says."""
-        view = View(disk.block_cache, [], disk.image.layer, origin.read)
+        view = View(disk.image.cache, [], disk.image.layer, origin.read)
         for first in range(0, COUNT if disk.view.clean is not None else 0, 16):
             await disk.view.load(first * SECTOR, 16 * SECTOR)
             for piece in disk.view.plan(first * SECTOR, 16 * SECTOR):

@@ -1080,7 +1080,7 @@ def test_a_disk_does_not_enter_write_back_where_the_mount_turns_out_unsafe(tmp_p
 
         with (
             mock.patch.object(FakeSource, "check_safe", unsafe),
-            mock.patch.object(disk._policy, "flush", flush),
+            mock.patch.object(disk.modes.policy, "flush", flush),
             pytest.raises(ForebayError, match="soft"),
         ):
             await disk.set_mode(Mode.WRITE_BACK, nothing)

@@ -28,7 +28,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from forebay.disk.disk import PRIVATE_MODES, Disk
+from forebay.disk.disk import Disk
+from forebay.disk.modes import PRIVATE_MODES
 from forebay.errors import ForebayError
 from forebay.image.image import RETRY_MOST
 from forebay.units import Mode
@@ -368,7 +369,7 @@ class DiskMachine(RuleBasedStateMachine):
     async def _write(self, disk: Disk, op: Op, change: Change) -> None:
         offset, new = change.offset, change.new
         if op[0] == "zero":
-            fast = op[3] and disk.writes_private
+            fast = op[3] and disk.modes.writes_private
             await disk.zero(offset, len(new), False, op[3], fast)
         elif op[0] == "trim":
             await disk.trim(offset, len(new), op[3])

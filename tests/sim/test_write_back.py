@@ -16,7 +16,8 @@ from forebay.checkpoint.dirty import left_dirty
 from forebay.config.model import DiskSettings
 from forebay.disk.copy import preload_range
 from forebay.disk.disk import Disk
-from forebay.disk.policies import OriginWrites, PrivateOrOrigin
+from forebay.disk.fallback import PrivateOrOrigin
+from forebay.disk.origin_writes import OriginWrites
 from forebay.errors import ForebayError
 from forebay.units import Mode
 from forebay_cache import Cache
@@ -449,7 +450,7 @@ def test_misses_go_first(tmp_path: Path, work: str) -> None:
                     await disk.writeback.checkpoint()
                     began = store.began
                 else:
-                    await preload_range(disk, 8 * MIB, nothing)
+                    await preload_range(disk.image, disk.counters, 8 * MIB, nothing)
         assert landed > 0
         assert min(began) >= landed
 

@@ -197,14 +197,7 @@ class Gateway:
     async def _opened(
         self, record: Record, source: Source, settings: DiskSettings, path: Path
     ) -> Attached:
-        disk = await Disk.open(
-            self._images,
-            source.use.disk,
-            source,
-            settings,
-            read_only=record.read_only,
-            overlay=record.overlay,
-        )
+        disk = await Disk.open(self._images, source, settings)
         return Attached(record, source, disk, Listener(disk, path, self.config.gateway))
 
     async def _undo(self, attached: Attached) -> None:

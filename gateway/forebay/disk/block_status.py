@@ -1,35 +1,36 @@
 """What NBD's block status says of a disk: what is allocated (base:allocation), and what is cached (forebay:cached)."""
 
-from typing import TYPE_CHECKING
-
+from forebay.image.image import Image
+from forebay_cache import View
 from forebay_cache.format.geometry import PAGE_SHIFT
 from forebay_cache.read.view import ORIGIN, ZEROS, Piece
-
-if TYPE_CHECKING:
-    from forebay.disk.disk import Disk
 
 CACHED_CONTEXT = "forebay:cached"
 """Flags: 0 not cached, 1 clean (the image has it too), 2 private (dirty, or an overlay's own)."""
 
 NOT_CACHED, CLEAN, PRIVATE = 0, 1, 2
+
+DATA = 0
 HOLE_AND_ZERO = 3
+"""Flags of base:allocation, as the NBD protocol has them."""
 
 PAGES_MOST = 64
 """Pages of the index that one reply looks at: 256 MiB of the disk. The client asks on from there."""
 
 Extents = list[tuple[int, int]]
+"""(length in bytes, flags), one behind the other from the offset on that was asked for."""
 
 
-async def _pieces(disk: "Disk", offset: int, length: int) -> list[Piece]:
+async def _pieces(view: View, offset: int, length: int) -> list[Piece]:
     end = min(offset + length, ((offset >> PAGE_SHIFT) + PAGES_MOST) << PAGE_SHIFT)
-    await disk.view.load(offset, end - offset)
-    return disk.view.plan(offset, end - offset)
+    await view.load(offset, end - offset)
+    return view.plan(offset, end - offset)
 
 
-async def cached(disk: "Disk", offset: int, length: int) -> Extents:
-    """Where the cache answers, from `offset` on."""
+async def cached(view: View, offset: int, length: int) -> Extents:
+    """Which parts of a range the cache has, and whether the image has them too. Raises OSError."""
     found: Extents = []
-    for piece in await _pieces(disk, offset, length):
+    for piece in await _pieces(view, offset, length):
         if piece.slot == ORIGIN:
             _add(found, piece.length, NOT_CACHED)
         else:
@@ -37,23 +38,25 @@ async def cached(disk: "Disk", offset: int, length: int) -> Extents:
     return found
 
 
-async def allocation(disk: "Disk", offset: int, length: int) -> Extents:
-    """Holes and data as a reader finds them: the cache's word where it has one, the origin's elsewhere."""
+async def allocation(view: View, image: Image, offset: int, length: int) -> Extents:
+    """Holes and data as a reader finds them: what the cache says where it has something, elsewhere what the image says.
+
+    Where the image cannot be reached it counts as data. Raises OSError.
+    """
     found: Extents = []
-    for piece in await _pieces(disk, offset, length):
+    for piece in await _pieces(view, offset, length):
         if piece.slot == ZEROS:
             _add(found, piece.length, HOLE_AND_ZERO)
-        elif piece.slot != ORIGIN:
-            _add(found, piece.length, 0)
-        elif disk.image.origin is None:
-            _add(found, piece.length, 0)  # data, for all anybody knows
+        elif piece.slot != ORIGIN or image.origin is None:
+            _add(found, piece.length, DATA)
         else:
-            for part, flags in await disk.image.origin.extents(piece.offset, piece.length):
+            for part, flags in await image.origin.extents(piece.offset, piece.length):
                 _add(found, part, flags)
     return found
 
 
 def _add(found: Extents, length: int, flags: int) -> None:
+    """Append an extent, joined with the last one if that has the same flags."""
     if found and found[-1][1] == flags:
         found[-1] = (found[-1][0] + length, flags)
     else:

@@ -1,17 +1,15 @@
 """Bringing an image in ahead of its readers: preload of a part, and the full copy. Guests' misses come first."""
 
 import logging
-from typing import TYPE_CHECKING
 
 import trio
 
+from forebay.checkpoint.counters import Counters
+from forebay.checkpoint.steps import Progress
+from forebay.image.image import Image
 from forebay_cache import pin_layer
 from forebay_cache.blocks import clean
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR
-
-if TYPE_CHECKING:
-    from forebay.checkpoint.steps import Progress
-    from forebay.disk.disk import Disk
 
 log = logging.getLogger("forebay.hydrate")
 
@@ -25,30 +23,35 @@ HOLE = 2
 """NBD's flag for a range that reads as zeros."""
 
 YIELD_SECONDS = 0.005
+"""How long a fetch waits before it looks again whether guests wait for the image."""
+
 RETRY_SECONDS = 5.0
+"""How soon a full copy that the image or the cache stopped goes on."""
+
+NEARLY = 0.999
+"""The most that a full copy says of itself before it has looked whether anything is missing."""
 
 
-async def preload_range(disk: "Disk", length: int, progress: "Progress") -> None:
-    """Have the first `length` bytes in the cache. Raises OSError. What is there already costs nothing."""
+async def preload_range(image: Image, counters: Counters, length: int, progress: Progress) -> None:
+    """Have the first `length` bytes in the cache; what is there already costs nothing. Raises OSError."""
     progress(0, length)
     for start in range(0, length, STEP):
-        disk.block_cache.check()
-        await _step(disk, start, min(STEP, length - start))
+        image.cache.check()
+        await _bring_in(image, counters, start, min(STEP, length - start))
         progress(min(start + STEP, length), length)
 
 
-async def _step(disk: "Disk", offset: int, length: int) -> None:
-    filler = disk.image.filler
-    await _note_holes(disk, offset, length)
-    gaps = iter(await filler.missing(offset, length))
+async def _bring_in(image: Image, counters: Counters, offset: int, length: int) -> None:
+    """Have one range in the cache, by STREAMS fetches at the same time. Raises OSError, the first one."""
+    await _note_holes(image, offset, length)
+    gaps = iter(await image.filler.missing(offset, length))
     errors: list[OSError] = []
 
     async def stream() -> None:
         for start, part in gaps:
-            while filler.waiting:  # noqa: ASYNC110  (guests' misses come and go all the time)
-                await trio.sleep(YIELD_SECONDS)
+            await _let_misses_go_first(image)
             try:
-                await filler.prefetch(start, part, disk.counters, background=True)
+                await image.filler.prefetch(start, part, counters, background=True)
             except OSError as error:
                 errors.append(error)
                 return
@@ -60,13 +63,18 @@ async def _step(disk: "Disk", offset: int, length: int) -> None:
         raise errors[0]
 
 
-async def _note_holes(disk: "Disk", offset: int, length: int) -> None:
-    """Remember the holes of a sparse image without reading them."""
-    layer = disk.image.layer
+async def _let_misses_go_first(image: Image) -> None:
+    while image.filler.waiting:  # noqa: ASYNC110  (guests' misses come and go all the time)
+        await trio.sleep(YIELD_SECONDS)
+
+
+async def _note_holes(image: Image, offset: int, length: int) -> None:
+    """Remember the holes of a sparse image without reading them. Raises OSError."""
+    cache, layer = image.cache, image.layer
     blocks = range(offset // BLOCK, -(-(offset + length) // BLOCK))
-    with clean.filling(disk.block_cache, layer, blocks) as cells:
-        extents = await disk.image.reached().extents(offset, length)
-        await disk.block_cache.load(layer, {b // PAGE_BLOCKS for b in blocks})
+    with clean.filling(cache, layer, blocks) as cells:
+        extents = await image.reached().extents(offset, length)
+        await cache.load(layer, {b // PAGE_BLOCKS for b in blocks})
         at = offset
         for part, flags in extents:
             first, last = -(-at // SECTOR) * SECTOR, (at + part) // SECTOR * SECTOR
@@ -75,31 +83,71 @@ async def _note_holes(disk: "Disk", offset: int, length: int) -> None:
             at += part
 
 
-async def hydrate(disk: "Disk", scope: trio.CancelScope) -> None:
-    """Copy the whole image in and keep it, however often the origin fails meanwhile."""
+class FullCopy:
+    """The copy of a whole image that one disk in mode full-copy keeps in the cache.
 
-    def progress(done: int, total: int) -> None:
-        disk.copied = min(disk.copied or 0.0, 0.999) if done < total else 0.999
-        disk.copied = max(disk.copied, 0.999 * done / total if total else 0.999)
+    The clean blocks are shared by all disks on the image, so they are kept (pinned) as long as one disk wants that.
+    """
 
-    told = ""
-    with scope:
-        while True:
-            layer = disk.image.layer  # a new one, if the image has changed meanwhile
-            try:
-                if not layer.pinned:
-                    await pin_layer(disk.block_cache, layer, pinned=True)
-                await preload_range(disk, disk.size, progress)
-                if not await disk.image.filler.missing(0, disk.size):
-                    disk.copied = 1.0
-                    return
-                full = "the cache has no room for the rest"
-                if told != full:
-                    log.warning("%s: copying paused: %s", disk.name, full)
-                told = full
-            except OSError as error:
-                text = error.strerror or str(error)
-                if text != told:
-                    log.warning("%s: copying paused: %s", disk.name, text)
-                told = text
-            await trio.sleep(RETRY_SECONDS)
+    def __init__(self, image: Image, counters: Counters, disk: str) -> None:
+        """`disk`: the name of the disk."""
+        self._image = image
+        self._counters = counters
+        self._disk = disk
+        self._scope: trio.CancelScope | None = None
+        self._told = ""  # why copying pauses, as it was said in the log last
+        self.share: float | None = None
+        """How much of the image is there, 0 to 1; None: no copy is wanted."""
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Begin, or begin anew, to copy the image in. It goes on, however often the image fails, until :meth:`stop`."""
+        self.share = 0.0
+        self._image.copied_by.add(self._disk)
+        self._scope = trio.CancelScope()
+        nursery.start_soon(self._copy, self._scope)
+
+    def stop(self) -> None:
+        """Copy no more. What is there stays, and is kept until :meth:`give_up`."""
+        if self._scope is not None:
+            self._scope.cancel()
+            self._scope = None
+
+    async def give_up(self) -> None:
+        """Let the image's blocks be evicted again, unless they are kept for another disk, too. Raises OSError."""
+        self.share = None
+        image = self._image
+        image.copied_by.discard(self._disk)
+        if image.layer.pinned and not image.copied_by:
+            await pin_layer(image.cache, image.layer, pinned=False)
+
+    async def _copy(self, scope: trio.CancelScope) -> None:
+        self._told = ""
+        with scope:
+            while True:
+                try:
+                    if await self._is_complete():
+                        self.share = 1.0
+                        return
+                    self._tell("the cache has no room for the rest")
+                except OSError as error:
+                    self._tell(error.strerror or str(error))
+                await trio.sleep(RETRY_SECONDS)
+
+    async def _is_complete(self) -> bool:
+        """Copy what can be copied now. Returns whether all of the image is there then. Raises OSError."""
+        image = self._image
+        layer = image.layer  # a new one, if the image has changed meanwhile
+        if not layer.pinned:
+            await pin_layer(image.cache, layer, pinned=True)
+        await preload_range(image, self._counters, image.size, self._progress)
+        return not await image.filler.missing(0, image.size)
+
+    def _progress(self, done: int, total: int) -> None:
+        share = NEARLY * done / total if total else NEARLY
+        self.share = max(min(self.share or 0.0, NEARLY), share)
+
+    def _tell(self, why: str) -> None:
+        """Say in the log, once, why copying pauses."""
+        if why != self._told:
+            log.warning("%s: copying paused: %s", self._disk, why)
+        self._told = why

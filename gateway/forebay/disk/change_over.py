@@ -1,0 +1,74 @@
+"""Leaving write-back without being told to: after a restart that finds another mode in the configuration, or because
+the image's store turns out to be mounted so that it may lose what it took.
+"""
+
+import logging
+
+import trio
+
+from forebay.checkpoint.dirty import Dirty
+from forebay.disk.modes import PRIVATE_MODES, Modes
+from forebay.errors import ForebayError
+from forebay.image.image import WATCH_SECONDS
+from forebay.image.source import Source
+from forebay.units import Mode
+
+log = logging.getLogger("forebay.disk")
+
+
+class ChangeOver:
+    """Of one disk. A disk that is to leave write-back stays in it until what is dirty has been written back."""
+
+    def __init__(self, source: Source, dirty: Dirty, modes: Modes) -> None:
+        self._source = source
+        self._disk = source.use.disk
+        self._dirty = dirty
+        self._modes = modes
+        self.target: Mode | None = None
+        """The mode to change to, once the disk runs; None: none."""
+
+    def decide(self) -> None:
+        """Choose the mode in which a disk comes up, after its dirty layers were found and before they are used."""
+        modes = self._modes
+        if self._dirty.mark.is_set and not modes.writes_private and self._source.use.writes:
+            # The mode was changed, or the configuration, and we ended before the data had gone to the image.
+            self.target, modes.mode = modes.mode, Mode.WRITE_BACK
+        if self._is_unsafe():
+            if self._dirty.mark.is_set:
+                self.target, modes.mode = Mode.WRITE_THROUGH, Mode.WRITE_BACK
+            else:
+                modes.mode = Mode.WRITE_THROUGH
+
+    def _is_unsafe(self) -> bool:
+        """True, and said in the log, if the store may lose what a disk in this mode has acknowledged.
+
+        That is known once the image was opened. The store was mounted otherwise since the attach, which refuses it.
+        """
+        try:
+            self._source.check_safe(self._modes.mode)
+        except ForebayError as fault:
+            log.warning("%s: in write-through until the next restart: %s", self._disk, fault)
+            return True
+        return False
+
+    def must_leave(self) -> bool:
+        """True if write-back has to be left for write-through because of the store. Asked when the image has come,
+        which may be after the disk was brought back.
+        """
+        return self.target is None and self._is_unsafe()
+
+    async def run(self, target: Mode) -> None:
+        """Change to that mode, however long it takes until what is dirty is in the image."""
+        log.info(
+            "%s: dirty data is written back before the mode becomes %s", self._disk, target.value
+        )
+        while self._modes.mode in PRIVATE_MODES:
+            try:
+                await self._modes.change(target, _silent)
+            except OSError as error:
+                log.info("%s: still in write-back: %s", self._disk, error.strerror)
+                await trio.sleep(WATCH_SECONDS)
+
+
+def _silent(done: int, total: int) -> None:
+    pass

@@ -1,0 +1,166 @@
+"""The mode of a disk: which policy it means, and how it is changed while clients are connected."""
+
+from collections.abc import Callable
+
+import trio
+
+from forebay.checkpoint.counters import Counters
+from forebay.checkpoint.dirty import Dirty
+from forebay.checkpoint.schedule import WriteBack
+from forebay.checkpoint.steps import Progress
+from forebay.config.model import DiskSettings
+from forebay.disk.admission import Admission
+from forebay.disk.copy import FullCopy
+from forebay.disk.fallback import PrivateOrOrigin
+from forebay.disk.origin_writes import OriginWrites
+from forebay.disk.policy import Policy
+from forebay.disk.private_writes import PrivateWrites
+from forebay.disk.ranges import Gate, Ranges
+from forebay.errors import ForebayError
+from forebay.image.image import Image
+from forebay.image.source import Source
+from forebay.units import Mode
+from forebay_cache import View
+from forebay_cache.format.geometry import BLOCK
+
+PRIVATE_MODES = (Mode.WRITE_BACK, Mode.FULL_COPY)
+"""The modes in which writes go to a private layer, to be taken to the image later."""
+
+
+class Modes:
+    """The mode of one disk, and all that follows from it.
+
+    `policy` takes the writes; whoever changes it has closed `gate`, through which each write passes. `copy` is the full
+    copy, if the mode wants one. `choose` must have been called before the disk is used.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        image: Image,
+        settings: DiskSettings,
+        view: View,
+        dirty: Dirty,
+        writeback: WriteBack,
+        counters: Counters,
+    ) -> None:
+        self._source = source
+        self._image = image
+        self._settings = settings
+        self._view = view
+        self._dirty = dirty
+        self._writeback = writeback
+        self._counters = counters
+        self._read_only = source.use.read_only
+        self._overlay = source.use.overlay
+        self._ranges = Ranges()
+        self.gate = Gate()
+        self._admission = Admission(view, image, dirty, writeback, self.gate, settings)
+        self.copy = FullCopy(image, counters, source.use.disk)
+        self._nursery: trio.Nursery | None = None  # for the full copy, while the disk runs
+        self.mode = Mode(settings.mode)
+        self.policy: Policy = self._to_origin(keep=False)
+        self.on_choice: Callable[[], None] = _nothing
+        """Called when `policy` has become another one, before the next await."""
+
+    @property
+    def writes_private(self) -> bool:
+        """True if writes go to a private layer: in the private modes, and of overlays in all modes."""
+        return not self._read_only and (self._overlay or self.mode in PRIVATE_MODES)
+
+    @property
+    def _writes_back(self) -> bool:
+        """True if private data is written to the image by itself."""
+        return self.mode is Mode.WRITE_BACK and not self._overlay and not self._read_only
+
+    def choose(self) -> None:
+        """Set up the layers, the limits and the policy of the mode; nothing may be written meanwhile."""
+        if self.writes_private:
+            self._dirty.begin()
+        self._writeback.automatic = self._writes_back
+        self._admission.set_limits()
+        self.policy = self._chosen_policy()
+        self._view.clean = None if self.mode is Mode.NONE else self._image.layer
+        self.on_choice()
+
+    def _chosen_policy(self) -> Policy:
+        if not self.writes_private:
+            return self._to_origin(keep=self.mode is Mode.WRITE_THROUGH)
+        to_cache = PrivateWrites(
+            self._view,
+            self._source.size,
+            self._dirty,
+            self._admission,
+            self._ranges,
+            self._counters,
+        )
+        if self._overlay:
+            return to_cache
+        return PrivateOrOrigin(to_cache, self._past_cache, self._image, self._writeback)
+
+    def _to_origin(self, *, keep: bool) -> OriginWrites:
+        return OriginWrites(self._image, self._dirty, self._ranges, self._counters, keep=keep)
+
+    def _past_cache(self) -> OriginWrites:
+        return self._to_origin(keep=False)
+
+    def check_fits(self, mode: Mode) -> None:
+        """Raise ForebayError where a disk of this size cannot be in that mode."""
+        if mode is not Mode.FULL_COPY:
+            return
+        key, size, cap = self._image.key, self._source.size, self._settings.cache_size
+        if 0 < cap < size:
+            raise ForebayError(
+                f"a full copy of {key} takes {size} bytes, and cache_size lets the disk have "
+                f"{cap}: leave cache_size out, or use write-back"
+            )
+        room = self._image.cache.device.slots * BLOCK
+        if size > room * 9 // 10:  # the rest is for what guests write meanwhile
+            raise ForebayError(
+                f"a full copy of {key} takes {size} bytes, and the cache has {room}: "
+                "use write-back, or a larger cache device"
+            )
+
+    async def change(self, mode: Mode, progress: Progress) -> None:
+        """Enter another mode while clients are connected; writes wait for the last part of it, reads do not notice.
+
+        `progress` is told of what has to be written back first. Raises ForebayError where the disk cannot be in that
+        mode, OSError where what is dirty cannot be taken to the image; the mode is the old one then.
+        """
+        if mode is self.mode:
+            return
+        self.check_fits(mode)
+        self._source.check_safe(mode)
+        leaves_private = self.writes_private and not self._overlay and mode not in PRIVATE_MODES
+        if leaves_private and self._dirty.bytes:
+            await self._writeback.catch_up()  # most of it, while the VM goes on writing
+        async with self.gate.closed():
+            if leaves_private:
+                await self._writeback.finish(progress)
+                self._dirty.drop()
+            else:
+                await self.policy.flush()
+                self._source.check_safe(mode)  # the image may have come meanwhile
+            was, self.mode = self.mode, mode
+            self.choose()
+        await self._change_copy(was)
+
+    async def _change_copy(self, was: Mode) -> None:
+        """Stop, give up or start the full copy, as the modes before and now want it."""
+        self.copy.stop()
+        if was is Mode.FULL_COPY:
+            await self.copy.give_up()
+        self._start_copy()
+
+    def run(self, nursery: trio.Nursery) -> None:
+        """Begin what the mode wants done in the background, in this nursery: the disk's work, which has begun."""
+        self._nursery = nursery
+        self._start_copy()
+
+    def _start_copy(self) -> None:
+        if self.mode is Mode.FULL_COPY and self._nursery is not None:
+            self.copy.start(self._nursery)
+
+
+def _nothing() -> None:
+    pass

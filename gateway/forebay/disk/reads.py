@@ -1,0 +1,83 @@
+"""What a disk reads: from the layers of its view as long as they have it, from the image otherwise."""
+
+import errno
+
+from forebay.checkpoint.counters import Counters
+from forebay.disk.block_status import CACHED_CONTEXT, allocation, cached
+from forebay.image.image import Image
+from forebay_cache import ReadAhead, View
+from forebay_cache.device.device import Buffer
+
+NEVER = 1 << 63
+"""As `View.lookahead`: no read is at or beyond this offset."""
+
+
+def check_conflict(image: Image) -> None:
+    """Raise OSError(EIO) where the image must not be touched any more: then nothing of a disk on it is served."""
+    if image.conflict is not None:
+        raise OSError(errno.EIO, image.conflict)
+
+
+async def arrive(image: Image, timeout: float) -> None:
+    """Wait until the image can be reached, as for one that hangs. Raises OSError(EIO) after `timeout` seconds.
+
+    Called before anything is held that others wait for.
+    """
+    if image.origin is None:
+        await image.arrive(timeout)
+
+
+class Reads:
+    """The reading half of a disk. `view` has no layers at first; whoever opens the disk puts them there."""
+
+    def __init__(self, image: Image, counters: Counters, timeout: float) -> None:
+        """`timeout`: seconds that a read waits for an image that cannot be reached."""
+        self._image = image
+        self._counters = counters
+        self._timeout = timeout
+        self._ahead = ReadAhead(image.filler, counters)
+        self.view = View(image.cache, [], None, self._fetch)
+
+    async def read(self, offset: int, length: int) -> list[Buffer]:
+        """See :meth:`forebay_nbd.Export.read`. Raises OSError."""
+        if not length:
+            return []
+        check_conflict(self._image)
+        view = self.view
+        misses = view.misses
+        is_beyond = offset >= view.lookahead
+        buffers = await view.read(offset, length, slices=True)
+        if is_beyond or view.misses != misses:
+            view.lookahead = self._look_ahead(offset, length)
+        return buffers
+
+    def _look_ahead(self, offset: int, length: int) -> int:
+        """Have read ahead what a sequential reader wants next; the offset at which to look again."""
+        if self._image.conflict is not None:
+            return 0  # nothing is read any more, not even from the cache
+        return self._ahead.note(offset, length) if self.view.clean is not None else NEVER
+
+    async def _fetch(self, offset: int, length: int) -> Buffer:
+        """What the view lacks, from the image; kept in the clean layer unless the disk has none. Raises OSError."""
+        await arrive(self._image, self._timeout)
+        if self.view.clean is None:
+            self._counters.origin_read_bytes += length
+            return await self._image.read(offset, length)
+        return await self._image.filler.fetch(offset, length, self._counters)
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Bring a range into the cache, unless the disk has no clean layer. Raises OSError."""
+        if self.view.clean is not None:
+            filler = self._image.filler
+            if self._image.origin is None and await filler.missing(offset, length):
+                await arrive(self._image, self._timeout)
+            await filler.prefetch(offset, length, self._counters)
+
+    async def extents(self, context: str, offset: int, length: int) -> list[tuple[int, int]]:
+        """(length, flags) from `offset` on, of the metadata context: forebay:cached, or base:allocation.
+
+        Raises OSError.
+        """
+        if context == CACHED_CONTEXT:
+            return await cached(self.view, offset, length)
+        return await allocation(self.view, self._image, offset, length)
