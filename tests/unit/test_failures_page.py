@@ -36,7 +36,7 @@ def test_every_state_is_explained() -> None:
         x for x in ast.parse(source).body if isinstance(x, ast.ClassDef) and x.name == "DiskState"
     ]
     words = [
-        x.value.value
+        str(x.value.value)
         for x in states.body
         if isinstance(x, ast.Assign) and isinstance(x.value, ast.Constant)
     ]

@@ -10,10 +10,13 @@ from forebay_cache.states import Table
 
 
 class DiskState(StrEnum):
-    """One word for how a disk is. Of several that would fit, the first one here counts."""
+    """One word for how a disk is. Of several that would fit, the first one here counts.
+
+    The first and the last are the daemon's to say, the others follow from :class:`Facts`.
+    """
 
     STOPPED = "stopped"
-    """Its work in the daemon has ended by a fault of Forebay itself."""
+    """A fault of Forebay itself has ended its work; what a :class:`Disk` says of itself does not count any more."""
     CONFLICT = "conflict"
     """Its image is not the one it was served from, or is somebody else's."""
     BROKEN = "broken"
@@ -35,7 +38,6 @@ class DiskState(StrEnum):
 class Facts:
     """What the state of a served disk follows from; see the states."""
 
-    has_stopped: bool
     has_conflict: bool
     cache_has_failed: bool
     has_private: bool
@@ -48,8 +50,6 @@ class Facts:
 
 def state_of(facts: Facts) -> DiskState:
     """The state of a disk of which these are the facts."""
-    if facts.has_stopped:
-        return DiskState.STOPPED
     if facts.has_conflict:
         return DiskState.CONFLICT
     if facts.cache_has_failed and facts.has_private:

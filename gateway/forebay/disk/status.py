@@ -37,8 +37,6 @@ class Status:
         self._modes = modes
         self._counters = counters
         self._machine = Machine(MOVES, DiskState.READY, f"disk '{source.use.disk}'")
-        self.stopped: str | None = None
-        """Why the disk's work in the daemon has ended; None while it goes on."""
 
     def state(self) -> DiskState:
         """The state at this instant; `reason` says more about it."""
@@ -48,7 +46,6 @@ class Status:
     def _facts(self) -> Facts:
         copied = self._modes.copy.share
         return Facts(
-            has_stopped=self.stopped is not None,
             has_conflict=self._image.conflict is not None,
             cache_has_failed=self._cache.failed is not None,
             has_private=self._dirty.private_bytes > 0,
@@ -59,8 +56,6 @@ class Status:
 
     def reason(self) -> str | None:
         """Why the state is not what it should be, and what to do, in one line; None where all is well."""
-        if self.stopped is not None:
-            return self.stopped
         if self._image.conflict is not None:
             return self._image.conflict
         if self._cache.failed is not None:
