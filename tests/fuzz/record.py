@@ -19,7 +19,7 @@ from typing import Any
 import trio
 
 from forebay.sidecar import redo
-from forebay.sidecar.marker import Owner
+from forebay.sidecar.record import Owner
 from forebay_cache.device.device import plan
 from forebay_cache.format import ops
 from forebay_cache.format.entry import pack
@@ -274,7 +274,7 @@ def _owner() -> bytes:
 def _redo() -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         sidecar = os.open(directory, os.O_RDONLY)
-        journal = redo.Redo(
+        journal = redo.RedoFile(
             sidecar, redo.Checkpoint("g", "h", "d", SIZE, 1, "2026-01-01T00:00:00+00:00")
         )
         journal.add(0, 4096, [b"x" * 4096])

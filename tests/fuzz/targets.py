@@ -19,7 +19,7 @@ from forebay.config.model import Config, OriginsSection, Store
 from forebay.errors import ForebayError
 from forebay.origin.addresses import resolve
 from forebay.sidecar import redo
-from forebay.sidecar.marker import Owner
+from forebay.sidecar.record import Owner
 from forebay_cache import CacheError
 from forebay_cache.device.device import (
     JOURNAL_OFFSET,

@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 from forebay.errors import ForebayError
 from forebay.origin.calls import Calls
 from forebay.sidecar import redo
-from forebay.sidecar.marker import Owner
+from forebay.sidecar.record import Owner
 from forebay_cache import Cache, CacheError, View, open_cache
 from forebay_cache.blocks import private
 from forebay_cache.device.device import JOURNAL_OFFSET, SUPERBLOCK, plan
@@ -47,12 +47,12 @@ def recovered(directory: Path) -> redo.Checkpoint | None:
         os.close(image)
 
 
-def written(directory: Path, **header: object) -> redo.Redo:
+def written(directory: Path, **header: object) -> redo.RedoFile:
     image = directory / "image"
     image.touch()
     fields = {"gateway": "g", "host": "h", "disk": "d", "size": SIZE, "inode": image.stat().st_ino}
     sidecar = os.open(directory, os.O_RDONLY)
-    return redo.Redo(sidecar, redo.Checkpoint(**{**fields, "as_of": "", **header}))  # type: ignore[arg-type]
+    return redo.RedoFile(sidecar, redo.Checkpoint(**{**fields, "as_of": "", **header}))  # type: ignore[arg-type]
 
 
 def test_a_record_beyond_the_image_is_not_applied(tmp_path: Path) -> None:

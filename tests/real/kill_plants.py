@@ -126,17 +126,17 @@ POINTS = (
     Point("origin fdatasync", f"{GATEWAY}.origin.calls:Calls.fdatasync"),
     Point("origin fsync", f"{GATEWAY}.origin.calls:Calls.fsync"),
     # the redo journal
-    Point("redo create", f"{GATEWAY}.sidecar.redo:Redo.__init__"),
-    Point("redo add", f"{GATEWAY}.sidecar.redo:Redo._append"),
-    Point("redo commit", f"{GATEWAY}.sidecar.redo:Redo.commit"),
+    Point("redo create", f"{GATEWAY}.sidecar.redo:RedoFile.__init__"),
+    Point("redo add", f"{GATEWAY}.sidecar.redo:RedoFile._append"),
+    Point("redo commit", f"{GATEWAY}.sidecar.redo:RedoFile.commit"),
     Point("redo rename", "os:rename", _renamed("redo.new")),
     Point("redo remove", f"{GATEWAY}.sidecar.redo:remove"),
     Point("redo apply", f"{GATEWAY}.sidecar.redo:_apply"),
     # the owner marker
-    Point("owner marker", f"{GATEWAY}.sidecar.marker:Marker._write"),
+    Point("owner marker", f"{GATEWAY}.sidecar.files:Sidecar.write_owner"),
     Point("owner rename", "os:rename", _renamed("owner.new")),
     Point("owner claim", f"{GATEWAY}.sidecar.marker:Marker._begin"),
-    Point("owner removal", f"{GATEWAY}.sidecar.marker:Marker._remove"),
+    Point("owner removal", f"{GATEWAY}.sidecar.files:Sidecar.remove"),
     # attach, detach, change of mode
     Point("attach: origin opened", f"{GATEWAY}.image.source:Source.prepare"),
     Point("attach: disk opened", f"{GATEWAY}.daemon.gateway:Gateway._opened"),

@@ -30,7 +30,7 @@ def _no_data_sync(replace: bugs.Replace) -> None:
 def _journal_committed_early(replace: bugs.Replace) -> None:
     """Renamed before its data is durable."""
 
-    def commit(self: redo.Redo) -> None:
+    def commit(self: redo.RedoFile) -> None:
         with self._file as fd:
             redo._write(fd, redo._record(redo.END, self._records, self._bytes, []), self._end)
         os.rename(redo.UNFINISHED, redo.NAME, src_dir_fd=self._sidecar, dst_dir_fd=self._sidecar)
@@ -39,20 +39,20 @@ def _journal_committed_early(replace: bugs.Replace) -> None:
             os.fsync(fd)
         self.close()
 
-    replace(redo.Redo, "commit", commit)
+    replace(redo.RedoFile, "commit", commit)
 
 
 def _journal_removed_early(replace: bugs.Replace) -> None:
     """Before the image is durable."""
-    commit = redo.Redo.commit
+    commit = redo.RedoFile.commit
 
-    def commit_and_remove(self: redo.Redo) -> None:
+    def commit_and_remove(self: redo.RedoFile) -> None:
         sidecar = os.dup(self._sidecar)
         commit(self)
         redo.remove(sidecar)
         os.close(sidecar)
 
-    replace(redo.Redo, "commit", commit_and_remove)
+    replace(redo.RedoFile, "commit", commit_and_remove)
 
 
 def _marked_late(replace: bugs.Replace) -> None:

@@ -8,7 +8,8 @@ import pytest
 import trio
 
 from forebay.errors import ForebayError
-from forebay.image.source import Source, Use
+from forebay.image.source import Source
+from forebay.image.use import Use
 from forebay.origin import mounts
 from forebay.origin.addresses import FileAddress
 from forebay.origin.threads import StoreThreads

@@ -12,11 +12,13 @@ import pytest
 import trio
 
 from forebay.errors import ForebayError, InUseError
-from forebay.image.source import Source, Use
+from forebay.image.source import Source
+from forebay.image.use import Use
 from forebay.origin.addresses import DeviceAddress, FileAddress
 from forebay.origin.calls import Buffer, Calls
 from forebay.origin.opening import open_image
 from forebay.origin.threads import StoreThreads
+from forebay.sidecar.claim import Claim
 from forebay.sidecar.locks import WRITES, hold
 from forebay.sidecar.marker import Marker
 from forebay.sidecar.record import Owner, TakenOver
@@ -48,6 +50,11 @@ async def sources(image: FileAddress, timeout: float = 30) -> AsyncIterator[Call
         nursery.cancel_scope.cancel()
 
 
+def claim_of(source: Source) -> Claim:
+    assert source.claim is not None
+    return source.claim
+
+
 def marker(image: FileAddress) -> dict[str, Any] | None:
     path = image.root / "vm.img.forebay" / "owner"
     found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
@@ -61,7 +68,7 @@ async def test_a_source_from_attach_to_detach(image: FileAddress) -> None:
         await source.prepare()
         assert source.size == SIZE
         origin = await source.open()
-        await source.dirty()
+        await claim_of(source).mark_dirty()
         assert (marker(image) or {})["state"] == "dirty"
         await origin.close()
         again = await source.open()  # after the origin broke, say: the claim is still ours
@@ -78,13 +85,13 @@ async def test_what_a_restart_left_is_given_back_although_it_was_not_opened_sinc
     async with sources(image) as make:
         first = make()
         await first.prepare()
-        await first.dirty()
+        await claim_of(first).mark_dirty()
         await first.leave()
         await first.close_prepared()
         assert marker(image) is not None
         second = make(size=SIZE)
         with pytest.raises(OSError, match="not reached yet"):
-            await second.dirty()
+            await claim_of(second).mark_dirty()
         await second.release()
         assert os.listdir(image.root) == ["vm.img"]
 
@@ -199,14 +206,14 @@ async def test_the_marker_tells_how_much_is_dirty(
     monkeypatch.setattr("forebay.sidecar.marker.COUNT_SECONDS", 0.0)
     async with sources(image) as make:
         source = make()
-        source.dirty_bytes = lambda: 8192
+        claim_of(source).dirty_bytes = lambda: 8192
         await source.prepare()
         await source.check()
         assert (marker(image) or {})["dirty_bytes"] == 0, "clean"
-        await source.dirty()
+        await claim_of(source).mark_dirty()
         await source.check()
         assert (marker(image) or {})["dirty_bytes"] == 8192
-        journal = await source.begin_redo("2026-01-02T03:04:05+00:00")
+        journal = await claim_of(source).begin_redo("2026-01-02T03:04:05+00:00")
         await journal.add([Range(0, 4096, None)])
         await journal.commit()
         await journal.end()
@@ -221,9 +228,9 @@ async def test_what_was_lost_is_told_once_and_refused_ever_after(
     told: list[str] = []
     async with sources(image) as make:
         source = make()
-        source.on_lost = told.append
+        claim_of(source).on_lost = told.append
         await source.prepare()
-        await source.dirty()
+        await claim_of(source).mark_dirty()
         path = image.root / "vm.img.forebay" / "owner"
         text = json.dumps({**json.loads(path.read_text()), "gateway": "them"})
         path.unlink()
@@ -233,7 +240,7 @@ async def test_what_was_lost_is_told_once_and_refused_ever_after(
             with pytest.raises(OSError, match="was taken over"):
                 await source.check()
             with pytest.raises(OSError, match="was taken over"):
-                await source.begin_redo("")
+                await claim_of(source).begin_redo("")
         assert len(told) == 1
         await source.release()
         assert path.exists() is not gone
@@ -286,7 +293,7 @@ async def test_the_first_attempt_after_a_restart_is_short(
         await before.close_prepared()
         source = make(size=SIZE)
         with monkeypatch.context() as patch:
-            patch.setattr("forebay.image.source.open_image", hang)
+            patch.setattr("forebay.image.opener.open_image", hang)
             with trio.fail_after(10), pytest.raises(TimeoutError, match="opening vm"):
                 await source.open()
         back.set()
@@ -304,7 +311,7 @@ async def test_one_image_by_two_names(image: FileAddress, tmp_path: Path) -> Non
 
         def other(name: FileAddress) -> Source:
             use = Use("e", "us", read_only=True)
-            return Source(name, "e", use, threads=threads, timeout=9, nursery=ours._nursery)
+            return Source(name, "e", use, threads=threads, timeout=9, nursery=ours._opener._nursery)
 
         assert ours.same_image(
             other(FileAddress("parent", tmp_path.parent, f"{tmp_path.name}/vm.img"))

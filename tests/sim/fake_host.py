@@ -87,8 +87,8 @@ class Host:
         self, name: str, settings: DiskSettings, *, overlay: bool = False, **of_source: Any
     ) -> Disk:
         source = FakeSource(self.origin, name, overlay=overlay, **of_source)
-        if source.marker is not None:
-            source.marker.is_dirty = self._marks.get(name, False)
+        if source.claim is not None:
+            source.claim.is_dirty = self._marks.get(name, False)
         disk = await Disk.open(self.images, cast("Source", source), settings)
         scope, ended = trio.CancelScope(), trio.Event()
 
@@ -120,7 +120,7 @@ class Host:
 
     def _note_marks(self) -> None:
         for name, source in self.sources.items():
-            self._marks[name] = source.marker is not None and source.marker.is_dirty
+            self._marks[name] = source.claim is not None and source.claim.is_dirty
 
     async def stop(self) -> None:
         """End as on SIGTERM."""

@@ -10,7 +10,7 @@ import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forebay.image.source import Use
+from forebay.image.use import Use
 from forebay.origin.protocol import Identity
 from forebay_cache.blocks.frozen import Range
 from sim.fake_loop import Dice
@@ -227,26 +227,26 @@ class FakeOrigin:
         return [(p.offset, len(p.data)) for p in [*self.pending, *self.lost]]
 
 
-class FakeMarker:
+class FakeClaim:
     """What lies beside the image: whether it lacks data."""
 
     def __init__(self, source: "FakeSource") -> None:
         self._source = source
         self.is_dirty = False
 
-    async def dirty(self) -> None:
+    async def mark_dirty(self) -> None:
         await self._source.dice.pause()
         self._source.origin._fault("marker")
         self.is_dirty = True
         self._source.origin._fault("marker")
         await self._source.dice.pause()
 
-    async def clean(self) -> None:
+    async def mark_clean(self) -> None:
         if not self.is_dirty:
             return
         source, origin = self._source, self._source.origin
         durable = origin.lost or source.discarding or origin.visible == origin.durable
-        assert durable, "called clean before it was durable"
+        assert durable, "called mark_clean before it was durable"
         await self._source.dice.pause()
         self._source.origin._fault("marker")
         self.is_dirty = False
@@ -313,11 +313,12 @@ class FakeSource:
         self.use = Use(disk, "gateway", read_only=False, overlay=overlay)
         self.size = origin.size
         self.discarding = False  # the operator gives up what the image lacks
-        self.marker = FakeMarker(self) if self.use.writes else None
+        self.claim = FakeClaim(self) if self.use.writes else None
         self.resumed = True
         self.opened = False
-        self.on_lost: object = None  # set by the image, for what does not happen here
-        self.dirty_bytes: object = None
+
+    def bind(self, **_: object) -> None:
+        """Nothing of that is asked for here."""
 
     async def check(self) -> None:
         """It stays ours: who else would take it."""

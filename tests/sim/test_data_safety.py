@@ -104,15 +104,15 @@ def test_the_marker_goes_after_what_it_tells_of(tmp_path: Path) -> None:
         await disk.write(0, memoryview(NEW), True)
         await host.cache.commit()
         layer = disk.view.private[0].id
-        marker = host.sources["d"].marker
+        marker = host.sources["d"].claim
         assert marker is not None
-        clean = marker.clean
+        clean = marker.mark_clean
 
         async def watched() -> None:
             assert host.cache.index.layers()[layer].dead, "the data would be back after a kill"
             await clean()
 
-        marker.clean = watched  # type: ignore[method-assign]
+        marker.mark_clean = watched  # type: ignore[method-assign]
         await host.detach("d", discard=True)
         assert not marker.is_dirty
 
@@ -127,7 +127,7 @@ def test_a_marker_that_could_not_be_cleared_is_cleared_later(tmp_path: Path, kil
     async def story(host: Host) -> None:
         disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
         await disk.write(0, memoryview(NEW), True)
-        marker = host.sources["d"].marker
+        marker = host.sources["d"].claim
         assert marker is not None
         host.origin.faults["marker"] = 1
         with pytest.raises(OSError, match="marker"):
@@ -138,7 +138,7 @@ def test_a_marker_that_could_not_be_cleared_is_cleared_later(tmp_path: Path, kil
             await host.kill(host.snapshot())
             await host.start()
             disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
-            marker = host.sources["d"].marker
+            marker = host.sources["d"].claim
             assert marker is not None
             assert marker.is_dirty
         await trio.sleep(5)
@@ -157,13 +157,13 @@ def test_what_fails_before_the_marker_is_cleared_is_done_again(tmp_path: Path, f
 
     async def story(host: Host) -> None:
         disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
-        marker, cache, calls = host.sources["d"].marker, host.cache, 0
+        marker, cache, calls = host.sources["d"].claim, host.cache, 0
         assert marker is not None
         await disk.write(0, memoryview(NEW), True)
         whole: tuple[Any, str] = {
             "flush": (disk.image, "flush"),
             "commit": (cache, "commit_records"),
-            "late": (marker, "clean"),
+            "late": (marker, "mark_clean"),
         }[fails]
         do = getattr(*whole)
 
@@ -192,7 +192,7 @@ def test_a_marker_with_nothing_dirty_behind_it_is_cleared(tmp_path: Path) -> Non
 
     async def story(host: Host) -> None:
         disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
-        marker = host.sources["d"].marker
+        marker = host.sources["d"].claim
         assert marker is not None
         found = []
         await disk.dirty.mark.set()
@@ -237,7 +237,7 @@ def test_a_write_that_had_to_wait_is_announced_again(tmp_path: Path, zeros: bool
 
     async def story(host: Host) -> None:
         disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
-        marker = host.sources["d"].marker
+        marker = host.sources["d"].claim
         assert marker is not None
         name = "zero" if zeros else "write"
         store, prepare = getattr(private, name), private.prepare

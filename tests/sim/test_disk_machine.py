@@ -265,7 +265,7 @@ class DiskMachine(RuleBasedStateMachine):
             assert 0 <= status["dirty_bytes"] <= 3 * self.size, status
             assert (status["lag_seconds"] == 0) or status["dirty_bytes"], status
             if status["dirty_bytes"]:
-                marker = self.host.sources[name].marker
+                marker = self.host.sources[name].claim
                 assert marker is None or marker.is_dirty, "dirty, and nothing says so"
 
     def _check_log(self) -> None:

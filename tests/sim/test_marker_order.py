@@ -10,8 +10,10 @@ import pytest
 from forebay.origin.addresses import FileAddress
 from forebay.origin.opening import open_image
 from forebay.sidecar import redo
-from forebay.sidecar.marker import Marker, read_owner
+from forebay.sidecar.files import read_owner
+from forebay.sidecar.marker import Marker
 from forebay.sidecar.record import Owner
+from forebay.sidecar.takeover import recover_image
 
 AS_OF = "2026-01-02T03:04:05.678+00:00"
 
@@ -48,7 +50,7 @@ def test_while_the_journal_goes_the_marker_names_the_instant_already(
                 marker = Marker.take(image, file, me)
             else:
                 marker.close()
-                Marker.recover(image, file)
+                recover_image(image, file)
         assert seen == [(AS_OF, True)]
         assert not (sidecar / redo.NAME).exists()
         owner = read_owner(image)

@@ -17,11 +17,12 @@ from forebay.errors import ForebayError, InUseError
 from forebay.origin.addresses import FileAddress
 from forebay.origin.opening import OpenImage, open_image
 from forebay.origin.threads import StoreThreads
-from forebay.sidecar import marker as owner_module
 from forebay.sidecar.claim import Claim
+from forebay.sidecar.files import read_owner
 from forebay.sidecar.locks import WRITES, hold, set_lock
-from forebay.sidecar.marker import Marker, read_owner
+from forebay.sidecar.marker import Marker
 from forebay.sidecar.record import Owner, State, TakenOver
+from forebay.sidecar.takeover import recover_image
 
 US, THEM = "gateway-a", "gateway-b"
 
@@ -209,17 +210,17 @@ def test_a_lock_file_that_its_holder_removes_meanwhile_is_not_trusted(
 ) -> None:
     """The race: we open the lock file, its holder unlinks it and leaves, we get a lock on nothing."""
     first = take()
-    real = owner_module._locked
+    real = set_lock
     tries = 0
 
-    def locked(*arguments: Any) -> bool:
+    def locked(*arguments: Any) -> None:
         nonlocal tries
         tries += 1
         if tries == 1:
             first.release()
-        return real(*arguments)
+        real(*arguments)
 
-    monkeypatch.setattr("forebay.sidecar.marker._locked", locked)
+    monkeypatch.setattr("forebay.sidecar.files.set_lock", locked)
     take(THEM)
     assert tries == 2
     monkeypatch.undo()
@@ -300,7 +301,7 @@ def test_nothing_stays_open(image: FileAddress, take: Callable[..., Marker]) -> 
 def test_the_lock_is_not_inherited(image: FileAddress, take: Callable[..., Marker]) -> None:
     """A child that outlives us (a helper, a hook) must not keep the image locked."""
     marker = take()
-    assert not os.get_inheritable(marker._lock)
+    assert not os.get_inheritable(marker._sidecar.lock)
 
 
 def test_what_is_dirty_stands_in_the_marker_and_in_the_refusal(
@@ -409,7 +410,7 @@ def test_a_store_without_locks_is_refused_unless_it_is_allowed(
     with pytest.raises(ForebayError, match="belongs to"):
         Marker.take(image, file, Owner.of_this_process(THEM, "d"), need_locks=False)
     with pytest.raises(ForebayError, match="no file locks"):
-        Marker.recover(image, file)
+        recover_image(image, file)
     marker.release()
     assert os.listdir(image.root) == ["vm.img"]
 
@@ -430,8 +431,8 @@ def test_qemu_is_seen_before_anything_is_changed(
     me = Owner.of_this_process(US, "d")
     for attempt in (
         lambda: Marker.take(image, ours, me),
-        lambda: Marker.recover(image, ours),
-        lambda: Marker.recover(image, ours, take_over=True),
+        lambda: recover_image(image, ours),
+        lambda: recover_image(image, ours, take_over=True),
     ):
         set_lock(ours.fd, fcntl.F_UNLCK)
         with pytest.raises(InUseError, match="is being written by"):
@@ -445,9 +446,20 @@ def test_qemu_is_seen_before_anything_is_changed(
 # ------------------------------------------------------------------------------------ off the event loop
 
 
+def claim_of(image: FileAddress, timeout: float) -> Claim:
+    """A claim that is not held yet."""
+    threads = StoreThreads("s")
+    return Claim(image, "vm", gateway=US, disk="d", threads=threads, timeout=timeout)
+
+
 async def test_a_claim_goes_through_its_states(image: FileAddress, file: OpenImage) -> None:
-    claim = await Claim.take(image, file, Owner.of_this_process(US, "d"), StoreThreads("s"), 10)
-    for change, state in ((claim.dirty, "dirty"), (claim.dirty, "dirty"), (claim.clean, "clean")):
+    claim = claim_of(image, 10)
+    await claim.take(file)
+    for change, state in (
+        (claim.mark_dirty, "dirty"),
+        (claim.mark_dirty, "dirty"),
+        (claim.mark_clean, "clean"),
+    ):
         await change()
         assert claim.is_dirty == (state == "dirty")
         found = read_owner(image)
@@ -463,7 +475,8 @@ async def test_a_mark_that_hangs_is_not_overtaken(
     image: FileAddress, file: OpenImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`dirty` hangs and is given up; `clean` after it must not be undone by `dirty` ending late."""
-    claim = await Claim.take(image, file, Owner.of_this_process(US, "d"), StoreThreads("s"), 0.1)
+    claim = claim_of(image, 0.1)
+    await claim.take(file)
     hang = threading.Event()
     real = Marker.set_state
     order: list[str] = []
@@ -476,12 +489,12 @@ async def test_a_mark_that_hangs_is_not_overtaken(
 
     monkeypatch.setattr(Marker, "set_state", slow)
     with pytest.raises(TimeoutError, match="marking images:"):
-        await claim.dirty()
+        await claim.mark_dirty()
     with pytest.raises(TimeoutError):
-        await claim.clean()
+        await claim.mark_clean()
     claim._timeout = 10
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(claim.clean)
+        nursery.start_soon(claim.mark_clean)
         await trio.testing.wait_all_tasks_blocked()
         hang.set()
     assert order == ["dirty", "clean"]
@@ -491,8 +504,6 @@ async def test_a_mark_that_hangs_is_not_overtaken(
 async def test_a_claim_that_came_too_late_is_given_back(
     image: FileAddress, file: OpenImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads = StoreThreads("s")
-    me = Owner.of_this_process(US, "d")
     hang, done = threading.Event(), threading.Event()
     real_take, real_close = Marker.take.__func__, Marker.close  # type: ignore[attr-defined]
 
@@ -507,7 +518,9 @@ async def test_a_claim_that_came_too_late_is_given_back(
     monkeypatch.setattr(Marker, "take", classmethod(slow))
     monkeypatch.setattr(Marker, "close", close)
     with pytest.raises(TimeoutError, match="claiming"):
-        await Claim.take(image, file, me, threads, 0.1)
+        await claim_of(image, 0.1).take(file)
     hang.set()
     assert await trio.to_thread.run_sync(done.wait, 10)
-    await (await Claim.take(image, file, me, threads, 10)).release()
+    claim = claim_of(image, 10)
+    await claim.take(file)
+    await claim.release()

@@ -26,9 +26,9 @@ class Beside:
         self.sidecar = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         self.image = os.open(self.path, os.O_RDWR)
 
-    def begin(self) -> redo.Redo:
+    def begin(self) -> redo.RedoFile:
         found = os.fstat(self.image)
-        return redo.Redo(
+        return redo.RedoFile(
             self.sidecar,
             redo.Checkpoint(
                 "g", "h", "d", found.st_size, found.st_ino, "2026-01-02T03:04:05+00:00"
@@ -50,7 +50,7 @@ def beside(tmp_path: Path) -> Iterator[Beside]:
     os.close(made.image)
 
 
-def fill(journal: redo.Redo) -> bytes:
+def fill(journal: redo.RedoFile) -> bytes:
     """Adds some ranges; what the image is to hold afterwards."""
     new = bytearray(OLD)
     for offset, length, data in (

@@ -7,7 +7,7 @@ import trio
 from forebay.checkpoint.counters import Counters
 from forebay.checkpoint.steps import Steps
 from forebay.image.image import Image
-from forebay.image.source import Journal
+from forebay.sidecar.claim import RedoJournal
 from forebay_cache import Layer, View, pages_of
 from forebay_cache.blocks.frozen import Block, Range, blocks_of, read_blocks
 from forebay_cache.device.device import Buffer
@@ -122,7 +122,7 @@ class IntoJournal(Batches):
     """Writes the layer to a redo journal, which is not committed by that."""
 
     def __init__(
-        self, image: Image, layer: Layer, steps: Steps, counters: Counters, journal: Journal
+        self, image: Image, layer: Layer, steps: Steps, counters: Counters, journal: RedoJournal
     ) -> None:
         super().__init__(image, layer, steps)
         self._counters = counters

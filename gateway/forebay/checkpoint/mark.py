@@ -33,8 +33,8 @@ class DirtyMark:
         """
         while not (self.is_set or self._overlay):
             async with self._changing:
-                if self._source.marker is not None and not self.is_set:
-                    await self._source.marker.dirty()
+                if self._source.claim is not None and not self.is_set:
+                    await self._source.claim.mark_dirty()
                 self.is_set = True
 
     async def clear(self) -> None:
@@ -45,13 +45,13 @@ class DirtyMark:
         async with self._changing:
             if self._dirty_bytes() == 0:
                 self.is_set = False
-                if self._source.marker is not None and self._image.origin is not None:
-                    await self._source.marker.clean()
+                if self._source.claim is not None and self._image.origin is not None:
+                    await self._source.claim.mark_clean()
 
     def is_stale(self) -> bool:
         """True if the marker on the store may still say "dirty" although no write is to follow: it could not be
         cleared when the last pass ended, or the daemon was killed before it was.
         """
-        marker, wanted = self._source.marker, self.is_set or self._changing.locked()
+        claim, wanted = self._source.claim, self.is_set or self._changing.locked()
         reached = self._image.origin is not None and self._image.conflict is None
-        return reached and not wanted and marker is not None and marker.is_dirty
+        return reached and not wanted and claim is not None and claim.is_dirty

@@ -17,7 +17,8 @@ from forebay.checkpoint.counters import Counters
 from forebay.checkpoint.dirty import Dirty
 from forebay.checkpoint.steps import Steps
 from forebay.image.image import Image
-from forebay.image.source import Journal, Source
+from forebay.image.source import Source
+from forebay.sidecar.claim import RedoJournal
 from forebay_cache import Layer, past_failure, settle, uncover
 
 
@@ -57,12 +58,12 @@ class Pass:
                 self._image.unfinished = False
         await self._settle()
 
-    async def _write_journal(self) -> Journal | None:
+    async def _write_journal(self) -> RedoJournal | None:
         """A committed redo journal of the layer; None where the image is not a file. Raises OSError."""
-        marker = self._source.marker
-        if marker is None:
+        claim = self._source.claim
+        if claim is None:
             return None
-        journal = await marker.begin_redo(self._dirty.ages.frozen_at(self._layer))
+        journal = await claim.begin_redo(self._dirty.ages.frozen_at(self._layer))
         try:
             await IntoJournal(self._image, self._layer, self._steps, self._counters, journal).all()
         except BaseException:

@@ -189,7 +189,7 @@ class WriteBack:
 
         return Steps(
             layer.sectors * SECTOR,
-            1 if self._source.marker is None else 2,  # the journal is half of the work
+            1 if self._source.claim is None else 2,  # the journal is half of the work
             SPREAD * self._settings.max_lag,
             served=self._cache.served,
             is_urgent=self._is_urgent,

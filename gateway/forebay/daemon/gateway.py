@@ -23,7 +23,8 @@ from forebay.doors.listener import Listener, socket_path
 from forebay.doors.restart import EarlierSockets, Sockets, leave_sockets
 from forebay.errors import ForebayError
 from forebay.image.image import Images
-from forebay.image.source import Source, Use
+from forebay.image.source import Source
+from forebay.image.use import Use
 from forebay.origin.addresses import resolve
 from forebay.origin.threads import StoreThreads, bounded
 from forebay.storage.upkeep import Upkeep
@@ -186,8 +187,8 @@ class Gateway:
             timeout=settings.origin_timeout,
             nursery=self._nursery,
             size=size,
+            left_by=self._left_by,
         )
-        source.left_by = self._left_by
         return source, settings
 
     def _left_by(self, disk: str) -> int:

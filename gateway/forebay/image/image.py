@@ -12,7 +12,7 @@ import trio
 
 from forebay.errors import ForebayError
 from forebay.image.source import Source
-from forebay.origin.protocol import Identity, Origin
+from forebay.origin.protocol import Identity, Origin, close_quietly
 from forebay.sidecar.record import TakenOver
 from forebay_cache import Cache, Filler, Layer, View, invalidate
 from forebay_cache.blocks.clean import REGION_SHIFT
@@ -62,8 +62,7 @@ class Images:
         if image is None:
             image = self._open[source.key] = Image(self, source)
         image.sources.append(source)
-        source.on_lost = image.stop
-        source.dirty_bytes = partial(image.lacks, source)
+        source.bind(on_lost=image.stop, dirty_bytes=partial(image.lacks, source))
         # At a start no disk waits for what another one of the image is waiting for already.
         if not (source.resumed and image.being_reached):
             await image.try_reach()
@@ -158,7 +157,7 @@ class Image:
                 try:
                     await self._compare(origin, await origin.identity())
                 except BaseException:
-                    await _closed(origin)  # with its locks, which the next try has to take
+                    await close_quietly(origin)  # with its locks, which the next try has to take
                     raise
             except OSError as error:
                 if self.unreachable is None:
@@ -432,9 +431,4 @@ class Image:
         except OSError as error:
             log.warning("%s: %s", self.key, error.strerror)
         self.origin = None
-        await origin.close()
-
-
-async def _closed(origin: Origin) -> None:
-    with trio.CancelScope(shield=True), contextlib.suppress(OSError):
         await origin.close()

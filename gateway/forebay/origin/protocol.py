@@ -3,9 +3,12 @@
 `FileOrigin` (file.py), `BlockOrigin` (block.py) and `NbdOrigin` (nbd.py) implement it.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import trio
 
 from forebay.origin.calls import Buffer
 
@@ -106,3 +109,9 @@ class Origin(Protocol):
     async def close(self) -> None:
         """Let go of the image, without a flush."""
         ...
+
+
+async def close_quietly(origin: Origin) -> None:
+    """Close an origin that is of no use any more: not cancelled, and without an error."""
+    with trio.CancelScope(shield=True), contextlib.suppress(OSError):
+        await origin.close()

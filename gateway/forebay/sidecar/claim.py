@@ -1,143 +1,240 @@
-"""The claim on an image: its marker and its locks (owner.py), off the event loop."""
+"""The claim of a disk on the image file that it writes, off the event loop: its marker, locks and redo journals."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Self, TypeVar
+import errno
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
 import trio
 
 from forebay.origin.addresses import FileAddress
 from forebay.origin.opening import OpenImage
 from forebay.origin.threads import Call, Descriptor, StoreThreads, bounded
-from forebay.sidecar import redo
 from forebay.sidecar.marker import Marker
-from forebay.sidecar.record import Owner, State
+from forebay.sidecar.record import Owner, State, TakenOver
+from forebay.sidecar.redo import RedoFile
+from forebay_cache.blocks.frozen import Range
 
 T = TypeVar("T")
 
+log = logging.getLogger("forebay.origin")
+
 
 class Claim:
-    """A `Marker`, off the event loop. One call at a time, in order, also after one that was given up."""
+    """The claim of one disk on its image: made with the disk, held from `take` until `release` or `leave`.
 
-    def __init__(self, marker: Marker, threads: StoreThreads, timeout: float) -> None:
-        self._marker = marker
-        self._threads = threads
-        self._timeout = timeout
-        self._turn = trio.Lock()
-        self._last: trio.Event | None = None
+    Once somebody else has the image the claim is lost for good: `on_lost` is called once, and everything that needs the
+    claim raises OSError from then on. The calls of its `Marker` are made one at a time, in order, also after one that
+    was given up because its store did not answer within the time-out.
+    """
 
-    @classmethod
-    async def take(
-        cls,
-        image: FileAddress,
-        file: OpenImage,
-        me: Owner,
+    def __init__(
+        self,
+        address: FileAddress,
+        label: str,
+        *,
+        gateway: str,
+        disk: str,
         threads: StoreThreads,
         timeout: float,
-        *,
-        again: bool = False,
         need_locks: bool = True,
-        descriptor: Descriptor | None = None,
-    ) -> Self:
-        """Become the owner. `descriptor` is the file's, where that may be closed while the call hangs.
+        is_ours: bool = False,
+    ) -> None:
+        """`gateway` and `disk` are who claims, `label` is the image as the operator wrote it, `timeout` is in seconds.
 
-        Raises ForebayError when another gateway is, or was in between where it is to be ours `again` (TakenOver), and
-        OSError when the store fails.
+        With `is_ours` a marker of this gateway was left at the last end, and the image is to be taken only if that
+        still lies there. With `need_locks` an image whose file system has no locks is refused.
         """
+        self.on_lost: Callable[[str], None] = log.error
+        """Called with a sentence that says who has the image now."""
+        self.dirty_bytes: Callable[[], int] = lambda: 0
+        """Returns how many bytes the image lacks, for the marker to say."""
+        self._address = address
+        self._label = label
+        self._gateway = gateway
+        self._disk = disk
+        self._threads = threads
+        self._timeout = timeout
+        self._need_locks = need_locks
+        self._is_ours = is_ours
+        self._marker: Marker | None = None
+        """The marker while the claim is held."""
+        self._lost: str | None = None
+        """Who has the image, once the claim is lost."""
+        self._turn = trio.Lock()
+        self._last: trio.Event | None = None
+        """Set when the thread of the last call has ended."""
+
+    # ------------------------------------------------------------------------------------------------------ taking it
+
+    @property
+    def is_held(self) -> bool:
+        """True from `take` until `release` or `leave`, also when the claim was lost in between."""
+        return self._marker is not None
+
+    async def take(self, file: OpenImage, descriptor: Descriptor | None = None) -> None:
+        """Become the owner of the open image; where the claim is held, lock this descriptor of the image as well.
+
+        `descriptor` is the file's, where that may be closed while the call hangs. Raises ForebayError when another
+        gateway is the owner; TakenOver when the image was ours, and another one took it since; OSError when the store
+        fails.
+        """
+        if self._marker is not None:
+            await self._admit(self._marker, file, descriptor)
+            return
+        me = Owner.of_this_process(self._gateway, self._disk)
 
         def take() -> Marker:
             with descriptor or nullcontext():
-                return Marker.take(image, file, me, again=again, need_locks=need_locks)
+                return Marker.take(
+                    self._address, file, me, again=self._is_ours, need_locks=self._need_locks
+                )
 
-        with bounded(timeout, f"claiming {image.key}"):
-            marker = await threads.run(take, drop=lambda late: late.close())
-        return cls(marker, threads, timeout)
+        with bounded(self._timeout, f"claiming {self._address.key}"):
+            self._marker = await self._threads.run(take, drop=lambda late: late.close())
+        self._is_ours = True
+
+    async def _admit(self, marker: Marker, file: OpenImage, descriptor: Descriptor | None) -> None:
+        def admit() -> None:
+            with descriptor or nullcontext():
+                marker.admit(file, need_locks=self._need_locks)
+
+        await self._in_turn("locking", admit)
+
+    def begin_anew(self) -> None:
+        """Let the next `take` claim the image as if for the first time: nothing is left of what we had of it."""
+        self._is_ours = False
+
+    # ------------------------------------------------------------------------------------------- what the image lacks
 
     @property
     def is_dirty(self) -> bool:
-        """As `Marker`."""
-        return self._marker.is_dirty
+        """True if the marker says that the image lacks data, or may say so; False while the claim is not held."""
+        return self._marker is not None and self._marker.is_dirty
 
-    @property
-    def token(self) -> int:
-        """Larger than that of every owner before."""
-        assert self._marker.owner is not None, "released"
-        return self._marker.owner.token
+    async def mark_dirty(self) -> None:
+        """Have the marker say, durably, that the image lacks data: before the first such write is acknowledged.
 
-    async def dirty(self) -> None:
-        """Before the first write that the image lacks is acknowledged. Durable when it returns.
-
-        Raises OSError; the state is then as before or as asked.
+        Raises OSError, also before the claim was taken; the marker then says what it said before, or this.
         """
         await self._set_state("dirty")
 
-    async def clean(self) -> None:
-        """After the last such write was made durable in the image. As `dirty`."""
+    async def mark_clean(self) -> None:
+        """Have the marker say, durably, that the image lacks nothing: after the last such write is durable in it.
+
+        Raises OSError, as `mark_dirty`.
+        """
         await self._set_state("clean")
 
     async def _set_state(self, state: State) -> None:
-        await self._one_at_a_time("marking", lambda: self._marker.set_state(state))
+        with self._held() as marker:
+            await self._in_turn("marking", lambda: marker.set_state(state))
 
-    async def begin_redo(self, as_of: str) -> redo.Redo:
-        """See `Marker`. Raises OSError."""
-        return await self._one_at_a_time(
-            "beginning a checkpoint of",
-            lambda: self._marker.begin_redo(as_of),
-            drop=lambda late: late.drop(),
-        )
+    async def check(self) -> None:
+        """See that the image is still ours to write, if it was, and have the marker say how much the image lacks.
 
-    async def commit_redo(self, journal: redo.Redo) -> None:
-        """Raises OSError: then it may be committed or not, and is the next one's to replace."""
-        await self._one_at_a_time(
-            "committing a checkpoint of", lambda: self._marker.commit_redo(journal)
-        )
+        Raises OSError, after `on_lost` when it is not ours any more.
+        """
+        if self._marker is None:
+            return
+        with self._held() as marker:
+            dirty_bytes = self.dirty_bytes()
 
-    async def drop_redo(self, journal: redo.Redo) -> None:
-        """It was not committed, and never will be. Raises OSError."""
-        await self._one_at_a_time("dropping a checkpoint of", journal.drop)
+            def check() -> None:
+                marker.check()
+                marker.count(dirty_bytes)
+
+            await self._in_turn("looking at the owner of", check)
+
+    # ---------------------------------------------------------------------------------------------- the redo journal
+
+    async def begin_redo(self, as_of: str) -> "RedoJournal":
+        """A redo journal for a checkpoint of that instant (UTC, ISO 8601; empty: not known). Raises OSError."""
+        with self._held() as marker:
+            file = await self._in_turn(
+                "beginning a checkpoint of",
+                lambda: marker.begin_redo(as_of),
+                drop=lambda late: late.drop(),
+            )
+        return RedoJournal(self, file, as_of, self._threads, self._timeout)
+
+    async def commit_redo(self, file: RedoFile) -> None:
+        """See `RedoJournal.commit`, which calls this."""
+        with self._held() as marker:
+            await self._in_turn("committing a checkpoint of", lambda: marker.commit_redo(file))
+
+    async def drop_redo(self, file: RedoFile) -> None:
+        """See `RedoJournal.drop`, which calls this."""
+        self._check_held()
+        await self._in_turn("dropping a checkpoint of", file.drop)
 
     async def end_redo(self, as_of: str, dirty_bytes: int) -> None:
-        """The image has all of the checkpoint, durably. Raises OSError."""
-        await self._one_at_a_time(
-            "ending a checkpoint of", lambda: self._marker.end_redo(as_of, dirty_bytes)
-        )
+        """See `RedoJournal.end`, which calls this."""
+        with self._held() as marker:
+            await self._in_turn(
+                "ending a checkpoint of", lambda: marker.end_redo(as_of, dirty_bytes)
+            )
 
-    async def check(self, dirty_bytes: int | None = None) -> None:
-        """Raises TakenOver when somebody else owns the image now, OSError when the store fails.
+    # ------------------------------------------------------------------------------------------------------- the end
 
-        `dirty_bytes`: what the marker is to say that the image lacks.
+    async def mark_clean_to_release(self) -> None:
+        """As `mark_clean`, at the end: what the image lacked is in it, or was dropped on purpose. No-op if not held.
+
+        A marker that is somebody else's by now stays as it is, and the claim is let go. Raises OSError.
         """
-
-        def check() -> None:
-            self._marker.check()
-            if dirty_bytes is not None:
-                self._marker.count(dirty_bytes)
-
-        await self._one_at_a_time("looking at the owner of", check)
-
-    async def admit(
-        self, file: OpenImage, descriptor: Descriptor, *, need_locks: bool = True
-    ) -> None:
-        """See `Marker`. Raises ForebayError and OSError."""
-
-        def admit() -> None:
-            with descriptor:
-                self._marker.admit(file, need_locks=need_locks)
-
-        await self._one_at_a_time("locking", admit)
+        marker = self._marker
+        if marker is None:
+            return
+        try:
+            await self._in_turn("marking", lambda: marker.set_state("clean"))
+        except TakenOver:
+            await self.leave()
 
     async def release(self) -> None:
-        """Give the image free. With state dirty the marker stays. Raises OSError."""
-        await self._one_at_a_time("releasing", self._marker.release)
+        """Remove the marker and let the locks go; with state dirty the marker stays. Does nothing if not held.
 
-    async def close(self) -> None:
-        """Let only the lock go, as a crash would: at a restart, and when the image is left dirty."""
-        await self._one_at_a_time("unlocking", self._marker.close)
+        Raises OSError; and TakenOver: the marker is somebody else's, and stays.
+        """
+        marker, self._marker = self._marker, None
+        if marker is not None:
+            await self._in_turn("releasing", marker.release)
 
-    async def _one_at_a_time(
+    async def leave(self) -> None:
+        """Let the locks go and leave the marker, as a crash would: at a restart. Raises OSError."""
+        marker, self._marker = self._marker, None
+        if marker is not None:
+            await self._in_turn("unlocking", marker.close)
+
+    # ------------------------------------------------------------------------------------------------- how it is done
+
+    @contextmanager
+    def _held(self) -> Iterator[Marker]:
+        """The marker, for the body. Raises OSError where the claim is not held, is lost, or is lost in the body."""
+        if self._lost is not None:
+            raise OSError(errno.EIO, self._lost)
+        try:
+            yield self._check_held()
+        except TakenOver as fault:
+            self._lost = str(fault)
+            self.on_lost(self._lost)
+            raise OSError(errno.EIO, self._lost) from fault
+
+    def _check_held(self) -> Marker:
+        if self._marker is None:
+            raise OSError(
+                errno.EIO, f"{self._label} was not reached yet, so it is not ours to write"
+            )
+        return self._marker
+
+    async def _in_turn(
         self, what: str, do: Callable[[], T], *, drop: Callable[[T], object] | None = None
     ) -> T:
-        with bounded(self._timeout, f"{what} {self._marker.image.key}"):
+        """Call `do` in a thread once the call before has ended, and return what it returns. Raises what it raises.
+
+        `what` names it in the error of a time-out; a result that comes too late goes to `drop`.
+        """
+        with bounded(self._timeout, f"{what} {self._address.key}"):
             async with self._turn:
                 if self._last is not None:
                     await self._last.wait()
@@ -145,3 +242,44 @@ class Claim:
                 self._last = call.ended
                 return await self._threads.wait_for(call)
         raise AssertionError("bounded() raises")
+
+
+class RedoJournal:
+    """The redo journal of one checkpoint (see redo.py), off the event loop. Made by `Claim.begin_redo`.
+
+    Every method raises OSError.
+    """
+
+    def __init__(
+        self, claim: Claim, file: RedoFile, as_of: str, threads: StoreThreads, timeout: float
+    ) -> None:
+        """`as_of` is the instant of the checkpoint. `timeout`: seconds that each call of `add` may take."""
+        self._claim = claim
+        self._file = file
+        self._as_of = as_of
+        self._threads = threads
+        self._timeout = timeout
+        self._length = 0
+        """Bytes of the image that the checkpoint covers so far."""
+
+    async def add(self, ranges: list[Range]) -> None:
+        """Write some of the checkpoint. The data must not change any more. Several of these may run at a time."""
+        self._length += sum(r.length for r in ranges)
+        with bounded(self._timeout, "writing a checkpoint"):
+            await self._threads.run(lambda: self._file.add_all(ranges), background=True)
+
+    async def commit(self) -> None:
+        """Make it durable: from now on the checkpoint will be in the image, whatever happens.
+
+        After an error it may be committed or not, and the next checkpoint's journal takes its place.
+        """
+        await self._claim.commit_redo(self._file)
+
+    async def drop(self) -> None:
+        """Remove it: it was not committed, and never will be."""
+        await self._claim.drop_redo(self._file)
+
+    async def end(self) -> None:
+        """Remove it: the image has all of the checkpoint, durably."""
+        left = max(0, self._claim.dirty_bytes() - self._length)
+        await self._claim.end_redo(self._as_of, left)

@@ -30,20 +30,20 @@ _NONE_THERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 @dataclass(frozen=True)
 class Access:
-    """What is done with an image, and what nobody else may do meanwhile."""
+    """What is done with an image, and what nobody else may do meanwhile: the `n` of the head of this module."""
 
     does: tuple[int, ...]
     bars: tuple[int, ...]
 
 
 WRITES = Access((_READ, _WRITE), (_WRITE, _RESIZE))
-"""As a VM's disk: others may look at it with tools that take what comes (qemu-img, qemu-io -r), and nothing else."""
+"""The access of a VM's disk: others may look at it with tools that take what comes (qemu-img, qemu-io -r), no more."""
 
 READS = Access((_READ,), (_WRITE, _RESIZE))
-"""As a VM's read-only disk, or an overlay's backing file: any number of these share the image."""
+"""The access of a VM's read-only disk, or an overlay's backing file: any number of these share the image."""
 
 LOOKS = Access((_READ,), ())
-"""While somebody else writes it."""
+"""The access of whoever reads an image while somebody else writes it."""
 
 
 class NoLocks(OSError):
@@ -51,7 +51,10 @@ class NoLocks(OSError):
 
 
 class InUse(Exception):
-    """Somebody's locks speak against ours. `written`: that one writes the image. `by`: who, if known."""
+    """Somebody's locks speak against ours.
+
+    `written`: True if that one writes the image. `by`: the programs that have it open on this host, as far as we see.
+    """
 
     def __init__(self, *, written: bool, by: list[str]) -> None:
         super().__init__()
@@ -60,9 +63,9 @@ class InUse(Exception):
 
 
 def hold(fd: int, access: Access) -> None:
-    """Take the locks, for as long as the descriptor is open. What it holds already stays its own.
+    """Take the locks of that access, which last until the descriptor is closed. It may have some of them already.
 
-    Raises InUse, with no lock taken; NoLocks; OSError.
+    Raises InUse, with no lock taken, where somebody's locks speak against it; NoLocks; OSError.
     """
     if mounts.has_local_locks(mounts.of_this_process(), os.fstat(fd).st_dev):
         raise NoLocks(errno.ENOLCK, "mounted so that locks stay on this host")
@@ -80,11 +83,15 @@ def hold(fd: int, access: Access) -> None:
 
 
 def _bytes(access: Access) -> list[int]:
+    """The bytes of the image that are locked for it."""
     return [_DOES + n for n in access.does] + [_BARS + n for n in access.bars]
 
 
 def set_lock(fd: int, kind: int, start: int = 0, length: int = 0) -> None:
-    """An OFD lock, or none, on a range; length 0: to the end. Raises BlockingIOError when another has it, NoLocks."""
+    """Take or drop an OFD lock of a kind of fcntl(2) on a range of bytes, whose length 0 means to the end.
+
+    Raises BlockingIOError when another descriptor has it, NoLocks where the file system has none, OSError.
+    """
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
     except OSError as error:
@@ -96,7 +103,7 @@ def set_lock(fd: int, kind: int, start: int = 0, length: int = 0) -> None:
 
 
 def _locked(fd: int, byte: int) -> bool:
-    """Whether another descriptor has a lock on the byte. The kernel does not say whose: OFD locks have no pid."""
+    """True if another descriptor has a lock on the byte. The kernel does not say whose: OFD locks have no pid."""
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
     return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
@@ -106,7 +113,7 @@ def _locked(fd: int, byte: int) -> bool:
 
 
 def _who(fd: int) -> list[str]:
-    """The QEMUs of this host that have the file open, where this user may see that: "qemu-io (pid 17)"."""
+    """The QEMUs of this host that have the file open, as far as this user may see that: "qemu-io (pid 17)"."""
     image = os.fstat(fd)
     found = []
     for pid in filter(str.isdecimal, os.listdir("/proc")):
@@ -122,12 +129,13 @@ def _who(fd: int) -> list[str]:
 
 
 def _name(pid: str) -> str:
+    """The name of the process's program. Raises OSError."""
     with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
         return file.read().strip()
 
 
 def _open_at(pid: str, image: os.stat_result) -> set[int]:
-    """The process's descriptors of the file."""
+    """The numbers of the descriptors that the process has of the file. Raises OSError."""
     found = set()
     for number in os.listdir(f"/proc/{pid}/fd"):
         with suppress(OSError):

@@ -15,47 +15,53 @@ from forebay.sidecar.locks import InUse
 from forebay.units import format_size
 
 FORMAT = 1
-"""Of the owner file. A marker with another number is somebody newer's: refused."""
-
+"""The format of the owner marker. One with another number was written by a newer version: refused."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
-
 State = Literal["clean", "dirty"]
+"""`clean`: the image has everything. `dirty`: the gateway has data that the image lacks."""
 
 
 class TakenOver(ForebayError):
-    """An image that was ours is so no more: others may have written it, so nothing that we know of it holds."""
+    """The image was ours, and is not any more: others may have written it, so nothing that we know of it holds."""
 
 
 NOBODY = ""
-"""The gateway of a marker that was left by `forebay takeover`: the next one may take it."""
-
+"""The gateway in a marker that `forebay takeover` left: the next gateway may take the image."""
 
 _NEWER = {"as_of": "", "dirty_since": "", "dirty_bytes": 0}
-"""What markers of the first versions do not have."""
+"""What the markers of the first versions do not have, with what is read instead."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """What the owner file says."""
+    """What an owner marker says: a JSON object of these fields. Instants are UTC, ISO 8601."""
 
     gateway: str
+    """The uuid of the gateway's cache; NOBODY after a takeover."""
     host: str
     pid: int
     boot_id: str
+    """Of the host's kernel; empty where that is not known."""
     disk: str
+    """The name of the disk that the image is attached as."""
     since: str
+    """When the image was claimed."""
     state: State
     token: int
+    """Larger than that of every owner before."""
     as_of: str = ""
+    """The instant of the last checkpoint that the image has; empty where that is not known."""
     dirty_since: str = ""
+    """All that the image lacks was written later than this."""
     dirty_bytes: int = 0
+    """How much the image lacked when it was last counted."""
     format: int = FORMAT
 
     @classmethod
     def of_this_process(cls, gateway: str, disk: str) -> Self:
-        """A new owner: nothing dirty, and no token yet."""
+        """This process, for that gateway and disk, as an owner that has nothing dirty, and no token yet."""
         return cls(
             gateway=gateway,
             host=socket.gethostname(),
@@ -69,7 +75,7 @@ class Owner:
 
     @classmethod
     def parse(cls, text: bytes) -> Self:
-        """Read an owner file. Raises ValueError."""
+        """The owner that the text of a marker describes. Raises ValueError."""
         try:
             found = json.loads(text)
         except RecursionError:
@@ -88,12 +94,12 @@ class Owner:
         return cls(**{name: found[name] for name in cls.__dataclass_fields__})
 
     def __str__(self) -> str:
-        """For messages: who, what for, since when."""
+        """Which host it is, for which disk, and since when, for messages."""
         return f"host {self.host} (disk '{self.disk}', {self.state}, since {self.since})"
 
     @property
     def lacks(self) -> str:
-        """What that gateway has and the image has not."""
+        """How much that gateway has which the image lacks, and since when, for messages."""
         some = (
             f"{format_size(self.dirty_bytes)} (at the last count)" if self.dirty_bytes else "data"
         )
@@ -101,11 +107,12 @@ class Owner:
 
 
 def now() -> str:
-    """UTC, ISO 8601, to the second."""
+    """This instant: UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _boot_id() -> str:
+    """The kernel's boot id; empty where it cannot be read."""
     with contextlib.suppress(OSError):
         return _BOOT_ID.read_text().strip()
     return ""  # a sandbox hides it: the token and the gateway's uuid still decide
@@ -114,14 +121,14 @@ def _boot_id() -> str:
 # ---------------------------------------------------------------------------------------------------------- messages
 
 
-def taken_over(image: FileAddress, found: Owner | None) -> TakenOver:
-    """`found`: what the marker says now."""
+def taken_over(address: FileAddress, found: Owner | None) -> TakenOver:
+    """The error for an image that was ours. `found`: what the marker says now; None if there is none."""
     by = f" by {found}" if found is not None and found.gateway != NOBODY else ""
-    return TakenOver(f"{image.key} was taken over{by}")
+    return TakenOver(f"{address.key} was taken over{by}")
 
 
 def in_use(label: str, fault: InUse) -> InUseError:
-    """For an image that somebody has open without a gateway."""
+    """The error for an image that somebody has open without a gateway, whose locks are in the way of ours."""
     who = ", ".join(fault.by) or "QEMU, or a program like it, on another host or of another user"
     what = "is being written by" if fault.written else "is held unchanged by"
     return InUseError(
@@ -129,24 +136,24 @@ def in_use(label: str, fault: InUse) -> InUseError:
     )
 
 
-def held(image: FileAddress, owner: Owner | None) -> InUseError:
-    """A gateway serves the image now."""
+def held(address: FileAddress, owner: Owner | None) -> InUseError:
+    """The error for an image that another gateway, or another daemon on this host, serves now."""
     lacks = f", with {owner.lacks}" if owner is not None and owner.state == "dirty" else ""
     return InUseError(
-        f"{image.key} is in use by {owner or 'another gateway'}{lacks}: detach it there first, "
+        f"{address.key} is in use by {owner or 'another gateway'}{lacks}: detach it there first, "
         "or attach it here with --read-only",
         asdict(owner) if owner else {},
     )
 
 
-def left_behind(image: FileAddress, owner: Owner) -> InUseError:
-    """A gateway does not serve the image now, and did not give it back."""
+def left_behind(address: FileAddress, owner: Owner) -> InUseError:
+    """The error for an image that another gateway does not serve now, and did not give back."""
     if owner.state == "dirty":
         has, then = f"has {owner.lacks}", "gives that data up"
     else:
         has, then = "did not release it", "frees it, and nothing is lost"
     return InUseError(
-        f"{image.key} belongs to {owner}, which {has}: detach it there; only if that gateway is "
-        f"gone for good, 'forebay takeover {image.key}' {then}",
+        f"{address.key} belongs to {owner}, which {has}: detach it there; only if that gateway is "
+        f"gone for good, 'forebay takeover {address.key}' {then}",
         asdict(owner),
     )

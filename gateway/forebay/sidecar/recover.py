@@ -1,4 +1,7 @@
-"""`forebay recover` and `forebay takeover`: an image whose gateway is gone, on any host that sees it. No daemon."""
+"""The commands `forebay recover` and `forebay takeover`, for an image whose gateway is gone, on any host that sees it.
+
+They need no daemon.
+"""
 
 import os
 from dataclasses import asdict
@@ -8,13 +11,16 @@ from forebay.config.model import Config
 from forebay.errors import ForebayError
 from forebay.origin.addresses import FileAddress, resolve
 from forebay.origin.opening import open_image
-from forebay.sidecar.marker import Marker, Recovered
 from forebay.sidecar.record import NOBODY
+from forebay.sidecar.takeover import Recovered, recover_image
 from forebay.units import format_size
 
 
 def find(config: Config, text: str) -> FileAddress:
-    """The image: as `attach` names it, or any path, for a host that has no stores. Raises ForebayError."""
+    """The address of an image named as for `attach`, or by any path, for a host that has no stores.
+
+    Raises ForebayError.
+    """
     path = Path(os.path.realpath(text))
     if "/" in text.partition(":")[0] and path.is_file():
         return FileAddress("", path.parent, path.name)
@@ -25,21 +31,24 @@ def find(config: Config, text: str) -> FileAddress:
 
 
 def run(config: Config, text: str, *, take_over: bool = False, sure: bool = True) -> "Report":
-    """Recover an image, or take it over. Raises ForebayError, also where data would be lost and nobody is `sure`."""
-    image = find(config, text)
+    """Recover the image that `text` names, or take it over. What was done, for the command to print.
+
+    Raises ForebayError, also where taking it over would lose data and the operator is not `sure`. Blocks.
+    """
+    address = find(config, text)
     try:
-        file = open_image(image, read_only=False, any_format=True)
+        file = open_image(address, read_only=False, any_format=True)
     except OSError as error:
         raise ForebayError(f"{text}: {error.strerror}") from None
     try:
-        need_locks = config.disk_settings(image.store or None).require_locks
-        found = Marker.recover(image, file, need_locks=need_locks)
+        need_locks = config.disk_settings(address.store or None).require_locks
+        found = recover_image(address, file, need_locks=need_locks)
         if take_over:
             if found.lacks and not sure:
                 raise ForebayError(
                     f"{text}: {_later(found)} would be given up{_instant(found)}: bring that gateway back, or say --yes"
                 )
-            Marker.recover(image, file, take_over=True, need_locks=need_locks)
+            recover_image(address, file, take_over=True, need_locks=need_locks)
     except OSError as error:
         raise ForebayError(f"{text}: {error.strerror}") from None
     finally:
@@ -48,15 +57,16 @@ def run(config: Config, text: str, *, take_over: bool = False, sure: bool = True
 
 
 class Report:
-    """What was done, in words and as JSON."""
+    """What was done with an image, in words and as JSON."""
 
     def __init__(self, image: str, found: Recovered, *, taken: bool) -> None:
+        """`image` is what the operator wrote; `taken`: True if it was taken over from somebody."""
         self._image = image
         self._found = found
         self._taken = taken
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Lines for people to read."""
         found, lines = self._found, []
         if found.finished is not None:
             lines.append(
@@ -80,7 +90,7 @@ class Report:
         return [f"{self._image}: {line}" for line in lines]
 
     def json(self) -> dict[str, object]:
-        """`as_of` null: not known, or no gateway had later writes."""
+        """What `--json` prints. `as_of` is null where it is not known, or where no gateway has later writes."""
         found = self._found
         owner = found.owner if found.owner and found.owner.gateway != NOBODY else None
         return {
@@ -95,6 +105,7 @@ class Report:
 
 
 def _instant(found: Recovered) -> str:
+    """The instant that the image shows, as the end of a clause; empty where it is not known."""
     if found.as_of:
         return f" as of {found.as_of}"
     since = found.owner.since if found.owner else ""
@@ -102,6 +113,7 @@ def _instant(found: Recovered) -> str:
 
 
 def _later(found: Recovered) -> str:
+    """What the image lacks, and who has it."""
     assert found.owner is not None
     owner = found.owner
     much = f" ({format_size(owner.dirty_bytes)} at the last count)" if owner.dirty_bytes else ""

@@ -45,29 +45,32 @@ _SUM = struct.Struct("<Q")
 _HEAD = _RECORD.size + _SUM.size
 _RECORD_MAGIC = 0x52424652  # "RFBR"
 _PIECE = 4 << 20
-#: Made durable in parts, so that no single call takes long enough to be given up.
 _SYNC_EVERY = 64 << 20
+"""Bytes after which a journal is made durable in between, so that no single call takes long enough to be given up."""
 _zeros = bytes(1 << 20)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a journal says of itself. `size` and `inode` are the image's; `as_of` is UTC, ISO 8601."""
+    """What a journal says in its header: whose checkpoint it is, of which image, and of which instant."""
 
     gateway: str
     host: str
     disk: str
     size: int
+    """Bytes of the image."""
     inode: int
+    """Of the image."""
     as_of: str
+    """The instant: UTC, ISO 8601; empty where it is not known."""
     format: int = FORMAT
 
 
-class Redo:
-    """A journal that is being written. :meth:`add` may run in several threads at once."""
+class RedoFile:
+    """The file of a journal that is being written. `add` and `add_all` may run in several threads at once."""
 
     def __init__(self, sidecar: int, checkpoint: Checkpoint) -> None:
-        """`sidecar`: descriptor of the directory, which stays the caller's."""
+        """Make `redo.new`, with a header, in the open directory `sidecar`, which stays the caller's. Raises OSError."""
         self._sidecar = sidecar
         self._lock = threading.Lock()
         with contextlib.suppress(
@@ -93,13 +96,13 @@ class Redo:
         return self._bytes
 
     def add(self, offset: int, length: int, data: Sequence[Buffer] | None) -> None:
-        """One range of the image; `data` None: it reads as zeros."""
+        """Add one range of the image; with `data` None it reads as zeros."""
         stored = 0 if data is None else length
         kind = ZEROS if data is None else DATA
         self._append(_record(kind, offset, length, data or []), 1, stored)
 
     def add_all(self, ranges: Sequence[Range]) -> None:
-        """Several of them at once."""
+        """Add several ranges at once."""
         records: list[Buffer] = []
         stored = 0
         for offset, length, data in ranges:
@@ -111,6 +114,7 @@ class Redo:
         self._append(records, len(ranges), stored)
 
     def _append(self, buffers: list[Buffer], records: int, stored: int) -> None:
+        """Write `records` records, which are in `buffers` and have `stored` bytes of data, at the end of the file."""
         with self._lock:
             at = self._end
             self._end += records * _HEAD + stored
@@ -126,7 +130,7 @@ class Redo:
                 os.fdatasync(fd)
 
     def commit(self) -> None:
-        """Durable, and from now on to be applied by whoever finds it."""
+        """Make it durable and rename it: from now on whoever finds it applies it."""
         with self._file as fd:
             _write(fd, _record(END, self._records, self._bytes, []), self._end)
             os.fsync(fd)
@@ -135,18 +139,18 @@ class Redo:
         self.close()
 
     def drop(self) -> None:
-        """It is not to be committed."""
+        """Remove it: it is not to be committed."""
         with contextlib.suppress(OSError):
             os.unlink(UNFINISHED, dir_fd=self._sidecar)
         self.close()
 
     def close(self) -> None:
-        """Let the file go. Idempotent."""
+        """Close the file. The second call does nothing."""
         self._file.close()
 
 
 def remove(sidecar: int) -> None:
-    """The image has it all, durably. Durable when this returns."""
+    """Remove a committed journal, whose image has all of it, durably. Durable when this returns."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(NAME, dir_fd=sidecar)
     os.fsync(sidecar)
@@ -159,10 +163,11 @@ def recover(
     calls: Calls,
     applied: Callable[[Checkpoint], None] | None = None,
 ) -> Checkpoint | None:
-    """Apply a committed journal to the open image and remove it; drop an uncommitted one. None: there was none.
+    """Apply a committed journal in the open directory `sidecar` to the open `image` and remove it; drop another one.
 
-    `applied` is called when the image has it, durably, and before the journal goes. Nothing is written unless all of
-    the journal is good. Raises ForebayError for one that is not, or is another file's.
+    What the journal said; None if no committed one was there. `applied` is called when the image has it, durably, and
+    before the journal goes. Nothing is written unless all of the journal is good: raises ForebayError, which names the
+    image by `label`, for one that is not, or that belongs to another file.
     """
     with contextlib.suppress(FileNotFoundError):
         os.unlink(UNFINISHED, dir_fd=sidecar)
@@ -201,6 +206,7 @@ def recover(
 
 
 def _apply(fd: int, image: int, calls: Calls, kind: int, offset: int, length: int, at: int) -> None:
+    """Write one record, whose data lies at byte `at` of the journal `fd`, to the image."""
     if kind == ZEROS:
         _zero(image, calls, offset, length)
     while kind == DATA and length:
@@ -210,6 +216,7 @@ def _apply(fd: int, image: int, calls: Calls, kind: int, offset: int, length: in
 
 
 def _zero(image: int, calls: Calls, offset: int, length: int) -> None:
+    """Make a range of the image read as zeros, by a hole or by writing them."""
     try:
         calls.fallocate(image, PUNCH_HOLE, offset, length)
     except OSError as error:
@@ -222,6 +229,7 @@ def _zero(image: int, calls: Calls, offset: int, length: int) -> None:
 
 
 def _header(checkpoint: Checkpoint) -> bytes:
+    """The header's bytes. Raises OSError(ENAMETOOLONG) where names do not fit into it."""
     text = json.dumps(asdict(checkpoint)).encode()
     body = (_MAGIC + text).ljust(_HEADER - _SUM.size, b"\0")
     if len(body) > _HEADER - _SUM.size:
@@ -230,6 +238,7 @@ def _header(checkpoint: Checkpoint) -> bytes:
 
 
 def _read_header(fd: int) -> Checkpoint:
+    """The checked header. Raises ValueError for one that is damaged, makes no sense, or is of another version."""
     raw = os.pread(fd, _HEADER, 0)
     if len(raw) < _HEADER or not raw.startswith(_MAGIC):
         raise ValueError("no header")
@@ -251,6 +260,7 @@ def _read_header(fd: int) -> Checkpoint:
 
 
 def _record(kind: int, offset: int, length: int, data: Sequence[Buffer]) -> list[Buffer]:
+    """The buffers of one record: its head, and its data."""
     head = _RECORD.pack(_RECORD_MAGIC, kind, offset, length)
     total = xxh3_64(head)
     for buffer in data:
@@ -259,9 +269,10 @@ def _record(kind: int, offset: int, length: int, data: Sequence[Buffer]) -> list
 
 
 def _records(fd: int, image_size: int) -> Iterator[tuple[int, int, int, int]]:
-    """(kind, offset, length, where its data lies) of each record, all checked. Raises ValueError.
+    """(kind, offset, length, the byte of the journal at which its data lies) of each record, checked.
 
-    The checksum is no signature: whoever may write beside the image may have written this.
+    Raises ValueError where the journal is damaged or incomplete, or has a record beyond `image_size` bytes: the
+    checksum is no signature, and whoever may write beside the image may have written this.
     """
     at, records, size = _HEADER, 0, 0
     while True:
@@ -294,6 +305,7 @@ def _records(fd: int, image_size: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _write(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
+    """Write all of the buffers one after the other."""
     views = [memoryview(buffer) for buffer in buffers]
     while views:
         count = os.pwritev(fd, views[:IOV_MAX], offset)

@@ -1,0 +1,178 @@
+"""Opening the image of one disk: an origin of the kind that its address names, locked, and claimed if it is written."""
+
+import logging
+import os
+from collections.abc import Callable
+
+import trio
+
+from forebay.errors import ForebayError
+from forebay.image.use import Use
+from forebay.origin.addresses import Address, DeviceAddress, FileAddress
+from forebay.origin.block import BlockOrigin
+from forebay.origin.file import FileOrigin
+from forebay.origin.mounts import unsafe
+from forebay.origin.nbd import NbdOrigin
+from forebay.origin.opening import OpenImage, open_device, open_image
+from forebay.origin.protocol import Origin, close_quietly
+from forebay.origin.threads import Descriptor, StoreThreads, bounded
+from forebay.sidecar.claim import Claim
+from forebay.sidecar.files import read_owner
+from forebay.sidecar.locks import LOOKS, READS, WRITES, Access, InUse, NoLocks, hold
+from forebay.sidecar.record import Owner, in_use
+
+log = logging.getLogger("forebay.origin")
+
+
+class Opener:
+    """Opens the image of one disk, as often as it is asked to."""
+
+    def __init__(
+        self,
+        address: Address,
+        label: str,
+        use: Use,
+        claim: Claim | None,
+        *,
+        threads: StoreThreads,
+        timeout: float,
+        nursery: trio.Nursery,
+        left_by: Callable[[str], int],
+    ) -> None:
+        """`claim` is that of a disk that writes to a file. `left_by` returns how many bytes the cache has of a disk of
+        that name which is not served. `nursery` is for the connections to an NBD server; `timeout` is in seconds.
+        """
+        self.file_id: tuple[int, int] | None = None
+        """Device and inode of the image, once it was opened, if it is a file."""
+        self.unsafe: str | None = None
+        """Why nothing is to be written back to where the image lies; known once it was opened."""
+        self._address = address
+        self._key = address.key
+        self._label = label
+        self._use = use
+        self._claim = claim
+        self._threads = threads
+        self._timeout = timeout
+        self._nursery = nursery
+        self._left_by = left_by
+
+    async def open(self, *, first: bool) -> Origin:
+        """An origin, which the caller closes. `first`: the disk is just being attached, so its format is looked at.
+
+        Raises ForebayError for what the operator has to change; TakenOver when the image was ours and another gateway
+        took it since; OSError for failing storage.
+        """
+        if isinstance(self._address, FileAddress):
+            return await self._open_file(self._address, first)
+        if isinstance(self._address, DeviceAddress):
+            return await self._open_device(self._address)
+        return await NbdOrigin.open(
+            self._nursery,
+            self._address,
+            self._label,
+            read_only=not self._use.writes,
+            timeout=self._timeout,
+        )
+
+    async def _open_file(self, address: FileAddress, first: bool) -> FileOrigin:
+        read_only = not self._use.writes
+        file = await self._in_thread(
+            lambda: open_image(address, read_only=read_only, any_format=not first)
+        )
+        origin = FileOrigin(file, self._label, threads=self._threads, timeout=self._timeout)
+        try:
+            await self._look_at_mount(file)
+            if self._claim is not None:
+                await self._take(self._claim, address, file, origin.descriptor)
+            else:
+                await self._share(address, origin.descriptor)
+        except BaseException:
+            await close_quietly(origin)
+            raise
+        return origin
+
+    async def _open_device(self, address: DeviceAddress) -> BlockOrigin:
+        read_only = not self._use.writes
+        file = await self._in_thread(lambda: open_device(address, read_only=read_only))
+        origin = BlockOrigin(file, self._label, threads=self._threads, timeout=self._timeout)
+        try:
+            await self._lock(origin.descriptor, READS if read_only else WRITES)
+        except BaseException:
+            await close_quietly(origin)
+            raise
+        return origin
+
+    async def _in_thread(self, do: Callable[[], OpenImage]) -> OpenImage:
+        """Open something in a thread; the descriptor of one that comes too late is closed. Raises what `do` raises."""
+        with bounded(self._timeout, f"opening {self._label}"):
+            return await self._threads.run(do, drop=lambda late: os.close(late.fd))
+
+    async def _look_at_mount(self, file: OpenImage) -> None:
+        """Note which file it is, and whether its store may lose what it took."""
+        if file.status is None:
+            return
+        device = file.status.device
+        self.unsafe = await self._threads.run(lambda: unsafe(device, locks=self._use.need_locks))
+        self.file_id = (device, file.status.inode)
+
+    # ------------------------------------------------------------------------------------------------------- the owner
+
+    async def _take(
+        self, claim: Claim, address: FileAddress, file: OpenImage, descriptor: Descriptor
+    ) -> None:
+        """Claim the open image for writing. Raises ForebayError, TakenOver and OSError."""
+        if not claim.is_held:
+            self._check_left(await self._owner(address))
+        await claim.take(file, descriptor)
+
+    async def _share(self, address: FileAddress, descriptor: Descriptor) -> None:
+        """Lock the open image for reading: nobody is to write it meanwhile, unless a gateway does that already.
+
+        Raises ForebayError for an overlay on an image that another gateway writes, InUseError for locks of others, and
+        OSError.
+        """
+        owner = await self._owner(address)
+        if owner is None or owner.gateway == self._use.gateway:
+            if self._use.overlay:
+                self._check_left(owner)
+            await self._lock(descriptor, READS)
+            return
+        if self._use.overlay:
+            raise ForebayError(
+                f"{self._key} is written by {owner}, and an overlay needs an image that stays as it is: "
+                "detach it there first"
+            )
+        log.warning("%s is written by %s: '%s' may read old data", self._key, owner, self._use.disk)
+        # its writes, and its restart, are not to fail because of us
+        await self._lock(descriptor, LOOKS)
+
+    async def _owner(self, address: FileAddress) -> Owner | None:
+        """What the owner marker beside the image says. Raises ForebayError and OSError."""
+        with bounded(self._timeout, f"looking for the owner of {self._label}"):
+            return await self._threads.run(lambda: read_owner(address))
+
+    def _check_left(self, owner: Owner | None) -> None:
+        """Raise ForebayError where a disk of this gateway that is not served now has data that the image lacks."""
+        if owner is None or owner.state == "clean" or owner.gateway != self._use.gateway:
+            return
+        left = 0 if owner.disk == self._use.disk else self._left_by(owner.disk)
+        if left:
+            raise ForebayError(
+                f"{self._key} lacks {left} bytes that disk '{owner.disk}' of this gateway has: bring that disk back "
+                f"('forebay status' says why it is not served), or give them up: forebay detach {owner.disk} --discard"
+            )
+
+    async def _lock(self, descriptor: Descriptor, access: Access) -> None:
+        """Take QEMU's locks, where no claim comes with them. Raises InUseError and OSError; no locks are no error."""
+
+        def lock() -> None:
+            with descriptor as fd:
+                hold(fd, access)
+
+        try:
+            with bounded(self._timeout, f"locking {self._label}"):
+                await self._threads.run(lock)
+        except InUse as fault:
+            raise in_use(self._key, fault) from None
+        except NoLocks as error:
+            log.info("%s: no file locks: %s", self._key, error.strerror)

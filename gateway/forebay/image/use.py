@@ -1,0 +1,25 @@
+"""What a disk does with its image."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a disk does with its image: writes it, lies over it as an overlay, or reads it only."""
+
+    disk: str
+    """The name of the disk."""
+    gateway: str
+    """The uuid of this gateway's cache, by which other gateways know it."""
+    read_only: bool = False
+    overlay: bool = False
+    need_locks: bool = True
+    """True if an image without file locks is refused."""
+    refresh: bool = True
+    """True if the disk goes on with an image that somebody else changed, from what it has now, where nothing is lost by
+    that."""
+
+    @property
+    def writes(self) -> bool:
+        """True if the disk writes the image itself."""
+        return not (self.read_only or self.overlay)
