@@ -1,11 +1,13 @@
-"""NBD for Forebay: a protocol without I/O for both roles, a trio server and a trio client."""
+"""NBD for Forebay: the protocol without I/O for both roles, a server and a client for trio."""
 
 from forebay_nbd.client.client import Client
 from forebay_nbd.protocol.wire import Buffer, ProtocolError, RequestError
-from forebay_nbd.server.connection import Connection, Session
+from forebay_nbd.server.connection import Connection
 from forebay_nbd.server.export import Export
 from forebay_nbd.server.limits import Limits
+from forebay_nbd.server.phase import Phase
 from forebay_nbd.server.server import Server
+from forebay_nbd.server.session import Session
 
 __all__ = [
     "Buffer",
@@ -13,6 +15,7 @@ __all__ = [
     "Connection",
     "Export",
     "Limits",
+    "Phase",
     "ProtocolError",
     "RequestError",
     "Server",

@@ -23,7 +23,7 @@ from forebay.sidecar.record import Owner
 from forebay_cache.device.device import plan
 from forebay_cache.format import ops
 from forebay_cache.format.entry import pack
-from forebay_nbd.client.haggle import haggle
+from forebay_nbd.client.negotiation import negotiate
 from forebay_nbd.protocol import events as ev
 from forebay_nbd.protocol.handshake import ClientHandshake
 from forebay_nbd.protocol.replies import ReplyReader
@@ -174,7 +174,7 @@ def _ask(path: str) -> bytes:
             return event
 
         with contextlib.suppress(EOFError, OSError):
-            talk = haggle(hear(), EXPORT, CONTEXTS)
+            talk = negotiate(hear(), EXPORT, CONTEXTS)
             question = next(talk)
             while True:
                 sock.sendall(hands.send(question))

@@ -35,11 +35,11 @@ from forebay_cache.offline.report import Report
 from forebay_cache.offline.walk import Tables, Walk
 from forebay_cache.upkeep.medium import Medium
 from forebay_nbd import Limits
-from forebay_nbd.client.haggle import Answers, haggle
+from forebay_nbd.client.negotiation import Replies, negotiate
 from forebay_nbd.protocol import events as ev
 from forebay_nbd.protocol.handshake import ClientHandshake, ServerHandshake, State
 from forebay_nbd.protocol.replies import ReplyReader
-from forebay_nbd.protocol.requests import RequestReader, check, encode_reply
+from forebay_nbd.protocol.requests import RequestReader, check_request, encode_reply
 from forebay_nbd.protocol.wire import Cmd, CmdFlag, ProtocolError, RequestError
 from forebay_nbd.server.export import Export
 from forebay_nbd.server.negotiation import Negotiation
@@ -129,7 +129,7 @@ def _requests(pieces: list[bytes], negotiation: Negotiation) -> Said:
         said.append(f"{request.command} {request.flags} {request.offset} {request.length}")
         assert len(payload) == (request.length if request.command == Cmd.WRITE else 0)
         try:
-            check(request, SIZE, False, negotiation.structured, bool(negotiation.contexts))
+            check_request(request, SIZE, False, negotiation.structured, bool(negotiation.contexts))
         except RequestError as fault:
             if negotiation.structured:
                 encode_reply(ev.ErrorChunk(request.cookie, fault.errno or 5, fault.strerror or ""))
@@ -212,11 +212,11 @@ def _client(pieces: list[bytes]) -> Said:
         return event
 
     try:
-        talk = haggle(hear(), EXPORT, CONTEXTS)
+        talk = negotiate(hear(), EXPORT, CONTEXTS)
         question = next(talk)
         while True:
             hands.send(question)
-            answers: Answers = []
+            answers: Replies = []
             if not isinstance(question, ev.ClientFlags):
                 while not (
                     answers and isinstance(answers[-1], (ev.Ack, ev.OptionError, ev.ExportBegins))

@@ -105,7 +105,7 @@ async def test_long_requests_are_split(
         filters=["blocksize-policy"],
     )
     client = await Client.connect(nursery, str(kit.sock))
-    assert (client.terms.minimum_block, client.terms.maximum_payload) == (512, 65536)
+    assert (client.negotiated.minimum_block, client.negotiated.maximum_payload) == (512, 65536)
     data = rng.randbytes(MIB)
     await client.pwrite(512, data)
     assert await client.pread(512, MIB) == data
@@ -144,8 +144,8 @@ async def test_older_servers(
     kit = start_nbdkit("memory", "1M", options=[option])
     client = await Client.connect(nursery, str(kit.sock))
     assert client.size == MIB
-    assert client.terms.structured == structured
-    assert bool(client.terms.contexts) == structured
+    assert client.negotiated.structured == structured
+    assert bool(client.negotiated.contexts) == structured
     await client.pwrite(5, b"hello")
     assert await client.pread(0, 12) == b"\0" * 5 + b"hello" + b"\0\0"
     await client.aclose()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from forebay_nbd import Connection, Limits
+from forebay_nbd import Connection, Limits, Phase
 from forebay_nbd.server.budget import Budget
 from real.nbd_memory import MemoryExport, serving
 from real.nbd_raw import Raw, option, request, still_serves, until
@@ -272,7 +272,7 @@ async def test_disc_waits_for_what_is_in_flight(short_path: Path) -> None:
 
 
 # --- moving to another process ------------------------------------------------------------------------
-async def test_a_frozen_connection_goes_on_elsewhere(short_path: Path) -> None:
+async def test_a_suspended_connection_goes_on_elsewhere(short_path: Path) -> None:
     """In the middle of a request, with one waiting; contexts and structured replies stay agreed on."""
     export = MemoryExport(slow=True)
     export.memory[:4] = b"data"
@@ -287,7 +287,7 @@ async def test_a_frozen_connection_goes_on_elsewhere(short_path: Path) -> None:
         await until(lambda: export.waiting == 1)
         await trio.testing.wait_all_tasks_blocked()
         (connection,) = running.server.connections
-        connection.freeze()
+        connection.suspend()
         await trio.testing.wait_all_tasks_blocked()
         assert not connection.sock._closed  # type: ignore[attr-defined]
         export.gate.set()
@@ -326,7 +326,7 @@ async def test_a_request_that_found_no_room_moves_too(short_path: Path, size: in
         await until(lambda: export.waiting == 1)
         await trio.testing.wait_all_tasks_blocked()
         (connection,) = running.server.connections
-        connection.freeze()
+        connection.suspend()
         export.gate.set()
         await until(lambda: not running.server.connections)
         assert await client.simple() == (0, 1, b"")
@@ -355,12 +355,12 @@ async def test_what_hangs_moves_unanswered(short_path: Path) -> None:
         await until(lambda: export.waiting == 2)
         (connection,) = running.server.connections
         assert connection.unanswered_since is not None
-        connection.freeze()
+        connection.suspend()
         await trio.testing.wait_all_tasks_blocked()
         assert running.server.connections, "it waits for what is in flight"
-        connection.hurry()
+        connection.cancel_requests()
         await until(lambda: not running.server.connections)
-        assert connection.frozen
+        assert connection.phase is Phase.SUSPENDED
         assert connection.session is not None
         assert connection.session.unparsed == write + request(0, 4096, 5, cookie=2)
 
@@ -387,10 +387,10 @@ async def test_replies_that_were_not_taken_move_in_their_place(short_path: Path)
         async with trio.open_nursery() as nursery:
             for _ in range(3):
                 (connection,) = running.server.connections
-                connection.freeze()
-                connection.hurry()
+                connection.suspend()
+                connection.cancel_requests()
                 await until(lambda: not running.server.connections)
-                assert connection.frozen
+                assert connection.phase is Phase.SUSPENDED
                 assert connection.session is not None
                 assert connection.session.unsent
                 sessions += 1
@@ -404,12 +404,12 @@ async def test_replies_that_were_not_taken_move_in_their_place(short_path: Path)
         assert sessions == 3
 
 
-async def test_a_handshake_is_not_frozen_but_ended(short_path: Path) -> None:
+async def test_a_handshake_is_not_suspended_but_ended(short_path: Path) -> None:
     async with serving(short_path) as running, Raw(running.path) as client:
         await client.hello()
         await until(lambda: running.server.connections)
         (connection,) = running.server.connections
-        connection.freeze()
+        connection.suspend()
         assert await client.hangs_up() == b""
         assert connection.session is None
 
@@ -460,14 +460,14 @@ async def test_out_of_descriptors_is_survived(
 
 def test_a_budget_counts() -> None:
     budget = Budget(100)
-    assert budget.take(1000), "one request is let through whatever its size"
-    assert not budget.take(1)
-    budget.give(1000)
-    assert budget.take(60)
-    assert not budget.take(41)
-    assert budget.take(40)
+    assert budget.reserve(1000), "one request is let through whatever its size"
+    assert not budget.reserve(1)
+    budget.release(1000)
+    assert budget.reserve(60)
+    assert not budget.reserve(41)
+    assert budget.reserve(40)
     with pytest.raises(AssertionError):
-        budget.give(101)
+        budget.release(101)
 
 
 def test_a_connection_needs_no_server() -> None:

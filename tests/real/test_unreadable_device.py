@@ -22,10 +22,10 @@ path.write_bytes(bytes(1 << 20))
 with open(path, "r+b") as file:
     view = memoryview(mmap.mmap(file.fileno(), 1 << 20, prot=mmap.PROT_READ))
     os.ftruncate(file.fileno(), 1 << 19)
-from forebay_nbd.server.outbox import copied
-assert copied([view[:4096]] * 3000 + [b"", b"x"]) == bytes(3000 * 4096) + b"x"
+from forebay_nbd.server.outbox import kernel_copy
+assert kernel_copy([view[:4096]] * 3000 + [b"", b"x"]) == bytes(3000 * 4096) + b"x"
 def read():
-    copied([b"x", view[1 << 19 :]])
+    kernel_copy([b"x", view[1 << 19 :]])
 """,
     "reading for write-back, or to complete a sector": """
 from forebay_cache import View, open_cache

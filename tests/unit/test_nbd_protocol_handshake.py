@@ -1,5 +1,6 @@
 """The handshake: one table of (state, event, bytes) for both readers and both writers, and what may not be said."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from forebay_nbd.protocol import events as ev
 from forebay_nbd.protocol.handshake import (
+    OPTION_ANSWERS,
     TRANSITIONS,
     ClientHandshake,
     LocalProtocolError,
@@ -177,7 +179,7 @@ def test_what_a_server_says(asked: ev.ClientOption | None, event: Any, data: byt
     assert more.trailing() == TRAILING
 
 
-def test_go_and_abort_end_the_haggling() -> None:
+def test_go_and_abort_end_the_handshake() -> None:
     for asked, after in (
         (ev.GoOption("d"), State.TRANSMISSION),
         (ev.Abort(), State.CLOSED),
@@ -314,13 +316,34 @@ def test_garbage_raises_nothing_but_protocol_errors(data: bytes, magic: int) -> 
         half.receive(prefixes[magic] + data)
         try:
             while not isinstance(event := half.next_event(), ev.NeedData):
-                if isinstance(half, ServerHandshake) and half.state is State.ANSWER:
+                if isinstance(half, ServerHandshake) and half.state in OPTION_ANSWERS:
                     half.send(ev.OptionError(0, Rep.ERR_UNSUP))
+                if half.state is State.ANSWER_EXPORT_NAME and isinstance(half, ServerHandshake):
+                    half.send(ev.ExportBegins(1, 1))
                 if isinstance(half, ClientHandshake) and half.state is State.OPTIONS:
                     half.send(ev.ListExports())
                 assert event is not None
         except ProtocolError:
             pass
+
+
+def test_the_table_of_the_page_is_that_of_the_code() -> None:
+    page = Path(__file__).resolve().parents[2] / "nbd" / "README.md"
+    _, _, section = page.read_text().partition("### The states of a handshake\n")
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in section.split("\n#")[0].splitlines()
+        if "`" in line
+    ]
+    documented = {
+        (state, event): following
+        for state, events, following in (row for row in rows if len(row) == 3)
+        for event in events.replace("`", "").split(", ")
+    }
+    assert documented == {
+        (state.value, event.__name__): following.value
+        for (state, event), following in TRANSITIONS.items()
+    }
 
 
 def test_every_option_has_a_row() -> None:

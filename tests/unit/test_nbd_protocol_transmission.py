@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from forebay_nbd.protocol import events as ev
 from forebay_nbd.protocol.replies import ReplyReader
-from forebay_nbd.protocol.requests import RequestReader, check, encode_reply, encode_request
+from forebay_nbd.protocol.requests import RequestReader, check_request, encode_reply, encode_request
 from forebay_nbd.protocol.wire import (
     MAX_PAYLOAD,
     REQUEST_MAGIC,
@@ -179,7 +179,7 @@ def test_a_payload_of_its_own_survives_a_move_to_another_process() -> None:
     first = RequestReader(150, 100)
     feed(first, data[:150])
     assert first.next_event() is ev.NEED_DATA
-    assert first.wanted() == 200
+    assert first.large_payload() == 200
     feed(first, data[150:170])
     assert first.unparsed() == data[:170]
 
@@ -255,25 +255,25 @@ CHECKS = [
 def test_checks(command: int, flags: int, offset: int, length: int, code: int | None) -> None:
     request = ev.Request(command, flags, 1, offset, length)
     if code is None:
-        check(request, SIZE, False, True, True)
+        check_request(request, SIZE, False, True, True)
     else:
         with pytest.raises(RequestError) as caught:
-            check(request, SIZE, False, True, True)
+            check_request(request, SIZE, False, True, True)
         assert caught.value.errno == code
 
 
 def test_what_was_not_agreed_on_is_refused() -> None:
     with pytest.raises(RequestError):
-        check(ev.Request(Cmd.READ, CmdFlag.DF, 1, 0, 1), SIZE, False, False, False)
+        check_request(ev.Request(Cmd.READ, CmdFlag.DF, 1, 0, 1), SIZE, False, False, False)
     with pytest.raises(RequestError):
-        check(ev.Request(Cmd.BLOCK_STATUS, 0, 1, 0, 1), SIZE, False, True, False)
+        check_request(ev.Request(Cmd.BLOCK_STATUS, 0, 1, 0, 1), SIZE, False, True, False)
     with pytest.raises(RequestError):
-        check(ev.Request(Cmd.READ, 0, 1, 0, MAX_PAYLOAD + 1), 1 << 40, False, True, True)
+        check_request(ev.Request(Cmd.READ, 0, 1, 0, MAX_PAYLOAD + 1), 1 << 40, False, True, True)
     for command in (Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES):
         with pytest.raises(RequestError) as caught:
-            check(ev.Request(command, 0, 1, SIZE, SIZE), SIZE, True, True, True)
+            check_request(ev.Request(command, 0, 1, SIZE, SIZE), SIZE, True, True, True)
         assert caught.value.errno == errno.EPERM
-    check(ev.Request(Cmd.FLUSH, 0, 1), SIZE, True, True, True)
+    check_request(ev.Request(Cmd.FLUSH, 0, 1), SIZE, True, True, True)
 
 
 def test_errors_become_one_of_eight() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from forebay_cache.states import STRICT, IllegalMove, Machine, Table, rows
+from forebay_nbd.server import phase
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +26,9 @@ MOVES: Table[Lamp] = {
     Lamp.BROKEN: {},
 }
 
-TABLES: list[tuple[str, str, Table[Any]]] = []
+TABLES: list[tuple[str, str, Table[Any]]] = [
+    ("nbd/README.md", "The phases of a connection", phase.MOVES),
+]
 """(README, its heading, the table in code) of every kind of thing that has one."""
 
 

@@ -422,14 +422,14 @@ class Gateway:
     async def _leave_sockets(self, disks: list[Attached]) -> bool:
         """What was acknowledged is in the journal: whatever happens from here on, the next process finds it."""
         began = trio.current_time()
-        frozen: dict[str, Sockets] = {}
+        suspended: dict[str, Sockets] = {}
 
-        async def freeze(one: Attached) -> None:
-            frozen[one.name] = await one.listener.freeze(RESTART_SECONDS)
+        async def suspend(one: Attached) -> None:
+            suspended[one.name] = await one.listener.suspend(RESTART_SECONDS)
 
-        await together(partial(freeze, one) for one in disks)
-        count = sum(len(sockets.clients) for sockets in frozen.values())
-        if not leave_sockets(frozen):
+        await together(partial(suspend, one) for one in disks)
+        count = sum(len(sockets.clients) for sockets in suspended.values())
+        if not leave_sockets(suspended):
             return False
         took = 1000 * (trio.current_time() - began)
         log.info("handed over: %d disks, %d clients, in %.0f ms", len(disks), count, took)

@@ -13,7 +13,7 @@ from forebay.config.model import GatewaySection
 from forebay.doors.peers import Admission
 from forebay.doors.restart import Client, Sockets
 from forebay.errors import ForebayError
-from forebay_nbd import Connection, Export, Server
+from forebay_nbd import Connection, Export, Phase, Server
 
 log = logging.getLogger("forebay.daemon")
 
@@ -26,8 +26,8 @@ BACKLOG = 64
 HANDSHAKE_SECONDS = 0.2
 """How long who is just connecting may take before a planned restart; clients need a millisecond."""
 
-HURRY_SECONDS = 2.0
-"""How long requests that are not waited for any more take to let go. Those that do not are lost with their client."""
+CANCEL_SECONDS = 2.0
+"""How long cancelled requests may take to end. A connection with one that does not is aborted."""
 
 _NEW = ".new"
 """What the name of a socket ends with until owner and mode are set."""
@@ -86,7 +86,7 @@ class Listener:
         self._server = Server(
             lambda name: export if name in ("", export.name) else None,
             lambda: [export.name],
-            admits=self._admits,
+            may_connect=self._may_connect,
         )
         self._scope: trio.CancelScope | None = None
         """Of accepting; None while the socket is shut."""
@@ -95,9 +95,9 @@ class Listener:
         self._accepting: int | None = None
         """The listening socket's descriptor, while it is open."""
         self._leaving = False
-        """True if the path stays for another process, after `freeze`."""
+        """True if the path stays for another process, after `suspend`."""
 
-    def _admits(self, sock: socket.socket) -> bool:
+    def _may_connect(self, sock: socket.socket) -> bool:
         try:
             refused = self._admission.refused(sock)
         except OSError:  # gone already
@@ -213,7 +213,7 @@ class Listener:
         for connection in list(self._server.connections):
             connection.abort()
 
-    async def freeze(self, seconds: float) -> Sockets:
+    async def suspend(self, seconds: float) -> Sockets:
         """Stop serving and leave the sockets as they are, for another process: listener, clients, the path.
 
         Requests in flight have so many seconds to finish; then they move too, and are done again.
@@ -227,25 +227,27 @@ class Listener:
         self._leaving = True
         connections = list(self._server.connections)
         for connection in connections:
-            connection.freeze()
+            connection.suspend()
         self._scope.cancel()
-        await self._all_frozen(connections, seconds)
-        found.clients = [self._frozen(one) for one in connections if one.frozen]
+        await self._all_suspended(connections, seconds)
+        found.clients = [
+            self._suspended(one) for one in connections if one.phase is Phase.SUSPENDED
+        ]
         return found
 
-    async def _all_frozen(self, connections: list[Connection], seconds: float) -> None:
-        """Wait for the connections to freeze; those that do not in time are told to hurry, then hung up on."""
+    async def _all_suspended(self, connections: list[Connection], seconds: float) -> None:
+        """Wait for the connections to be suspended. In the end requests are cancelled, and then connections aborted."""
         with trio.move_on_after(seconds):
             await self._shut.wait()
         for connection in connections:
-            connection.hurry()
-        with trio.move_on_after(HURRY_SECONDS):
+            connection.cancel_requests()
+        with trio.move_on_after(CANCEL_SECONDS):
             await self._shut.wait()
             return
         self._abort()
         await self._shut.wait()
 
-    def _frozen(self, connection: Connection) -> Client:
+    def _suspended(self, connection: Connection) -> Client:
         assert connection.session is not None
         session, export = connection.session, self._export
         return Client(connection.sock, session, export.size, export.read_only)

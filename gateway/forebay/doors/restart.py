@@ -1,13 +1,13 @@
 """A planned restart: the sockets of the disks go from one process to the next, by way of systemd's descriptor store.
 
-At SIGTERM each connection is frozen at a request boundary, and the old process gives to the service manager, in this
+At SIGTERM each connection is suspended at a request boundary, and the old process gives to the service manager, in this
 order, one memory file that says how to go on, and the sockets, listening and connected. It does so whenever there is a
 manager that listens: whether it is a restart is the manager's decision, who closes what it holds at a stop.
 
 The new process takes what it finds when its cache is open: it marks the memory file as used, has the manager forget
 everything, and only then reads from the sockets. So
 
-- what was given before a kill can be used: a socket that is there is frozen, and described in the memory file;
+- what was given before a kill can be used: a socket that is there is suspended, and described in the memory file;
 - it is used once: killed later, the next process finds a mark, if it finds anything, and hangs up;
 - a process that fails before it took the set leaves it to the next try, for PATIENCE_SECONDS.
 
@@ -106,7 +106,7 @@ def _hang_up(sock: socket.socket) -> None:
 
 
 def leave_sockets(disks: dict[str, Sockets]) -> bool:
-    """Leave frozen sockets, by disk, with the service manager. True if it took them; else clients are hung up on.
+    """Leave suspended sockets, by disk, with the service manager. True if it took them; else clients are hung up on.
 
     The sockets are closed in this process in any case.
     """

@@ -88,7 +88,7 @@ class Requests:
         self.sync_failures = 0
         """How many flushes so far ended without anybody knowing what they made durable."""
         self.timeout = timeout
-        self.sector = client.terms.minimum_block
+        self.sector = client.negotiated.minimum_block
         """Bytes of the smallest unit that the server reads and writes."""
         self._size = client.size
         self._read_only = read_only
@@ -237,7 +237,9 @@ class Requests:
 
     def _may_add(self, client: Client) -> bool:
         """True if the server keeps several connections coherent, and there are fewer than are of use."""
-        return len(self._links) < CONNECTIONS and bool(client.terms.flags & Flag.CAN_MULTI_CONN)
+        return len(self._links) < CONNECTIONS and bool(
+            client.negotiated.flags & Flag.CAN_MULTI_CONN
+        )
 
     async def _reconnect(self) -> None:
         """Connect, however long it takes. Raises OSError(ESTALE) if another image is there now."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import trio
 
-from forebay_nbd.client.connecting import Address, connect, named, shake_hands
-from forebay_nbd.client.haggle import Terms
+from forebay_nbd.client.connecting import Address, connect, do_handshake, with_address
+from forebay_nbd.client.negotiation import Negotiated
 from forebay_nbd.protocol import events as ev
 from forebay_nbd.protocol.replies import ReplyReader
 from forebay_nbd.protocol.requests import encode_request
@@ -21,49 +21,56 @@ from forebay_nbd.protocol.wire import (
     Flag,
     ProtocolError,
     local_errno,
-    rest,
+    remaining,
 )
 
 CONNECT_SECONDS = 10.0
-"""A server that has not let us in by then is not there."""
+"""How long connecting, and after that the handshake, may take each."""
 MAX_RANGE = 1 << 30
 """Longest TRIM, WRITE_ZEROES, CACHE and BLOCK_STATUS sent, bytes: the field has 32 bits, and some servers work through
 such a range before they answer anything else."""
-TURNS = 32
-"""Receives in a row before other tasks run."""
+RECEIVES_PER_TURN = 32
+"""How often replies are received in a row before other tasks run."""
 
-
-_PLAIN = CmdFlag(0)
+_NO_FLAGS = CmdFlag(0)
 
 
 @dataclass(slots=True, eq=False)
-class _Call:
-    """A request that is out, and what has come for it."""
+class _InFlight:
+    """A request without a complete reply, and what has come in reply to it so far."""
 
     done: trio.Event = field(default_factory=trio.Event)
+    """Set when the reply is complete, or will not come."""
     error: OSError | None = None
+    """The first error of the reply, or why it will not come."""
     extents: dict[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    """Extents (length, flags) from BLOCK_STATUS chunks, by the number of the metadata context."""
 
 
 class Client:
-    """A connected export. Offsets and lengths are bytes and have to lie inside `size`.
+    """A connection to one export. Offsets and lengths are bytes and have to lie inside `size`.
 
-    All methods raise OSError with the errno the server sent, and ConnectionError once the connection is dead; there is
-    no reconnecting. A cancelled request may or may not have been carried out. How many requests are in flight is the
-    caller's business.
+    Each method for a request raises OSError with the errno that the server sent. Once the connection has ended, all of
+    them raise ConnectionError; there is no reconnecting. A request that is cancelled may or may not be carried out; if
+    it is cancelled while it is being sent, the connection ends. The number of requests in flight is not bounded here.
     """
 
-    def __init__(self, sock: socket.socket, terms: Terms, name: str) -> None:
-        self.terms = terms
-        self.size = terms.size
-        self.read_only = bool(terms.flags & Flag.READ_ONLY)
+    def __init__(self, sock: socket.socket, negotiated: Negotiated, name: str) -> None:
+        """Called by connect(). `sock` has just entered transmission; `name` is the address, for the texts of errors."""
+        self.negotiated = negotiated
+        self.size = negotiated.size
+        self.read_only = bool(negotiated.flags & Flag.READ_ONLY)
         self.name = name
         self._sock = sock
-        self._reader = ReplyReader(terms.structured)
-        self._calls: dict[int, _Call] = {}
+        self._reader = ReplyReader(negotiated.structured)
+        self._in_flight: dict[int, _InFlight] = {}
+        """By cookie."""
         self._cookie = 0
+        """Of the request sent last."""
         self._sending = trio.Lock()
-        self._dead: str | None = None
+        """Held while a request is being sent, so that requests do not mix."""
+        self._closed: str | None = None
+        """Why the connection has ended; None while it lives."""
         self._receiving = trio.CancelScope()
 
     @classmethod
@@ -76,10 +83,11 @@ class Client:
         contexts: tuple[str, ...] = (BASE_ALLOCATION,),
         timeout: float = CONNECT_SECONDS,
     ) -> "Client":
-        """Connects to an export. Replies are received by a task in `nursery`, which never fails.
+        """Connects to an export. Replies are received by a task in `nursery`, which raises nothing.
 
-        Raises OSError whose text names the address and says what is wrong: ENOENT for an unknown export, TimeoutError,
-        ConnectionError, or what connect(2) said.
+        Selects those of the metadata contexts `contexts` that the server has. Connecting and the handshake may take
+        `timeout` seconds each. Raises OSError whose text begins with the address and says what is wrong: ENOENT for an
+        unknown export, TimeoutError, ConnectionError, or what connect(2) said. If cancelled, the socket is closed.
         """
         name = address if isinstance(address, str) else "{}:{}".format(*address)
         try:
@@ -88,10 +96,10 @@ class Client:
         except trio.TooSlowError:
             raise TimeoutError(errno.ETIMEDOUT, f"{name}: no answer in {timeout:g} s") from None
         except OSError as exc:
-            raise named(exc, name) from exc
+            raise with_address(exc, name) from exc
         try:
             with trio.fail_after(timeout):
-                terms, early = await shake_hands(sock, export, contexts)
+                negotiated, early = await do_handshake(sock, export, contexts)
         except BaseException as exc:
             trio.lowlevel.notify_closing(sock)
             sock.close()
@@ -100,17 +108,17 @@ class Client:
             if isinstance(exc, ProtocolError):
                 raise ConnectionError(errno.EPROTO, f"{name}: {exc}") from exc
             if isinstance(exc, OSError):
-                raise named(exc, name) from exc
+                raise with_address(exc, name) from exc
             raise
-        client = cls(sock, terms, name)
+        client = cls(sock, negotiated, name)
         client._reader.feed(early)
         nursery.start_soon(client._receive)
         return client
 
     # --- requests ---------------------------------------------------------------------------
     async def pread(self, offset: int, length: int) -> bytearray:
-        """`length` bytes from `offset` on."""
-        low = self.terms.minimum_block
+        """Reads `length` bytes from `offset` on, whatever the smallest block of the server is."""
+        low = self.negotiated.minimum_block
         start, stop = offset // low * low, -(-(offset + length) // low) * low
         data = bytearray(stop - start)
         await self.pread_into(start, memoryview(data))
@@ -119,105 +127,121 @@ class Client:
         )
 
     async def pread_into(self, offset: int, view: memoryview) -> None:
-        """Fills `view` with what lies from `offset` on. OSError(EINVAL) unless both ends lie on the smallest block.
+        """Reads len(view) bytes from `offset` on into `view`.
 
-        When it was cancelled, a late reply may still write into `view`: that memory is not to be used again.
+        Raises OSError(EINVAL) unless offset and length are multiples of the server's smallest block. After a
+        cancellation or an error a late reply may still be written into `view`: that memory must not be used for
+        anything else.
         """
-        low = self.terms.minimum_block
+        low = self.negotiated.minimum_block
         if (offset | len(view)) % low:
             raise OSError(errno.EINVAL, f"{self.name}: not aligned to {low} bytes")
-        calls = []
-        for at, size in _pieces(offset, len(view), self.terms.maximum_payload // low * low):
+        sent = []
+        for at, size in _split(offset, len(view), self.negotiated.maximum_payload // low * low):
             sink = view[at - offset : at - offset + size]
-            calls.append(await self._send(Cmd.READ, at, size, sink=sink))
-        await self._finish(calls)
+            sent.append(await self._send(Cmd.READ, at, size, sink=sink))
+        await self._finish(sent)
 
     async def pwrite(self, offset: int, data: Buffer, fua: bool = False) -> None:
-        """Writes `data` at `offset`; with `fua` it is durable when this returns. `data` must not change meanwhile."""
+        """Writes `data` at `offset`; with `fua` it is durable when this returns. `data` must not change meanwhile.
+
+        Raises OSError: EPERM if the export is read-only, EINVAL unless offset and length are multiples of the server's
+        smallest block.
+        """
         self._check_writable(offset, len(data))
-        flags = CmdFlag.FUA if fua and self._can(Flag.SEND_FUA) else _PLAIN
+        flags = CmdFlag.FUA if fua and self._has_flag(Flag.SEND_FUA) else _NO_FLAGS
         view = memoryview(data).cast("B")
-        calls = []
-        for at, size in _pieces(offset, len(view), self.terms.maximum_payload):
-            calls.append(
+        sent = []
+        for at, size in _split(offset, len(view), self.negotiated.maximum_payload):
+            sent.append(
                 await self._send(Cmd.WRITE, at, size, flags, view[at - offset : at - offset + size])
             )
-        await self._finish(calls)
+        await self._finish(sent)
         if fua and not flags:
             await self.flush()
 
     async def flush(self) -> None:
-        """All completed writes are durable when this returns. A server without FLUSH has no cache to speak of."""
-        if self._can(Flag.SEND_FLUSH):
+        """Makes all writes durable that have returned. Does nothing if the server does not know FLUSH."""
+        if self._has_flag(Flag.SEND_FLUSH):
             await self._finish([await self._send(Cmd.FLUSH, 0, 0)])
 
     async def trim(self, offset: int, length: int) -> None:
-        """The content is no longer needed. OSError(ENOTSUP) where the server does not know TRIM."""
-        await self._range(Cmd.TRIM, Flag.SEND_TRIM, offset, length)
+        """Tells the server that the content of a range is no longer needed. Raises as zero()."""
+        await self._request_range(Cmd.TRIM, Flag.SEND_TRIM, offset, length)
 
     async def zero(
         self, offset: int, length: int, *, no_hole: bool = False, fast: bool = False
     ) -> None:
-        """The range reads as zeros. OSError(ENOTSUP) where the server cannot, or, with `fast`, not fast."""
-        flags = CmdFlag.NO_HOLE if no_hole else _PLAIN
+        """Zeros a range; with `no_hole` it stays allocated.
+
+        Raises OSError: ENOTSUP if the server does not know the command or, with `fast`, if it is no faster than writing
+        zeros; EPERM if the export is read-only; EINVAL unless offset and length are multiples of the smallest block.
+        """
+        flags = CmdFlag.NO_HOLE if no_hole else _NO_FLAGS
         if fast:
-            if not self._can(Flag.SEND_FAST_ZERO):
+            if not self._has_flag(Flag.SEND_FAST_ZERO):
                 raise OSError(errno.ENOTSUP, f"{self.name}: no fast zeroes")
             flags |= CmdFlag.FAST_ZERO
-        await self._range(Cmd.WRITE_ZEROES, Flag.SEND_WRITE_ZEROES, offset, length, flags)
+        await self._request_range(Cmd.WRITE_ZEROES, Flag.SEND_WRITE_ZEROES, offset, length, flags)
 
     async def cache(self, offset: int, length: int) -> None:
-        """A hint that the range will be read. OSError(ENOTSUP) where the server does not take hints."""
-        await self._range(Cmd.CACHE, Flag.SEND_CACHE, offset, length)
+        """Tells the server that a range is going to be read. Raises OSError(ENOTSUP) if it does not know CACHE."""
+        await self._request_range(Cmd.CACHE, Flag.SEND_CACHE, offset, length)
 
     async def block_status(
         self, offset: int, length: int, context: str = BASE_ALLOCATION, *, one: bool = False
     ) -> list[tuple[int, int]]:
-        """At least one (length, flags) from `offset` on; they may cover less than was asked for, and never more.
+        """The extents (length, flags) of a metadata context from `offset` on, at least one.
 
-        OSError(ENOTSUP) where the context was not agreed on.
+        They may cover less than `length` bytes, and never more. With `one`, the server is asked for the first one only.
+        Raises OSError(ENOTSUP) if the context was not selected.
         """
-        number = next((i for i, known in self.terms.contexts.items() if known == context), None)
+        contexts = self.negotiated.contexts
+        number = next((i for i, known in contexts.items() if known == context), None)
         if number is None:
             raise OSError(errno.ENOTSUP, f"{self.name}: no metadata context {context}")
-        flags = CmdFlag.REQ_ONE if one else _PLAIN
+        flags = CmdFlag.REQ_ONE if one else _NO_FLAGS
         length = min(length, MAX_RANGE)
-        call = await self._send(Cmd.BLOCK_STATUS, offset, length, flags)
-        await self._finish([call])
-        if number not in call.extents:
+        sent = await self._send(Cmd.BLOCK_STATUS, offset, length, flags)
+        await self._finish([sent])
+        if number not in sent.extents:
             raise OSError(errno.EIO, f"{self.name}: the server left out {context}")
-        return list(_within(call.extents[number], length))
+        return list(_clip(sent.extents[number], length))
 
     async def aclose(self) -> None:
-        """Says goodbye and closes; requests in flight fail with ConnectionError."""
-        if self._dead is None:
+        """Sends DISC, for at most a second, and closes the socket; requests in flight raise ConnectionError."""
+        if self._closed is None:
             self._cookie += 1
             with trio.move_on_after(1) as scope:
                 scope.shield = True
                 await self._write(encode_request(ev.Request(Cmd.DISC, 0, self._cookie)))
-        self._die("closed")
+        self._close("closed")
         await trio.lowlevel.cancel_shielded_checkpoint()
 
     # --- sending -----------------------------------------------------------------------------
-    def _can(self, flag: Flag) -> bool:
-        return bool(self.terms.flags & flag)
+    def _has_flag(self, flag: Flag) -> bool:
+        return bool(self.negotiated.flags & flag)
 
     def _check_writable(self, offset: int, length: int) -> None:
+        """Raises OSError if the export is read-only, or the range is not aligned to the smallest block."""
         if self.read_only:
             raise OSError(errno.EPERM, f"{self.name}: the export is read-only")
-        if (offset | length) % self.terms.minimum_block:
-            raise OSError(
-                errno.EINVAL, f"{self.name}: not aligned to {self.terms.minimum_block} bytes"
-            )
+        low = self.negotiated.minimum_block
+        if (offset | length) % low:
+            raise OSError(errno.EINVAL, f"{self.name}: not aligned to {low} bytes")
 
-    async def _range(
-        self, command: Cmd, needs: Flag, offset: int, length: int, flags: CmdFlag = _PLAIN
+    async def _request_range(
+        self, command: Cmd, needs: Flag, offset: int, length: int, flags: CmdFlag = _NO_FLAGS
     ) -> None:
-        if not self._can(needs):
+        """Sends a command without payload for a range, one part of MAX_RANGE bytes after the other. Raises OSError.
+
+        `needs` is the transmission flag of servers that know the command.
+        """
+        if not self._has_flag(needs):
             raise OSError(errno.ENOTSUP, f"{self.name}: the server does not know {command.name}")
         if command != Cmd.CACHE:
             self._check_writable(offset, length)
-        for at, size in _pieces(offset, length, MAX_RANGE):
+        for at, size in _split(offset, length, MAX_RANGE):
             await self._finish([await self._send(command, at, size, flags)])
 
     async def _send(
@@ -225,57 +249,61 @@ class Client:
         command: Cmd,
         offset: int,
         length: int,
-        flags: CmdFlag = _PLAIN,
+        flags: CmdFlag = _NO_FLAGS,
         payload: Buffer = b"",
         sink: memoryview | None = None,
-    ) -> _Call:
-        """Sends one request; _finish() waits for what comes of it."""
+    ) -> _InFlight:
+        """Sends one request, whose reply _finish() waits for. The data of a READ are put into `sink`.
+
+        Raises ConnectionError if the connection has ended.
+        """
         try:
             self._sending.acquire_nowait()  # which, unlike acquire(), lets nobody else run first
         except trio.WouldBlock:
             await self._sending.acquire()
         try:
-            if self._dead is not None:
-                raise ConnectionError(errno.ENOTCONN, f"{self.name}: {self._dead}")
+            if self._closed is not None:
+                raise ConnectionError(errno.ENOTCONN, f"{self.name}: {self._closed}")
             self._cookie += 1
             request = ev.Request(command, flags, self._cookie, offset, length, payload)
-            call = self._calls[request.cookie] = _Call()
+            sent = self._in_flight[request.cookie] = _InFlight()
             self._reader.expect(request, sink)
             await self._write(encode_request(request))
         finally:
             self._sending.release()
-        return call
+        return sent
 
     async def _write(self, buffers: list[Buffer]) -> None:
-        """Sends all of it. If cancelled half-way the stream is beyond repair, and the connection is dead."""
+        """Sends all of `buffers`. If that fails or is cancelled, part of a request may be sent: the connection ends."""
         try:
             while buffers:
                 try:
-                    buffers = rest(buffers, self._sock.sendmsg(buffers))
+                    buffers = remaining(buffers, self._sock.sendmsg(buffers))
                 except BlockingIOError:
                     await trio.lowlevel.wait_writable(self._sock)
         except trio.ClosedResourceError:
-            pass  # died while we waited, and every call knows
+            pass  # closed while we waited, which every request in flight has been told
         except OSError as exc:
-            self._die(exc.strerror or "the connection broke")
+            self._close(exc.strerror or "the connection broke")
         except trio.Cancelled:
-            self._die("a request was given up while it was being sent")
+            self._close("a request was given up while it was being sent")
             raise
 
-    async def _finish(self, calls: list[_Call]) -> None:
-        """Waits for the replies to all calls and raises the first error."""
-        for call in calls:
-            await call.done.wait()
-        for call in calls:
-            if call.error is not None:
-                raise call.error
+    async def _finish(self, sent: list[_InFlight]) -> None:
+        """Waits for the replies to all these requests. Raises the error of the first that failed."""
+        for one in sent:
+            await one.done.wait()
+        for one in sent:
+            if one.error is not None:
+                raise one.error
 
     # --- receiving ---------------------------------------------------------------------------
     async def _receive(self) -> None:
+        """The task that receives replies, started by connect(). It ends with the connection and raises nothing."""
         why = "closed"
         try:
             with self._receiving:
-                await self._receive_until_death()
+                await self._receive_until_closed()
         except trio.ClosedResourceError:
             pass
         except ProtocolError as exc:
@@ -283,18 +311,18 @@ class Client:
         except OSError as exc:
             why = exc.strerror or "the connection broke"
         finally:
-            self._die(why)
+            self._close(why)
 
-    async def _receive_until_death(self) -> None:
-        self._take_events()
-        while self._dead is None:
+    async def _receive_until_closed(self) -> None:
+        self._handle_received()
+        while self._closed is None:
             await trio.lowlevel.wait_readable(self._sock)
-            for _ in range(TURNS):
+            for _ in range(RECEIVES_PER_TURN):
                 if not self._receive_once():
                     break
 
     def _receive_once(self) -> bool:
-        """Takes what is there; False when that is nothing."""
+        """Receives and handles what has come; False if that is nothing. Raises OSError, ProtocolError."""
         try:
             count = self._sock.recv_into(self._reader.space())
         except BlockingIOError:
@@ -302,51 +330,53 @@ class Client:
         if not count:
             raise ConnectionError(errno.ECONNRESET, "the server closed the connection")
         self._reader.received(count)
-        self._take_events()
+        self._handle_received()
         return True
 
-    def _take_events(self) -> None:
+    def _handle_received(self) -> None:
+        """Handles all replies that are complete. Raises ProtocolError."""
         while not isinstance(event := self._reader.next_event(), ev.NeedData):
-            self._note(event)
+            self._handle_reply(event)
 
-    def _note(self, event: ev.Reply) -> None:
-        call = self._calls[event.cookie]
+    def _handle_reply(self, event: ev.Reply) -> None:
+        """Adds a reply or chunk to its request, which is done if it was the last."""
+        request = self._in_flight[event.cookie]
         match event:
             case ev.SimpleReply(error=code) if code:
-                call.error = OSError(
+                request.error = OSError(
                     local_errno(code), f"{self.name}: {os.strerror(local_errno(code))}"
                 )
             case ev.ErrorChunk(error=code, text=text):
                 said = text or os.strerror(local_errno(code))
-                call.error = call.error or OSError(local_errno(code), f"{self.name}: {said}")
+                request.error = request.error or OSError(local_errno(code), f"{self.name}: {said}")
             case ev.StatusChunk(context_id=number, extents=extents):
-                call.extents[number] = extents
+                request.extents[number] = extents
         if isinstance(event, (ev.SimpleReply, ev.NoneChunk)) or event.done:
-            del self._calls[event.cookie]
-            call.done.set()
+            del self._in_flight[event.cookie]
+            request.done.set()
 
-    def _die(self, why: str) -> None:
-        """Nothing will be sent or received any more; what is in flight fails."""
-        if self._dead is not None:
+    def _close(self, why: str) -> None:
+        """Ends the connection, unless it has ended: requests in flight, and all later ones, raise ConnectionError."""
+        if self._closed is not None:
             return
-        self._dead = why
+        self._closed = why
         self._receiving.cancel()
         trio.lowlevel.notify_closing(self._sock)
         self._sock.close()
-        calls, self._calls = self._calls, {}
-        for call in calls.values():
-            call.error = ConnectionError(errno.ENOTCONN, f"{self.name}: {why}")
-            call.done.set()
+        in_flight, self._in_flight = self._in_flight, {}
+        for request in in_flight.values():
+            request.error = ConnectionError(errno.ENOTCONN, f"{self.name}: {why}")
+            request.done.set()
 
 
-def _pieces(offset: int, length: int, most: int) -> Iterator[tuple[int, int]]:
-    """[offset, offset + length) in parts of at most `most` bytes."""
+def _split(offset: int, length: int, most: int) -> Iterator[tuple[int, int]]:
+    """The range [offset, offset + length) in parts of at most `most` bytes, each as (offset, length)."""
     for at in range(offset, offset + length, most):
         yield at, min(most, offset + length - at)
 
 
-def _within(extents: tuple[tuple[int, int], ...], length: int) -> Iterator[tuple[int, int]]:
-    """The extents cut off after `length` bytes."""
+def _clip(extents: tuple[tuple[int, int], ...], length: int) -> Iterator[tuple[int, int]]:
+    """The extents (length, flags) cut off after `length` bytes in all."""
     for size, flags in extents:
         if length <= 0:
             return

@@ -1,11 +1,11 @@
-"""Connecting to an NBD server: the socket, and the handshake on it."""
+"""Connecting to an NBD server: the client's socket, and the handshake on it."""
 
 import errno
 import socket
 
 import trio
 
-from forebay_nbd.client.haggle import Answers, Terms, haggle
+from forebay_nbd.client.negotiation import ClientMessage, Negotiated, Replies, negotiate
 from forebay_nbd.protocol import events as ev
 from forebay_nbd.protocol.handshake import ClientHandshake
 from forebay_nbd.protocol.wire import ProtocolError
@@ -14,10 +14,10 @@ Address = str | tuple[str, int]
 """The path of a Unix socket, or a host and a port."""
 
 SEND_BUFFER = 4 << 20
-"""SO_SNDBUF asked for on Unix sockets; the kernel caps it (net.core.wmem_max). A write of 1 MiB, as FUSE has them,
-leaves in one go: by default it takes six, each after a wait for the server to read."""
-MOST_ANSWERS = 100
-"""Replies to one option that are believed: five come. A server may send them without end."""
+"""SO_SNDBUF asked for on Unix sockets, bytes; the kernel caps it (net.core.wmem_max). A write of 1 MiB, as FUSE has
+them, leaves in one go: by default it takes six, each after a wait for the server to read."""
+MAX_REPLIES = 100
+"""Replies to one option that are accepted: real servers send about five. A server may send them without end."""
 
 
 async def connect(address: Address) -> socket.socket:
@@ -41,40 +41,55 @@ async def connect(address: Address) -> socket.socket:
     return sock
 
 
-async def shake_hands(
+async def do_handshake(
     sock: socket.socket, export: str, contexts: tuple[str, ...]
-) -> tuple[Terms, bytes]:
-    """The terms, and what the server has sent beyond the handshake."""
-    hands = ClientHandshake()
-    greeting = await _hear(sock, hands)
+) -> tuple[Negotiated, bytes]:
+    """Asks the server for an export; transmission has begun when this returns.
+
+    Returns what was agreed on, and the bytes that were received after the handshake. Raises OSError if the server
+    refuses or hangs up, ProtocolError if it breaks the protocol. The socket stays open in any case, and is of no use
+    after an exception or a cancellation.
+    """
+    handshake = ClientHandshake()
+    greeting = await _receive(sock, handshake)
     if not isinstance(greeting, ev.Greeting):
         raise ProtocolError("no greeting")
-    talk = haggle(greeting, export, contexts)
-    question = next(talk)
+    negotiation = negotiate(greeting, export, contexts)
+    message = next(negotiation)
     while True:
-        await _say(sock, hands.send(question))
-        answers: Answers = []
-        while not isinstance(question, ev.ClientFlags) and not _ends(answers):
-            reply = await _hear(sock, hands)
-            assert not isinstance(reply, ev.Greeting)
-            answers.append(reply)
-            if len(answers) > MOST_ANSWERS:  # as fast as they come: nobody else would have a turn
-                raise ProtocolError(f"more than {MOST_ANSWERS} replies to one option")
+        await _send(sock, handshake.send(message))
+        replies = await _receive_replies(sock, handshake, message)
         try:
-            question = talk.send(answers)
+            message = negotiation.send(replies)
         except StopIteration as stop:
-            terms: Terms = stop.value
-            return terms, hands.trailing()
+            negotiated: Negotiated = stop.value
+            return negotiated, handshake.trailing()
 
 
-def _ends(answers: Answers) -> bool:
-    return bool(answers) and isinstance(answers[-1], (ev.Ack, ev.OptionError, ev.ExportBegins))
+async def _receive_replies(
+    sock: socket.socket, handshake: ClientHandshake, message: ClientMessage
+) -> Replies:
+    """All replies to `message`, which was sent. Raises ProtocolError for more than MAX_REPLIES, and as _receive()."""
+    replies: Replies = []
+    while not isinstance(message, ev.ClientFlags) and not _is_complete(replies):
+        reply = await _receive(sock, handshake)
+        assert not isinstance(reply, ev.Greeting)
+        replies.append(reply)
+        if len(replies) > MAX_REPLIES:  # as fast as they come: nobody else would have a turn
+            raise ProtocolError(f"more than {MAX_REPLIES} replies to one option")
+    return replies
 
 
-async def _hear(
-    sock: socket.socket, hands: ClientHandshake
-) -> ev.Greeting | ev.OptionReply | ev.ExportBegins:
-    while isinstance(event := hands.next_event(), ev.NeedData):
+def _is_complete(replies: Replies) -> bool:
+    """True if no further reply to the option follows these."""
+    return bool(replies) and isinstance(replies[-1], (ev.Ack, ev.OptionError, ev.ExportBegins))
+
+
+async def _receive(
+    sock: socket.socket, handshake: ClientHandshake
+) -> ev.Greeting | ev.HandshakeReply:
+    """The server's next message. Raises ProtocolError, OSError, or ConnectionError if the server hangs up."""
+    while isinstance(event := handshake.next_event(), ev.NeedData):
         try:
             data = sock.recv(4096)
         except BlockingIOError:
@@ -84,11 +99,12 @@ async def _hear(
             raise ConnectionError(
                 errno.ECONNRESET, "the server closed the connection during the handshake"
             )
-        hands.receive(data)
+        handshake.receive(data)
     return event
 
 
-async def _say(sock: socket.socket, data: bytes) -> None:
+async def _send(sock: socket.socket, data: bytes) -> None:
+    """Sends all of `data`. Raises OSError."""
     while data:
         try:
             data = data[sock.send(data) :]
@@ -96,7 +112,7 @@ async def _say(sock: socket.socket, data: bytes) -> None:
             await trio.lowlevel.wait_writable(sock)
 
 
-def named(exc: OSError, name: str) -> OSError:
-    """The same error, its text saying where."""
+def with_address(exc: OSError, name: str) -> OSError:
+    """An exception of the same type and errno as `exc` whose text begins with `name`, the address."""
     text = exc.strerror or str(exc) or type(exc).__name__
     return type(exc)(exc.errno or errno.ECONNREFUSED, f"{name}: {text}")

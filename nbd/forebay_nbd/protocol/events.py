@@ -1,7 +1,7 @@
-"""What is said in an NBD conversation, one class per message, free of bytes and sockets.
+"""The messages of NBD, one class each, without their bytes on the wire.
 
-Both roles share these: what one side's writer encodes, the other side's reader hands out again. Offsets, lengths and
-sizes are bytes.
+Both roles share these classes: a message that one side encodes is decoded to an equal one by the other side. Offsets,
+lengths and sizes are bytes; numbers named `option` are Opt, `code` Rep, `error` errno values of the wire.
 """
 
 from dataclasses import dataclass
@@ -10,26 +10,27 @@ from forebay_nbd.protocol.wire import Buffer
 
 
 class NeedData:
-    """The only instance, NEED_DATA, says that the next event is not complete yet."""
+    """The type of NEED_DATA, which next_event() returns while the next message is not complete."""
 
     def __repr__(self) -> str:
         return "NEED_DATA"
 
 
 NEED_DATA = NeedData()
+"""The only instance of NeedData."""
 
 
 # --- handshake, both directions ----------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Greeting:
-    """Server: I speak newstyle, with these HandshakeFlags."""
+    """The server's first message: it speaks newstyle, with these HandshakeFlags."""
 
     flags: int
 
 
 @dataclass(frozen=True, slots=True)
 class ClientFlags:
-    """Client: I understood these of your flags."""
+    """The client's first message: the HandshakeFlags of the greeting that it is going to use."""
 
     flags: int
 
@@ -37,29 +38,29 @@ class ClientFlags:
 # --- handshake, client to server ----------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class ExportName:
-    """EXPORT_NAME: serve me this export at once (no error can be answered)."""
+    """EXPORT_NAME asks for transmission on this export. The server cannot refuse it but by closing the connection."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """ABORT: I give up."""
+    """ABORT says that the client is going to close the connection."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListExports:
-    """LIST: which exports are there?"""
+    """LIST asks for the names of all exports."""
 
 
 @dataclass(frozen=True, slots=True)
 class StartTls:
-    """STARTTLS: let us encrypt."""
+    """STARTTLS asks for encryption."""
 
 
 @dataclass(frozen=True, slots=True)
 class InfoOption:
-    """INFO: tell me about this export; `wanted` are Info numbers."""
+    """INFO asks for size and flags of this export, and for the Info types `wanted`."""
 
     name: str
     wanted: tuple[int, ...] = ()
@@ -67,7 +68,7 @@ class InfoOption:
 
 @dataclass(frozen=True, slots=True)
 class GoOption:
-    """GO: as INFO, then begin."""
+    """GO asks for the same as INFO, and for transmission on the export."""
 
     name: str
     wanted: tuple[int, ...] = ()
@@ -75,12 +76,12 @@ class GoOption:
 
 @dataclass(frozen=True, slots=True)
 class StructuredReplies:
-    """STRUCTURED_REPLY: answer my reads in chunks."""
+    """STRUCTURED_REPLY asks for replies in chunks."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListContexts:
-    """LIST_META_CONTEXT: which metadata contexts match?"""
+    """LIST_META_CONTEXT asks which metadata contexts of an export match the queries."""
 
     name: str
     queries: tuple[str, ...] = ()
@@ -88,7 +89,7 @@ class ListContexts:
 
 @dataclass(frozen=True, slots=True)
 class SetContexts:
-    """SET_META_CONTEXT: I will ask for the block status in these."""
+    """SET_META_CONTEXT selects the metadata contexts of an export that BLOCK_STATUS is to tell about."""
 
     name: str
     queries: tuple[str, ...] = ()
@@ -96,7 +97,7 @@ class SetContexts:
 
 @dataclass(frozen=True, slots=True)
 class UnknownOption:
-    """An option we have no class for."""
+    """An option without a class of its own."""
 
     option: int
     data: bytes = b""
@@ -104,9 +105,9 @@ class UnknownOption:
 
 @dataclass(frozen=True, slots=True)
 class BadOption:
-    """A known option whose data makes no sense (reader only): answered with an error, the stream goes on.
+    """A known option whose data cannot be decoded. Only the server's reader makes it; nobody sends it.
 
-    `reply` is the Rep error that fits.
+    It can be answered, since the end of the option is known: with the Rep error `reply`.
     """
 
     option: int
@@ -132,14 +133,14 @@ ClientOption = (
 # --- handshake, server to client ----------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """The option is done."""
+    """ACK: the option has been carried out; no further reply to it follows."""
 
     option: int
 
 
 @dataclass(frozen=True, slots=True)
 class ExportListed:
-    """One export of LIST."""
+    """SERVER: one export, in reply to LIST."""
 
     option: int
     name: str
@@ -148,7 +149,7 @@ class ExportListed:
 
 @dataclass(frozen=True, slots=True)
 class ExportInfo:
-    """Size and transmission flags, in INFO and GO."""
+    """Size and transmission flags of an export, in reply to INFO and GO."""
 
     option: int
     size: int
@@ -157,7 +158,7 @@ class ExportInfo:
 
 @dataclass(frozen=True, slots=True)
 class BlockSizeInfo:
-    """Size constraints, in INFO and GO."""
+    """Size constraints of requests, in reply to INFO and GO: smallest block, efficient block, longest payload."""
 
     option: int
     minimum: int
@@ -167,7 +168,7 @@ class BlockSizeInfo:
 
 @dataclass(frozen=True, slots=True)
 class NameInfo:
-    """The export's canonical name, in INFO and GO."""
+    """The canonical name of an export, in reply to INFO and GO."""
 
     option: int
     name: str
@@ -175,7 +176,7 @@ class NameInfo:
 
 @dataclass(frozen=True, slots=True)
 class OtherInfo:
-    """An information type without a class of its own (a description, or one we do not know)."""
+    """Other information, in reply to INFO and GO: a description, or of an unknown type `kind`."""
 
     option: int
     kind: int
@@ -184,7 +185,7 @@ class OtherInfo:
 
 @dataclass(frozen=True, slots=True)
 class ContextListed:
-    """One metadata context; the id is what BLOCK_STATUS chunks will carry."""
+    """META_CONTEXT: one metadata context. After SET_META_CONTEXT, BLOCK_STATUS chunks carry its `context_id`."""
 
     option: int
     context_id: int
@@ -193,7 +194,7 @@ class ContextListed:
 
 @dataclass(frozen=True, slots=True)
 class OptionError:
-    """The option is refused; `code` is a Rep error, `text` for a person."""
+    """The option is refused, and no further reply to it follows: `code` is a Rep error, `text` for people."""
 
     option: int
     code: int
@@ -202,7 +203,7 @@ class OptionError:
 
 @dataclass(frozen=True, slots=True)
 class ExportBegins:
-    """The answer to EXPORT_NAME: transmission begins. `zeroes`: with the 124 bytes of padding."""
+    """The reply to EXPORT_NAME: transmission begins. `zeroes`: 124 bytes of padding belong to it."""
 
     size: int
     flags: int
@@ -220,14 +221,18 @@ OptionReply = (
     | OptionError
 )
 
+HandshakeReply = OptionReply | ExportBegins
+"""Everything that a server sends in reply to an option."""
+
 
 # --- transmission, client to server ----------------------------------------------------------------------
 @dataclass(slots=True)
 class Request:
-    """One request. `command` and `flags` are as received, so may be unknown numbers. `payload` is WRITE's data.
+    """One request. `command` and `flags` are as received, so they may be unknown numbers. `payload` is the data of a
+    WRITE.
 
-    A payload that the reader hands out is writable memory of the reader: valid until more bytes are received, unless
-    `owned` is true, which means nobody else will touch it again.
+    A payload from RequestReader is memory of the receive buffer, valid until more bytes are received, unless `owned` is
+    true: then it is memory of its own, which the reader does not use again.
     """
 
     command: int
@@ -242,7 +247,7 @@ class Request:
 # --- transmission, server to client ----------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class SimpleReply:
-    """Done, or failed with `error`. A READ's data follow where structured replies were not agreed on."""
+    """The request is done, or failed with `error`. Without structured replies it carries the data of a READ."""
 
     cookie: int
     error: int = 0
@@ -251,14 +256,14 @@ class SimpleReply:
 
 @dataclass(frozen=True, slots=True)
 class NoneChunk:
-    """Last chunk of a reply, without content."""
+    """The last chunk of a reply, without content."""
 
     cookie: int
 
 
 @dataclass(frozen=True, slots=True)
 class DataChunk:
-    """Content of [offset, offset + len(data))."""
+    """OFFSET_DATA: the content of [offset, offset + len(data)). `done`: no further chunk of the reply follows."""
 
     cookie: int
     offset: int
@@ -268,7 +273,7 @@ class DataChunk:
 
 @dataclass(frozen=True, slots=True)
 class HoleChunk:
-    """[offset, offset + length) reads as zeros."""
+    """OFFSET_HOLE: [offset, offset + length) reads as zeros."""
 
     cookie: int
     offset: int
@@ -278,7 +283,7 @@ class HoleChunk:
 
 @dataclass(frozen=True, slots=True)
 class StatusChunk:
-    """Extents (length, flags) of one metadata context from the request's offset on."""
+    """BLOCK_STATUS: extents (length, flags) in one metadata context, from the request's offset on."""
 
     cookie: int
     context_id: int
@@ -288,7 +293,7 @@ class StatusChunk:
 
 @dataclass(frozen=True, slots=True)
 class ErrorChunk:
-    """The request failed, at `offset` where that is known."""
+    """ERROR or, with an `offset`, ERROR_OFFSET: the request failed; `text` is for people."""
 
     cookie: int
     error: int

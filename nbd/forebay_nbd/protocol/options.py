@@ -1,4 +1,4 @@
-"""Options of the handshake and their replies: events to bytes and back, for both roles."""
+"""Options of the handshake and the replies to them: from events to bytes and back, for both roles."""
 
 import struct
 from collections.abc import Callable
@@ -23,17 +23,18 @@ from forebay_nbd.protocol.wire import (
 
 
 class _MalformedError(Exception):
-    """An option's data do not parse; the text says how."""
+    """The data of an option or of a reply cannot be decoded; the text says why."""
 
 
 class _Data:
-    """Reads the fields of one option's or reply's data; every length is checked against what is there."""
+    """Decodes the fields of one option or reply, one after the other. All methods but rest() raise _MalformedError."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.pos = 0
 
     def number(self, layout: struct.Struct) -> int:
+        """The next field, a number; `layout` says how long it is."""
         try:
             (value,) = layout.unpack_from(self.data, self.pos)
         except struct.error:
@@ -42,6 +43,7 @@ class _Data:
         return int(value)
 
     def text(self, length: int) -> str:
+        """The next field, a string of `length` bytes."""
         raw = self.data[self.pos : self.pos + length]
         if len(raw) < length:
             raise _MalformedError("string longer than the data")
@@ -49,17 +51,19 @@ class _Data:
         return decode_string(raw)
 
     def rest(self) -> bytes:
+        """All bytes that no field has been decoded from."""
         raw = self.data[self.pos :]
         self.pos = len(self.data)
         return raw
 
     def end(self) -> None:
+        """Checks that nothing is left."""
         if self.pos != len(self.data):
             raise _MalformedError("unexpected data")
 
 
 def decode_string(raw: bytes) -> str:
-    """A string of the protocol: UTF-8, no NUL, at most 4096 bytes."""
+    """A string of the protocol: UTF-8, no NUL, at most 4096 bytes. Raises _MalformedError for any other."""
     if len(raw) > MAX_STRING:
         raise _MalformedError("string longer than 4096 bytes")
     if 0 in raw:
@@ -72,10 +76,10 @@ def decode_string(raw: bytes) -> str:
 
 # --- client to server ----------------------------------------------------------------------
 def decode_option(option: int, data: bytes, max_queries: int) -> ev.ClientOption:
-    """The event of an option that came with `data`.
+    """The event for the option number `option` with its `data`.
 
-    Returns BadOption where the data of a known option make no sense. Raises ProtocolError where not even that can be
-    answered (EXPORT_NAME has no error reply).
+    It is BadOption if the data of a known option cannot be decoded, or if it has more than `max_queries` queries.
+    Raises ProtocolError if the data of EXPORT_NAME cannot be decoded: there is no reply that refuses it.
     """
     decoder = _OPTION_DECODERS.get(option)
     if decoder is None:
@@ -101,12 +105,14 @@ def _abort(fields: _Data, _: int) -> ev.ClientOption:
 
 
 def _wanted(fields: _Data) -> tuple[str, tuple[int, ...]]:
+    """The data of INFO and GO: the export's name and the information types asked for."""
     name = fields.text(fields.number(U32))
     count = fields.number(U16)
     return name, tuple(fields.number(U16) for _ in range(count))
 
 
 def _contexts(option: int, fields: _Data, most: int) -> tuple[str, tuple[str, ...]] | ev.BadOption:
+    """The data of LIST_META_CONTEXT and SET_META_CONTEXT: the export's name and at most `most` queries."""
     name = fields.text(fields.number(U32))
     count = fields.number(U32)
     if count > most:
@@ -136,6 +142,7 @@ _OPTION_DECODERS: dict[int, Callable[[_Data, int], ev.ClientOption]] = {
     Opt.LIST_META_CONTEXT: _list_contexts,
     Opt.SET_META_CONTEXT: _set_contexts,
 }
+"""For each known option: its event from its fields and the number of queries allowed."""
 
 _BARE_OPTIONS: dict[type, int] = {
     ev.Abort: Opt.ABORT,
@@ -143,10 +150,11 @@ _BARE_OPTIONS: dict[type, int] = {
     ev.StartTls: Opt.STARTTLS,
     ev.StructuredReplies: Opt.STRUCTURED_REPLY,
 }
+"""The options without data."""
 
 
 def option_number(event: ev.ClientOption) -> int:
-    """The number under which an option is sent and answered."""
+    """The Opt number of an option, as it is on the wire in the option and in the replies to it."""
     match event:
         case ev.UnknownOption(option=number) | ev.BadOption(option=number):
             return number
@@ -165,7 +173,7 @@ def option_number(event: ev.ClientOption) -> int:
 
 
 def encode_option(event: ev.ClientOption) -> bytes:
-    """The bytes of an option. Raises ValueError for a string that the protocol cannot carry."""
+    """The bytes of an option. Raises ValueError for a string that the protocol does not allow, and for BadOption."""
     data = _option_data(event)
     return OPTION_HEADER.pack(OPTION_MAGIC, option_number(event), len(data)) + data
 
@@ -190,7 +198,7 @@ def _option_data(event: ev.ClientOption) -> bytes:
 
 
 def encode_string(text: str) -> bytes:
-    """UTF-8 of a string; raises ValueError where the protocol's rules for strings are not met."""
+    """The UTF-8 bytes of a string. Raises ValueError if they are more than 4096 or one is NUL."""
     raw = text.encode()
     if len(raw) > MAX_STRING or 0 in raw:
         raise ValueError("NBD strings have at most 4096 bytes and no NUL")
@@ -198,13 +206,14 @@ def encode_string(text: str) -> bytes:
 
 
 def _counted(text: str) -> bytes:
+    """A string with its length before it, as most fields are."""
     raw = encode_string(text)
     return U32.pack(len(raw)) + raw
 
 
 # --- server to client ----------------------------------------------------------------------
 def encode_option_reply(event: ev.OptionReply) -> bytes:
-    """The bytes of one reply to an option."""
+    """The bytes of one reply to an option. Raises ValueError for a string that the protocol does not allow."""
     kind, data = _reply_data(event)
     return OPTION_REPLY_HEADER.pack(OPTION_REPLY_MAGIC, event.option, kind, len(data)) + data
 
@@ -230,7 +239,10 @@ def _reply_data(event: ev.OptionReply) -> tuple[int, bytes]:
 
 
 def decode_option_reply(option: int, kind: int, data: bytes) -> ev.OptionReply:
-    """The event of one reply to an option. Raises ProtocolError for types and data that make no sense."""
+    """The event for a reply of type `kind` to an option.
+
+    Raises ProtocolError for an unknown type that is no error, and for data that cannot be decoded.
+    """
     if kind & REP_ERROR_BIT:
         return ev.OptionError(option, kind, data[:MAX_STRING].decode(errors="replace"))
     decoder = _REPLY_DECODERS.get(kind)
@@ -251,6 +263,7 @@ def _listed(option: int, fields: _Data) -> ev.OptionReply:
 
 
 def _info(option: int, fields: _Data) -> ev.OptionReply:
+    """The event for a reply of type INFO. Its data begin with the type of the information."""
     kind = fields.number(U16)
     if kind == Info.NAME:
         return ev.NameInfo(option, fields.text(len(fields.data) - fields.pos))
@@ -278,3 +291,4 @@ _REPLY_DECODERS: dict[int, Callable[[int, _Data], ev.OptionReply]] = {
         option, fields.number(U32), fields.text(len(fields.data) - fields.pos)
     ),
 }
+"""For each type of reply that is no error: its event, from the option's number and the fields."""

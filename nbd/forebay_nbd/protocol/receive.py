@@ -1,14 +1,14 @@
-"""Memory to receive into: what both roles' readers of the transmission phase are built on.
+"""The receive buffer on which both roles' readers of the transmission phase are built. No I/O happens here.
 
-The owner receives into space() and says how much came with received(). Long data may get a target of their own, into
-which they are received directly. No I/O happens here.
+Whoever has the socket receives into space() and reports with received() how many bytes came. Long data can be given a
+target of their own: then they are received there, and not copied.
 """
 
 from forebay_nbd.protocol.wire import Buffer
 
 
 class ReceiveBuffer:
-    """`capacity` bytes of memory; view[start:end] has been received and not been taken yet."""
+    """`capacity` bytes of memory. view[start:end] are the bytes that were received and not decoded yet."""
 
     def __init__(self, capacity: int) -> None:
         self.view = memoryview(bytearray(capacity))
@@ -18,7 +18,7 @@ class ReceiveBuffer:
         self._filled = 0
 
     def space(self) -> memoryview:
-        """Where the next bytes go; never empty once the reader has said NEED_DATA."""
+        """The memory to receive the next bytes into. It is not empty if next_event() has returned NEED_DATA."""
         if self._target is not None:
             return self._target[self._filled :]
         if self.start == self.end:
@@ -26,14 +26,14 @@ class ReceiveBuffer:
         return self.view[self.end :]
 
     def received(self, count: int) -> None:
-        """`count` bytes were put into space()."""
+        """Reports that `count` bytes were put at the beginning of space()."""
         if self._target is not None:
             self._filled += count
         else:
             self.end += count
 
     def feed(self, data: Buffer) -> int:
-        """Copies as much of `data` into space() as fits and returns how much that was."""
+        """Copies as much of `data` into space() as fits, and returns how many bytes that were."""
         space = self.space()
         count = min(len(space), len(data))
         space[:count] = memoryview(data)[:count]
@@ -41,22 +41,22 @@ class ReceiveBuffer:
         return count
 
     def _make_room(self, needed: int) -> None:
-        """Moves an incomplete message of `needed` bytes to the front unless its rest fits where it is."""
+        """Makes room for a message of `needed` bytes from `start` on, by moving it to the front if need be."""
         if self.start + needed > len(self.view):
             have = self.end - self.start
             # Both may overlap: an assignment within one buffer behaves as memmove.
             self.view[:have] = self.view[self.start : self.end]
             self.start, self.end = 0, have
 
-    def _aim(self, target: memoryview) -> None:
-        """Receives the next len(target) bytes into `target`; what has been received beyond the header goes first."""
+    def _set_target(self, target: memoryview) -> None:
+        """Receives into `target` until it is full. It begins with the bytes in view[start:end], which must be fewer."""
         count = self.end - self.start
         target[:count] = self.view[self.start : self.end]
         self.start = self.end = 0
         self._target, self._filled = target, count
 
-    def _hit(self) -> bool:
-        """Is the target full? Then it is given up."""
+    def _finish_target(self) -> bool:
+        """True if the target is full; then bytes are received into the buffer again."""
         if self._target is None or self._filled < len(self._target):
             return False
         self._target, self._filled = None, 0

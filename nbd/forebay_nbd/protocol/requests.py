@@ -1,8 +1,8 @@
-"""The server's half of the transmission phase without I/O: bytes in, requests out; replies in, bytes out.
+"""The server's half of the transmission phase without I/O: decoding and checking requests, encoding replies.
 
-RequestReader owns the memory that requests are received into, so that nothing is copied on the way: the owner receives
-into space(), says how much came with received(), and takes requests. A run of requests without payload can be taken
-as bare tuples (headers()), which is what makes deep queues of reads cheap.
+RequestReader owns the memory that requests are received into, so that payloads are not copied: the server receives into
+space(), reports with received() how many bytes came, and takes requests from next_event(). The headers of a run of
+requests can be taken as tuples from headers(), without an object for each, which makes deep queues of reads cheap.
 """
 
 import errno
@@ -46,16 +46,17 @@ from forebay_nbd.protocol.wire import (
 )
 
 _HEADER = REQUEST.size
-_MUCH = 8 << 20
+_MAP_FROM = 8 << 20
+"""Payloads of so many bytes or more are received into an anonymous map of their own: see _payload_memory()."""
 MAX_TEXT = 256
-"""Longest error text sent, bytes."""
+"""Longest text of an error reply that is sent, bytes."""
 
 
 class RequestReader(ReceiveBuffer):
-    """Requests from bytes.
+    """Decodes requests.
 
-    `capacity` is the receive buffer and `in_place` the longest payload parsed inside it, bytes; longer payloads get a
-    buffer of their own.
+    The receive buffer has `capacity` bytes. Payloads of up to `in_place` bytes are handed out as parts of it; each
+    longer one is received into memory of its own, which belongs to its request.
     """
 
     def __init__(self, capacity: int = 256 << 10, in_place: int = 128 << 10) -> None:
@@ -65,30 +66,35 @@ class RequestReader(ReceiveBuffer):
         self._in_place = in_place
         self._large: Request | None = None
 
-    def wanted(self) -> int:
-        """Bytes of memory, beyond the receive buffer, that the request being received occupies."""
+    def large_payload(self) -> int:
+        """The length in bytes of the payload that is being received into memory of its own, or 0."""
         return 0 if self._large is None else self._large.length
 
     def unparsed(self) -> bytes:
-        """The bytes of what has not been handed out yet, as another reader would have to be fed them."""
+        """The bytes received and not handed out as a request; a reader that is fed them goes on from there."""
         if self._large is None:
             return bytes(self.view[self.start : self.end])
         return b"".join(encode_request(self._large))[: _HEADER + self._filled]
 
     def headers(self, most: int) -> Iterator[tuple[int, bytes, int, int]]:
-        """Up to `most` complete 28-byte pieces, as REQUEST_FAST: (magic flags type, cookie, offset, length).
+        """The received bytes as up to `most` headers in the form of REQUEST_FAST: (magic flags type, cookie, offset,
+        length).
 
-        They are requests only up to the first that is a WRITE or has a bad magic. Taking some is up to skip().
+        They are headers only up to and including the first that is a WRITE or has a wrong magic. They are not taken
+        until skip() is called.
         """
         count = min((self.end - self.start) // _HEADER, most)
         return REQUEST_FAST.iter_unpack(self.view[self.start : self.start + count * _HEADER])
 
     def skip(self, count: int) -> None:
-        """The first `count` of headers() were dealt with."""
+        """Takes the first `count` of headers()."""
         self.start += count * _HEADER
 
     def next_event(self) -> Request | NeedData:
-        """The next request, with its payload. Raises ProtocolError where the stream cannot be followed."""
+        """The next request with its whole payload, or NEED_DATA.
+
+        Raises ProtocolError for a wrong magic, and for a WRITE of more than MAX_PAYLOAD bytes.
+        """
         if self._large is not None:
             return self._finish_large()
         if self.end - self.start < _HEADER:
@@ -114,34 +120,34 @@ class RequestReader(ReceiveBuffer):
         if request.length <= self._in_place:
             self._make_room(whole)
             return NEED_DATA
-        payload = _room(request.length)
+        payload = _payload_memory(request.length)
         request.payload, request.owned = payload, True
         self._large = request
         self.start += _HEADER
-        self._aim(payload)
+        self._set_target(payload)
         return NEED_DATA
 
     def _finish_large(self) -> Request | NeedData:
         request = self._large
-        if request is None or not self._hit():
+        if request is None or not self._finish_target():
             return NEED_DATA
         self._large = None
         return request
 
 
-def _room(length: int) -> memoryview:
-    """Writable memory for a payload.
+def _payload_memory(length: int) -> memoryview:
+    """`length` bytes of writable memory for a payload.
 
-    Of much of it, the part that no data arrive for costs nothing: who promises 32 MiB and sends nothing takes neither
-    memory nor the time to clear it. Less is quicker to be had from memory that was used before.
+    From _MAP_FROM bytes on it is an anonymous map, of which pages exist only where data have arrived: a client that
+    announces 32 MiB and sends nothing costs neither memory nor the time to clear it. For less, a map is slower.
     """
-    if length < _MUCH:
+    if length < _MAP_FROM:
         return memoryview(bytearray(length))
     return memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def encode_request(request: Request) -> list[Buffer]:
-    """The buffers of one request: its header, and a WRITE's payload, uncopied."""
+    """The buffers to be sent for a request: its header, then the payload, if any, which is not copied."""
     r = request
     head = REQUEST.pack(REQUEST_MAGIC, r.flags, r.command, r.cookie, r.offset, r.length)
     return [head, r.payload] if len(r.payload) else [head]
@@ -157,14 +163,18 @@ _ALLOWED_FLAGS = {
     Cmd.WRITE_ZEROES: CmdFlag.NO_HOLE | CmdFlag.FAST_ZERO,
     Cmd.BLOCK_STATUS: CmdFlag.REQ_ONE,
 }
-"""Beside FUA, which "the server MUST accept" with every command."""
+"""The commands that the server knows, each with its flags beside FUA, which "the server MUST accept" with all of
+them."""
 _WRITING = frozenset((Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES))
 
 
-def check(request: Request, size: int, read_only: bool, structured: bool, contexts: bool) -> None:
-    """Raises RequestError unless the request may be carried out as it is on an export of `size` bytes.
+def check_request(
+    request: Request, size: int, read_only: bool, structured: bool, contexts: bool
+) -> None:
+    """Raises RequestError unless the request may be carried out on an export of `size` bytes.
 
-    `structured` and `contexts`: agreed on in the handshake. What has passed is trusted from then on.
+    `structured` says whether structured replies were agreed on, `contexts` whether a metadata context was selected. A
+    request that has passed is not checked again by anybody.
     """
     command = request.command
     flags = request.flags & ~int(
@@ -194,7 +204,7 @@ def check(request: Request, size: int, read_only: bool, structured: bool, contex
 
 # --- replies ----------------------------------------------------------------------
 def encode_reply(reply: Reply) -> list[Buffer]:
-    """The buffers of one reply or chunk; data are not copied."""
+    """The buffers to be sent for a reply or a chunk of one; data are not copied."""
     match reply:
         case SimpleReply(cookie=cookie, error=error, data=data):
             head = SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)

@@ -1,7 +1,7 @@
-"""Numbers and layouts of the NBD protocol, and the two ways in which it can fail.
+"""Numbers and layouts of the NBD protocol, its error numbers, and the two kinds of failure.
 
-Everything here comes from doc/proto.md of github.com/NetworkBlockDevice/nbd. All integers on the wire are big-endian;
-offsets and lengths are bytes.
+Everything here comes from doc/proto.md of github.com/NetworkBlockDevice/nbd, "the protocol document"; what stands in
+quotation marks is quoted from it. All integers on the wire are big-endian; offsets, lengths and sizes are bytes.
 """
 
 import enum
@@ -10,52 +10,58 @@ import struct
 from typing import Final
 
 Buffer = bytes | bytearray | memoryview
-"""What carries bytes: requests' payloads, replies' data. Memoryviews have format "B" and are contiguous."""
+"""The types that carry payloads of requests and data of replies. Memoryviews have format "B" and are contiguous."""
 
 # --- handshake ----------------------------------------------------------------------
-INIT_MAGIC: Final = 0x4E42444D41474943  # "NBDMAGIC"
-OPTION_MAGIC: Final = 0x49484156454F5054  # "IHAVEOPT"
+INIT_MAGIC: Final = 0x4E42444D41474943
+"""The first eight bytes of every server: "NBDMAGIC"."""
+OPTION_MAGIC: Final = 0x49484156454F5054
+"""The second eight bytes of a newstyle server, and the first of each option: "IHAVEOPT"."""
 OLDSTYLE_MAGIC: Final = 0x00420281861253
+"""The second eight bytes of an oldstyle server, which this package does not speak with."""
 OPTION_REPLY_MAGIC: Final = 0x0003E889045565A9
+"""The first eight bytes of each reply to an option."""
 
-GREETING: Final = struct.Struct(">QQH")  # INIT_MAGIC, OPTION_MAGIC, handshake flags
+GREETING: Final = struct.Struct(">QQH")
+"""INIT_MAGIC, OPTION_MAGIC, handshake flags."""
 CLIENT_FLAGS: Final = struct.Struct(">I")
-OPTION_HEADER: Final = struct.Struct(">QII")  # OPTION_MAGIC, option, length of the data
-OPTION_REPLY_HEADER: Final = struct.Struct(
-    ">QIII"
-)  # OPTION_REPLY_MAGIC, option, reply type, length of the data
-EXPORT_REPLY: Final = struct.Struct(
-    ">QH"
-)  # size, transmission flags: the whole answer to EXPORT_NAME
+"""The handshake flags that the client answers with."""
+OPTION_HEADER: Final = struct.Struct(">QII")
+"""OPTION_MAGIC, option, length of the data."""
+OPTION_REPLY_HEADER: Final = struct.Struct(">QIII")
+"""OPTION_REPLY_MAGIC, option, reply type, length of the data."""
+EXPORT_REPLY: Final = struct.Struct(">QH")
+"""Size and transmission flags: the whole reply to EXPORT_NAME, but for the padding."""
 EXPORT_REPLY_ZEROES: Final = 124
 """Bytes of padding after EXPORT_REPLY unless both sides agreed on NO_ZEROES."""
 
 U16: Final = struct.Struct(">H")
 U32: Final = struct.Struct(">I")
-INFO_EXPORT_BODY: Final = struct.Struct(">HQH")  # INFO_EXPORT, size, transmission flags
-INFO_BLOCK_SIZE_BODY: Final = struct.Struct(
-    ">HIII"
-)  # INFO_BLOCK_SIZE, minimum, preferred, maximum payload
+U64: Final = struct.Struct(">Q")
+INFO_EXPORT_BODY: Final = struct.Struct(">HQH")
+"""Info.EXPORT, size, transmission flags."""
+INFO_BLOCK_SIZE_BODY: Final = struct.Struct(">HIII")
+"""Info.BLOCK_SIZE, minimum, preferred, maximum payload."""
 
 MAX_STRING: Final = 4096
-"""Longest string of the protocol, in bytes ("Values", last paragraph)."""
+"""Longest string of the protocol, bytes ("Values", last paragraph)."""
 MAX_PAYLOAD: Final = 32 << 20
-"""Largest READ or WRITE, bytes. 2^25 is what every client may count on ("Size constraints")."""
+"""Largest READ or WRITE, bytes. Every client may count on 2^25 ("Size constraints")."""
 MAX_SIZE: Final = (1 << 63) - 1
-"""Largest export: bigger ones are negative numbers to libnbd before 1.18 (CVE-2023-5215) and to every off_t."""
+"""Largest export, bytes: a larger size is negative to libnbd before 1.18 (CVE-2023-5215) and to every off_t."""
 MAX_EXTENTS: Final = 1 << 20
-"""Most descriptors of one BLOCK_STATUS chunk that a server should send."""
+"""Most extents that a server should send in one BLOCK_STATUS chunk."""
 
 
 class HandshakeFlag(enum.IntFlag):
-    """Flags of the server's greeting; the client answers with those it understood."""
+    """Handshake flags: the server offers them in its greeting, the client answers with those that it knows."""
 
     FIXED_NEWSTYLE = 1
     NO_ZEROES = 2
 
 
 class Opt(enum.IntEnum):
-    """Options of the handshake."""
+    """Numbers of the options, by which the client asks for something during the handshake."""
 
     EXPORT_NAME = 1
     ABORT = 2
@@ -71,7 +77,7 @@ class Opt(enum.IntEnum):
 
 
 class Rep(enum.IntEnum):
-    """Types of a reply to an option. Errors have bit 31 set."""
+    """Types of a reply to an option. Errors have REP_ERROR_BIT set."""
 
     ACK = 1
     SERVER = 2
@@ -90,10 +96,11 @@ class Rep(enum.IntEnum):
 
 
 REP_ERROR_BIT: Final = 1 << 31
+"""Set in the type of a reply that refuses an option."""
 
 
 class Info(enum.IntEnum):
-    """Information types of INFO and GO."""
+    """Types of the information that a server gives in its replies to INFO and GO."""
 
     EXPORT = 0
     NAME = 1
@@ -103,7 +110,7 @@ class Info(enum.IntEnum):
 
 # --- transmission ----------------------------------------------------------------------
 class Flag(enum.IntFlag):
-    """Transmission flags: what an export can do."""
+    """Transmission flags: what the server says in the handshake of an export and of the commands it takes."""
 
     HAS_FLAGS = 1 << 0
     READ_ONLY = 1 << 1
@@ -120,7 +127,7 @@ class Flag(enum.IntFlag):
 
 
 class Cmd(enum.IntEnum):
-    """Request types."""
+    """Commands: the type of a request."""
 
     READ = 0
     WRITE = 1
@@ -134,7 +141,7 @@ class Cmd(enum.IntEnum):
 
 
 class CmdFlag(enum.IntFlag):
-    """Flags of one request."""
+    """Command flags, of one request."""
 
     FUA = 1 << 0
     NO_HOLE = 1 << 1
@@ -144,7 +151,7 @@ class CmdFlag(enum.IntFlag):
 
 
 class Chunk(enum.IntEnum):
-    """Types of a structured reply's chunk. Errors have bit 15 set."""
+    """Types of a chunk of a structured reply. Errors have CHUNK_ERROR_BIT set."""
 
     NONE = 0
     OFFSET_DATA = 1
@@ -155,35 +162,47 @@ class Chunk(enum.IntEnum):
 
 
 CHUNK_ERROR_BIT: Final = 1 << 15
+"""Set in the type of a chunk that says that the request failed."""
 CHUNK_DONE: Final = 1
+"""Flag of the last chunk of a structured reply."""
 
 REQUEST_MAGIC: Final = 0x25609513
 SIMPLE_REPLY_MAGIC: Final = 0x67446698
 STRUCTURED_REPLY_MAGIC: Final = 0x668E33EF
 
-REQUEST: Final = struct.Struct(">IHHQQI")  # magic, flags, type, cookie, offset, length
+REQUEST: Final = struct.Struct(">IHHQQI")
+"""The header of a request: magic, flags, type, cookie, offset, length."""
 REQUEST_FAST: Final = struct.Struct(">Q8sQI")
 """The same 28 bytes for the hot loop: magic, flags and type as one number, the cookie as the bytes to send back."""
-SIMPLE_REPLY: Final = struct.Struct(">IIQ")  # magic, error, cookie
-CHUNK_HEADER: Final = struct.Struct(">IHHQI")  # magic, flags, type, cookie, length of the payload
+SIMPLE_REPLY: Final = struct.Struct(">IIQ")
+"""Magic, error, cookie. The data of a READ follow."""
+CHUNK_HEADER: Final = struct.Struct(">IHHQI")
+"""Magic, flags, type, cookie, length of the chunk's payload."""
 DATA_CHUNK_FAST: Final = struct.Struct(">Q8sIQ")
-"""OFFSET_DATA up to its data: magic, flags and type as one number, the cookie as it came, payload length, offset."""
-HOLE_BODY: Final = struct.Struct(">QI")  # offset, hole size
-EXTENT: Final = struct.Struct(">II")  # length, flags
-ERROR_BODY: Final = struct.Struct(">IH")  # error, length of the message that follows
-U64: Final = struct.Struct(">Q")
+"""An OFFSET_DATA chunk up to its data: magic, flags and type as one number, the cookie as it came, length of the
+payload, offset."""
+HOLE_BODY: Final = struct.Struct(">QI")
+"""The payload of OFFSET_HOLE: offset, length of the hole."""
+EXTENT: Final = struct.Struct(">II")
+"""One extent in the payload of BLOCK_STATUS: length, flags."""
+ERROR_BODY: Final = struct.Struct(">IH")
+"""The beginning of the payload of ERROR and ERROR_OFFSET: error number, length of the text that follows."""
 
 PLAIN_READ: Final = (REQUEST_MAGIC << 32) | Cmd.READ
+"""First number of REQUEST_FAST in a READ without flags."""
 PLAIN_WRITE: Final = (REQUEST_MAGIC << 32) | Cmd.WRITE
-"""First eight bytes, as a number, of a READ and a WRITE without flags (see REQUEST_FAST)."""
+"""First number of REQUEST_FAST in a WRITE without flags."""
 SIMPLE_OK: Final = SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, 0)[:8]
-"""A successful simple reply up to the cookie."""
+"""The first eight bytes of a simple reply that says success; the cookie follows."""
 DATA_DONE: Final = (STRUCTURED_REPLY_MAGIC << 32) | (CHUNK_DONE << 16) | Chunk.OFFSET_DATA
+"""First number of DATA_CHUNK_FAST in an OFFSET_DATA chunk that is the last of its reply."""
 
-STATE_HOLE: Final = 1
-STATE_ZERO: Final = 2
-"""Flags of the context base:allocation."""
 BASE_ALLOCATION: Final = "base:allocation"
+"""The metadata context that tells which parts of an export are holes and which read as zeros."""
+STATE_HOLE: Final = 1
+"""Flag of an extent in BASE_ALLOCATION: nothing is allocated there."""
+STATE_ZERO: Final = 2
+"""Flag of an extent in BASE_ALLOCATION: it reads as zeros."""
 
 SUPPORTED_ERRNOS: Final = frozenset(
     (
@@ -197,6 +216,7 @@ SUPPORTED_ERRNOS: Final = frozenset(
         errno.ESHUTDOWN,
     )
 )
+"""The error numbers of the protocol ("Error values"); they are those of Linux."""
 _ERRNO_MAP: Final = {
     errno.EDQUOT: errno.ENOSPC,
     errno.EFBIG: errno.ENOSPC,
@@ -204,18 +224,19 @@ _ERRNO_MAP: Final = {
     errno.EROFS: errno.EPERM,
     errno.ENOMEM: errno.EIO,  # a server "SHOULD NOT return NBD_ENOMEM"
 }
+"""What is sent for an errno that is not sent as it is."""
 
 
 class ProtocolError(Exception):
-    """The peer broke the protocol: the stream cannot be followed any further and the connection has to end."""
+    """The peer broke the protocol. The stream cannot be followed any further, so the connection has to end."""
 
 
 class RequestError(OSError):
-    """One request cannot be done; its errno and text are the answer and the connection goes on."""
+    """One request cannot be carried out. Its errno and text are the reply to it, and the connection goes on."""
 
 
 def wire_errno(code: int | None) -> int:
-    """The error number that says `code` on the wire ("Error values"): one of eight, EIO for all others."""
+    """The number to be sent in a reply for the errno `code`: one of SUPPORTED_ERRNOS, EIO for all others."""
     if code is None:
         return errno.EIO
     code = _ERRNO_MAP.get(code, code)
@@ -223,12 +244,12 @@ def wire_errno(code: int | None) -> int:
 
 
 def local_errno(code: int) -> int:
-    """The errno for an error number received from a server; "an unexpected error value" counts as EINVAL."""
+    """The errno for the error number `code` received from a server; "an unexpected error value" counts as EINVAL."""
     return code if code in SUPPORTED_ERRNOS else errno.EINVAL
 
 
-def rest(buffers: list[Buffer], sent: int) -> list[Buffer]:
-    """What of `buffers` is left to be sent after their first `sent` bytes."""
+def remaining(buffers: list[Buffer], sent: int) -> list[Buffer]:
+    """What is left to be sent of `buffers` after their first `sent` bytes; nothing is copied."""
     for index, buffer in enumerate(buffers):
         if sent < len(buffer):
             return [memoryview(buffer)[sent:], *buffers[index + 1 :]]

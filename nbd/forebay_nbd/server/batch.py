@@ -1,14 +1,14 @@
-"""The hot loops: everything one recv brought, answered without waiting. Nothing here awaits.
+"""The hot loops: they answer all requests that one recv() brought, as far as nothing has to be waited for.
 
-A run of plain READs is taken as bare tuples and costs one read_now() each; a run of plain WRITEs is handed to
-write_now() as a whole, straight from the receive buffer. Whatever else comes takes the general path, one Request at
-a time.
+Nothing here awaits. A run of READs without flags is decoded to tuples, and costs one read_now() each; a run of WRITEs
+without flags is given to write_now() as a whole, with payloads that are parts of the receive buffer. Each other request
+becomes a Request and is answered for itself.
 """
 
 import enum
 
 from forebay_nbd.protocol.events import NeedData, Request
-from forebay_nbd.protocol.requests import RequestReader, check
+from forebay_nbd.protocol.requests import RequestReader, check_request
 from forebay_nbd.protocol.wire import (
     DATA_CHUNK_FAST,
     DATA_DONE,
@@ -23,25 +23,31 @@ from forebay_nbd.protocol.wire import (
     CmdFlag,
     ProtocolError,
 )
+from forebay_nbd.server.answers import data_header, error_reply, success_reply
 from forebay_nbd.server.export import Export
 from forebay_nbd.server.limits import Limits
-from forebay_nbd.server.slow import SlowRequests, data_head, failure, success
+from forebay_nbd.server.slow import SlowRequests
 
 _HEADER = REQUEST_FAST.size
 
 
 class Outcome(enum.Enum):
-    """Why Batch.run() came back."""
+    """Why Batch.run() returned. In every case the replies gathered have to be sent first."""
 
-    ALL_TAKEN = "receive more"
-    FULL = "send what was gathered and go on"
-    NO_ROOM = "a request has to wait until others are done"
-    LEFT = "the client said goodbye"
-    BROKEN = "the client broke the protocol: send what was gathered, then raise Batch.error"
+    NEEDS_DATA = "all that was received has been handled: receive more"
+    FULL = "enough replies were gathered: run() again"
+    NO_ROOM = "a request needs a task, and bounds forbid it: wait for room, then run() again"
+    DISCONNECT = "the client sent DISC: take no more requests"
+    PROTOCOL_ERROR = (
+        "the client broke the protocol: raise Batch.error when requests in flight are done"
+    )
 
 
 class Batch:
-    """Turns what a RequestReader holds into replies and slow requests."""
+    """Turns the bytes that a RequestReader holds into replies, and into tasks for requests that have to wait.
+
+    `structured`: structured replies were agreed on; `contexts`: a metadata context was selected.
+    """
 
     def __init__(
         self,
@@ -60,49 +66,59 @@ class Batch:
         self._contexts = contexts
         self._size = export.size
         self._read_only = export.read_only
-        self._head_size = DATA_CHUNK_FAST.size if structured else len(SIMPLE_OK) + 8
+        self._header_size = DATA_CHUNK_FAST.size if structured else len(SIMPLE_OK) + 8
+        """Bytes before the data in the reply to a READ."""
         self._buffers: list[Buffer] = []
         self._total = 0
+        """Bytes in `_buffers`."""
         self._waiting: Request | None = None
         self.error: ProtocolError | None = None
+        """Set when run() has returned PROTOCOL_ERROR."""
 
-    def take(self) -> tuple[list[Buffer], int]:
+    @property
+    def waiting(self) -> Request | None:
+        """The request for which run() returned NO_ROOM: taken from the reader, but not begun. None if there is none."""
+        return self._waiting
+
+    def take_replies(self) -> tuple[list[Buffer], int]:
         """The replies gathered and their length in bytes; they have to be sent before anything is awaited."""
         buffers, total = self._buffers, self._total
         self._buffers, self._total = [], 0
         return buffers, total
 
     def run(self) -> Outcome:
-        """Goes on until there is a reason to stop."""
+        """Answers requests until there is a reason to return. Whatever an export raises beside OSError is passed on."""
         try:
             outcome = self._run()
         except ProtocolError as exc:
-            self.error, outcome = exc, Outcome.BROKEN
+            self.error, outcome = exc, Outcome.PROTOCOL_ERROR
         return outcome
 
+    # The methods below return None if run() shall go on.
+
     def _run(self) -> Outcome:
-        outcome = None if self._waiting is None else self._again()
+        outcome = None if self._waiting is None else self._start_waiting()
         reader = self._reader
         while outcome is None:
             have = reader.end - reader.start
             if have < _HEADER:
-                if not have and not reader.wanted():
-                    return Outcome.ALL_TAKEN
-                return self._other() or Outcome.FULL
+                if not have and not reader.large_payload():
+                    return Outcome.NEEDS_DATA
+                return self._answer_one() or Outcome.FULL
             (head,) = U64.unpack_from(reader.view, reader.start)
             if head == PLAIN_READ:
-                outcome = self._reads()
+                outcome = self._answer_reads()
             elif head == PLAIN_WRITE:
-                outcome = self._writes()
+                outcome = self._answer_writes()
             else:
-                outcome = self._other()
+                outcome = self._answer_one()
         return outcome
 
-    def _reads(self) -> Outcome | None:
-        """A run of READs without flags."""
+    def _answer_reads(self) -> Outcome | None:
+        """Answers a run of READs without flags."""
         size, structured, limit = self._size, self._structured, self._limits.batch_bytes
         read_now, append, pack = self._export.read_now, self._buffers.append, DATA_CHUNK_FAST.pack
-        total, taken, head_size = self._total, 0, self._head_size
+        total, taken, header_size = self._total, 0, self._header_size
         outcome = None
         most = (self._limits.batch_buffers - len(self._buffers)) // 2
         for head, cookie, offset, length in self._reader.headers(most):
@@ -112,11 +128,11 @@ class Batch:
             try:
                 data = read_now(offset, length)
             except OSError as exc:
-                append(self._read_failed(cookie, exc))
+                append(self._read_error(cookie, exc))
                 total += len(self._buffers[-1])
                 continue
             if data is None:
-                outcome = self._later(Request(Cmd.READ, 0, int.from_bytes(cookie), offset, length))
+                outcome = self._start(Request(Cmd.READ, 0, int.from_bytes(cookie), offset, length))
                 if outcome is not None:
                     break
                 continue
@@ -124,21 +140,21 @@ class Batch:
                 pack(DATA_DONE, cookie, length + 8, offset) if structured else SIMPLE_OK + cookie
             )
             append(data)
-            total += length + head_size
+            total += length + header_size
             if total >= limit:
                 break
         self._total = total
         self._reader.skip(taken)
         if not taken:
-            return self._other()
+            return self._answer_one()
         return Outcome.FULL if outcome is None and (total >= limit or taken == most) else outcome
 
-    def _read_failed(self, cookie: bytes, error: OSError) -> bytes:
+    def _read_error(self, cookie: bytes, error: OSError) -> bytes:
         request = Request(Cmd.READ, 0, int.from_bytes(cookie))
-        return b"".join(failure(request, self._structured, error))
+        return b"".join(error_reply(request, self._structured, error))
 
-    def _writes(self) -> Outcome | None:
-        """A run of WRITEs without flags whose payloads lie complete in the receive buffer."""
+    def _answer_writes(self) -> Outcome | None:
+        """Answers a run of WRITEs without flags whose payloads lie complete in the receive buffer."""
         reader, size = self._reader, self._size
         view, pos, end = reader.view, reader.start, reader.end
         unpack = REQUEST_FAST.unpack_from
@@ -159,11 +175,17 @@ class Batch:
             cookies.append(cookie)
             pos = stop
         if not writes:
-            return self._other()
-        return self._take(writes, cookies)
+            return self._answer_one()
+        return self._perform_writes(writes, cookies)
 
-    def _take(self, writes: list[tuple[int, memoryview]], cookies: list[bytes]) -> Outcome | None:
-        """Hands writes over, as many at a time as the export takes; those that have to wait are started."""
+    def _perform_writes(
+        self, writes: list[tuple[int, memoryview]], cookies: list[bytes]
+    ) -> Outcome | None:
+        """Gives writes (offset, data) to the export, and takes them from the reader; for one that has to wait, starts a
+        task.
+
+        Returns NO_ROOM if there is no room for that task; the writes after it stay in the reader.
+        """
         outcome = None
         begun = 0
         while begun < len(writes) and outcome is None:
@@ -181,57 +203,63 @@ class Batch:
             request = Request(Cmd.WRITE, 0, cookie, offset, len(data), data)
             begun += 1
             if failed is not None:
-                self._reply(failure(request, self._structured, failed))
+                self._reply(error_reply(request, self._structured, failed))
             else:
-                outcome = self._later(request)
+                outcome = self._start(request)
         self._reader.start += sum(_HEADER + len(data) for _, data in writes[:begun])
         return outcome
 
     def _publish(self, cookies: list[bytes]) -> None:
-        """Acknowledges what write_now() took."""
+        """Publishes the writes of these cookies, which write_now() has carried out, and acknowledges them."""
         try:
             self._export.publish()
         except OSError as exc:
             for cookie in cookies:
                 self._reply(
-                    failure(Request(Cmd.WRITE, 0, int.from_bytes(cookie)), self._structured, exc)
+                    error_reply(
+                        Request(Cmd.WRITE, 0, int.from_bytes(cookie)), self._structured, exc
+                    )
                 )
         else:
             self._reply([SIMPLE_OK + SIMPLE_OK.join(cookies)])
 
-    # --- the general path ----------------------------------------------------------------------
+    # --- requests of any kind ----------------------------------------------------------------------
     def _reply(self, buffers: list[Buffer]) -> None:
+        """Adds a reply to those gathered."""
         self._buffers += buffers
         self._total += sum(map(len, buffers))
 
-    def _other(self) -> Outcome | None:
-        """One request of any kind."""
+    def _answer_one(self) -> Outcome | None:
+        """Checks one request of any kind and answers it, or starts a task for it."""
         request = self._reader.next_event()
         if isinstance(request, NeedData):
-            return Outcome.ALL_TAKEN
+            return Outcome.NEEDS_DATA
         if request.command == Cmd.DISC:
-            return Outcome.LEFT
+            return Outcome.DISCONNECT
         try:
-            check(request, self._size, self._read_only, self._structured, self._contexts)
-            if not self._at_once(request):
-                return self._later(request)
+            check_request(request, self._size, self._read_only, self._structured, self._contexts)
+            if not self._answer_at_once(request):
+                return self._start(request)
         except OSError as exc:
-            self._reply(failure(request, self._structured, exc))
+            self._reply(error_reply(request, self._structured, exc))
         if request.owned:
-            self._slow.payload_done()
+            self._slow.release_payload()
         full = (
             len(self._buffers) > self._limits.batch_buffers - 2
             or self._total >= self._limits.batch_bytes
         )
         return Outcome.FULL if full else None
 
-    def _at_once(self, request: Request) -> bool:
-        """Answers a request that has not to wait."""
+    def _answer_at_once(self, request: Request) -> bool:
+        """Answers a request that does not have to wait; False if it has to, and nothing has been done then.
+
+        Raises OSError if the request failed.
+        """
         if request.command == Cmd.READ and request.length:
             data = self._export.read_now(request.offset, request.length)
             if data is None:
                 return False
-            self._reply([data_head(request, self._structured), data])
+            self._reply([data_header(request, self._structured), data])
         elif request.command == Cmd.WRITE and request.length:
             if request.flags & CmdFlag.FUA:
                 return False
@@ -241,25 +269,22 @@ class Batch:
         elif request.command == Cmd.FLUSH:
             if not self._export.flush_now():
                 return False
-            self._reply(success(request, self._structured))
+            self._reply(success_reply(request, self._structured))
         elif request.length:
             return False
         else:
-            self._reply(success(request, self._structured))
+            self._reply(success_reply(request, self._structured))
         return True
 
-    def _later(self, request: Request) -> Outcome | None:
+    def _start(self, request: Request) -> Outcome | None:
+        """Starts a task for a request. If bounds forbid that, returns NO_ROOM and keeps it for the next run()."""
         if self._slow.start(request):
             return None
         self._waiting = request
         return Outcome.NO_ROOM
 
-    def _again(self) -> Outcome | None:
-        """Another try at the request that there was no room for."""
+    def _start_waiting(self) -> Outcome | None:
+        """Tries again to start a task for the request for which there was no room."""
         request, self._waiting = self._waiting, None
         assert request is not None
-        return self._later(request)
-
-    def waiting(self) -> Request | None:
-        """The request that there was no room for, if any: parsed, not begun."""
-        return self._waiting
+        return self._start(request)

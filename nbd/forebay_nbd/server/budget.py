@@ -1,30 +1,34 @@
-"""How many bytes the connections of one server may hold for requests in flight and for clients that do not read."""
+"""The memory that all connections of a server may hold for requests in flight and for clients that do not read."""
 
 import trio
 
 
 class Budget:
-    """A counted amount of memory, bytes, shared by the connections of one server."""
+    """An amount of memory in bytes, of which the connections of one server reserve parts. Only counts are kept here."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
+        """Bytes that are reserved now."""
         self._waiting = trio.lowlevel.ParkingLot()
 
-    def take(self, count: int) -> bool:
-        """Takes `count` if that many are left. One request is always let through, so that none waits for ever."""
+    def reserve(self, count: int) -> bool:
+        """Reserves `count` bytes; False, and nothing is reserved, if fewer are left.
+
+        If nothing is reserved yet, any number is granted: no request is larger than all that there is.
+        """
         if self.used and self.used + count > self.limit:
             return False
         self.used += count
         return True
 
-    def give(self, count: int) -> None:
-        """Gives back what was taken."""
+    def release(self, count: int) -> None:
+        """Gives `count` reserved bytes back, and wakes all that wait in released()."""
         assert 0 <= count <= self.used, "given back more than was taken"
         self.used -= count
         if self._waiting:
             self._waiting.unpark_all()
 
-    async def changed(self) -> None:
-        """Returns after the next give()."""
+    async def released(self) -> None:
+        """Returns after the next release(). What was released may have been reserved by others by then."""
         await self._waiting.park()

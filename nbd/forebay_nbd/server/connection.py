@@ -1,56 +1,44 @@
-"""One client of the server: handshake, then requests until it leaves.
+"""One client of the server: the handshake, then its requests, until it leaves or the server stops.
 
-The hot path awaits nothing: all that one recv brought is parsed, every hit is answered from read_now() and write_now(),
-and one sendmsg carries the replies. What cannot be answered at once becomes a task (see slow.py). No await may come
-between read_now() and the sendmsg that carries its buffer, except under the outbox's pin.
+The hot path awaits nothing: all requests that one recv() brought are decoded, those that need not wait are answered by
+read_now() and write_now(), and one sendmsg() sends the replies. Each request that has to wait becomes a task (slow.py).
+No await may come between read_now() and the sendmsg() of the buffer that it returned, but for one under the pin of the
+outbox.
 """
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from os import sched_yield
 from time import perf_counter
 
 import trio
 
-from forebay_nbd.protocol import events as ev
 from forebay_nbd.protocol.events import Request
-from forebay_nbd.protocol.handshake import ServerHandshake, State
 from forebay_nbd.protocol.requests import RequestReader, encode_request
-from forebay_nbd.protocol.wire import ProtocolError
 from forebay_nbd.server.batch import Batch, Outcome
 from forebay_nbd.server.budget import Budget
 from forebay_nbd.server.export import Export
+from forebay_nbd.server.handshaking import do_handshake
 from forebay_nbd.server.limits import Limits
 from forebay_nbd.server.negotiation import Negotiation
 from forebay_nbd.server.outbox import Outbox
+from forebay_nbd.server.phase import MOVES, Phase
+from forebay_nbd.server.session import Session
 from forebay_nbd.server.slow import SlowRequests
 
 
-@dataclass(frozen=True)
-class Session:
-    """What another process needs, beside the socket, to carry a connection on from a request boundary."""
-
-    export_name: str
-    structured: bool
-    contexts: dict[int, str] = field(default_factory=dict)
-    unparsed: bytes = b""
-    """Requests received and not answered; mostly none. What was begun, within the limits of what may be in flight, then
-    at most one request and a receive buffer."""
-    unsent: bytes = b""
-    """Replies that the client did not take yet: they go first."""
-
-
 class _Turn:
-    """Which connection was busy last: one that shares the loop with others must not poll."""
+    """Which connection of this process was served last: one that shares the event loop with others must not poll."""
 
     last: "Connection | None" = None
 
 
 class Connection:
-    """A connected client. run() does everything; stop(), freeze(), hurry() and abort() end it from outside.
+    """A connected client. run() or resume() serves it; stop(), suspend() and abort() end that from outside.
 
-    `shed` is called when the server's memory is used up and this connection has to wait for it.
+    The socket must not block. `drop_stalled` is called when the memory of `budget` is used up and this connection has
+    to wait for it.
     """
 
     def __init__(
@@ -58,154 +46,143 @@ class Connection:
         sock: socket.socket,
         limits: Limits,
         budget: Budget,
-        shed: Callable[[], None] = lambda: None,
+        drop_stalled: Callable[[], None] = lambda: None,
     ) -> None:
         self.sock = sock
         self.limits = limits
+        self.phase = Phase.HANDSHAKE
         self.export: Export | None = None
+        """The export of GO or EXPORT_NAME; None before that."""
         self.session: Session | None = None
-        """Set once transmission has begun."""
-        self.frozen = False
-        """After freeze(), when run() has returned: the socket is open, and `session` says how to go on with it."""
-        self._life = trio.CancelScope(shield=True)
-        self._haggling = trio.CancelScope()
+        """Set once transmission has begun. In phase SUSPENDED it says how to go on with the socket."""
+        self._serving = trio.CancelScope(shield=True)
+        """All of run(); cancelled by abort()."""
+        self._handshaking = trio.CancelScope()
+        """The handshake; cancelled by stop()."""
         self._reading = trio.CancelScope()
+        """Reading of requests; cancelled by stop()."""
         self._working = trio.CancelScope()
+        """Transmission with the tasks of requests that wait; cancelled by cancel_requests()."""
         self._out = Outbox(sock, limits, budget, self.abort)
         self._slow = SlowRequests(self._out, limits, budget)
         self._reader = RequestReader(limits.receive_buffer, limits.in_place_bytes)
-        self._shed = shed
-        self._keen = False
+        self._drop_stalled = drop_stalled
+        self._poll_pays = False
+        """The last request for which this connection slept came so soon that polling would have been quicker."""
         self._alone = False
+        """No other connection of this process was served during the last wait."""
         self._turn_ends = 0.0
-        self._freezing = False
+        """perf_counter() when the other tasks have to be let run, even if there are requests to answer."""
         self._unfed = memoryview(b"")
+        """What the session brought as `unparsed` and the reader has not been fed yet."""
 
     # --- from outside ----------------------------------------------------------------------
     def abort(self) -> None:
-        """Ends the connection at once; requests in flight are given up."""
-        self._life.cancel()
+        """Ends the connection at once: requests in flight are cancelled, replies not sent are dropped."""
+        self._serving.cancel()
 
     def stop(self) -> None:
-        """Takes no more requests; those in flight complete, within shutdown_seconds.
+        """Takes no more requests; those in flight complete and are answered, within `shutdown_seconds`.
 
-        No ESHUTDOWN for what the client sends meanwhile: a client that reconnects repeats it, and loses nothing.
+        What the client sends meanwhile is not answered with ESHUTDOWN: a client that reconnects sends it again, and
+        would otherwise see an error.
         """
-        self._haggling.cancel()
+        if self.phase in (Phase.HANDSHAKE, Phase.TRANSMISSION):
+            self._enter(Phase.STOPPING)
+        self._handshaking.cancel()
         self._reading.cancel()
-        self._life.deadline = min(
-            self._life.deadline, trio.current_time() + self.limits.shutdown_seconds
+        self._serving.deadline = min(
+            self._serving.deadline, trio.current_time() + self.limits.shutdown_seconds
         )
 
-    def freeze(self) -> None:
+    def suspend(self) -> None:
         """As stop(), but run() leaves the socket open and `session` complete, for another process to resume().
 
-        Only for connections in transmission whose client is there (`frozen` says so); a handshake is simply ended.
+        Once run() has returned, the phase is SUSPENDED if that worked. It does only in transmission, and if the client
+        has not left; a handshake is ended.
         """
-        self._freezing = True
+        if self.phase in (Phase.HANDSHAKE, Phase.TRANSMISSION, Phase.STOPPING):
+            self._enter(Phase.SUSPENDING)
         self.stop()
 
-    def hurry(self) -> None:
-        """After freeze(): waits for nothing any more. What was begun and has no reply is part of `session`.
+    def cancel_requests(self) -> None:
+        """Called after suspend(), to wait for nothing any more: requests without a reply become part of `session`.
 
-        Doing it again in the other process is right for every command: nobody was told that it was done.
+        They may have been carried out, and the other process carries them out again. That is right for each command,
+        since the client has not been told that it was done.
         """
         self._working.cancel()
 
     @property
     def unanswered_since(self) -> float | None:
-        """Trio time since when the oldest request that had to wait does so; None where none does."""
+        """Trio time since when the oldest request that had to wait does so; None if none does."""
         return self._slow.unanswered_since
 
     @property
     def answered(self) -> int:
-        """Requests that had to wait and were answered."""
+        """Number of requests that had to wait and were answered."""
         return self._slow.answered
 
     @property
     def stalled_since(self) -> float | None:
-        """Trio time since when the client takes no replies, or does not finish the payload it began."""
+        """Trio time since when the client takes no replies, or does not send the rest of a payload, or None."""
         return self._out.stalled_since or self._slow.payload_since
 
     # --- life ----------------------------------------------------------------------
     async def run(
         self, resolve: Callable[[str], Export | None], names: Callable[[], list[str]]
     ) -> None:
-        """Serves the client until it leaves or stop(). Raises ProtocolError if it broke the protocol.
+        """Serves the client from the handshake on, until it leaves, or stop(), suspend() or abort() is called.
 
-        Closes the socket, unless freeze() was called. Shielded from cancellation: use stop() or abort().
+        `resolve` returns the export of a name, `names` what LIST shows. Closes the socket, but in phase SUSPENDED.
+        Raises ProtocolError if the client broke the protocol, and passes on what an export raises in a method that is
+        not async, beside OSError. Shielded from cancellation: use stop() or abort().
         """
-        with self._life:
+        with self._serving:
             try:
-                self._haggling.deadline = trio.current_time() + self.limits.handshake_seconds
-                with self._haggling:
-                    self.session = await self._handshake(
-                        Negotiation(resolve, names, self.limits.name_bytes)
+                negotiation = Negotiation(resolve, names, self.limits.name_bytes)
+                self._handshaking.deadline = trio.current_time() + self.limits.handshake_seconds
+                with self._handshaking:
+                    self.session = await do_handshake(
+                        self.sock, self._out, self.limits, negotiation
                     )
                 if self.session is not None:
+                    self.export = negotiation.export
                     await self._transmission(self.session)
             finally:
                 self._close()
 
     async def resume(self, session: Session, export: Export) -> None:
-        """As run(), for a connection that another process froze."""
+        """As run(), for a connection to `export` that another process has suspended with this session."""
         self.export, self.session = export, session
-        with self._life:
+        with self._serving:
             try:
                 await self._transmission(session)
             finally:
                 self._close()
 
+    def _enter(self, phase: Phase) -> None:
+        """Enters the next phase, which must be one that MOVES allows."""
+        assert phase in MOVES[self.phase], f"{self.phase.value} must not become {phase.value}"
+        self.phase = phase
+
     def _close(self) -> None:
         self._out.discard()
         trio.lowlevel.notify_closing(self.sock)
-        if not self.frozen:
+        if self.phase is not Phase.SUSPENDED:
+            self._enter(Phase.CLOSED)
             self.sock.close()
-
-    # --- handshake ----------------------------------------------------------------------
-    async def _handshake(self, negotiation: Negotiation) -> Session | None:
-        hands = ServerHandshake(self.limits.option_bytes, self.limits.queries)
-        await self._say(hands.send(ev.Greeting(hands.FLAGS)))
-        options = 0
-        while hands.state is not State.TRANSMISSION:
-            event = hands.next_event()
-            if isinstance(event, ev.NeedData):
-                data = await self._hear()
-                if not data:
-                    return None
-                hands.receive(data)
-            elif isinstance(event, ev.ClientFlags):
-                negotiation.padding = not hands.no_zeroes
-            else:
-                options += 1
-                if options > self.limits.options:
-                    raise ProtocolError(f"more than {self.limits.options} options")
-                await self._say(b"".join(map(hands.send, negotiation.answer(event))))
-                if hands.state is State.CLOSED or self._out.broken:
-                    return None
-        self.export = negotiation.export
-        return Session(
-            negotiation.export_name, negotiation.structured, negotiation.contexts, hands.trailing()
-        )
-
-    async def _hear(self) -> bytes:
-        """Some bytes of the handshake; none when the client is gone."""
-        while True:
-            try:
-                return self.sock.recv(self.limits.option_bytes)
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(self.sock)
-            except OSError:
-                return b""
-
-    async def _say(self, data: bytes) -> None:
-        if not self._out.send([data], len(data)):
-            await self._out.drain()
 
     # --- transmission ----------------------------------------------------------------------
     async def _transmission(self, session: Session) -> None:
+        """Answers requests until the client leaves or stop() is called, and waits for those in flight.
+
+        Raises ProtocolError if the client broke the protocol, after its requests before that were answered.
+        """
         export = self.export
         assert export is not None, "transmission without an export"
+        if self.phase is Phase.HANDSHAKE:
+            self._enter(Phase.TRANSMISSION)
         self._out.export = export
         batch = Batch(
             self._reader,
@@ -222,45 +199,52 @@ class Connection:
                 async with trio.open_nursery() as nursery:
                     self._slow.begin(nursery, export, session.structured, session.contexts)
                     with self._reading:
-                        if await self._first(batch, session):
+                        if await self._serve_session(batch, session):
                             await self._serve(batch)
                         left = True
                 await self._out.drain()
         finally:
-            self._slow.payload_done()
+            self._slow.release_payload()
             export.closed()
         if batch.error is not None:
             raise batch.error
-        if self._freezing and not left and not self._out.broken:
-            self.session = self._carried_on(session, batch.waiting())
-            self.frozen = True
+        if self.phase is Phase.SUSPENDING and not left and not self._out.broken:
+            self.session = self._session_to_resume(session, batch.waiting)
+            self._enter(Phase.SUSPENDED)
 
-    def _carried_on(self, session: Session, waiting: Request | None) -> Session:
-        """The session as another process finds it: requests without a reply first, then what was not parsed."""
+    def _session_to_resume(self, session: Session, waiting: Request | None) -> Session:
+        """The session for another process. Requests without a reply come first in it, then those not decoded.
+
+        `waiting` is the request that was decoded and for which there was no room. Raises OSError if replies that are
+        not sent cannot be read.
+        """
         unanswered = self._slow.unanswered() + ([] if waiting is None else [waiting])
         requests = [b"".join(encode_request(one)) for one in unanswered]
         unparsed = b"".join([*requests, self._reader.unparsed(), self._unfed])
         return replace(session, unparsed=unparsed, unsent=self._out.unsent())
 
-    async def _first(self, batch: Batch, session: Session) -> bool:
-        """Serves what came before this connection's first recv: behind the handshake, or in another process."""
+    async def _serve_session(self, batch: Batch, session: Session) -> bool:
+        """Sends and answers what `session` brought: sent behind the handshake, or received by another process.
+
+        False if the client has left.
+        """
         if session.unsent and not self._out.send([session.unsent], len(session.unsent)):
             await self._out.drain()
         self._unfed = memoryview(session.unparsed)
         while self._unfed:
             self._unfed = self._unfed[self._reader.feed(self._unfed) :]
-            if not await self._answer(batch):
+            if not await self._answer_received(batch):
                 return False
-            if self._reader.wanted():
-                await self._payload_room(self._reader.wanted())
+            if self._reader.large_payload():
+                await self._reserve_payload(self._reader.large_payload())
         return True
 
     async def _serve(self, batch: Batch) -> None:
-        """Reads and answers requests until the client leaves."""
+        """Receives and answers requests until the client leaves."""
         reader = self._reader
-        while await self._answer(batch):
-            if reader.wanted():
-                await self._payload_room(reader.wanted())
+        while await self._answer_received(batch):
+            if reader.large_payload():
+                await self._reserve_payload(reader.large_payload())
             count = await self._receive(reader.space())
             if not count:
                 return
@@ -269,16 +253,20 @@ class Connection:
             if now > self._turn_ends:
                 await self._yield_turn()
 
-    async def _answer(self, batch: Batch) -> bool:
-        """Answers all that has been received; False when the client has left."""
+    async def _answer_received(self, batch: Batch) -> bool:
+        """Answers all that has been received; False if the client has left, or broke the protocol (`batch.error`)."""
         while True:
             outcome = batch.run()
-            buffers, total = batch.take()
+            buffers, total = batch.take_replies()
             if buffers and not self._out.send(buffers, total):
                 await self._out.drain()
-            if outcome is Outcome.ALL_TAKEN:
+            if outcome is Outcome.NEEDS_DATA:
                 return not self._out.broken
-            if outcome is Outcome.LEFT or outcome is Outcome.BROKEN or self._out.broken:
+            if (
+                outcome is Outcome.DISCONNECT
+                or outcome is Outcome.PROTOCOL_ERROR
+                or self._out.broken
+            ):
                 return False
             if outcome is Outcome.NO_ROOM:
                 await self._wait_for_room()
@@ -286,27 +274,29 @@ class Connection:
                 await self._yield_turn()
 
     async def _wait_for_room(self) -> None:
+        """Returns when there may be room for a request. If others hold the memory, one of them may be dropped first."""
         if not self._slow.count:
-            self._shed()
-        await self._slow.room()
+            self._drop_stalled()
+        await self._slow.wait_for_room()
 
-    async def _payload_room(self, size: int) -> None:
-        while not self._slow.expect(size):
+    async def _reserve_payload(self, size: int) -> None:
+        """Returns when memory is reserved for a payload of `size` bytes that is being received."""
+        while not self._slow.reserve_payload(size):
             await self._wait_for_room()
         self._slow.payload_since = trio.current_time()
 
     async def _yield_turn(self) -> None:
-        """Lets other tasks run; a connection that finds another one busy takes shorter turns and does not poll."""
+        """Lets other tasks run. If another connection was served meanwhile, turns are shorter, without polling."""
         _Turn.last = self
         await trio.lowlevel.checkpoint()
         self._alone = _Turn.last is self
         self._turn_ends = perf_counter() + self.limits.turn_seconds * (1.0 if self._alone else 0.2)
 
     async def _receive(self, space: memoryview) -> int:
-        """Receives into `space`, and awaits only if nothing is there; 0 when the client is gone.
+        """Receives into `space` and returns how many bytes; 0 if the client is gone. Awaits only if nothing is there.
 
-        Before it sleeps it polls, for as long as waking up would cost, if the last request came that fast and nobody
-        else is kept waiting.
+        Before it sleeps it polls, for as long as waking up would take, if the last request came that soon and nobody
+        else is kept waiting by that.
         """
         recv_into = self.sock.recv_into
         try:
@@ -315,7 +305,7 @@ class Connection:
             except BlockingIOError:
                 pass
             asleep = perf_counter()
-            if self._keen and self._alone and not self._slow.count:
+            if self._poll_pays and self._alone and not self._slow.count:
                 limit = asleep + self.limits.poll_seconds
                 while perf_counter() < limit:
                     sched_yield()  # the client may be waiting for this very core
@@ -327,7 +317,7 @@ class Connection:
             while True:
                 await trio.lowlevel.wait_readable(self.sock)
                 now = perf_counter()
-                self._keen = now - asleep < 4 * self.limits.poll_seconds
+                self._poll_pays = now - asleep < 4 * self.limits.poll_seconds
                 self._alone = _Turn.last is self
                 self._turn_ends = now + self.limits.turn_seconds
                 try:

@@ -1,4 +1,4 @@
-"""What the server needs of a disk."""
+"""The interface between the server and a disk that it serves."""
 
 from typing import Protocol, runtime_checkable
 
@@ -7,9 +7,11 @@ from forebay_nbd.protocol.wire import Buffer, Flag
 
 @runtime_checkable
 class Export(Protocol):
-    """One disk. Offsets and lengths in bytes; the server has checked them against `size` and `read_only`.
+    """One disk. Offsets and lengths are bytes; the server has checked each request against `size` and `read_only`.
 
-    Methods raise OSError(errno, text), which becomes the answer to the request. Nothing here is called after closed().
+    All methods are called in the event loop. Those that are not async must not take long, since all connections wait
+    for them. Those for requests may raise OSError(errno, text), which becomes the reply to the request. All requests of
+    a connection come between its opened() and its closed().
     """
 
     name: str
@@ -22,66 +24,86 @@ class Export(Protocol):
     """Metadata contexts beside base:allocation, as "namespace:leaf"."""
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
-        """One contiguous buffer of exactly `length` bytes, or None where that would mean waiting or several buffers.
+        """A buffer with exactly the `length` bytes from `offset` on, or None: then the server calls read().
 
-        The buffer may be a slice of memory that is used again: it is valid until the caller next awaits, and longer
-        only between pin() and unpin().
+        The buffer may be a slice of memory that the disk uses again. The server sends it before it awaits anything, or
+        holds a pin (see pin()) until it is sent or copied.
         """
 
     def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
-        """Takes the first n of some (offset, data) and returns n; the next one, if any, goes to write().
+        """Carries out the first n of these writes (offset, data), and returns n; the server calls write() for the next.
 
-        What was taken may be acknowledged, read, and its memory used again, only after publish(). Raises OSError for
-        the first one; when a later one fails, those before it are returned.
+        The server calls publish() before it acknowledges any of them, reads again, or uses the memory of `data` again.
+        Raises OSError if the first write fails; if a later one does, the number of those before it is returned.
         """
 
     def publish(self) -> None:
-        """Called after each write_now(). An OSError here is the answer to all that it took."""
+        """Makes the writes of the last write_now() fit to be acknowledged; an OSError is the reply to all of them."""
 
     def flush_now(self) -> bool:
-        """True: as flush(), in a moment. False: use flush(). Raises OSError."""
+        """Does what flush() does, if nothing has to be waited for; False, and nothing is done, otherwise."""
 
     def unreadable(self) -> None:
-        """The kernel could not read a buffer that was handed out: no other one without being sure of it."""
+        """Called when the kernel could not read a buffer that was handed out, as when the medium below it is damaged.
+
+        From then on the disk must not hand out slices of that memory without having made sure that it can be read.
+        """
 
     def pin(self) -> int:
-        """From now on buffers handed out stay as they are; the token ends that, given to unpin()."""
+        """Called when buffers could not be sent at once: their memory must not be used for anything else until unpin().
+
+        Returns a token that the server gives to unpin(). This holds for buffers that are handed out until then, and for
+        those that were handed out before the call, if nothing was awaited since.
+        """
 
     def unpin(self, token: int) -> None:
-        """Ends what pin() began."""
+        """Called once for each pin(), with its token: the buffers are sent, copied or dropped."""
 
     async def read(self, offset: int, length: int) -> list[Buffer]:
-        """Buffers in order, lengths adding up to `length`; as valid as those of read_now()."""
+        """Buffers that hold the `length` bytes from `offset` on, in order, valid as those of read_now() are."""
 
     async def write(self, offset: int, data: memoryview, fua: bool) -> None:
-        """Returns when the write may be acknowledged, with `fua` when it is durable. `data` is valid until then."""
+        """Returns when the write may be acknowledged; with `fua`, when it is durable. `data` is valid until then."""
 
     async def flush(self) -> None:
-        """All that was acknowledged before, on any connection, is durable when this returns."""
+        """Returns when all writes are durable that were acknowledged before the call, on whatever connection."""
 
     async def trim(self, offset: int, length: int, fua: bool) -> None:
-        """The content is no longer needed."""
+        """Takes note that the content of the range is no longer needed; with `fua`, durably."""
 
     async def zero(self, offset: int, length: int, fua: bool, no_hole: bool, fast: bool) -> None:
-        """The range reads as zeros from now on. `fast`: OSError(ENOTSUP) at once if that is no faster than writing."""
+        """Makes the range read as zeros; with `fua`, durably; with `no_hole`, so that it stays allocated.
+
+        With `fast`, raises OSError(ENOTSUP) at once if that is no faster than writing zeros.
+        """
 
     async def cache(self, offset: int, length: int) -> None:
-        """A hint that the range will be read soon."""
+        """Takes note that the range is going to be read soon."""
 
     async def extents(
         self, context: str, offset: int, length: int, one: bool
     ) -> list[tuple[int, int]]:
-        """At least one (length, flags) from `offset` on; only the first is used where `one` is set."""
+        """The extents (length, flags) in a metadata context from `offset` on: at least one, and only one is used if
+        `one`.
+
+        They may cover more than the range, or less; the server cuts them to what the protocol allows.
+        """
 
     def opened(self) -> None:
-        """A client entered transmission."""
+        """Called when a connection to this disk enters transmission, before its first request."""
 
     def closed(self) -> None:
-        """It left, in whatever way. Not a flush."""
+        """Called once for each opened(), when no request of that connection is in flight any more, however it ended.
+
+        It does not imply a flush.
+        """
 
 
 def transmission_flags(export: Export, structured: bool) -> Flag:
-    """The flags under which an export is offered. DF exists only where structured replies were agreed on."""
+    """The transmission flags with which an export is offered. `structured`: structured replies were agreed on.
+
+    Only with them is DF offered. CAN_MULTI_CONN is true because all connections to a disk meet in one Export.
+    """
     flags = Flag.HAS_FLAGS | Flag.SEND_FLUSH | Flag.SEND_FUA | Flag.CAN_MULTI_CONN | Flag.SEND_CACHE
     if export.read_only:
         flags |= Flag.READ_ONLY

@@ -1,8 +1,9 @@
-"""Sending replies: at once where the socket takes them, else in the background of whoever has to wait.
+"""Sending the replies of one connection.
 
-Replies carry slices of the export's own memory, which are valid only until the next await. What the socket did not
-take is therefore held under pin(); a client that does not read for `stall_seconds` has the rest copied, and the pin
-is given back, so that one sleeping client cannot keep the cache from reusing its memory.
+Replies consist of slices of the export's own memory, which are valid only until the next await. They are sent at once
+if the socket takes them. If it does not, a pin() of the export keeps them valid while the server waits for the client;
+after `stall_seconds` they are copied and the pin is released, so that a client that does not read cannot keep the
+export from reusing its memory. Copies are counted in the budget that all connections of the server share.
 """
 
 import errno
@@ -12,7 +13,7 @@ from collections.abc import Callable
 
 import trio
 
-from forebay_nbd.protocol.wire import Buffer, rest
+from forebay_nbd.protocol.wire import Buffer, remaining
 from forebay_nbd.server.budget import Budget
 from forebay_nbd.server.export import Export
 from forebay_nbd.server.limits import Limits
@@ -22,40 +23,44 @@ _IOV_MAX = 1024
 
 
 class Outbox:
-    """The sending half of one connection. `give_up` is called when the stalled rest does not fit into the budget."""
+    """The sending half of one connection, and what is waiting to be sent.
+
+    `abort` is called when what a stalled client has not taken cannot be copied: it has to end the connection.
+    """
 
     def __init__(
-        self, sock: socket.socket, limits: Limits, budget: Budget, give_up: Callable[[], None]
+        self, sock: socket.socket, limits: Limits, budget: Budget, abort: Callable[[], None]
     ) -> None:
         self._sock = sock
         self._limits = limits
         self._budget = budget
-        self._give_up = give_up
+        self._abort = abort
         self._unsent: list[Buffer] = []
         self._waiters = trio.lowlevel.ParkingLot()
+        """Tasks that wait in drain() while another one sends."""
         self._draining = False
+        """A task is sending what is in `_unsent`."""
         self._copied = 0
+        """Bytes of the budget reserved for copies in `_unsent`."""
         self._pin: int | None = None
+        """The export's token while the slices in `_unsent` are pinned."""
         self.export: Export | None = None
+        """Whose memory replies consist of. None during the handshake, whose replies have memory of their own."""
         self.broken = False
-        """The peer is gone: everything sent from now on is dropped."""
+        """The client is gone, or is to be dropped: everything sent from now on is dropped, too."""
         self.stalled_since: float | None = None
-        """Trio time since when the client has not taken a byte that we wait to send."""
-
-    @property
-    def pending(self) -> bool:
-        """Something waits to be sent: drain() before more is made."""
-        return bool(self._unsent)
+        """Trio time since when the client has not taken a byte of what waits to be sent; None if nothing waits."""
 
     def send(self, buffers: list[Buffer], total: int) -> bool:
-        """Sends buffers of `total` bytes without waiting. False: some are left, and the caller has to drain().
+        """Sends buffers of `total` bytes without waiting.
 
-        The list belongs to the outbox from now on.
+        True if all of it is sent, or dropped because the client is gone. False if some of it waits: then the caller
+        must await drain() before anything else. The list must not be used by the caller any more.
         """
         if self.broken:
             return True
         if self._unsent:
-            self._unsent += self._keep(buffers)
+            self._unsent += self._kept(buffers)
             return False
         most = self._limits.batch_buffers
         try:
@@ -67,31 +72,36 @@ class Outbox:
             return True
         if sent == total:
             return True
-        self._unsent = rest(buffers, sent)
+        self._unsent = remaining(buffers, sent)
         return False
 
-    def _keep(self, buffers: list[Buffer]) -> list[Buffer]:
-        """Without a pin (the client has stalled) what joins the queue has to be copied."""
+    def _kept(self, buffers: list[Buffer]) -> list[Buffer]:
+        """What has to be kept to send these buffers later: copies, if the client has stalled and no pin is held."""
         if not self._draining or self._pin is not None:
             return buffers
-        return self._copy(buffers)
+        return self._copied_to_budget(buffers)
 
-    def _copy(self, buffers: list[Buffer]) -> list[Buffer]:
+    def _copied_to_budget(self, buffers: list[Buffer]) -> list[Buffer]:
+        """A copy of the buffers, counted in the budget. The connection is aborted if that is impossible."""
         size = sum(map(len, buffers))
-        if not self._budget.take(size):
+        if not self._budget.reserve(size):
             self.broken = True
-            self._give_up()
+            self._abort()
             return []
         self._copied += size
         try:
-            return [copied(buffers)]
+            return [kernel_copy(buffers)]
         except OSError:
             self.broken = True
-            self._give_up()
+            self._abort()
             return []
 
     async def drain(self) -> None:
-        """Waits until nothing is left to send, or the peer is gone. When cancelled, call it again for the rest."""
+        """Returns when nothing waits to be sent, or the client is gone.
+
+        Several tasks may call it at one time; one of them sends. If it is cancelled, what is left is copied, and
+        drain() can be called again.
+        """
         while self._unsent:
             if self._draining:
                 await self._waiters.park()
@@ -99,36 +109,36 @@ class Outbox:
                 await self._drain()
 
     async def _drain(self) -> None:
+        """Sends all of `_unsent`, with the export's memory pinned until the client has stalled for `stall_seconds`."""
         self._draining = True
         if self.export is not None:
             self._pin = self.export.pin()
         try:
             while self._unsent and not self.broken:
-                await self._writable()
-                self._send_more()
+                await self._wait_writable()
+                self._send_unsent()
         finally:
-            if (
-                self._unsent and not self.broken and self._pin is not None
-            ):  # cancelled: the pin goes, so copy
-                self._unsent = self._copy(self._unsent)
+            if self._unsent and not self.broken and self._pin is not None:
+                self._unsent = self._copied_to_budget(self._unsent)  # cancelled: the pin ends here
             self._draining = False
             self._unpin()
             if self.broken or not self._unsent:
                 self.discard()
             self._waiters.unpark_all()
 
-    async def _writable(self) -> None:
-        """Waits until the socket takes bytes; copies and unpins after stall_seconds."""
+    async def _wait_writable(self) -> None:
+        """Returns when the socket takes bytes. After `stall_seconds` without that, copies what is left and unpins."""
         self.stalled_since = trio.current_time()
         if self._pin is not None:
             with trio.move_on_after(self._limits.stall_seconds):
                 await trio.lowlevel.wait_writable(self._sock)
                 return
-            self._unsent = self._copy(self._unsent)
+            self._unsent = self._copied_to_budget(self._unsent)
             self._unpin()
         await trio.lowlevel.wait_writable(self._sock)
 
-    def _send_more(self) -> None:
+    def _send_unsent(self) -> None:
+        """Sends once what the socket takes of `_unsent`."""
         part = self._unsent[: self._limits.batch_buffers]
         try:
             sent = self._sock.sendmsg(part)
@@ -138,26 +148,26 @@ class Outbox:
             self._break(exc)
             return
         self.stalled_since = None
-        self._unsent = rest(part, sent) + self._unsent[len(part) :]
+        self._unsent = remaining(part, sent) + self._unsent[len(part) :]
 
     def _break(self, error: OSError) -> None:
-        """The peer is gone, or what it was to get cannot be read: part of a reply may be sent, so there is no other."""
+        """Called when sendmsg() failed: the client is gone, or the kernel cannot read a buffer (EFAULT).
+
+        In both cases part of a reply may be sent, so no other reply can follow.
+        """
         self.broken = True
         if error.errno == errno.EFAULT and self.export is not None:
             self.export.unreadable()
 
     def unsent(self) -> bytes:
-        """What the socket did not take yet; another process may go on with it. Raises OSError."""
-        return copied(self._unsent)
+        """A copy of the bytes that wait to be sent, for the process that resumes the connection. Raises OSError."""
+        return kernel_copy(self._unsent)
 
     def discard(self) -> None:
-        """Drops what is left, at the end of the connection."""
+        """Drops what waits to be sent, and releases its part of the budget."""
         self._unsent = []
-        self._forget_copies()
-
-    def _forget_copies(self) -> None:
         if self._copied:
-            self._budget.give(self._copied)
+            self._budget.release(self._copied)
             self._copied = 0
         self.stalled_since = None
 
@@ -167,11 +177,11 @@ class Outbox:
         self._pin = None
 
 
-def copied(buffers: list[Buffer]) -> bytes:
-    """The bytes of all buffers. Raises OSError: they cannot be read.
+def kernel_copy(buffers: list[Buffer]) -> bytes:
+    """The bytes of all buffers in one, copied by the kernel. Raises OSError if they cannot be read.
 
-    The kernel copies, through a file in memory. The buffers may be slices of a device's map; where the device cannot
-    be read, that is an error of a system call, but SIGBUS, the end of the process, for whoever touches the map itself.
+    The buffers may be slices of a map of a device. If the device cannot be read, a system call that is given the map
+    fails, but a process that touches the map itself is ended by SIGBUS. So they are written to a file in memory first.
     """
     size = sum(map(len, buffers))
     fd = os.memfd_create("forebay-unsent")
@@ -180,7 +190,7 @@ def copied(buffers: list[Buffer]) -> bytes:
         while at < size:
             written = os.pwritev(fd, buffers[:_IOV_MAX], at)
             at += written
-            buffers = rest(buffers[:_IOV_MAX], written) + buffers[_IOV_MAX:]
+            buffers = remaining(buffers[:_IOV_MAX], written) + buffers[_IOV_MAX:]
         return os.pread(fd, size, 0)
     finally:
         os.close(fd)

@@ -1,4 +1,4 @@
-"""The NBD server: accepts connections on one socket and keeps them apart."""
+"""The NBD server: it accepts connections on a socket, bounds their number, and keeps their failures apart."""
 
 import errno
 import logging
@@ -9,22 +9,25 @@ import trio
 
 from forebay_nbd.protocol.wire import ProtocolError
 from forebay_nbd.server.budget import Budget
-from forebay_nbd.server.connection import Connection, Session
+from forebay_nbd.server.connection import Connection
 from forebay_nbd.server.export import Export
 from forebay_nbd.server.limits import Limits
+from forebay_nbd.server.session import Session
 
 log = logging.getLogger(__name__)
 
-_OUT_OF = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
-_PAUSE = 0.1
-"""Seconds before another accept() when the process has run out of something."""
+_EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
+"""Errors of accept() that say that process or host have run out of something."""
+_PAUSE_SECONDS = 0.1
+"""How long the server waits after one of them before it accepts again."""
 
 
 class Server:
-    """Serves exports on one listener.
+    """Serves exports to all clients of one listener.
 
-    `resolve` finds an export by name; resolve("") is the default export. `names` is what LIST shows. `admits` is asked
-    about each connection before a byte is said. All are called from the event loop and must not wait.
+    `resolve` returns the export of a name, or None; resolve("") is the default export. `names` returns the names that
+    LIST shows. `may_connect` is given each new connection before a byte is sent; it is closed if that returns False.
+    All three are called in the event loop, and must not take long.
     """
 
     def __init__(
@@ -32,9 +35,9 @@ class Server:
         resolve: Callable[[str], Export | None],
         names: Callable[[], list[str]],
         limits: Limits | None = None,
-        admits: Callable[[socket.socket], bool] = lambda _sock: True,
+        may_connect: Callable[[socket.socket], bool] = lambda _sock: True,
     ) -> None:
-        self._admits = admits
+        self._may_connect = may_connect
         self._resolve = resolve
         self._names = names
         self.limits = limits or Limits()
@@ -47,7 +50,11 @@ class Server:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Accepts and serves until cancelled; then closes the listener and lets requests in flight complete."""
+        """Accepts and serves connections until cancelled; then closes the listener, and stops connections as stop()
+        does.
+
+        Returns when all of them have ended. Raises OSError if the listener fails.
+        """
         async with trio.open_nursery() as nursery:
             task_status.started()
             try:
@@ -55,44 +62,48 @@ class Server:
                     while True:
                         sock = await self._accept(listener)
                         if sock is not None:
-                            nursery.start_soon(self._run, self.adopt(sock))
+                            nursery.start_soon(self._run, self._add(sock))
             finally:
                 self.stop()
 
     def stop(self) -> None:
-        """Ends all connections after their requests in flight."""
+        """Stops all connections: they take no more requests, and end when those in flight are done."""
         for connection in self.connections:
             connection.stop()
 
-    def adopt(self, sock: socket.socket) -> Connection:
-        """A connection on a connected socket, counted as one of this server's; run() or resume() it."""
-        sock.setblocking(False)
-        _tune(sock, self.limits.send_buffer)
-        connection = Connection(sock, self.limits, self._budget, self._shed)
-        self.connections.add(connection)
-        return connection
-
     async def resume(self, sock: socket.socket, session: Session) -> None:
-        """Carries on a connection that another process froze; closes it if its export is gone."""
-        connection = self.adopt(sock)
+        """Goes on with a connection that another process has suspended; returns when it has ended.
+
+        The socket is closed at once if there is no export of that name any more.
+        """
+        connection = self._add(sock)
         export = self._resolve(session.export_name)
         if export is None:
             self.connections.discard(connection)
             sock.close()
             return
-        await self._guard(connection, connection.resume(session, export))
+        await self._supervise(connection, connection.resume(session, export))
+
+    def _add(self, sock: socket.socket) -> Connection:
+        """A new connection on a connected socket, counted as one of this server's. The caller has to run it."""
+        sock.setblocking(False)
+        _set_options(sock, self.limits.send_buffer)
+        connection = Connection(sock, self.limits, self._budget, self._drop_stalled)
+        self.connections.add(connection)
+        return connection
 
     async def _accept(self, listener: trio.SocketListener) -> socket.socket | None:
+        """The socket of the next client; None if it may not connect, or something was exhausted. Raises OSError."""
         try:
             stream = await listener.accept()
         except OSError as exc:
-            if exc.errno not in _OUT_OF:
+            if exc.errno not in _EXHAUSTED:
                 raise
             log.error("cannot accept a connection: %s", exc.strerror)
-            await trio.sleep(_PAUSE)
+            await trio.sleep(_PAUSE_SECONDS)
             return None
         sock = socket.socket(fileno=stream.socket.detach())
-        if not self._admits(sock):
+        if not self._may_connect(sock):
             sock.close()
             return None
         if len(self.connections) >= self.limits.connections:
@@ -102,12 +113,17 @@ class Server:
         return sock
 
     async def _run(self, connection: Connection) -> None:
-        await self._guard(connection, connection.run(self._resolve, self._names))
+        await self._supervise(connection, connection.run(self._resolve, self._names))
 
-    async def _guard(self, connection: Connection, life: Coroutine[object, object, None]) -> None:
-        """Runs one connection; whatever happens in it stays in it."""
+    async def _supervise(
+        self, connection: Connection, serving: Coroutine[object, object, None]
+    ) -> None:
+        """Awaits `serving`, the run() or resume() of a connection, and logs any exception that it raises.
+
+        So no failure of one connection reaches the others or the server.
+        """
         try:
-            await life
+            await serving
         except ProtocolError as exc:
             log.info("connection dropped: %s", exc)
         except Exception as exc:
@@ -118,8 +134,12 @@ class Server:
         finally:
             self.connections.discard(connection)
 
-    def _shed(self) -> None:
-        """Memory is used up: drops the connection whose client has not moved for longest."""
+    def _drop_stalled(self) -> None:
+        """Called when the memory of all connections is used up: aborts the one that has stalled for longest, if any
+        has.
+
+        A connection has stalled if its client has not moved for `stall_seconds`.
+        """
         before = trio.current_time() - self.limits.stall_seconds
         stalled = [
             c for c in self.connections if c.stalled_since is not None and c.stalled_since <= before
@@ -130,7 +150,7 @@ class Server:
             victim.abort()
 
 
-def _tune(sock: socket.socket, send_buffer: int) -> None:
+def _set_options(sock: socket.socket, send_buffer: int) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

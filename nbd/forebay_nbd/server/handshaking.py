@@ -1,0 +1,62 @@
+"""The server's side of the handshake on a socket."""
+
+import socket
+
+import trio
+
+from forebay_nbd.protocol import events as ev
+from forebay_nbd.protocol.handshake import ServerHandshake, State
+from forebay_nbd.protocol.wire import ProtocolError
+from forebay_nbd.server.limits import Limits
+from forebay_nbd.server.negotiation import Negotiation
+from forebay_nbd.server.outbox import Outbox
+from forebay_nbd.server.session import Session
+
+
+async def do_handshake(
+    sock: socket.socket, out: Outbox, limits: Limits, negotiation: Negotiation
+) -> Session | None:
+    """Greets a client and answers its options until it asks for transmission.
+
+    Returns the session, with what the client has sent beyond the handshake as `unparsed`; `negotiation` has the export.
+    Returns None if the client left. Raises ProtocolError if it broke the protocol or sent too many options.
+    """
+    handshake = ServerHandshake(limits.option_bytes, limits.queries)
+    await _send(out, handshake.send(ev.Greeting(handshake.FLAGS)))
+    options = 0
+    while handshake.state is not State.TRANSMISSION:
+        event = handshake.next_event()
+        if isinstance(event, ev.NeedData):
+            data = await _receive(sock, limits.option_bytes)
+            if not data:
+                return None
+            handshake.receive(data)
+        elif isinstance(event, ev.ClientFlags):
+            negotiation.padding = not handshake.no_zeroes
+        else:
+            options += 1
+            if options > limits.options:
+                raise ProtocolError(f"more than {limits.options} options")
+            await _send(out, b"".join(map(handshake.send, negotiation.answer(event))))
+            if handshake.state is State.CLOSED or out.broken:
+                return None
+    return Session(
+        negotiation.export_name, negotiation.structured, negotiation.contexts, handshake.trailing()
+    )
+
+
+async def _receive(sock: socket.socket, most: int) -> bytes:
+    """At least one byte from the client, and at most `most`; none if it is gone."""
+    while True:
+        try:
+            return sock.recv(most)
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(sock)
+        except OSError:
+            return b""
+
+
+async def _send(out: Outbox, data: bytes) -> None:
+    """Sends `data`, unless the client is gone."""
+    if not out.send([data], len(data)):
+        await out.drain()
