@@ -16,7 +16,8 @@ import lmdb
 from forebay_cache.device.device import open_device, size_of, write_format
 from forebay_cache.format.entry import pack
 from forebay_cache.format.geometry import FULL, PAGE_BLOCKS, SECTORS
-from forebay_cache.index.index import GROUP_KEY, PAGE_KEY, Changes, Index, LayerRecord
+from forebay_cache.index.changes import Changes, LayerRecord
+from forebay_cache.index.index import GROUP_KEY, PAGE_KEY, Index
 from forebay_cache.index.sums import GROUP, ZERO_SECTOR_SUM
 
 IMAGES = 16

@@ -4,15 +4,18 @@ It knows nothing of NBD, of images' homes or of modes: those are the business of
 """
 
 from forebay_cache.blocks.clean import invalidate, mark_hot, past_failure, uncover
-from forebay_cache.blocks.settle import pages_of, pin_layer, settle
+from forebay_cache.blocks.pin import pin_layer
+from forebay_cache.blocks.settle import settle
 from forebay_cache.cache import Cache
 from forebay_cache.errors import CacheError, CacheFull
 from forebay_cache.layers.layer import Layer
 from forebay_cache.offline.check import check
-from forebay_cache.offline.recovery import format_device, open_cache
+from forebay_cache.offline.formatting import format_device
+from forebay_cache.offline.recovery import open_cache
 from forebay_cache.offline.repair import Repaired, repair
 from forebay_cache.offline.report import Fault, Report
-from forebay_cache.read.fill import Filler, ReadAhead, Source
+from forebay_cache.read.ahead import ReadAhead
+from forebay_cache.read.fill import Filler, Source
 from forebay_cache.read.view import View
 from forebay_cache.upkeep.growth import extend, extend_device
 from forebay_cache.upkeep.revive import Revived, come_back, revive
@@ -41,7 +44,6 @@ __all__ = [
     "invalidate",
     "mark_hot",
     "open_cache",
-    "pages_of",
     "past_failure",
     "pin_layer",
     "repair",

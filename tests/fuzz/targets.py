@@ -30,7 +30,8 @@ from forebay_cache.device.device import (
 )
 from forebay_cache.durable.journal import Journal, Position
 from forebay_cache.format import ops
-from forebay_cache.index.index import TABLES, Meta
+from forebay_cache.index.changes import Meta
+from forebay_cache.index.index import TABLES
 from forebay_cache.offline.report import Report
 from forebay_cache.offline.walk import Tables, Walk
 from forebay_cache.upkeep.medium import Medium

@@ -139,10 +139,10 @@ def test_a_whole_superblock_that_makes_no_sense_is_refused(tmp_path: Path) -> No
 )
 def test_a_whole_frame_that_makes_no_sense_is_refused(tmp_path: Path, payload: bytes) -> None:
     cache = opened(tmp_path)
-    layer = cache.make_layer("disk:d:1:images:a", private=True)
-    cache.publish()
+    layer = cache.layers.make("disk:d:1:images:a", private=True)
+    cache.intent.publish()
     assert layer.id == 1
-    cache.journal.append(payload)
+    cache.intent.journal.append(payload)
     cache.release()
     said = refused(tmp_path)
     assert "makes no sense" in said
@@ -176,12 +176,12 @@ def test_an_index_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
 def test_an_acknowledged_write_that_is_damaged_is_an_error_after_a_kill(tmp_path: Path) -> None:
     """The index knew nothing of it yet, so recovery passed it over, and the image's older data were read."""
     cache = opened(tmp_path)
-    layer = cache.make_layer("disk:d:1:images:a", private=True)
-    layer.adopt(0, None)
+    layer = cache.layers.make("disk:d:1:images:a", private=True)
+    layer.pages.adopt(0, None)
     for offset in (0, BLOCK):
         assert private.write(cache, layer, offset, memoryview(b"n" * SECTOR))
-        cache.publish()
-    at = cache.device.at(slot_of(layer.pages[0][0]))
+        cache.intent.publish()
+    at = cache.device.at(slot_of(layer.pages.page(0)[0]))
     cache.release()
     with (tmp_path / "device").open("r+b") as file:
         file.seek(at)
@@ -189,7 +189,7 @@ def test_an_acknowledged_write_that_is_damaged_is_an_error_after_a_kill(tmp_path
     cache = opened(tmp_path)
 
     async def read() -> None:
-        found = cache.layers_named("disk:d:")
+        found = cache.layers.find_all("disk:d:")
 
         async def older(_offset: int, length: int) -> bytes:
             return b"o" * length

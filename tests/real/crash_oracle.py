@@ -41,8 +41,9 @@ from forebay_cache import Cache, Damage, View, open_cache, scrub
 from forebay_cache.device.device import Buffer, Device
 from forebay_cache.format.entry import entry_at
 from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, PAGE_SHIFT, SECTORS
+from forebay_cache.index.sums import matching
 from forebay_cache.layers.layer import Layer
-from forebay_cache.read.view import matching, read_slots
+from forebay_cache.read.check import read_slots
 from real.crash_ledger import SECTOR, Ledger
 from real.crash_log import WHOLE, Content, File, State
 from sim.fake_host import Listener, check_cache, nothing
@@ -227,7 +228,7 @@ class Oracle:
             boot=_BOOT if killed else "another",
         )
         try:
-            known = cache.record("disk", DISK)
+            known = cache.records.get("disk", DISK)
             self._check_known(ledger, known)
             if deep or known is None:
                 await self._with_disk(cache, known, ledger, floor)
@@ -298,11 +299,11 @@ class Oracle:
     ) -> None:
         """What the disk would read, as the index has it: from the medium, past everything that is kept in memory."""
         image = self._host.image()
-        private = cache.layers_named(layer_prefix(DISK))[::-1]
-        clean = cache.layer(f"image:{record.key}")
+        private = cache.layers.find_all(layer_prefix(DISK))[::-1]
+        clean = cache.layers.find(f"image:{record.key}")
         for layer in (*private, *([clean] if clean else ())):
             for number in range(-(-record.size >> PAGE_SHIFT)):
-                layer.adopt(number, cache.index.page(layer.id, number))
+                layer.pages.adopt(number, cache.index.page(layer.id, number))
         parts = list(_parts(private, clean, record.size))
         slots = read_slots(cache, {part.slot for part in parts if part.slot >= 0})
         good = {
@@ -395,7 +396,7 @@ def _parts(private: list[Layer], clean: Layer | None, size: int) -> Iterator[_Pa
         need = FULL
         number, i = divmod(block, PAGE_BLOCKS)
         for layer in (*private, *([clean] if clean else ())):
-            entry = entry_at(layer.pages[number], i)
+            entry = entry_at(layer.pages.page(number), i)
             for sector in range(SECTORS):
                 if entry.valid & need & 1 << sector:
                     zero = entry.zero >> sector & 1

@@ -238,14 +238,14 @@ def grow(*words):
         forebay_cache.device.device.write_superblock.__globals__["os"] = plain
 
 forebay_cache.upkeep.growth.grow = grow
-Cache.adopt = point("adopt", Cache.adopt)
+Cache.grow = point("grow", Cache.grow)
 sys.argv[1:] = sys.argv[6:]
 from forebay.cli.main import main
 sys.exit(main())
 """
 """Runs `forebay serve`, and kills it before or after the n-th step of extending the cache."""
 
-STEPS = ["posix_fallocate", "fsync", "pwrite", "fdatasync", "pwrite", "fdatasync", "adopt"]
+STEPS = ["posix_fallocate", "fsync", "pwrite", "fdatasync", "pwrite", "fdatasync", "grow"]
 """Space for the file, made durable; the copy of the superblock, and the superblock; then in memory."""
 
 KILLS = [*((n, "before") for n in range(1, len(STEPS) + 1)), (len(STEPS), "after")]

@@ -312,20 +312,20 @@ async def test_a_late_fill_does_not_overwrite_what_was_written_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What fio finds in one run of ten, step by step: a fill read the origin before a write, and is stored after it."""
-    import forebay_cache.blocks.clean
+    import forebay_cache.blocks.store
 
     cache = open_cache(tmp_path / "cache", tmp_path / "index", size=16 * MIB, block_size=65536)
-    layer = cache.make_layer("image:i", private=False)
+    layer = cache.layers.make("image:i", private=False)
     until = threading.Event()
-    really = forebay_cache.blocks.clean._write
+    really = forebay_cache.blocks.store._write
 
     async def store(first: int, data: bytes) -> None:
-        with forebay_cache.blocks.clean.filling(cache, layer, [0]) as cells:
+        with cache.in_flight.filling(layer, [0]) as cells:
             view = memoryview(data)
-            await forebay_cache.blocks.clean.store(cache, layer, first * 4096, view, cells)
+            await forebay_cache.blocks.store.store(cache, layer, first * 4096, view, cells)
 
     def late(*arguments: Any) -> None:
-        monkeypatch.setattr(forebay_cache.blocks.clean, "_write", really)
+        monkeypatch.setattr(forebay_cache.blocks.store, "_write", really)
         until.wait(3)
         really(*arguments)
 
@@ -333,13 +333,13 @@ async def test_a_late_fill_does_not_overwrite_what_was_written_meanwhile(
         return b"n" * length  # not cached is right too
 
     await store(15, b"x" * 4096)  # the block has its slot
-    monkeypatch.setattr(forebay_cache.blocks.clean, "_write", late)
+    monkeypatch.setattr(forebay_cache.blocks.store, "_write", late)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store, 0, b"o" * 8192)
             await trio.testing.wait_all_tasks_blocked()
             await invalidate(cache, layer, 0, 4096)
-            forebay_cache.blocks.clean.overtake(cache, layer, 0, 4096)
+            cache.in_flight.overtake(layer, 0, 4096)
             with trio.move_on_after(1):  # it may wait for the fill, and it may store nothing
                 await store(0, b"n" * 4096)
             until.set()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from forebay_cache.offline.recovery import format_device
+from forebay_cache.offline.formatting import format_device
 from real.disk_fixture import OneDisk, ask, cache_info, wait_for
 from real.fault_fs import FaultFs
 from real.gateway_process import GatewayProcess

@@ -10,7 +10,8 @@ import pytest
 
 from forebay_cache import CacheError, format_device
 from forebay_cache.errors import IndexFault
-from forebay_cache.index.index import PAGE_KEY, Changes, Index
+from forebay_cache.index.changes import Changes
+from forebay_cache.index.index import PAGE_KEY, Index
 
 PAGE = b"\1" * 512
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from forebay_cache import Cache, Layer, invalidate, open_cache
-from forebay_cache.blocks import clean
+from forebay_cache.blocks import store
 from forebay_cache.format.entry import slot_of
 from forebay_cache.format.geometry import PAGE_BLOCKS
 from real.disk_fixture import MODES
@@ -132,22 +132,22 @@ async def test_a_block_that_was_evicted_and_overwritten_does_not_come_back(tmp_p
 
     def opened() -> tuple[Cache, Layer]:
         cache = open_cache(tmp_path / "cache", tmp_path / "index", size=16 * MIB, block_size=65536)
-        return cache, cache.layer("image:i") or cache.make_layer("image:i", private=False)
+        return cache, cache.layers.find("image:i") or cache.layers.make("image:i", private=False)
 
     cache, layer = opened()
-    with clean.filling(cache, layer, [0]) as cells:
-        await clean.store(cache, layer, 0, memoryview(b"o" * 65536), cells)
+    with cache.in_flight.filling(layer, [0]) as cells:
+        await store.store(cache, layer, 0, memoryview(b"o" * 65536), cells)
     await cache.commit()
-    slot = slot_of(cache.page(layer, 0)[0])
-    cache.placement.quarantine(slot)
-    assert cache.evict_slot(layer, 0, 0, slot)
+    slot = slot_of(layer.pages.page(0)[0])
+    cache.slots.placement.quarantine(slot)
+    assert cache.removal.evict(layer, 0, 0, slot)
     await invalidate(cache, layer, 3 * SECTOR, SECTOR)  # and the origin is written
     cache.release()  # as a kill does
     cache, layer = opened()
     try:
-        await cache.load(layer, [0])
-        assert len(layer.pages[0]) == PAGE_BLOCKS
-        assert not layer.pages[0][0] >> 3 & 1, "the sector is valid again, and old"
+        await layer.pages.load([0])
+        assert len(layer.pages.page(0)) == PAGE_BLOCKS
+        assert not layer.pages.page(0)[0] >> 3 & 1, "the sector is valid again, and old"
     finally:
         cache.release()
 

@@ -122,7 +122,7 @@ async def keep(cache: Cache, layer: Layer, data: bytes) -> None:
     """Write to the start of a private layer, up to where it would be acknowledged."""
     await private.prepare(cache, layer, 0, len(data))
     assert private.write(cache, layer, 0, memoryview(data))
-    cache.publish()
+    cache.intent.publish()
 
 
 async def kept(cache: Cache, layer: Layer, length: int) -> bytes:
@@ -137,13 +137,13 @@ async def kept(cache: Cache, layer: Layer, length: int) -> bytes:
 async def test_a_kill_between_data_and_record_leaves_the_sector_readable(tmp_path: Path) -> None:
     """What the test below finds at random, step by step: either content may be there, an error may not."""
     cache = opened(tmp_path)
-    layer = cache.make_layer("disk:d:1", private=True)
+    layer = cache.layers.make("disk:d:1", private=True)
     await keep(cache, layer, b"a" * SECTOR)
     assert private.write(cache, layer, 0, memoryview(b"b" * SECTOR))
     cache.release()  # as a kill at this moment does
     cache = opened(tmp_path)
     try:
-        [layer] = cache.layers_named("disk:d:")
+        [layer] = cache.layers.find_all("disk:d:")
         assert await kept(cache, layer, SECTOR) in (b"a" * SECTOR, b"b" * SECTOR)
     finally:
         cache.release()

@@ -11,10 +11,10 @@ import trio
 
 from forebay_cache import Cache, View, open_cache
 from forebay_cache.blocks import private
-from forebay_cache.cache import RESIDENCY_SECONDS
 from forebay_cache.format.entry import slot_of
 from forebay_cache.format.geometry import BLOCK, SECTOR
 from forebay_cache.layers.layer import Layer
+from forebay_cache.slots.ready import RESIDENCY_SECONDS
 from forebay_cache.upkeep.revive import revive
 
 
@@ -25,10 +25,10 @@ async def _nowhere(offset: int, length: int) -> bytes:
 def _made(path: Path) -> tuple[Cache, Layer, View]:
     """A cache with eight blocks of private data, which are ready."""
     cache = open_cache(path, path.with_name("index"), size=8 << 20)
-    layer = cache.make_layer("disk:d:1", private=True)
-    layer.adopt(0, None)
+    layer = cache.layers.make("disk:d:1", private=True)
+    layer.pages.adopt(0, None)
     assert private.write(cache, layer, 0, memoryview(b"d" * 8 * BLOCK))
-    cache.publish()
+    cache.intent.publish()
     return cache, layer, View(cache, [layer], None, _nowhere)
 
 
@@ -46,7 +46,7 @@ def _forgotten_by_the_kernel(cache: Cache, *damaged: int) -> None:
 
 
 def _slot(layer: Layer, block: int) -> int:
-    return slot_of(layer.pages[0][block])
+    return slot_of(layer.pages.page(0)[block])
 
 
 @pytest.mark.expect_log("is damaged")
@@ -69,7 +69,7 @@ async def test_the_kernel_reads_nothing_ahead(tmp_path: Path, came_back: bool) -
     if came_back:  # as another file, so with another descriptor
         shutil.copy(path, tmp_path / "copy")
         (tmp_path / "copy").rename(path)
-        cache.fail(OSError(errno.EIO, "injected"))
+        cache.failure.fail(OSError(errno.EIO, "injected"))
         await revive(cache)
         assert await view.read(0, 8 * BLOCK)
     damaged = range(2, 8)
@@ -88,12 +88,12 @@ async def test_after_a_fault_of_the_map_everything_is_checked(tmp_path: Path) ->
         await nursery.start(cache.run)
         await trio.sleep(2 * RESIDENCY_SECONDS)
         _forgotten_by_the_kernel(cache, cache.device.at(_slot(layer, 1), 5 * SECTOR))
-        assert all(cache.ready[_slot(layer, block)] for block in (0, 1))
+        assert all(cache.ready.masks[_slot(layer, block)] for block in (0, 1))
         found = view.read_now(0, SECTOR)
         assert found is not None
         assert bytes(found) == b"d" * SECTOR
         with trio.fail_after(30):
-            while any(cache.ready[_slot(layer, block)] for block in (0, 1)):  # noqa: ASYNC110  (nobody tells)
+            while any(cache.ready.masks[_slot(layer, block)] for block in (0, 1)):  # noqa: ASYNC110  (nobody tells)
                 await trio.sleep(RESIDENCY_SECONDS)
         nursery.cancel_scope.cancel()
     cache.release()

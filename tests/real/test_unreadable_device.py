@@ -31,10 +31,10 @@ def read():
 from forebay_cache import View, open_cache
 from forebay_cache.blocks import private
 cache = open_cache(path, path.with_name("index"), size=8 << 20)
-layer = cache.make_layer("disk:d:1", private=True)
-layer.adopt(0, None)
+layer = cache.layers.make("disk:d:1", private=True)
+layer.pages.adopt(0, None)
 assert private.write(cache, layer, 0, memoryview(b"x" * 65536))
-cache.publish()
+cache.intent.publish()
 view = View(cache, [layer], None, None)
 assert len(view.read_now(0, 65536)) == 65536
 os.truncate(path, cache.device.data_offset)
@@ -46,12 +46,12 @@ from forebay_cache import View, open_cache
 from forebay_cache.blocks import private
 from forebay_cache.format.entry import slot_of
 cache = open_cache(path, path.with_name("index"), size=8 << 20)
-layer = cache.make_layer("disk:d:1", private=True)
-layer.adopt(0, None)
+layer = cache.layers.make("disk:d:1", private=True)
+layer.pages.adopt(0, None)
 assert private.write(cache, layer, 0, memoryview(b"x" * 131072))
-cache.publish()
+cache.intent.publish()
 view = View(cache, [layer], None, None)
-cache.ready[slot_of(layer.pages[0][1])] = 0
+cache.ready.masks[slot_of(layer.pages.page(0)[1])] = 0
 os.truncate(path, cache.device.data_offset)
 async def both():
     await view.read(0, 131072, slices=True)

@@ -7,37 +7,38 @@ import trio
 import forebay.disk.origin_writes
 import forebay_cache.blocks.private
 from forebay.image.image import Image
-from forebay_cache.cache import Cache
+from forebay_cache.durable.commit import Committer
+from forebay_cache.slots.quarantine import Quarantine
 
 Replace = Callable[[object, str, object], None]
 """Puts something in the place of an attribute: (of what, name, value)."""
 
 
 def index_before_data(replace: Replace) -> None:
-    async def commit(self: Cache) -> None:
-        if self.changed():
-            changes, succeeded, failed = self.snapshot()
+    async def commit(self: Committer) -> None:
+        if self.has_changes():
+            snapshot = self.snapshot()
             try:
-                await self.index.commit(changes)
-                await self.sync()
+                await self._index.commit(snapshot.changes)
+                await self._sync()
             except BaseException:
-                failed()
+                snapshot.failed()
                 raise
-            succeeded()
+            snapshot.succeeded()
 
-    replace(Cache, "_commit", commit)
+    replace(Committer, "_run", commit)
 
 
 def slots_reused_early(replace: Replace) -> None:
-    forget = Cache._forget_slot
+    add = Quarantine.add
 
-    def forget_and_release(self: Cache, slot: int) -> None:
-        forget(self, slot)
+    def add_and_release(self: Quarantine, slot: int) -> None:
+        add(self, slot)
         self._freed.remove(slot)
-        self._leaving -= 1
-        self.placement.release(slot)
+        self.leaving -= 1
+        self._placement.release(slot)
 
-    replace(Cache, "_forget_slot", forget_and_release)
+    replace(Quarantine, "add", add_and_release)
 
 
 def overwritten_in_place(replace: Replace) -> None:

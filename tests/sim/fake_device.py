@@ -16,7 +16,8 @@ from unittest import mock
 
 import forebay_cache.blocks.private
 import forebay_cache.device.device
-from forebay_cache.index.index import Changes, Index
+from forebay_cache.index.changes import Changes
+from forebay_cache.index.index import Index
 from sim.fake_loop import FakeSyncer
 
 TEAR = 512

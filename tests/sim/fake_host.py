@@ -12,14 +12,13 @@ from unittest import mock
 
 import trio
 
-import forebay_cache.cache
+import forebay_cache.layers.registry
 from forebay.config.model import DiskSettings
 from forebay.disk.disk import Disk
 from forebay.image.image import Images
 from forebay.image.source import Source
 from forebay.units import Mode
 from forebay_cache import Cache, come_back, open_cache
-from forebay_cache.blocks.settle import pages_of
 from forebay_cache.format.entry import entry_at
 from forebay_cache.format.geometry import PAGE_BLOCKS
 from forebay_cache.layers.layer import Layer
@@ -186,35 +185,40 @@ class Listener(logging.Handler):
 
 async def check_cache(cache: Cache) -> None:
     """Totals agree with pages, no slot is named twice, placement agrees with both."""
-    with mock.patch.object(forebay_cache.cache, "PAGES_KEPT", 1 << 30):  # all stay once loaded
+    with mock.patch.object(
+        forebay_cache.layers.registry, "PAGES_KEPT", 1 << 30
+    ):  # all stay once loaded
         await _check_cache(cache)
 
 
 async def _check_cache(cache: Cache) -> None:
-    while cache.filling or any(x.dead for x in cache.layers.values()):  # noqa: ASYNC110
+    while cache.in_flight.is_filling or any(x.is_dead for x in cache.layers):  # noqa: ASYNC110
         await trio.sleep(0.01)
-    for layer in list(cache.layers.values()):
-        await cache.load(layer, await pages_of(cache, layer))
-    if any(x.dead for x in cache.layers.values()):
+    for layer in list(cache.layers):
+        await layer.pages.load(await layer.pages.numbers())
+    if any(x.is_dead for x in cache.layers):
         return
     named: dict[int, tuple[str, int]] = {}
-    for layer in cache.layers.values():
+    for layer in cache.layers:
         _check_layer(cache, layer, named)
-    state = cache.placement.state
+    state = cache.slots.placement.state
     free = sum(s & ~TOUCHED in (FREE, UNSCANNED) for s in state)
-    assert cache.placement.free == free, (cache.placement.free, free)
-    leaving = {*cache._freed, *(s for _, many in cache._limbo for s in many)}
-    assert len(leaving) <= cache._leaving, "a slot was given up twice"
+    assert cache.slots.placement.free == free, (cache.slots.placement.free, free)
+    quarantine = cache.quarantine
+    leaving = {*quarantine._freed, *(s for _, many in quarantine._waiting for s in many)}
+    assert len(leaving) <= quarantine.leaving, "a slot was given up twice"
     for slot, (name, block) in named.items():
         where = f"slot {slot} of {name} block {block}"
         assert slot not in leaving, f"{where} is to be reused"
-        assert not state[slot] & QUARANTINED or cache.evicting(slot), f"{where} is quarantined"
+        assert not state[slot] & QUARANTINED or cache.slots.is_evicting(slot), (
+            f"{where} is quarantined"
+        )
         assert state[slot] & ~TOUCHED not in (FREE, UNSCANNED), f"{where} is free"
 
 
 def _check_layer(cache: Cache, layer: Layer, named: dict[int, tuple[str, int]]) -> None:
     slots = sectors = 0
-    for number, page in layer.pages.items():
+    for number, page in layer.pages.held():
         for i in range(PAGE_BLOCKS):
             entry = entry_at(page, i)
             block = number * PAGE_BLOCKS + i
@@ -224,8 +228,8 @@ def _check_layer(cache: Cache, layer: Layer, named: dict[int, tuple[str, int]]) 
                 slots += 1
                 assert slot not in named, f"slot {slot}: {named[slot]} and {layer.name} {block}"
                 named[slot] = layer.name, block
-                held = bool(cache.placement.state[slot] & HELD)
-                assert held == layer.held or cache.evicting(slot), (
+                held = bool(cache.slots.placement.state[slot] & HELD)
+                assert held == layer.is_held or cache.slots.is_evicting(slot), (
                     f"slot {slot} of {layer.name} block {block}: held is {held}"
                 )
     assert (slots, sectors) == (layer.slots, layer.sectors), (

@@ -20,6 +20,8 @@ from trio.testing import MockClock
 import forebay.checkpoint.ages
 import forebay_cache.cache
 import forebay_cache.index.index
+import forebay_cache.layers.registry
+import forebay_cache.slots.ready
 import forebay_cache.upkeep.medium
 
 T = TypeVar("T")
@@ -132,8 +134,8 @@ def simulated(dice: Dice) -> Iterator[type[FakeSyncer]]:
             (forebay_cache.cache, "Syncer", syncer),
             (forebay_cache.index.index, "Worker", worker),
             (forebay_cache.upkeep.medium, "Worker", worker),
-            (forebay_cache.cache, "RESIDENCY_SECONDS", 1e9),
-            (forebay_cache.cache, "PAGES_KEPT", dice.random.choice((0, 1, 32768))),
+            (forebay_cache.slots.ready, "RESIDENCY_SECONDS", 1e9),
+            (forebay_cache.layers.registry, "PAGES_KEPT", dice.random.choice((0, 1, 32768))),
             (trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
             (trio._core._run, "_r", scheduler),
         ):

@@ -34,7 +34,7 @@ import trio
 import trio.testing
 
 import forebay_cache.blocks.private
-import forebay_cache.offline.recovery
+import forebay_cache.offline.replay
 from forebay.checkpoint.passes import Pass
 from forebay.disk.disk import Disk
 from forebay.units import Mode
@@ -43,7 +43,7 @@ from forebay_cache.device.device import Device
 from forebay_cache.durable.journal import Journal
 from forebay_cache.errors import CacheFull
 from forebay_cache.format.geometry import BLOCK, SECTOR
-from forebay_cache.read.view import ORIGIN
+from forebay_cache.read.plan import ORIGIN
 from sim import bugs
 from sim.fake_device import TEAR, Recorder, torn
 from sim.fake_host import Host, Listener, check_cache, nothing, settings
@@ -297,7 +297,7 @@ class History:
             elif what == 2:
                 await self._disk.image.look()
             elif what == 3:
-                self.host.cache.forget_ready()
+                self.host.cache.ready.forget()
             elif what == 4 and not self.overlay:
                 mode = self.random.choice(self.modes)
                 self._only_back &= mode is Mode.WRITE_BACK
@@ -490,7 +490,7 @@ def _no_journal(stack: ExitStack) -> None:
 
 def _unchecked_replay(stack: ExitStack) -> None:
     _replace(
-        stack, forebay_cache.offline.recovery, "_choose", lambda cache, sector, claims: claims[-1]
+        stack, forebay_cache.offline.replay, "_choose", lambda cache, sector, claims: claims[-1]
     )
 
 

@@ -51,7 +51,7 @@ def play(directory: Path, story: Callable[[Host, KeptPages], Awaitable[None]]) -
             await host._end()
             host.cache.release()
 
-    with simulated(dice), mock.patch("forebay_cache.cache.PAGES_KEPT", 32768):
+    with simulated(dice), mock.patch("forebay_cache.layers.registry.PAGES_KEPT", 32768):
         trio.run(live, clock=trio.testing.MockClock(autojump_threshold=0))
 
 

@@ -12,19 +12,19 @@ import pytest
 import trio
 import trio.testing
 
-import forebay_cache.cache
+import forebay_cache.layers.registry
 import forebay_cache.offline.recovery
-import forebay_cache.read.view
+import forebay_cache.read.check
 from forebay.disk.disk import Disk
 from forebay.errors import ForebayError
 from forebay.units import Mode
 from forebay_cache import mark_hot, open_cache, pin_layer, scrub
-from forebay_cache.blocks import clean, private
+from forebay_cache.blocks import private, store
 from forebay_cache.format.entry import slot_of
 from forebay_cache.format.geometry import BLOCK, SECTOR
-from forebay_cache.index.index import Changes
+from forebay_cache.index.changes import Changes
 from forebay_cache.index.sums import UNKNOWN
-from forebay_cache.read.view import read_slots
+from forebay_cache.read.check import read_slots
 from forebay_cache.upkeep.revive import revive
 from sim.fake_host import Host, check_cache, nothing, settings
 from sim.fake_loop import Dice, simulated
@@ -55,7 +55,7 @@ def play(
             await host._end()
             host.cache.release()
 
-    with simulated(dice), mock.patch.object(forebay_cache.cache, "PAGES_KEPT", 32768):
+    with simulated(dice), mock.patch.object(forebay_cache.layers.registry, "PAGES_KEPT", 32768):
         trio.run(live, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
@@ -162,7 +162,7 @@ def test_what_fails_before_the_marker_is_cleared_is_done_again(tmp_path: Path, f
         await disk.write(0, memoryview(NEW), True)
         whole: tuple[Any, str] = {
             "flush": (disk.image, "flush"),
-            "commit": (cache, "commit_records"),
+            "commit": (cache.commit, "records"),
             "late": (marker, "mark_clean"),
         }[fails]
         do = getattr(*whole)
@@ -301,7 +301,7 @@ def test_a_disk_that_is_not_served_is_given_up_whole(tmp_path: Path) -> None:
             if other:
                 host.images.drop_disk("d", "images:fake.raw")
                 assert await read(overlay) == NEW
-                assert not host.cache.layers_named("disk:d:")
+                assert not host.cache.layers.find_all("disk:d:")
             else:
                 assert await read(overlay) == OLD
             await host.stop()
@@ -325,7 +325,7 @@ def test_a_sector_that_is_overwritten_again_and_again_can_be_read(
     async def story(host: Host) -> None:
         disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
         await disk.write(0, memoryview(NEW), False)
-        host.cache.forget_ready()
+        host.cache.ready.forget()
         version = 0
 
         def overwritten_meanwhile(*args: Any) -> object:
@@ -336,10 +336,10 @@ def test_a_sector_that_is_overwritten_again_and_again_can_be_read(
                 assert disk.write_now([(0, memoryview(bytes([version]) * SECTOR))])
                 disk.publish()
             if version < 9 and paged_out:
-                host.cache.forget_ready()
+                host.cache.ready.forget()
             return found
 
-        with mock.patch.object(forebay_cache.read.view, "read_slots", overwritten_meanwhile):
+        with mock.patch.object(forebay_cache.read.check, "read_slots", overwritten_meanwhile):
             got = await read(disk, 0, 2 * SECTOR)
         assert got == bytes([version]) * SECTOR + NEW[:SECTOR]
         assert version == (9 if paged_out else 1)
@@ -356,12 +356,12 @@ def test_scrub_does_not_judge_what_changes_under_it(tmp_path: Path) -> None:
 
         def write(data: bytes) -> None:
             """Acknowledged and, as if by a guest's flush, durable: the next version goes to the other place."""
-            for slot in range(cache.meta.frontier):
-                cache.load_sums_now(slot)
+            for slot in range(cache.index.meta.frontier):
+                cache.sums.load_now(slot)
             assert disk.write_now([(0, memoryview(data))])
             disk.publish()
             cache.device.sync()
-            cache.open_sectors.clear()
+            cache.intent.open_sectors.clear()
 
         await disk.write(0, memoryview(NEW), True)
         for data in (b"1", b"2"):
@@ -420,7 +420,7 @@ def test_damaged_dirty_data_is_not_written_back(tmp_path: Path) -> None:
         for block in range(3):
             await disk.write(block * BLOCK, memoryview(NEW), False)
         await disk.flush()
-        slot = slot_of(disk.view.private[0].pages[0][1])
+        slot = slot_of(disk.view.private[0].pages.page(0)[1])
         cache.device.write(cache.device.at(slot, 5 * SECTOR), b"x")
         with pytest.raises(OSError, match="damaged"):
             await disk.writeback.checkpoint()
@@ -438,9 +438,9 @@ def test_a_sector_that_was_seen_not_to_fit_is_not_believed(tmp_path: Path) -> No
         cache, disk = host.cache, await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
         await disk.write(0, memoryview(NEW), False)
         await disk.flush()
-        slot = slot_of(disk.view.private[0].pages[0][0])
+        slot = slot_of(disk.view.private[0].pages.page(0)[0])
         cache.device.write(cache.device.at(slot, 5 * SECTOR), b"x")
-        cache.ready[slot] &= ~1
+        cache.ready.masks[slot] &= ~1
         assert await read(disk, 0, SECTOR) == NEW[:SECTOR]
         with pytest.raises(OSError, match="damaged"):
             await read(disk, 5 * SECTOR, SECTOR)
@@ -574,7 +574,7 @@ def test_what_went_past_the_cache_is_durable_after_a_drain(tmp_path: Path, marke
         disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
         if marked:
             await disk.dirty.mark.set()
-        host.cache.fail(OSError(errno.EIO, "injected"))
+        host.cache.failure.fail(OSError(errno.EIO, "injected"))
         await disk.write(0, memoryview(NEW), False)
         assert host.origin.visible[:BLOCK] == NEW
         assert host.origin.durable[:BLOCK] == OLD
@@ -593,13 +593,13 @@ def test_what_went_past_the_cache_is_durable_after_a_flush(
 
     async def story(host: Host) -> None:
         disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
-        host.cache.fail(OSError(errno.EIO, "injected"))
+        host.cache.failure.fail(OSError(errno.EIO, "injected"))
         await disk.write(0, memoryview(NEW), False)
         assert host.origin.durable[:BLOCK] == OLD
         if works_again:
             await revive(host.cache)
             assert host.cache.failed is None
-        with mock.patch.object(host.cache, "sync_now", return_value=True):
+        with mock.patch.object(host.cache.sync, "now", return_value=True):
             assert not disk.flush_now()
         await disk.flush()
         assert host.origin.durable[:BLOCK] == NEW
@@ -621,7 +621,7 @@ def test_a_change_of_which_no_record_can_be_kept_goes_to_the_image(
         def full(*_: object) -> None:
             raise OSError(errno.ENOSPC, "injected")
 
-        with mock.patch.object(host.cache.journal, "append", full):
+        with mock.patch.object(host.cache.intent.journal, "append", full):
             if zeros:
                 await disk.zero(0, BLOCK, False, True, False)
             else:
@@ -643,7 +643,7 @@ def test_what_was_stored_while_the_device_failed_is_not_believed(
     tmp_path: Path, failed: str
 ) -> None:
     """The kernel throws away what it could not write, and says so to a sync: also of a block that is being stored."""
-    module = import_module("forebay_cache.blocks.clean")
+    module = import_module("forebay_cache.blocks.store")
     write, prepare = module._write, module._prepare
 
     async def story(host: Host) -> None:
@@ -652,17 +652,17 @@ def test_what_was_stored_while_the_device_failed_is_not_believed(
 
         def late(*arguments: Any) -> Any:
             if failed == "before":
-                cache.fail(OSError(errno.EIO, "injected"))
+                cache.failure.fail(OSError(errno.EIO, "injected"))
             return prepare(*arguments)
 
         def lost(_: Any, parts: list[Any], *others: Any) -> None:
             write(cache, parts, *others)
             for part in parts:
                 cache.device.write(cache.device.at(part.slot), b"x" * BLOCK)
-            cache.fail(OSError(errno.EIO, "injected"))
+            cache.failure.fail(OSError(errno.EIO, "injected"))
             if "again" in failed:
-                cache.failed = None
-                cache.forget_ready()
+                cache.failure.error = None
+                cache.ready.forget()
 
         with mock.patch.object(module, "_write", lost), mock.patch.object(module, "_prepare", late):
             assert await read(disk) == OLD
@@ -807,15 +807,15 @@ def test_eviction_goes_on_when_the_index_can_be_read_again(tmp_path: Path) -> No
         await cache.commit()
         env = cache.index._env = cast("Any", FailingEnvironment(cache.index._env))
         env.fails = {False}
-        assert not layer.dirty
-        layer.pages.clear()
-        cache._low = cache.device.slots
-        cache.take_slot_soon()
+        assert not layer.pages.dirty
+        layer.pages.shed(len(layer.pages))
+        cache.slots.low = cache.device.slots
+        cache.slots.want_eviction()
         await trio.sleep(3)
-        assert cache.evicted_blocks == 0
+        assert cache.slots.evicted_blocks == 0
         env.fails = set()
         await trio.sleep(3)
-        assert cache.evicted_blocks > 0
+        assert cache.slots.evicted_blocks > 0
         assert await read(disk, 0, SIZE) == OLD * (SIZE // BLOCK)
         await check_cache(cache)
 
@@ -830,7 +830,7 @@ def test_what_a_commit_had_that_failed_is_in_the_next(tmp_path: Path) -> None:
         await read(disk, 0, 4 * BLOCK)
         await disk.write(8 * BLOCK, memoryview(NEW), False)
         await trio.sleep(1)  # what was read is stored by then
-        cache.put_record("test", "x", {"kept": True})
+        cache.records.put("test", "x", {"kept": True})
         env = cache.index._env = cast("Any", FailingEnvironment(cache.index._env))
         env.fails = {True}
         with pytest.raises(OSError, match="injected"):
@@ -840,7 +840,7 @@ def test_what_a_commit_had_that_failed_is_in_the_next(tmp_path: Path) -> None:
         assert cache.index.hot() == [(disk.image.layer.id, 0)]
         await host.kill(host.snapshot())
         await host.start()
-        assert host.cache.record("test", "x") == {"kept": True}
+        assert host.cache.records.get("test", "x") == {"kept": True}
         disk = await host.attach("d", settings(Mode.WRITE_AROUND))
         assert await read(disk, 0, 4 * BLOCK) == 4 * OLD
         assert disk.counters.origin_read_bytes == 0, "it is not warm"
@@ -858,11 +858,11 @@ def test_the_index_never_names_what_the_device_may_lose(tmp_path: Path) -> None:
         commit = cache.index.commit
 
         async def watched(changes: Changes) -> None:
-            seen.append((len(changes.pages), {**cache.open_sectors, **cache.syncing}))
+            seen.append((len(changes.pages), {**cache.intent.open_sectors, **cache.intent.syncing}))
             await commit(changes)
 
         await disk.write(0, memoryview(NEW), False)
-        assert cache.open_sectors
+        assert cache.intent.open_sectors
         with mock.patch.object(cache.index, "commit", watched):
             await cache.commit()
         assert [(pages > 0, undurable) for pages, undurable in seen] == [(True, {})]
@@ -878,15 +878,15 @@ def test_slots_given_up_are_free_only_after_a_commit_that_succeeds(tmp_path: Pat
         await read(disk, 0, 4 * BLOCK)
         await cache.commit()
         await disk.write(0, memoryview(NEW), False)
-        free = cache.placement.free
+        free = cache.slots.placement.free
         env = cache.index._env = cast("Any", FailingEnvironment(cache.index._env))
         env.fails = {True}
         with pytest.raises(OSError, match="injected"):
             await cache.commit()
-        assert cache.placement.free == free
+        assert cache.slots.placement.free == free
         env.fails = set()
         await cache.commit()
-        assert cache.placement.free == free + 1
+        assert cache.slots.placement.free == free + 1
 
     play(tmp_path, story)
 
@@ -903,12 +903,12 @@ def test_what_was_fetched_is_served_and_not_kept_while_the_index_fails(tmp_path:
         env = cache.index._env = cast("Any", FailingEnvironment(cache.index._env))
         env.fails = {False}
         cache.sums.state[:] = bytes(cache.device.slots)
-        with clean.filling(cache, layer, [0]) as cells:
-            await clean.store(cache, layer, 0, NEW[:SECTOR], cells)
-        assert not layer.pages[0][0] & 1
-        layer.pages.clear()
-        with clean.filling(cache, layer, [0]) as cells:
-            await clean.store(cache, layer, 0, NEW[:SECTOR], cells)
+        with cache.in_flight.filling(layer, [0]) as cells:
+            await store.store(cache, layer, 0, NEW[:SECTOR], cells)
+        assert not layer.pages.page(0)[0] & 1
+        layer.pages.shed(len(layer.pages))
+        with cache.in_flight.filling(layer, [0]) as cells:
+            await store.store(cache, layer, 0, NEW[:SECTOR], cells)
         filler.ahead(0, SIZE, disk.counters)
         await trio.sleep(1)
         env.fails = set()
@@ -921,7 +921,7 @@ def test_what_was_fetched_is_served_and_not_kept_while_the_index_fails(tmp_path:
 # -- what the cache thinks of itself ----------------------------------------------------------------------------
 
 
-def test_slots_of_a_layer_that_is_being_buried_are_room(tmp_path: Path) -> None:
+def test_slots_of_a_layer_that_is_being_reclaimed_are_room(tmp_path: Path) -> None:
     async def story(host: Host) -> None:
         first = await host.attach("o1", settings(Mode.WRITE_BACK), overlay=True)
         second = await host.attach("o2", settings(Mode.WRITE_BACK), overlay=True)
@@ -945,15 +945,15 @@ def test_a_layer_that_is_pinned_while_slots_are_looked_for_is_known(tmp_path: Pa
         await host.stop()
         with mock.patch.object(forebay_cache.offline.recovery, "SCAN_AT_ONCE", 0):
             cache = open_cache(host.device_file, host.device_file.parent / "index", boot="first")
-        layer = cache.layer(name)
+        layer = cache.layers.find(name)
         assert layer is not None
-        assert cache.scan is not None
+        assert cache.slots.scan is not None
         await pin_layer(cache, layer, pinned=True)
-        await cache.scan()
-        cache.scan = None
+        await cache.slots.scan()
+        cache.slots.scan = None
         await pin_layer(cache, layer, pinned=False)
-        await cache._evict(cache.placement.victims(cache.device.slots))
-        assert cache.evicted_blocks == SIZE // BLOCK
+        await cache.evictor.evict(cache.slots.placement.victims(cache.device.slots))
+        assert cache.slots.evicted_blocks == SIZE // BLOCK
         cache.release()
         await host.start()
 
@@ -968,17 +968,17 @@ def test_a_region_heated_during_a_commit_that_fails_is_hot(tmp_path: Path) -> No
         await disk.write(0, memoryview(NEW), True)
         await cache.commit()
         assert region in cache.index.hot()
-        cache.cool(layer)
-        _, _, failed = cache.snapshot()
+        cache.hot.cool(layer.id)
+        snapshot = cache.commit.snapshot()
         await mark_hot(cache, layer, 0, BLOCK)
-        failed()
+        snapshot.failed()
         await cache.commit()
         assert region in cache.index.hot()
         # and the other way round
         await mark_hot(cache, layer, 1 << 22, BLOCK)
-        _, _, failed = cache.snapshot()
-        cache.cool(layer)
-        failed()
+        snapshot = cache.commit.snapshot()
+        cache.hot.cool(layer.id)
+        snapshot.failed()
         await cache.commit()
         assert not cache.index.hot()
 
@@ -990,10 +990,10 @@ def test_no_region_of_a_dropped_layer_stays_hot(tmp_path: Path) -> None:
         disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
         await disk.write(0, memoryview(NEW), True)
         await host.cache.commit()
-        assert host.cache.hot
+        assert host.cache.hot.regions
         assert host.cache.index.hot()
         disk.image.refresh()
-        assert not host.cache.hot
+        assert not host.cache.hot.regions
         await host.cache.commit()
         assert not host.cache.index.hot()
 
@@ -1014,12 +1014,12 @@ def test_a_kill_while_the_clean_blocks_are_dropped_leaves_one_layer(
             await disk.write(0, memoryview(NEW), True)
         await host.cache.commit()
         disk.image.refresh()
-        host.cache.publish()
+        host.cache.intent.publish()
         await host.kill(host.snapshot())
         await host.start()
         disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
         await trio.sleep(5)
-        assert list(host.cache.layers.values()) == [disk.image.layer]
+        assert list(host.cache.layers) == [disk.image.layer]
         assert {layer for layer, _ in host.cache.index.hot()} <= {disk.image.layer.id}
         await check_cache(host.cache)
 

@@ -35,7 +35,7 @@ from forebay.image.image import RETRY_MOST
 from forebay.units import Mode
 from forebay_cache.format.entry import data_of, has_slot, slot_of
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, sector_runs
-from forebay_cache.read.view import ORIGIN
+from forebay_cache.read.plan import ORIGIN
 from sim.fake_host import Host, Listener, check_cache, nothing, settings
 from sim.fake_loop import Dice, Loop, simulated
 from sim.fake_origin import FakeOrigin
@@ -211,7 +211,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule()
     def forget_ready(self) -> None:
-        self.host.cache.forget_ready()
+        self.host.cache.ready.forget()
 
     @rule()
     def restart(self) -> None:
@@ -363,7 +363,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     def _crowded(self, disk: Disk) -> bool:
         """Whether most of the cache holds what cannot be evicted or written back."""
-        held = sum(bool(s & 0x02) for s in self.host.cache.placement.state)
+        held = sum(bool(s & 0x02) for s in self.host.cache.slots.placement.state)
         return (disk.overlay or self.mode is Mode.FULL_COPY) and held > 20
 
     async def _write(self, disk: Disk, op: Op, change: Change) -> None:
@@ -419,11 +419,11 @@ class DiskMachine(RuleBasedStateMachine):
         lines.append(f"and should be {bytes(want).hex()}; mode {self.mode}")
         lines.append(f"origin has {self.origin.visible[at : at + 8].hex()}")
         number, i = divmod(at >> 16, PAGE_BLOCKS)
-        for layer in self.host.cache.layers.values():
-            page = layer.pages.get(number)
+        for layer in self.host.cache.layers:
+            page = layer.pages.look(number)
             if page is not None:
                 words = [f"{page[i]:x}"] + ([f"{page[64 + i]:x}"] if layer.private else [])
-                lines.append(f"  {layer.name} {layer.id} dead={layer.dead}: {' '.join(words)}")
+                lines.append(f"  {layer.name} {layer.id} dead={layer.is_dead}: {' '.join(words)}")
         return "\n".join(lines)
 
     async def _adopt(self, name: str, changes: list[Change]) -> None:
@@ -597,11 +597,11 @@ class DiskMachine(RuleBasedStateMachine):
     async def _damage_clean(self, pick: int) -> None:
         """Flip a bit in a sector of the clean layer, as a failing device would."""
         cache = self.host.cache
-        layer = cache.layer("image:images:fake.raw")
+        layer = cache.layers.find("image:images:fake.raw")
         assert layer is not None
         there = [
             (slot_of(page[i]), first)
-            for page in layer.pages.values()
+            for _, page in layer.pages.held()
             for i in range(PAGE_BLOCKS)
             for first, _ in sector_runs(data_of(page[i]))
             if has_slot(page[i])
@@ -613,7 +613,7 @@ class DiskMachine(RuleBasedStateMachine):
         at = cache.device.at(slot, sector * SECTOR + pick % SECTOR)
         old = os.pread(cache.device.fd, 1, at)
         os.pwrite(cache.device.fd, bytes([old[0] ^ 0x10]), at)
-        cache.forget_ready()
+        cache.ready.forget()
         self.expected.add("is damaged (clean data")
 
     damaged = 0

@@ -39,7 +39,8 @@ from forebay.disk.disk import Disk
 from forebay.errors import ForebayError
 from forebay.units import Mode
 from forebay_cache.format.geometry import BLOCK, SECTOR
-from forebay_cache.index.index import Changes, Index
+from forebay_cache.index.changes import Changes
+from forebay_cache.index.index import Index
 from sim.fake_host import Host, check_cache, nothing, settings
 from sim.fake_loop import Dice, simulated
 from sim.fake_origin import FakeOrigin

@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-import forebay_cache.cache
+import forebay_cache.layers.registry
 from forebay.checkpoint.dirty import left_dirty
 from forebay.config.model import DiskSettings
 from forebay.disk.copy import preload_range
@@ -74,7 +74,7 @@ def play(
             await host._end()
             host.cache.release()
 
-    with simulated(dice), mock.patch.object(forebay_cache.cache, "PAGES_KEPT", 32768):
+    with simulated(dice), mock.patch.object(forebay_cache.layers.registry, "PAGES_KEPT", 32768):
         trio.run(live, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
@@ -284,7 +284,7 @@ def test_a_cache_full_of_dirty_data_drains(tmp_path: Path) -> None:
                 wrote += 1
         cache = host.cache
         assert wrote > cache.device.slots - 5
-        assert cache.spare_slots() == 0
+        assert cache.slots.spare() == 0
         assert await read(disk, 12 * MIB, SECTOR) == OLD * SECTOR  # past the cache
         store.error = None
         await disk.drain(nothing)
@@ -315,7 +315,7 @@ def test_what_goes_past_a_full_cache_never_goes_below_what_is_private(tmp_path: 
             found = await past(policy)
             if "o" in host.disks:
                 await host.detach("o", discard=True)
-                while not host.cache.placement.free:  # noqa: ASYNC110
+                while not host.cache.slots.placement.free:  # noqa: ASYNC110
                     await trio.sleep(0.1)
                 await disk.write(100, memoryview(b"private"), False)
                 assert disk.dirty_bytes
@@ -388,9 +388,9 @@ def test_a_copy_that_came_out_wrong_is_not_believed(tmp_path: Path, how: str) ->
         def lost(cache: Cache, jobs: list[Any]) -> Any:
             found = copy(cache, jobs)
             spoil(cache, [job.to for job in jobs])
-            cache.fail(OSError(errno.EIO, "injected"))
-            cache.failed = None
-            cache.forget_ready()
+            cache.failure.fail(OSError(errno.EIO, "injected"))
+            cache.failure.error = None
+            cache.ready.forget()
             return found
 
         wrong = badly if how == "the medium fails" else lost
@@ -411,7 +411,7 @@ def test_a_pass_begins_where_the_journal_of_the_cache_is_full(tmp_path: Path) ->
         del store
         disk = await host.attach("d", lazy())
         await write(disk, 0, NEW * BLOCK)
-        journal = host.cache.journal
+        journal = host.cache.intent.journal
         while journal.fits(0):
             journal.append(b"")
         await disk.writeback.checkpoint()
@@ -557,7 +557,7 @@ def test_lag_is_right_while_the_store_stands_still(tmp_path: Path, end: str) -> 
         await host.cache.commit()
         await disk.drain(nothing)
         await host.cache.commit()
-        assert host.cache.record("dirty", "d") is None
+        assert host.cache.records.get("dirty", "d") is None
 
     play(tmp_path, story)
 
@@ -578,9 +578,9 @@ def test_a_disk_that_goes_takes_nothing_from_the_others(tmp_path: Path) -> None:
         assert layer.slots * BLOCK == 16 * MIB
         assert layer.cap == 0
         await host.detach("a", discard=True)
-        assert (layer.pinned, host.cache.placement.evictable()) == (True, 0)
+        assert (layer.pinned, host.cache.slots.placement.evictable()) == (True, 0)
         await host.detach("b", discard=True)
-        assert (layer.pinned, host.cache.placement.evictable()) == (False, layer.slots)
+        assert (layer.pinned, host.cache.slots.placement.evictable()) == (False, layer.slots)
         assert layer.cap == 4
         await check_cache(host.cache)
 

@@ -11,8 +11,9 @@ import forebay_cache.index.index
 from forebay_cache import CacheError, format_device, open_cache
 from forebay_cache.format.entry import pack
 from forebay_cache.format.geometry import FULL, PAGE_BLOCKS, SECTORS
-from forebay_cache.index.index import PAGE_KEY, Changes, Index, LayerRecord
-from forebay_cache.index.sums import GROUP, Taken
+from forebay_cache.index.changes import Changes, LayerRecord, Taken
+from forebay_cache.index.index import PAGE_KEY, Index
+from forebay_cache.index.sums import GROUP
 
 SLOTS = 4096
 

@@ -7,7 +7,7 @@ and makes byte ranges of it, neighbours joined.
 from __future__ import annotations
 
 from array import array
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import trio
 
@@ -16,7 +16,6 @@ from forebay_cache.device.device import Buffer, Device
 from forebay_cache.format.entry import Entry, entry_at, valid_of
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, sector_runs
 from forebay_cache.index.sums import checksums
-from forebay_cache.read.view import View
 
 _ZEROS = -1
 
@@ -44,6 +43,13 @@ class Range(NamedTuple):
     data: Buffer | None
 
 
+class Reader(Protocol):
+    """Reads one layer alone, and checks what it reads: see read.view.View."""
+
+    async def read(self, offset: int, length: int) -> list[Buffer]:
+        """The bytes of a range. Raises OSError."""
+
+
 class _Doubtful(Exception):
     """What was read does not have its checksum."""
 
@@ -54,32 +60,32 @@ def blocks_of(page: array[int], number: int) -> list[Block]:
     return [Block(first + i, entry_at(page, i)) for i in range(PAGE_BLOCKS) if valid_of(page[i])]
 
 
-async def read_blocks(cache: Cache, view: View, blocks: list[Block], size: int) -> list[Range]:
+async def read_blocks(cache: Cache, reader: Reader, blocks: list[Block], size: int) -> list[Range]:
     """What blocks of a frozen layer hold, in order; nothing of it beyond ``size`` bytes.
 
-    ``view`` reads that layer alone: it takes over where a checksum does not fit, and says what that means. Raises
-    OSError.
+    ``reader`` reads that layer alone: it takes over where a checksum does not fit, and finds out what that means.
+    Raises OSError.
     """
     parts = [_parts(block) for block in blocks]
     slots = {slot for of_block in parts for _, _, slot in of_block if slot >= 0}
-    await cache.load_sums(slots)
+    await cache.sums.load(slots)
     sums: dict[int, bytes] = {}
     for slot in slots:
-        cache.load_sums_now(slot)  # unless loaded just now
+        cache.sums.load_now(slot)  # unless loaded just now
         sums[slot] = cache.sums.get(slot) or b""
-    token = cache.pin()
+    token = cache.quarantine.pin()
     try:
         return await trio.to_thread.run_sync(_read, cache.device, blocks, parts, sums, size)
     except (_Doubtful, OSError):
         for slot in slots:
-            cache.ready[slot] = 0  # it is not what was checked once
-        return [await _read_again(view, *part) for part in _ranges(blocks, parts, size)]
+            cache.ready.masks[slot] = 0  # it is not what was checked once
+        return [await _read_again(reader, *part) for part in _ranges(blocks, parts, size)]
     finally:
-        cache.unpin(token)
+        cache.quarantine.unpin(token)
 
 
-async def _read_again(view: View, offset: int, length: int, zeros: bool) -> Range:
-    return Range(offset, length, None if zeros else b"".join(await view.read(offset, length)))
+async def _read_again(reader: Reader, offset: int, length: int, zeros: bool) -> Range:
+    return Range(offset, length, None if zeros else b"".join(await reader.read(offset, length)))
 
 
 def _read(

@@ -43,8 +43,9 @@ from forebay_cache.format.geometry import (
     block_runs,
     sector_runs,
 )
+from forebay_cache.index.pages import EMPTY
 from forebay_cache.index.sums import CHANGED, SUM_BITS, checksums
-from forebay_cache.layers.layer import ABSENT, Layer
+from forebay_cache.layers.layer import Layer
 
 _target = moved
 """Which sectors of ``mask`` go to the second slot: ``_target(word, second, mask, opened)``.
@@ -57,13 +58,14 @@ that the layer answers for moves to the other side. A sector new to the layer go
 def write(cache: Cache, layer: Layer, offset: int, data: memoryview) -> bool:
     """Store whole sectors; ``offset`` and ``len(data)`` are multiples of a sector.
 
-    True: data and records are in the kernel's hands after ``cache.publish()``, which has to come before the reply,
-    before anything is read, and before ``data`` changes. False: nothing (or only a prefix, harmlessly) was done;
-    something has to be loaded or waited for first, see :func:`prepare`. Raises OSError when the device refuses.
+    Returns True if it was done: data and records are in the kernel's hands after ``cache.intent.publish()``, which has
+    to come before the reply, before anything is read, and before ``data`` changes. False: nothing (or only a prefix,
+    harmlessly) was done; something has to be loaded or waited for first, see :func:`prepare`. Raises OSError when the
+    device refuses.
     """
-    cache.check()
+    cache.failure.check()
     length = len(data)
-    if not cache.journal_room(length):
+    if not cache.intent.has_room(length):
         return False
     try:
         if (offset & IN_BLOCK) + length <= BLOCK:
@@ -73,13 +75,13 @@ def write(cache: Cache, layer: Layer, offset: int, data: memoryview) -> bool:
         at = 0
         for block, start, part in block_runs(offset, length):
             if not _write_block(cache, layer, block, start, data[at : at + part]):
-                cache.publish()  # `data` may change before the next try
+                cache.intent.publish()  # `data` may change before the next try
                 return False
             at += part
     except OSError as error:
-        cache.fail(error)
+        cache.failure.fail(error)
         with contextlib.suppress(OSError):
-            cache.publish()
+            cache.intent.publish()
         raise
     return True
 
@@ -89,8 +91,8 @@ def write_run(cache: Cache, layer: Layer, writes: list[tuple[int, memoryview]]) 
 
     Data of parts of sectors cannot. Raises OSError for the first one; a later one that fails is left to be tried again.
     """
-    cache.check()
-    if not cache.journal_room(sum([len(data) for _, data in writes])):
+    cache.failure.check()
+    if not cache.intent.has_room(sum([len(data) for _, data in writes])):
         return 0
     taken = 0
     try:
@@ -107,7 +109,7 @@ def write_run(cache: Cache, layer: Layer, writes: list[tuple[int, memoryview]]) 
                 break
             taken += 1
     except OSError as error:
-        cache.fail(error)
+        cache.failure.fail(error)
         if not taken:
             raise
     return taken
@@ -121,12 +123,11 @@ def _write_simply(  # noqa: C901  (calls cost more than what they would hide)
     Sectors of one block that go to the same slot. None: it is not that simple. Raises OSError; nothing was done then.
     """
     number = offset >> PAGE_SHIFT
-    page = layer.pages.get(number)
-    if page is None:
-        page = layer.missing
-        if page is None:
-            return False
-        layer.adopt(number, None)
+    pages = layer.pages
+    try:
+        page = pages.by_number[number]
+    except KeyError:
+        return False
     block = offset >> BLOCK_SHIFT
     i = block & IN_PAGE
     start = offset & IN_BLOCK
@@ -134,10 +135,11 @@ def _write_simply(  # noqa: C901  (calls cost more than what they would hide)
     first = start >> SECTOR_SHIFT
     mask = MASKS[first][(start + length - 1) >> SECTOR_SHIFT]
     key = block_key(layer.id, block)
-    if cache.syncing and cache.syncing.get(key, 0) & mask:
+    intent = cache.intent
+    if intent.syncing and intent.syncing.get(key, 0) & mask:
         return False
     word, second = page[i], page[PAGE_BLOCKS + i]
-    opened = cache.open_sectors.get(key, 0)
+    opened = intent.open_sectors.get(key, 0)
     target = _target(word, second, mask, opened)
     if target and target != mask:
         return None
@@ -146,7 +148,7 @@ def _write_simply(  # noqa: C901  (calls cost more than what they would hide)
     if fresh:
         if target and not has_slot(word):
             return None
-        slot = cache.take_slot(layer, block)
+        slot = cache.slots.take(key, held=layer.is_held)
         if slot < 0:
             return False
     sums = cache.sums
@@ -155,25 +157,25 @@ def _write_simply(  # noqa: C901  (calls cost more than what they would hide)
     device = cache.device
     at = device.data_offset + (slot << BLOCK_SHIFT) + start
     if opened & mask:
-        cache.write_later(slot, mask, at, data)
+        intent.write_later(slot, mask, at, data)
     else:
         try:
             device.write(at, data)
         except OSError:
             if fresh:
-                cache.abandon(slot)
+                cache.slots.abandon(slot)
             raise
     at = slot * SECTORS + first
     if length == SECTOR:
         sums.values[at] = value = xxh3_64_intdigest(data) & SUM_BITS
-        cache.note(ops.write_one(target != 0, mask, layer.id, block, slot, value))
+        intent.note(ops.write_one(target != 0, mask, layer.id, block, slot, value))
     else:
         values = checksums(data)
         sums.values[at : at + len(values)] = array("I", values)
-        cache.note(ops.write(target != 0, mask, layer.id, block, slot, values))
-    cache.ready[slot] |= mask
-    if page is ABSENT:
-        page = layer.writable(number)
+        intent.note(ops.write(target != 0, mask, layer.id, block, slot, values))
+    cache.ready.masks[slot] |= mask
+    if page is EMPTY:
+        page = pages.writable(number)
     if fresh:
         layer.slots += 1
         if target:
@@ -182,24 +184,23 @@ def _write_simply(  # noqa: C901  (calls cost more than what they would hide)
             word = with_slot(word, slot)
     layer.sectors += (mask & ~word).bit_count()
     page[i], page[PAGE_BLOCKS + i] = written(word, second, mask, target)
-    layer.dirty.add(number)
-    layer.changed = True
-    cache.open_sectors[key] = opened | mask
+    pages.dirty.add(number)
+    intent.open_sectors[key] = opened | mask
     return True
 
 
 def _write_block(cache: Cache, layer: Layer, block: int, start: int, data: memoryview) -> bool:
     number, i = divmod(block, PAGE_BLOCKS)
-    page = layer.pages.get(number)
+    page = layer.pages.look(number)
     if page is None:
         return False
     first = start >> SECTOR_SHIFT
     mask = MASKS[first][first + (len(data) >> SECTOR_SHIFT) - 1]
     key = block_key(layer.id, block)
-    if cache.syncing and cache.syncing.get(key, 0) & mask:
+    if cache.intent.syncing and cache.intent.syncing.get(key, 0) & mask:
         return False
     entry = word, second = entry_at(page, i)
-    opened = cache.open_sectors.get(key, 0)
+    opened = cache.intent.open_sectors.get(key, 0)
     target = _target(word, second, mask, opened)
     had = entry.slots
     slots = list(had)
@@ -212,14 +213,14 @@ def _write_block(cache: Cache, layer: Layer, block: int, start: int, data: memor
                 _put(cache, place, first, data, part, in_place=bool(opened & part))
     except OSError:
         for slot in set(slots) - set(had):
-            cache.abandon(slot)
+            cache.slots.abandon(slot)
         raise
-    page = layer.writable(number)
+    page = layer.pages.writable(number)
     layer.slots += (slots[0] != had[0]) + (slots[1] != had[1])
     layer.sectors += (mask & ~word).bit_count()
     word, second = written(word, second, mask, target)
     put_entry(page, i, Entry(with_slot(word, slots[0]), with_slot(second, slots[1])))
-    cache.open_sectors[key] = cache.open_sectors.get(key, 0) | mask
+    cache.intent.open_sectors[key] = cache.intent.open_sectors.get(key, 0) | mask
     return True
 
 
@@ -228,15 +229,15 @@ def _slots_for(
 ) -> bool:
     """Make sure of slots and their checksums for the sides that are written; False: cannot be had now."""
     wanted = [side for side, part in ((0, first), (1, second)) if part]
-    if sum(slots[side] < 0 for side in wanted) > cache.placement.free:
-        cache.take_slot_soon()
+    if sum(slots[side] < 0 for side in wanted) > cache.slots.placement.free:
+        cache.slots.want_eviction()
         return False
     for side in wanted:
         if slots[side] >= 0 and not cache.sums.change(slots[side]):
             return False
     for side in wanted:
         if slots[side] < 0:
-            slots[side] = cache.take_slot(layer, block)
+            slots[side] = cache.slots.take(block_key(layer.id, block), held=layer.is_held)
     return True
 
 
@@ -258,51 +259,51 @@ def _put(
         piece = data[(start - first) * SECTOR : (start + count - first) * SECTOR]
         at = cache.device.at(place.slot, start * SECTOR)
         if in_place:
-            cache.write_later(place.slot, part, at, piece)
+            cache.intent.write_later(place.slot, part, at, piece)
         else:
             cache.device.write(at, piece)
         values = checksums(piece)
         at = place.slot * SECTORS + start
         cache.sums.values[at : at + count] = array("I", values)
         noted += values
-    cache.note(ops.write(place.side, part, place.layer, place.block, place.slot, noted))
-    cache.ready[place.slot] |= part
+    cache.intent.note(ops.write(place.side, part, place.layer, place.block, place.slot, noted))
+    cache.ready.masks[place.slot] |= part
 
 
 def zero(cache: Cache, layer: Layer, offset: int, length: int) -> bool:
     """Make whole sectors read as zeros without storing any; the terms of :func:`write`."""
-    cache.check()
-    if not cache.journal_room(length // 16):
+    cache.failure.check()
+    if not cache.intent.has_room(length // 16):
         return False
     for block, start, part in block_runs(offset, length):
         number, i = divmod(block, PAGE_BLOCKS)
-        if layer.pages.get(number) is None:
+        if layer.pages.look(number) is None:
             return False
         key = block_key(layer.id, block)
         mask = MASKS[start >> SECTOR_SHIFT][(start + part - 1) >> SECTOR_SHIFT]
-        if cache.syncing and cache.syncing.get(key, 0) & mask:
+        if cache.intent.syncing and cache.intent.syncing.get(key, 0) & mask:
             return False
         _zero_block(cache, layer, number, i, mask, key)
     return True
 
 
 def _zero_block(cache: Cache, layer: Layer, number: int, i: int, mask: int, key: int) -> None:
-    page = layer.writable(number)
+    page = layer.pages.writable(number)
     if mask == FULL:
-        cache.clear_entry(layer, page, i)
+        cache.removal.clear(layer, page, i)
         page[i] = ZEROS
         layer.sectors += FULL.bit_count()
-        cache.open_sectors.pop(key, None)
-        cache.note(ops.zero(FULL, layer.id, block_of_key(key), 0))
+        cache.intent.open_sectors.pop(key, None)
+        cache.intent.note(ops.zero(FULL, layer.id, block_of_key(key), 0))
         return
     word, second = page[i], page[PAGE_BLOCKS + i]
-    opened = cache.open_sectors.get(key, 0)
+    opened = cache.intent.open_sectors.get(key, 0)
     target = _target(word, second, mask, opened)
     layer.sectors += (mask & ~word).bit_count()
     page[i] = with_zeros(word, mask)
     page[PAGE_BLOCKS + i] = second & ~mask | target
-    cache.open_sectors[key] = opened | mask
-    cache.note(ops.zero(mask, layer.id, block_of_key(key), (second & ~mask | target) & FULL))
+    cache.intent.open_sectors[key] = opened | mask
+    cache.intent.note(ops.zero(mask, layer.id, block_of_key(key), (second & ~mask | target) & FULL))
 
 
 async def prepare(
@@ -313,26 +314,28 @@ async def prepare(
     Raises :class:`forebay_cache.errors.CacheFull` or OSError.
     """
     runs = block_runs(offset, length)
-    await cache.load(layer, {block // PAGE_BLOCKS for block, _, _ in runs})
-    if not cache.journal_room(length):
+    await layer.pages.load({block // PAGE_BLOCKS for block, _, _ in runs})
+    if not cache.intent.has_room(length):
         await cache.commit()
-    if cache.syncing:
-        await cache.synced()
+    if cache.intent.syncing:
+        await cache.sync.ended()
     if zeros:
         return
-    await cache.load_sums(_known_slots(layer, runs))
+    await cache.sums.load(_known_slots(layer, runs))
     missing = sum(_missing(cache, layer, *run) for run in runs)
-    if missing > cache.placement.free:
-        await cache.room(min(missing, max(1, cache.device.slots // 4)))
+    if missing > cache.slots.placement.free:
+        await cache.evictor.room(min(missing, max(1, cache.device.slots // 4)))
 
 
 def _missing(cache: Cache, layer: Layer, block: int, start: int, length: int) -> int:
     """How many new slots a write to one block takes."""
     number, i = divmod(block, PAGE_BLOCKS)
-    page = layer.pages.get(number, ABSENT)
+    page = layer.pages.page(number)
     word, second = page[i], page[PAGE_BLOCKS + i]
     mask = MASKS[start >> SECTOR_SHIFT][(start + length - 1) >> SECTOR_SHIFT]
-    target = _target(word, second, mask, cache.open_sectors.get(block_key(layer.id, block), 0))
+    target = _target(
+        word, second, mask, cache.intent.open_sectors.get(block_key(layer.id, block), 0)
+    )
     return (bool(mask & ~target) and not has_slot(word)) + (bool(target) and not has_slot(second))
 
 
@@ -340,7 +343,7 @@ def _known_slots(layer: Layer, runs: list[tuple[int, int, int]]) -> list[int]:
     slots: list[int] = []
     for block, _, _ in runs:
         number, i = divmod(block, PAGE_BLOCKS)
-        page = layer.pages.get(number)
+        page = layer.pages.look(number)
         if page is not None:
             slots += entry_at(page, i).slots
     return [slot for slot in slots if slot >= 0]

@@ -7,13 +7,12 @@ awaits, so that one commit stores both sides of it.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import trio
 
-from forebay_cache.blocks.clean import drop
+from forebay_cache.blocks.clean import Filler, drop
 from forebay_cache.cache import Cache
 from forebay_cache.format.entry import (
     NO_SLOT,
@@ -25,7 +24,6 @@ from forebay_cache.format.entry import (
     pack,
     put_entry,
     slot_of,
-    slots_in,
     valid_of,
     without_slot,
     zero_of,
@@ -40,61 +38,31 @@ from forebay_cache.format.geometry import (
     SECTORS,
     sector_runs,
 )
+from forebay_cache.index.pages import Page
 from forebay_cache.index.sums import checksums
-from forebay_cache.layers.layer import ABSENT, Layer
-from forebay_cache.read.fill import Filler
+from forebay_cache.layers.layer import Layer
 
-#: Bytes of a write whose records take the journal as much room as the drops of a whole page.
 _DROPS = 2 * PAGE_BLOCKS * SECTOR
-#: Blocks that change layers in one go.
+"""Bytes of a write whose records take the journal as much room as the drops of a whole page."""
 _STRETCH = 32
-
-
-async def pages_of(cache: Cache, layer: Layer) -> list[int]:
-    """Numbers of all pages of a layer that hold anything, in order, whether in memory or not."""
-    numbers = {n for n, page in layer.pages.items() if page is not ABSENT}
-    after = 0
-    while True:
-        found = await trio.to_thread.run_sync(cache.index.pages, layer.id, after, 1024)
-        numbers.update(n for n, _ in found)
-        if len(found) < 1024:  # what was loaded or made while the index was asked counts too
-            numbers.update(n for n, page in layer.pages.items() if page is not ABSENT)
-            return sorted(numbers)
-        after = found[-1][0] + 1
-
-
-async def pin_layer(cache: Cache, layer: Layer, pinned: bool) -> None:
-    """Keep all of a clean layer from being evicted, or no longer."""
-    layer.pinned = pinned
-    layer.changed = True
-    change = cache.placement.hold if pinned else cache.placement.unhold
-    for number in await pages_of(cache, layer):
-        await cache.load(layer, [number])
-        if layer.pinned != pinned:  # somebody changed their mind meanwhile
-            return
-        page = cache.page(layer, number)
-        for i, slot in slots_in(page):
-            if not cache.evicting(slot):
-                block = number * PAGE_BLOCKS + i
-                cache.owner[slot] = block_key(layer.id, block)  # unless scanned
-                change(slot)
+"""Blocks that change layers in one go."""
 
 
 async def settle(
     cache: Cache, frozen: Layer, filler: Filler, turn: Callable[[], Awaitable[None]]
 ) -> None:
-    """Move everything from a frozen private layer to the clean one of ``filler``. The origin has it, durably.
+    """Move everything from a frozen private layer to the clean one of ``filler``. The origin has to have it, durably.
 
     ``turn`` lets others go on; it is called between two stretches, each of which keeps the event loop for a fraction
     of a millisecond. Interrupted, it can be called again; what was moved already is clean. Raises OSError.
     """
     clean = filler.layer
-    for number in await pages_of(cache, frozen):
+    for number in await frozen.pages.numbers():
         for start in range(0, PAGE_BLOCKS, _STRETCH):
-            await cache.load(frozen, [number])
-            await cache.load(clean, [number])
+            await frozen.pages.load([number])
+            await clean.pages.load([number])
             blocks = range(start, start + _STRETCH)
-            if any(cache.page(frozen, number)[i] & FULL for i in blocks):
+            if any(frozen.pages.page(number)[i] & FULL for i in blocks):
                 await _settle(cache, frozen, filler, clean, number, blocks)
                 await turn()
 
@@ -103,7 +71,7 @@ async def _settle(
     cache: Cache, frozen: Layer, filler: Filler, clean: Layer, number: int, blocks: range
 ) -> None:
     """The same for some blocks of one page."""
-    if not cache.journal_room(_DROPS):
+    if not cache.intent.has_room(_DROPS):
         await cache.commit()
     offset = (number << PAGE_SHIFT) + blocks.start * BLOCK
     filler.overtaken(offset, len(blocks) * BLOCK)
@@ -111,7 +79,7 @@ async def _settle(
     _drop_shadowed(cache, clean, number, jobs)
     copied = await _copy(cache, jobs)
     for i in blocks:
-        _hand_over(cache, frozen, clean, number, i, copied.get(i, (-1, 0)))
+        _hand_over(cache, frozen, clean, number, i, copied.get(i, (NO_SLOT, 0)))
 
 
 class _Job(NamedTuple):
@@ -123,8 +91,8 @@ class _Job(NamedTuple):
     mask: int
 
 
-#: What was copied, by block of the page: (slot, sectors)
 _Copied = dict[int, tuple[int, int]]
+"""What was copied, by block of the page: (slot, sectors)."""
 
 
 def _jobs(cache: Cache, frozen: Layer, clean: Layer, number: int, blocks: range) -> list[_Job]:
@@ -134,13 +102,13 @@ def _jobs(cache: Cache, frozen: Layer, clean: Layer, number: int, blocks: range)
     the private slot with more of the data takes its place, and gets the sectors that lie in the other one.
     """
     jobs: list[_Job] = []
-    page, target = cache.page(frozen, number), cache.page(clean, number)
+    page, target = frozen.pages.page(number), clean.pages.page(number)
     for i in blocks:
         entry = entry_at(page, i)
         slots, data = entry.slots, entry.sides
         old = slot_of(target[i])
         if old >= 0 and data_of(target[i]) & ~entry.valid:
-            if not cache.evicting(old) and old not in cache.storing:
+            if not cache.slots.is_evicting(old) and old not in cache.in_flight.storing:
                 jobs += [_Job(i, slots[side], old, data[side]) for side in (0, 1) if data[side]]
         elif data[0] and data[1]:
             major = _major(data)
@@ -150,11 +118,11 @@ def _jobs(cache: Cache, frozen: Layer, clean: Layer, number: int, blocks: range)
 
 def _drop_shadowed(cache: Cache, clean: Layer, number: int, jobs: list[_Job]) -> None:
     """Forget clean sectors before others are copied over them: a copy that is not finished damages nothing then."""
-    page = cache.page(clean, number)
+    page = clean.pages.page(number)
     for job in jobs:
         if slot_of(page[job.i]) == job.to:
             drop(cache, clean, number * PAGE_BLOCKS + job.i, job.mask)
-    cache.publish()
+    cache.intent.publish()
 
 
 def _major(data: tuple[int, int]) -> int:
@@ -166,24 +134,24 @@ async def _copy(cache: Cache, jobs: list[_Job]) -> _Copied:
     copied: _Copied = {}
     if not jobs:
         return copied
-    token = cache.pin()
+    token = cache.quarantine.pin()
     storing = {job.to for job in jobs}
-    cache.storing |= storing
+    cache.in_flight.storing |= storing
     try:
         for job in jobs:
-            cache.ready[job.to] &= ~job.mask
-        since = cache.forgotten
+            cache.ready.masks[job.to] &= ~job.mask
+        since = cache.ready.forgotten
         crcs = await trio.to_thread.run_sync(_copy_sectors, cache, jobs)
-        await cache.load_sums([slot for job in jobs for slot in (job.source, job.to)])
+        await cache.sums.load([slot for job in jobs for slot in (job.source, job.to)])
         for job in jobs:
             good = _take_sums(cache, job, crcs[job])
-            cache.ready[job.to] &= ~job.mask  # a reader may have set it
-            cache.note_ready(job.to, good, since)
+            cache.ready.masks[job.to] &= ~job.mask  # a reader may have set it
+            cache.ready.note(job.to, good, since)
             slot, mask = copied.get(job.i, (job.to, 0))
             copied[job.i] = (slot, mask | job.mask)
     finally:
-        cache.storing -= storing
-        cache.unpin(token)
+        cache.in_flight.storing -= storing
+        cache.quarantine.unpin(token)
     return copied
 
 
@@ -203,7 +171,7 @@ def _copy_sectors(cache: Cache, jobs: list[_Job]) -> dict[_Job, list[int]]:
 def _take_sums(cache: Cache, job: _Job, crcs: list[int]) -> int:
     """The copies have the checksums of their source, so a bad copy shows when it is read; the good ones as a mask."""
     for slot in (job.to, job.source):
-        cache.load_sums_now(slot)  # unless loaded just now
+        cache.sums.load_now(slot)  # unless loaded just now
     cache.sums.change(job.to)
     values, to, source = cache.sums.values, job.to * SECTORS, job.source * SECTORS
     good = 0
@@ -222,20 +190,23 @@ def _take_sums(cache: Cache, job: _Job, crcs: list[int]) -> int:
 def _hand_over(
     cache: Cache, frozen: Layer, clean: Layer, number: int, i: int, copied: tuple[int, int]
 ) -> None:
-    """One block changes layers; both pages go into the same commit."""
-    if not cache.page(frozen, number)[i] & FULL:
+    """Have one block change layers; both pages go into the same commit. A critical section: must not be split.
+
+    ``copied``: the slot into which sectors of the block were copied (NO_SLOT: none were), and their mask.
+    """
+    if not frozen.pages.page(number)[i] & FULL:
         return
-    cache.page(clean, number)
-    page, target = frozen.writable(number), clean.writable(number)
+    clean.pages.page(number)
+    page, target = frozen.pages.writable(number), clean.pages.writable(number)
     old = slot_of(target[i])
     if old >= 0 and copied[0] == old:
         _merge(clean, target, i, page[i], done=copied[1])
     else:
         _replace(cache, frozen, clean, number, i, copied)
-    cache.clear_entry(frozen, page, i)
+    cache.removal.clear(frozen, page, i)
 
 
-def _merge(clean: Layer, target: array[int], i: int, word: int, *, done: int) -> None:
+def _merge(clean: Layer, target: Page, i: int, word: int, *, done: int) -> None:
     """The clean slot stays, and has the sectors ``done`` of the private block as well."""
     old = target[i]
     zero = zero_of(word)
@@ -249,10 +220,10 @@ def _replace(
     cache: Cache, frozen: Layer, clean: Layer, number: int, i: int, copied: tuple[int, int]
 ) -> None:
     """A private slot becomes the clean one. What lies in the other private slot and was not copied is dropped."""
-    page, target = frozen.pages[number], clean.pages[number]
+    page, target = frozen.pages.page(number), clean.pages.page(number)
     old = target[i]
     if has_slot(old):
-        cache.free_slot(clean, slot_of(old))
+        cache.removal.free(clean, slot_of(old))
     entry = entry_at(page, i)
     slots, data = entry.slots, entry.sides
     major = _major(data)
@@ -265,9 +236,9 @@ def _replace(
         put_entry(page, i, _given_away(entry, major))
         frozen.slots -= 1
         clean.slots += 1
-        cache.owner[slot] = block_key(clean.id, number * PAGE_BLOCKS + i)
+        cache.slots.owner[slot] = block_key(clean.id, number * PAGE_BLOCKS + i)
         if not clean.pinned:
-            cache.placement.unhold(slot)
+            cache.slots.placement.unhold(slot)
     clean.sectors += (kept | zero).bit_count() - valid_of(old).bit_count()
     target[i] = pack(slot, zero, kept | zero)
 

@@ -46,7 +46,7 @@ class Journal:
 
     def __init__(self, device: Device, start: Position) -> None:
         self._device = device
-        self._size = device.layout.journal_size
+        self.size = device.layout.journal_size
         self._seed = zlib.crc32(device.layout.uuid.bytes)
         self.head = start
         self._total = 0
@@ -59,7 +59,7 @@ class Journal:
 
     def fits(self, payload: int) -> bool:
         """Whether a frame of that many bytes can be appended now, wherever it falls in the ring."""
-        return self._total - self._trimmed + 2 * (_HEADER_SIZE + payload + 8) < self._size
+        return self._total - self._trimmed + 2 * (_HEADER_SIZE + payload + 8) < self.size
 
     def append(self, payload: bytes) -> None:
         """Write one frame. Raises :class:`JournalFull`, or OSError when the device refuses."""
@@ -69,8 +69,8 @@ class Journal:
         body = payload + bytes(-len(payload) % 8)
         length = _HEADER.size + len(body)
         skipped = 0
-        if offset + length > self._size:
-            skipped = self._size - offset
+        if offset + length > self.size:
+            skipped = self.size - offset
             if skipped >= _HEADER.size:
                 self._device.write(JOURNAL_OFFSET + offset, _HEADER.pack(_WRAP, 0, sequence, 0, 0))
             offset = 0
@@ -94,7 +94,7 @@ class Journal:
             start, skipped = self.head.offset, 0
             found = self._frame(start)
             if found is None and start and self._may_wrap():
-                start, skipped = 0, self._size - start
+                start, skipped = 0, self.size - start
                 found = self._frame(start)
             if found is None:
                 return
@@ -105,7 +105,7 @@ class Journal:
 
     def _may_wrap(self) -> bool:
         offset = self.head.offset
-        if self._size - offset < _HEADER.size:
+        if self.size - offset < _HEADER.size:
             return True
         raw = bytearray(_HEADER.size)
         self._device.read_into(JOURNAL_OFFSET + offset, [raw])
@@ -113,7 +113,7 @@ class Journal:
         return bool(magic == _WRAP and sequence == self.head.sequence)
 
     def _frame(self, offset: int) -> bytes | None:
-        if offset + _HEADER.size > self._size:
+        if offset + _HEADER.size > self.size:
             return None
         raw = bytearray(_HEADER.size)
         self._device.read_into(JOURNAL_OFFSET + offset, [raw])
@@ -122,7 +122,7 @@ class Journal:
         if (
             magic != _MAGIC
             or sequence != self.head.sequence
-            or offset + _HEADER.size + padded > self._size
+            or offset + _HEADER.size + padded > self.size
         ):
             return None
         body = bytearray(padded)

@@ -26,7 +26,7 @@ import threading
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,53 +35,14 @@ import lmdb
 from forebay_cache.device.device import sync_directory
 from forebay_cache.device.worker import Worker
 from forebay_cache.errors import CacheError, IndexFault
-from forebay_cache.index.sums import GROUP, SIZE, Taken
+from forebay_cache.index.changes import FORMAT, Changes, LayerRecord, Meta, Taken
+from forebay_cache.index.sums import GROUP, SIZE
 
-FORMAT = 2
 PAGE_KEY = struct.Struct(">II")
 LAYER_KEY = struct.Struct(">I")
 GROUP_KEY = struct.Struct(">I")
 ALL_OF_GROUP = (1 << GROUP) - 1
 TABLES = ("meta", "pages", "sums", "layers", "hot", "records")
-
-
-@dataclass
-class Meta:
-    """What has to change together with the index."""
-
-    uuid: str
-    fresh: bool = True  # nothing was ever stored: a blank device may be formatted for it
-    boot_id: str = ""
-    clean: bool = True
-    journal_offset: int = 0
-    journal_sequence: int = 1
-    frontier: int = 0  # no slot at or above this was ever used
-    next_layer: int = 1
-    format: int = FORMAT
-
-
-@dataclass
-class LayerRecord:
-    """A layer as the index keeps it; counts in slots and sectors."""
-
-    name: str
-    private: bool
-    slots: int = 0
-    sectors: int = 0
-    dead: bool = False
-    pinned: bool = False  # clean, and yet never evicted: the whole image is to stay
-
-
-@dataclass
-class Changes:
-    """One commit: everything that is to become durable together. ``meta`` None: it stays as it is."""
-
-    meta: Meta | None
-    pages: list[tuple[bytes, bytes]] = field(default_factory=list)
-    sums: list[Taken] = field(default_factory=list)
-    layers: dict[int, LayerRecord | None] = field(default_factory=dict)
-    hot: list[tuple[bytes, bool]] = field(default_factory=list)
-    records: dict[tuple[str, str], dict[str, Any] | None] = field(default_factory=dict)
 
 
 #: Address space for the index, bytes. The worst case is one block in each page: about 700 for a clean slot, twice that

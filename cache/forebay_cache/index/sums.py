@@ -8,57 +8,63 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from typing import NamedTuple
+from array import array
+from collections.abc import Callable, Collection, Iterable
 
+import trio
 from xxhash import xxh3_64_intdigest
 
 from forebay_cache.device.device import Buffer
 from forebay_cache.format.geometry import SECTOR, SECTORS
+from forebay_cache.index.changes import Changes, Share, Taken
 
 UNKNOWN, KNOWN, CHANGED = 0, 1, 2
-#: Slots whose sums are stored together, as one value of the index.
+"""The states of a slot's checksums; see the head of the module."""
 GROUP = 16
-#: Bytes of the sums of one slot.
+"""Slots whose sums are stored together, as one value of the index."""
 SIZE = 4 * SECTORS
-_AREA = GROUP * SIZE
-#: Memory is given back in pages of the machine, of this many slots each.
-_PAGE = mmap.PAGESIZE // SIZE
-#: Such pages kept: 32 MiB, the sums of 32 GiB at best.
-_PAGES_KEPT = 8192
-#: ... and how many are given back at a time.
-_SHED = 512
-
-_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-
+"""Bytes of the sums of one slot."""
+UNREADABLE = -1
+"""No checksum is this: it stands for that of a sector that could not be read."""
 SUM_BITS = 0xFFFFFFFF
 """A checksum is these bits of XXH3."""
+ZERO_SECTOR_SUM = 0x48C689BA
+"""The checksum of a sector of zeros."""
 
-ZERO_SECTOR_SUM = 0x48C689BA  # checksum(bytes(4096))
+_AREA = GROUP * SIZE
+_PAGE = mmap.PAGESIZE // SIZE
+"""Memory is given back in pages of the machine, of so many slots each ..."""
+_PAGES_KEPT = 8192
+"""... of which so many are kept: 32 MiB, the sums of 32 GiB at best ..."""
+_SHED = 512
+"""... and so many are given back at a time."""
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 def checksum(sector: Buffer) -> int:
-    """Of one sector, 32 bits: the low half of XXH3 (64 bits), eight times as fast as CRC-32 here."""
+    """The checksum of one sector, 32 bits: the low half of XXH3 (64 bits), eight times as fast as CRC-32 here."""
     return xxh3_64_intdigest(sector) & SUM_BITS
 
 
 def checksums(data: Buffer) -> list[int]:
-    """Of each of several sectors."""
+    """The checksums of several sectors that lie one after the other in ``data``."""
     view = memoryview(data)
     return [xxh3_64_intdigest(view[n : n + SECTOR]) & SUM_BITS for n in range(0, len(view), SECTOR)]
 
 
-class Taken(NamedTuple):
-    """The sums of some slots of one group: bit n of ``slots`` for the n-th of them, ``raw`` for all 16."""
-
-    group: int
-    slots: int
-    raw: bytes
+Read = Callable[[Collection[int]], dict[int, bytes]]
+"""Gives the checksums (u32[16]) of some slots as the index has them, if it has some. Raises IndexFault."""
 
 
 class Sums:
-    """``values[16 * slot + sector]`` means something where ``state[slot]`` is not UNKNOWN."""
+    """Checksums of all slots, as far as they are in memory.
 
-    def __init__(self, slots: int) -> None:
+    ``values[16 * slot + sector]`` means something where ``state[slot]`` is not UNKNOWN. Both are other objects after
+    :meth:`grow`. A participant of each commit.
+    """
+
+    def __init__(self, slots: int, read: Read) -> None:
+        self._read = read
         # Anonymous maps: memory is taken only for what is used.
         self._values = mmap.mmap(-1, -(-slots // _PAGE) * mmap.PAGESIZE, flags=_FLAGS)
         self.values = memoryview(self._values).cast("I")
@@ -66,10 +72,11 @@ class Sums:
         self.state = memoryview(self._state)
         self._changed: dict[int, int] = {}
         self._pages: dict[int, None] = {}
-        self.pending = 0  # slots changed since the last take(), about
+        self.pending = 0
+        """How many slots were changed since the last commit took what was, about."""
 
     def grow(self, slots: int) -> None:
-        """There are so many slots now. Raises OSError when there is no memory; what is there stays valid."""
+        """The device has ``slots`` slots now. Raises OSError when there is no memory; what is there stays valid."""
         self.state.release()
         self.values.release()
         try:
@@ -79,13 +86,49 @@ class Sums:
             self.values = memoryview(self._values).cast("I")
             self.state = memoryview(self._state)
 
-    def fresh(self, slot: int) -> None:
-        """The slot is given to somebody new: whatever is known of it is void."""
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    async def load(self, slots: Iterable[int]) -> None:
+        """Bring the sums of slots into memory, for somebody who is about to change some of them. Raises IndexFault.
+
+        They may have been shed again when this returns, if others had a turn: see :meth:`load_now`.
+        """
+        missing = [s for s in set(slots) if self.state[s] == UNKNOWN]
+        if missing:
+            found = await trio.to_thread.run_sync(self._read, missing)
+            for slot in missing:
+                self._adopt(slot, found.get(slot))
+
+    def load_now(self, slot: int) -> None:
+        """The same for one slot, at once: what the index has is a page fault away at most. Raises IndexFault."""
+        if self.state[slot] == UNKNOWN:
+            self._adopt(slot, self._read([slot]).get(slot))
+
+    def _adopt(self, slot: int, raw: Buffer | None) -> None:
+        """Take what the index has of the slot (None: nothing), unless something newer is known by now."""
+        if self.state[slot] == UNKNOWN:
+            self._values[slot * SIZE : (slot + 1) * SIZE] = raw or bytes(SIZE)
+            self.state[slot] = KNOWN
+            self._pages[slot // _PAGE] = None
+
+    def get(self, slot: int) -> bytes | None:
+        """The sums of a slot as they are now, u32[16]; None where they are not in memory."""
+        if self.state[slot] == UNKNOWN:
+            return None
+        return self._values[slot * SIZE : (slot + 1) * SIZE]
+
+    # -- changing ---------------------------------------------------------------------------------------------
+
+    def renew(self, slot: int) -> None:
+        """The slot is given to another block: whatever is known of it is void."""
         self.values[slot * SECTORS : (slot + 1) * SECTORS] = _NONE
         self._mark(slot)
 
     def change(self, slot: int) -> bool:
-        """Make ready to change sums of the slot. False: they are not known, see :meth:`adopt`."""
+        """Allow the caller to change ``values`` of the slot; the next commit stores them.
+
+        Returns False if its sums are not in memory, and have to be loaded first.
+        """
         state = self.state[slot]
         if state == UNKNOWN:
             return False
@@ -100,21 +143,8 @@ class Sums:
         self._pages[slot // _PAGE] = None
         self.pending += 1
 
-    def adopt(self, slot: int, raw: Buffer | None) -> None:
-        """What the index has of the slot, None: nothing. Newer knowledge stays."""
-        if self.state[slot] == UNKNOWN:
-            self._values[slot * SIZE : (slot + 1) * SIZE] = raw or bytes(SIZE)
-            self.state[slot] = KNOWN
-            self._pages[slot // _PAGE] = None
-
-    def get(self, slot: int) -> bytes | None:
-        """The sums of a slot as u32[16], as they are now."""
-        if self.state[slot] == UNKNOWN:
-            return None
-        return self._values[slot * SIZE : (slot + 1) * SIZE]
-
     def forget(self, slot: int) -> None:
-        """The slot is nobody's any more."""
+        """No block has the slot any more: its sums mean nothing, and are not stored."""
         if self.state[slot] == CHANGED:
             group = slot // GROUP
             left = self._changed.get(group, 0) & ~(1 << slot % GROUP)
@@ -124,8 +154,24 @@ class Sums:
                 self._changed.pop(group, None)
         self.state[slot] = UNKNOWN
 
-    def take(self) -> list[Taken]:
-        """What a commit has to store. In order; it counts as known from now on."""
+    # -- commits ----------------------------------------------------------------------------------------------
+
+    def changed(self) -> list[int]:
+        """The slots whose sums no commit has stored yet, in order."""
+        found = sorted(self._changed.items())
+        return [group * GROUP + n for group, slots in found for n in range(GROUP) if slots >> n & 1]
+
+    def has_changes(self) -> bool:
+        """True if sums were changed since the last commit."""
+        return bool(self.pending)
+
+    def contribute(self, changes: Changes) -> Share:
+        """Have a commit store the sums that were changed. When it has succeeded, memory is given back."""
+        taken = changes.sums = self._take()
+        return Share(self._shed, lambda: self._put_back(taken))
+
+    def _take(self) -> list[Taken]:
+        """What a commit has to store, in order. It counts as known from now on."""
         taken = []
         for group, slots in sorted(self._changed.items()):
             first = group * GROUP
@@ -136,19 +182,14 @@ class Sums:
         self.pending = 0
         return taken
 
-    def changed(self) -> list[int]:
-        """Slots whose sums no commit has stored yet, in order."""
-        found = sorted(self._changed.items())
-        return [group * GROUP + n for group, slots in found for n in range(GROUP) if slots >> n & 1]
-
-    def put_back(self, taken: list[Taken]) -> None:
-        """The commit failed."""
+    def _put_back(self, taken: list[Taken]) -> None:
+        """A commit did not store these."""
         for group, slots, _ in taken:
             for n in range(GROUP):
                 if slots >> n & 1 and self.state[group * GROUP + n] == KNOWN:
                     self._mark(group * GROUP + n)
 
-    def shed(self) -> None:
+    def _shed(self) -> None:
         """Forget some of what the index has too, if there is much of it. Not while a commit is under way."""
         if len(self._pages) <= _PAGES_KEPT:
             return
@@ -161,6 +202,13 @@ class Sums:
                 continue
             self._state[first : first + len(states)] = bytes(len(states))
             self._values.madvise(mmap.MADV_DONTNEED, page * mmap.PAGESIZE, mmap.PAGESIZE)
+
+
+def matching(sums: Collection[int], stored: bytes) -> int:
+    """The mask of the sectors of a slot whose checksum is the one that is ``stored`` (u32[16])."""
+    return sum(
+        1 << s for s, (a, b) in enumerate(zip(sums, array("I", stored), strict=True)) if a == b
+    )
 
 
 _NONE = memoryview(bytes(SIZE)).cast("I")

@@ -5,43 +5,63 @@ holds what only the cache has: a disk's dirty data, or an overlay's own. A disk 
 newest first, then through the clean one. Freezing what is dirty at one instant is therefore one assignment: the open
 layer becomes a frozen one, and new writes go to a new layer on top.
 
-What a page says of each of its blocks is described in ``format.entry``.
+What a page of a layer says is in ``format.entry``; the pages that are in memory are in ``index.pages``.
 """
 
 from __future__ import annotations
 
-from array import array
+from enum import Enum
+from typing import Final
 
-from forebay_cache.format.geometry import PAGE_BLOCKS
-from forebay_cache.index.index import LayerRecord
-
-#: Stands for a page that the layer does not have: every lookup in it is a miss. Never written.
-ABSENT = array("Q", bytes(16 * PAGE_BLOCKS))
+from forebay_cache.index.changes import LayerRecord
+from forebay_cache.index.pages import PageTable
+from forebay_cache.states import Machine, Table
 
 
-def new_page(private: bool) -> array[int]:
-    """An empty page that may be written."""
-    return array("Q", bytes((16 if private else 8) * PAGE_BLOCKS))
+class LayerState(Enum):
+    """What a layer is good for."""
+
+    OPEN = "open"  # private, and takes writes
+    FROZEN = "frozen"  # private, and is read only
+    CLEAN = "clean"  # not private
+    INVALIDATED = "invalidated"  # clean in memory, dead in the index
+    DEAD = "dead"  # used by nobody, and still has slots
+    RECLAIMED = "reclaimed"  # gone
+
+
+MOVES: Final[Table[LayerState]] = {
+    LayerState.OPEN: {
+        LayerState.FROZEN: "a new layer takes the writes: a pass begins, or the disk was found with several",
+        LayerState.DEAD: "the disk does not need it any more",
+    },
+    LayerState.FROZEN: {
+        LayerState.DEAD: "the origin has all of it, or the data was given up",
+    },
+    LayerState.CLEAN: {
+        LayerState.INVALIDATED: "the device has failed, and the origin is about to be written",
+        LayerState.DEAD: "the image has changed or is not used any more, or a newer layer has its name",
+    },
+    LayerState.INVALIDATED: {
+        LayerState.CLEAN: "the device works again, or has failed once more",
+        LayerState.DEAD: "as a clean one",
+    },
+    LayerState.DEAD: {
+        LayerState.RECLAIMED: "its slots were freed, and the index has forgotten it",
+    },
+    LayerState.RECLAIMED: {},
+}
+"""See the heading "States of a layer" in cache/README.md."""
 
 
 class Layer:
-    """One layer in memory: the pages that were needed so far, and totals over all of it.
-
-    ``pages`` holds what is loaded: a page, or ABSENT. For a page that is not a key ``missing`` stands: None where it
-    has to be loaded from the index first, ABSENT in a layer that has nothing but what is in memory. ``dirty`` are the
-    page numbers that the next commit stores.
-    """
+    """One layer in memory: its totals, its state, and the pages of it that were needed so far."""
 
     __slots__ = (
+        "_machine",
         "cap",
         "changed",
-        "dead",
-        "dirty",
-        "given_up",
         "hand",
         "id",
-        "loading",
-        "missing",
         "name",
         "pages",
         "pinned",
@@ -50,44 +70,57 @@ class Layer:
         "slots",
     )
 
-    def __init__(self, ident: int, record: LayerRecord) -> None:
+    def __init__(self, ident: int, record: LayerRecord, pages: PageTable) -> None:
         self.id = ident
         self.name = record.name
         self.private = record.private
-        self.slots = record.slots
-        self.sectors = record.sectors
-        self.dead = record.dead
         self.pinned = record.pinned
-        self.cap = 0  # most slots it may hold, 0: no limit of its own
-        self.hand = 0  # where the search for a victim among its own blocks goes on
-        self.pages: dict[int, array[int]] = {}
-        self.dirty: set[int] = set()
-        self.loading: dict[int, object] = {}
+        """True if it is clean, and nothing of it may be evicted."""
+        self.slots = record.slots
+        """How many slots its pages name."""
+        self.sectors = record.sectors
+        """How many sectors it answers for. Readers skip a private layer in which there are none."""
+        self.pages = pages
+        self.cap = 0
+        """The most slots it may have; 0: it has no limit of its own."""
+        self.hand = 0
+        """Where among its pages the search for a block to evict goes on when it is at its cap."""
         self.changed = False
-        self.given_up = False  # the index says that it is dead: see Cache.give_up()
-        self.missing: array[int] | None = None
-
-    def record(self) -> LayerRecord:
-        """As the index keeps it."""
-        return LayerRecord(
-            self.name, self.private, self.slots, self.sectors, self.dead, self.pinned
-        )
+        """True if its record has to go into the next commit although none of its pages has changed."""
+        start = LayerState.OPEN if record.private else LayerState.CLEAN
+        self._machine = Machine(MOVES, LayerState.DEAD if record.dead else start, self.name)
 
     @property
-    def held(self) -> bool:
-        """Whether its slots must not be evicted."""
+    def state(self) -> LayerState:
+        """What it is good for now."""
+        return self._machine.state
+
+    def become(self, state: LayerState) -> None:
+        """Enter a state; the next commit stores what of it the index is to know. See MOVES."""
+        self._machine.become(state)
+        self.changed = True
+
+    def freeze(self) -> None:
+        """Take no more writes: another layer lies above this one now."""
+        self._machine.become(LayerState.FROZEN)
+
+    @property
+    def is_dead(self) -> bool:
+        """True if nobody uses it any more; what it holds comes free in the background."""
+        return self._machine.state in (LayerState.DEAD, LayerState.RECLAIMED)
+
+    @property
+    def is_held(self) -> bool:
+        """True if its slots must not be evicted."""
         return self.private or self.pinned
 
-    def writable(self, number: int) -> array[int]:
-        """The page, which must be loaded, ready to be changed: it will be in the next commit."""
-        page = self.pages[number]
-        if page is ABSENT:
-            page = self.pages[number] = new_page(self.private)
-        self.dirty.add(number)
-        self.changed = True
-        return page
+    @property
+    def has_changes(self) -> bool:
+        """True if the index does not have all of it as it is."""
+        return self.changed or bool(self.pages.dirty)
 
-    def adopt(self, number: int, raw: bytes | None) -> None:
-        """Put a page that was read from the index in place, unless a newer one is there."""
-        if number not in self.pages:
-            self.pages[number] = ABSENT if raw is None else array("Q", raw)
+    def record(self) -> LayerRecord:
+        """As the index keeps it. An invalidated layer is dead there only until the device works again."""
+        return LayerRecord(
+            self.name, self.private, self.slots, self.sectors, self.is_dead, self.pinned
+        )

@@ -28,7 +28,8 @@ from forebay_cache.device.device import (
     size_of,
 )
 from forebay_cache.errors import CacheError
-from forebay_cache.index.index import FORMAT, TABLES, Meta
+from forebay_cache.index.changes import FORMAT, Meta
+from forebay_cache.index.index import TABLES
 from forebay_cache.offline.report import Report
 from forebay_cache.offline.walk import Tables, Walk
 from forebay_cache.upkeep.medium import Medium

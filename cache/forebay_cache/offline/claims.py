@@ -13,7 +13,7 @@ from forebay_cache.durable.journal import Journal, Position
 from forebay_cache.format import ops
 from forebay_cache.format.entry import block_key
 from forebay_cache.format.geometry import FULL, SECTORS
-from forebay_cache.index.index import Meta
+from forebay_cache.index.changes import Meta
 
 #: Of one sector: (slot, checksum), or None for zeros.
 Claim = tuple[int, int] | None

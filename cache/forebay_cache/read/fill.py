@@ -14,23 +14,18 @@ from typing import Protocol
 
 import trio
 
-from forebay_cache.blocks import clean
+from forebay_cache.blocks.store import store
 from forebay_cache.cache import Cache
 from forebay_cache.device.device import Buffer
 from forebay_cache.errors import IndexFault
 from forebay_cache.format.geometry import BLOCK, BLOCK_SHIFT, FULL, PAGE_BLOCKS, SECTOR
+from forebay_cache.layers.in_flight import Cells
 from forebay_cache.layers.layer import Layer
 
-#: One origin read is at most this long: enough for a slow link, short enough to spread over several.
 CHUNK = 1 << 20
-#: Data that has landed and waits to be stored; beyond this it is served and not kept.
+"""Bytes of one origin read at most: enough for a slow link, short enough to spread over several."""
 UNSTORED = 64 << 20
-#: How far a sequential reader is kept ahead of.
-WINDOW = 8 << 20
-#: Reading counts as sequential after this many bytes on end.
-STREAK = 2 * BLOCK
-#: Requests of a sequential reader may arrive this much out of order (deep queues do that).
-SLACK = 2 << 20
+"""Bytes that have landed and wait to be stored, at most; beyond this data is served and not kept."""
 
 
 class Source(Protocol):
@@ -124,7 +119,7 @@ class Filler:
 
     async def _fly(self, flight: Flight, background: bool) -> None:
         try:
-            with clean.filling(self.cache, self.layer, flight.blocks()) as cells:
+            with self.cache.in_flight.filling(self.layer, flight.blocks()) as cells:
                 try:
                     data = await self.source.read(flight.offset, flight.length, background)
                     flight.data = memoryview(data)
@@ -140,13 +135,13 @@ class Filler:
             self._forget(flight)
             flight.stored.set()
 
-    async def _store(self, flight: Flight, cells: dict[int, list[int]]) -> None:
+    async def _store(self, flight: Flight, cells: Cells) -> None:
         data = flight.data
         if len(data) % SECTOR:  # the end of an image that is not a multiple of a sector
             data = memoryview(bytes(data) + bytes(-len(data) % SECTOR))
         self._unstored += len(data)
         try:
-            await clean.store(self.cache, self.layer, flight.offset, data, cells)
+            await store(self.cache, self.layer, flight.offset, data, cells)
         finally:
             self._unstored -= len(data)
 
@@ -160,11 +155,11 @@ class Filler:
         if self._flights:
             for n in range(offset >> BLOCK_SHIFT, (offset + length - 1 >> BLOCK_SHIFT) + 1):
                 flight = self._flights.get(n)
-                if flight is not None:
-                    self._forget(
-                        flight
-                    )  # all of it: whoever joins a flight takes what it needs from it
-        clean.overtake(self.cache, self.layer, offset, length)
+                if (
+                    flight is not None
+                ):  # all of it: whoever joins a flight takes what it needs from it
+                    self._forget(flight)
+        self.cache.in_flight.overtake(self.layer, offset, length)
 
     async def prefetch(
         self, offset: int, length: int, tally: Tally, *, background: bool = False
@@ -191,10 +186,10 @@ class Filler:
         if length <= 0:
             return []
         first, last = offset >> BLOCK_SHIFT, offset + length - 1 >> BLOCK_SHIFT
-        await self.cache.load(self.layer, range(first // PAGE_BLOCKS, last // PAGE_BLOCKS + 1))
+        await self.layer.pages.load(range(first // PAGE_BLOCKS, last // PAGE_BLOCKS + 1))
         gaps: list[tuple[int, int]] = []
         for block in range(first, last + 1):
-            page = self.layer.pages.get(block // PAGE_BLOCKS)
+            page = self.layer.pages.look(block // PAGE_BLOCKS)
             need = FULL
             left = self.source.size - (block << BLOCK_SHIFT)
             if left < BLOCK:
@@ -213,36 +208,3 @@ def _part(flight: Flight, offset: int, length: int) -> memoryview:
     start = max(offset, flight.offset) - flight.offset
     stop = min(offset + length, flight.offset + flight.length) - flight.offset
     return flight.data[start:stop]
-
-
-class ReadAhead:
-    """Watches the slow reads of one disk; keeps a window fetched ahead of a sequential reader."""
-
-    def __init__(self, filler: Filler, tally: Tally) -> None:
-        self._filler = filler
-        self._tally = tally
-        self._end = -1
-        self._streak = 0
-        self._fetched = 0
-
-    def note(self, offset: int, length: int) -> int:
-        """A read that missed, or ran into the mark. Returns the offset at which the next look is due."""
-        if not self._end - SLACK <= offset <= self._end + SLACK or self._end < 0:
-            self._end, self._streak, self._fetched = offset + length, 0, offset + length
-            return 1 << 63
-        if offset + length > self._end:
-            self._streak += offset + length - self._end
-            self._end = offset + length
-        if self._streak < STREAK:
-            return 1 << 63
-        window = min(WINDOW, 2 * self._streak)
-        start = max(self._fetched, self._end)
-        stop = min(self._end + window, self._filler.source.size)
-        if stop - start >= min(window // 2, CHUNK) or (
-            stop == self._filler.source.size and stop > start
-        ):
-            self._filler.ahead(start, stop - start, self._tally)
-            self._fetched = stop
-        if self._fetched >= self._filler.source.size:
-            return 1 << 63
-        return max(self._end, self._fetched - window // 2)

@@ -2,24 +2,21 @@
 
 :meth:`View.read_now` is the hot path: one page lookup in each layer, two masks, a slice of the map. It serves only
 sectors that are *ready*: checked against their checksum, and believed to be in memory. Everything else goes through
-:meth:`View.read`, which fetches and checks in a thread.
+:meth:`View.read`, which fetches (``fill``) and checks (``check``) what is missing, side by side.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import resource
-from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import trio
 
 from forebay_cache.cache import Cache
 from forebay_cache.device.device import Buffer
-from forebay_cache.format.entry import ALL_ZERO, Entry, entry_at, whole_private_slot, whole_slot
+from forebay_cache.format.entry import ALL_ZERO, whole_private_slot, whole_slot
 from forebay_cache.format.geometry import (
     BLOCK,
     BLOCK_SHIFT,
@@ -28,65 +25,57 @@ from forebay_cache.format.geometry import (
     MASKS,
     PAGE_BLOCKS,
     PAGE_SHIFT,
-    SECTOR,
     SECTOR_SHIFT,
-    SECTORS,
     ZERO_BLOCK,
-    block_runs,
     covered,
 )
-from forebay_cache.index.sums import SIZE, checksums
 from forebay_cache.layers.layer import Layer
+from forebay_cache.read.check import check, report_damage
+from forebay_cache.read.plan import ORIGIN, ZEROS, Piece, plan
 from forebay_cache.slots.placement import TOUCHED
 
-log = logging.getLogger(__name__)
-
-#: fetch(offset, length) -> the bytes of the origin; it also keeps them in the clean layer
 Fetch = Callable[[int, int], Awaitable[Buffer]]
+"""``fetch(offset, length)``: the bytes of the origin, which it also keeps in the clean layer. Raises OSError."""
 
+NEVER = 1 << 63
+"""An offset that no read reaches."""
 
-class Piece(NamedTuple):
-    """Where a byte range comes from: ``slot`` >= 0 in the cache, -1 nothing but zeros, -2 the origin."""
-
-    offset: int
-    length: int
-    slot: int
-    private: bool
-
-
-ZEROS, ORIGIN = -1, -2
-#: A checksum that does not match may be a write that came in between: look again so often before calling it damage,
-#: and as often as it takes where the checksum has changed.
 _ATTEMPTS = 3
+"""A checksum that does not match may be a write that came in between. So often a place is read again before that counts
+as damage, and as often as it takes where the checksum has changed meanwhile."""
 
 
 class View:
-    """One disk's way through the layers. ``private`` is ordered newest first; ``clean`` None reads the origin only."""
+    """One disk's way through the layers. ``clean`` None: what is in no private layer is read from the origin."""
 
     def __init__(
         self, cache: Cache, private: list[Layer], clean: Layer | None, fetch: Fetch
     ) -> None:
         self.cache = cache
         self.private = private
+        """The private layers, newest first. The gateway replaces the list when it freezes a layer, or drops one."""
         self.clean = clean
         self.fetch = fetch
         self.hits = 0
         self.misses = 0
         self.read_bytes = 0
-        #: reads at or beyond this offset take the slow path, so that read-ahead can go on
-        self.lookahead = 1 << 63
+        self.lookahead = NEVER
+        """Reads at or beyond this offset take the slow path, so that read-ahead can go on."""
         self._data = cache.device.data_offset
-        self._state = cache.placement.state
+        self._state = cache.slots.placement.state
         self.follow()
         cache.views.add(self)
 
     def follow(self) -> None:
-        """Take the cache's maps anew: they move when the device grows."""
+        """Take the map of the device and the ready masks anew: they are other objects when it has grown."""
         self._map = self.cache.device.map
-        self._ready = self.cache.ready
+        self._ready = self.cache.ready.masks
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
-        """A range inside one block, if it can be had at once as one buffer; else None."""
+        """Bytes of one block, if they can be had at once as one buffer; else None: then :meth:`read` has to do it.
+
+        A slice of the map stays valid until the next await, and is for system calls only: see :meth:`read`.
+        """
         start = offset & IN_BLOCK
         end = start + length
         if end > BLOCK or not length or offset >= self.lookahead:
@@ -94,30 +83,26 @@ class View:
         need = MASKS[start >> SECTOR_SHIFT][(end - 1) >> SECTOR_SHIFT]
         number = offset >> PAGE_SHIFT
         i = offset >> BLOCK_SHIFT & IN_PAGE
-        for layer in self.private:
-            if layer.sectors:
-                page = layer.pages.get(number)
-                if page is None:
-                    if layer.missing is None:
-                        return None
-                    continue
-                word = page[i]
-                if word & need:
-                    slot = whole_private_slot(word, page[PAGE_BLOCKS + i], need)
-                    if slot < 0 or self._ready[slot] & need != need:
-                        return self._zeros_now(slot, length)
-                    break
-        else:
-            clean = self.clean
-            if clean is None:
-                return None
-            try:
-                slot = whole_slot(clean.pages[number][i], need)
-            except KeyError:
-                return None
-            if slot < 0 or self._ready[slot] & need != need:
-                return self._zeros_now(slot, length)
-            self._state[slot] |= TOUCHED
+        try:
+            for layer in self.private:
+                if layer.sectors:
+                    page = layer.pages.by_number[number]
+                    word = page[i]
+                    if word & need:
+                        slot = whole_private_slot(word, page[PAGE_BLOCKS + i], need)
+                        if slot < 0 or self._ready[slot] & need != need:
+                            return self._zeros_now(slot, length)
+                        break
+            else:
+                clean = self.clean
+                if clean is None:
+                    return None
+                slot = whole_slot(clean.pages.by_number[number][i], need)
+                if slot < 0 or self._ready[slot] & need != need:
+                    return self._zeros_now(slot, length)
+                self._state[slot] |= TOUCHED
+        except KeyError:  # a page that is not loaded
+            return None
         self.hits += 1
         self.read_bytes += length
         at = self._data + (slot << BLOCK_SHIFT) + start
@@ -160,7 +145,7 @@ class View:
                 return got
             attempts += bool(bad)  # else a guest writes there, which makes it ready
             if attempts > _ATTEMPTS:
-                self._damaged(bad)
+                report_damage(self.cache, self.clean, bad)
         raise OSError(errno.EIO, "the cache device gives other data at each reading")
 
     async def load(self, offset: int, length: int) -> None:
@@ -170,43 +155,13 @@ class View:
             missing = [n for n in range(first, last + 1) if n not in layer.pages]
             if missing and layer.private and not layer.sectors and not layer.slots:
                 for number in missing:
-                    layer.adopt(number, None)
+                    layer.pages.adopt(number, None)
             elif missing:
-                await self.cache.load(layer, missing)
+                await layer.pages.load(missing)
 
     def plan(self, offset: int, length: int) -> list[Piece]:
-        """Cut a range whose pages are loaded by where its bytes come from, neighbours joined."""
-        pieces: list[Piece] = []
-        for block, start, part in block_runs(offset, length):
-            for found in self._plan_block(block, start, part):
-                last = pieces[-1] if pieces else None
-                if (
-                    last
-                    and last.slot == found.slot
-                    and (found.slot < 0 or _same_block(last, found))
-                ):
-                    pieces[-1] = last._replace(length=last.length + found.length)
-                else:
-                    pieces.append(found)
-        return pieces
-
-    def _plan_block(self, block: int, start: int, length: int) -> list[Piece]:
-        need = covered(start, length)
-        sources: list[tuple[int, int, bool]] = []  # (mask, slot, private)
-        number, i = divmod(block, PAGE_BLOCKS)
-        for layer in self.private:
-            if not layer.sectors:
-                continue
-            entry = entry_at(self.cache.page(layer, number), i)
-            if entry.valid & need:
-                sources += _sources(entry, need, private=True)
-                need &= ~entry.valid
-        if self.clean is not None and need:
-            entry = entry_at(self.cache.page(self.clean, number), i)
-            sources += _sources(entry, need, private=False)
-            need &= ~entry.valid
-        sources.append((need, ORIGIN, False))
-        return _cut(block, start, length, [s for s in sources if s[0]])
+        """Where the bytes of a range come from. The pages have to be loaded; see ``plan.plan``. Raises IndexFault."""
+        return plan(self.private, self.clean, offset, length)
 
     def _is_ready(self, piece: Piece) -> bool:
         if piece.slot < 0:
@@ -248,89 +203,42 @@ class View:
     async def _collect(
         self, pieces: list[Piece], again: list[Piece], bad: list[Piece]
     ) -> list[Buffer]:
-        """Get every piece, the slow ones side by side.
+        """Get every piece, the slow ones side by side. Raises OSError.
 
         ``again`` gets those that did not match their checksum, ``bad`` those of them whose checksum stayed the same.
         What is ready now is copied now: it may move meanwhile.
         """
         got: list[Buffer] = [b""] * len(pieces)
-        checks: list[tuple[int, Piece]] = []
-        misses: list[tuple[int, Piece]] = []
+        checks: list[int] = []
+        misses: list[int] = []
         for n, piece in enumerate(pieces):
             if piece.slot == ORIGIN:
-                misses.append((n, piece))
+                misses.append(n)
             elif piece.slot == ZEROS:
                 got[n] = _zeros(piece.length)
             elif self._is_ready(piece) and (data := self._copy(piece)) is not None:
                 got[n] = data
             else:
-                checks.append((n, piece))
-        tasks = [partial(self._miss, n, piece, got) for n, piece in misses]
+                checks.append(n)
+
+        async def miss(n: int) -> None:
+            got[n] = await self.fetch(pieces[n].offset, pieces[n].length)
+
+        async def check_all() -> None:
+            found = await check(self.cache, [pieces[n] for n in checks])
+            for n, (data, steady) in zip(checks, found, strict=True):
+                if data is not None:
+                    got[n] = data
+                    continue
+                again.append(pieces[n])
+                if steady:
+                    bad.append(pieces[n])
+
+        tasks: list[Callable[[], Awaitable[None]]] = [partial(miss, n) for n in misses]
         if checks:
-            tasks.append(partial(self._check, checks, got, again, bad))
+            tasks.append(check_all)
         await _side_by_side(tasks)
         return got
-
-    async def _miss(self, n: int, piece: Piece, got: list[Buffer]) -> None:
-        got[n] = await self.fetch(piece.offset, piece.length)
-
-    async def _check(
-        self,
-        checks: list[tuple[int, Piece]],
-        got: list[Buffer],
-        again: list[Piece],
-        bad: list[Piece],
-    ) -> None:
-        """Read whole slots from the device, and serve from them what matches its checksum."""
-        cache = self.cache
-        slots = {piece.slot for _, piece in checks}
-        before = {slot: cache.sums.get(slot) for slot in slots}
-        token = cache.pin()
-        try:
-            read = await trio.to_thread.run_sync(read_slots, cache, slots)
-        finally:
-            cache.unpin(token)
-        for _, found, _ in read.values():
-            cache.note_reading(good=any(value != -1 for value in found))
-        for n, piece in checks:
-            data, found, stored = read[piece.slot]
-            now = cache.sums.get(piece.slot) or stored
-            good = matching(found, now)
-            start = piece.offset & IN_BLOCK
-            need = covered(start, piece.length)
-            if now == (before[piece.slot] or stored):
-                self._ready[piece.slot] &= good  # the rest is not what was checked once
-            if not cache.failed:
-                self._ready[piece.slot] |= good
-            if good & need == need:
-                self._state[piece.slot] |= TOUCHED
-                got[n] = data[start : start + piece.length]
-                continue
-            again.append(piece)
-            if now == (before[piece.slot] or stored):
-                bad.append(piece)
-
-    def _damaged(self, bad: list[Piece]) -> None:
-        """Give damaged clean blocks up; they are fetched again. Raises OSError(EIO) for private data."""
-        cache = self.cache
-        for piece in bad:
-            block = piece.offset >> BLOCK_SHIFT
-            if cache.failed is not None and not piece.private:
-                assert self.clean is not None
-                cache.retire(self.clean, block, piece.slot)
-                continue
-            cache.damaged_slots += 1
-            log.error(
-                "cache device %s: slot %d is damaged (%s data of block %d)",
-                cache.device.path,
-                piece.slot,
-                "private" if piece.private else "clean",
-                block,
-            )
-            if piece.private:
-                raise OSError(errno.EIO, "dirty data in the cache is damaged")
-            assert self.clean is not None
-            cache.retire(self.clean, block, piece.slot)
 
 
 async def _side_by_side(tasks: Sequence[Callable[[], Awaitable[None]]]) -> None:
@@ -353,81 +261,10 @@ async def _side_by_side(tasks: Sequence[Callable[[], Awaitable[None]]]) -> None:
         raise errors[0]
 
 
-def read_slots(cache: Cache, slots: set[int]) -> dict[int, tuple[memoryview, list[int], bytes]]:
-    """In a thread: content, checksums as computed and (u32[16]) as stored, of each slot."""
-    stored = cache.index.sums(slots)
-    found = {}
-    for slot in slots:
-        data = bytearray(BLOCK)
-        view = memoryview(data)
-        unreadable = 0
-        try:
-            cache.device.read_into(cache.device.at(slot), [data])
-        except OSError:
-            unreadable = _read_sectors(cache, slot, view)
-        sums = checksums(view)
-        if unreadable:
-            sums = [-1 if unreadable >> s & 1 else value for s, value in enumerate(sums)]
-        found[slot] = (view, sums, stored.get(slot, bytes(SIZE)))
-    return found
-
-
-def matching(sums: list[int], stored: bytes) -> int:
-    """Mask of the sectors whose checksum is the one that is stored."""
-    return sum(1 << s for s, value in enumerate(array("I", stored)) if sums[s] == value)
-
-
-def _read_sectors(cache: Cache, slot: int, view: memoryview) -> int:
-    """Read a slot sector by sector; returns the mask of those that could not be read."""
-    unreadable = 0
-    for s in range(SECTORS):
-        try:
-            cache.device.read_into(
-                cache.device.at(slot, s * SECTOR), [view[s * SECTOR : (s + 1) * SECTOR]]
-            )
-        except OSError:
-            unreadable |= 1 << s
-    return unreadable
-
-
 def _read_from_disks() -> int:
     """Changes when the calling thread had to wait for a disk: what it read was not in memory."""
     return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
 
 
-def _same_block(a: Piece, b: Piece) -> bool:
-    return a.offset >> BLOCK_SHIFT == b.offset >> BLOCK_SHIFT
-
-
 def _zeros(length: int) -> Buffer:
     return ZERO_BLOCK[:length] if length <= BLOCK else bytes(length)
-
-
-def _sources(entry: Entry, need: int, *, private: bool) -> list[tuple[int, int, bool]]:
-    """Which of the sectors ``need`` an entry has: (mask, slot or ZEROS, private)."""
-    (first, second), (data, side) = entry.slots, entry.sides
-    return [
-        (entry.zero & entry.valid & need, ZEROS, private),
-        (side & need, second, private),
-        (data & need, first, private),
-    ]
-
-
-def _cut(block: int, start: int, length: int, sources: list[tuple[int, int, bool]]) -> list[Piece]:
-    """Pieces of one block, in order, from disjoint masks that together cover the range."""
-    if len(sources) == 1:
-        _, slot, private = sources[0]
-        return [Piece((block << BLOCK_SHIFT) + start, length, slot, private)]
-    pieces: list[Piece] = []
-    at, end = start, start + length
-    while at < end:
-        sector = at >> SECTOR_SHIFT
-        slot, private = next((s, p) for mask, s, p in sources if mask >> sector & 1)
-        stop = min(end, (sector + 1) << SECTOR_SHIFT)
-        last = pieces[-1] if pieces else None
-        if last and last.slot == slot:
-            pieces[-1] = last._replace(length=last.length + stop - at)
-        else:
-            pieces.append(Piece((block << BLOCK_SHIFT) + at, stop - at, slot, private))
-        at = stop
-    return pieces

@@ -30,7 +30,7 @@ async def extend(cache: Cache, size: int | None, progress: Progress) -> None:
 
     One call at a time. Not cancellable. Raises :class:`CacheError`, which changed nothing, and OSError.
     """
-    cache.check()
+    cache.failure.check()
     device = cache.device
     layout = device.layout.grown(size or size_of(device.fd))
     if not cache.index.fits(layout.slots):
@@ -51,9 +51,11 @@ async def extend(cache: Cache, size: int | None, progress: Progress) -> None:
     try:
         layout = await trio.to_thread.run_sync(work)
     except OSError as error:
-        cache.fail(error, taken=True)  # it may have been told to us instead of a guest's flush
+        cache.failure.fail(
+            error, taken=True
+        )  # it may have been told to us instead of a guest's flush
         raise
-    cache.adopt(layout)
+    cache.grow(layout)
 
 
 def extend_device(path: Path, index: Path, size: int | None, progress: Progress) -> Superblock:

@@ -12,18 +12,14 @@ import mmap
 import os
 import platform
 import threading
-from array import array
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TypeVar
 
 from forebay_cache.device.worker import Worker
 from forebay_cache.format.geometry import BLOCK, SECTOR, SECTORS
-from forebay_cache.index.sums import checksums
+from forebay_cache.index.sums import UNREADABLE, checksums
 
 T = TypeVar("T")
-
-#: No checksum is this: what stands for a sector that could not be read.
-UNREADABLE = -1
 
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _WHO_PROCESS, _LOWEST = 1, 2 << 13 | 7  # linux/ioprio.h: best effort, the last of eight levels
@@ -70,14 +66,7 @@ class Medium:
             self._buffer.close()
 
 
-def matching(sums: Collection[int], stored: bytes) -> int:
-    """Mask of the sectors whose checksum is the one that is ``stored`` (u32[16])."""
-    return sum(
-        1 << s for s, (a, b) in enumerate(zip(sums, array("I", stored), strict=True)) if a == b
-    )
-
-
-class LastInLine:
+class IdlePriorityReader:
     """A thread whose reads the disk does after everybody else's, where its scheduler knows of priorities.
 
     Not with less of the processor, and not idle at the disk: guests may be waiting for what it holds meanwhile, which

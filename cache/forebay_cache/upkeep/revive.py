@@ -19,9 +19,8 @@ from forebay_cache.device.device import Device, open_device, read_superblock, wr
 from forebay_cache.errors import CacheError
 from forebay_cache.format.entry import block_of_key, layer_of_key
 from forebay_cache.format.geometry import PAGE_BLOCKS, SECTOR, SECTORS, sector_runs
-from forebay_cache.index.sums import SIZE, checksums
+from forebay_cache.index.sums import SIZE, UNREADABLE, checksums, matching
 from forebay_cache.layers.layer import Layer
-from forebay_cache.upkeep.medium import UNREADABLE, matching
 from forebay_cache.upkeep.scrub import held
 
 log = logging.getLogger(__name__)
@@ -49,12 +48,13 @@ async def revive(cache: Cache) -> Revived:
     done = Revived()
 
     async def rewrite() -> None:
-        if cache.failed is not None:
+        if cache.failure.error is not None:
             await _find(cache)
             await _rewrite_all(cache, done)
+        cache.invalidations.revoke()  # no await from here to the snapshot
 
-    if cache.failed is not None:
-        await cache.revive(rewrite)
+    if cache.failure.error is not None:
+        await cache.commit.revive(rewrite)
     return done
 
 
@@ -62,7 +62,7 @@ async def come_back(cache: Cache) -> None:
     """Try a device that has failed again, now and then, until cancelled."""
     pause, back_at = AGAIN_SECONDS, -AGAIN_MOST
     while True:
-        await cache.broke.wait()
+        await cache.failure.broke.wait()
         if trio.current_time() - back_at > AGAIN_MOST:
             pause = AGAIN_SECONDS
         await trio.sleep(pause)
@@ -84,8 +84,7 @@ async def _find(cache: Cache) -> None:
     if await trio.to_thread.run_sync(_found, device):
         device.adopt(device.layout)
         device.read_nothing_ahead()
-        for view in cache.views:
-            view.follow()
+        cache.follow()
 
 
 def _found(device: Device) -> bool:
@@ -119,36 +118,36 @@ def _try(fd: int, device: Device) -> None:
 
 async def _rewrite_all(cache: Cache, done: Revived) -> None:
     for slot in cache.sums.changed():
-        while slot in cache.storing:  # noqa: ASYNC110 - nobody tells
+        while slot in cache.in_flight.storing:  # noqa: ASYNC110 - nobody tells
             await trio.sleep(_STORING_STEP)
-        key = cache.owner[slot]
+        key = cache.slots.owner[slot]
         layer = cache.layers.get(layer_of_key(key))
-        if layer is not None and not layer.dead:
+        if layer is not None and not layer.is_dead:
             await _rewrite(cache, layer, block_of_key(key), slot, done)
 
 
 async def _rewrite(cache: Cache, layer: Layer, block: int, slot: int, done: Revived) -> None:
     number, i = divmod(block, PAGE_BLOCKS)
-    await cache.load(layer, [number])
+    await layer.pages.load([number])
     mask = dict(held(layer, number, i)).get(slot, 0)
     if not mask:
         return
     stored = cache.sums.get(slot) or bytes(SIZE)
-    token = cache.pin()
+    token = cache.quarantine.pin()
     try:
         good = await trio.to_thread.run_sync(_write_again, cache, slot, mask, stored)
     finally:
-        cache.unpin(token)
+        cache.quarantine.unpin(token)
     done.rewritten_bytes += good.bit_count() * SECTOR
     bad = mask & ~good
     if not bad:
         return
-    cache.damaged_slots += 1
+    cache.slots.damaged_slots += 1
     if layer.private:
         done.damaged_private += 1
     else:
         done.dropped_clean += 1
-        cache.retire(layer, block, slot)
+        cache.removal.retire(layer, block, slot)
 
 
 def _write_again(cache: Cache, slot: int, mask: int, stored: bytes) -> int:

@@ -13,13 +13,13 @@ from typing import Any
 
 import trio
 
-from forebay_cache.blocks.settle import pages_of
 from forebay_cache.cache import Cache
-from forebay_cache.format.entry import block_key, entry_at, has_slot, valid_of
+from forebay_cache.format.entry import Entry, block_key, entry_at, has_slot, valid_of
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, sector_runs
-from forebay_cache.index.sums import SIZE
-from forebay_cache.layers.layer import ABSENT, Layer
-from forebay_cache.upkeep.medium import UNREADABLE, LastInLine, Medium, matching
+from forebay_cache.index.pages import EMPTY
+from forebay_cache.index.sums import SIZE, UNREADABLE, matching
+from forebay_cache.layers.layer import Layer
+from forebay_cache.upkeep.medium import IdlePriorityReader, Medium
 
 #: What is told one by one; of more damage there are counts only.
 MOST_TOLD = 1000
@@ -72,7 +72,7 @@ class Found:
 class _Scrubber:
     cache: Cache
     medium: Medium
-    thread: LastInLine
+    reader: IdlePriorityReader
     found: Found
     busy: Callable[[], bool]
     refetch: Refetch | None
@@ -91,23 +91,23 @@ async def scrub(
     checked. Raises IndexFault when the index cannot be read.
     """
     found = Found()
-    layers = [x for x in cache.layers.values() if not x.dead]
+    layers = [x for x in cache.layers if not x.is_dead]
     total = sum(x.slots for x in layers) * BLOCK
     progress(0, total)
-    thread = LastInLine("scrub")
+    reader = IdlePriorityReader("scrub")
     medium = Medium(cache.device.fd, cache.device.at)
     try:
-        scrubber = _Scrubber(cache, medium, thread, found, busy, refetch)
+        scrubber = _Scrubber(cache, medium, reader, found, busy, refetch)
         for layer in layers:
-            for number in await pages_of(cache, layer):
-                await cache.load(layer, [number])
+            for number in await layer.pages.numbers():
+                await layer.pages.load([number])
                 await trio.lowlevel.checkpoint()
                 for i in range(PAGE_BLOCKS):
                     await _check(scrubber, layer, number, i)
                 progress(min(found.checked_bytes, total), total)
     finally:
         medium.close()
-        thread.close()
+        reader.close()
     progress(total, total)
     return found
 
@@ -118,19 +118,19 @@ async def _check(scrubber: _Scrubber, layer: Layer, number: int, i: int) -> None
     if wrong := _nonsense(cache, layer, number, i):
         found.damaged_index += 1
         found.note(Damage(layer.name, layer.private, block * BLOCK, BLOCK, wrong, "index"))
-        if not layer.private and not layer.dead:
+        if not layer.private and not layer.is_dead:
             _forget(layer, number, i)
             await _again(scrubber, layer, block * BLOCK, BLOCK)
         return
     for slot, mask in held(layer, number, i):
         found.checked_bytes += BLOCK
         before = cache.sums.get(slot)
-        token = cache.pin()
+        token = cache.quarantine.pin()
         began = trio.current_time()
         try:
-            sums, stored = await scrubber.thread.ask(partial(read_slot, scrubber, slot))
+            sums, stored = await scrubber.reader.ask(partial(read_slot, scrubber, slot))
         finally:
-            cache.unpin(token)
+            cache.quarantine.unpin(token)
         if _is_judged(cache, layer, number, i, slot, mask, before, stored):
             bad = mask & ~matching(sums, cache.sums.get(slot) or stored)
             if bad:
@@ -155,7 +155,7 @@ def _is_judged(
     stored: bytes,
 ) -> bool:
     """False: the block was changed while it was read, so what was read says nothing."""
-    if layer.dead or (slot, mask) not in held(layer, number, i):
+    if layer.is_dead or (slot, mask) not in held(layer, number, i):
         return False
     return (cache.sums.get(slot) or stored) == (before or stored)
 
@@ -164,14 +164,14 @@ async def _damaged(
     scrubber: _Scrubber, layer: Layer, block: int, slot: int, bad: int, sums: list[int]
 ) -> None:
     cache, found = scrubber.cache, scrubber.found
-    cache.damaged_slots += 1
-    cache.ready[slot] &= ~bad  # whoever reads it looks for himself, and gets an error
+    cache.slots.damaged_slots += 1
+    cache.ready.masks[slot] &= ~bad  # whoever reads it looks for himself, and gets an error
     repaired = False
     if layer.private:
         found.damaged_private += 1
     else:
         found.damaged_clean += 1
-        cache.retire(layer, block, slot)
+        cache.removal.retire(layer, block, slot)
         repaired = await _again(scrubber, layer, block * BLOCK, BLOCK)
     for first, count in sector_runs(bad):
         unread = any(sums[s] == UNREADABLE for s in range(first, first + count))
@@ -205,27 +205,33 @@ async def _stand_aside(busy: Callable[[], bool], took: float) -> None:
 
 def held(layer: Layer, number: int, i: int) -> list[tuple[int, int]]:
     """Slots of one block, each with the mask of sectors that lie there."""
-    entry = entry_at(layer.pages.get(number, ABSENT), i)
+    entry = _entry(layer, number, i)
     return [(slot, mask) for slot, mask in entry.places() if slot >= 0 and mask]
+
+
+def _entry(layer: Layer, number: int, i: int) -> Entry:
+    """What a page says of its block ``i``; nothing if it was shed meanwhile."""
+    page = layer.pages.look(number)
+    return entry_at(EMPTY if page is None else page, i)
 
 
 def _nonsense(cache: Cache, layer: Layer, number: int, i: int) -> int:
     """The slot, + 1, that an entry names and cannot have; -1 for another entry that cannot be; 0: all is well."""
-    entry = entry_at(layer.pages.get(number, ABSENT), i)
+    entry = _entry(layer, number, i)
     if entry.fault():
         return -1
     owner = block_key(layer.id, number * PAGE_BLOCKS + i)
     for slot, _ in entry.places():
         if slot >= cache.device.slots:
             return slot + 1
-        if cache.scan is None and cache.owner[slot] != owner and not layer.dead:
+        if cache.slots.scan is None and cache.slots.owner[slot] != owner and not layer.is_dead:
             return slot + 1
     return 0
 
 
 def _forget(layer: Layer, number: int, i: int) -> None:
     """Drop an entry of a clean layer. Its slot is left alone: it is another's, or none."""
-    page = layer.writable(number)
+    page = layer.pages.writable(number)
     word = page[i]
     layer.sectors -= valid_of(word).bit_count()
     layer.slots -= has_slot(word)

@@ -31,7 +31,7 @@ class Ages:
 
         What was written in the last seconds before a kill may not be on record: it counts as written now.
         """
-        known = self._cache.record(RECORD, self._disk) or {}
+        known = self._cache.records.get(RECORD, self._disk) or {}
         for layer in layers:
             since, frozen = known.get(str(layer.id), (wall_clock(), ""))
             if layer.sectors:
@@ -59,7 +59,7 @@ class Ages:
 
     def forget(self) -> None:
         """Take the disk's record out of the index, with the next commit."""
-        self._cache.put_record(RECORD, self._disk, None)
+        self._cache.records.put(RECORD, self._disk, None)
 
     def _put_on_record(self) -> None:
         """Keep what :meth:`recall` needs, from the next commit on."""
@@ -70,7 +70,7 @@ class Ages:
             str(ident): (wall_clock() - (now - since), self._frozen_at.get(ident, ""))
             for ident, since in self.since.items()
         }
-        self._cache.put_record(RECORD, self._disk, times or None)
+        self._cache.records.put(RECORD, self._disk, times or None)
 
     def frozen_at(self, layer: Layer) -> str:
         """When that layer was frozen, UTC, in ISO 8601; empty where an earlier version did not record it."""
@@ -84,5 +84,5 @@ class Ages:
 
 def oldest_on_record(cache: Cache, disk: str) -> float:
     """Of a disk that is not served: seconds since the first write that is not in its image; 0 if none is on record."""
-    since = [when for when, _ in (cache.record(RECORD, disk) or {}).values()]
+    since = [when for when, _ in (cache.records.get(RECORD, disk) or {}).values()]
     return max(0.0, wall_clock() - min(since)) if since else 0.0

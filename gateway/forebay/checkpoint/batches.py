@@ -8,7 +8,7 @@ from forebay.checkpoint.counters import Counters
 from forebay.checkpoint.steps import Steps
 from forebay.image.image import Image
 from forebay.sidecar.claim import RedoJournal
-from forebay_cache import Layer, View, pages_of
+from forebay_cache import Layer, View
 from forebay_cache.blocks.frozen import Block, Range, blocks_of, read_blocks
 from forebay_cache.device.device import Buffer
 
@@ -52,9 +52,9 @@ class Batches:
     async def _start_all(self, nursery: trio.Nursery) -> None:
         batch: list[Block] = []
         stored = 0
-        for number in await pages_of(self._cache, self._layer):
-            await self._cache.load(self._layer, [number])
-            for block in blocks_of(self._layer.pages[number], number):
+        for number in await self._layer.pages.numbers():
+            await self._layer.pages.load([number])
+            for block in blocks_of(self._layer.pages.page(number), number):
                 batch.append(block)
                 stored += block.stored
                 if len(batch) == BATCH_BLOCKS or stored >= BATCH_MOST:

@@ -41,9 +41,11 @@ class Dirty:
 
         Raises ForebayError where that was written for another image.
         """
-        layers = self._cache.layers_named(layer_prefix(self._disk))
+        layers = self._cache.layers.find_all(layer_prefix(self._disk))
         for layer in layers:
             self._check_image(layer)
+        for layer in layers[:-1]:
+            layer.freeze()
         self._view.private = layers[::-1]
         self._generation = len(layers)
         self._count_frozen()
@@ -73,6 +75,7 @@ class Dirty:
     def freeze(self) -> None:
         """Have writes go to a new layer from now on: what is dirty at this instant stays together."""
         self.ages.note_frozen(self._view.private[0])
+        self._view.private[0].freeze()
         self._view.private = [self._make_layer(), *self._view.private]
         self._count_frozen()
 
@@ -85,15 +88,15 @@ class Dirty:
     def drop(self) -> None:
         """Give up all layers, with what they hold; the next commit makes that durable, all of it at once."""
         for layer in self._view.private:
-            self._cache.drop_layer(layer)
+            self._cache.layers.drop(layer)
         self._view.private = []
         self._count_frozen()
 
     def _make_layer(self) -> Layer:
         self._generation += 1
-        while self._cache.layer(self._layer_name()):
+        while self._cache.layers.find(self._layer_name()):
             self._generation += 1
-        return self._cache.make_layer(self._layer_name(), private=True)
+        return self._cache.layers.make(self._layer_name(), private=True)
 
     def _layer_name(self) -> str:
         return f"{layer_prefix(self._disk)}{self._generation}:{self._image_key}"
@@ -122,8 +125,8 @@ class Dirty:
     def amounts(self) -> tuple[Amount, Amount]:
         """What is dirty, and what may be: `max_dirty` bytes, and all slots that the cache has room for."""
         slots = sum(x.slots for x in self._view.private)
-        room = slots + self._cache.spare_slots()
-        if self._cache.scan is not None:  # which slots can be had is not known yet
+        room = slots + self._cache.slots.spare()
+        if self._cache.slots.scan is not None:  # which slots can be had is not known yet
             room = self._cache.device.slots
         return Amount(self.bytes, slots), Amount(self._max_dirty, room)
 
@@ -134,5 +137,5 @@ class Dirty:
 
 def left_dirty(cache: Cache, disk: str) -> tuple[int, float]:
     """Of a disk that is not served: bytes that its image lacks, and the age of the oldest of them in seconds."""
-    dirty = sum(x.sectors for x in cache.layers_named(layer_prefix(disk))) * SECTOR
+    dirty = sum(x.sectors for x in cache.layers.find_all(layer_prefix(disk))) * SECTOR
     return dirty, oldest_on_record(cache, disk) if dirty else 0.0

@@ -98,9 +98,9 @@ class Pass:
             await uncover(cache, self._layer, self._image.filler)
         self._drop()
         if not is_settled:
-            await cache.commit_records()
+            await cache.commit.records()
 
     def _drop(self) -> None:
         """Readers go past the layer at the same instant at which its data counts as clean."""
         self._dirty.settled(self._layer)
-        self._cache.drop_layer(self._layer)
+        self._cache.layers.drop(self._layer)

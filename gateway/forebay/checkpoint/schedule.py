@@ -163,7 +163,7 @@ class WriteBack:
     async def _freeze(self) -> None:
         """Freeze the open layer, once the cache's journal, which writes may have filled, has room for a new one."""
         with past_failure(self._cache):
-            while not self._cache.journal_room(FREEZE_ROOM):
+            while not self._cache.intent.has_room(FREEZE_ROOM):
                 await self._cache.commit()
         self._dirty.freeze()
 
@@ -203,7 +203,7 @@ class WriteBack:
         """Say beside the image that it has everything, if it has. Raises OSError."""
         mark = self._dirty.mark
         if self._dirty.bytes == 0 and (mark.is_set or mark.is_stale()):
-            await self._cache.commit_records()
+            await self._cache.commit.records()
             await self._image.flush()  # what went past the cache
             await mark.clear()
 

@@ -105,7 +105,7 @@ class Gateway:
             self._disks[name] = attached
             try:
                 await source.close_prepared()
-                self._cache.put_record("disk", name, record.write())
+                self._cache.records.put("disk", name, record.write())
                 await self._commit()
                 await attached.start(self._nursery)
             except BaseException:
@@ -203,14 +203,14 @@ class Gateway:
 
     async def _undo(self, attached: Attached) -> None:
         del self._disks[attached.name]
-        self._cache.put_record("disk", attached.name, None)
+        self._cache.records.put("disk", attached.name, None)
         with contextlib.suppress(OSError, CacheError, ForebayError):
             await attached.disk.close(discard=True)
             await self._commit()
 
     async def resume(self, earlier: EarlierSockets) -> None:
         """Bring back the disks on record, each whether or not its origin can be reached, and their clients."""
-        known = self._cache.records("disk")
+        known = self._cache.records.all("disk")
         await together(
             partial(self._resume, name, Record.read(known[name]), earlier) for name in sorted(known)
         )
@@ -275,7 +275,7 @@ class Gateway:
         await attached.rest()
         await attached.disk.close(discard=discard)
         del self._disks[attached.name]
-        self._cache.put_record("disk", attached.name, None)
+        self._cache.records.put("disk", attached.name, None)
         await self._commit()
         try:
             with bounded(RELEASE_SECONDS, "giving the image back"):
@@ -291,7 +291,7 @@ class Gateway:
             )
         del self._disks[disk.name]
         self._images.drop_disk(disk.name, disk.record.key)
-        self._cache.put_record("disk", disk.name, None)
+        self._cache.records.put("disk", disk.name, None)
         await self._commit()
 
     # ------------------------------------------------------------------------------------------- asking and changing
@@ -340,7 +340,7 @@ class Gateway:
             self._attached(name)
             await attached.disk.set_mode(mode, progress)
             attached.record = attached.record.with_mode(mode)
-            self._cache.put_record("disk", name, attached.record.write())
+            self._cache.records.put("disk", name, attached.record.write())
             await self._commit()
         return attached.status()
 
@@ -389,7 +389,7 @@ class Gateway:
 
     async def _commit(self) -> None:
         try:
-            await self._cache.commit_records()
+            await self._cache.commit.records()
         except (OSError, CacheError, lmdb.Error) as fault:
             raise ForebayError(
                 f"{self.config.gateway.state / 'index'} cannot be written ({fault}): make room there"

@@ -43,8 +43,8 @@ class Admission:
     ) -> None:
         self._view = view
         self._image = image
-        self._cache = image.cache
-        self._placement = image.cache.placement
+        self._device = image.cache.failure
+        self._placement = image.cache.slots.placement
         self._dirty = dirty
         self._mark = dirty.mark
         self._since = dirty.ages.since
@@ -70,7 +70,7 @@ class Admission:
 
     def must_wait(self, length: int) -> bool:
         """True if a write of that many bytes has to go the long way, by :meth:`admit`."""
-        if self._gate.shut or self._image.conflict is not None or self._cache.failed is not None:
+        if self._gate.shut or self._image.conflict is not None or self._device.error is not None:
             return True
         if self._overlay:
             return False

@@ -3,7 +3,7 @@
 from forebay.image.image import Image
 from forebay_cache import View
 from forebay_cache.format.geometry import PAGE_SHIFT
-from forebay_cache.read.view import ORIGIN, ZEROS, Piece
+from forebay_cache.read.plan import ORIGIN, ZEROS, Piece
 
 CACHED_CONTEXT = "forebay:cached"
 """Flags: 0 not cached, 1 clean (the image has it too), 2 private (dirty, or an overlay's own)."""

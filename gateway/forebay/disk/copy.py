@@ -8,7 +8,7 @@ from forebay.checkpoint.counters import Counters
 from forebay.checkpoint.steps import Progress
 from forebay.image.image import Image
 from forebay_cache import pin_layer
-from forebay_cache.blocks import clean
+from forebay_cache.blocks.store import mark_zero
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR
 
 log = logging.getLogger("forebay.hydrate")
@@ -36,7 +36,7 @@ async def preload_range(image: Image, counters: Counters, length: int, progress:
     """Have the first `length` bytes in the cache; what is there already costs nothing. Raises OSError."""
     progress(0, length)
     for start in range(0, length, STEP):
-        image.cache.check()
+        image.cache.failure.check()
         await _bring_in(image, counters, start, min(STEP, length - start))
         progress(min(start + STEP, length), length)
 
@@ -72,14 +72,14 @@ async def _note_holes(image: Image, offset: int, length: int) -> None:
     """Remember the holes of a sparse image without reading them. Raises OSError."""
     cache, layer = image.cache, image.layer
     blocks = range(offset // BLOCK, -(-(offset + length) // BLOCK))
-    with clean.filling(cache, layer, blocks) as cells:
+    with cache.in_flight.filling(layer, blocks) as cells:
         extents = await image.reached().extents(offset, length)
-        await cache.load(layer, {b // PAGE_BLOCKS for b in blocks})
+        await layer.pages.load({b // PAGE_BLOCKS for b in blocks})
         at = offset
         for part, flags in extents:
             first, last = -(-at // SECTOR) * SECTOR, (at + part) // SECTOR * SECTOR
             if flags & HOLE and first < last:
-                clean.mark_zero(layer, first, last - first, cells)
+                mark_zero(layer, first, last - first, cells)
             at += part
 
 

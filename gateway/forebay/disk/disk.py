@@ -59,9 +59,9 @@ class Disk:
         self.modes.on_choice = self._bind
         self.read_now = self.view.read_now
         self.write_now = self.modes.policy.write_now
-        self.publish = image.cache.publish
-        self.pin = image.cache.pin
-        self.unpin = image.cache.unpin
+        self.publish = image.cache.intent.publish
+        self.pin = image.cache.quarantine.pin
+        self.unpin = image.cache.quarantine.unpin
         self._change_over = ChangeOver(source, self.dirty, self.modes)
         self._status = Status(
             source, image, self.view, self.dirty, self.writeback, self.modes, self.counters
@@ -152,7 +152,7 @@ class Disk:
 
     def unreadable(self) -> None:
         """Implements Export: everything is read, and checked, before it is handed out again."""
-        self.image.cache.forget_ready()
+        self.image.cache.ready.forget()
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -309,7 +309,7 @@ class Disk:
     async def _clear_mark(self) -> None:
         """What the image lacked is gone for good, so it lacks nothing any more."""
         try:
-            await self.image.cache.commit_records()  # else a kill now would bring it back, unmarked
+            await self.image.cache.commit.records()  # else a kill now would bring it back, unmarked
             await self.image.flush()  # of a pass that was not finished
             await self.dirty.mark.clear()
         except OSError as error:

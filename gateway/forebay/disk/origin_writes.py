@@ -14,7 +14,7 @@ from forebay.disk.policy import sectors_touched, sectors_within
 from forebay.disk.ranges import Ranges
 from forebay.image.image import Image
 from forebay_cache import invalidate, mark_hot
-from forebay_cache.blocks import clean
+from forebay_cache.blocks.store import store
 from forebay_cache.format.geometry import block_runs
 
 
@@ -77,7 +77,7 @@ class OriginWrites:
         """Around the write itself: what fills read meanwhile is neither kept nor given to whoever asks later."""
         image = self._image
         image.filler.overtaken(start, end - start)
-        with clean.overwriting(self._cache, image.layer, start, end - start):
+        with self._cache.in_flight.overwriting(image.layer, start, end - start):
             try:
                 yield
             finally:
@@ -89,9 +89,9 @@ class OriginWrites:
         if first < last:
             layer = self._image.layer
             blocks = [block for block, _, _ in block_runs(first, last - first)]
-            with clean.filling(self._cache, layer, blocks) as cells:
+            with self._cache.in_flight.filling(layer, blocks) as cells:
                 whole = data[first - offset : last - offset]
-                await clean.store(self._cache, layer, first, whole, cells)
+                await store(self._cache, layer, first, whole, cells)
 
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
         """Zero the range in the image. Nothing of it is kept, in no mode. Raises OSError."""

@@ -130,7 +130,7 @@ class PrivateWrites:
         if not private.write(self._cache, layer, offset, data):
             return False
         self._note_written(layer, layer.sectors - sectors, layer.slots - slots)
-        self._cache.publish()
+        self._cache.intent.publish()
         return True
 
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
@@ -169,12 +169,12 @@ class PrivateWrites:
         if not private.zero(self._cache, layer, offset, length):
             return False
         self._note_written(layer, layer.sectors - sectors, layer.slots - slots)
-        self._cache.publish()
+        self._cache.intent.publish()
         return True
 
     def flush_now(self) -> bool:
         """Have everything durable and return True if the cache device is done in a moment; else False."""
-        return self._cache.sync_now()
+        return self._cache.sync.now()
 
     async def flush(self) -> None:
         """Return when the cache device has everything durably. Raises OSError."""

@@ -60,7 +60,7 @@ class Status:
             return self._image.conflict
         if self._cache.failed is not None:
             return self._cache_trouble(self._cache.failed)
-        return self._passing_trouble() or self._cache.index_error
+        return self._passing_trouble() or self._cache.commit.error
 
     def _cache_trouble(self, failed: OSError) -> str:
         where = f"cache device {self._cache.device.path}: {failed.strerror or failed}"

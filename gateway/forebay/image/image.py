@@ -70,17 +70,17 @@ class Images:
 
     def drop_disk(self, disk: str, key: str) -> None:
         """Drop what only the cache has of a disk that is not served; gone with the next commit."""
-        layers = self.cache.layers_named(layer_prefix(disk))
+        layers = self.cache.layers.find_all(layer_prefix(disk))
         for layer in layers:
-            self.cache.drop_layer(layer)
-        self.cache.put_record("dirty", disk, None)
+            self.cache.layers.drop(layer)
+        self.cache.records.put("dirty", disk, None)
         if len(layers) > 1:  # a pass may have written to the image under its clean blocks
             image = self._open.get(key)
-            clean = self.cache.layer(f"image:{key}")
+            clean = self.cache.layers.find(f"image:{key}")
             if image is not None:
                 image.refresh()
             elif clean is not None:
-                self.cache.drop_layer(clean)
+                self.cache.layers.drop(clean)
 
     async def forget(self, image: "Image") -> None:
         """Nobody uses it any more."""
@@ -114,7 +114,7 @@ class Image:
         self._reaching = trio.Lock()
         self._waiting = trio.lowlevel.ParkingLot()  # for an origin, or a conflict
         self._views: list[View] = []
-        known = images.cache.record("image", self.key)
+        known = images.cache.records.get("image", self.key)
         self._writing = 0  # writes to the origin under way
         # What an earlier life wrote and did not live to take note of may not be durable yet: that counts as one.
         self._written = int(
@@ -136,7 +136,7 @@ class Image:
         return f"image:{self.key}"
 
     def _layer(self) -> Layer:
-        return self.cache.layer(self.name) or self.cache.make_layer(self.name, private=False)
+        return self.cache.layers.find(self.name) or self.cache.layers.make(self.name, private=False)
 
     # -- the origin -------------------------------------------------------------------------------------------
 
@@ -203,7 +203,7 @@ class Image:
 
     async def _compare(self, origin: Origin, identity: Identity) -> None:
         """Forget what the cache has of an image that somebody else has changed since. Raises OSError."""
-        known = self.cache.record("image", self.key)
+        known = self.cache.records.get("image", self.key)
         if known is None or known["identity"] is None:
             if known is not None:
                 # We were writing it when we ended unexpectedly; the owner marker kept others out since. What it looks
@@ -246,19 +246,19 @@ class Image:
 
     def lacks(self, source: Source) -> int:
         """Bytes that only the cache has of that disk."""
-        layers = self.cache.layers_named(layer_prefix(source.use.disk))
+        layers = self.cache.layers.find_all(layer_prefix(source.use.disk))
         return sum(layer.sectors for layer in layers) * SECTOR
 
     def give_up(self) -> None:
         """The operator dropped what the cache had for an image that changed: its clean blocks go too."""
         self.refresh()
-        self.cache.put_record("image", self.key, None)
+        self.cache.records.put("image", self.key, None)
 
     def refresh(self) -> None:
         """Drop every clean block; all disks on the image go on without."""
         old = self.layer
         pinned = old.pinned
-        self.cache.drop_layer(old)
+        self.cache.layers.drop(old)
         self.layer = self._layer()
         self.layer.pinned = pinned
         self.layer.cap = old.cap
@@ -271,8 +271,8 @@ class Image:
     def _remember(self, identity: Identity | None) -> None:
         self._distrusted = False
         value: dict[str, Any] = {"identity": None if identity is None else list(astuple(identity))}
-        if self.cache.record("image", self.key) != value:
-            self.cache.put_record("image", self.key, value)
+        if self.cache.records.get("image", self.key) != value:
+            self.cache.records.put("image", self.key, value)
 
     def share_cap(self) -> None:
         """The clean blocks are shared, so the disk that may have most of them has its way."""
@@ -313,7 +313,7 @@ class Image:
                     if not self._distrusted:
                         self._remember(None)
                         try:
-                            await self.cache.commit_records()
+                            await self.cache.commit.records()
                         except IndexFault:
                             if self.has_private():
                                 raise
@@ -346,7 +346,7 @@ class Image:
         while self._failures != self.sync_failures:
             failures = self.sync_failures
             try:
-                for region in [r for ident, r in self.cache.hot if ident == self.layer.id]:
+                for region in [r for ident, r in self.cache.hot.regions if ident == self.layer.id]:
                     await invalidate(
                         self.cache, self.layer, region << REGION_SHIFT, 1 << REGION_SHIFT
                     )
@@ -358,7 +358,7 @@ class Image:
 
     def _cool(self) -> None:
         if not self.sync_failures:
-            self.cache.cool(self.layer)
+            self.cache.hot.cool(self.layer.id)
 
     @property
     def sync_failures(self) -> int:
@@ -406,7 +406,7 @@ class Image:
             self._remember(identity)
             self._cool()
             return
-        known = self.cache.record("image", self.key)
+        known = self.cache.records.get("image", self.key)
         if known is not None and known["identity"] is not None:
             await self._compare(origin, identity)
 

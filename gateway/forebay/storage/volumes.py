@@ -280,8 +280,8 @@ def _checked_empty(config: Config) -> str:
         )
     cache = open_cache(path, state / "index")  # what was journaled since the last commit counts
     try:
-        disks = sorted(cache.records("disk"))
-        dirty = sum(x.sectors for x in cache.layers.values() if x.private and not x.dead) * SECTOR
+        disks = sorted(cache.records.all("disk"))
+        dirty = sum(x.sectors for x in cache.layers if x.private and not x.is_dead) * SECTOR
     finally:
         cache.release()
     if disks:

@@ -1,0 +1,27 @@
+"""Pinning: all of a clean layer stays in the cache, because a disk wants a full copy of its image."""
+
+from __future__ import annotations
+
+from forebay_cache.cache import Cache
+from forebay_cache.format.entry import block_key, slots_in
+from forebay_cache.format.geometry import PAGE_BLOCKS
+from forebay_cache.layers.layer import Layer
+
+
+async def pin_layer(cache: Cache, layer: Layer, pinned: bool) -> None:
+    """Keep all of a clean layer from being evicted, or no longer. Raises IndexFault; it can be called again then.
+
+    If it is called with the opposite meanwhile, the call that came last counts.
+    """
+    layer.pinned = pinned
+    layer.changed = True
+    slots = cache.slots
+    change = slots.placement.hold if pinned else slots.placement.unhold
+    for number in await layer.pages.numbers():
+        await layer.pages.load([number])
+        if layer.pinned != pinned:
+            return
+        for i, slot in slots_in(layer.pages.page(number)):
+            if not slots.is_evicting(slot):
+                slots.owner[slot] = block_key(layer.id, number * PAGE_BLOCKS + i)  # unless scanned
+                change(slot)

@@ -1,0 +1,176 @@
+"""Intent records: what is noted here is in the journal before a request is answered.
+
+A record says what the index is going to say from the next commit on. Whoever changes a page notes a record with it;
+:meth:`Intent.publish` writes all that was noted as one frame of the journal. From then on the kernel has them, so that
+a killed daemon has lost nothing; a sync of the device makes them durable.
+
+This is also where it is known of which private sectors the newest data is not durable: *open* are those written since
+the last sync began, *syncing* those that a sync under way is making durable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from forebay_cache.device.device import Device
+from forebay_cache.device.failure import Failure
+from forebay_cache.durable.journal import Journal, JournalFull
+from forebay_cache.format.geometry import SECTOR, SECTORS
+from forebay_cache.index.changes import Changes, Share, nothing
+from forebay_cache.index.sums import Sums, checksums
+from forebay_cache.slots.ready import ReadyMap
+
+_SLACK = 256
+"""Bytes of records that a request may note besides those that go with its length."""
+
+
+class _Late(NamedTuple):
+    """Data to be written behind the records of a frame."""
+
+    slot: int
+    mask: int  # its sectors
+    at: int  # where it goes on the device, bytes
+    data: memoryview
+    before: list[int]  # the checksums of what it overwrites
+
+
+class Intent:
+    """The records that wait to be published, and the sectors that wait for a sync. A participant of each commit."""
+
+    def __init__(
+        self,
+        device: Device,
+        journal: Journal,
+        failure: Failure,
+        sums: Sums,
+        ready: ReadyMap,
+        want_commit: Callable[[], None],
+    ) -> None:
+        self.journal = journal
+        self.open_sectors: dict[int, int] = {}
+        """By key of the block: sectors that were written since the last sync began. Their place may be overwritten."""
+        self.syncing: dict[int, int] = {}
+        """The same of sectors that a sync under way makes durable. They must not be touched."""
+        self._device = device
+        self._failure = failure
+        self._sums = sums
+        self._ready = ready
+        self._want_commit = want_commit
+        self._ops: list[bytes] = []
+        self._ops_bytes = 0
+        self._late: list[_Late] = []
+
+    # -- noting -----------------------------------------------------------------------------------------------
+
+    def has_room(self, length: int) -> bool:
+        """True if the journal has room for the records of a write of ``length`` bytes. Note them without an await."""
+        return self.journal.fits(self._ops_bytes + _SLACK + (length >> 7))
+
+    def note(self, op: bytes) -> None:
+        """Add a record to the frame that the next :meth:`publish` writes."""
+        self._ops.append(op)
+        self._ops_bytes += len(op)
+
+    def write_later(self, slot: int, mask: int, at: int, data: memoryview) -> None:
+        """Have :meth:`publish` write ``data`` at ``at``, behind the records: it overwrites acknowledged data in place.
+
+        ``mask`` is that of its sectors, all of one slot. There must be no await before the publish: ``data`` may be a
+        buffer that is used again. After a kill in between, replay finds the old checksum and the new, and one fits.
+        """
+        first = (at - self._device.at(slot)) // SECTOR + slot * SECTORS
+        before = self._sums.values[first : first + len(data) // SECTOR].tolist()
+        self._late.append(_Late(slot, mask, at, data, before))
+
+    # -- publishing -------------------------------------------------------------------------------------------
+
+    def publish(self) -> None:
+        """Hand the records, then the late data, to the kernel: from now on a killed daemon has them.
+
+        Raises OSError. The records are dropped if the device has failed by it, and kept if the journal is full
+        (ENOSPC).
+        """
+        if not self._ops:
+            return
+        late, self._late = self._late, []
+        journal = self.journal
+        try:
+            if self._failure.error is not None:
+                self._failure.check()
+            journal.append(b"".join(self._ops))
+            self._ops.clear()
+            self._ops_bytes = 0
+            for one in late:
+                self._device.write(one.at, one.data)
+        except JournalFull:
+            self._undo(late)
+            raise OSError(errno.ENOSPC, "the intent journal is full") from None
+        except OSError as error:
+            self._undo(late)
+            self._failure.fail(error, taken=True)
+            # What they say is in memory, for whoever takes the device back.
+            self._ops.clear()
+            self._ops_bytes = 0
+            raise
+        if journal.used * 2 > journal.size:
+            self._want_commit()
+
+    def _undo(self, late: list[_Late]) -> None:
+        """Late data was not written, or not all of it: give back the checksums of what still lies there.
+
+        That is acknowledged data. The rest is what its checksum says, or damaged.
+        """
+        for slot, mask, at, data, before in reversed(late):
+            self._ready.masks[slot] &= ~mask
+            first = (at - self._device.at(slot)) // SECTOR + slot * SECTORS
+            try:
+                found = checksums(self._device.read(at, len(data)))
+            except OSError:
+                continue
+            for n, value in enumerate(before):
+                if found[n] == value:
+                    self._sums.values[first + n] = value
+
+    # -- syncs ------------------------------------------------------------------------------------------------
+
+    def begin_sync(self) -> None:
+        """A sync begins: it takes in everything written so far."""
+        self.syncing, self.open_sectors = self.open_sectors, {}
+
+    def end_sync(self) -> None:
+        """No sync is under way any more, whether it was a good one or not."""
+        self.syncing = {}
+
+    def take_back_sync(self) -> None:
+        """What :meth:`begin_sync` announced was not begun."""
+        self.open_sectors = self.syncing
+
+    def note_durable(self) -> None:
+        """All that was written is durable where it is."""
+        self.open_sectors, self.syncing = {}, {}
+
+    # -- commits ----------------------------------------------------------------------------------------------
+
+    def has_changes(self) -> bool:
+        """True if the journal holds anything, or is going to: a commit makes that superfluous."""
+        return bool(self._ops or self.journal.used)
+
+    def contribute(self, changes: Changes) -> Share:
+        """Publish, and have a commit say that replay begins behind that. When it has succeeded the journal is trimmed.
+
+        Has to be the first participant that is asked: publishing may fail the device, which changes other parts.
+        """
+        with contextlib.suppress(
+            OSError
+        ):  # records that have no room are in this commit themselves
+            self.publish()
+        mark = self.journal.mark()
+        assert changes.meta is not None
+        changes.meta.journal_offset, changes.meta.journal_sequence = (
+            mark[0].offset,
+            mark[0].sequence,
+        )
+        return Share(partial(self.journal.trim, mark), nothing)

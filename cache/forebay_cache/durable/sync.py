@@ -1,0 +1,86 @@
+"""Syncs of the cache device: they make everything durable that was written and published before they began."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from forebay_cache.device.failure import Failure
+from forebay_cache.device.syncer import Syncer
+from forebay_cache.durable.group_commit import GroupCommit
+from forebay_cache.durable.intent import Intent
+
+
+class DeviceSync(GroupCommit):
+    """``await sync()`` returns after a sync that began after the call. One for all disks. Raises OSError.
+
+    The records that were noted are published first. A sync that fails is a failure of the device.
+    """
+
+    def __init__(self, syncer: Syncer, intent: Intent, failure: Failure) -> None:
+        super().__init__(self._run)
+        self._syncer = syncer
+        self._intent = intent
+        self._failure = failure
+
+    async def _run(self) -> None:
+        self._intent.publish()
+        self._failure.check()
+        if self._syncer.pending:
+            with self._watched():
+                await self._syncer.finish()
+        self._intent.begin_sync()
+        with self._watched():
+            await self._syncer()
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Around a sync that was begun: notes that it has ended, and fails the device if it fails."""
+        try:
+            yield
+        except OSError as error:
+            self._failure.fail(error, taken=True)  # a later sync would succeed, and lie
+            raise
+        finally:
+            if not self._syncer.pending:
+                self._intent.end_sync()
+
+    def now(self) -> bool:
+        """Sync, if the device is done in a moment. Returns False if it is not: then await a sync. Raises OSError."""
+        syncer = self._syncer
+        if self.is_running or not syncer.quick or syncer.pending:
+            return False
+        self._intent.publish()
+        self._failure.check()
+        self._intent.begin_sync()
+        with self._watched():
+            if syncer.now():
+                return True
+            if not syncer.pending:
+                self._intent.take_back_sync()
+        return False
+
+    async def again(self) -> None:
+        """Sync once more after a failure, while this is suspended. Raises OSError; the device stays failed then."""
+        await self._syncer()
+
+    async def quiet(self) -> None:
+        """While this is suspended: wait until nothing is under way that :meth:`now` began, however that ends."""
+        if self._syncer.pending:
+            with contextlib.suppress(OSError):
+                await self._syncer.finish()
+
+    def note_durable(self) -> None:
+        """All that was written is durable where it is."""
+        self._intent.note_durable()
+
+    async def ended(self) -> None:
+        """Wait until no sync is under way. Raises OSError."""
+        if self._syncer.pending:
+            await self()
+        else:
+            await self.idle()
+
+    def close(self) -> None:
+        """Let go of what syncs take. None may be under way."""
+        self._syncer.close()

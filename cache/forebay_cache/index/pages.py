@@ -1,0 +1,160 @@
+"""The pages of one layer in memory.
+
+A page says of 64 blocks where they lie (see ``format.entry``). A page is *loaded* when it is here; then it is as the
+index has it, or newer. A lookup gives the page, or None where it has to be loaded first; :data:`EMPTY` is a page that
+is loaded and has nothing. There is no other way to say that something is not there.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, TypeAlias
+
+import trio
+
+from forebay_cache.format.geometry import PAGE_BLOCKS
+from forebay_cache.index.changes import Changes
+from forebay_cache.index.index import PAGE_KEY
+
+assert sys.byteorder == "little", "pages are stored as they lie in memory: little endian"
+
+Page: TypeAlias = "array[int]"
+"""64 words, or 128 of a private layer: see ``format.entry``."""
+
+EMPTY: Page = array("Q", bytes(16 * PAGE_BLOCKS))
+"""Stands for every page that has nothing: each lookup in it is a miss. It is never written to."""
+
+
+_LISTED_AT_ONCE = 1024
+"""Pages that are read from the index in one go to find out which there are."""
+
+
+class _Index(Protocol):
+    """See index.Index."""
+
+    def page(self, layer: int, number: int) -> bytes | None: ...
+
+    def pages(self, layer: int, after: int, limit: int) -> list[tuple[int, bytes]]: ...
+
+
+class _Complete(dict[int, Page]):
+    """Pages of a layer of which the index has nothing that is not here."""
+
+    def __missing__(self, number: int) -> Page:
+        self[number] = EMPTY
+        return EMPTY
+
+
+class PageTable:
+    """The pages of one layer that are loaded, and which of them the index does not have as they are.
+
+    ``complete`` says that the index has nothing of the layer yet, so that no page ever has to be loaded. Pages of such
+    a layer must not be shed.
+    """
+
+    __slots__ = ("_index", "_layer", "_loading", "_words", "by_number", "dirty", "look")
+
+    def __init__(self, index: _Index, layer: int, *, private: bool, complete: bool) -> None:
+        self._index = index
+        self._layer = layer
+        self._words = (2 if private else 1) * PAGE_BLOCKS
+        self.by_number: dict[int, Page] = _Complete() if complete else {}
+        """The loaded pages. Others only look a number up in it: KeyError says that the page is not loaded."""
+        self._loading: dict[int, trio.Event] = {}
+        self.dirty: set[int] = set()
+        """Numbers of the pages that the next commit stores."""
+        self.look: Callable[[int], Page | None] = (
+            self.by_number.__getitem__ if complete else self.by_number.get
+        )
+        """``look(number)``: the page, or None where it is not loaded."""
+
+    def __contains__(self, number: int) -> bool:
+        return self.look(number) is not None
+
+    def __len__(self) -> int:
+        return len(self.by_number)
+
+    def held(self) -> Iterator[tuple[int, Page]]:
+        """(number, page) of the loaded pages that are not EMPTY. No page may be loaded or made in between."""
+        return ((n, page) for n, page in self.by_number.items() if page is not EMPTY)
+
+    def loaded(self) -> list[int]:
+        """The numbers of all loaded pages, in the order in which they were loaded."""
+        return list(self.by_number)
+
+    async def numbers(self) -> list[int]:
+        """The numbers of all pages that hold anything, in order, whether they are loaded or not. Raises IndexFault."""
+        found = {n for n, _ in self.held()}
+        after = 0
+        while True:
+            read = self._index.pages
+            listed = await trio.to_thread.run_sync(read, self._layer, after, _LISTED_AT_ONCE)
+            found.update(n for n, _ in listed)
+            if (
+                len(listed) < _LISTED_AT_ONCE
+            ):  # what was loaded or made while the index was asked counts too
+                found.update(n for n, _ in self.held())
+                return sorted(found)
+            after = listed[-1][0] + 1
+
+    async def load(self, numbers: Iterable[int]) -> None:
+        """Have pages loaded. Raises IndexFault. A page that somebody else is loading is waited for.
+
+        When this returns, the last one is loaded; others may have been shed while it was: see :meth:`page`.
+        """
+        for number in numbers:
+            while self.look(number) is None:
+                waiting = self._loading.get(number)
+                if waiting is not None:
+                    await waiting.wait()
+                    continue
+                self._loading[number] = event = trio.Event()
+                try:
+                    raw = await trio.to_thread.run_sync(self._index.page, self._layer, number)
+                    self.adopt(number, raw)
+                finally:
+                    del self._loading[number]
+                    event.set()
+
+    def page(self, number: int) -> Page:
+        """The page, at once. Raises IndexFault.
+
+        For a page that was loaded not long ago: should it have been shed since, the index has it as it was, and little
+        further away than memory.
+        """
+        page = self.look(number)
+        if page is None:
+            page = self.adopt(number, self._index.page(self._layer, number))
+        return page
+
+    def adopt(self, number: int, raw: bytes | None) -> Page:
+        """Take a page as the index has it (None: it has none), unless a newer one is loaded. Returns the newest."""
+        page = self.by_number.get(number)
+        if page is None:
+            page = self.by_number[number] = EMPTY if raw is None else array("Q", raw)
+        return page
+
+    def writable(self, number: int) -> Page:
+        """The page, which must be loaded, to be changed by the caller; the next commit stores it."""
+        page = self.by_number[number]
+        if page is EMPTY:
+            page = self.by_number[number] = array("Q", bytes(8 * self._words))
+        self.dirty.add(number)
+        return page
+
+    def take_dirty(self, changes: Changes) -> set[int]:
+        """Put the dirty pages into a commit. Returns their numbers: if it fails, they have to be made dirty again."""
+        taken, self.dirty = self.dirty, set()
+        for number in taken:
+            key = PAGE_KEY.pack(self._layer, number)
+            changes.pages.append((key, self.by_number[number].tobytes()))
+        return taken
+
+    def shed(self, most: int) -> int:
+        """Forget up to ``most`` pages that the index has as they are. Returns how many. Not during a commit."""
+        numbers = [n for n in self.by_number if n not in self.dirty][:most]
+        for number in numbers:
+            del self.by_number[number]
+        return len(numbers)

@@ -1,0 +1,72 @@
+"""What is on its way between an origin and the cache, so that what a write has overtaken is not stored.
+
+A *fill* stores what was read from the origin. While the origin is written in the same place, nobody knows whether the
+fill has read the old data or the new. So each fill has a *cell* for each of its blocks, a mask in which origin writes
+mark the sectors that they overtake; marked sectors are neither stored nor counted as valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from forebay_cache.format.entry import block_key
+from forebay_cache.format.geometry import block_runs, covered
+from forebay_cache.layers.layer import Layer
+
+Cells = dict[int, list[int]]
+"""By number of the block: a list of one mask, that of the sectors which were overtaken."""
+
+
+class InFlight:
+    """The fills, origin writes and writes of clean slots of one cache that are under way."""
+
+    def __init__(self) -> None:
+        self.storing: set[int] = set()
+        """Slots of clean blocks that a thread is writing to. Nobody else does: the later write could come first."""
+        self._fills: dict[int, list[list[int]]] = {}  # key of the block -> masks
+        self._overwriting: list[
+            tuple[int, int, int]
+        ] = []  # (layer, start, end) of origin writes, bytes
+
+    @property
+    def is_filling(self) -> bool:
+        """True if any fill is under way."""
+        return bool(self._fills)
+
+    @contextmanager
+    def filling(self, layer: Layer, blocks: Sequence[int]) -> Iterator[Cells]:
+        """Around a fill of these blocks: gives their cells. What is being overwritten already is marked in them."""
+        cells: Cells = {block: [0] for block in blocks}
+        for ident, first, last in self._overwriting:
+            if ident == layer.id:
+                for block, start, part in block_runs(first, last - first):
+                    if block in cells:
+                        cells[block][0] |= covered(start, part)
+        for block, cell in cells.items():
+            self._fills.setdefault(block_key(layer.id, block), []).append(cell)
+        try:
+            yield cells
+        finally:
+            for block, cell in cells.items():
+                key = block_key(layer.id, block)
+                self._fills[key] = [c for c in self._fills[key] if c is not cell]
+                if not self._fills[key]:
+                    del self._fills[key]
+
+    @contextmanager
+    def overwriting(self, layer: Layer, offset: int, length: int) -> Iterator[None]:
+        """Around a write of bytes of the origin: fills that begin meanwhile do not store what they read there."""
+        mine = (layer.id, offset, offset + length)
+        self._overwriting.append(mine)
+        try:
+            yield
+        finally:
+            self._overwriting.remove(mine)
+
+    def overtake(self, layer: Layer, offset: int, length: int) -> None:
+        """Bytes of the origin are going to be written, or just were: fills under way must not store them."""
+        if self._fills:
+            for block, start, part in block_runs(offset, length):
+                for cell in self._fills.get(block_key(layer.id, block), ()):
+                    cell[0] |= covered(start, part)

@@ -1,0 +1,73 @@
+"""Reclaiming: what dead layers hold comes free in the background, also after a crash in between."""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from forebay_cache.device.failure import Failure
+from forebay_cache.durable.commit import COMMIT_RETRY_SECONDS, Committer
+from forebay_cache.format.geometry import PAGE_BLOCKS
+from forebay_cache.index.index import Index
+from forebay_cache.layers.layer import Layer
+from forebay_cache.layers.registry import Layers
+from forebay_cache.layers.removal import Removal
+
+log = logging.getLogger(__name__)
+
+RECLAIM_SECONDS = COMMIT_RETRY_SECONDS / 4
+"""How often it looks whether there is a dead layer."""
+_PAGES_AT_ONCE = 256
+"""Pages of a layer that are emptied in one commit, besides those that are in memory."""
+
+
+class Reclaimer:
+    """Frees the slots of dead layers."""
+
+    def __init__(
+        self, index: Index, layers: Layers, removal: Removal, commit: Committer, failure: Failure
+    ) -> None:
+        self._index = index
+        self._layers = layers
+        self._removal = removal
+        self._commit = commit
+        self._failure = failure
+
+    async def run(self) -> None:
+        """Reclaim every layer that is dead, until cancelled. Not while the device has failed."""
+        told = False
+        while True:
+            for layer in [x for x in self._layers if x.is_dead and self._failure.error is None]:
+                try:
+                    await self._reclaim(layer)
+                    told = False
+                except OSError as error:
+                    if self._failure.error is None and not told:
+                        log.error("freeing %s failed, trying again: %s", layer.name, error.strerror)
+                        told = True
+            await trio.sleep(RECLAIM_SECONDS)
+
+    async def _reclaim(self, layer: Layer) -> None:
+        """Free what a dead layer holds, a piece at a time, then forget the layer. Raises OSError."""
+        number = 0
+        while True:
+            found = await trio.to_thread.run_sync(
+                self._index.pages, layer.id, number, _PAGES_AT_ONCE
+            )
+            for n, raw in found:
+                layer.pages.adopt(n, raw)
+            # Pages in memory are newer than the index: empty those first.
+            for n in {n for n, _ in found} | {n for n, _ in layer.pages.held()}:
+                self._empty_page(layer, n)
+            await self._commit()
+            if not found:
+                break
+            number = max(n for n, _ in found) + 1
+        self._layers.forget(layer)
+        await self._commit()
+
+    def _empty_page(self, layer: Layer, number: int) -> None:
+        page = layer.pages.writable(number)
+        for i in range(PAGE_BLOCKS):
+            self._removal.clear(layer, page, i)

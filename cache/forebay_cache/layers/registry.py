@@ -1,0 +1,125 @@
+"""All layers of a cache, by number and by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from forebay_cache.durable.hot import HotRegions
+from forebay_cache.durable.intent import Intent
+from forebay_cache.format import ops
+from forebay_cache.index.changes import Changes, LayerRecord, Share
+from forebay_cache.index.index import Index
+from forebay_cache.index.pages import PageTable
+from forebay_cache.layers.layer import Layer, LayerState
+
+PAGES_KEPT = 32768
+"""Pages of clean layers kept in memory: about 20 MB, and lookups for 128 GiB without touching LMDB."""
+
+
+class Layers:
+    """The layers that there are. Dead ones are among them until they are reclaimed. A participant of each commit."""
+
+    def __init__(self, index: Index, intent: Intent, hot: HotRegions) -> None:
+        self._index = index
+        self._intent = intent
+        self._hot = hot
+        self._by_id: dict[int, Layer] = {}
+        self._by_name: dict[str, Layer] = {}  # without dead ones
+        self._gone: set[int] = set()  # numbers of reclaimed layers that the index still has
+
+    def __iter__(self) -> Iterator[Layer]:
+        """All of them. Make a list of it before an await."""
+        return iter(self._by_id.values())
+
+    def get(self, ident: int) -> Layer | None:
+        """The layer of that number; None if it was reclaimed, or never made."""
+        return self._by_id.get(ident)
+
+    def find(self, name: str) -> Layer | None:
+        """The layer of that name; None if there is none that is not dead."""
+        return self._by_name.get(name)
+
+    def find_all(self, prefix: str) -> list[Layer]:
+        """The layers whose name begins so and that are not dead, oldest first."""
+        found = [x for n, x in self._by_name.items() if n.startswith(prefix)]
+        return sorted(found, key=lambda x: x.id)
+
+    def make(self, name: str, *, private: bool) -> Layer:
+        """A new empty layer. After a crash it is there if anything is that was journaled after this call."""
+        assert name not in self._by_name, name
+        meta = self._index.meta
+        # The pages of a private layer are never shed, so nothing of it ever has to be looked for in the index.
+        layer = self._layer(meta.next_layer, LayerRecord(name, private), complete=private)
+        meta.next_layer += 1
+        layer.changed = True
+        self._add(layer)
+        self._intent.note(ops.layer_made(layer.id, private, name))
+        return layer
+
+    def recover(self, ident: int, record: LayerRecord, *, journaled: bool) -> Layer:
+        """At the start: a layer that is in the index, or (``journaled``) in the journal only."""
+        layer = self._layer(ident, record, complete=False)
+        layer.changed = journaled
+        self._add(layer)
+        return layer
+
+    def _layer(self, ident: int, record: LayerRecord, *, complete: bool) -> Layer:
+        pages = PageTable(self._index, ident, private=record.private, complete=complete)
+        return Layer(ident, record, pages)
+
+    def _add(self, layer: Layer) -> None:
+        self._by_id[layer.id] = layer
+        if layer.is_dead:
+            return
+        older = self._by_name.get(layer.name)
+        if older is not None:  # it was about to be dropped when the daemon was killed
+            self.drop(older)
+        self._by_name[layer.name] = layer
+
+    def drop(self, layer: Layer) -> None:
+        """The layer is not used any more. Its slots come free in the background, also after a crash in between."""
+        layer.become(LayerState.DEAD)
+        self._by_name.pop(layer.name, None)
+        if not layer.private:
+            self._hot.cool(layer.id)
+
+    def forget(self, layer: Layer) -> None:
+        """A dead layer has nothing any more: the next commit takes it out of the index."""
+        layer.become(LayerState.RECLAIMED)
+        del self._by_id[layer.id]
+        self._gone.add(layer.id)
+
+    # -- commits ----------------------------------------------------------------------------------------------
+
+    def has_changes(self) -> bool:
+        """True if anything of a layer has changed since the last commit."""
+        return bool(self._gone) or any(x.has_changes for x in self)
+
+    def contribute(self, changes: Changes) -> Share:
+        """Have a commit store all dirty pages and the records of all layers that have changed."""
+        dirty: list[tuple[Layer, set[int]]] = []
+        for layer in self:
+            if layer.has_changes:
+                dirty.append((layer, layer.pages.take_dirty(changes)))
+                layer.changed = False
+                changes.layers[layer.id] = layer.record()
+        changes.pages.sort()
+        gone, self._gone = self._gone, set()
+        changes.layers.update((ident, None) for ident in gone)
+
+        def failed() -> None:
+            for layer, numbers in dirty:
+                layer.pages.dirty |= numbers
+                layer.changed = True
+            self._gone |= gone
+
+        return Share(self._shed_pages, failed)
+
+    def _shed_pages(self) -> None:
+        """Those of private layers stay: there are few, and every read asks for them first."""
+        shared = [x for x in self if not x.private]
+        excess = sum(len(x.pages) for x in shared) - PAGES_KEPT
+        for layer in shared:
+            if excess <= 0:
+                return
+            excess -= layer.pages.shed(excess)
