@@ -1,4 +1,4 @@
-"""Who may use which disk through nbdkit: the rules file, and what is known of the client that asks."""
+"""Who may use which disk through nbdkit: the rules file, and the address of the client that asks."""
 
 import ctypes
 import fnmatch
@@ -13,27 +13,29 @@ from typing import Any
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Peer = ipaddress.IPv4Address | ipaddress.IPv6Address | None
-"""Where a client is; None: on this host, connected through a Unix socket."""
+"""The address of a client; None if it is on this host and connected through a Unix socket."""
 
-# nbdkit's functions for C plugins; its Python module has none that tells who the client is. They know the connection by
-# the thread that calls.
 SERVER = ctypes.CDLL(None)
+"""nbdkit's functions for C plugins, since its Python module has none that tells who the client is. They know the
+connection by the thread that calls."""
 
 
 class RefusedError(Exception):
-    """A client may not have what it asked for; the text is for nbdkit's log, the client gets an error number."""
+    """A client may not have what it asked for. The text goes to nbdkit's log; the client gets an error number only."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """These disks (shell patterns) for these peers (networks; None: Unix sockets)."""
+    """One [[allow]] table of the rules file: it gives disks to peers."""
 
     exports: tuple[str, ...]
+    """Names of disks, as shell patterns."""
     peers: tuple[Network | None, ...]
+    """Networks of clients; None stands for Unix sockets."""
     read_only: bool
 
-    def fits(self, name: str, peer: Peer) -> bool:
-        """Whether the rule speaks of this disk and this peer."""
+    def is_for(self, name: str, peer: Peer) -> bool:
+        """True if the rule gives the disk `name` to this peer."""
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exports):
             return False
         if peer is None:
@@ -42,19 +44,20 @@ class Rule:
 
 
 class Rules:
-    """Who may use which disk: the rules file, read again when it has changed.
+    """The rules file, which is read again whenever it has changed.
 
-    A disk that no rule gives to a peer does not exist for it. Where several rules fit, the one that grants most holds.
-    While the file is missing or wrong nobody new gets in.
+    A disk that no rule gives to a peer does not exist for that peer. While the file is missing or wrong, no new
+    connection is allowed; those that exist are not closed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._version: tuple[int, ...] = ()
+        """Inode, size and times of the file when it was read last."""
         self._rules: list[Rule] = []
 
     def load(self) -> list[Rule]:
-        """The rules as the file has them now. Raises OSError, or ValueError with the file and the fault."""
+        """The rules that the file has now. Raises OSError, or ValueError that names the file and says what is wrong."""
         with self.path.open("rb") as file:
             stat = os.fstat(file.fileno())
             version = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
@@ -66,14 +69,14 @@ class Rules:
                 self._version = version
         return self._rules
 
-    def access(self, name: str, peer: Peer) -> Rule | None:
-        """The rule that gives `name` to `peer`, or None. Raises as load()."""
-        fitting = [rule for rule in self.load() if rule.fits(name, peer)]
-        return min(fitting, key=lambda rule: rule.read_only, default=None)
+    def rule_for(self, name: str, peer: Peer) -> Rule | None:
+        """The rule that gives `name` to `peer`, or None; of several, one that allows writing. Raises as load()."""
+        found = [rule for rule in self.load() if rule.is_for(name, peer)]
+        return min(found, key=lambda rule: rule.read_only, default=None)
 
 
 def parse_rules(content: dict[str, Any]) -> list[Rule]:
-    """Rules from the file's content. Raises ValueError that names the faulty rule."""
+    """The rules of a file whose TOML is `content`. Raises ValueError that says which rule is wrong, and why."""
     tables = content.get("allow", [])
     if set(content) - {"allow"} or not isinstance(tables, list):
         raise ValueError("only [[allow]] tables may stand here")
@@ -87,7 +90,7 @@ def parse_rules(content: dict[str, Any]) -> list[Rule]:
 
 
 def parse_rule(table: dict[str, Any]) -> Rule:
-    """One [[allow]] table. Raises ValueError."""
+    """The rule of one [[allow]] table. Raises ValueError that says what is wrong."""
     unknown = set(table) - {"exports", "peers", "read_only"}
     if unknown:
         raise ValueError(
@@ -104,8 +107,8 @@ def parse_rule(table: dict[str, Any]) -> Rule:
     return Rule(tuple(table["exports"]), peers, read_only)
 
 
-def peer() -> Peer:
-    """The address of the client that this thread serves. Raises RefusedError when it has none that rules can name."""
+def current_peer() -> Peer:
+    """The address of the client that this thread serves. Raises RefusedError if it has none that rules can name."""
     address = ctypes.create_string_buffer(128)  # sizeof(struct sockaddr_storage)
     length = ctypes.c_uint32(len(address))
     if SERVER.nbdkit_peer_name(address, ctypes.byref(length)):

@@ -1,10 +1,14 @@
 """nbdkit plugin (Python, API version 2): the daemon's disks for clients on other hosts.
 
-    nbdkit --tls=require --tls-certificates=DIR --tls-verify-peer python plugin.py rules=FILE [run=DIR] ...
+nbdkit --tls=require --tls-certificates=DIR --tls-verify-peer python plugin.py rules=FILE [run=DIR] ...
 
-nbdkit does TCP, TLS and filters. This plugin says who may use which disk (access.py), and passes requests on to the
+nbdkit does TCP, TLS and filters. This plugin decides who may use which disk (access.py), and passes requests on to the
 disk's own socket in RUN/disks (links.py). README.md beside it is the manual. It runs in the interpreter that nbdkit
 embeds, and needs nothing but the standard library and libnbd's Python binding.
+
+nbdkit calls the functions whose names nbdkit-python-plugin(3) lists. An exception that one of them raises is logged by
+nbdkit. The client is answered with EIO, or the number given to nbdkit.set_error() before; during the start, nbdkit
+ends.
 """
 
 import contextlib
@@ -21,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).absolute().parent))  # nbdkit adds no directory of its own
 
 import nbd
-from access import SERVER, Peer, RefusedError, Rules, peer
+from access import SERVER, Peer, RefusedError, Rules, current_peer
 from links import CONTEXT, NAME, Disk, Disks, Traits
 
 import nbdkit
@@ -31,24 +35,27 @@ if not hasattr(nbd, "NBD"):  # the folder nbd/ of a checkout
 
 API_VERSION = 2
 
-MOST_PAYLOAD = 32 << 20
-"""Bytes of one READ or WRITE that the daemon takes. nbdkit takes 64 MiB from its clients."""
+MAX_PAYLOAD = 32 << 20
+"""Longest READ or WRITE that the daemon takes, bytes. nbdkit takes 64 MiB from its clients."""
 
 
 # -- the start --------------------------------------------------------------------------------------------------------
 
 
 class Settings:
-    """The plugin's parameters, as `key=value` on nbdkit's command line, and what is made of them."""
+    """The plugin's parameters, `key=value` on nbdkit's command line, and what is made from them."""
 
     run = Path("/run/forebay")
-    reconnect = 30.0  # seconds
+    """The daemon's directory of sockets."""
+    reconnect = 30.0
+    """For how many seconds requests wait for a daemon that went away."""
     insecure = False
+    """Clients on the network are served even if they came without TLS."""
     rules: Rules
     disks: Disks
 
-    def take(self, key: str, value: str) -> None:
-        """One parameter. Raises ValueError."""
+    def set(self, key: str, value: str) -> None:
+        """Sets one parameter. Raises ValueError for an unknown one, or a wrong value."""
         if key == "run":
             self.run = Path(value).absolute()
         elif key == "rules":
@@ -64,8 +71,8 @@ class Settings:
         else:
             raise ValueError(f"{key}: unknown parameter; there are rules, run, reconnect, insecure")
 
-    def complete(self) -> None:
-        """All parameters are there. Raises ValueError, OSError."""
+    def finish(self) -> None:
+        """Called when all parameters are set. Raises ValueError, OSError: one is missing, or the rules are wrong."""
         if not hasattr(self, "rules"):
             raise ValueError("rules=FILE is missing: it says who may use which disk")
         self.rules.load()
@@ -76,9 +83,9 @@ SETTINGS = Settings()
 
 
 def check_server(arguments: list[str], families: set[int]) -> None:
-    """Raise ValueError unless nbdkit asks clients on the network who they are.
+    """Raises ValueError unless nbdkit takes clients from the network with TLS only, and asks who they are.
 
-    `arguments` are its command line's, `families` the address families that it listens on.
+    `arguments` are those of its command line, `families` the address families of the sockets that it listens on.
     """
     if families <= {socket.AF_UNIX}:
         return
@@ -106,19 +113,22 @@ def listening_families() -> set[int]:
 
 
 def config(key: str, value: str) -> None:
-    SETTINGS.take(key, value)
+    """Called for each parameter."""
+    SETTINGS.set(key, value)
 
 
 def config_complete() -> None:
-    SETTINGS.complete()
+    """Called after the last parameter."""
+    SETTINGS.finish()
 
 
 def thread_model() -> int:
-    """Requests that wait for an origin must not hold up others; README.md has the figures."""
+    """PARALLEL: requests that wait for an origin must not hold up others. README.md has the figures."""
     return int(nbdkit.THREAD_MODEL_PARALLEL)
 
 
 def after_fork() -> None:
+    """Called when nbdkit listens, before it accepts. Raises as check_server()."""
     if not SETTINGS.insecure:
         arguments = Path("/proc/self/cmdline").read_text(errors="replace").split("\0")
         check_server(arguments, listening_families())
@@ -129,32 +139,34 @@ def after_fork() -> None:
 
 @dataclass(frozen=True)
 class Client:
-    """One connection of a client: the handle that nbdkit passes to the functions below."""
+    """One connection of a client: the handle `h` that nbdkit passes to the functions below."""
 
     disk: Disk
     read_only: bool
+    """The client may not write, because of the disk, of its rule, or of how nbdkit was started."""
 
     @property
     def traits(self) -> Traits:
-        """What the disk can do."""
+        """Size of the disk, and what it can do."""
         return self.disk.traits
 
 
 def trusted_peer(is_tls: bool) -> Peer:
-    """Where the client is. Raises RefusedError when others could read along, or speak in its place."""
-    found = peer()
+    """The client's address. Raises RefusedError if it came from the network without TLS and that is not allowed."""
+    found = current_peer()
     if found is not None and not is_tls and not SETTINGS.insecure:
         raise RefusedError(f"{found} came without TLS: start nbdkit with --tls=require")
     return found
 
 
 def list_exports(readonly: int, is_tls: int) -> list[str]:  # noqa: ARG001
-    """The disks that this client may use."""
+    """The names of the disks that this client may use."""
     found = trusted_peer(bool(is_tls))
-    return [name for name in SETTINGS.disks.names() if SETTINGS.rules.access(name, found)]
+    return [name for name in SETTINGS.disks.names() if SETTINGS.rules.rule_for(name, found)]
 
 
 def open(readonly: int) -> Client:
+    """Begins the connection of a client to the disk that it named. Raises RefusedError if it may not have that."""
     name = nbdkit.export_name()
     found = trusted_peer(SERVER.nbdkit_is_tls() == 1)
     who = "a client on this host" if found is None else str(found)
@@ -162,11 +174,11 @@ def open(readonly: int) -> Client:
         raise RefusedError(f"{who} asked for the default export: there is none, name a disk")
     if not NAME.fullmatch(name):
         raise RefusedError(f"{who} asked for {name[:64]!r}: no disk has such a name")
-    rule = SETTINGS.rules.access(name, found)
+    rule = SETTINGS.rules.rule_for(name, found)
     if rule is None:
         raise RefusedError(f"{who} asked for {name}: no rule in {SETTINGS.rules.path} allows it")
     try:
-        disk = SETTINGS.disks.enter(name)
+        disk = SETTINGS.disks.acquire(name)
     except nbd.Error as error:
         raise RefusedError(f"{who} asked for {name}: {error.string}") from None
     nbdkit.debug(f"{who} opens {name}")
@@ -174,54 +186,67 @@ def open(readonly: int) -> Client:
 
 
 def close(h: Client) -> None:
-    SETTINGS.disks.leave(h.disk)
+    """Called when a client has gone."""
+    SETTINGS.disks.release(h.disk)
 
 
 def get_size(h: Client) -> int:
+    """The size of the disk in bytes."""
     return h.traits.size
 
 
 def block_size(h: Client) -> tuple[int, int, int]:
+    """Smallest, preferred and largest size of a request, bytes."""
     return h.traits.block_size
 
 
 def is_rotational(h: Client) -> bool:
+    """True if the disk's medium rotates."""
     return h.traits.rotational
 
 
 def can_multi_conn(h: Client) -> bool:
+    """True if a FLUSH on one connection covers writes on all others to the disk."""
     return h.traits.multi_conn
 
 
 def can_write(h: Client) -> bool:
+    """False makes nbdkit refuse all that writes."""
     return not h.read_only
 
 
 def can_flush(h: Client) -> bool:
+    """True if flush() may be called."""
     return h.traits.flush
 
 
 def can_fua(h: Client) -> int:
+    """NATIVE if the daemon knows the flag; else nbdkit calls flush() after the request."""
     return int(nbdkit.FUA_NATIVE if h.traits.fua else nbdkit.FUA_EMULATE)
 
 
 def can_trim(h: Client) -> bool:
+    """True if trim() may be called."""
     return h.traits.trim
 
 
 def can_zero(h: Client) -> bool:
+    """True if zero() may be called; else nbdkit writes zeros."""
     return h.traits.zero
 
 
 def can_fast_zero(h: Client) -> bool:
+    """True if zero() may be asked to fail with ENOTSUP rather than be slow."""
     return h.traits.fast_zero
 
 
 def can_cache(h: Client) -> int:
+    """NATIVE if cache() may be called."""
     return int(nbdkit.CACHE_NATIVE if h.traits.cache else nbdkit.CACHE_NONE)
 
 
 def can_extents(h: Client) -> bool:
+    """True if extents() may be called."""
     return h.traits.extents
 
 
@@ -229,7 +254,7 @@ def can_extents(h: Client) -> bool:
 
 
 def nbd_flags(flags: int) -> int:
-    """The protocol's flags for nbdkit's."""
+    """The command flags of libnbd for those of nbdkit, but for the two that say what zero() may do."""
     return (
         (nbd.CMD_FLAG_FUA if flags & nbdkit.FLAG_FUA else 0)
         | (nbd.CMD_FLAG_REQ_ONE if flags & nbdkit.FLAG_REQ_ONE else 0)
@@ -237,41 +262,50 @@ def nbd_flags(flags: int) -> int:
     )
 
 
-def pieces(buf: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """What the daemon takes at once of a READ or WRITE: places in `buf`, and the parts of it that begin there."""
-    for at in range(0, len(buf), MOST_PAYLOAD):
-        yield at, buf[at : at + MOST_PAYLOAD]
+def split(buf: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The parts of `buf` that the daemon takes in one READ or WRITE, each after its position in `buf`."""
+    for at in range(0, len(buf), MAX_PAYLOAD):
+        yield at, buf[at : at + MAX_PAYLOAD]
 
 
 def pread(h: Client, buf: memoryview, offset: int, flags: int) -> None:  # noqa: ARG001
-    for at, part in pieces(buf):
+    """Fills `buf` with what lies from `offset` on. This and the functions below raise OSError, as Disk.call()."""
+    for at, part in split(buf):
         part[:] = h.disk.call(methodcaller("pread", len(part), offset + at))
 
 
 def pwrite(h: Client, buf: memoryview, offset: int, flags: int) -> None:
-    for at, part in pieces(buf):
+    """Writes `buf` at `offset`."""
+    for at, part in split(buf):
         h.disk.call(methodcaller("pwrite", part, offset + at, nbd_flags(flags)))
 
 
 def flush(h: Client, flags: int) -> None:  # noqa: ARG001
+    """Makes all writes durable that were answered."""
     h.disk.call(methodcaller("flush"))
 
 
 def trim(h: Client, count: int, offset: int, flags: int) -> None:
+    """Tells the daemon that the content of a range of `count` bytes is no longer needed."""
     h.disk.call(methodcaller("trim", count, offset, nbd_flags(flags)))
 
 
 def zero(h: Client, count: int, offset: int, flags: int) -> None:
+    """Makes a range of `count` bytes read as zeros; it stays allocated unless `flags` has MAY_TRIM."""
     hole = 0 if flags & nbdkit.FLAG_MAY_TRIM else nbd.CMD_FLAG_NO_HOLE
     h.disk.call(methodcaller("zero", count, offset, nbd_flags(flags) | hole))
 
 
 def cache(h: Client, count: int, offset: int, flags: int) -> None:  # noqa: ARG001
+    """Tells the daemon that a range of `count` bytes is going to be read."""
     h.disk.call(methodcaller("cache", count, offset))
 
 
 def extents(h: Client, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
-    """Extents of the range, and never beyond it: nbdkit 1.32 aborts on one of 2**32 bytes (CVE-2025-47711)."""
+    """The extents (offset, length, kind) of a range of `count` bytes.
+
+    They never go beyond the range: nbdkit 1.32 aborts on one of 2**32 bytes (CVE-2025-47711).
+    """
     words: list[int] = h.disk.call(lambda link: ask_extents(link, count, offset, nbd_flags(flags)))
     found = []
     end = offset + count
@@ -285,7 +319,7 @@ def extents(h: Client, count: int, offset: int, flags: int) -> list[tuple[int, i
 
 
 def ask_extents(link: Any, count: int, offset: int, flags: int) -> list[int]:
-    """The daemon's answer to BLOCK_STATUS: length, flags, length, flags, ..."""
+    """What the daemon replies to BLOCK_STATUS on `link`: length, flags, length, flags and so on. Raises nbd.Error."""
     words: list[int] = []
 
     def take(context: str, _offset: int, entries: list[int], _error: int) -> None:

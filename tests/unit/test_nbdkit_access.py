@@ -64,7 +64,7 @@ def test_a_peer_has_what_a_rule_gives_it(
 ) -> None:
     file = tmp_path / "rules.toml"
     file.write_text(RULES)
-    rule = access.Rules(file).access(name, None if peer is None else ipaddress.ip_address(peer))
+    rule = access.Rules(file).rule_for(name, None if peer is None else ipaddress.ip_address(peer))
     found = None if rule is None else ("read" if rule.read_only else "write")
     assert found == access_to_it
 
@@ -90,7 +90,7 @@ def test_a_wrong_file_gives_nothing_and_says_why(
     file = tmp_path / "rules.toml"
     file.write_text(text)
     with pytest.raises(ValueError, match=says):
-        access.Rules(file).access("vm1", None)
+        access.Rules(file).rule_for("vm1", None)
 
 
 def test_a_changed_file_counts_and_a_broken_one_hides_the_old_rules(
@@ -99,19 +99,19 @@ def test_a_changed_file_counts_and_a_broken_one_hides_the_old_rules(
     file = tmp_path / "rules.toml"
     file.write_text(RULES)
     rules = access.Rules(file)
-    assert rules.access("vm1", None)
+    assert rules.rule_for("vm1", None)
     file.write_text("")
-    assert rules.access("vm1", None) is None
+    assert rules.rule_for("vm1", None) is None
     file.write_text(RULES)
-    assert rules.access("vm1", None)
+    assert rules.rule_for("vm1", None)
     for _ in range(2):
         file.write_text("broken")
         with pytest.raises(ValueError, match="rules.toml"):
-            rules.access("vm1", None)
+            rules.rule_for("vm1", None)
     new = tmp_path / "new"
     new.write_text(RULES.replace("unix", "::1"))
     os.replace(new, file)
-    assert rules.access("vm1", None) is None
+    assert rules.rule_for("vm1", None) is None
     file.unlink()
     with pytest.raises(OSError, match="rules.toml"):
-        rules.access("vm1", None)
+        rules.rule_for("vm1", None)

@@ -228,11 +228,11 @@ HandshakeReply = OptionReply | ExportBegins
 # --- transmission, client to server ----------------------------------------------------------------------
 @dataclass(slots=True)
 class Request:
-    """One request. `command` and `flags` are as received, so they may be unknown numbers. `payload` is the data of a
-    WRITE.
+    """One request. `payload` is the data of a WRITE.
 
-    A payload from RequestReader is memory of the receive buffer, valid until more bytes are received, unless `owned` is
-    true: then it is memory of its own, which the reader does not use again.
+    `command` and `flags` are as received, so they may be unknown numbers. A payload from RequestReader is memory of the
+    receive buffer, valid until more bytes are received, unless `owned` is true: then it is memory of its own, which the
+    reader does not use again.
     """
 
     command: int

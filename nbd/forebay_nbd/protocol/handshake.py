@@ -1,7 +1,7 @@
 """The handshake without I/O, one class per role: it decodes what the peer sent, and encodes what is to be sent.
 
-Only newstyle, and all of it only with peers that know the fixed one ("Fixed newstyle negotiation"). Both roles go
-through the same states. TRANSITIONS has every event that a state allows; any other is the peer's fault if it was
+Newstyle only; with a peer that does not know fixed newstyle, EXPORT_NAME is the only option. Both roles go through the
+same states. TRANSITIONS has every event that a state allows; any other is the peer's fault if it was
 received (ProtocolError), and a bug of ours if it was to be sent (LocalProtocolError).
 """
 

@@ -1,8 +1,8 @@
-"""The client's half of the transmission phase without I/O: decoding replies. requests.encode_request() is the other
-part.
+"""The client's half of the transmission phase without I/O: decoding replies.
 
-The reader is told of each request, because the request determines how long a simple reply is, and where data are to be
-put. The data of a READ are put into memory that the client gave with the request; long data are received there.
+requests.encode_request() encodes what they answer. The reader is told of each request, because the request determines
+how long a simple reply is, and where data are to be put. The data of a READ are put into memory that the client gave
+with the request; long data are received there.
 """
 
 import bisect

@@ -77,8 +77,7 @@ class RequestReader(ReceiveBuffer):
         return b"".join(encode_request(self._large))[: _HEADER + self._filled]
 
     def headers(self, most: int) -> Iterator[tuple[int, bytes, int, int]]:
-        """The received bytes as up to `most` headers in the form of REQUEST_FAST: (magic flags type, cookie, offset,
-        length).
+        """The received bytes as up to `most` headers: (magic flags type, cookie, offset, length), as in REQUEST_FAST.
 
         They are headers only up to and including the first that is a WRITE or has a wrong magic. They are not taken
         until skip() is called.

@@ -181,10 +181,10 @@ class Batch:
     def _perform_writes(
         self, writes: list[tuple[int, memoryview]], cookies: list[bytes]
     ) -> Outcome | None:
-        """Gives writes (offset, data) to the export, and takes them from the reader; for one that has to wait, starts a
-        task.
+        """Has the export carry out writes (offset, data), and takes them from the reader.
 
-        Returns NO_ROOM if there is no room for that task; the writes after it stay in the reader.
+        For each that has to wait a task is started. If there is no room for one, NO_ROOM is returned, and the writes
+        after it stay in the reader.
         """
         outcome = None
         begun = 0

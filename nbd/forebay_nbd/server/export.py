@@ -83,8 +83,7 @@ class Export(Protocol):
     async def extents(
         self, context: str, offset: int, length: int, one: bool
     ) -> list[tuple[int, int]]:
-        """The extents (length, flags) in a metadata context from `offset` on: at least one, and only one is used if
-        `one`.
+        """The extents (length, flags) in a metadata context from `offset` on: at least one; with `one`, one will do.
 
         They may cover more than the range, or less; the server cuts them to what the protocol allows.
         """

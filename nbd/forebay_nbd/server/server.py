@@ -50,8 +50,7 @@ class Server:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Accepts and serves connections until cancelled; then closes the listener, and stops connections as stop()
-        does.
+        """Accepts and serves connections until cancelled; then closes the listener, and calls stop().
 
         Returns when all of them have ended. Raises OSError if the listener fails.
         """
@@ -135,8 +134,7 @@ class Server:
             self.connections.discard(connection)
 
     def _drop_stalled(self) -> None:
-        """Called when the memory of all connections is used up: aborts the one that has stalled for longest, if any
-        has.
+        """Called when the memory of all connections is used up: aborts the one that has stalled for longest.
 
         A connection has stalled if its client has not moved for `stall_seconds`.
         """
