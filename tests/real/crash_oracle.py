@@ -31,10 +31,11 @@ from lmdb.verify import VerifyError, verify
 
 import forebay_cache.cache
 from forebay.config.model import Config
-from forebay.daemon.attached import Record
-from forebay.daemon.gateway import Gateway
+from forebay.daemon.arrivals import Arrivals
+from forebay.daemon.disks import Disks
+from forebay.daemon.record import Record, Records
 from forebay.disk.disk import Disk
-from forebay.image.image import layer_prefix
+from forebay.image.image import Images, layer_prefix
 from forebay.origin.calls import Calls, Status
 from forebay.sidecar import recover
 from forebay_cache import Cache, Damage, View, open_cache, scrub
@@ -339,10 +340,12 @@ class Oracle:
             if known is None:
                 await check_cache(cache)
                 return
-            gateway = Gateway(self._host.config, cache, nursery)
+            config, images = self._host.config, Images(cache, nursery)
+            records = Records(cache, config.gateway.state)
+            arrivals = Arrivals(config, cache, nursery, images, Disks(), records)
             record = Record.read(known)
-            source, settings = gateway._source(DISK, record, record.size)
-            disk = await Disk.open(gateway._images, source, settings)
+            source, settings = arrivals.source(DISK, record, record.size)
+            disk = await Disk.open(images, source, settings)
             stack.push_async_callback(_let_go, disk)
             if disk.image.origin is None or disk.image.conflict is not None:
                 raise Broken(f"{disk.image.unreachable or disk.image.conflict}")

@@ -121,9 +121,14 @@ class _Control(http.client.HTTPConnection):
 
 def ask(gateway: GatewayProcess, path: str) -> Any:
     """What the control API answers to GET `path`: what the command shows, without starting it."""
+    return json.loads(ask_text(gateway, path))
+
+
+def ask_text(gateway: GatewayProcess, path: str) -> str:
+    """The same as text, of what is no JSON."""
     with contextlib.closing(_Control(gateway.control)) as control:
         control.request("GET", path)
-        return json.loads(control.getresponse().read())
+        return control.getresponse().read().decode()
 
 
 def cache_info(gateway: GatewayProcess) -> dict[str, Any]:

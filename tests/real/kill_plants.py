@@ -139,10 +139,10 @@ POINTS = (
     Point("owner removal", f"{GATEWAY}.sidecar.files:Sidecar.remove"),
     # attach, detach, change of mode
     Point("attach: origin opened", f"{GATEWAY}.image.source:Source.prepare"),
-    Point("attach: disk opened", f"{GATEWAY}.daemon.gateway:Gateway._opened"),
+    Point("attach: disk opened", f"{GATEWAY}.daemon.arrivals:Arrivals._opened"),
     Point("attach: socket", f"{GATEWAY}.doors.listener:Listener.open"),
     Point("detach: drained", f"{GATEWAY}.disk.disk:Disk.drain"),
-    Point("detach: hung up", f"{GATEWAY}.daemon.gateway:Gateway._shut"),
+    Point("detach: hung up", f"{GATEWAY}.daemon.departures:Departures._shut"),
     Point("detach: closed", f"{GATEWAY}.disk.disk:Disk.close"),
     Point("detach: released", f"{GATEWAY}.image.source:Source.release"),
     Point("mode: finished", f"{GATEWAY}.checkpoint.schedule:WriteBack.finish"),
@@ -314,7 +314,7 @@ def _disks_not_committed() -> None:
 
         return later
 
-    replace("forebay.daemon.gateway:Gateway._commit", make)
+    replace("forebay.daemon.record:Records.commit", make)
 
 
 def _flush_of_the_origin_only_said() -> None:

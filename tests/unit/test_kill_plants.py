@@ -1,8 +1,9 @@
-"""The points at which real/kill_plants.py ends a daemon, and its bugs, name functions that the product has."""
+"""The points at which real/kill_plants.py ends a daemon, its bugs, and fault_plants.py name functions of ours."""
 
 import pytest
 
 from real import kill_plants
+from real.fault_plants import PLANTS
 from real.kill_plants import BUGS, POINTS, Point, find
 
 
@@ -19,3 +20,8 @@ def test_a_bug_is_planted_in_a_function(bug: str, monkeypatch: pytest.MonkeyPatc
     assert planted
     for target in planted:
         find(target)
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_an_exception_is_planted_in_a_function(name: str) -> None:
+    find(PLANTS[name].target)

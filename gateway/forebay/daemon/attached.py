@@ -1,67 +1,76 @@
-"""One attached disk: its source, what serves it, its socket, and the record that brings it back after a restart."""
+"""One attached disk: its source, what serves it, its socket, and where a fault of its tasks ends."""
 
-import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from enum import Enum
+from typing import Any
 
 import trio
 
-from forebay.config.model import Config, DiskSettings
+from forebay.daemon.parallel import Progress
+from forebay.daemon.record import Record
 from forebay.disk.disk import Disk
+from forebay.disk.state import DiskState
 from forebay.doors.listener import Listener
 from forebay.doors.restart import Sockets
+from forebay.errors import ForebayError
+from forebay.image.boundary import Boundary, breaks_the_cache, in_short
 from forebay.image.source import Source
-from forebay.units import Mode
+from forebay_cache import CacheError
+from forebay_cache.states import Machine, Table
 
-log = logging.getLogger("forebay.daemon")
+
+class Life(Enum):
+    """What an attached disk is doing. The moves are in LIFE; gateway/README.md has the same table."""
+
+    ATTACHING = "attaching"
+    """Its clients are not accepted yet."""
+    SERVING = "serving"
+    DETACHING = "detaching"
+    """What is dirty is written back, then its clients leave."""
+    STOPPED = "stopped"
+    """By a fault of Forebay itself in one of its tasks. Its clients were hung up on, and its data is kept."""
+    GONE = "gone"
+    """Its tasks have ended for good."""
 
 
-@dataclass(frozen=True)
-class Record:
-    """What the index keeps of a disk: what the operator asked for, not what the configuration adds to it.
-
-    `size` in bytes, as found at attach: a disk comes up without its origin. `mode`, `cache_size` and `preload` are None
-    where the store's settings hold.
-    """
-
-    image: str
-    key: str
-    size: int
-    read_only: bool = False
-    overlay: bool = False
-    mode: str | None = None
-    cache_size: int | None = None
-    preload: int | str | None = None
-
-    @classmethod
-    def read(cls, found: dict[str, Any]) -> Self:
-        """From the index. Keys of newer versions are left out."""
-        return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
-
-    def write(self) -> dict[str, Any]:
-        """For the index."""
-        return asdict(self)
-
-    def settings(self, config: Config, store: str | None) -> DiskSettings:
-        """With what the configuration says now. Raises ForebayError."""
-        overrides = {"mode": self.mode, "cache_size": self.cache_size, "preload": self.preload}
-        return config.disk_settings(store, overrides)
-
-    def with_mode(self, mode: Mode) -> Self:
-        """The same in another mode."""
-        return replace(self, mode=mode.value)
+LIFE: Table[Life] = {
+    Life.ATTACHING: {
+        Life.SERVING: "its socket accepts clients",
+        Life.STOPPED: "one of its tasks failed at once",
+        Life.GONE: "it cannot be attached",
+    },
+    Life.SERVING: {
+        Life.DETACHING: "the operator detaches it",
+        Life.STOPPED: "one of its tasks failed",
+        Life.GONE: "the daemon ends",
+    },
+    Life.DETACHING: {
+        Life.SERVING: "it cannot be detached now",
+        Life.STOPPED: "one of its tasks failed, or it was stopped before and cannot be detached now",
+        Life.GONE: "it is detached, or the daemon ends",
+    },
+    Life.STOPPED: {
+        Life.DETACHING: "the operator detaches it",
+        Life.GONE: "the detach that was under way is done, or the daemon ends",
+    },
+    Life.GONE: {},
+}
 
 
 class Attached:
-    """A disk that is served."""
+    """A disk that was attached, with everything that lives as long as it."""
 
     def __init__(self, record: Record, source: Source, disk: Disk, listener: Listener) -> None:
         self.record = record
         self.source = source
         self.disk = disk
         self.listener = listener
-        self.busy = trio.Lock()  # detach and mode changes, one at a time
+        self.busy = trio.Lock()
+        """Held by detach and by changes of mode: one of them at a time."""
+        self._life = Machine(LIFE, Life.ATTACHING, f"disk '{source.use.disk}'")
+        self.fault: Exception | None = None
+        """What a task of the disk ended with first; the disk is stopped since."""
+        self._boundary: Boundary | None = None
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
 
@@ -70,20 +79,25 @@ class Attached:
         """The disk's name."""
         return self.source.use.disk
 
+    # -- life
+
     async def start(self, nursery: trio.Nursery, earlier: Sockets | None = None) -> None:
         """Begin background work, then accept clients, and go on with those that the process before left.
 
-        Raises ForebayError.
+        Raises ForebayError. If a task fails at once, the disk is stopped when this returns.
         """
+        self._boundary = Boundary(nursery, f"disk '{self.name}'", self.stop)
         try:
-            await nursery.start(self._run)
-            await self.listener.open(nursery, earlier)
+            await self._boundary.start(self._run)
+            await self.listener.open(self._boundary, earlier)
         except BaseException:
             if earlier is not None:
                 earlier.hang_up()
             with trio.CancelScope(shield=True):
                 await self.rest()
+            self.leave()
             raise
+        self._go_on()
 
     async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
         try:
@@ -92,14 +106,92 @@ class Attached:
         finally:
             self._ended.set()
 
-    async def rest(self) -> None:
-        """End background work."""
+    def stop(self, fault: Exception) -> None:
+        """A task has ended with `fault`: end the others, hang up on the clients, and take the socket away.
+
+        The first fault is the reason that the operator is told. What is dirty stays in the cache.
+        """
+        self.fault = self.fault or fault
         self._scope.cancel()
-        await self._ended.wait()
+        self.listener.hang_up()
+        if self._life.may_become(Life.STOPPED):
+            self._life.become(Life.STOPPED)
+
+    def _go_on(self) -> None:
+        """It is served from now on, unless a task has failed meanwhile."""
+        if self.fault is None:
+            self._life.become(Life.SERVING)
+        else:
+            self.stop(self.fault)
+
+    def check_serves(self) -> None:
+        """Raises ForebayError, which says why and what to do, where the disk is stopped."""
+        if self.fault is not None:
+            raise ForebayError(f"'{self.name}' is stopped: {self.reason}")
+
+    def begin_detach(self) -> None:
+        """The operator wants it gone."""
+        self._life.become(Life.DETACHING)
+
+    def give_up_detach(self) -> None:
+        """It stays."""
+        if self._life.state is not Life.GONE:
+            self._go_on()
+
+    async def accept_again(self) -> None:
+        """Open the socket again, unless the disk is stopped, or the daemon ends. Raises ForebayError."""
+        assert self._boundary is not None, "it was started"
+        if self.fault is None and self._life.state is not Life.GONE:
+            await self.listener.open(self._boundary)
+
+    async def rest(self) -> None:
+        """End background work, and wait until it has ended."""
+        self._scope.cancel()
+        if self._boundary is not None:  # else it was not begun
+            await self._ended.wait()
+
+    async def end(self) -> None:
+        """Hang up on everybody, and end everything."""
+        await self.listener.shut(0)
+        await self.rest()
+        self.leave()
+
+    def leave(self) -> None:
+        """It is no disk of the gateway any more."""
+        self._life.become(Life.GONE)
+
+    async def drain(self, progress: Progress) -> None:
+        """Write back everything that is dirty. Raises OSError.
+
+        Raises ForebayError for a disk that is stopped and cannot be drained because of another fault.
+        """
+        try:
+            await self.disk.drain(progress)
+        except (OSError, ForebayError, CacheError):
+            raise
+        except Exception as fault:
+            if self.fault is None or breaks_the_cache(fault):
+                raise
+            raise ForebayError(
+                f"'{self.name}' is stopped, and what is dirty cannot be written back ({in_short(fault)}): restart "
+                "the daemon to try again, or detach it with --discard to give that data up"
+            ) from fault
+
+    # -- what is told
+
+    @property
+    def reason(self) -> str:
+        """Why the disk is stopped, and what to do: one line."""
+        assert self.fault is not None, "it is not stopped"
+        again = "restart the daemon to serve it again"
+        again += (
+            " (a detach drops it)" if self.disk.overlay else ", or detach it and attach it again"
+        )
+        return f"a fault of Forebay itself ({in_short(self.fault)}): its data is kept: {again}; the log says more"
 
     def pulse(self) -> tuple[object, ...]:
-        """Changes whenever something moves: a request is answered, the origin or the cache takes or gives something, or
-        the origin comes or goes.
+        """A value that changes whenever something moves: a request is answered, the origin or the cache takes or gives
+        something, or the origin comes or goes.
         """
         found = self.disk.status()
         counters = ("state", "reads", "writes", "cached_bytes", "private_bytes")
@@ -108,11 +200,14 @@ class Attached:
 
     def status(self) -> dict[str, Any]:
         """The keys of the contract, and more."""
-        return {
+        told = {
             **self.disk.status(),
             "clients": self.listener.clients,
             "socket": str(self.listener.path),
         }
+        if self.fault is not None:
+            told |= {"state": DiskState.STOPPED.value, "reason": self.reason}
+        return told
 
 
 class Absent:
@@ -121,14 +216,14 @@ class Absent:
     def __init__(
         self, name: str, record: Record, why: str, lag: Callable[[], tuple[int, float]]
     ) -> None:
-        """`lag` says what its image lacks: bytes, and seconds."""
+        """`why` it is not served, in one line. `lag` says what its image lacks: bytes, and seconds."""
         self.name = name
         self.record = record
         self.why = why
         self._lag = lag
 
     def status(self) -> dict[str, Any]:
-        """As of a disk that does nothing."""
+        """The same keys as those of a disk that does nothing."""
         dirty, age = (0, 0.0) if self.record.overlay else self._lag()
         counters = (
             "cached_bytes", "read_hits", "read_misses", "write_hits",
@@ -138,7 +233,7 @@ class Absent:
             "name": self.name,
             "image": self.record.image,
             "mode": self.record.mode or "",
-            "state": "failed",
+            "state": DiskState.FAILED.value,
             "read_only": self.record.read_only,
             "overlay": self.record.overlay,
             "size": self.record.size,

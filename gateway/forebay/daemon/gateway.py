@@ -1,63 +1,35 @@
-"""The daemon's wiring: which disks there are, how they come, change and go."""
+"""The gateway: all disks over one cache, as the control API asks for them."""
 
-import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import trio
 
-from forebay.checkpoint.dirty import left_dirty
-from forebay.config.model import Config, DiskSettings
+from forebay.config.model import Config
 from forebay.control.metrics import metrics_text
-from forebay.daemon.attached import Absent, Attached, Record
+from forebay.daemon.arrivals import Arrivals
+from forebay.daemon.attached import Attached
+from forebay.daemon.departures import Departures
+from forebay.daemon.disks import Disks
+from forebay.daemon.ending import stop
+from forebay.daemon.parallel import Progress, Shares, run_all
 from forebay.daemon.process import run_process
-from forebay.daemon.together import Progress, Shares, together
-from forebay.disk.disk import Disk
-from forebay.doors.listener import Listener, socket_path
-from forebay.doors.restart import EarlierSockets, Sockets, leave_sockets
+from forebay.daemon.record import Record, Records
+from forebay.doors.restart import EarlierSockets
 from forebay.errors import ForebayError
 from forebay.image.image import Images
-from forebay.image.source import Source
-from forebay.image.use import Use
-from forebay.origin.addresses import resolve
-from forebay.origin.threads import StoreThreads, bounded
+from forebay.storage.state import index_path
 from forebay.storage.upkeep import Upkeep
-from forebay.units import Mode, did_you_mean, format_size, parse_name
+from forebay.units import Mode, format_size
 from forebay_cache import Cache, CacheError, extend
 
 log = logging.getLogger("forebay.daemon")
 
 Status = dict[str, Any]
-
-CLIENTS_SECONDS = 20.0
-"""How long requests in flight have at detach and at stop. Then their clients are cut off; they repeat what was not
-answered. Below systemd's usual 90 s for the whole stop."""
-
-RESTART_SECONDS = 0.25
-"""How long a restart waits for requests in flight, and for stores: guests wait meanwhile, and what has no answer then
-is done by the next process."""
-
-RELEASE_SECONDS = 10.0
-"""How long a store may take to give an image back. The marker that stays behind then is ours to take again."""
-
-
-@dataclass(eq=False)
-class _Coming:
-    """An attach on its way."""
-
-    source: Source
-    ended: trio.Event = field(default_factory=trio.Event)
-
-
-def _exclude(one: Source, other: Source) -> bool:
-    """Whether only one of the two can be served: both are of one image, and one of them writes it."""
-    return (one.use.writes or other.use.writes) and one.same_image(other)
+"""What is told about one disk: the keys of `forebay status --json`."""
 
 
 class Gateway:
@@ -67,15 +39,15 @@ class Gateway:
         """`nursery` is the one long-lived nursery of the process; `cache` is running in it."""
         self.config = config
         self._cache = cache
-        self._nursery = nursery
-        self._images = Images(cache, nursery)
-        self._disks: dict[str, Attached | Absent] = {}
-        self._coming: dict[str, _Coming] = {}
-        self._threads: dict[str, StoreThreads] = {}
+        images = Images(cache, nursery)
+        self._disks = Disks()
+        self._records = Records(cache, index_path(config))
+        self._arrivals = Arrivals(config, cache, nursery, images, self._disks, self._records)
+        self._departures = Departures(images, self._disks, self._records)
         self._extending = trio.Lock()
         self._upkeep = Upkeep(cache, lambda: [one.disk.image for one in self.attached()])
 
-    # ------------------------------------------------------------------------------------------------------ attaching
+    # -- disks come and go
 
     async def attach(
         self,
@@ -89,244 +61,46 @@ class Gateway:
         overlay: bool = False,
     ) -> Status:
         """Serve an image as a disk; None stands for what the store says. The disk's status."""
-        self._check_new(name, read_only, overlay)
-        path = socket_path(self.config.gateway.run, name)
         chosen = mode.value if mode else None
-        record = Record(image, "", 0, read_only, overlay, chosen, cache_size, preload)
-        source, settings = self._source(name, record, None)
-        async with self._arriving(name, source):
-            await _prepared(source)
-            source.check_safe(settings.mode)
-            self._check_alone(source)
-            record = Record(
-                image, source.key, source.size, read_only, overlay, chosen, cache_size, preload
-            )
-            attached = await self._opened(record, source, settings, path)
-            self._disks[name] = attached
-            try:
-                await source.close_prepared()
-                self._cache.records.put("disk", name, record.write())
-                await self._commit()
-                await attached.start(self._nursery)
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await self._undo(attached)
-                raise
-        log.info("%s: %s attached, %s", name, source.key, settings.mode)
+        wanted = Record(image, "", 0, read_only, overlay, chosen, cache_size, preload)
+        attached = await self._arrivals.attach(name, wanted)
         return attached.status()
-
-    def _check_new(self, name: str, read_only: bool, overlay: bool) -> None:
-        try:
-            parse_name(name)
-        except ValueError as fault:
-            raise ForebayError(str(fault)) from None
-        self._check_name_free(name)
-        if read_only and overlay:
-            raise ForebayError("a disk is either read-only or an overlay: leave one of the two out")
-
-    def _check_name_free(self, name: str) -> None:
-        if name in self._disks or name in self._coming:
-            raise ForebayError(
-                f"there is a disk '{name}' already: detach it, or choose another name"
-            )
-
-    @contextlib.asynccontextmanager
-    async def _arriving(self, name: str, source: Source) -> AsyncIterator[None]:
-        """Hold name and image against another attach meanwhile; let the image go if this one fails.
-
-        Another one that is on its way to the same image has to come to its end first: it may fail.
-        """
-        while others := [one for one in self._coming.values() if _exclude(one.source, source)]:
-            await others[0].ended.wait()
-        self._check_name_free(name)
-        self._check_alone(source)
-        coming = self._coming[name] = _Coming(source)
-        try:
-            yield
-        except BaseException:
-            with trio.CancelScope(shield=True), contextlib.suppress(OSError):
-                await source.abandon()
-            raise
-        finally:
-            del self._coming[name]
-            coming.ended.set()
-
-    def _check_alone(self, source: Source) -> None:
-        """Within this gateway an image has one writing disk, or any number of others."""
-        attached = [one.source for one in self._disks.values() if isinstance(one, Attached)]
-        for other in (*attached, *(one.source for one in self._coming.values())):
-            if other is source or not _exclude(other, source):
-                continue
-            if other.use.writes:
-                raise ForebayError(
-                    f"{source.key} is written by disk '{other.use.disk}': detach that first"
-                )
-            raise ForebayError(
-                f"{source.key} is in use by disk '{other.use.disk}', which needs it unchanged: "
-                "detach that first, or attach with --overlay or --read-only"
-            )
-
-    def _source(self, name: str, record: Record, size: int | None) -> tuple[Source, DiskSettings]:
-        image = resolve(self.config, record.image)
-        settings = record.settings(self.config, image.store)
-        place = image.store or image.key
-        threads = self._threads.setdefault(place, StoreThreads(place))
-        use = Use(
-            name,
-            self._cache.uuid,
-            record.read_only,
-            record.overlay,
-            need_locks=settings.require_locks,
-            refresh=settings.on_change == "refresh",
-        )
-        source = Source(
-            image,
-            record.image,
-            use,
-            threads=threads,
-            timeout=settings.origin_timeout,
-            nursery=self._nursery,
-            size=size,
-            left_by=self._left_by,
-        )
-        return source, settings
-
-    def _left_by(self, disk: str) -> int:
-        served = isinstance(self._disks.get(disk), Attached) or disk in self._coming
-        return 0 if served else left_dirty(self._cache, disk)[0]
-
-    async def _opened(
-        self, record: Record, source: Source, settings: DiskSettings, path: Path
-    ) -> Attached:
-        disk = await Disk.open(self._images, source, settings)
-        return Attached(record, source, disk, Listener(disk, path, self.config.gateway))
-
-    async def _undo(self, attached: Attached) -> None:
-        del self._disks[attached.name]
-        self._cache.records.put("disk", attached.name, None)
-        with contextlib.suppress(OSError, CacheError, ForebayError):
-            await attached.disk.close(discard=True)
-            await self._commit()
 
     async def resume(self, earlier: EarlierSockets) -> None:
         """Bring back the disks on record, each whether or not its origin can be reached, and their clients."""
-        known = self._cache.records.all("disk")
-        await together(
-            partial(self._resume, name, Record.read(known[name]), earlier) for name in sorted(known)
-        )
-        earlier.drop_rest("it is not served")
-
-    async def _resume(self, name: str, record: Record, earlier: EarlierSockets) -> None:
-        try:
-            await self._bring_back(name, record, earlier)
-        except (ForebayError, OSError, CacheError) as fault:
-            log.error("disk '%s' is not served: %s", name, fault)
-            self._disks[name] = Absent(
-                name, record, str(fault), partial(left_dirty, self._cache, name)
-            )
-
-    async def _bring_back(self, name: str, record: Record, earlier: EarlierSockets) -> None:
-        path = socket_path(self.config.gateway.run, name)
-        source, settings = self._source(name, record, record.size)
-        if source.key != record.key:
-            raise ForebayError(
-                f"{record.image} now means {source.key} and meant {record.key}: "
-                "give the store its old name and path, or detach the disk"
-            )
-        attached = await self._opened(record, source, settings, path)
-        await attached.start(self._nursery, earlier.take(name))
-        self._disks[name] = attached
-
-    # ------------------------------------------------------------------------------------------------------ detaching
+        await self._arrivals.resume(earlier)
 
     async def detach(
         self, name: str, *, discard: bool = False, force: bool = False, progress: Progress
     ) -> None:
         """Write back what is dirty (or drop it, `discard`), stop serving, forget the disk."""
-        disk = self._disks.get(name)
-        if isinstance(disk, Absent):
-            await self._forget_absent(disk, discard)
-            return
-        attached = self._attached(name)
-        async with attached.busy:
-            self._attached(name)
-            _check_unused(attached, force)
-            if not discard:
-                await attached.disk.drain(progress)
-                _check_unused(attached, force)
-            await self._shut(attached, discard)
-            with trio.CancelScope(shield=True):
-                await self._forget(attached, discard)
-        log.info("%s: detached", name)
+        await self._departures.detach(name, discard=discard, force=force, progress=progress)
 
-    async def _shut(self, attached: Attached, discard: bool) -> None:
-        """Hang up, and write back what came until then. If that fails, accept clients again."""
-        try:
-            with trio.CancelScope(shield=True):
-                await attached.listener.shut(CLIENTS_SECONDS)
-            if not discard and attached.disk.status()["dirty_bytes"]:
-                await attached.disk.drain(lambda _done, _total: None)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await attached.listener.open(self._nursery)
-            raise
+    async def stop(self, *, restart: bool = False) -> bool:
+        """End all work at the end of the process. True if the sockets were left for the next one; see `ending.stop`."""
+        return await stop(self.attached(), self._records, restart=restart)
 
-    async def _forget(self, attached: Attached, discard: bool) -> None:
-        await attached.rest()
-        await attached.disk.close(discard=discard)
-        del self._disks[attached.name]
-        self._cache.records.put("disk", attached.name, None)
-        await self._commit()
-        try:
-            with bounded(RELEASE_SECONDS, "giving the image back"):
-                await attached.source.release()
-        except (OSError, ForebayError) as fault:
-            log.warning("%s: its owner marker stays: %s", attached.name, fault)
-
-    async def _forget_absent(self, disk: Absent, discard: bool) -> None:
-        if not discard:
-            raise ForebayError(
-                f"'{disk.name}' is not served ({disk.why}): put that right and restart, "
-                "or detach it with --discard and lose what only the cache has"
-            )
-        del self._disks[disk.name]
-        self._images.drop_disk(disk.name, disk.record.key)
-        self._cache.records.put("disk", disk.name, None)
-        await self._commit()
-
-    # ------------------------------------------------------------------------------------------- asking and changing
-
-    def _attached(self, name: str) -> Attached:
-        found = self._disks.get(name)
-        if isinstance(found, Attached):
-            return found
-        if found is not None:
-            raise ForebayError(f"'{name}' is not served: {found.why}")
-        raise ForebayError(f"no disk '{name}'{did_you_mean(name, self._disks)}: see forebay status")
+    # -- asking about them, and changing them
 
     def attached(self) -> list[Attached]:
-        """The disks that are served."""
-        return [one for one in self._disks.values() if isinstance(one, Attached)]
+        """The disks that are attached."""
+        return self._disks.all_attached()
 
     def status(self, name: str | None = None) -> list[Status]:
         """All disks by name, or the one."""
-        if name is None:
-            return [self._disks[one].status() for one in sorted(self._disks)]
-        if name not in self._disks:
-            self._attached(name)
-        return [self._disks[name].status()]
+        return [one.status() for one in (self._disks if name is None else [self._disks.find(name)])]
 
     async def flush(
         self, names: list[str] | None, *, timeout: float | None = None, progress: Progress
     ) -> None:
         """Return when each of these disks (None: all) has written back what was dirty. `timeout` in seconds."""
         if names is None:
-            disks = [one for one in self._disks.values() if isinstance(one, Attached)]
+            disks = self.attached()
         else:
-            disks = [self._attached(name) for name in names]
+            disks = [self._disks.attached(name) for name in names]
         shares = Shares(len(disks), progress)
         with trio.move_on_after(timeout if timeout is not None else float("inf")) as scope:
-            await together(partial(one.disk.drain, shares.of(i)) for i, one in enumerate(disks))
+            await run_all(partial(one.drain, shares.of(i)) for i, one in enumerate(disks))
         if scope.cancelled_caught:
             left = sum(one.disk.status()["dirty_bytes"] for one in disks)
             raise ForebayError(
@@ -335,18 +109,23 @@ class Gateway:
 
     async def set_mode(self, name: str, mode: Mode, progress: Progress) -> Status:
         """Change how a disk reads and writes, also while clients are connected. The disk's status."""
-        attached = self._attached(name)
+        attached = self._disks.attached(name)
         async with attached.busy:
-            self._attached(name)
+            self._disks.attached(name)
+            attached.check_serves()
             await attached.disk.set_mode(mode, progress)
             attached.record = attached.record.with_mode(mode)
-            self._cache.records.put("disk", name, attached.record.write())
-            await self._commit()
+            self._records.put(name, attached.record)
+            await self._records.commit()
         return attached.status()
 
     async def preload(self, name: str, amount: int | str, progress: Progress) -> None:
         """Bring in bytes from the start, `trace`, or `all`."""
-        await self._attached(name).disk.preload(amount, progress)
+        attached = self._disks.attached(name)
+        attached.check_serves()
+        await attached.disk.preload(amount, progress)
+
+    # -- the cache
 
     def cache_info(self) -> dict[str, Any]:
         """The cache device and what it holds."""
@@ -368,7 +147,7 @@ class Gateway:
         if busy:
             raise ForebayError(f"in use: {', '.join(busy)}: stop the VMs and detach these disks")
         await self.flush(None, progress=progress)
-        names = sorted({*self._disks, *self._coming})
+        names = sorted(self._disks.names())
         if names:
             raise ForebayError(
                 f"attached: {', '.join(names)}: detach them with 'forebay detach NAME' first"
@@ -386,86 +165,6 @@ class Gateway:
     def metrics(self) -> str:
         """Prometheus text."""
         return metrics_text(self.status(), self.cache_info())
-
-    async def _commit(self) -> None:
-        try:
-            await self._cache.commit.records()
-        except (OSError, CacheError, lmdb.Error) as fault:
-            raise ForebayError(
-                f"{self.config.gateway.state / 'index'} cannot be written ({fault}): make room there"
-            ) from fault
-
-    # ------------------------------------------------------------------------------------------------------- the end
-
-    async def stop(self, *, restart: bool = False) -> bool:
-        """Answer what is in flight, hang up, end all work. Bounded; what is dirty stays in the cache, durably.
-
-        `restart`: do not hang up, but leave the sockets with the service manager; clients wait, so it takes no longer
-        than it must. Whether the manager took them.
-        """
-        disks = self.attached()
-        patience = RESTART_SECONDS if restart else RELEASE_SECONDS
-        if restart:
-            await self._commit()  # most of it while clients are served
-            restart = await self._leave_sockets(disks)
-        else:
-            await together(partial(one.listener.shut, CLIENTS_SECONDS) for one in disks)
-        for one in disks:
-            await one.rest()
-        with trio.move_on_after(patience):
-            await together(partial(self._last_look, one) for one in disks)
-        await self._commit()
-        with trio.move_on_after(patience):
-            await together(partial(self._let_go, one) for one in disks)
-        return restart
-
-    async def _leave_sockets(self, disks: list[Attached]) -> bool:
-        """What was acknowledged is in the journal: whatever happens from here on, the next process finds it."""
-        began = trio.current_time()
-        suspended: dict[str, Sockets] = {}
-
-        async def suspend(one: Attached) -> None:
-            suspended[one.name] = await one.listener.suspend(RESTART_SECONDS)
-
-        await together(partial(suspend, one) for one in disks)
-        count = sum(len(sockets.clients) for sockets in suspended.values())
-        if not leave_sockets(suspended):
-            return False
-        took = 1000 * (trio.current_time() - began)
-        log.info("handed over: %d disks, %d clients, in %.0f ms", len(disks), count, took)
-        return True
-
-    async def _last_look(self, one: Attached) -> None:
-        """Take down what the image looks like after our own writes, so that the next start notices those of others."""
-        try:
-            await one.disk.image.look()
-        except OSError as fault:
-            log.info("%s: its image could not be looked at: %s", one.name, fault)
-
-    async def _let_go(self, one: Attached) -> None:
-        with contextlib.suppress(OSError, ForebayError):  # the lock ends with the process
-            await one.source.leave()
-
-
-async def _prepared(source: Source) -> None:
-    try:
-        await source.prepare()
-    except OSError as fault:
-        raise ForebayError(
-            f"{source.label}: {fault.strerror or fault}: see that its storage answers, then try again"
-        ) from fault
-
-
-def _check_unused(attached: Attached, force: bool) -> None:
-    clients = attached.listener.clients
-    if clients and not force:
-        plural = "client is" if clients == 1 else "clients are"
-        raise ForebayError(
-            f"{clients} {plural} connected to '{attached.name}': shut the VM down, or use --force"
-        )
-
-
-# ---------------------------------------------------------------------------------------- the process
 
 
 def serve(config: Config, state: Path | None = None, run: Path | None = None) -> int:

@@ -13,6 +13,7 @@ from forebay.config.model import GatewaySection
 from forebay.doors.peers import Admission
 from forebay.doors.restart import Client, Sockets
 from forebay.errors import ForebayError
+from forebay.image.boundary import Boundary
 from forebay_nbd import Connection, Export, Phase, Server
 
 log = logging.getLogger("forebay.daemon")
@@ -126,10 +127,10 @@ class Listener:
 
     # -- opening
 
-    async def open(self, nursery: trio.Nursery, earlier: Sockets | None = None) -> None:
+    async def open(self, nursery: trio.Nursery | Boundary, earlier: Sockets | None = None) -> None:
         """Accept clients, and go on with those that the process before left. Raises ForebayError.
 
-        The tasks live in `nursery`. Sockets of `earlier` that are not used are closed.
+        The task that does so is started in `nursery`. Sockets of `earlier` that are not used are closed.
         """
         sockets = earlier or Sockets()
         try:
@@ -208,6 +209,12 @@ class Listener:
             return
         self._abort()
         await self._shut.wait()
+
+    def hang_up(self) -> None:
+        """Accept nobody any more, and give up on requests in flight and on who is connected. Waits for nothing."""
+        if self._scope is not None:
+            self._scope.cancel()
+        self._abort()
 
     def _abort(self) -> None:
         for connection in list(self._server.connections):

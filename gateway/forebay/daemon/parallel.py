@@ -4,9 +4,6 @@ from collections.abc import Awaitable, Callable, Iterable
 
 import trio
 
-from forebay.errors import ForebayError
-from forebay_cache import CacheError
-
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
@@ -15,6 +12,7 @@ class Shares:
     """One progress made of several."""
 
     def __init__(self, count: int, progress: Progress) -> None:
+        """`count` parts; `progress` is called with the sums over all of them."""
         self._done = [0] * count
         self._total = [0] * count
         self._progress = progress
@@ -29,14 +27,14 @@ class Shares:
         return advance
 
 
-async def together(work: Iterable[Callable[[], Awaitable[object]]]) -> None:
-    """Do all of it at once. The first fault is raised when all have ended."""
+async def run_all(work: Iterable[Callable[[], Awaitable[object]]]) -> None:
+    """Do all of it at once. Whatever a piece raises, the others go on; the first fault is raised at the end."""
     faults: list[Exception] = []
 
     async def one(do: Callable[[], Awaitable[object]]) -> None:
         try:
             await do()
-        except (ForebayError, OSError, CacheError) as fault:
+        except Exception as fault:  # noqa: BLE001  (raised below)
             faults.append(fault)
 
     async with trio.open_nursery() as nursery:

@@ -1,0 +1,205 @@
+"""How disks come: an image is attached, or a disk on record is brought back after a restart."""
+
+import contextlib
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from forebay.checkpoint.dirty import left_dirty
+from forebay.config.model import Config, DiskSettings
+from forebay.daemon.attached import Absent, Attached
+from forebay.daemon.disks import Disks
+from forebay.daemon.parallel import run_all
+from forebay.daemon.record import Record, Records
+from forebay.disk.disk import Disk
+from forebay.doors.listener import Listener, socket_path
+from forebay.doors.restart import EarlierSockets
+from forebay.errors import ForebayError
+from forebay.image.boundary import breaks_the_cache, in_short
+from forebay.image.image import Images
+from forebay.image.source import Source
+from forebay.image.use import Use
+from forebay.origin.addresses import resolve
+from forebay.origin.threads import StoreThreads
+from forebay.units import parse_name
+from forebay_cache import Cache, CacheError
+
+log = logging.getLogger("forebay.daemon")
+
+
+class Arrivals:
+    """Makes disks, and adds them to `disks`."""
+
+    def __init__(
+        self,
+        config: Config,
+        cache: Cache,
+        nursery: trio.Nursery,
+        images: Images,
+        disks: Disks,
+        records: Records,
+    ) -> None:
+        """`nursery` is the one long-lived nursery of the process: the tasks of disks and of connections live in it."""
+        self._config = config
+        self._cache = cache
+        self._nursery = nursery
+        self._images = images
+        self._disks = disks
+        self._records = records
+        self._threads: dict[str, StoreThreads] = {}
+        """By store, or by image where that lies in none."""
+
+    # -- a new disk
+
+    async def attach(self, name: str, wanted: Record) -> Attached:
+        """Serve an image as a disk; of `wanted`, key and size are found out here. Raises ForebayError and OSError."""
+        self._check_new(name, wanted)
+        path = socket_path(self._config.gateway.run, name)
+        source, settings = self.source(name, wanted, None)
+        async with self._disks.arriving(name, source), _abandoned_on_fault(source):
+            await _prepared(source)
+            source.check_safe(settings.mode)
+            self._disks.check_alone(source)
+            record = wanted.of_image(source.key, source.size)
+            attached = await self._opened(record, source, settings, path)
+            await self._put_to_use(attached)
+        log.info("%s: %s attached, %s", name, source.key, settings.mode)
+        return attached
+
+    def _check_new(self, name: str, wanted: Record) -> None:
+        try:
+            parse_name(name)
+        except ValueError as fault:
+            raise ForebayError(str(fault)) from None
+        self._disks.check_name_free(name)
+        if wanted.read_only and wanted.overlay:
+            raise ForebayError("a disk is either read-only or an overlay: leave one of the two out")
+
+    async def _put_to_use(self, attached: Attached) -> None:
+        """Put the disk on record, durably, then serve it. If that fails, nothing of it is left."""
+        self._disks.add(attached)
+        try:
+            await attached.source.close_prepared()
+            self._records.put(attached.name, attached.record)
+            await self._records.commit()
+            await attached.start(self._nursery)
+            if attached.fault is not None:
+                await attached.end()
+                raise ForebayError(
+                    f"'{attached.name}' cannot be attached: a fault of Forebay itself "
+                    f"({in_short(attached.fault)}): the log says more"
+                )
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._undo(attached)
+            raise
+
+    async def _undo(self, attached: Attached) -> None:
+        self._disks.remove(attached)
+        self._records.put(attached.name, None)
+        with contextlib.suppress(OSError, CacheError, ForebayError):
+            await attached.disk.close(discard=True)
+            await self._records.commit()
+
+    # -- a disk on record
+
+    async def resume(self, earlier: EarlierSockets) -> None:
+        """Bring back the disks on record, each whether or not its origin can be reached, and their clients."""
+        known = self._records.all()
+        await run_all(
+            partial(self._resume, name, record, earlier) for name, record in known.items()
+        )
+        earlier.drop_rest("it is not served")
+
+    async def _resume(self, name: str, record: Record, earlier: EarlierSockets) -> None:
+        """A disk that cannot be brought back is shown as such; the others are not kept from coming."""
+        try:
+            await self._bring_back(name, record, earlier)
+        except (ForebayError, OSError, CacheError) as fault:
+            log.error("disk '%s' is not served: %s", name, fault)
+            self._disks.add(self._absent(name, record, str(fault)))
+        except Exception as fault:
+            if breaks_the_cache(fault):
+                raise
+            log.exception("disk '%s' is not served", name)
+            why = f"a fault of Forebay itself ({in_short(fault)}): its data is kept, and the log says more"
+            self._disks.add(self._absent(name, record, why))
+
+    def _absent(self, name: str, record: Record, why: str) -> Absent:
+        return Absent(name, record, why, partial(left_dirty, self._cache, name))
+
+    async def _bring_back(self, name: str, record: Record, earlier: EarlierSockets) -> None:
+        path = socket_path(self._config.gateway.run, name)
+        source, settings = self.source(name, record, record.size)
+        if source.key != record.key:
+            raise ForebayError(
+                f"{record.image} now means {source.key} and meant {record.key}: "
+                "give the store its old name and path, or detach the disk"
+            )
+        attached = await self._opened(record, source, settings, path)
+        await attached.start(self._nursery, earlier.take(name))
+        self._disks.add(attached)
+
+    # -- both
+
+    def source(self, name: str, record: Record, size: int | None) -> tuple[Source, DiskSettings]:
+        """The source of the disk, and its settings. `size` in bytes, as recorded; None: not known yet.
+
+        Raises ForebayError for an image that may not be attached.
+        """
+        image = resolve(self._config, record.image)
+        settings = record.settings(self._config, image.store)
+        place = image.store or image.key
+        use = Use(
+            name,
+            self._cache.uuid,
+            record.read_only,
+            record.overlay,
+            need_locks=settings.require_locks,
+            refresh=settings.on_change == "refresh",
+        )
+        source = Source(
+            image,
+            record.image,
+            use,
+            threads=self._threads.setdefault(place, StoreThreads(place)),
+            timeout=settings.origin_timeout,
+            nursery=self._nursery,
+            size=size,
+            left_by=self._left_by,
+        )
+        return source, settings
+
+    def _left_by(self, disk: str) -> int:
+        """Bytes that the cache has of a disk of that name which is not attached."""
+        return 0 if self._disks.is_attached(disk) else left_dirty(self._cache, disk)[0]
+
+    async def _opened(
+        self, record: Record, source: Source, settings: DiskSettings, path: Path
+    ) -> Attached:
+        disk = await Disk.open(self._images, source, settings)
+        return Attached(record, source, disk, Listener(disk, path, self._config.gateway))
+
+
+@contextlib.asynccontextmanager
+async def _abandoned_on_fault(source: Source) -> Any:
+    """Let the image go if the body fails."""
+    try:
+        yield
+    except BaseException:
+        with trio.CancelScope(shield=True), contextlib.suppress(OSError):
+            await source.abandon()
+        raise
+
+
+async def _prepared(source: Source) -> None:
+    """Open the image and claim it. Raises ForebayError."""
+    try:
+        await source.prepare()
+    except OSError as fault:
+        raise ForebayError(
+            f"{source.label}: {fault.strerror or fault}: see that its storage answers, then try again"
+        ) from fault

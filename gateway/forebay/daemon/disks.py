@@ -1,0 +1,116 @@
+"""Which disks there are: those that are served, those on record that are not, and those on their way."""
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+
+import trio
+
+from forebay.daemon.attached import Absent, Attached
+from forebay.errors import ForebayError
+from forebay.image.source import Source
+from forebay.units import did_you_mean
+
+
+@dataclass(eq=False)
+class _Coming:
+    """An attach on its way."""
+
+    source: Source
+    ended: trio.Event = field(default_factory=trio.Event)
+
+
+def _exclude(one: Source, other: Source) -> bool:
+    """True if only one of the two can be served: both are of one image, and one of them writes it."""
+    return (one.use.writes or other.use.writes) and one.same_image(other)
+
+
+class Disks:
+    """All disks by name. A name, and an image that is written, belong to one disk at a time."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Attached | Absent] = {}
+        self._coming: dict[str, _Coming] = {}
+
+    # -- asking
+
+    def __iter__(self) -> Iterator[Attached | Absent]:
+        """Those that are served, or at least on record, in the order of their names."""
+        return iter([self._known[name] for name in sorted(self._known)])
+
+    def names(self) -> set[str]:
+        """Of all, those on their way included."""
+        return {*self._known, *self._coming}
+
+    def find(self, name: str) -> Attached | Absent:
+        """The disk of that name. Raises ForebayError where there is none."""
+        found = self._known.get(name)
+        if found is None:
+            hint = did_you_mean(name, self._known)
+            raise ForebayError(f"no disk '{name}'{hint}: see forebay status")
+        return found
+
+    def attached(self, name: str) -> Attached:
+        """The disk of that name, which is attached. Raises ForebayError where it is not."""
+        found = self.find(name)
+        if isinstance(found, Absent):
+            raise ForebayError(f"'{name}' is not served: {found.why}")
+        return found
+
+    def all_attached(self) -> list[Attached]:
+        """Those that are attached, in the order in which they came."""
+        return [one for one in self._known.values() if isinstance(one, Attached)]
+
+    def is_attached(self, name: str) -> bool:
+        """True if there is such a disk, or one is on its way."""
+        return isinstance(self._known.get(name), Attached) or name in self._coming
+
+    # -- coming and going
+
+    def add(self, disk: Attached | Absent) -> None:
+        """It is a disk of the gateway from now on."""
+        self._known[disk.name] = disk
+
+    def remove(self, disk: Attached | Absent) -> None:
+        """It is none any more."""
+        del self._known[disk.name]
+
+    def check_name_free(self, name: str) -> None:
+        """Raises ForebayError where a disk has that name, or is about to have it."""
+        if name in self._known or name in self._coming:
+            raise ForebayError(
+                f"there is a disk '{name}' already: detach it, or choose another name"
+            )
+
+    @contextlib.asynccontextmanager
+    async def arriving(self, name: str, source: Source) -> AsyncIterator[None]:
+        """Hold name and image against another attach meanwhile. Raises ForebayError where either is taken.
+
+        Another one that is on its way to the same image has to come to its end first: it may fail.
+        """
+        while others := [one for one in self._coming.values() if _exclude(one.source, source)]:
+            await others[0].ended.wait()
+        self.check_name_free(name)
+        self.check_alone(source)
+        coming = self._coming[name] = _Coming(source)
+        try:
+            yield
+        finally:
+            del self._coming[name]
+            coming.ended.set()
+
+    def check_alone(self, source: Source) -> None:
+        """Within this gateway an image has one writing disk, or any number of others. Raises ForebayError."""
+        others = [one.source for one in self.all_attached()]
+        others += [one.source for one in self._coming.values()]
+        for other in others:
+            if other is source or not _exclude(other, source):
+                continue
+            if other.use.writes:
+                raise ForebayError(
+                    f"{source.key} is written by disk '{other.use.disk}': detach that first"
+                )
+            raise ForebayError(
+                f"{source.key} is in use by disk '{other.use.disk}', which needs it unchanged: "
+                "detach that first, or attach with --overlay or --read-only"
+            )

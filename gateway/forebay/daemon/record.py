@@ -1,0 +1,82 @@
+"""What is on record of each disk, so that it comes back after a restart: in the records of the cache's index."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import lmdb
+
+from forebay.config.model import Config, DiskSettings
+from forebay.errors import ForebayError
+from forebay.units import Mode
+from forebay_cache import Cache, CacheError
+
+KIND = "disk"
+"""Under which kind of record the index keeps them; the name is that of the disk."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the index keeps of a disk: what the operator asked for, not what the configuration adds to it.
+
+    `size` in bytes, as found at attach: a disk comes up without its origin. `mode`, `cache_size` and `preload` are None
+    where the store's settings hold.
+    """
+
+    image: str
+    key: str
+    size: int
+    read_only: bool = False
+    overlay: bool = False
+    mode: str | None = None
+    cache_size: int | None = None
+    preload: int | str | None = None
+
+    @classmethod
+    def read(cls, found: dict[str, Any]) -> Self:
+        """The record that the index has as `found`. Keys of newer versions are left out."""
+        return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
+
+    def write(self) -> dict[str, Any]:
+        """What the index is to keep."""
+        return asdict(self)
+
+    def settings(self, config: Config, store: str | None) -> DiskSettings:
+        """The settings of the disk, with what the configuration says now. Raises ForebayError."""
+        overrides = {"mode": self.mode, "cache_size": self.cache_size, "preload": self.preload}
+        return config.disk_settings(store, overrides)
+
+    def of_image(self, key: str, size: int) -> Self:
+        """The same of the image that was found; `size` in bytes."""
+        return replace(self, key=key, size=size)
+
+    def with_mode(self, mode: Mode) -> Self:
+        """The same in another mode."""
+        return replace(self, mode=mode.value)
+
+
+class Records:
+    """The records of all disks. A change is in memory at once, and durable after `commit`."""
+
+    def __init__(self, cache: Cache, index: Path) -> None:
+        """`index` is where the index lies: told where it cannot be written."""
+        self._cache = cache
+        self._index = index
+
+    def all(self) -> dict[str, Record]:
+        """By the disk's name, in the order of the names."""
+        known = self._cache.records.all(KIND)
+        return {name: Record.read(known[name]) for name in sorted(known)}
+
+    def put(self, name: str, record: Record | None) -> None:
+        """Keep a record, or (None) remove that of the disk."""
+        self._cache.records.put(KIND, name, None if record is None else record.write())
+
+    async def commit(self) -> None:
+        """Make all changes durable. Raises ForebayError where the index cannot be written."""
+        try:
+            await self._cache.commit.records()
+        except (OSError, CacheError, lmdb.Error) as fault:
+            raise ForebayError(
+                f"{self._index} cannot be written ({fault}): make room there"
+            ) from fault
