@@ -119,7 +119,7 @@ POINTS = (
     Point("shadowed sectors dropped", f"{CACHE}.blocks.settle:_drop_shadowed"),
     Point("settle copied", f"{CACHE}.blocks.settle:_copy_sectors"),
     Point("block handed over", f"{CACHE}.blocks.settle:_hand_over"),
-    Point("layer settled", f"{GATEWAY}.checkpoint.dirty:Dirty.settled"),
+    Point("layer settled", f"{GATEWAY}.checkpoint.dirty:Dirty.remove"),
     # the origin
     Point("origin write", f"{GATEWAY}.origin.calls:Calls.pwritev"),
     Point("origin fallocate", f"{GATEWAY}.origin.calls:Calls.fallocate"),
@@ -302,7 +302,7 @@ def _settled_before_the_origin() -> None:
 
         return nothing
 
-    replace("forebay.checkpoint.batches:Batches.all", make)
+    replace("forebay.checkpoint.batches:Batches.put_all", make)
 
 
 def _disks_not_committed() -> None:

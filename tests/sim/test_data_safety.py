@@ -143,7 +143,7 @@ def test_a_marker_that_could_not_be_cleared_is_cleared_later(tmp_path: Path, kil
             assert marker.is_dirty
         await trio.sleep(5)
         assert not marker.is_dirty
-        assert disk.state() == "ready"
+        assert disk.report.state() == "ready"
         await disk.write(0, memoryview(OLD), True)
         assert marker.is_dirty, "that it was cleared was noted"
 
@@ -179,9 +179,9 @@ def test_what_fails_before_the_marker_is_cleared_is_done_again(tmp_path: Path, f
         with mock.patch.object(*whole, once):
             with pytest.raises(OSError, match="injected"):
                 await disk.drain(nothing)
-            assert disk.state() == "lagging"
+            assert disk.report.state() == "lagging"
             await trio.sleep(5)  # sooner than for a marker that nobody needs
-        assert disk.state() == "ready"
+        assert disk.report.state() == "ready"
         assert not marker.is_dirty
 
     play(tmp_path, story)
@@ -789,7 +789,7 @@ def test_write_back_goes_on_when_the_index_can_be_written_again(tmp_path: Path) 
             await disk.drain(nothing)
         await trio.sleep(100)
         assert disk.dirty_bytes
-        assert disk.state() == "lagging"
+        assert disk.report.state() == "lagging"
         env.fails = set()
         await trio.sleep(100)
         assert not disk.dirty_bytes
@@ -1073,7 +1073,7 @@ def test_a_disk_does_not_enter_write_back_where_the_mount_turns_out_unsafe(tmp_p
     async def story(host: Host) -> None:
         host.origin.faults["open"] = 1
         disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
-        assert disk.state() == "degraded"
+        assert disk.report.state() == "degraded"
 
         async def flush() -> None:
             await trio.sleep(3)
@@ -1084,7 +1084,7 @@ def test_a_disk_does_not_enter_write_back_where_the_mount_turns_out_unsafe(tmp_p
             pytest.raises(ForebayError, match="soft"),
         ):
             await disk.set_mode(Mode.WRITE_BACK, nothing)
-        assert disk.state() == "ready"
+        assert disk.report.state() == "ready"
         assert disk.mode is Mode.WRITE_THROUGH
 
     play(tmp_path, story)

@@ -408,9 +408,9 @@ async def _all_well(host: Host, life: Life, faults: Faults) -> None:
         return
     life.well = True
     life.look()
-    if disk.state() == "conflict":  # said what to do: ESTALE is the end of a descriptor
-        assert faults.text == "ESTALE", disk.reason()
-        assert disk.reason()
+    if disk.report.state() == "conflict":  # said what to do: ESTALE is the end of a descriptor
+        assert faults.text == "ESTALE", disk.report.reason()
+        assert disk.report.reason()
         life.well = False
         await host.stop()
         await host.start()
@@ -423,7 +423,7 @@ async def _all_well(host: Host, life: Life, faults: Faults) -> None:
     await life.write(3 * BLOCK, SECTOR)
     await disk.drain(nothing)
     await disk.flush()
-    assert disk.state() == "ready", (disk.state(), disk.reason())
+    assert disk.report.state() == "ready", (disk.report.state(), disk.report.reason())
     want = b"".join(next(iter(x)) for x in life.legal)
     n = next((n for n in range(SIZE) if host.origin.durable[n] != want[n]), -1)
     assert n < 0 or host.origin.lost, f"byte {n} is not durable in the image"

@@ -26,7 +26,7 @@ async def away(host: Host, mode: Mode, *, unsure: bool = False) -> Disk:
     await host.start()
     host.origin.faults["open"] = -1
     disk = await host.attach("d", settings(mode))
-    assert disk.state() == "degraded"
+    assert disk.report.state() == "degraded"
     return disk
 
 

@@ -49,7 +49,7 @@ def play(
 
     while now < seconds:
         step = 1 / DEVICE
-        wait = pace.wait(now)
+        wait = pace.seconds_to_wait(now)
         if wait > SLACK:
             step = wait
         elif dirty().bytes + PIECE <= MOST and dirty().slots + slots_per_piece <= slots_most:
@@ -60,16 +60,16 @@ def play(
             got.dirtiest = max(got.dirtiest, dirty().bytes)
             if share(dirty(), most(slots_most)) > LOW:
                 added = Amount(PIECE, slots_per_piece)
-                pace.charge(now, pace.takes(now, added, dirty(), most(slots_most)))
+                pace.charge(now, pace.seconds_to_add(now, added, dirty(), most(slots_most)))
         if frozen:
             done += store(now) * step
-            pace.advanced(min(1.0, done // plateau * plateau / frozen))
+            pace.advance(min(1.0, done // plateau * plateau / frozen))
             if done >= frozen:
-                pace.ended(now, whole=True)
+                pace.end_pass(now, whole=True)
                 frozen = 0
         if not frozen and share(dirty(), most(slots_most)) >= LOW:
             opened, frozen, done = 0, opened, 0.0
-            pace.began(now, Amount(frozen, frozen // PIECE * slots_per_piece))
+            pace.begin_pass(now, Amount(frozen, frozen // PIECE * slots_per_piece))
         now += step
         if now - told >= 1:
             got.rates.append(written / (now - told))
@@ -134,10 +134,10 @@ def test_a_store_that_stands_still_lets_less_and_less_through() -> None:
 
 def test_what_a_write_takes_grows_with_what_is_dirty() -> None:
     pace, added, limit = Pace(), Amount(PIECE, 0), Amount(MOST, SLOTS)
-    pace.began(0.0, Amount(MOST // 4, 1))
-    pace.ended(5.0, whole=True)  # 10 MB/s
+    pace.begin_pass(0.0, Amount(MOST // 4, 1))
+    pace.end_pass(5.0, whole=True)  # 10 MB/s
     shares = (0.1, LOW, 0.3, 0.35, 0.375, 0.45, HIGH)
-    taken = [pace.takes(9.0, added, Amount(int(s * MOST), 0), limit) for s in shares]
+    taken = [pace.seconds_to_add(9.0, added, Amount(int(s * MOST), 0), limit) for s in shares]
     assert taken[:2] == [0, 0]
     assert all(a < b for a, b in pairwise(taken[1:]))
     assert taken[4] == pytest.approx(PIECE / (10 * MB), rel=0.01)
@@ -146,6 +146,6 @@ def test_what_a_write_takes_grows_with_what_is_dirty() -> None:
 def test_nobody_waits_long_for_a_slow_store_and_nobody_for_one_that_caught_up() -> None:
     pace = Pace()
     pace.charge(100.0, 3600.0)
-    assert pace.wait(100.0) == 0.5
+    assert pace.seconds_to_wait(100.0) == 0.5
     pace.relieve()
-    assert pace.wait(100.0) == 0
+    assert pace.seconds_to_wait(100.0) == 0

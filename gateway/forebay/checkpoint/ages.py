@@ -51,7 +51,7 @@ class Ages:
         self._frozen_at[layer.id] = now
         self._put_on_record()
 
-    def note_settled(self, layer: Layer) -> None:
+    def note_removed(self, layer: Layer) -> None:
         """The layer holds nothing any more, and will not again."""
         self.since.pop(layer.id, None)
         self._frozen_at.pop(layer.id, None)

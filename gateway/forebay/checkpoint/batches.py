@@ -39,7 +39,7 @@ class Batches:
         self._errors: list[OSError] = []
         self._slots = trio.Semaphore(WRITERS)
 
-    async def all(self) -> None:
+    async def put_all(self) -> None:
         """Put everything that the layer holds. Raises OSError, the first one; then some of it was put, some not."""
         async with trio.open_nursery() as nursery:
             try:
@@ -64,7 +64,7 @@ class Batches:
             await self._begin(nursery, batch)
 
     async def _begin(self, nursery: trio.Nursery, batch: list[Block]) -> None:
-        await self._steps.turn()
+        await self._steps.wait_for_turn()
         await self._slots.acquire()
         if self._errors:
             self._slots.release()

@@ -36,7 +36,7 @@ class Dirty:
         self.frozen_slots = 0
         """Slots of the cache that these had then."""
 
-    def adopt(self) -> None:
+    def recall(self) -> None:
         """Take over what the cache holds of the disk from an earlier life. For a view without private layers.
 
         Raises ForebayError where that was written for another image.
@@ -67,7 +67,7 @@ class Dirty:
         """The frozen layers, oldest first: what passes have yet to take to the image."""
         return self._view.private[:0:-1]
 
-    def begin(self) -> None:
+    def open_layer(self) -> None:
         """Open a layer for writes unless there is one."""
         if not self._view.private:
             self._view.private = [self._make_layer()]
@@ -79,11 +79,11 @@ class Dirty:
         self._view.private = [self._make_layer(), *self._view.private]
         self._count_frozen()
 
-    def settled(self, layer: Layer) -> None:
+    def remove(self, layer: Layer) -> None:
         """Take a frozen layer out of the view: all that it held is in the image, and clean in the cache."""
         self._view.private = [x for x in self._view.private if x is not layer]
         self._count_frozen()
-        self.ages.note_settled(layer)
+        self.ages.note_removed(layer)
 
     def drop(self) -> None:
         """Give up all layers, with what they hold; the next commit makes that durable, all of it at once."""

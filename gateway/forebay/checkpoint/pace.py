@@ -34,7 +34,7 @@ TELLING = 0.02
 """So much of a pass has to be done before it says how long the whole will take."""
 
 LEAST_LEFT = 0.05
-"""So much of a pass is always taken to be left: its end, too, takes time."""
+"""So much of a pass is always taken to be left, for its end takes time, too."""
 
 WAIT_MOST = 0.5
 """Seconds that one piece of a write waits at most, unless the limit is reached: a guest must not take it for hung."""
@@ -44,40 +44,47 @@ SLACK = 0.004
 
 
 class Amount(NamedTuple):
-    """Of dirty data: bytes, and the slots that it lies in."""
+    """How much dirty data: bytes, and the slots of the cache that it lies in."""
 
     bytes: int
     slots: int
 
 
 class Pace:
-    """Of one disk. Times in seconds, as `now` everywhere."""
+    """Of one disk: how fast its write-back is, and how long the next write has to wait for that.
+
+    It has no clock of its own: `now` is the caller's, in seconds.
+    """
 
     def __init__(self) -> None:
         self._rates = (ASSUMED, ASSUMED_SLOTS)
-        self._taken = Amount(0, 0)  # by the running pass
+        """Bytes and slots a second, of the last pass that was done to its end."""
+        self._taken = Amount(0, 0)
+        """What the running pass has to write; nothing between two passes."""
         self._began: float | None = None
+        """When the running pass began; None between two passes."""
         self._done = 0.0
+        """Which part of the running pass is done, 0 to 1."""
         self._next = 0.0
         """When the next write may go."""
 
     # -- write-back -----------------------------------------------------------------------------------------
 
     @property
-    def passing(self) -> bool:
-        """Whether a pass is under way."""
+    def is_passing(self) -> bool:
+        """True while a pass is under way."""
         return self._began is not None
 
-    def began(self, now: float, taken: Amount) -> None:
-        """A pass over that much begins."""
+    def begin_pass(self, now: float, taken: Amount) -> None:
+        """Called when a pass over that much begins."""
         self._began, self._taken, self._done = now, taken, 0.0
 
-    def advanced(self, done: float) -> None:
-        """So much of the pass is done, 0 to 1."""
+    def advance(self, done: float) -> None:
+        """Called as the pass goes on; `done` is the part of it that is done, 0 to 1."""
         self._done = done
 
-    def ended(self, now: float, *, whole: bool) -> None:
-        """`whole`: it did what it was to do, so it tells how fast write-back is."""
+    def end_pass(self, now: float, *, whole: bool) -> None:
+        """Called when the pass ends, `whole` if it did all that it was to do: then it tells how fast write-back is."""
         if whole and self._began is not None and any(self._taken):
             took = max(now - self._began, 1e-3)
             self._rates = (
@@ -88,7 +95,7 @@ class Pace:
         self._taken = Amount(0, 0)
 
     def _takes(self, now: float) -> float:
-        """How long the running pass takes, as far as one can tell."""
+        """Seconds that the running pass will have taken at its end, estimated from the rates and from its progress."""
         assert self._began is not None
         planned = max(n / rate for n, rate in zip(self._taken, self._rates, strict=True))
         if self._done > TELLING:
@@ -96,18 +103,18 @@ class Pace:
         return max(planned, now - self._began, 1e-3)
 
     def left(self, now: float) -> tuple[float, float]:
-        """Of the running pass: the share that is left, and the seconds."""
+        """What is left of the running pass: a part of it, 0 to 1, and seconds. Without one: 1 and 0."""
         if self._began is None:
             return 1.0, 0.0
         takes = self._takes(now)
-        share = max(LEAST_LEFT, 1 - (now - self._began) / takes)
-        return share, share * takes
+        part = max(LEAST_LEFT, 1 - (now - self._began) / takes)
+        return part, part * takes
 
     # -- writes ---------------------------------------------------------------------------------------------
 
-    def takes(self, now: float, added: Amount, dirty: Amount, most: Amount) -> float:
-        """Seconds that adding so much should take, when so much is dirty."""
-        share, seconds = self.left(now)
+    def seconds_to_add(self, now: float, added: Amount, dirty: Amount, most: Amount) -> float:
+        """Seconds that writing `added` should take while `dirty` of at most `most` is dirty: the formula above."""
+        left, seconds = self.left(now)
         found = 0.0
         for n, rate in enumerate(self._rates):
             if not added[n]:
@@ -115,7 +122,7 @@ class Pace:
             limit = max(most[n], 1)
             if self._began is not None and self._taken[n]:
                 rate = self._taken[n] / self._takes(now)  # noqa: PLW2901  (as it is now)
-            outstanding = (dirty[n] - (1 - share) * self._taken[n]) / limit
+            outstanding = (dirty[n] - (1 - left) * self._taken[n]) / limit
             if outstanding > LOW:
                 slow = (outstanding - LOW) / max(HIGH - outstanding, 1e-3)
                 found = max(found, added[n] / rate * slow)
@@ -125,18 +132,18 @@ class Pace:
         return found
 
     def charge(self, now: float, seconds: float) -> None:
-        """Something was added that should take so long."""
+        """Have the next write wait `seconds` longer, for one that was made at once; WAIT_MOST from now at most."""
         self._next = min(max(self._next, now) + seconds, now + WAIT_MOST)
 
-    def wait(self, now: float) -> float:
-        """Seconds until something may be added."""
+    def seconds_to_wait(self, now: float) -> float:
+        """Seconds until the next write may be made; 0: now."""
         return max(0.0, self._next - now)
 
     def relieve(self) -> None:
-        """Nothing needs to be slowed down any more."""
+        """Let the next write go at once: so little is dirty that nothing has to be slowed down."""
         self._next = 0.0
 
 
 def share(dirty: Amount, most: Amount) -> float:
-    """Of the limits, the one that is nearer."""
+    """Which part of its limit is used up, 0 to 1 and beyond: of bytes or of slots, whichever is more."""
     return max(n / max(limit, 1) for n, limit in zip(dirty, most, strict=True))

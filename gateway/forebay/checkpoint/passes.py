@@ -65,7 +65,9 @@ class Pass:
             return None
         journal = await claim.begin_redo(self._dirty.ages.frozen_at(self._layer))
         try:
-            await IntoJournal(self._image, self._layer, self._steps, self._counters, journal).all()
+            await IntoJournal(
+                self._image, self._layer, self._steps, self._counters, journal
+            ).put_all()
         except BaseException:
             with trio.CancelScope(shield=True), contextlib.suppress(OSError):
                 await journal.drop()
@@ -81,7 +83,7 @@ class Pass:
         """
         failures = self._image.sync_failures
         async with self._image.writing():
-            await IntoImage(self._image, self._layer, self._steps, self._counters).all()
+            await IntoImage(self._image, self._layer, self._steps, self._counters).put_all()
         await self._image.flush()
         if self._image.sync_failures != failures:
             raise OSError(errno.EIO, "a flush of the image failed meanwhile: all is written again")
@@ -90,7 +92,7 @@ class Pass:
         """Make the layer's data clean and drop the layer; where the cache device has failed, drop the data with it."""
         cache, is_settled = self._cache, False
         with past_failure(cache):
-            await settle(cache, self._layer, self._image.filler, self._steps.aside)
+            await settle(cache, self._layer, self._image.filler, self._steps.stand_aside)
             # The clean layer has slots now that durable state gives to this one: nothing may be written there before.
             await cache.commit()
             is_settled = True
@@ -102,5 +104,5 @@ class Pass:
 
     def _drop(self) -> None:
         """Readers go past the layer at the same instant at which its data counts as clean."""
-        self._dirty.settled(self._layer)
+        self._dirty.remove(self._layer)
         self._cache.layers.drop(self._layer)

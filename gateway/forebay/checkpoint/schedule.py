@@ -58,11 +58,16 @@ class WriteBack:
         self._settings = settings
         self._dirty = dirty
         self._counters = counters
-        self._lock = trio.Lock()  # held by whoever makes a checkpoint
+        self._lock = trio.Lock()
+        """Held by whoever makes a checkpoint."""
         self._wanted = trio.Event()
+        """Set when :meth:`run` is to make one; another event takes its place then."""
         self._passed = trio.Event()
-        self._tried = 0.0  # trio time at which a checkpoint failed last
-        self._hurried = 0  # how many wait for a checkpoint to end
+        """Set when one ends, whether it succeeds or fails; another event takes its place then."""
+        self._failed_at = 0.0
+        """Trio time at which one failed last."""
+        self._hurried = 0
+        """How many wait for one to end."""
         self.pace = Pace()
         self.automatic = False
         """True while passes begin because of the age or the amount of what is dirty: in mode write-back."""
@@ -70,7 +75,7 @@ class WriteBack:
         """Why the last checkpoint failed; None: it did not."""
         self.failure: int | None = None
         """The error number that belongs to `error`."""
-        self.moved = 0.0
+        self.moved_at = 0.0
         """Trio time at which write-back was seen to go on last."""
 
     # -- when -------------------------------------------------------------------------------------------------
@@ -81,7 +86,7 @@ class WriteBack:
         """
         pause = 1.0
         while True:
-            await self._due()
+            await self._wait_until_due()
             try:
                 await self.checkpoint()
                 pause = 1.0
@@ -90,7 +95,7 @@ class WriteBack:
                 pause = min(2 * pause, RETRY_MOST)
                 log.debug("%s: %s", self._source.use.disk, error)
 
-    async def _due(self) -> None:
+    async def _wait_until_due(self) -> None:
         """Wait until a checkpoint is due."""
         idle_since = trio.current_time()
         while not self._must_begin():
@@ -158,7 +163,7 @@ class WriteBack:
             disk = self._source.use.disk
             log.warning("%s: write-back failed, trying again: %s", disk, error.strerror)
         self.error, self.failure = error.strerror or str(error), error.errno
-        self._tried = trio.current_time()
+        self._failed_at = trio.current_time()
 
     async def _freeze(self) -> None:
         """Freeze the open layer, once the cache's journal, which writes may have filled, has room for a new one."""
@@ -169,21 +174,21 @@ class WriteBack:
 
     async def _take(self, layer: Layer, progress: Progress | None) -> None:
         """Make a pass over one frozen layer, and learn from it how fast write-back is. Raises OSError."""
-        self.pace.began(trio.current_time(), Amount(layer.sectors * SECTOR, layer.slots))
+        self.pace.begin_pass(trio.current_time(), Amount(layer.sectors * SECTOR, layer.slots))
         whole = False
         try:
             steps = self._steps(layer, progress)
             await Pass(self._source, self._image, self._dirty, self._counters, layer, steps).run()
-            self.moved = trio.current_time()
+            self.moved_at = trio.current_time()
             whole = True
         finally:
-            self.pace.ended(trio.current_time(), whole=whole)
+            self.pace.end_pass(trio.current_time(), whole=whole)
 
     def _steps(self, layer: Layer, progress: Progress | None) -> Steps:
         def advanced(length: int, share: float) -> None:
             if self.error is None:  # a pass that fails time and again goes nowhere
-                self.moved = trio.current_time()
-            self.pace.advanced(share)
+                self.moved_at = trio.current_time()
+            self.pace.advance(share)
             if progress is not None:
                 progress(length, 0)
 
@@ -218,7 +223,7 @@ class WriteBack:
         finally:
             self._hurried -= 1
 
-    async def passed(self) -> None:
+    async def wait_for_pass(self) -> None:
         """Wait for the end of a checkpoint, whether it succeeds or fails, or for a second."""
         if not self._lock.locked():
             self.want()
@@ -235,7 +240,7 @@ class WriteBack:
             raise OSError(
                 errno.ENOSPC, f"{why}, and the storage of the image is full: {self.error}"
             )
-        if trio.current_time() - max(began, self.moved) >= self._settings.origin_timeout:
+        if trio.current_time() - max(began, self.moved_at) >= self._settings.origin_timeout:
             raise OSError(errno.ENOSPC, f"{why}, and nothing could be written back")
 
     async def catch_up(self) -> None:
@@ -250,7 +255,7 @@ class WriteBack:
         Raises OSError, without trying if that failed less than AGAIN_SECONDS ago.
         """
         if self._dirty.bytes:
-            if self.error is not None and trio.current_time() < self._tried + AGAIN_SECONDS:
+            if self.error is not None and trio.current_time() < self._failed_at + AGAIN_SECONDS:
                 raise OSError(errno.EIO, self.error)
             await self.catch_up()
 
@@ -267,14 +272,14 @@ class WriteBack:
         for _ in range(PASSES_BESIDE_WRITES):
             if self.is_done:
                 break
-            await self._told(progress)
+            await self._checkpoint_with_progress(progress)
 
     async def finish(self, progress: Progress) -> None:
         """Return when :attr:`is_done`. Raises OSError. The caller has closed the gate, so that nothing is written."""
         while not self.is_done:
-            await self._told(progress)
+            await self._checkpoint_with_progress(progress)
 
-    async def _told(self, progress: Progress) -> None:
+    async def _checkpoint_with_progress(self, progress: Progress) -> None:
         """One checkpoint that somebody waits for, with bytes done and bytes in all told to `progress`."""
         total = self._dirty.bytes
         done = 0

@@ -50,7 +50,7 @@ class Steps:
     def _share(self) -> float:
         return self._done / self._times / self._whole
 
-    async def turn(self) -> None:
+    async def wait_for_turn(self) -> None:
         """Before the next batch: wait while guests are served and there is time left, so that they notice little.
 
         It looks again every TURN_SECONDS, for the pass may become urgent meanwhile.
@@ -59,7 +59,7 @@ class Steps:
         while (left := until - trio.current_time()) > 0 and self._may_wait():  # noqa: ASYNC110  (no one event)
             await trio.sleep(min(left, TURN_SECONDS))
 
-    async def aside(self) -> None:
+    async def stand_aside(self) -> None:
         """Let others go on, between two pieces of work that the event loop does itself."""
         if self._may_wait():
             await trio.sleep(ASIDE_SECONDS)

@@ -54,8 +54,10 @@ class Admission:
         self._settings = settings
         self._overlay = dirty.overlay
         self._turn = trio.Lock()
-        self._little_sectors = 0  # up to here nothing is slowed down because of bytes
-        self._pressed = False  # so much is dirty that what is added is charged for
+        self._little_sectors = 0
+        """As long as no more sectors are dirty, nothing is slowed down because of bytes."""
+        self._pressed = False
+        """True while so much is dirty that what is added is charged for."""
 
     def set_limits(self) -> None:
         """Called when the mode was chosen, before anything is written in it."""
@@ -113,7 +115,7 @@ class Admission:
 
     def _wait_seconds(self) -> float:
         """How long the next write has to wait."""
-        return self._pace.wait(trio.current_time()) if self._press() else 0.0
+        return self._pace.seconds_to_wait(trio.current_time()) if self._press() else 0.0
 
     def _press(self) -> bool:
         """Decide whether so much is dirty that what is added has to be charged for, and have it written back then."""
@@ -122,7 +124,7 @@ class Admission:
             and self._writeback.error is None  # else nothing is gained by it
             and self._dirty.share() > LOW
         )
-        if self._pressed and not self._pace.passing:
+        if self._pressed and not self._pace.is_passing:
             self._writeback.want()
         if not self._pressed:
             self._pace.relieve()
@@ -132,7 +134,7 @@ class Admission:
         most = max(self._settings.max_dirty, length)
         began = trio.current_time()
         while self._dirty.bytes + length > most:
-            await self._writeback.passed()
+            await self._writeback.wait_for_pass()
             if self._dirty.bytes + length > most:
                 self._writeback.check_goes_on("max_dirty is reached", began)
 
@@ -144,7 +146,7 @@ class Admission:
             self._dirty.ages.note_first_write(layer)
         if self._pressed and (sectors > 0 or slots > 0):
             now, added = trio.current_time(), Amount(max(0, sectors) * SECTOR, max(0, slots))
-            self._pace.charge(now, self._pace.takes(now, added, *self._dirty.amounts()))
+            self._pace.charge(now, self._pace.seconds_to_add(now, added, *self._dirty.amounts()))
 
     # -- a full cache -----------------------------------------------------------------------------------------
 
@@ -157,7 +159,7 @@ class Admission:
             raise OSError(errno.ENOSPC, "the cache is full")
         if not self._dirty.bytes:
             raise NoRoom
-        await self._writeback.passed()
+        await self._writeback.wait_for_pass()
         self._writeback.check_goes_on("the cache is full", began)
 
     def patience(self) -> trio.CancelScope:
@@ -166,5 +168,5 @@ class Admission:
 
     def extend(self, patience: trio.CancelScope) -> None:
         """Have it end no sooner than `origin_timeout` seconds after write-back was last seen to go on."""
-        until = self._writeback.moved + self._settings.origin_timeout
+        until = self._writeback.moved_at + self._settings.origin_timeout
         patience.deadline = max(patience.deadline, until)

@@ -95,7 +95,8 @@ class FullCopy:
         self._counters = counters
         self._disk = disk
         self._scope: trio.CancelScope | None = None
-        self._told = ""  # why copying pauses, as it was said in the log last
+        self._told = ""
+        """Why copying pauses, as it was said in the log last."""
         self.share: float | None = None
         """How much of the image is there, 0 to 1; None: no copy is wanted."""
 
@@ -107,12 +108,12 @@ class FullCopy:
         nursery.start_soon(self._copy, self._scope)
 
     def stop(self) -> None:
-        """Copy no more. What is there stays, and is kept until :meth:`give_up`."""
+        """Copy no more. What is there stays, and is kept until :meth:`release`."""
         if self._scope is not None:
             self._scope.cancel()
             self._scope = None
 
-    async def give_up(self) -> None:
+    async def release(self) -> None:
         """Let the image's blocks be evicted again, unless they are kept for another disk, too. Raises OSError."""
         self.share = None
         image = self._image

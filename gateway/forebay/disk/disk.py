@@ -12,13 +12,13 @@ from forebay.checkpoint.schedule import WriteBack
 from forebay.checkpoint.steps import Progress
 from forebay.config.model import DiskSettings
 from forebay.disk.block_status import CACHED_CONTEXT
-from forebay.disk.change_over import ChangeOver
 from forebay.disk.copy import preload_range
+from forebay.disk.detach import clear_mark, drop_private
 from forebay.disk.modes import Modes
-from forebay.disk.policy import sectors_within
+from forebay.disk.ranges import sectors_within
 from forebay.disk.reads import Reads, arrive, check_conflict
-from forebay.disk.state import DiskState
 from forebay.disk.status import Status
+from forebay.disk.watch import Watch
 from forebay.errors import ForebayError
 from forebay.image.image import Image, Images
 from forebay.image.source import Source
@@ -62,8 +62,9 @@ class Disk:
         self.publish = image.cache.intent.publish
         self.pin = image.cache.quarantine.pin
         self.unpin = image.cache.quarantine.unpin
-        self._change_over = ChangeOver(source, self.dirty, self.modes)
-        self._status = Status(
+        self.unreadable = image.cache.ready.forget
+        self._watch = Watch(source, image, self.dirty, self.modes)
+        self.report = Status(
             source, image, self.view, self.dirty, self.writeback, self.modes, self.counters
         )
 
@@ -79,17 +80,17 @@ class Disk:
         image = await images.acquire(source)
         disk = cls(image, source, settings)
         try:
-            disk._take_over()
+            disk._bring_up()
         except BaseException:
             await image.leave(source, disk.view)
             raise
         return disk
 
-    def _take_over(self) -> None:
+    def _bring_up(self) -> None:
         """Make what the cache holds of the disk its own, and be in the mode that follows. Raises ForebayError."""
         self.modes.check_fits(self.mode)
-        self.dirty.adopt()
-        self._change_over.decide()
+        self.dirty.recall()
+        self._watch.choose_mode()
         self.modes.choose()
         self.image.watch(self.view)
         self.image.caps[self.name] = self.settings.cache_size // BLOCK
@@ -121,17 +122,9 @@ class Disk:
         """Bytes that the image lacks and is meant to get; 0 of an overlay."""
         return self.dirty.bytes
 
-    def state(self) -> DiskState:
-        """The state for the column STATE."""
-        return self._status.state()
-
-    def reason(self) -> str | None:
-        """Why the state is not what it should be, and what to do; None where all is well."""
-        return self._status.reason()
-
     def status(self) -> dict[str, Any]:
         """The keys of `forebay status --json`, but for `clients` and `socket`."""
-        return self._status.keys()
+        return self.report.keys()
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -150,20 +143,7 @@ class Disk:
         del one
         return await self.reads.extents(context, offset, length)
 
-    def unreadable(self) -> None:
-        """Implements Export: everything is read, and checked, before it is handed out again."""
-        self.image.cache.ready.forget()
-
     # -- writing ----------------------------------------------------------------------------------------------
-
-    async def _arrive_to_write(self) -> None:
-        """Wait for an image that cannot be reached, unless the cache takes writes without it.
-
-        It does where the mark beside the image says already that this lacks data. Raises OSError(EIO).
-        """
-        is_announced = self.overlay or self.dirty.mark.is_set
-        if not (self.modes.writes_private and is_announced):
-            await arrive(self.image, self.settings.origin_timeout)
 
     async def write(self, offset: int, data: memoryview, fua: bool) -> None:
         """Implements Export."""
@@ -171,7 +151,7 @@ class Disk:
         if not len(data):
             return
         self.counters.written_bytes += len(data)
-        await self._arrive_to_write()
+        await self.modes.arrive_to_write()
         async with self.modes.gate.passing():
             await self.modes.policy.write(offset, data)
         if fua:
@@ -198,7 +178,7 @@ class Disk:
             raise OSError(errno.ENOTSUP, "zeroing may be as slow as writing here")
         if not length:
             return
-        await self._arrive_to_write()
+        await self.modes.arrive_to_write()
         async with self.modes.gate.passing():
             await self.modes.policy.zero(offset, length, may_trim=not no_hole)
         if fua:
@@ -240,24 +220,11 @@ class Disk:
         async with trio.open_nursery() as nursery:
             if not self.read_only and not self.overlay:
                 nursery.start_soon(self.writeback.run)
-            nursery.start_soon(self._watch, nursery)
-            if self._change_over.target is not None:
-                nursery.start_soon(self._change_over.run, self._change_over.target)
-            self.modes.run(nursery)
+            self._watch.start(nursery)
+            self.modes.start(nursery)
             if self.settings.preload and self.mode is not Mode.NONE:
                 nursery.start_soon(self._preload_at_attach)
             task_status.started()
-
-    async def _watch(self, nursery: trio.Nursery) -> None:
-        """See that the image can be reached, and notice what others do to it."""
-        image = self.image
-        while True:
-            was_away = image.origin is None
-            await trio.sleep(image.look_in())
-            await image.try_reach()
-            if was_away and image.origin is not None and self._change_over.must_leave():
-                nursery.start_soon(self._change_over.run, Mode.WRITE_THROUGH)
-            await image.look()
 
     async def _preload_at_attach(self) -> None:
         try:
@@ -287,33 +254,13 @@ class Disk:
         assert discard or not dirty, "drain first"
         if dirty:
             log.warning("%s: %d dirty bytes are dropped as asked", self.name, dirty)
-        self._drop_private(discard)
-        await self.modes.copy.give_up()
+        drop_private(self.image, self.dirty, discard=discard)
+        await self.modes.copy.release()
         del self.image.caps[self.name]
         self.image.share_cap()
         if discard and self.dirty.mark.is_set:
-            await self._clear_mark()
+            await clear_mark(self.image, self.dirty, self.name)
         await self.image.leave(self.source, self.view)
-
-    def _drop_private(self, discard: bool) -> None:
-        """Drop what only the cache has of the disk, and what its image may contradict: one commit has all of it."""
-        # A pass that was not finished wrote to the image under clean blocks that its frozen layer hides.
-        was_in_pass = bool(self.dirty.bytes and self.dirty.frozen)
-        self.dirty.drop()
-        if discard and self.image.conflict is not None:
-            self.image.give_up()
-        elif was_in_pass:
-            self.image.refresh()
-        self.dirty.ages.forget()
-
-    async def _clear_mark(self) -> None:
-        """What the image lacked is gone for good, so it lacks nothing any more."""
-        try:
-            await self.image.cache.commit.records()  # else a kill now would bring it back, unmarked
-            await self.image.flush()  # of a pass that was not finished
-            await self.dirty.mark.clear()
-        except OSError as error:
-            log.warning("%s: its marker could not be cleared: %s", self.name, error.strerror)
 
 
 def _silent(done: int, total: int) -> None:

@@ -33,8 +33,10 @@ class PrivateOrOrigin:
         self._image = image
         self._cache = image.cache
         self._writeback = writeback
-        self._origin: OriginWrites | None = None  # while it has writes that may not be durable
-        self._failed: OSError | None = None  # for which failure of the device
+        self._origin: OriginWrites | None = None
+        """The way past the cache; None where all that went there is durable."""
+        self._failed: OSError | None = None
+        """For which failure of the device it was made; None: for none, the cache was full."""
 
     def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
         """Store in the cache what can be stored at once; 0 while its device does not work. Raises OSError."""

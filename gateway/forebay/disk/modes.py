@@ -1,6 +1,7 @@
 """The mode of a disk: which policy it means, and how it is changed while clients are connected."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import trio
 
@@ -13,9 +14,9 @@ from forebay.disk.admission import Admission
 from forebay.disk.copy import FullCopy
 from forebay.disk.fallback import PrivateOrOrigin
 from forebay.disk.origin_writes import OriginWrites
-from forebay.disk.policy import Policy
 from forebay.disk.private_writes import PrivateWrites
 from forebay.disk.ranges import Gate, Ranges
+from forebay.disk.reads import arrive
 from forebay.errors import ForebayError
 from forebay.image.image import Image
 from forebay.image.source import Source
@@ -25,6 +26,28 @@ from forebay_cache.format.geometry import BLOCK
 
 PRIVATE_MODES = (Mode.WRITE_BACK, Mode.FULL_COPY)
 """The modes in which writes go to a private layer, to be taken to the image later."""
+
+
+class Policy(Protocol):
+    """Where a disk's writes go. All calls raise OSError; ENOSPC when there is no room and none is coming.
+
+    Offsets and lengths are bytes, any; what is not whole sectors is completed from what the disk reads there.
+    """
+
+    def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
+        """See :meth:`forebay_nbd.Export.write_now`."""
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Store the data. The write may be acknowledged when this returns."""
+
+    async def zero(self, offset: int, length: int, may_trim: bool) -> None:
+        """Make the range read as zeros; `may_trim`: also by giving its storage back. May be acknowledged then."""
+
+    def flush_now(self) -> bool:
+        """Do what :meth:`flush` does and return True if that takes but a moment; else False, and nothing is done."""
+
+    async def flush(self) -> None:
+        """Make all that was acknowledged durable."""
 
 
 class Modes:
@@ -57,7 +80,8 @@ class Modes:
         self.gate = Gate()
         self._admission = Admission(view, image, dirty, writeback, self.gate, settings)
         self.copy = FullCopy(image, counters, source.use.disk)
-        self._nursery: trio.Nursery | None = None  # for the full copy, while the disk runs
+        self._nursery: trio.Nursery | None = None
+        """For the full copy; None while the disk does not run."""
         self.mode = Mode(settings.mode)
         self.policy: Policy = self._to_origin(keep=False)
         self.on_choice: Callable[[], None] = _nothing
@@ -76,7 +100,7 @@ class Modes:
     def choose(self) -> None:
         """Set up the layers, the limits and the policy of the mode; nothing may be written meanwhile."""
         if self.writes_private:
-            self._dirty.begin()
+            self._dirty.open_layer()
         self._writeback.automatic = self._writes_back
         self._admission.set_limits()
         self.policy = self._chosen_policy()
@@ -121,6 +145,15 @@ class Modes:
                 "use write-back, or a larger cache device"
             )
 
+    async def arrive_to_write(self) -> None:
+        """Wait for an image that cannot be reached, unless the cache takes writes without it.
+
+        It does where the mark beside the image says already that this lacks data. Raises OSError(EIO).
+        """
+        is_announced = self._overlay or self._dirty.mark.is_set
+        if not (self.writes_private and is_announced):
+            await arrive(self._image, self._settings.origin_timeout)
+
     async def change(self, mode: Mode, progress: Progress) -> None:
         """Enter another mode while clients are connected; writes wait for the last part of it, reads do not notice.
 
@@ -149,11 +182,11 @@ class Modes:
         """Stop, give up or start the full copy, as the modes before and now want it."""
         self.copy.stop()
         if was is Mode.FULL_COPY:
-            await self.copy.give_up()
+            await self.copy.release()
         self._start_copy()
 
-    def run(self, nursery: trio.Nursery) -> None:
-        """Begin what the mode wants done in the background, in this nursery: the disk's work, which has begun."""
+    def start(self, nursery: trio.Nursery) -> None:
+        """Begin the full copy if the mode wants one. `nursery` runs as long as the disk; later copies use it, too."""
         self._nursery = nursery
         self._start_copy()
 

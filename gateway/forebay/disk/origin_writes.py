@@ -10,8 +10,7 @@ from contextlib import contextmanager
 
 from forebay.checkpoint.counters import Counters
 from forebay.checkpoint.dirty import Dirty
-from forebay.disk.policy import sectors_touched, sectors_within
-from forebay.disk.ranges import Ranges
+from forebay.disk.ranges import Ranges, sectors_touched, sectors_within
 from forebay.image.image import Image
 from forebay_cache import invalidate, mark_hot
 from forebay_cache.blocks.store import store
@@ -30,9 +29,8 @@ class OriginWrites:
         self._ranges = ranges
         self._counters = counters
         self._keep = keep
-        self._failures = (
-            image.sync_failures
-        )  # as many of the image's failed flushes as the guest was told of
+        self._failures = image.sync_failures
+        """How many of the image's flushes had failed when the guest last asked for one."""
 
     def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
         """Returns 0: it takes none, for the image is not on this host."""

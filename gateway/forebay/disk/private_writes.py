@@ -12,8 +12,7 @@ import trio
 from forebay.checkpoint.counters import Counters
 from forebay.checkpoint.dirty import Dirty
 from forebay.disk.admission import Admission
-from forebay.disk.policy import sectors_touched, sectors_within
-from forebay.disk.ranges import Ranges
+from forebay.disk.ranges import Ranges, sectors_touched, sectors_within
 from forebay_cache import CacheFull, Layer, View
 from forebay_cache.blocks import private
 from forebay_cache.format.geometry import BLOCK, SECTOR
@@ -57,7 +56,7 @@ class PrivateWrites:
         0 where something has to be announced, waited for or slowed down. Raises OSError if the first one fails.
         """
         if self._ranges.held:
-            writes = self._ranges.free_ones(writes)
+            writes = self._ranges.leading_free(writes)
         length = sum([len(data) for _, data in writes])
         if self._must_wait(length):
             return 0

@@ -1,33 +1,42 @@
-"""Byte ranges that somebody is changing: overlapping changes wait for each other, all others go on."""
+"""Who may change a disk at the same time: locks on byte ranges, and the gate that stops all writes.
+
+Writes that overlap wait for each other; a change of mode, and the end of a drain, wait for all writes under way.
+"""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import trio
 
+from forebay_cache.format.geometry import SECTOR
+
 
 class Ranges:
-    """Locks on byte ranges of one disk. First come, first served among those that overlap."""
+    """Locks on byte ranges of one disk. A byte has one holder; those that wait for it get it in no particular order."""
 
     def __init__(self) -> None:
         self.held: list[tuple[int, int]] = []
+        """(start, end) in bytes of each range that somebody holds."""
         self._changed = trio.Event()
 
-    def free(self, start: int, end: int) -> bool:
-        """Whether nobody holds a byte of start..end."""
+    def is_free(self, start: int, end: int) -> bool:
+        """True if nobody holds any byte from `start` up to `end`."""
         return all(end <= a or b <= start for a, b in self.held)
 
-    def free_ones(self, writes: list[tuple[int, memoryview]]) -> list[tuple[int, memoryview]]:
-        """Those (offset, data) that come before the first one of which somebody holds a byte."""
+    def leading_free(self, writes: list[tuple[int, memoryview]]) -> list[tuple[int, memoryview]]:
+        """Those of the (offset, data) that come before the first one of which somebody holds a byte."""
         for n, (offset, data) in enumerate(writes):
-            if not self.free(offset, offset + len(data)):
+            if not self.is_free(offset, offset + len(data)):
                 return writes[:n]
         return writes
 
     @asynccontextmanager
     async def hold(self, start: int, end: int) -> AsyncIterator[None]:
-        """Wait until the range is free, then hold it. Cancelled while waiting, nothing is held."""
-        while not self.free(start, end):
+        """Wait until the bytes from `start` up to `end` are free, and hold them as long as the block runs.
+
+        Cancelled while it waits, it holds nothing.
+        """
+        while not self.is_free(start, end):
             await self._changed.wait()
         mine = (start, end)
         self.held.append(mine)
@@ -40,10 +49,11 @@ class Ranges:
 
 
 class Gate:
-    """Lets writes through, or holds them while the way they take is being changed."""
+    """Lets the writes of one disk through, or holds them while the way that they take is being changed."""
 
     def __init__(self) -> None:
         self.shut = False
+        """True while writes are held; whoever writes without :meth:`passing` looks here first, and does not await."""
         self._inside = 0
         self._closing = trio.Lock()
         self._opened = trio.Event()
@@ -51,7 +61,7 @@ class Gate:
 
     @asynccontextmanager
     async def passing(self) -> AsyncIterator[None]:
-        """One write. Waits while the gate is shut."""
+        """Around one write: wait while the gate is shut, then count as being inside."""
         while self.shut:
             await self._opened.wait()
         self._inside += 1
@@ -65,7 +75,10 @@ class Gate:
 
     @asynccontextmanager
     async def closed(self) -> AsyncIterator[None]:
-        """Hold new writes, wait for those inside; reads do not notice."""
+        """Around a change: hold new writes, wait for those inside, and let the held ones go on afterwards.
+
+        Reads do not notice. Cancelled while it waits, it opens the gate again.
+        """
         async with self._closing:
             self.shut = True
             try:
@@ -76,3 +89,13 @@ class Gate:
                 self.shut = False
                 event, self._opened = self._opened, trio.Event()
                 event.set()
+
+
+def sectors_touched(offset: int, length: int) -> tuple[int, int]:
+    """The whole sectors that a range touches: (start, end) in bytes."""
+    return offset // SECTOR * SECTOR, -(-(offset + length) // SECTOR) * SECTOR
+
+
+def sectors_within(offset: int, length: int) -> tuple[int, int]:
+    """The whole sectors that lie in a range: (start, end) in bytes; start >= end where there is none."""
+    return -(-offset // SECTOR) * SECTOR, (offset + length) // SECTOR * SECTOR

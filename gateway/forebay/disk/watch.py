@@ -1,5 +1,7 @@
-"""Leaving write-back without being told to: after a restart that finds another mode in the configuration, or because
-the image's store turns out to be mounted so that it may lose what it took.
+"""Looking after a disk's image, and leaving write-back without being told to.
+
+The image is opened when it comes, and looked at for what others do to it. Write-back is left after a restart that finds
+another mode in the configuration, or where the image's store turns out to be mounted so that it may lose what it took.
 """
 
 import logging
@@ -9,33 +11,34 @@ import trio
 from forebay.checkpoint.dirty import Dirty
 from forebay.disk.modes import PRIVATE_MODES, Modes
 from forebay.errors import ForebayError
-from forebay.image.image import WATCH_SECONDS
+from forebay.image.image import WATCH_SECONDS, Image
 from forebay.image.source import Source
 from forebay.units import Mode
 
 log = logging.getLogger("forebay.disk")
 
 
-class ChangeOver:
+class Watch:
     """Of one disk. A disk that is to leave write-back stays in it until what is dirty has been written back."""
 
-    def __init__(self, source: Source, dirty: Dirty, modes: Modes) -> None:
+    def __init__(self, source: Source, image: Image, dirty: Dirty, modes: Modes) -> None:
         self._source = source
+        self._image = image
         self._disk = source.use.disk
         self._dirty = dirty
         self._modes = modes
-        self.target: Mode | None = None
-        """The mode to change to, once the disk runs; None: none."""
+        self._target: Mode | None = None
+        """The mode that was asked for, where the disk comes up in write-back first; else None."""
 
-    def decide(self) -> None:
+    def choose_mode(self) -> None:
         """Choose the mode in which a disk comes up, after its dirty layers were found and before they are used."""
         modes = self._modes
         if self._dirty.mark.is_set and not modes.writes_private and self._source.use.writes:
             # The mode was changed, or the configuration, and we ended before the data had gone to the image.
-            self.target, modes.mode = modes.mode, Mode.WRITE_BACK
+            self._target, modes.mode = modes.mode, Mode.WRITE_BACK
         if self._is_unsafe():
             if self._dirty.mark.is_set:
-                self.target, modes.mode = Mode.WRITE_THROUGH, Mode.WRITE_BACK
+                self._target, modes.mode = Mode.WRITE_THROUGH, Mode.WRITE_BACK
             else:
                 modes.mode = Mode.WRITE_THROUGH
 
@@ -51,13 +54,24 @@ class ChangeOver:
             return True
         return False
 
-    def must_leave(self) -> bool:
-        """True if write-back has to be left for write-through because of the store. Asked when the image has come,
-        which may be after the disk was brought back.
-        """
-        return self.target is None and self._is_unsafe()
+    def start(self, nursery: trio.Nursery) -> None:
+        """Begin to look after the image, and the change of mode if one is to be made."""
+        nursery.start_soon(self._watch, nursery)
+        if self._target is not None:
+            nursery.start_soon(self._change_over, self._target)
 
-    async def run(self, target: Mode) -> None:
+    async def _watch(self, nursery: trio.Nursery) -> None:
+        image = self._image
+        while True:
+            was_away = image.origin is None
+            await trio.sleep(image.look_in())
+            await image.try_reach()
+            has_come = was_away and image.origin is not None
+            if has_come and self._target is None and self._is_unsafe():
+                nursery.start_soon(self._change_over, Mode.WRITE_THROUGH)
+            await image.look()
+
+    async def _change_over(self, target: Mode) -> None:
         """Change to that mode, however long it takes until what is dirty is in the image."""
         log.info(
             "%s: dirty data is written back before the mode becomes %s", self._disk, target.value

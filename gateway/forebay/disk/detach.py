@@ -1,0 +1,36 @@
+"""The end of a disk's private data, when the disk is detached."""
+
+import logging
+
+from forebay.checkpoint.dirty import Dirty
+from forebay.image.image import Image
+
+log = logging.getLogger("forebay.disk")
+
+
+def drop_private(image: Image, dirty: Dirty, *, discard: bool) -> None:
+    """Drop what only the cache has of a disk, and what its image may contradict; one commit has all of it.
+
+    `discard`: what is dirty is meant to be lost. If the image is in conflict, its clean blocks go then, too.
+    """
+    # A pass that was not finished wrote to the image under clean blocks that its frozen layer hides.
+    was_in_pass = bool(dirty.bytes and dirty.frozen)
+    dirty.drop()
+    if discard and image.conflict is not None:
+        image.give_up()
+    elif was_in_pass:
+        image.refresh()
+    dirty.ages.forget()
+
+
+async def clear_mark(image: Image, dirty: Dirty, disk: str) -> None:
+    """Say beside the image that it lacks nothing: what it lacked is gone for good. A failure is said in the log.
+
+    `disk`: the disk's name.
+    """
+    try:
+        await image.cache.commit.records()  # else a kill now would bring it back, unmarked
+        await image.flush()  # of a pass that was not finished
+        await dirty.mark.clear()
+    except OSError as error:
+        log.warning("%s: its marker could not be cleared: %s", disk, error.strerror)
