@@ -15,7 +15,7 @@ from forebay_cache.offline.recovery import open_cache
 from forebay_cache.offline.repair import Repaired, repair
 from forebay_cache.offline.report import Fault, Report
 from forebay_cache.read.ahead import ReadAhead
-from forebay_cache.read.fill import Filler, Source
+from forebay_cache.read.fill import Filler, Reader
 from forebay_cache.read.view import View
 from forebay_cache.upkeep.growth import extend, extend_device
 from forebay_cache.upkeep.revive import Revived, come_back, revive
@@ -31,10 +31,10 @@ __all__ = [
     "Found",
     "Layer",
     "ReadAhead",
+    "Reader",
     "Repaired",
     "Report",
     "Revived",
-    "Source",
     "View",
     "check",
     "come_back",

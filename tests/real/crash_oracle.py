@@ -35,7 +35,8 @@ from forebay.daemon.arrivals import Arrivals
 from forebay.daemon.disks import Disks
 from forebay.daemon.record import Record, Records
 from forebay.disk.disk import Disk
-from forebay.image.image import Images, layer_prefix
+from forebay.image.names import layer_prefix
+from forebay.image.registry import Images
 from forebay.origin.calls import Calls, Status
 from forebay.sidecar import recover
 from forebay_cache import Cache, Damage, View, open_cache, scrub
@@ -348,7 +349,7 @@ class Oracle:
             disk = await Disk.open(images, source, settings)
             stack.push_async_callback(_let_go, disk)
             if disk.image.origin is None or disk.image.conflict is not None:
-                raise Broken(f"{disk.image.unreachable or disk.image.conflict}")
+                raise Broken(f"{disk.image.reach.unreachable or disk.image.conflict}")
             work = await stack.enter_async_context(trio.open_nursery())
             stack.callback(work.cancel_scope.cancel)
             await work.start(disk.run)

@@ -15,7 +15,7 @@ import trio
 import forebay_cache.layers.registry
 from forebay.config.model import DiskSettings
 from forebay.disk.disk import Disk
-from forebay.image.image import Images
+from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.units import Mode
 from forebay_cache import Cache, come_back, open_cache

@@ -17,6 +17,7 @@ import forebay_cache.offline.recovery
 import forebay_cache.read.check
 from forebay.disk.disk import Disk
 from forebay.errors import ForebayError
+from forebay.image.image import Image
 from forebay.units import Mode
 from forebay_cache import mark_hot, open_cache, pin_layer, scrub
 from forebay_cache.blocks import private, store
@@ -215,7 +216,6 @@ def test_a_marker_that_cannot_be_reached_is_not_asked_for_time_and_again(tmp_pat
         host.origin.faults["marker"] = 1
         with pytest.raises(OSError, match="marker"):
             await disk.drain(nothing)
-        origin, disk.image.origin = disk.image.origin, None
         checkpoint, passes = disk.writeback.checkpoint, 0
 
         async def counted(*arguments: Any) -> None:
@@ -223,9 +223,11 @@ def test_a_marker_that_cannot_be_reached_is_not_asked_for_time_and_again(tmp_pat
             passes += 1
             await checkpoint(*arguments)
 
-        with mock.patch.object(disk.writeback, "checkpoint", counted):
+        with (
+            mock.patch.object(Image, "origin", None),
+            mock.patch.object(disk.writeback, "checkpoint", counted),
+        ):
             await trio.sleep(3)
-        disk.image.origin = origin
         assert passes <= 3
 
     play(tmp_path, story)
@@ -992,7 +994,7 @@ def test_no_region_of_a_dropped_layer_stays_hot(tmp_path: Path) -> None:
         await host.cache.commit()
         assert host.cache.hot.regions
         assert host.cache.index.hot()
-        disk.image.refresh()
+        disk.image.clean.refresh()
         assert not host.cache.hot.regions
         await host.cache.commit()
         assert not host.cache.index.hot()
@@ -1013,7 +1015,7 @@ def test_a_kill_while_the_clean_blocks_are_dropped_leaves_one_layer(
         else:
             await disk.write(0, memoryview(NEW), True)
         await host.cache.commit()
-        disk.image.refresh()
+        disk.image.clean.refresh()
         host.cache.intent.publish()
         await host.kill(host.snapshot())
         await host.start()

@@ -31,7 +31,7 @@ from hypothesis.stateful import (
 from forebay.disk.disk import Disk
 from forebay.disk.modes import PRIVATE_MODES
 from forebay.errors import ForebayError
-from forebay.image.image import RETRY_MOST
+from forebay.image.reach import RETRY_MOST
 from forebay.units import Mode
 from forebay_cache.format.entry import data_of, has_slot, slot_of
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, sector_runs

@@ -150,7 +150,7 @@ def test_a_disk_is_detached_while_its_image_is_being_reached(tmp_path: Path) -> 
         with mock.patch.object(FakeSource, "open", slowly):
             with trio.move_on_after(1.5):
                 await read(disk)
-            assert disk.image.being_reached
+            assert disk.image.reach.is_being_attempted
             await host.detach("d", discard=False)
             await trio.sleep(30)
         assert disk.image.origin is None
@@ -173,7 +173,7 @@ def test_a_disk_comes_up_while_another_one_waits_for_the_image(tmp_path: Path) -
         first = await host.attach("d", settings(Mode.WRITE_THROUGH), overlay=True)
         with mock.patch.object(FakeSource, "open", slowly):
             await trio.sleep(1.5)
-            assert first.image.being_reached
+            assert first.image.reach.is_being_attempted
             with trio.fail_after(1):
                 second = await host.attach("e", settings(Mode.WRITE_THROUGH), overlay=True)
                 assert await read(second) == OLD

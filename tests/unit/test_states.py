@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from forebay.disk import state as disk_state
+from forebay.image import reach
 from forebay_cache.states import STRICT, IllegalMove, Machine, Table, rows
 from forebay_nbd.server import phase
 
@@ -29,6 +30,7 @@ MOVES: Table[Lamp] = {
 
 TABLES: list[tuple[str, str, Table[Any]]] = [
     ("gateway/README.md", "States of a disk", disk_state.MOVES),
+    ("gateway/README.md", "States of an image", reach.MOVES),
     ("nbd/README.md", "The phases of a connection", phase.MOVES),
 ]
 """(README, its heading, the table in code) of every kind of thing that has one."""

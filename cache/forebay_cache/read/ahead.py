@@ -36,12 +36,12 @@ class ReadAhead:
             return NEVER
         window = min(WINDOW, 2 * self._streak)
         start = max(self._fetched, self._end)
-        stop = min(self._end + window, self._filler.source.size)
+        stop = min(self._end + window, self._filler.reader.size)
         if stop - start >= min(window // 2, CHUNK) or (
-            stop == self._filler.source.size and stop > start
+            stop == self._filler.reader.size and stop > start
         ):
             self._filler.ahead(start, stop - start, self._tally)
             self._fetched = stop
-        if self._fetched >= self._filler.source.size:
+        if self._fetched >= self._filler.reader.size:
             return NEVER
         return max(self._end, self._fetched - window // 2)

@@ -28,8 +28,8 @@ UNSTORED = 64 << 20
 """Bytes that have landed and wait to be stored, at most; beyond this data is served and not kept."""
 
 
-class Source(Protocol):
-    """Where misses are read: an origin. Lengths in bytes."""
+class Reader(Protocol):
+    """What misses are read with: an image. Lengths in bytes."""
 
     size: int
 
@@ -64,10 +64,10 @@ class Flight:
 class Filler:
     """Fetches for one image; all disks on it share it. ``nursery`` outlives every guest's request."""
 
-    def __init__(self, cache: Cache, layer: Layer, source: Source, nursery: trio.Nursery) -> None:
+    def __init__(self, cache: Cache, layer: Layer, reader: Reader, nursery: trio.Nursery) -> None:
         self.cache = cache
         self.layer = layer
-        self.source = source
+        self.reader = reader
         self._nursery = nursery
         self._flights: dict[int, Flight] = {}
         self._unstored = 0
@@ -111,7 +111,7 @@ class Filler:
 
     def _start(self, block: int, stop: int, background: bool) -> Flight:
         offset = block << BLOCK_SHIFT
-        flight = Flight(offset, min(stop << BLOCK_SHIFT, self.source.size) - offset)
+        flight = Flight(offset, min(stop << BLOCK_SHIFT, self.reader.size) - offset)
         for n in range(block, stop):
             self._flights[n] = flight
         self._nursery.start_soon(self._fly, flight, background)
@@ -121,7 +121,7 @@ class Filler:
         try:
             with self.cache.in_flight.filling(self.layer, flight.blocks()) as cells:
                 try:
-                    data = await self.source.read(flight.offset, flight.length, background)
+                    data = await self.reader.read(flight.offset, flight.length, background)
                     flight.data = memoryview(data)
                 except OSError as error:
                     flight.error = error
@@ -182,7 +182,7 @@ class Filler:
 
     async def missing(self, offset: int, length: int) -> list[tuple[int, int]]:
         """``[(offset, length)]`` of whole blocks that the clean layer lacks, each at most CHUNK."""
-        length = min(length, self.source.size - offset)
+        length = min(length, self.reader.size - offset)
         if length <= 0:
             return []
         first, last = offset >> BLOCK_SHIFT, offset + length - 1 >> BLOCK_SHIFT
@@ -191,7 +191,7 @@ class Filler:
         for block in range(first, last + 1):
             page = self.layer.pages.look(block // PAGE_BLOCKS)
             need = FULL
-            left = self.source.size - (block << BLOCK_SHIFT)
+            left = self.reader.size - (block << BLOCK_SHIFT)
             if left < BLOCK:
                 need = (1 << (left + SECTOR - 1) // SECTOR) - 1
             if page is not None and page[block % PAGE_BLOCKS] & need == need:

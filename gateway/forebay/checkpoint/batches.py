@@ -102,7 +102,7 @@ class IntoImage(Batches):
         self._unsynced = 0
 
     async def _put(self, ranges: list[Range]) -> None:
-        origin = self._image.reached()
+        origin = self._image.require_origin()
         for offset, length, data in ranges:
             if data is None:
                 await origin.zero(offset, length, may_trim=True)

@@ -4,7 +4,8 @@ from forebay.checkpoint.ages import Ages, oldest_on_record
 from forebay.checkpoint.mark import DirtyMark
 from forebay.checkpoint.pace import Amount, share
 from forebay.errors import ForebayError
-from forebay.image.image import Image, image_of, layer_prefix
+from forebay.image.image import Image
+from forebay.image.names import image_of, layer_prefix
 from forebay.image.source import Source
 from forebay_cache import Cache, Layer, View
 from forebay_cache.format.geometry import SECTOR

@@ -55,7 +55,7 @@ class Pass:
             await self._write_image()
             if journal is not None:
                 await journal.end()
-                self._image.unfinished = False
+                self._image.identity.end_checkpoint()
         await self._settle()
 
     async def _write_journal(self) -> RedoJournal | None:
@@ -72,7 +72,7 @@ class Pass:
             with trio.CancelScope(shield=True), contextlib.suppress(OSError):
                 await journal.drop()
             raise
-        self._image.unfinished = True
+        self._image.identity.begin_checkpoint()
         await journal.commit()
         return journal
 

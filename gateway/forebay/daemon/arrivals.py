@@ -19,7 +19,7 @@ from forebay.doors.listener import Listener, socket_path
 from forebay.doors.restart import EarlierSockets
 from forebay.errors import ForebayError
 from forebay.image.boundary import breaks_the_cache, in_short
-from forebay.image.image import Images
+from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.image.use import Use
 from forebay.origin.addresses import resolve

@@ -9,7 +9,7 @@ from forebay.daemon.disks import Disks
 from forebay.daemon.parallel import Progress
 from forebay.daemon.record import Records
 from forebay.errors import ForebayError
-from forebay.image.image import Images
+from forebay.image.registry import Images
 from forebay.origin.threads import bounded
 
 log = logging.getLogger("forebay.daemon")

@@ -20,7 +20,7 @@ from forebay.daemon.process import run_process
 from forebay.daemon.record import Record, Records
 from forebay.doors.restart import EarlierSockets
 from forebay.errors import ForebayError
-from forebay.image.image import Images
+from forebay.image.registry import Images
 from forebay.storage.state import index_path
 from forebay.storage.upkeep import Upkeep
 from forebay.units import Mode, format_size

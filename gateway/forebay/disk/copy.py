@@ -73,7 +73,7 @@ async def _note_holes(image: Image, offset: int, length: int) -> None:
     cache, layer = image.cache, image.layer
     blocks = range(offset // BLOCK, -(-(offset + length) // BLOCK))
     with cache.in_flight.filling(layer, blocks) as cells:
-        extents = await image.reached().extents(offset, length)
+        extents = await image.require_origin().extents(offset, length)
         await layer.pages.load({b // PAGE_BLOCKS for b in blocks})
         at = offset
         for part, flags in extents:
@@ -103,7 +103,7 @@ class FullCopy:
     def start(self, nursery: trio.Nursery) -> None:
         """Begin, or begin anew, to copy the image in. It goes on, however often the image fails, until :meth:`stop`."""
         self.share = 0.0
-        self._image.copied_by.add(self._disk)
+        self._image.clean.copied_by.add(self._disk)
         self._scope = trio.CancelScope()
         nursery.start_soon(self._copy, self._scope)
 
@@ -117,8 +117,8 @@ class FullCopy:
         """Let the image's blocks be evicted again, unless they are kept for another disk, too. Raises OSError."""
         self.share = None
         image = self._image
-        image.copied_by.discard(self._disk)
-        if image.layer.pinned and not image.copied_by:
+        image.clean.copied_by.discard(self._disk)
+        if image.layer.pinned and not image.clean.copied_by:
             await pin_layer(image.cache, image.layer, pinned=False)
 
     async def _copy(self, scope: trio.CancelScope) -> None:

@@ -19,7 +19,7 @@ def drop_private(image: Image, dirty: Dirty, *, discard: bool) -> None:
     if discard and image.conflict is not None:
         image.give_up()
     elif was_in_pass:
-        image.refresh()
+        image.clean.refresh()
     dirty.ages.forget()
 
 

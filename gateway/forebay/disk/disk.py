@@ -20,7 +20,8 @@ from forebay.disk.reads import Reads, arrive, check_conflict
 from forebay.disk.status import Status
 from forebay.disk.watch import Watch
 from forebay.errors import ForebayError
-from forebay.image.image import Image, Images
+from forebay.image.image import Image
+from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.units import Mode
 from forebay_cache import View
@@ -93,8 +94,7 @@ class Disk:
         self._watch.choose_mode()
         self.modes.choose()
         self.image.watch(self.view)
-        self.image.caps[self.name] = self.settings.cache_size // BLOCK
-        self.image.share_cap()
+        self.image.clean.set_cap(self.name, self.settings.cache_size // BLOCK)
 
     @property
     def view(self) -> View:
@@ -167,7 +167,7 @@ class Disk:
         """Implements Export."""
         check_conflict(self.image)
         if not self.read_only:
-            if not self.modes.writes_private and not self.image.all_durable():
+            if not self.modes.writes_private and not self.image.is_all_durable():
                 await arrive(self.image, self.settings.origin_timeout)
             await self.modes.policy.flush()
 
@@ -256,8 +256,7 @@ class Disk:
             log.warning("%s: %d dirty bytes are dropped as asked", self.name, dirty)
         drop_private(self.image, self.dirty, discard=discard)
         await self.modes.copy.release()
-        del self.image.caps[self.name]
-        self.image.share_cap()
+        self.image.clean.set_cap(self.name, None)
         if discard and self.dirty.mark.is_set:
             await clear_mark(self.image, self.dirty, self.name)
         await self.image.leave(self.source, self.view)

@@ -76,7 +76,7 @@ class PrivateOrOrigin:
             await (await self._past()).flush()
         elif self._origin is not None:
             await self._origin.flush()
-            if self._image.all_durable():
+            if self._image.is_all_durable():
                 self._origin = None
 
     async def _kept(self, do: Callable[[Unpack[Ts]], Awaitable[None]], *args: *Ts) -> bool:

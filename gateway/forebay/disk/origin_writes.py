@@ -58,7 +58,7 @@ class OriginWrites:
             self._counters.write_misses += 1
             with self._overwriting(start, end):
                 await self._announce(start, end)
-                await self._image.reached().write(offset, [data])
+                await self._image.require_origin().write(offset, [data])
             self._counters.origin_written_bytes += len(data)
             if self._keep:
                 await self._store(offset, data)
@@ -109,7 +109,7 @@ class OriginWrites:
             self._counters.write_misses += 1
             with self._overwriting(start, end):
                 await self._announce(start, end)
-                await self._image.reached().zero(offset, length, may_trim)
+                await self._image.require_origin().zero(offset, length, may_trim)
         return True
 
     def flush_now(self) -> bool:

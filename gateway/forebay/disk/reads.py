@@ -24,7 +24,7 @@ async def arrive(image: Image, timeout: float) -> None:
     Called before anything is held that others wait for.
     """
     if image.origin is None:
-        await image.arrive(timeout)
+        await image.reach.wait(timeout)
 
 
 class Reads:

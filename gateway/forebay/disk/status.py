@@ -74,8 +74,8 @@ class Status:
 
     def _passing_trouble(self) -> str | None:
         """What ends by itself."""
-        if self._image.unreachable is not None:
-            return f"{self._image.key} cannot be reached: {self._image.unreachable}; tried again by itself"
+        if self._image.reach.unreachable is not None:
+            return f"{self._image.key} cannot be reached: {self._image.reach.unreachable}; tried again by itself"
         if self._writeback.error is not None:
             return f"write-back failed: {self._writeback.error}; tried again by itself"
         return None

@@ -11,7 +11,8 @@ import trio
 from forebay.checkpoint.dirty import Dirty
 from forebay.disk.modes import PRIVATE_MODES, Modes
 from forebay.errors import ForebayError
-from forebay.image.image import WATCH_SECONDS, Image
+from forebay.image.image import Image
+from forebay.image.reach import WATCH_SECONDS
 from forebay.image.source import Source
 from forebay.units import Mode
 
@@ -64,8 +65,8 @@ class Watch:
         image = self._image
         while True:
             was_away = image.origin is None
-            await trio.sleep(image.look_in())
-            await image.try_reach()
+            await trio.sleep(image.reach.seconds_to_look())
+            await image.reach.attempt()
             has_come = was_away and image.origin is not None
             if has_come and self._target is None and self._is_unsafe():
                 nursery.start_soon(self._change_over, Mode.WRITE_THROUGH)

@@ -1,0 +1,139 @@
+"""What an image is known to look like, and which of our own writes that does not cover: one state, with questions.
+
+The cache keeps clean blocks of an image over restarts, and trusts them as long as the image looks as it did when its
+identity was last put on record in the index. Our own writes change the image's times, too. So the identity on record is
+given up, durably, before the first of them, and put there anew when all of them are durable. In between the owner
+marker keeps others out, and another identity at a start is taken for ours.
+
+Nothing here awaits: each method is a critical section.
+"""
+
+from dataclasses import astuple
+from typing import Any
+
+from forebay.origin.protocol import Identity
+from forebay_cache import Cache
+
+
+class KnownIdentity:
+    """The identity on record of one image, and how far our own writes to it are.
+
+    Writes are counted as they end, whether they went well or not; a pass of write-back counts as one. The count only
+    grows, so that whoever awaits something may compare before and after.
+    """
+
+    def __init__(self, cache: Cache, key: str) -> None:
+        """`key` names the image in the index."""
+        self._cache = cache
+        self._key = key
+        self._under_way = 0
+        # What an earlier life wrote, and ended before it took note of, may not be durable yet: that counts as one.
+        self._ended = int(self.is_given_up())
+        self._durable = 0
+        """How many of the writes that ended are durable in the image."""
+        self._noted = 0
+        """How many of them the identity on record covers."""
+        self._is_given_up_durably = False
+        self._has_checkpoint = False
+        """True while a checkpoint may be committed beside the image, and not all of it in the image."""
+
+    # ------------------------------------------------------------------------------------------------------ the record
+
+    def _record(self) -> dict[str, Any] | None:
+        return self._cache.records.get("image", self._key)
+
+    def is_given_up(self) -> bool:
+        """True if there is a record that says that we are, or were, writing the image: any identity may be ours."""
+        known = self._record()
+        return known is not None and known["identity"] is None
+
+    def is_on_record(self) -> bool:
+        """True if the record says what the image looks like."""
+        known = self._record()
+        return known is not None and known["identity"] is not None
+
+    def differs_from(self, identity: Identity) -> bool:
+        """True if the record says that the image looked otherwise: somebody else has changed it."""
+        known = self._record()
+        if known is None or known["identity"] is None:
+            return False
+        return tuple(known["identity"]) != astuple(identity)
+
+    def remember(self, identity: Identity) -> None:
+        """Put on record what the image looks like, from the next commit on."""
+        self._put(list(astuple(identity)))
+
+    def give_up(self) -> None:
+        """Put on record that we are writing the image, from the next commit on: `note_given_up` follows that."""
+        self._put(None)
+
+    def _put(self, identity: list[int] | None) -> None:
+        self._is_given_up_durably = False
+        value: dict[str, Any] = {"identity": identity}
+        if self._record() != value:
+            self._cache.records.put("image", self._key, value)
+
+    def note_given_up(self) -> None:
+        """Say that the record of `give_up` is durable, so that writes may begin."""
+        self._is_given_up_durably = True
+
+    def may_write(self) -> bool:
+        """True if the identity is given up, durably. If not, `give_up` comes before the first write."""
+        return self._is_given_up_durably
+
+    def forget(self) -> None:
+        """Remove the record, from the next commit on: nothing is known of the image any more."""
+        self._cache.records.put("image", self._key, None)
+
+    # ---------------------------------------------------------------------------------------------------------- writes
+
+    @property
+    def writes_ended(self) -> int:
+        """How many writes have ended so far."""
+        return self._ended
+
+    def begin_write(self) -> None:
+        """Count a write as under way: before anything of it reaches the image."""
+        self._under_way += 1
+
+    def end_write(self) -> None:
+        """Count the write as ended, whether it went well or not."""
+        self._under_way -= 1
+        self._ended += 1
+
+    def begin_checkpoint(self) -> None:
+        """Say that a redo journal is about to be committed beside the image: a start after a crash writes the image."""
+        self._has_checkpoint = True
+
+    def end_checkpoint(self) -> None:
+        """Say that no redo journal lies beside the image any more."""
+        self._has_checkpoint = False
+
+    def needs_flush(self) -> bool:
+        """True if the image may lack, durably, something that was written."""
+        return self._durable != self._ended or self._under_way > 0
+
+    def note_durable(self, ended: int) -> None:
+        """Say that the first `ended` writes are durable: a flush went well that began after they had ended."""
+        self._durable = max(self._durable, ended)
+
+    def is_being_written(self) -> bool:
+        """True while a write is under way."""
+        return self._under_way > 0
+
+    def is_all_durable(self) -> bool:
+        """True if no write is under way, and the image has all that were made, durably."""
+        return not self.needs_flush()
+
+    def is_at_rest(self) -> bool:
+        """True if all writes are durable, none is under way, and the next start makes none: an identity can last."""
+        return self.is_all_durable() and not self._has_checkpoint
+
+    def is_noted(self, ended: int) -> bool:
+        """True if the identity on record covers the first `ended` writes and no others."""
+        return self._noted == ended
+
+    def note(self, identity: Identity, ended: int) -> None:
+        """Put on record what the image looks like after the first `ended` writes, all of which are durable."""
+        self._noted = ended
+        self.remember(identity)

@@ -1,0 +1,184 @@
+"""Reaching an image: its origin is opened, tried again when it cannot be, and waited for; or it must not be touched.
+
+The states are in `MOVES`, and in gateway/README.md. The origin of an image that was reached stays open until the image
+is closed: a store that fails later shows in the errors of its calls, and its own time-outs and connections go on.
+"""
+
+import errno
+import logging
+from collections.abc import Awaitable, Callable
+from enum import Enum
+
+import trio
+
+from forebay.origin.protocol import Origin, close_quietly
+from forebay_cache.states import Machine, Table
+
+log = logging.getLogger("forebay.image")
+
+RETRY_SECONDS = 1.0
+"""How soon an origin that could not be reached is tried again; doubled each time, up to RETRY_MOST."""
+RETRY_MOST = 15.0
+
+LEAST_PAUSE = 0.05
+"""Seconds that a disk's watch waits at least, where another one was just trying."""
+
+WATCH_SECONDS = 5.0
+"""How often an image is looked at for changes that somebody else made."""
+
+
+class ImageState(Enum):
+    """How an image stands."""
+
+    AWAY = "away"
+    REACHED = "reached"
+    CONFLICT = "conflict"
+    CLOSED = "closed"
+
+
+MOVES: Table[ImageState] = {
+    ImageState.AWAY: {
+        ImageState.REACHED: "its origin was opened, and nothing that the cache has of it is wrong",
+        ImageState.CONFLICT: "somebody else has it, or changed it, and the cache has data for it as it was",
+        ImageState.CLOSED: "the last disk on it was detached",
+    },
+    ImageState.REACHED: {
+        ImageState.CONFLICT: "somebody else has it, or changed it, and it must not be gone on with",
+        ImageState.CLOSED: "the last disk on it was detached",
+    },
+    ImageState.CONFLICT: {
+        ImageState.CLOSED: "the last disk on it was detached",
+    },
+    ImageState.CLOSED: {},
+}
+"""`away`: not opened yet, or it could not be. Requests wait for it. `conflict`: nothing of it is read or written."""
+
+
+class Reach:
+    """The way to one image: its state, and its origin where there is one."""
+
+    def __init__(
+        self,
+        key: str,
+        open_origin: Callable[[], Awaitable[Origin | None]],
+        compare: Callable[[Origin], Awaitable[None]],
+    ) -> None:
+        """`open_origin` opens it, or returns None for an image that must not be touched; `compare` looks whether it is
+        what it was. Both may call `stop`, and raise OSError where the image cannot be reached now.
+        """
+        self.unreachable: str | None = None
+        """Why the last attempt failed; None once one went well."""
+        self.conflict: str | None = None
+        """Why the image must not be touched any more, and what to do: what `stop` was told."""
+        self._key = key
+        self._open = open_origin
+        self._compare = compare
+        self._machine = Machine(MOVES, ImageState.AWAY, f"image {key}")
+        self._origin: Origin | None = None
+        self._attempting = trio.Lock()
+        self._waiting = trio.lowlevel.ParkingLot()
+        """Tasks that wait until the image is not away any more."""
+        self._next_attempt = 0.0
+        self._pause = RETRY_SECONDS
+
+    @property
+    def state(self) -> ImageState:
+        """How the image stands now."""
+        return self._machine.state
+
+    @property
+    def origin(self) -> Origin | None:
+        """The open origin; None where there is none. An image in state conflict may have one."""
+        return self._origin
+
+    def require_origin(self) -> Origin:
+        """The open origin of an image that may be touched. Raises OSError(EIO), which says why there is none."""
+        if self.conflict is not None:
+            raise OSError(errno.EIO, self.conflict)
+        if self._origin is None:
+            why = self.unreachable or "no answer"
+            raise OSError(errno.EIO, f"{self._key} cannot be reached: {why}")
+        return self._origin
+
+    # ------------------------------------------------------------------------------------------------------- reaching
+
+    @property
+    def is_being_attempted(self) -> bool:
+        """True while an attempt to open the origin is under way."""
+        return self._attempting.locked()
+
+    async def attempt(self) -> None:
+        """Open the origin if there is none. A failure is noted; before its time has come nothing is tried again.
+
+        One attempt at a time: whoever comes meanwhile waits for its end.
+        """
+        async with self._attempting:
+            if self._origin is not None or trio.current_time() < self._next_attempt:
+                return
+            try:
+                origin = await self._open_compared()
+            except OSError as error:
+                self._failed(error.strerror or str(error))
+            else:
+                if origin is not None:
+                    self._succeeded(origin)
+
+    async def _open_compared(self) -> Origin | None:
+        """An open origin of an image that is what it was; None for one that must not be touched. Raises OSError."""
+        origin = await self._open()
+        if origin is not None:
+            try:
+                await self._compare(origin)
+            except BaseException:
+                await close_quietly(origin)  # with its locks, which the next attempt has to take
+                raise
+        return origin
+
+    def _failed(self, why: str) -> None:
+        if self.unreachable is None:
+            log.warning("%s cannot be reached: %s", self._key, why)
+        self.unreachable = why
+        self._next_attempt = trio.current_time() + self._pause
+        self._pause = min(2 * self._pause, RETRY_MOST)
+
+    def _succeeded(self, origin: Origin) -> None:
+        if self.unreachable is not None:
+            log.warning("%s can be reached again", self._key)
+        self.unreachable = None
+        self._pause = RETRY_SECONDS
+        self._origin = origin
+        if self.state is ImageState.AWAY:  # in a conflict it stays
+            self._machine.become(ImageState.REACHED)
+        self._waiting.unpark_all()
+
+    async def wait(self, timeout: float) -> None:
+        """Wait until the image is reached; the watch of its disks attempts that. Raises OSError(EIO).
+
+        That is raised for an image that must not be touched, and after `timeout` seconds.
+        """
+        with trio.move_on_after(timeout):
+            while self.state is ImageState.AWAY:
+                await self._waiting.park()
+        self.require_origin()
+
+    def seconds_to_look(self) -> float:
+        """In how many seconds the image should be looked at again, or attempted to be reached."""
+        if self.state is not ImageState.AWAY:
+            return WATCH_SECONDS
+        return max(LEAST_PAUSE, self._next_attempt - trio.current_time())
+
+    # ------------------------------------------------------------------------------------------------------- the ends
+
+    def stop(self, conflict: str) -> None:
+        """Enter state conflict, until the image is closed. `conflict` says why, and what to do."""
+        self._machine.become(ImageState.CONFLICT)
+        self.conflict = conflict
+        log.error("%s", conflict)
+        self._waiting.unpark_all()
+
+    async def close(self) -> None:
+        """Close the origin: nobody uses the image any more. Raises OSError."""
+        origin, self._origin = self._origin, None
+        self._machine.become(ImageState.CLOSED)
+        if origin is not None:
+            await origin.close()

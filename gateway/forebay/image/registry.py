@@ -1,0 +1,61 @@
+"""The images that are in use on this host, each once however many disks lie on it."""
+
+from functools import partial
+
+import trio
+
+from forebay.errors import ForebayError
+from forebay.image.image import Image
+from forebay.image.names import clean_name, layer_prefix
+from forebay.image.source import Source
+from forebay_cache import Cache
+
+
+class Images:
+    """The images in use, by key."""
+
+    def __init__(self, cache: Cache, nursery: trio.Nursery) -> None:
+        """`nursery` runs the fetches of all images, and outlives them."""
+        self._cache = cache
+        self._nursery = nursery
+        self._open: dict[str, Image] = {}
+
+    async def acquire(self, source: Source) -> Image:
+        """The image of a source, with one disk more on it; reached now if it can be. `Image.leave` ends that.
+
+        Raises ForebayError where the image has stopped for the disks on it, and this one would be new.
+        """
+        image = self._open.get(source.key)
+        if image is not None and image.conflict is not None and not source.resumed:
+            raise ForebayError(f"{image.conflict}, on every disk of it")
+        if image is None:
+            image = self._open[source.key] = Image(self._cache, self._nursery, source, self._forget)
+        image.sources.append(source)
+        source.bind(on_lost=image.stop, dirty_bytes=partial(image.lacks, source))
+        # At a start no disk waits for what another one of the image is waiting for already.
+        if not (source.resumed and image.reach.is_being_attempted):
+            await image.reach.attempt()
+        return image
+
+    def drop_disk(self, disk: str, key: str) -> None:
+        """Drop what only the cache has of a disk that is not served, from the next commit on.
+
+        `key` is that of the disk's image.
+        """
+        layers = self._cache.layers.find_all(layer_prefix(disk))
+        for layer in layers:
+            self._cache.layers.drop(layer)
+        self._cache.records.put("dirty", disk, None)
+        if len(layers) > 1:  # a pass may have written to the image under its clean blocks
+            image = self._open.get(key)
+            clean = self._cache.layers.find(clean_name(key))
+            if image is not None:
+                image.clean.refresh()
+            elif clean is not None:
+                self._cache.layers.drop(clean)
+
+    async def _forget(self, image: Image) -> None:
+        """Close an image that no disk uses any more. Raises OSError."""
+        if self._open.get(image.key) is image:
+            del self._open[image.key]
+        await image.close()
