@@ -33,7 +33,7 @@ import forebay_cache.cache
 from forebay.config.model import Config
 from forebay.daemon.arrivals import Arrivals
 from forebay.daemon.disks import Disks
-from forebay.daemon.record import Record, Records
+from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.disk import Disk
 from forebay.image.names import layer_prefix
 from forebay.image.registry import Images
@@ -235,7 +235,7 @@ class Oracle:
             if deep or known is None:
                 await self._with_disk(cache, known, ledger, floor)
             else:
-                self._check_cache(cache, Record.read(known), ledger, floor)
+                self._check_cache(cache, DiskRecord.read(known), ledger, floor)
         finally:
             cache.release()
         said = [record.getMessage() for record in self._logged]
@@ -297,7 +297,7 @@ class Oracle:
             raise Broken("the disk was detached, and is back")
 
     def _check_cache(
-        self, cache: Cache, record: Record, ledger: Ledger, floor: dict[int, int]
+        self, cache: Cache, record: DiskRecord, ledger: Ledger, floor: dict[int, int]
     ) -> None:
         """What the disk would read, as the index has it: from the medium, past everything that is kept in memory."""
         image = self._host.image()
@@ -342,9 +342,9 @@ class Oracle:
                 await check_cache(cache)
                 return
             config, images = self._host.config, Images(cache, nursery)
-            records = Records(cache, config.gateway.state)
+            records = DiskRecords(cache, config.gateway.state)
             arrivals = Arrivals(config, cache, nursery, images, Disks(), records)
-            record = Record.read(known)
+            record = DiskRecord.read(known)
             source, settings = arrivals.source(DISK, record, record.size)
             disk = await Disk.open(images, source, settings)
             stack.push_async_callback(_let_go, disk)

@@ -314,7 +314,7 @@ def _disks_not_committed() -> None:
 
         return later
 
-    replace("forebay.daemon.record:Records.commit", make)
+    replace("forebay.daemon.record:DiskRecords.commit", make)
 
 
 def _flush_of_the_origin_only_said() -> None:

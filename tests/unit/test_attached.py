@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from forebay.daemon.attached import Attached
-from forebay.daemon.record import Record
+from forebay.daemon.record import DiskRecord
 from forebay.errors import ForebayError
 
 LOGGED = "disk 'd': stopped by a fault of Forebay itself"
@@ -77,7 +77,7 @@ class Bed:
         self.disk, self.listener = FakeDisk(), FakeListener()
         source = SimpleNamespace(use=SimpleNamespace(disk="d"))
         self.attached = Attached(
-            Record("i", "i", 0),
+            DiskRecord("i", "i", 0),
             cast("Any", source),
             cast("Any", self.disk),
             cast("Any", self.listener),

@@ -12,7 +12,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(p for name in FOLDERS for p in (ROOT / nam
 LINK = re.compile(r"""\]\(([^)\s]+)|\b(?:src|href)="([^"]+)"|^\[[^\]]+\]:\s*(\S+)""", re.MULTILINE)
 
 MODULE = re.compile(r"`([\w/.-]+\.py)(?:::\w+)?`")
-NOT_YET = {"gateway/README.md", "cache/PLACEMENT.md"}
+NOT_YET = {"cache/PLACEMENT.md"}
 """Pages that still name Python files by where they lay before: to be empty."""
 
 

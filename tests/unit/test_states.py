@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from forebay.daemon import attached
 from forebay.disk import state as disk_state
 from forebay.image import reach
+from forebay.storage import record
 from forebay_cache.states import STRICT, IllegalMove, Machine, Table, rows
 from forebay_nbd.server import phase
 
@@ -31,6 +33,8 @@ MOVES: Table[Lamp] = {
 TABLES: list[tuple[str, str, Table[Any]]] = [
     ("gateway/README.md", "States of a disk", disk_state.MOVES),
     ("gateway/README.md", "States of an image", reach.MOVES),
+    ("gateway/README.md", "The life of an attached disk", attached.LIFE),
+    ("gateway/STORAGE.md", "States of a volume", record.MOVES),
     ("nbd/README.md", "The phases of a connection", phase.MOVES),
 ]
 """(README, its heading, the table in code) of every kind of thing that has one."""

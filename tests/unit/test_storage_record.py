@@ -1,6 +1,8 @@
 """Where the cache's device is looked for."""
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,13 +10,22 @@ import pytest
 from forebay.config.model import Config, GatewaySection
 from forebay.storage import lvm
 from forebay.storage import record as storage_record
-from forebay.storage.record import Record, locate, locate_volume, read_record, write_record
+from forebay.storage.record import (
+    Kind,
+    VolumeRecord,
+    VolumeState,
+    locate,
+    locate_volume,
+    read_record,
+    write_record,
+)
 from forebay_cache import CacheError
+from forebay_cache.states import IllegalMove
 
 VOLUME = "9r8r3t-zuDm-4JGT-SuTy-CXV1-CPTL-eGmczS"
 OTHER = "Wq3h5D-0001-NnTL-cCvB-J1cE-4SDV-vEYQbF"
 GROUP = "FFP3SZZ91N8Y1G4YVuu9EgO9Qoyp881t"
-RECORD = Record("lvm", "/dev/vg0/forebay", "a218481b", "ready", "vg0", VOLUME)
+RECORD = VolumeRecord(Kind.LVM, "/dev/vg0/forebay", "a218481b", VolumeState.READY, "vg0", VOLUME)
 
 
 @pytest.fixture
@@ -63,13 +74,39 @@ def test_what_a_block_device_is(kernel: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     assert read_record(tmp_path) is None
-    write_record(tmp_path, RECORD)
-    assert read_record(tmp_path) == RECORD
+    for state in (VolumeState.CREATING, VolumeState.READY, VolumeState.REMOVING):
+        record = replace(RECORD, state=state)
+        write_record(tmp_path, record)
+        assert read_record(tmp_path) == record
     write_record(tmp_path, None)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"kind": "lvm"}', '{"what": 1}'])
+def test_the_file_is_as_it_always_was(tmp_path: Path) -> None:
+    write_record(tmp_path, replace(RECORD, state=VolumeState.CREATING))
+    assert json.loads((tmp_path / "device.json").read_text()) == {
+        "kind": "lvm",
+        "path": "/dev/vg0/forebay",
+        "uuid": "a218481b",
+        "state": "creating",
+        "group": "vg0",
+        "volume": VOLUME,
+        "place": None,
+    }
+
+
+def test_a_volume_that_is_ready_was_created(tmp_path: Path) -> None:
+    """What is on record before is looked at: a record cannot claim what never happened."""
+    with pytest.raises(IllegalMove, match="unrecorded must not become ready"):
+        write_record(tmp_path, RECORD)
+    assert read_record(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"kind": "lvm"}', '{"what": 1}', '{"kind": "x", "path": "/x", "uuid": ""}',
+     '{"kind": "lvm", "path": "/x", "uuid": "", "state": "x"}'],
+)  # fmt: skip
 def test_a_record_that_is_not_one(text: str, tmp_path: Path) -> None:
     (tmp_path / "device.json").write_text(text)
     with pytest.raises(CacheError, match=r"device\.json: cannot be understood: remove it"):
@@ -79,6 +116,8 @@ def test_a_record_that_is_not_one(text: str, tmp_path: Path) -> None:
 def test_a_file_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
     config = Config(gateway=GatewaySection(state=tmp_path))
     assert locate(config) == tmp_path / "cache.img", "the embedded default is"
-    write_record(tmp_path, Record("file", str(tmp_path / "gone"), "a218481b"))
+    record = VolumeRecord(Kind.FILE, str(tmp_path / "gone"), "a218481b", VolumeState.CREATING)
+    write_record(tmp_path, record)
+    write_record(tmp_path, replace(record, state=VolumeState.READY))
     with pytest.raises(CacheError, match="gone: no such file: bring it back"):
         locate(config)

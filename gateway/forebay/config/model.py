@@ -4,40 +4,40 @@ The models below are the manual: each field says what it does. Everything has a 
 so a host without a file is served too. A wrong file is refused as a whole, with every fault in it.
 """
 
-import grp
 import os
-import pwd
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     PrivateAttr,
     ValidationError,
     field_validator,
 )
 
 from forebay.config.client import DEFAULT_RUN, config_path, read_toml
-from forebay.config.toml_text import line_of, toml_lines
-from forebay.errors import ConfigError, ForebayError
-from forebay.units import (
-    GIB,
-    KIB,
-    Mode,
-    did_you_mean,
-    exact_duration,
-    exact_size,
-    parse_duration,
-    parse_name,
-    parse_preload,
-    parse_size,
+from forebay.config.faults import dotted, faults_of, told
+from forebay.config.fields import (
+    KVM,
+    Directory,
+    Duration,
+    FileMode,
+    Group,
+    ModeName,
+    OnChange,
+    Preload,
+    Size,
+    SocketGroup,
+    SocketPeer,
+    User,
+    socket_group,
 )
+from forebay.config.toml_text import toml_lines
+from forebay.errors import ConfigError, ForebayError
+from forebay.units import GIB, KIB, Mode, did_you_mean, exact_size, parse_name
 
 __all__ = ["Config", "ConfigError", "DiskSettings", "Mode", "Store"]
 
@@ -47,97 +47,10 @@ BLOCK_SIZES = (64 * KIB,)
 SMALLEST_CACHE = 16 * BLOCK_SIZES[0]
 """Bytes. Less cannot hold one large request and evict at the same time."""
 
-KVM = "kvm"
-"""The default group of sockets: QEMU runs in it on Debian and Fedora."""
-
 LONGEST_RUN = 107 - len("/disks/d.sock.new")
 """Bytes of path. The address of a Unix socket holds 107 (unix(7)); a disk's name is checked at
 attach.
 """
-
-
-# ----------------------------------------------------------------------------------- kinds of value
-
-
-def _absolute(path: Path) -> Path:
-    if not path.is_absolute():
-        raise ValueError(f"'{path}' is not an absolute path: begin it with /")
-    return Path(os.path.normpath(path))
-
-
-def _octal(value: object) -> int:
-    if isinstance(value, str) and 3 <= len(value) <= 4 and not value.strip("01234567"):
-        return int(value, 8)
-    raise ValueError(f'{value!r} is not a file mode: write it in octal and in quotes, as "0660"')
-
-
-def _known_user(name: str) -> str:
-    try:
-        pwd.getpwnam(name)
-    except KeyError:
-        hint = did_you_mean(name, (user.pw_name for user in pwd.getpwall()))
-        raise ValueError(
-            f"no user '{name}' on this host{hint}: create it, or leave the key out"
-        ) from None
-    return name
-
-
-def _known_group(name: str) -> str:
-    try:
-        grp.getgrnam(name)
-    except KeyError:
-        hint = did_you_mean(name, (group.gr_name for group in grp.getgrall()))
-        raise ValueError(
-            f"no group '{name}' on this host{hint}: create it, or leave the key out"
-        ) from None
-    return name
-
-
-def _socket_group(name: str) -> str | None:
-    """A group of this host. KVM may be missing, written or not: one file then fits all hosts."""
-    try:
-        return _known_group(name)
-    except ValueError:
-        if name != KVM:
-            raise
-        return None
-
-
-def _known_peer(name: str) -> str:
-    """A user, or a group with an @ in front."""
-    return f"@{_known_group(name[1:])}" if name.startswith("@") else _known_user(name)
-
-
-def _above_zero(value: float) -> float:
-    if value <= 0:
-        raise ValueError("must be more than zero: write 30s, 500ms or 2m")
-    return value
-
-
-def _preload_text(value: int | str) -> str:
-    return value if isinstance(value, str) else exact_size(value)
-
-
-Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(exact_size, when_used="json")]
-Preload = Annotated[
-    int | str, BeforeValidator(parse_preload), PlainSerializer(_preload_text, when_used="json")
-]
-Duration = Annotated[
-    float,
-    BeforeValidator(parse_duration),
-    AfterValidator(_above_zero),
-    PlainSerializer(exact_duration, when_used="json"),
-]
-ModeName = Annotated[Mode, BeforeValidator(Mode.parse)]
-Directory = Annotated[Path, AfterValidator(_absolute)]
-FileMode = Annotated[
-    int, BeforeValidator(_octal), PlainSerializer(lambda mode: f"{mode:04o}", when_used="json")
-]
-OnChange = Literal["refresh", "refuse"]
-User = Annotated[str, AfterValidator(_known_user)]
-Group = Annotated[str, AfterValidator(_known_group)]
-SocketGroup = Annotated[str, AfterValidator(_socket_group)]
-SocketPeer = Annotated[str, AfterValidator(_known_peer)]
 
 
 # ----------------------------------------------------------------------------------------- sections
@@ -156,7 +69,7 @@ class GatewaySection(_Section):
     """Sockets. libvirt overlays record the paths in it: the same on all hosts, for ever."""
     socket_owner: User | None = None
     """User that owns the disks' sockets; without it the daemon's own."""
-    socket_group: SocketGroup | None = Field(default_factory=lambda: _socket_group(KVM))
+    socket_group: SocketGroup | None = Field(default_factory=lambda: socket_group(KVM))
     """Group of the disks' sockets, the one QEMU runs in; the daemon's own on a host without kvm."""
     socket_mode: FileMode = 0o660
     """File mode of the disks' sockets; connecting needs write permission."""
@@ -307,7 +220,7 @@ class Config(_Section):
         try:
             config = cls.model_validate(data)
         except ValidationError as refused:
-            raise ConfigError(_faults(source, text, refused)) from None
+            raise ConfigError(faults_of(source, text, refused, _sections())) from None
         config._source = Path(source)  # noqa: SLF001  (its own class)
         return config
 
@@ -338,7 +251,7 @@ class Config(_Section):
             return DiskSettings.model_validate(merged)
         except ValidationError as refused:
             fault = refused.errors()[0]
-            raise ForebayError(f"{_dotted(fault['loc'])}: {_what(fault)}") from None
+            raise ForebayError(f"{dotted(fault['loc'])}: {told(fault, _sections())}") from None
 
     def store(self, name: str) -> Store:
         """The store with this name. Raises ForebayError."""
@@ -373,55 +286,13 @@ class Config(_Section):
         return "\n".join(toml_lines(self.model_dump(mode="json", exclude_none=True)))
 
 
-# ------------------------------------------------------------------------------------------- faults
-
-_PLAIN = {
-    "missing": "is required: add it",
-    "string_type": "must be text in quotes",
-    "path_type": "must be a path in quotes",
-    "list_type": 'must be a list, as ["a", "b"]',
-    "model_type": "must be a section with keys of its own",
-    "dict_type": "must be a section with keys of its own",
-}
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "gateway": GatewaySection,
-    "cache": CacheSection,
-    "defaults": DiskSettings,
-    "stores.NAME": Store,
-    "origins": OriginsSection,
-}
-
-
-def _faults(source: str, text: str, refused: ValidationError) -> list[str]:
-    found = [(line_of(text, fault["loc"]), fault) for fault in refused.errors(include_url=False)]
-    return [
-        f"{source}:{line or 1}: {_dotted(fault['loc'])}: {_what(fault)}"
-        for line, fault in sorted(found, key=lambda pair: pair[0] or 0)
-    ]
-
-
-def _dotted(loc: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in loc)
-
-
-def _what(fault: Mapping[str, Any]) -> str:
-    kind = fault["type"]
-    if kind == "extra_forbidden":
-        return _unknown_key(fault["loc"])
-    if kind == "value_error":
-        return str(fault["ctx"]["error"])
-    return _PLAIN.get(kind, str(fault["msg"]))
-
-
-def _unknown_key(loc: tuple[int | str, ...]) -> str:
-    """Suggests the nearest key of the section, or the section in which the key would be right."""
-    *_, key = (str(part) for part in loc)
-    section = "" if len(loc) == 1 else "stores.NAME" if loc[0] == "stores" else str(loc[0])
-    known = list(_SECTIONS[section].model_fields) if section else list(Config.model_fields)
-    hint = did_you_mean(key, known)
-    elsewhere = [
-        name for name, model in _SECTIONS.items() if name != section and key in model.model_fields
-    ]
-    if elsewhere and not hint:
-        return f"unknown key here: it belongs in [{'] or ['.join(elsewhere)}]"
-    return f"unknown {'key' if section else 'section'}{hint}: known are {', '.join(known)}"
+def _sections() -> dict[str, type[BaseModel]]:
+    """What `forebay.config.faults` needs to know of the models."""
+    return {
+        "": Config,
+        "gateway": GatewaySection,
+        "cache": CacheSection,
+        "defaults": DiskSettings,
+        "stores.NAME": Store,
+        "origins": OriginsSection,
+    }

@@ -13,7 +13,7 @@ from forebay.config.model import Config, DiskSettings
 from forebay.daemon.attached import Absent, Attached
 from forebay.daemon.disks import Disks
 from forebay.daemon.parallel import run_all
-from forebay.daemon.record import Record, Records
+from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.disk import Disk
 from forebay.doors.listener import Listener, socket_path
 from forebay.doors.restart import EarlierSockets
@@ -40,7 +40,7 @@ class Arrivals:
         nursery: trio.Nursery,
         images: Images,
         disks: Disks,
-        records: Records,
+        records: DiskRecords,
     ) -> None:
         """`nursery` is the one long-lived nursery of the process: the tasks of disks and of connections live in it."""
         self._config = config
@@ -54,7 +54,7 @@ class Arrivals:
 
     # -- a new disk
 
-    async def attach(self, name: str, wanted: Record) -> Attached:
+    async def attach(self, name: str, wanted: DiskRecord) -> Attached:
         """Serve an image as a disk; of `wanted`, key and size are found out here. Raises ForebayError and OSError."""
         self._check_new(name, wanted)
         path = socket_path(self._config.gateway.run, name)
@@ -69,7 +69,7 @@ class Arrivals:
         log.info("%s: %s attached, %s", name, source.key, settings.mode)
         return attached
 
-    def _check_new(self, name: str, wanted: Record) -> None:
+    def _check_new(self, name: str, wanted: DiskRecord) -> None:
         try:
             parse_name(name)
         except ValueError as fault:
@@ -114,7 +114,7 @@ class Arrivals:
         )
         earlier.drop_rest("it is not served")
 
-    async def _resume(self, name: str, record: Record, earlier: EarlierSockets) -> None:
+    async def _resume(self, name: str, record: DiskRecord, earlier: EarlierSockets) -> None:
         """A disk that cannot be brought back is shown as such; the others are not kept from coming."""
         try:
             await self._bring_back(name, record, earlier)
@@ -128,10 +128,10 @@ class Arrivals:
             why = f"a fault of Forebay itself ({in_short(fault)}): its data is kept, and the log says more"
             self._disks.add(self._absent(name, record, why))
 
-    def _absent(self, name: str, record: Record, why: str) -> Absent:
+    def _absent(self, name: str, record: DiskRecord, why: str) -> Absent:
         return Absent(name, record, why, partial(left_dirty, self._cache, name))
 
-    async def _bring_back(self, name: str, record: Record, earlier: EarlierSockets) -> None:
+    async def _bring_back(self, name: str, record: DiskRecord, earlier: EarlierSockets) -> None:
         path = socket_path(self._config.gateway.run, name)
         source, settings = self.source(name, record, record.size)
         if source.key != record.key:
@@ -145,7 +145,9 @@ class Arrivals:
 
     # -- both
 
-    def source(self, name: str, record: Record, size: int | None) -> tuple[Source, DiskSettings]:
+    def source(
+        self, name: str, record: DiskRecord, size: int | None
+    ) -> tuple[Source, DiskSettings]:
         """The source of the disk, and its settings. `size` in bytes, as recorded; None: not known yet.
 
         Raises ForebayError for an image that may not be attached.
@@ -178,7 +180,7 @@ class Arrivals:
         return 0 if self._disks.is_attached(disk) else left_dirty(self._cache, disk)[0]
 
     async def _opened(
-        self, record: Record, source: Source, settings: DiskSettings, path: Path
+        self, record: DiskRecord, source: Source, settings: DiskSettings, path: Path
     ) -> Attached:
         disk = await Disk.open(self._images, source, settings)
         return Attached(record, source, disk, Listener(disk, path, self._config.gateway))

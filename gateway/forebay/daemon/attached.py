@@ -7,7 +7,7 @@ from typing import Any
 import trio
 
 from forebay.daemon.parallel import Progress
-from forebay.daemon.record import Record
+from forebay.daemon.record import DiskRecord
 from forebay.disk.disk import Disk
 from forebay.disk.state import DiskState
 from forebay.doors.listener import Listener
@@ -60,7 +60,7 @@ LIFE: Table[Life] = {
 class Attached:
     """A disk that was attached, with everything that lives as long as it."""
 
-    def __init__(self, record: Record, source: Source, disk: Disk, listener: Listener) -> None:
+    def __init__(self, record: DiskRecord, source: Source, disk: Disk, listener: Listener) -> None:
         self.record = record
         self.source = source
         self.disk = disk
@@ -214,7 +214,7 @@ class Absent:
     """A disk on record that cannot be served: its store is no longer configured, say. Shown, and kept."""
 
     def __init__(
-        self, name: str, record: Record, why: str, lag: Callable[[], tuple[int, float]]
+        self, name: str, record: DiskRecord, why: str, lag: Callable[[], tuple[int, float]]
     ) -> None:
         """`why` it is not served, in one line. `lag` says what its image lacks: bytes, and seconds."""
         self.name = name

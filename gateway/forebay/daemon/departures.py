@@ -7,7 +7,7 @@ import trio
 from forebay.daemon.attached import Absent, Attached
 from forebay.daemon.disks import Disks
 from forebay.daemon.parallel import Progress
-from forebay.daemon.record import Records
+from forebay.daemon.record import DiskRecords
 from forebay.errors import ForebayError
 from forebay.image.registry import Images
 from forebay.origin.threads import bounded
@@ -25,7 +25,7 @@ RELEASE_SECONDS = 10.0
 class Departures:
     """Detaches disks, and removes them from `disks`."""
 
-    def __init__(self, images: Images, disks: Disks, records: Records) -> None:
+    def __init__(self, images: Images, disks: Disks, records: DiskRecords) -> None:
         self._images = images
         self._disks = disks
         self._records = records

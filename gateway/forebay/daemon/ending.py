@@ -10,7 +10,7 @@ import trio
 from forebay.daemon.attached import Attached
 from forebay.daemon.departures import CLIENTS_SECONDS, RELEASE_SECONDS
 from forebay.daemon.parallel import run_all
-from forebay.daemon.record import Records
+from forebay.daemon.record import DiskRecords
 from forebay.doors.restart import Sockets, leave_sockets
 from forebay.errors import ForebayError
 
@@ -21,7 +21,7 @@ RESTART_SECONDS = 0.25
 is done by the next process."""
 
 
-async def stop(disks: list[Attached], records: Records, *, restart: bool) -> bool:
+async def stop(disks: list[Attached], records: DiskRecords, *, restart: bool) -> bool:
     """Answer what is in flight, hang up, end all work. Bounded; what is dirty stays in the cache, durably.
 
     `restart`: do not hang up, but leave the sockets with the service manager; clients wait, so it takes no longer than

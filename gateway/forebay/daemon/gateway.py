@@ -17,7 +17,7 @@ from forebay.daemon.disks import Disks
 from forebay.daemon.ending import stop
 from forebay.daemon.parallel import Progress, Shares, run_all
 from forebay.daemon.process import run_process
-from forebay.daemon.record import Record, Records
+from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.doors.restart import EarlierSockets
 from forebay.errors import ForebayError
 from forebay.image.registry import Images
@@ -41,7 +41,7 @@ class Gateway:
         self._cache = cache
         images = Images(cache, nursery)
         self._disks = Disks()
-        self._records = Records(cache, index_path(config))
+        self._records = DiskRecords(cache, index_path(config))
         self._arrivals = Arrivals(config, cache, nursery, images, self._disks, self._records)
         self._departures = Departures(images, self._disks, self._records)
         self._extending = trio.Lock()
@@ -62,7 +62,7 @@ class Gateway:
     ) -> Status:
         """Serve an image as a disk; None stands for what the store says. The disk's status."""
         chosen = mode.value if mode else None
-        wanted = Record(image, "", 0, read_only, overlay, chosen, cache_size, preload)
+        wanted = DiskRecord(image, "", 0, read_only, overlay, chosen, cache_size, preload)
         attached = await self._arrivals.attach(name, wanted)
         return attached.status()
 

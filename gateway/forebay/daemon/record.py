@@ -16,7 +16,7 @@ KIND = "disk"
 
 
 @dataclass(frozen=True)
-class Record:
+class DiskRecord:
     """What the index keeps of a disk: what the operator asked for, not what the configuration adds to it.
 
     `size` in bytes, as found at attach: a disk comes up without its origin. `mode`, `cache_size` and `preload` are None
@@ -55,7 +55,7 @@ class Record:
         return replace(self, mode=mode.value)
 
 
-class Records:
+class DiskRecords:
     """The records of all disks. A change is in memory at once, and durable after `commit`."""
 
     def __init__(self, cache: Cache, index: Path) -> None:
@@ -63,12 +63,12 @@ class Records:
         self._cache = cache
         self._index = index
 
-    def all(self) -> dict[str, Record]:
+    def all(self) -> dict[str, DiskRecord]:
         """By the disk's name, in the order of the names."""
         known = self._cache.records.all(KIND)
-        return {name: Record.read(known[name]) for name in sorted(known)}
+        return {name: DiskRecord.read(known[name]) for name in sorted(known)}
 
-    def put(self, name: str, record: Record | None) -> None:
+    def put(self, name: str, record: DiskRecord | None) -> None:
         """Keep a record, or (None) remove that of the disk."""
         self._cache.records.put(KIND, name, None if record is None else record.write())
 

@@ -15,10 +15,8 @@ from typing import Protocol
 from forebay.errors import ForebayError
 from forebay.storage import lvm
 from forebay.storage.record import (
-    DEVICE,
-    FILE,
-    LVM,
-    Record,
+    Kind,
+    VolumeRecord,
     find_volume,
     give_to_owner,
     sync_directory,
@@ -35,7 +33,7 @@ class Storage(Protocol):
     def check(self, size: int | None, *, force: bool) -> None:
         """Refuse what cannot be made."""
 
-    def make(self, size: int | None, state: Path, progress: Progress) -> Record:
+    def make(self, size: int | None, state: Path, progress: Progress) -> VolumeRecord:
         """Provide `size` bytes. The record, with what is known now."""
 
     def enlarge(self, size: int | None) -> int | None:
@@ -45,12 +43,12 @@ class Storage(Protocol):
         """Give it back; what it held is gone."""
 
 
-def storage_of(record: Record) -> Storage:
+def storage_of(record: VolumeRecord) -> Storage:
     """The storage that a record describes."""
     kinds: dict[str, type[OnVolume | InFile | OnDevice]] = {
-        LVM: OnVolume,
-        FILE: InFile,
-        DEVICE: OnDevice,
+        Kind.LVM: OnVolume,
+        Kind.FILE: InFile,
+        Kind.DEVICE: OnDevice,
     }
     return kinds[record.kind](record)
 
@@ -59,7 +57,7 @@ def storage_of(record: Record) -> Storage:
 class OnVolume:
     """A logical volume; `record.path` is `/dev/GROUP/NAME`."""
 
-    record: Record
+    record: VolumeRecord
 
     def check(self, size: int | None, *, force: bool) -> None:
         """The group is there and has room, and the name is free."""
@@ -76,7 +74,7 @@ class OnVolume:
             )
         lvm.check_space(group, size or 0, self.record.place)
 
-    def make(self, size: int | None, state: Path, progress: Progress) -> Record:
+    def make(self, size: int | None, state: Path, progress: Progress) -> VolumeRecord:
         """Make and tag it."""
         del state, progress
         record, name = self.record, Path(self.record.path).name
@@ -108,7 +106,7 @@ class OnVolume:
 class InFile:
     """A regular file with space of its own."""
 
-    record: Record
+    record: VolumeRecord
 
     def check(self, size: int | None, *, force: bool) -> None:
         """Nothing of that name is there, and the file system has room."""
@@ -129,7 +127,7 @@ class InFile:
                 f"{format_size(free)} free: say less, or make room there"
             )
 
-    def make(self, size: int | None, state: Path, progress: Progress) -> Record:
+    def make(self, size: int | None, state: Path, progress: Progress) -> VolumeRecord:
         """Under its own name: the record says that it is not ready."""
         path = Path(self.record.path)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -157,7 +155,7 @@ class InFile:
 class OnDevice:
     """A block device that is there already and stays there."""
 
-    record: Record
+    record: VolumeRecord
 
     def check(self, size: int | None, *, force: bool) -> None:
         """It is a block device of which nobody makes use. What it holds is looked at when it is formatted."""
@@ -170,7 +168,7 @@ class OnDevice:
             raise ForebayError(f"{path}: not a block device: for a file say --file and --size")
         del size, force
 
-    def make(self, size: int | None, state: Path, progress: Progress) -> Record:
+    def make(self, size: int | None, state: Path, progress: Progress) -> VolumeRecord:
         """It is there."""
         del size, state, progress
         return self.record

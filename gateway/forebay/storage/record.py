@@ -1,7 +1,8 @@
-"""What STATE says of the device that the cache lies on, and how that device is found again.
+"""What STATE says of the volume that the cache lies on, and how that volume is found again.
 
-`STATE/device.json` is written by `forebay cache create`. Without it, the cache is on whatever `[cache] device` names,
-and only the uuids in superblock and index say whether that is right.
+A volume here is a cache's storage, of whatever kind: a logical volume, a file, a block device. `STATE/device.json` is
+its record, written by `forebay cache create`. Without one, the cache is on whatever `[cache] device` names, and only
+the uuids in superblock and index say whether that is right.
 
 A logical volume is found by its uuid, which the kernel shows to everybody for every active volume
 (`/sys/dev/block/MAJOR:MINOR/dm/uuid`), else by its tags, through `lvm`. So a volume that was renamed is found, and
@@ -13,33 +14,76 @@ import logging
 import os
 import stat
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
+from typing import Any, Self
 
 from forebay.config.model import Config
 from forebay.storage import lvm
 from forebay_cache import CacheError
+from forebay_cache.states import Machine, Table
 
 log = logging.getLogger("forebay.storage")
-
-LVM, FILE, DEVICE = "lvm", "file", "device"
-CREATING, READY, REMOVING = "creating", "ready", "removing"
 
 _SYS = Path("/sys")
 _DEV = Path("/dev")
 
 
-@dataclass(frozen=True)
-class Record:
-    """The device of a cache. `volume` and `group` are for logical volumes: its uuid, and its group's name."""
+class Kind(StrEnum):
+    """What a cache can lie on."""
 
-    kind: str
+    LVM = "lvm"
+    FILE = "file"
+    DEVICE = "device"
+
+
+class VolumeState(StrEnum):
+    """How far a volume is, by its record. The moves are in MOVES; gateway/STORAGE.md has the same table."""
+
+    UNRECORDED = "unrecorded"
+    """There is no record."""
+    CREATING = "creating"
+    READY = "ready"
+    REMOVING = "removing"
+
+
+MOVES: Table[VolumeState] = {
+    VolumeState.UNRECORDED: {
+        VolumeState.CREATING: "it is about to be made by `forebay cache create`, which says so first",
+        VolumeState.REMOVING: "the daemon made it by itself, and `forebay cache remove` finds nothing dirty",
+    },
+    VolumeState.CREATING: {
+        VolumeState.READY: "it is made, and formatted",
+        VolumeState.UNRECORDED: "what was made of it is removed, as `create` failed or was killed",
+    },
+    VolumeState.READY: {
+        VolumeState.REMOVING: "by `forebay cache remove`, which finds that nothing is dirty",
+    },
+    VolumeState.REMOVING: {
+        VolumeState.UNRECORDED: "it is given back",
+    },
+}
+
+
+@dataclass(frozen=True)
+class VolumeRecord:
+    """The volume of a cache. `uuid` is the cache's; `volume` and `group` are the uuid and group of a logical volume."""
+
+    kind: Kind
     path: str
     uuid: str
-    state: str = READY
+    state: VolumeState = VolumeState.READY
     group: str = ""
     volume: str = ""
     place: str | None = None
     """The tag of the physical volumes that it is to lie on, as `@ssd`."""
+
+    @classmethod
+    def read(cls, found: dict[str, Any]) -> Self:
+        """The record that the file has as `found`. Raises TypeError, ValueError and KeyError where it is none."""
+        kind = Kind(found["kind"])
+        state = VolumeState(found.get("state", VolumeState.READY))
+        return cls(**found | {"kind": kind, "state": state})
 
 
 def record_path(state: Path) -> Path:
@@ -47,21 +91,26 @@ def record_path(state: Path) -> Path:
     return state / "device.json"
 
 
-def read_record(state: Path) -> Record | None:
-    """Raises CacheError for one that cannot be understood."""
+def read_record(state: Path) -> VolumeRecord | None:
+    """The record in STATE; None where there is none. Raises CacheError for one that cannot be understood."""
     path = record_path(state)
     try:
-        return Record(**json.loads(path.read_text()))
+        return VolumeRecord.read(json.loads(path.read_text()))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError):
         raise CacheError(
             f"{path}: cannot be understood: remove it, and let [cache] device name the device"
         ) from None
 
 
-def write_record(state: Path, record: Record | None) -> None:
-    """Replace the record, or (None) remove it; durable when this returns. Raises OSError."""
+def write_record(state: Path, record: VolumeRecord | None) -> None:
+    """Replace the record, or (None) remove it; durable when this returns. Raises OSError.
+
+    Raises CacheError where the present one cannot be understood. The state of the new one has to be a move from that of
+    the present one.
+    """
+    _machine(state).become(VolumeState.UNRECORDED if record is None else record.state)
     path = record_path(state)
     if record is None:
         path.unlink(missing_ok=True)
@@ -77,6 +126,13 @@ def write_record(state: Path, record: Record | None) -> None:
     sync_directory(state)
 
 
+def _machine(state: Path) -> Machine[VolumeState]:
+    """The present state of the volume whose record lies in STATE."""
+    present = read_record(state)
+    found = VolumeState.UNRECORDED if present is None else present.state
+    return Machine(MOVES, found, f"the cache volume of {state}")
+
+
 def sync_directory(path: Path) -> None:
     """Make creations, renames and removals in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -87,7 +143,7 @@ def sync_directory(path: Path) -> None:
 
 
 def give_to_owner(state: Path, *paths: Path) -> None:
-    """Root makes what the daemon's user, whose STATE is, has to open."""
+    """What root has made for the daemon's user is given to whoever owns STATE, who has to open it."""
     if os.geteuid() == 0:
         owner = state.stat()
         for path in paths:
@@ -105,12 +161,12 @@ def locate(config: Config) -> Path:
     record = read_record(config.gateway.state)
     if record is None:
         return _as_configured(config)
-    if record.state != READY:
-        verb = "create" if record.state == CREATING else "remove"
+    if record.state is not VolumeState.READY:
+        verb = "create" if record.state is VolumeState.CREATING else "remove"
         raise CacheError(
             f"{record.path}: 'forebay cache {verb}' was interrupted: run it again, so that it ends"
         )
-    if record.kind == LVM:
+    if record.kind is Kind.LVM:
         return Path(locate_volume(record, config.cache.device))
     path = config.cache.device or Path(record.path)
     if not path.exists():
@@ -126,7 +182,7 @@ def _as_configured(config: Config) -> Path:
     return path
 
 
-def locate_volume(record: Record, configured: Path | None) -> str:
+def locate_volume(record: VolumeRecord, configured: Path | None) -> str:
     """The path of the logical volume that holds the cache, whatever its name is. Raises CacheError, ForebayError."""
     expected = configured or Path(record.path)
     if record.volume and volume_behind(expected) == _bare(record.volume):
@@ -140,7 +196,7 @@ def locate_volume(record: Record, configured: Path | None) -> str:
     return found
 
 
-def find_volume(record: Record, expected: Path) -> lvm.Volume:
+def find_volume(record: VolumeRecord, expected: Path) -> lvm.Volume:
     """The active volume that carries the cache's tags, or has its uuid. Raises CacheError, ForebayError."""
     known = [v for v in lvm.caches() if record.volume == v.uuid or record.uuid == v.cache]
     mine = [v for v in known if record.volume == v.uuid] or known

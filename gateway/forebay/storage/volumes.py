@@ -22,13 +22,9 @@ from forebay.errors import ForebayError
 from forebay.storage import lvm
 from forebay.storage.kinds import storage_of
 from forebay.storage.record import (
-    CREATING,
-    DEVICE,
-    FILE,
-    LVM,
-    READY,
-    REMOVING,
-    Record,
+    Kind,
+    VolumeRecord,
+    VolumeState,
     give_to_owner,
     locate,
     read_record,
@@ -73,7 +69,7 @@ class Wanted:
 # ----------------------------------------------------------------------------------------- creating
 
 
-def create(config: Config, wanted: Wanted, progress: Progress) -> Record:
+def create(config: Config, wanted: Wanted, progress: Progress) -> VolumeRecord:
     """Provide storage and format it. Raises ForebayError; then nothing has changed."""
     state = config.gateway.state
     if wanted.size is not None and wanted.size < SMALLEST:
@@ -92,7 +88,7 @@ def create(config: Config, wanted: Wanted, progress: Progress) -> Record:
                 Path(record.path), index, force=wanted.force, ident=uuid.UUID(record.uuid)
             )
             give_to_owner(state, index, *index.iterdir(), state / "lock")
-            record = replace(record, state=READY)
+            record = replace(record, state=VolumeState.READY)
             write_record(state, record)
         except BaseException:
             _undo(state, record)
@@ -100,20 +96,24 @@ def create(config: Config, wanted: Wanted, progress: Progress) -> Record:
     return record
 
 
-def _planned(config: Config, wanted: Wanted) -> Record:
+def _planned(config: Config, wanted: Wanted) -> VolumeRecord:
     """The record as it is before anything is made. Raises ForebayError when the configuration names another place."""
     configured = config.cache.device
     ident = str(uuid.uuid4())
     if wanted.group is not None:
         path = _volume_path(wanted.group, configured)
-        return Record(LVM, path, ident, CREATING, wanted.group, place=wanted.place)
+        return VolumeRecord(
+            Kind.LVM, path, ident, VolumeState.CREATING, wanted.group, place=wanted.place
+        )
     path_ = wanted.device or wanted.file
     assert path_ is not None
     if configured is not None and configured != path_:
         raise ForebayError(
             f"[cache] device is {configured}, not {path_}: correct {config.source}, then try again"
         )
-    return Record(DEVICE if wanted.device else FILE, str(path_), ident, CREATING)
+    return VolumeRecord(
+        Kind.DEVICE if wanted.device else Kind.FILE, str(path_), ident, VolumeState.CREATING
+    )
 
 
 def _volume_path(group: str, configured: Path | None) -> str:
@@ -135,13 +135,13 @@ def _volume_path(group: str, configured: Path | None) -> str:
 def _clear_leftovers(state: Path) -> None:
     """A `create` that was killed: nothing was ever stored in what it made."""
     record = read_record(state)
-    if record is not None and record.state == CREATING:
+    if record is not None and record.state is VolumeState.CREATING:
         storage_of(record).drop()
         shutil.rmtree(state / "index", ignore_errors=True)
         write_record(state, None)
 
 
-def _undo(state: Path, record: Record) -> None:
+def _undo(state: Path, record: VolumeRecord) -> None:
     """What failed is reported; what fails now is left for the next `create` to clear."""
     with contextlib.suppress(ForebayError, CacheError, OSError):
         storage_of(record).drop()
@@ -178,7 +178,7 @@ def extend(config: Config, daemon: Daemon, size: int | None, progress: Progress)
     """
     with in_one_line(), _daemon_or_lock(config, daemon) as running:
         record = _record(config)
-        if record.state != READY:
+        if record.state is not VolumeState.READY:
             locate(config)  # says what to do
         rest = storage_of(record).enlarge(size)
         if running:
@@ -202,23 +202,27 @@ def _daemon_or_lock(config: Config, daemon: Daemon) -> Iterator[bool]:
         yield True
 
 
-def _record(config: Config) -> Record:
+def _record(config: Config) -> VolumeRecord:
     """The record, or what can be told of a cache that was made without one. Raises ForebayError and CacheError."""
     record = read_record(config.gateway.state)
     if record is not None:
-        path = locate(config) if record.state == READY and record.kind != LVM else record.path
+        path = (
+            locate(config)
+            if record.state is VolumeState.READY and record.kind is not Kind.LVM
+            else record.path
+        )
         return replace(record, path=str(path))
     path = locate(config)
     if not path.exists():
         raise ForebayError(f"{path}: there is no cache: 'forebay cache create' makes one")
-    kind = DEVICE if stat.S_ISBLK(path.stat().st_mode) else FILE
-    return Record(kind, str(path), "")
+    kind = Kind.DEVICE if stat.S_ISBLK(path.stat().st_mode) else Kind.FILE
+    return VolumeRecord(kind, str(path), "")
 
 
 # ----------------------------------------------------------------------------------------- removing
 
 
-def remove(config: Config, daemon: Daemon, progress: Progress) -> Record:
+def remove(config: Config, daemon: Daemon, progress: Progress) -> VolumeRecord:
     """Write back what is dirty, end the daemon, give the storage back. What was removed.
 
     Raises ForebayError while a disk is attached, or when anything is dirty still.
@@ -227,8 +231,8 @@ def remove(config: Config, daemon: Daemon, progress: Progress) -> Record:
     _end_daemon(daemon, progress)
     with offline(config):
         record = _record(config)
-        if record.state == READY:
-            record = replace(record, uuid=_checked_empty(config), state=REMOVING)
+        if record.state is VolumeState.READY:
+            record = replace(record, uuid=_checked_empty(config), state=VolumeState.REMOVING)
             write_record(state, record)
         storage_of(record).drop()
         shutil.rmtree(state / "index", ignore_errors=True)
@@ -309,7 +313,7 @@ def format_again(config: Config, *, force: bool) -> None:
     opened = Index(state / "index", 0)
     opened.close()
     write_record(state, replace(record, uuid=opened.meta.uuid))
-    if record.kind == LVM:
+    if record.kind is Kind.LVM:
         tags = (lvm.UUID_TAG + record.uuid, lvm.UUID_TAG + opened.meta.uuid)
         for volume in lvm.caches():
             if volume.uuid == record.volume:

@@ -1,0 +1,106 @@
+"""The kinds of value that a field of the configuration can have, each with what is accepted and how it is written.
+
+A value that is refused raises ValueError with a text that says what is wrong, and what to write instead.
+"""
+
+import grp
+import os
+import pwd
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer
+
+from forebay.units import (
+    Mode,
+    did_you_mean,
+    exact_duration,
+    exact_size,
+    parse_duration,
+    parse_preload,
+    parse_size,
+)
+
+KVM = "kvm"
+"""The default group of sockets: QEMU runs in it on Debian and Fedora."""
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError(f"'{path}' is not an absolute path: begin it with /")
+    return Path(os.path.normpath(path))
+
+
+def _octal(value: object) -> int:
+    if isinstance(value, str) and 3 <= len(value) <= 4 and not value.strip("01234567"):
+        return int(value, 8)
+    raise ValueError(f'{value!r} is not a file mode: write it in octal and in quotes, as "0660"')
+
+
+def _known_user(name: str) -> str:
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        hint = did_you_mean(name, (user.pw_name for user in pwd.getpwall()))
+        raise ValueError(
+            f"no user '{name}' on this host{hint}: create it, or leave the key out"
+        ) from None
+    return name
+
+
+def _known_group(name: str) -> str:
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        hint = did_you_mean(name, (group.gr_name for group in grp.getgrall()))
+        raise ValueError(
+            f"no group '{name}' on this host{hint}: create it, or leave the key out"
+        ) from None
+    return name
+
+
+def socket_group(name: str) -> str | None:
+    """A group of this host. KVM may be missing, written or not: one file then fits all hosts."""
+    try:
+        return _known_group(name)
+    except ValueError:
+        if name != KVM:
+            raise
+        return None
+
+
+def _known_peer(name: str) -> str:
+    """A user, or a group with an @ in front."""
+    return f"@{_known_group(name[1:])}" if name.startswith("@") else _known_user(name)
+
+
+def _above_zero(value: float) -> float:
+    if value <= 0:
+        raise ValueError("must be more than zero: write 30s, 500ms or 2m")
+    return value
+
+
+def _preload_text(value: int | str) -> str:
+    return value if isinstance(value, str) else exact_size(value)
+
+
+Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(exact_size, when_used="json")]
+Preload = Annotated[
+    int | str, BeforeValidator(parse_preload), PlainSerializer(_preload_text, when_used="json")
+]
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    AfterValidator(_above_zero),
+    PlainSerializer(exact_duration, when_used="json"),
+]
+ModeName = Annotated[Mode, BeforeValidator(Mode.parse)]
+Directory = Annotated[Path, AfterValidator(_absolute)]
+FileMode = Annotated[
+    int, BeforeValidator(_octal), PlainSerializer(lambda mode: f"{mode:04o}", when_used="json")
+]
+OnChange = Literal["refresh", "refuse"]
+User = Annotated[str, AfterValidator(_known_user)]
+Group = Annotated[str, AfterValidator(_known_group)]
+SocketGroup = Annotated[str, AfterValidator(socket_group)]
+SocketPeer = Annotated[str, AfterValidator(_known_peer)]
