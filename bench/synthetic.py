@@ -13,7 +13,8 @@ from pathlib import Path
 
 import lmdb
 
-from forebay_cache.device.device import open_device, size_of, write_format
+from forebay_cache.device.files import open_device, size_of
+from forebay_cache.device.superblock import write_format
 from forebay_cache.format.entry import pack
 from forebay_cache.format.geometry import FULL, PAGE_BLOCKS, SECTORS
 from forebay_cache.index.changes import Changes, LayerRecord

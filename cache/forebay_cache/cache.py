@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import trio
 
-from forebay_cache.device.device import Device, Superblock
+from forebay_cache.device.device import Device
 from forebay_cache.device.failure import Failure
 from forebay_cache.device.syncer import Syncer
 from forebay_cache.durable.commit import Committer
@@ -24,6 +24,7 @@ from forebay_cache.durable.records import Records
 from forebay_cache.durable.sync import DeviceSync
 from forebay_cache.durable.wakeup import Wakeup
 from forebay_cache.format.geometry import BLOCK
+from forebay_cache.format.superblock import Superblock
 from forebay_cache.index.index import Index
 from forebay_cache.index.sums import Sums
 from forebay_cache.layers.eviction import Evictor

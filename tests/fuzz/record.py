@@ -20,9 +20,9 @@ import trio
 
 from forebay.sidecar import redo
 from forebay.sidecar.record import Owner
-from forebay_cache.device.device import plan
 from forebay_cache.format import ops
 from forebay_cache.format.entry import pack
+from forebay_cache.format.superblock import plan
 from forebay_nbd.client.negotiation import negotiate
 from forebay_nbd.protocol import events as ev
 from forebay_nbd.protocol.handshake import ClientHandshake

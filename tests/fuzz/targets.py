@@ -21,15 +21,11 @@ from forebay.origin.addresses import resolve
 from forebay.sidecar import redo
 from forebay.sidecar.record import Owner
 from forebay_cache import CacheError
-from forebay_cache.device.device import (
-    JOURNAL_OFFSET,
-    SUPERBLOCK,
-    Device,
-    Superblock,
-    read_superblock,
-)
+from forebay_cache.device.device import Device
+from forebay_cache.device.superblock import read_superblock
 from forebay_cache.durable.journal import Journal, Position
 from forebay_cache.format import ops
+from forebay_cache.format.superblock import JOURNAL_OFFSET, SUPERBLOCK, Superblock
 from forebay_cache.index.changes import Meta
 from forebay_cache.index.index import TABLES
 from forebay_cache.offline.report import Report

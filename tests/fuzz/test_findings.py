@@ -17,10 +17,10 @@ from forebay.sidecar import redo
 from forebay.sidecar.record import Owner
 from forebay_cache import Cache, CacheError, View, open_cache
 from forebay_cache.blocks import private
-from forebay_cache.device.device import JOURNAL_OFFSET, SUPERBLOCK, plan
 from forebay_cache.format import ops
 from forebay_cache.format.entry import slot_of
 from forebay_cache.format.geometry import BLOCK, SECTOR
+from forebay_cache.format.superblock import JOURNAL_OFFSET, SUPERBLOCK, plan
 from fuzz.record import _IDENT
 
 SIZE = 8 << 20

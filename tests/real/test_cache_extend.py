@@ -202,7 +202,7 @@ def test_a_block_device_is_not_ours_to_make_larger(
 
 KILLER = """
 import os, signal, sys
-import forebay_cache.device.device, forebay_cache.upkeep.growth
+import forebay_cache.device.extend, forebay_cache.device.superblock, forebay_cache.upkeep.growth
 from forebay_cache.cache import Cache
 
 target, when, trail = sys.argv[1:4]
@@ -231,11 +231,14 @@ class System:
 whole = forebay_cache.upkeep.growth.grow
 
 def grow(*words):
-    plain, forebay_cache.device.device.write_superblock.__globals__["os"] = os, System()
+    modules = forebay_cache.device.extend, forebay_cache.device.superblock
+    for module in modules:
+        module.os = System()
     try:
         return whole(*words)
     finally:
-        forebay_cache.device.device.write_superblock.__globals__["os"] = plain
+        for module in modules:
+            module.os = os
 
 forebay_cache.upkeep.growth.grow = grow
 Cache.grow = point("grow", Cache.grow)

@@ -16,6 +16,7 @@ from unittest import mock
 
 import forebay_cache.blocks.private
 import forebay_cache.device.device
+import forebay_cache.device.superblock
 from forebay_cache.index.changes import Changes
 from forebay_cache.index.index import Index
 from sim.fake_loop import FakeSyncer
@@ -75,6 +76,7 @@ class Recorder:
             system = _System(self)
             for target, name, value in (
                 (forebay_cache.device.device, "os", system),
+                (forebay_cache.device.superblock, "os", system),
                 (Index, "_commit", lambda index, changes: self.commit(commit, index, changes)),
                 (syncer, "begin", staticmethod(self.begin)),
             ):

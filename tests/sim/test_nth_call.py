@@ -35,6 +35,7 @@ import trio
 from trio.testing import MockClock
 
 import forebay_cache.device.device
+import forebay_cache.device.superblock
 from forebay.disk.disk import Disk
 from forebay.errors import ForebayError
 from forebay.units import Mode
@@ -204,6 +205,7 @@ class Faults:
 
         with (
             mock.patch.object(forebay_cache.device.device, "os", self),
+            mock.patch.object(forebay_cache.device.superblock, "os", self),
             mock.patch.object(Index, "_commit", committed),
             mock.patch.object(Index, "_begun", began),
             mock.patch.object(FakeOrigin, "_fault", origin),

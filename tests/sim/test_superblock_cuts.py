@@ -10,17 +10,10 @@ from typing import Any
 
 import pytest
 
-import forebay_cache.device.device
+import forebay_cache.device.superblock
 from forebay_cache import CacheError, open_cache
-from forebay_cache.device.device import (
-    COPY_OFFSET,
-    SUPERBLOCK,
-    Superblock,
-    plan,
-    read_superblock,
-    write_format,
-    write_superblock,
-)
+from forebay_cache.device.superblock import read_superblock, write_format, write_superblock
+from forebay_cache.format.superblock import COPY_OFFSET, SUPERBLOCK, Superblock, plan
 from forebay_cache.index.index import create
 
 TEAR = 512
@@ -72,7 +65,7 @@ def cuts(before: bytes, events: list[Event]) -> Iterator[bytes]:
 
 def in_place(fd: int, layout: Superblock) -> None:
     """What does not work: the one superblock, written over."""
-    system: Any = vars(forebay_cache.device.device)["os"]
+    system: Any = vars(forebay_cache.device.superblock)["os"]
     system.pwrite(fd, layout.pack(), 0)
     system.fdatasync(fd)
 
@@ -95,7 +88,7 @@ def test_old_or_new_after_any_cut(
         os.pwrite(fd, bytes(SUPERBLOCK), COPY_OFFSET)
     before = os.pread(fd, COPY_OFFSET + SUPERBLOCK, 0)
     system = _System()
-    monkeypatch.setattr(forebay_cache.device.device, "os", system)
+    monkeypatch.setattr(forebay_cache.device.superblock, "os", system)
     new = old.grown(2 * SIZE)
     write(fd, new)
     assert [event is None for event in system.events] == [False, True] * (len(system.events) // 2)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from forebay_cache.device.device import JOURNAL_OFFSET
 from forebay_cache.durable.journal import Journal, JournalFull, Position
+from forebay_cache.format.superblock import JOURNAL_OFFSET
 
 SIZE = 4096
 

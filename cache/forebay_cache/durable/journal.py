@@ -20,7 +20,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from forebay_cache.device.device import JOURNAL_OFFSET, Device
+from forebay_cache.device.device import Device
+from forebay_cache.format.superblock import JOURNAL_OFFSET
 
 _HEADER = struct.Struct("<IIQII")
 _HEADER_SIZE = _HEADER.size

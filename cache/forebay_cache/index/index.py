@@ -32,7 +32,7 @@ from typing import Any
 
 import lmdb
 
-from forebay_cache.device.device import sync_directory
+from forebay_cache.device.files import sync_directory
 from forebay_cache.device.worker import Worker
 from forebay_cache.errors import CacheError, IndexFault
 from forebay_cache.index.changes import FORMAT, Changes, LayerRecord, Meta, Taken

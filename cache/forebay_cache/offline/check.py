@@ -18,16 +18,12 @@ import lmdb
 from lmdb.verify import VerifyError, verify
 
 from forebay_cache.cache import boot_id
-from forebay_cache.device.device import (
-    COPY_OFFSET,
-    SUPERBLOCK,
-    Device,
-    Progress,
-    Superblock,
-    read_superblock,
-    size_of,
-)
+from forebay_cache.device.device import Device
+from forebay_cache.device.extend import Progress
+from forebay_cache.device.files import size_of
+from forebay_cache.device.superblock import read_superblock
 from forebay_cache.errors import CacheError
+from forebay_cache.format.superblock import COPY_OFFSET, SUPERBLOCK, Superblock
 from forebay_cache.index.changes import FORMAT, Meta
 from forebay_cache.index.index import TABLES
 from forebay_cache.offline.report import Report
@@ -90,7 +86,7 @@ def _superblocks(fd: int, path: Path, report: Report) -> Superblock:
         raise CacheError(f"{path}: holds no Forebay cache: correct [cache] device")
     for name, offset in (("superblock", 0), ("the superblock's copy", COPY_OFFSET)):
         if os.pread(fd, SUPERBLOCK, offset) != layout.pack():
-            report.superblocks = False
+            report.mending.superblocks = False
             report.wrong(f"{name} is damaged or out of date; the other one is good", "superblock")
     return layout
 

@@ -7,13 +7,8 @@ import shutil
 import uuid
 from pathlib import Path
 
-from forebay_cache.device.device import (
-    is_blank,
-    open_device,
-    read_superblock,
-    size_of,
-    write_format,
-)
+from forebay_cache.device.files import open_device, size_of
+from forebay_cache.device.superblock import is_blank, read_superblock, write_format
 from forebay_cache.errors import CacheError
 from forebay_cache.format.geometry import BLOCK
 from forebay_cache.index.index import Index, create

@@ -15,20 +15,14 @@ from functools import partial
 from pathlib import Path
 
 from forebay_cache.cache import Cache, boot_id
-from forebay_cache.device.device import (
-    Device,
-    Superblock,
-    format_was_cut,
-    is_blank,
-    open_device,
-    read_superblock,
-    size_of,
-    write_format,
-)
+from forebay_cache.device.device import Device
+from forebay_cache.device.files import open_device, size_of
+from forebay_cache.device.superblock import format_was_cut, is_blank, read_superblock, write_format
 from forebay_cache.durable.journal import Journal, Position
 from forebay_cache.errors import CacheError
 from forebay_cache.format import ops
 from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS
+from forebay_cache.format.superblock import Superblock
 from forebay_cache.index.index import Index
 from forebay_cache.offline.formatting import DEFAULT_SIZE
 from forebay_cache.offline.replay import Replay, drop_sectors

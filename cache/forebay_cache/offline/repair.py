@@ -12,7 +12,9 @@ from array import array
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from forebay_cache.device.device import Progress, open_device, read_superblock, write_superblock
+from forebay_cache.device.extend import Progress
+from forebay_cache.device.files import open_device
+from forebay_cache.device.superblock import read_superblock, write_superblock
 from forebay_cache.errors import CacheError
 from forebay_cache.format.entry import (
     NO_SLOT,
@@ -64,7 +66,7 @@ def repair(
     done = Repaired(before, before)
     if not before.damaged:
         return done
-    if not before.superblocks:
+    if not before.mending.superblocks:
         _write_superblocks(device)
     _mend(index, before, done, drop_dirty=drop_dirty, entries=True)
     if drop_dirty or not _bars_the_start(before):
@@ -77,8 +79,8 @@ def repair(
 
 def _bars_the_start(report: Report) -> bool:
     """Whether private entries make no sense: they stay, and so does what the journal holds."""
-    entries = any(fix.entry and fix.private for fix in report.fixes.values())
-    return entries or any(report.pages.values()) or any(report.entries.values())
+    entries = any(fix.entry and fix.private for fix in report.mending.fixes.values())
+    return entries or any(report.mending.pages.values()) or any(report.mending.entries.values())
 
 
 def _write_superblocks(path: Path) -> None:
@@ -93,16 +95,18 @@ def _write_superblocks(path: Path) -> None:
 
 def _mend(path: Path, report: Report, done: Repaired, *, drop_dirty: bool, entries: bool) -> None:
     """Change the index, in one commit. ``entries``: only what makes no sense, the device's content is for later."""
-    pages = {key: b"" for key, private in report.pages.items() if drop_dirty or not private}
+    pages = {key: b"" for key, private in report.mending.pages.items() if drop_dirty or not private}
     fixes = {
         key: fix
-        for key, fix in report.fixes.items()
+        for key, fix in report.mending.fixes.items()
         if (drop_dirty or not fix.private) and (fix.entry or not entries)
     }
-    forgotten = [entry for entry, private in report.entries.items() if drop_dirty or not private]
-    if not (pages or fixes or forgotten) and report.totals:
+    forgotten = [
+        entry for entry, private in report.mending.entries.items() if drop_dirty or not private
+    ]
+    if not (pages or fixes or forgotten) and report.mending.totals:
         return
-    if any(report.entries.values()) and not drop_dirty:
+    if any(report.mending.entries.values()) and not drop_dirty:
         return  # nothing can be counted while layers are missing
     index = Index(path, report.slots)
     try:
@@ -116,9 +120,9 @@ def _mend(path: Path, report: Report, done: Repaired, *, drop_dirty: bool, entri
     finally:
         index.close()
     for key in pages:
-        _count(done, private=report.pages[key])
+        _count(done, private=report.mending.pages[key])
     for entry in forgotten:
-        _count(done, private=report.entries[entry])
+        _count(done, private=report.mending.entries[entry])
 
 
 def _without_clean(index: Index) -> dict[int, LayerRecord | None]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-#: Faults that are told one by one; of more there are counts only.
 MOST_TOLD = 1000
+"""Faults that are told one by one; of more there are counts only."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,30 @@ class Fix:
 
 
 @dataclass
+class Mending:
+    """What a repair has to do. Nothing of it is told."""
+
+    fixes: dict[int, Fix] = field(default_factory=dict)
+    """By key of the block."""
+    pages: dict[bytes, bool] = field(default_factory=dict)
+    """Whole pages that cannot be read, by their key in the index; True if they may hold private data."""
+    entries: dict[tuple[str, bytes], bool] = field(default_factory=dict)
+    """Other entries of the index that make no sense, by (table, key); True if dropping one may lose dirty data."""
+    superblocks: bool = True
+    """False: the superblock, or its copy, has to be written again."""
+    totals: bool = True
+    """False: a layer does not have as many slots and sectors as it says."""
+
+
+@dataclass
 class Report:
-    """What a check found. ``ended``: whether the daemon had time to write everything down."""
+    """What a check found. Numbers of things, and bytes. The names are those of ``forebay cache check --json``."""
 
     device: str
     index: str
     uuid: str = ""
     size: int = 0
     slots: int = 0
-    used_slots: int = 0
     clean_slots: int = 0
     private_slots: int = 0
     free_slots: int = 0
@@ -52,40 +67,42 @@ class Report:
     hot_regions: int = 0
     journal_records: int = 0
     ended: str = "unknown"
+    """Whether the daemon had time to write everything down: "cleanly", "not cleanly" or "unknown"."""
     checked_bytes: int = 0
     damaged_clean: int = 0
     damaged_private: int = 0
     damaged_index: int = 0
     faults: list[Fault] = field(default_factory=list)
-    #: nothing can be repaired: the text says why
     hopeless: str = ""
-    #: by key of the block
-    fixes: dict[int, Fix] = field(default_factory=dict)
-    #: whole pages that cannot be read, by their key in the index; whether they may hold private data
-    pages: dict[bytes, bool] = field(default_factory=dict)
-    #: other entries of the index that make no sense, (table, key), and whether dropping them may lose dirty data
-    entries: dict[tuple[str, bytes], bool] = field(default_factory=dict)
-    superblocks: bool = True
-    totals: bool = True
+    """Why nothing can be repaired; empty if something can, or needs not be."""
+    mending: Mending = field(default_factory=Mending)
+
+    @property
+    def used_slots(self) -> int:
+        """Slots that anything names, in the index or in the journal."""
+        return self.clean_slots + self.private_slots
 
     @property
     def damaged(self) -> bool:
-        """Whether anything is wrong."""
+        """True if anything is wrong."""
         return bool(self.faults or self.hopeless)
 
     def note(self, fault: Fault) -> None:
-        """One fault more; the first ones are kept."""
+        """Count a fault in; the first ones are told one by one."""
         if len(self.faults) < MOST_TOLD:
             self.faults.append(fault)
 
     def wrong(self, text: str, what: str = "index", **where: Any) -> None:
-        """A fault of the index, or of what leads to it."""
+        """Note a fault of the index, or of what leads to it. ``where``: what of :class:`Fault` is known."""
         self.damaged_index += 1
         self.note(Fault(what, text, **where))
 
     def json(self) -> dict[str, Any]:
         """As a dict of plain values: counts, and the faults."""
-        found = asdict(self)
-        for name in ("fixes", "pages", "entries", "superblocks", "totals"):
-            del found[name]
+        found: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            if name == "clean_slots":
+                found["used_slots"] = self.used_slots
+            if name != "mending":
+                found[name] = value
         return found

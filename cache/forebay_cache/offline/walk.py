@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import lmdb
 
-from forebay_cache.device.device import Device, Progress
+from forebay_cache.device.device import Device
+from forebay_cache.device.extend import Progress
 from forebay_cache.format.entry import (
     Entry,
     block_key,
@@ -155,7 +156,7 @@ class Walk:
 
     def _wrong_record(self, table: str, key: bytes, text: str) -> None:
         self._report.wrong(text, private=True)
-        self._report.entries[table, key] = True
+        self._report.mending.entries[table, key] = True
 
     def _read_hot(self) -> None:
         self._hot = set(self._pending.hot)
@@ -164,7 +165,7 @@ class Walk:
                 self._hot.add(PAGE_KEY.unpack(key))
             else:
                 self._report.wrong(f"hot region {key.hex()}: no such key can be")
-                self._report.entries["hot", key] = False
+                self._report.mending.entries["hot", key] = False
         self._report.hot_regions = len(self._hot)
 
     # -- pages ------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ class Walk:
 
     def _bad_page(self, key: bytes, text: str, private: bool) -> None:
         self._report.wrong(text, private=private)
-        self._report.pages[key] = private
+        self._report.mending.pages[key] = private
 
     def _entry(self, found: Located) -> None:
         text, what = found.nonsense(self._device.slots, self._frontier), "index"
@@ -221,7 +222,6 @@ class Walk:
 
     def _own(self, slot: int, found: Located) -> None:
         self._owners[slot] = found.key + 1
-        self._report.used_slots += 1
         if found.record.private:
             self._report.private_slots += 1
         else:
@@ -238,7 +238,7 @@ class Walk:
             length=BLOCK,
             slot=found.entry.slots[0],
         )
-        self._report.fixes[found.key] = Fix(record.private and not record.dead, entry=True)
+        self._report.mending.fixes[found.key] = Fix(record.private and not record.dead, entry=True)
 
     # -- the device -------------------------------------------------------------------------------------------
 
@@ -264,7 +264,7 @@ class Walk:
             report.damaged_private += 1
         else:
             report.damaged_clean += 1
-        fix = report.fixes.setdefault(key, Fix(record.private))
+        fix = report.mending.fixes.setdefault(key, Fix(record.private))
         fix.sectors |= bad
         sums = self._sums(slot) if slot >= 0 else [0] * SECTORS
         for first, count in sector_runs(bad):
@@ -302,7 +302,6 @@ class Walk:
                 )
             elif not self._owners[slot]:
                 self._owners[slot] = key + 1
-                self._report.used_slots += 1
                 self._report.private_slots += 1
 
     def _check_claims(self, key: int) -> None:
@@ -344,10 +343,10 @@ class Walk:
             if record.dead or (record.slots, record.sectors) == (slots, sectors):
                 continue
             if ident in self._pending.made or any(
-                layer_of_key(key) == ident for key in self._report.fixes
+                layer_of_key(key) == ident for key in self._report.mending.fixes
             ):
                 continue  # not in the index yet; or what is forgotten counts differently
-            self._report.totals = False
+            self._report.mending.totals = False
             self._report.wrong(
                 f"'{record.name}' says {record.slots} slots and {record.sectors} sectors, "
                 f"and has {slots} and {sectors}",

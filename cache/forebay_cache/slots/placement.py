@@ -8,122 +8,44 @@ nothing else: the hands find out later what was touched.
 The module knows slots (0 .. slots - 1) and opaque integer keys of blocks. It does no I/O and never waits.
 """
 
-from array import array
 from collections import deque
 from itertools import product
 from typing import Final
 
-# One slot's byte. Only the hit path's TOUCHED may be set from outside, in any state.
+from forebay_cache.slots.queues import REGION, Ghosts, Queue
+
 FREE: Final = 0x00
+"""One slot's byte, as the following seven. Only TOUCHED may be set from outside, by the hit path, in any state."""
 TOUCHED: Final = 0x01
-HELD: Final = 0x02  # dirty, private or pinned: no search ever matches it
+HELD: Final = 0x02
+"""Dirty, private or pinned: no search ever matches it."""
 PROBATION: Final = 0x10
 MAIN: Final = 0x20
-QUARANTINED: Final = 0x40  # leaving: not reusable before its removal is durable
-TAKEN: Final = 0x80  # given by take(), not yet settled by insert()
-UNSCANNED: Final = 0x84  # below the frontier: free or not, recovery has yet to say
+QUARANTINED: Final = 0x40
+"""Its block has left, or is leaving; not to be used again before that is durable."""
+TAKEN: Final = 0x80
+"""Given by take(), and nothing was put there by insert() yet."""
+UNSCANNED: Final = 0x84
+"""Below the frontier, and recovery has yet to say whether it is free."""
 
-_DETAIL: Final = 0x0C  # on probation: which of two generations; in main: how often the hand found it touched, 0 to 3
+_DETAIL: Final = 0x0C
+"""On probation: which of two generations; in main: how often the hand found it touched, 0 to 3."""
 _STEP: Final = 0x04
 _LEVELS: Final = (0x00, 0x04, 0x08, 0x0C)
-
-_REGION_BITS: Final = 12
-_REGION: Final = 1 << _REGION_BITS  # slots one step of a hand looks at: 3 us of bytes.translate
-_PATIENCE: Final = 256  # fruitless steps before victims() takes what is there: about 1 ms
-_PROBATION_SHARE: Final = 10  # one evictable block in so many is on probation
-_FRESH_SHARE: Final = 40  # one slot in so many is fresh, see _settle()
-_FRESH_MAX: Final = 1024  # but no more than 64 MiB of blocks
-_GHOST_SHARE: Final = 4  # one slot in so many gets an entry in a generation of ghosts
-_GHOST_MAX: Final = 1 << 22  # entries: 8 MiB
-_MARK_BITS: Final = 16  # of a key in a generation of ghosts
-_MARK: Final = (1 << _MARK_BITS) - 1
-_RECYCLED_MAX: Final = 1 << 14  # free slots remembered by number; the others are found by search
-
-
-class _Pool:
-    """The evictable slots of one kind: how many lie in each region, and the hand that goes round them."""
-
-    def __init__(self, slots: int, untouched: int) -> None:
-        regions = (slots + _REGION - 1) >> _REGION_BITS
-        self.untouched = untouched
-        self.total = 0
-        self.hand = 0
-        self._slots = slots
-        self._counts = [0] * regions
-        self._present = bytearray(regions)
-
-    def grow(self, slots: int) -> None:
-        """There are `slots` now."""
-        more = ((slots + _REGION - 1) >> _REGION_BITS) - len(self._counts)
-        self._slots = slots
-        self._counts += [0] * more
-        self._present += bytes(more)
-
-    def add(self, slot: int, count: int = 1) -> None:
-        """Count `count` slots of the region of `slot` in."""
-        region = slot >> _REGION_BITS
-        self._counts[region] += count
-        self._present[region] = 1
-        self.total += count
-
-    def drop(self, slot: int, count: int = 1) -> None:
-        """Count `count` slots of the region of `slot` out."""
-        region = slot >> _REGION_BITS
-        self._counts[region] -= count
-        self.total -= count
-        if not self._counts[region]:
-            self._present[region] = 0
-
-    def span(self) -> tuple[int, int]:
-        """Move the hand on to a region with any slot of the pool: the hand and the region's end."""
-        if self.hand >= self._slots:
-            self.hand = 0
-        region = self.hand >> _REGION_BITS
-        if not self._counts[region]:
-            region = self._present.find(1, region)
-            if region < 0:
-                region = self._present.find(1)
-            self.hand = region << _REGION_BITS
-        return self.hand, min((region + 1) << _REGION_BITS, self._slots)
-
-
-class _Ghost:
-    """Keys of blocks evicted from probation, remembered as 16-bit fingerprints in two generations.
-
-    A full generation is forgotten at once, so a key is remembered for at least one and at most two generations of
-    evictions, unless another key falls on its entry. A key never seen is taken for a ghost once in 2 ** 15.
-    """
-
-    def __init__(self, entries: int) -> None:
-        self._bits = max(4, (entries - 1).bit_length())
-        self._limit = max(1, entries)
-        self._young = self._blank()
-        self._old = self._blank()
-        self._added = 0
-
-    def _blank(self) -> "array[int]":
-        return array("H", (0,)) * (1 << self._bits)
-
-    def _place(self, key: int) -> tuple[int, int]:
-        mixed = hash((key, key >> 61))  # mixes all bits, which an integer's own hash does not
-        return (mixed >> _MARK_BITS) & ((1 << self._bits) - 1), (mixed & _MARK) or 1
-
-    def add(self, key: int) -> None:
-        if self._added >= self._limit:
-            self._old, self._young = self._young, self._blank()
-            self._added = 0
-        entry, mark = self._place(key)
-        self._young[entry] = mark
-        self._added += 1
-
-    def take(self, key: int) -> bool:
-        """Whether `key` is remembered; it no longer is afterwards."""
-        entry, mark = self._place(key)
-        for generation in (self._young, self._old):
-            if generation[entry] == mark:
-                generation[entry] = 0
-                return True
-        return False
+_PATIENCE: Final = 256
+"""After so many fruitless steps victims() takes what is there: about 1 ms."""
+_PROBATION_SHARE: Final = 10
+"""One evictable block in so many is on probation."""
+_FRESH_SHARE: Final = 40
+"""One slot in so many is fresh, see _settle() ..."""
+_FRESH_MAX: Final = 1024
+"""... but no more than 64 MiB of blocks."""
+_GHOST_SHARE: Final = 4
+"""One slot in so many gets an entry in a generation of ghosts ..."""
+_GHOST_MAX: Final = 1 << 22
+"""... of which there are no more than 8 MiB."""
+_RECYCLED_MAX: Final = 1 << 14
+"""Free slots remembered by number, at most; the others are found by search."""
 
 
 def _ageing() -> bytes:
@@ -162,11 +84,12 @@ class Placement:
             raise ValueError(f"{slots} slots with the frontier at {frontier}")
         self.slots = slots
         self.state = bytearray(slots)
-        for start in range(0, frontier, _REGION):  # in pieces: a second terabyte's worth stays away
-            length = min(_REGION, frontier - start)
+        for start in range(0, frontier, REGION):  # in pieces: a second terabyte's worth stays away
+            length = min(REGION, frontier - start)
             self.state[start : start + length] = bytes((UNSCANNED,)) * length
         self.free = slots - frontier
-        self.examined = 0  # bytes of `state` that searches have looked at: the cost of the policy
+        self.examined = 0
+        """Bytes of `state` that searches have looked at: the cost of the policy."""
         self._frontier = frontier
         self._unscanned = frontier
         self._scanned = frontier == 0
@@ -174,15 +97,15 @@ class Placement:
         self._recycled: deque[int] = deque()
         self._fresh: deque[int] = deque()
         self._fresh_limit = min(_FRESH_MAX, slots // _FRESH_SHARE)
-        self._ghost = _Ghost(min(_GHOST_MAX, slots // _GHOST_SHARE))
-        self._main = _Pool(slots, MAIN)
-        self._leaving = _Pool(slots, PROBATION)  # the generation that probation's hand goes through
-        self._joining = _Pool(slots, PROBATION | _STEP)  # the one that new blocks join
-        self._pools: list[_Pool | None] = [None] * 256
+        self._ghost = Ghosts(min(_GHOST_MAX, slots // _GHOST_SHARE))
+        self._main = Queue(slots, MAIN)
+        self._leaving = Queue(slots, PROBATION)  # the generation that probation's hand goes through
+        self._joining = Queue(slots, PROBATION | _STEP)  # the one that new blocks join
+        self._queues: list[Queue | None] = [None] * 256
         for level, touched in product(_LEVELS, (0, TOUCHED)):
-            self._pools[MAIN | level | touched] = self._main
-        for pool, touched in product((self._leaving, self._joining), (0, TOUCHED)):
-            self._pools[pool.untouched | touched] = pool
+            self._queues[MAIN | level | touched] = self._main
+        for queue, touched in product((self._leaving, self._joining), (0, TOUCHED)):
+            self._queues[queue.untouched | touched] = queue
 
     def grow(self, slots: int) -> None:
         """The device has `slots` slots now: the new ones are free. `state` stays the same object."""
@@ -193,9 +116,9 @@ class Placement:
         self.slots = slots
         self.free += more
         self._fresh_limit = min(_FRESH_MAX, slots // _FRESH_SHARE)
-        self._ghost = _Ghost(min(_GHOST_MAX, slots // _GHOST_SHARE))  # what it remembered is lost
-        for pool in (self._main, self._leaving, self._joining):
-            pool.grow(slots)
+        self._ghost = Ghosts(min(_GHOST_MAX, slots // _GHOST_SHARE))  # what it remembered is lost
+        for queue in (self._main, self._leaving, self._joining):
+            queue.grow(slots)
 
     # Recovery
 
@@ -278,10 +201,10 @@ class Placement:
         """The taken `slot` now holds block `key`: on probation, or in main where it was evicted from not long ago."""
         if self.state[slot] & ~TOUCHED != TAKEN:
             raise ValueError(f"slot {slot} is inserted into in state {self.state[slot]:#04x}")
-        pool = self._main if self._ghost.take(key) else self._joining
-        self.state[slot] = pool.untouched | (HELD if held else 0)
+        queue = self._main if self._ghost.take(key) else self._joining
+        self.state[slot] = queue.untouched | (HELD if held else 0)
         if not held:
-            pool.add(slot)
+            queue.add(slot)
         self._settle(slot)
 
     def _settle(self, slot: int) -> None:
@@ -301,7 +224,7 @@ class Placement:
         if state & ~TOUCHED == UNSCANNED:
             self.adopt(slot, held=True)
         elif not state & HELD:
-            self._evictable_pool(slot).drop(slot)
+            self._queue_of(slot).drop(slot)
             self.state[slot] = state | HELD
 
     def unhold(self, slot: int) -> None:
@@ -312,18 +235,18 @@ class Placement:
         elif state & HELD:
             self._admit(slot, state & ~HELD)
         else:
-            self._evictable_pool(slot)
+            self._queue_of(slot)
 
     def _admit(self, slot: int, state: int) -> None:
-        pool = self._main if state & MAIN else self._joining
-        self.state[slot] = state if state & MAIN else pool.untouched | (state & TOUCHED)
-        pool.add(slot)
+        queue = self._main if state & MAIN else self._joining
+        self.state[slot] = state if state & MAIN else queue.untouched | (state & TOUCHED)
+        queue.add(slot)
 
-    def _evictable_pool(self, slot: int) -> _Pool:
-        pool = self._pools[self.state[slot]]
-        if pool is None:
+    def _queue_of(self, slot: int) -> Queue:
+        queue = self._queues[self.state[slot]]
+        if queue is None:
             raise ValueError(f"slot {slot} holds no block: state {self.state[slot]:#04x}")
-        return pool
+        return queue
 
     # Leaving
 
@@ -340,14 +263,14 @@ class Placement:
         patience = _PATIENCE
         while len(chosen) < count and self.evictable():
             found = len(chosen)
-            pool, most = self._turn()
-            self._sweep(pool, min(most, count - found), chosen, forced=patience <= 0)
+            queue, most = self._turn()
+            self._sweep(queue, min(most, count - found), chosen, forced=patience <= 0)
             patience -= len(chosen) == found
             assert patience > -_PATIENCE, "blocks are counted where there are none"
         return chosen
 
-    def _turn(self) -> tuple[_Pool, int]:
-        """The pool that gives the next victims, and how many it should give at most."""
+    def _turn(self) -> tuple[Queue, int]:
+        """The queue that gives the next victims, and how many it should give at most."""
         probation = self._leaving.total + self._joining.total
         surplus = probation - max(1, self.evictable() // _PROBATION_SHARE)
         if self._main.total and surplus <= 0:
@@ -356,45 +279,45 @@ class Placement:
             self._leaving, self._joining = self._joining, self._leaving
         return self._leaving, max(1, surplus)
 
-    def _sweep(self, pool: _Pool, most: int, chosen: list[int], *, forced: bool) -> None:
-        """Take the hand of `pool` through the rest of one region, or until it has found `most` victims."""
-        start, end = pool.span()
+    def _sweep(self, queue: Queue, most: int, chosen: list[int], *, forced: bool) -> None:
+        """Take the hand of `queue` through the rest of one region, or until it has found `most` victims."""
+        start, end = queue.span()
         self.examined += end - start
         while most and start < end:
-            slot = self.state.find(pool.untouched, start, end)
+            slot = self.state.find(queue.untouched, start, end)
             if slot < 0 and forced:
-                slot = self._any_of(pool, start, end)
+                slot = self._any_of(queue, start, end)
             stop = slot if slot >= 0 else end
             if stop > start:
-                self._pass(pool, start, stop)
+                self._pass(queue, start, stop)
             if slot >= 0:
                 self._quarantine(slot)
                 chosen.append(slot)
                 most -= 1
             start = stop + 1
-        pool.hand = min(start, end)
+        queue.hand = min(start, end)
 
-    def _any_of(self, pool: _Pool, start: int, end: int) -> int:
-        """The first slot of `pool` in the least used state there is between `start` and `end`, or -1."""
-        for value in range(pool.untouched, pool.untouched + 16):
-            if self._pools[value] is pool and (slot := self.state.find(value, start, end)) >= 0:
+    def _any_of(self, queue: Queue, start: int, end: int) -> int:
+        """The first slot of `queue` in the least used state there is between `start` and `end`, or -1."""
+        for value in range(queue.untouched, queue.untouched + 16):
+            if self._queues[value] is queue and (slot := self.state.find(value, start, end)) >= 0:
                 return slot
         return -1
 
-    def _pass(self, pool: _Pool, start: int, stop: int) -> None:
+    def _pass(self, queue: Queue, start: int, stop: int) -> None:
         """The hand leaves the slots from `start` to `stop` in place: age them, or promote what was touched."""
         window = self.state[start:stop]
-        if pool is self._main:
+        if queue is self._main:
             self.state[start:stop] = window.translate(_AGEING)
             return
-        touched = window.count(pool.untouched | TOUCHED)
+        touched = window.count(queue.untouched | TOUCHED)
         if touched:
-            self.state[start:stop] = window.translate(_PROMOTION[pool.untouched & _DETAIL])
-            pool.drop(start, touched)
+            self.state[start:stop] = window.translate(_PROMOTION[queue.untouched & _DETAIL])
+            queue.drop(start, touched)
             self._main.add(start, touched)
 
     def _quarantine(self, slot: int) -> None:
-        self._evictable_pool(slot).drop(slot)
+        self._queue_of(slot).drop(slot)
         self.state[slot] = self.state[slot] & ~TOUCHED | QUARANTINED
 
     def quarantine(self, slot: int) -> None:

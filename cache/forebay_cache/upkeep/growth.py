@@ -13,15 +13,11 @@ from pathlib import Path
 import trio
 
 from forebay_cache.cache import Cache
-from forebay_cache.device.device import (
-    Progress,
-    Superblock,
-    grow,
-    open_device,
-    read_superblock,
-    size_of,
-)
+from forebay_cache.device.extend import Progress, grow
+from forebay_cache.device.files import open_device, size_of
+from forebay_cache.device.superblock import read_superblock
 from forebay_cache.errors import CacheError
+from forebay_cache.format.superblock import Superblock
 from forebay_cache.index.index import Index
 
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import trio
 
 from forebay_cache.cache import Cache
-from forebay_cache.device.device import Device, open_device, read_superblock, write_copy
+from forebay_cache.device.device import Device
+from forebay_cache.device.files import open_device
+from forebay_cache.device.superblock import read_superblock, write_copy
 from forebay_cache.errors import CacheError
 from forebay_cache.format.entry import block_of_key, layer_of_key
 from forebay_cache.format.geometry import PAGE_BLOCKS, SECTOR, SECTORS, sector_runs

@@ -22,9 +22,9 @@ from forebay.storage.record import (
     sync_directory,
 )
 from forebay.units import format_size
-from forebay_cache.device import device as cache_device
-
-Progress = cache_device.Progress
+from forebay_cache.device.extend import Progress, reserve
+from forebay_cache.device.files import open_device
+from forebay_cache.device.superblock import erase, is_blank, read_superblock
 
 
 class Storage(Protocol):
@@ -132,7 +132,7 @@ class InFile:
         path = Path(self.record.path)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            cache_device.reserve(fd, path, size or 0, progress)
+            reserve(fd, path, size or 0, progress)
         finally:
             os.close(fd)
         give_to_owner(state, path)
@@ -196,13 +196,13 @@ def _shrinks(what: str, size: int) -> ForebayError:
 
 def _erase(path: Path, uuid: str) -> bool:
     """Erase this cache's superblock, if that is what lies there. False where it is not, and not blank either."""
-    fd = cache_device.open_device(path)
+    fd = open_device(path)
     try:
-        layout = cache_device.read_superblock(fd, path)
+        layout = read_superblock(fd, path)
         if layout is None:
-            return cache_device.is_blank(fd)
+            return is_blank(fd)
         if str(layout.uuid) == uuid:
-            cache_device.erase(fd)
+            erase(fd)
         return str(layout.uuid) == uuid
     finally:
         os.close(fd)

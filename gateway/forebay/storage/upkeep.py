@@ -15,7 +15,7 @@ from forebay.errors import ForebayError
 from forebay.storage.record import locate
 from forebay.storage.state import in_one_line, index_path, offline, untouched
 from forebay_cache import Cache, CacheError, Filler, Found, Layer, Report, Revived
-from forebay_cache.device.device import Progress
+from forebay_cache.device.extend import Progress
 
 _PRIVATE, _CLEAN = "disk:", "image:"
 

@@ -34,8 +34,8 @@ from forebay.storage.record import (
 from forebay.storage.state import format_cache, in_one_line, offline
 from forebay.units import format_size
 from forebay_cache import CacheError, extend_device, format_device, open_cache
-from forebay_cache.device.device import SMALLEST
 from forebay_cache.format.geometry import SECTOR
+from forebay_cache.format.superblock import SMALLEST
 from forebay_cache.index.index import Index
 
 STOP_SECONDS = 120.0

@@ -1,0 +1,98 @@
+"""The file or block device below a cache: opening and locking it, and how large it is."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import time
+from pathlib import Path
+
+from forebay_cache.errors import CacheError
+
+_BLKGETSIZE64 = 0x80081272
+_LOCK_SECONDS = 5.0
+"""udev holds a block device locked for a moment while it looks what is on it, as after each time it was written."""
+_LOCK_STEP = 0.05
+
+
+def size_of(fd: int) -> int:
+    """Size in bytes of the open file or block device."""
+    info = os.fstat(fd)
+    if stat.S_ISBLK(info.st_mode):
+        raw = fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8))
+        return int.from_bytes(raw, "little")
+    return info.st_size
+
+
+def open_device(path: Path, *, create_size: int | None = None) -> int:
+    """Open and lock the device; create a sparse file of ``create_size`` bytes where there is none.
+
+    Raises :class:`CacheError` when it is missing, in use, or not a file or block device.
+    """
+    if create_size is not None and not path.exists():
+        _create_file(path, create_size)
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        if stat.S_ISBLK(os.stat(path).st_mode):
+            flags |= os.O_EXCL  # refused while mounted or held by LVM, md, another of us
+        fd = os.open(path, flags)
+    except FileNotFoundError:
+        raise CacheError(
+            f"{path}: no such cache device; create it or correct [cache] device"
+        ) from None
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise CacheError(f"{path}: in use by another program; see 'lsblk {path}'") from None
+        raise CacheError(f"{path}: {error.strerror}") from None
+    try:
+        _lock(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _lock(fd: int, path: Path) -> None:
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
+        raise CacheError(f"{path}: a cache device is a block device or a regular file")
+    # A block device is ours alone already (O_EXCL); the lock keeps udev from looking at what we are writing.
+    deadline = time.monotonic() + (_LOCK_SECONDS if stat.S_ISBLK(mode) else 0)
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(_LOCK_STEP)
+                continue
+            raise CacheError(
+                f"{path}: another forebay uses this cache device; stop it, or give this one its own"
+            ) from None
+        return
+
+
+def _create_file(path: Path, size: int) -> None:
+    partial = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, size)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(partial, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise CacheError(f"{path}: cannot create the cache file: {error.strerror}") from None
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and creations in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
