@@ -8,7 +8,7 @@ class CacheError(Exception):
 
 
 class CacheFull(Exception):
-    """No slot can be had: every one holds data that only the cache has. Nothing was written."""
+    """No slot can be had, because every one holds data that only the cache has. Nothing was written."""
 
 
 class IndexFault(OSError):

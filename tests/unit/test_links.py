@@ -12,8 +12,6 @@ PAGES = sorted([*ROOT.glob("*.md"), *(p for name in FOLDERS for p in (ROOT / nam
 LINK = re.compile(r"""\]\(([^)\s]+)|\b(?:src|href)="([^"]+)"|^\[[^\]]+\]:\s*(\S+)""", re.MULTILINE)
 
 MODULE = re.compile(r"`([\w/.-]+\.py)(?:::\w+)?`")
-NOT_YET = {"cache/PLACEMENT.md"}
-"""Pages that still name Python files by where they lay before: to be empty."""
 
 
 def prose(text: str) -> str:
@@ -51,8 +49,6 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_files_are_where_a_page_says(page: Path) -> None:
-    if str(page.relative_to(ROOT)) in NOT_YET:
-        pytest.skip("names files by where they lay before")
     found = [p for name in (*FOLDERS, "tools") for p in (ROOT / name).rglob("*.py")]
     there = {f"/{path.relative_to(ROOT)}" for path in found}
     named = MODULE.findall(page.read_text())

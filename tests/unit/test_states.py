@@ -12,6 +12,7 @@ from forebay.daemon import attached
 from forebay.disk import state as disk_state
 from forebay.image import reach
 from forebay.storage import record
+from forebay_cache.layers import layer
 from forebay_cache.states import STRICT, IllegalMove, Machine, Table, rows
 from forebay_nbd.server import phase
 
@@ -35,6 +36,7 @@ TABLES: list[tuple[str, str, Table[Any]]] = [
     ("gateway/README.md", "States of an image", reach.MOVES),
     ("gateway/README.md", "The life of an attached disk", attached.LIFE),
     ("gateway/STORAGE.md", "States of a volume", record.MOVES),
+    ("cache/README.md", "States of a layer", layer.MOVES),
     ("nbd/README.md", "The phases of a connection", phase.MOVES),
 ]
 """(README, its heading, the table in code) of every kind of thing that has one."""

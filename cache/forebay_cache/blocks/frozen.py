@@ -24,26 +24,26 @@ _Parts = list[tuple[int, int, int]]
 
 
 class Block(NamedTuple):
-    """One block of a frozen layer, as its page has it."""
+    """One block of a frozen layer: its number and what its page says of it."""
 
     number: int
     entry: Entry
 
     @property
     def stored(self) -> int:
-        """Bytes of data; zeros are none."""
+        """How many bytes of data it has; zeros count for none."""
         return self.entry.data.bit_count() * SECTOR
 
 
 class Range(NamedTuple):
-    """Bytes of a disk; ``data`` None: zeros."""
+    """A range of a disk, in bytes, and what it holds; None: zeros."""
 
     offset: int
     length: int
     data: Buffer | None
 
 
-class Reader(Protocol):
+class LayerReader(Protocol):
     """Reads one layer alone, and checks what it reads: see read.view.View."""
 
     async def read(self, offset: int, length: int) -> list[Buffer]:
@@ -51,7 +51,7 @@ class Reader(Protocol):
 
 
 class _Doubtful(Exception):
-    """What was read does not have its checksum."""
+    """Something that was read does not have its checksum."""
 
 
 def blocks_of(page: array[int], number: int) -> list[Block]:
@@ -60,8 +60,10 @@ def blocks_of(page: array[int], number: int) -> list[Block]:
     return [Block(first + i, entry_at(page, i)) for i in range(PAGE_BLOCKS) if valid_of(page[i])]
 
 
-async def read_blocks(cache: Cache, reader: Reader, blocks: list[Block], size: int) -> list[Range]:
-    """What blocks of a frozen layer hold, in order; nothing of it beyond ``size`` bytes.
+async def read_blocks(
+    cache: Cache, reader: LayerReader, blocks: list[Block], size: int
+) -> list[Range]:
+    """What blocks of a frozen layer hold, in order, neighbours joined; nothing beyond ``size`` bytes of the disk.
 
     ``reader`` reads that layer alone: it takes over where a checksum does not fit, and finds out what that means.
     Raises OSError.
@@ -84,14 +86,14 @@ async def read_blocks(cache: Cache, reader: Reader, blocks: list[Block], size: i
         cache.quarantine.unpin(token)
 
 
-async def _read_again(reader: Reader, offset: int, length: int, zeros: bool) -> Range:
+async def _read_again(reader: LayerReader, offset: int, length: int, zeros: bool) -> Range:
     return Range(offset, length, None if zeros else b"".join(await reader.read(offset, length)))
 
 
 def _read(
     device: Device, blocks: list[Block], parts: list[_Parts], sums: dict[int, bytes], size: int
 ) -> list[Range]:
-    """In a thread."""
+    """In a thread: read the blocks. Raises _Doubtful where a checksum does not fit, and OSError."""
     buffer = memoryview(bytearray(sum(block.stored for block in blocks)))
     at = 0
     for of_block in parts:
@@ -112,7 +114,7 @@ def _read(
 
 
 def _parts(block: Block) -> _Parts:
-    """(first sector, count, slot) of a block's data and zeros, in order; the slot of zeros is -1."""
+    """(first sector, count, slot) of a block's data and zeros, in order; _ZEROS stands for the slot of zeros."""
     entry = block.entry
     (first, second), (data, side) = entry.slots, entry.sides
     zero = entry.zero & entry.valid
@@ -125,7 +127,7 @@ def _parts(block: Block) -> _Parts:
 
 
 def _ranges(blocks: list[Block], parts: list[_Parts], size: int) -> list[tuple[int, int, bool]]:
-    """(offset, length, zeros) in bytes of what the blocks hold up to ``size``, neighbours joined."""
+    """(offset, length, whether it is zeros) of what the blocks hold up to ``size``, in bytes, neighbours joined."""
     found: list[tuple[int, int, bool]] = []
     for block, of_block in zip(blocks, parts, strict=True):
         for first, count, slot in of_block:

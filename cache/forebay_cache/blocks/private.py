@@ -1,7 +1,8 @@
 """Writes into a private layer: dirty data, or an overlay's own.
 
-Where a sector goes decides what a power cut can do to it, so the rule is in one place, :func:`_target`: a place that
-durable state may name is never overwritten. Nothing here awaits; what would have to wait says so with False.
+Where a sector goes decides what a power cut can do to it, so the rule is in one place, ``entry.moved``: a place that
+durable state may name is never overwritten. Nothing here awaits but :func:`prepare`: what would have to wait is not
+done, and the caller is told so.
 """
 
 from __future__ import annotations
@@ -87,9 +88,10 @@ def write(cache: Cache, layer: Layer, offset: int, data: memoryview) -> bool:
 
 
 def write_run(cache: Cache, layer: Layer, writes: list[tuple[int, memoryview]]) -> int:
-    """:func:`write` of as many of some (offset, data) as can be had now, in order; returns how many.
+    """Do as many of some writes, each (offset, data), as can be done at once, in order. Returns how many were done.
 
-    Data of parts of sectors cannot. Raises OSError for the first one; a later one that fails is left to be tried again.
+    Each is done as by :func:`write`. One that is not of whole sectors cannot be. Raises OSError if the first one fails;
+    a later one that fails is left to be tried again.
     """
     cache.failure.check()
     if not cache.intent.has_room(sum([len(data) for _, data in writes])):
@@ -118,9 +120,9 @@ def write_run(cache: Cache, layer: Layer, writes: list[tuple[int, memoryview]]) 
 def _write_simply(  # noqa: C901  (calls cost more than what they would hide)
     cache: Cache, layer: Layer, offset: int, data: memoryview
 ) -> bool | None:
-    """The usual case of :func:`_write_block`, in one piece because it is most of what a write costs.
+    """The usual case of :func:`_write_block`, sectors of one block that go to one slot: most of what a write costs.
 
-    Sectors of one block that go to the same slot. None: it is not that simple. Raises OSError; nothing was done then.
+    Returns None if it is not that simple, else what :func:`_write_block` does. Raises OSError; nothing was done then.
     """
     number = offset >> PAGE_SHIFT
     pages = layer.pages
@@ -190,6 +192,10 @@ def _write_simply(  # noqa: C901  (calls cost more than what they would hide)
 
 
 def _write_block(cache: Cache, layer: Layer, block: int, start: int, data: memoryview) -> bool:
+    """Write whole sectors of one block, from byte ``start`` of it on. Returns False if something has to be waited for.
+
+    Raises OSError; slots that were taken for it are given back then.
+    """
     number, i = divmod(block, PAGE_BLOCKS)
     page = layer.pages.look(number)
     if page is None:
@@ -227,7 +233,10 @@ def _write_block(cache: Cache, layer: Layer, block: int, start: int, data: memor
 def _slots_for(
     cache: Cache, layer: Layer, block: int, slots: list[int], first: int, second: int
 ) -> bool:
-    """Make sure of slots and their checksums for the sides that are written; False: cannot be had now."""
+    """Take the slots that are missing of the sides that get sectors (masks ``first``, ``second``), into ``slots``.
+
+    Returns False, and has done nothing, if there are too few, or if checksums of those that are there are not loaded.
+    """
     wanted = [side for side, part in ((0, first), (1, second)) if part]
     if sum(slots[side] < 0 for side in wanted) > cache.slots.placement.free:
         cache.slots.want_eviction()
@@ -242,7 +251,7 @@ def _slots_for(
 
 
 class _Place(NamedTuple):
-    """Where sectors of a block go."""
+    """Where sectors of a block go. ``layer`` and ``block`` are numbers."""
 
     layer: int
     block: int
@@ -253,7 +262,10 @@ class _Place(NamedTuple):
 def _put(
     cache: Cache, place: _Place, first: int, data: memoryview, part: int, *, in_place: bool
 ) -> None:
-    """Write the sectors ``part`` of ``data``, which begins at sector ``first``, and note it."""
+    """Write the sectors ``part`` of ``data``, which begins at sector ``first``, and note a record of it.
+
+    ``in_place``: acknowledged data is overwritten, so it is written behind the record. Raises OSError.
+    """
     noted: list[int] = []
     for start, count in sector_runs(part):
         piece = data[(start - first) * SECTOR : (start + count - first) * SECTOR]
@@ -271,7 +283,7 @@ def _put(
 
 
 def zero(cache: Cache, layer: Layer, offset: int, length: int) -> bool:
-    """Make whole sectors read as zeros without storing any; the terms of :func:`write`."""
+    """Make whole sectors read as zeros without storing any. Returns and raises as :func:`write`."""
     cache.failure.check()
     if not cache.intent.has_room(length // 16):
         return False
@@ -288,6 +300,7 @@ def zero(cache: Cache, layer: Layer, offset: int, length: int) -> bool:
 
 
 def _zero_block(cache: Cache, layer: Layer, number: int, i: int, mask: int, key: int) -> None:
+    """Make the sectors ``mask`` of one block zeros. Its slots come free if these are all of it."""
     page = layer.pages.writable(number)
     if mask == FULL:
         cache.removal.clear(layer, page, i)
@@ -309,9 +322,9 @@ def _zero_block(cache: Cache, layer: Layer, number: int, i: int, mask: int, key:
 async def prepare(
     cache: Cache, layer: Layer, offset: int, length: int, *, zeros: bool = False
 ) -> None:
-    """Wait for what :func:`write` (or :func:`zero`) said False to: pages, checksums, slots, a sync, the journal.
+    """Wait for what kept :func:`write` (with ``zeros``: :func:`zero`) from being done; then it can be tried again.
 
-    Raises :class:`forebay_cache.errors.CacheFull` or OSError.
+    That is pages, checksums, slots, the end of a sync, or room in the journal. Raises CacheFull or OSError.
     """
     runs = block_runs(offset, length)
     await layer.pages.load({block // PAGE_BLOCKS for block, _, _ in runs})
@@ -340,6 +353,7 @@ def _missing(cache: Cache, layer: Layer, block: int, start: int, length: int) ->
 
 
 def _known_slots(layer: Layer, runs: list[tuple[int, int, int]]) -> list[int]:
+    """The slots that blocks of the layer have already."""
     slots: list[int] = []
     for block, _, _ in runs:
         number, i = divmod(block, PAGE_BLOCKS)

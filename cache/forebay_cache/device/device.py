@@ -31,10 +31,10 @@ def read_all(fd: int, length: int, offset: int) -> bytes:
 
 
 class Device:
-    """An open, locked, formatted cache device. Offsets in bytes; slots counted from 0.
+    """An open, locked, formatted cache device. Offsets are in bytes, slots are counted from 0.
 
-    ``map`` is a read-only mapping of the whole device: slices of it go straight to ``sendmsg``, nothing else
-    touches it, so a page that cannot be read is an error code of a system call and not a signal.
+    ``map`` is a read-only mapping of all of it. Slices of it go straight to ``sendmsg``; nothing else touches it, so a
+    page that cannot be read is an error code of a system call and not a signal.
     """
 
     def __init__(self, fd: int, path: Path, layout: Superblock) -> None:
@@ -44,7 +44,10 @@ class Device:
         self.adopt(layout)
 
     def adopt(self, layout: Superblock) -> None:
-        """Map the device anew: it has grown. Slices of the old map stay valid. Raises OSError, and nothing changed."""
+        """Map the device anew, because it has grown or is another file now. Slices of the old map stay valid.
+
+        Raises OSError; then nothing has changed.
+        """
         new = mmap.mmap(self.fd, layout.size, mmap.MAP_SHARED, mmap.PROT_READ)
         with contextlib.suppress(OSError):
             new.madvise(mmap.MADV_RANDOM)
@@ -54,7 +57,7 @@ class Device:
 
     @property
     def slots(self) -> int:
-        """How many there are."""
+        """How many slots there are."""
         return self.layout.slots
 
     def at(self, slot: int, start: int = 0) -> int:
@@ -62,7 +65,7 @@ class Device:
         return self.data_offset + slot * BLOCK + start
 
     def write(self, offset: int, data: Buffer) -> None:
-        """Write all of ``data``. Raises OSError; what then lies there is unknown."""
+        """Write all of ``data``. Raises OSError; what lies there is unknown then."""
         done = os.pwrite(self.fd, data, offset)
         while done < len(data):
             part = os.pwrite(self.fd, memoryview(data)[done:], offset + done)
@@ -71,7 +74,7 @@ class Device:
             done += part
 
     def read(self, offset: int, length: int) -> bytes:
-        """So many bytes. Raises OSError."""
+        """``length`` bytes from ``offset`` on. Raises OSError, also if there are fewer."""
         found = os.pread(self.fd, length, offset)
         if len(found) < length:
             found = read_all(self.fd, length, offset)
@@ -80,7 +83,7 @@ class Device:
         return found
 
     def read_into(self, offset: int, buffers: Sequence[bytearray | memoryview]) -> None:
-        """Fill the buffers from one contiguous range. Raises OSError."""
+        """Fill the buffers, one after the other, with what lies from ``offset`` on. Raises OSError."""
         want = sum(len(b) for b in buffers)
         done = os.preadv(self.fd, buffers, offset)
         if done == want:
@@ -93,9 +96,10 @@ class Device:
             whole = whole[len(buffer) :]
 
     def read_nothing_ahead(self) -> None:
-        """From now on what comes into memory was asked for: anything else would be believed there, unseen.
+        """Have the kernel read nothing that nobody asked for, from now on.
 
-        Not before the journal is replayed, which is read in order: that takes 25 ms for 32 MiB, and 230 without.
+        It would be in memory then, and be believed there although nobody has checked it. Called when the journal was
+        replayed, which is read in order: that takes 25 ms for 32 MiB, and 230 without read-ahead.
         """
         with contextlib.suppress(OSError):
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -105,10 +109,9 @@ class Device:
         os.fdatasync(self.fd)
 
     def close(self) -> None:
-        """Unlock and close; slices of the map that replies still hold stay valid."""
-        fcntl.flock(
-            self.fd, fcntl.LOCK_UN
-        )  # the map keeps a duplicate of the descriptor, and so the lock
+        """Unlock and close the device. Slices of the map that replies still hold stay valid."""
+        # The map keeps a duplicate of the descriptor, and so the lock.
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
         with contextlib.suppress(BufferError):
             self.map.release()
             self._mmap.close()

@@ -20,9 +20,9 @@ _RESERVE = 1 << 30
 
 
 def reserve(fd: int, path: Path, size: int, progress: Progress) -> None:
-    """Make a regular file ``size`` bytes long, its new part with space of its own, durably.
+    """Make a regular file ``size`` bytes long, durably, and reserve space for its new part.
 
-    Raises :class:`CacheError` when there is no room, and the file has the length it had; OSError from fsync.
+    Raises CacheError when there is no room; the file has the length it had then. Raises OSError from fsync.
     """
     old = os.fstat(fd).st_size
     room = os.fstatvfs(fd)
@@ -47,10 +47,10 @@ def reserve(fd: int, path: Path, size: int, progress: Progress) -> None:
 def grow(
     fd: int, path: Path, layout: Superblock, size: int | None, progress: Progress
 ) -> Superblock:
-    """Let the cache on the device take all of it; a file is made ``size`` bytes long first. The new layout.
+    """Let the cache on the device take all of it; a file is made ``size`` bytes long first. Returns the new layout.
 
-    Killed at any moment, the device holds the old layout or the new, and enough bytes for it. Raises
-    :class:`CacheError` when it would not become larger, and OSError.
+    After a kill at any moment the device holds the old layout or the new one, and enough bytes for it. Raises
+    CacheError when it would not become larger, and OSError.
     """
     now = size_of(fd)
     if size is not None and size < max(now, layout.size):

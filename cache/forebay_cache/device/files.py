@@ -18,7 +18,7 @@ _LOCK_STEP = 0.05
 
 
 def size_of(fd: int) -> int:
-    """Size in bytes of the open file or block device."""
+    """The size of an open file or block device, in bytes. Raises OSError."""
     info = os.fstat(fd)
     if stat.S_ISBLK(info.st_mode):
         raw = fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8))
@@ -27,9 +27,9 @@ def size_of(fd: int) -> int:
 
 
 def open_device(path: Path, *, create_size: int | None = None) -> int:
-    """Open and lock the device; create a sparse file of ``create_size`` bytes where there is none.
+    """Open and lock a device, and return its descriptor. Where there is none, make a file of ``create_size`` bytes.
 
-    Raises :class:`CacheError` when it is missing, in use, or not a file or block device.
+    Raises CacheError when it is missing, in use, or neither a file nor a block device.
     """
     if create_size is not None and not path.exists():
         _create_file(path, create_size)
@@ -55,6 +55,7 @@ def open_device(path: Path, *, create_size: int | None = None) -> int:
 
 
 def _lock(fd: int, path: Path) -> None:
+    """Take the lock that keeps other daemons away. Raises CacheError."""
     mode = os.fstat(fd).st_mode
     if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
         raise CacheError(f"{path}: a cache device is a block device or a regular file")
@@ -74,6 +75,7 @@ def _lock(fd: int, path: Path) -> None:
 
 
 def _create_file(path: Path, size: int) -> None:
+    """Make a sparse file, durable when this returns. Raises CacheError."""
     partial = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,7 @@ def _create_file(path: Path, size: int) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames and creations in a directory durable."""
+    """Make what was renamed and created in a directory durable. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

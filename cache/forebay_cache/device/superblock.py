@@ -32,7 +32,7 @@ Partition tables, LVM labels and every file system's superblock lie there."""
 
 
 def is_blank(fd: int, start: int = 0) -> bool:
-    """True when a file holds only zeros from ``start`` on, or when neither end of a device holds anything else."""
+    """True if a file holds only zeros from byte ``start`` on, or if both ends of a block device do."""
     size = size_of(fd)
     ends = ((0, min(size, _PROBE)), (max(0, size - _PROBE), min(size, _PROBE)))
     ranges = _written(fd, size) if stat.S_ISREG(os.fstat(fd).st_mode) else ends
@@ -40,9 +40,9 @@ def is_blank(fd: int, start: int = 0) -> bool:
 
 
 def format_was_cut(fd: int, ident: uuid.UUID) -> bool:
-    """Whether there is nothing on the device but a part of what :func:`write_format` would write for that uuid.
+    """True if nothing is on the device but a part of what :func:`write_format` writes for that uuid.
 
-    A power cut came in between: what a medium writes whole is 512 bytes.
+    That is what a power cut leaves of it: a medium writes 512 bytes whole.
     """
     both = read_all(fd, COPY_OFFSET + SUPERBLOCK, 0)
     expected = plan(size_of(fd), ident).pack() * 2
@@ -69,9 +69,9 @@ def _written(fd: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def read_superblock(fd: int, path: Path) -> Superblock | None:
-    """The superblock, or None when the device does not begin with our magic.
+    """The superblock, or its copy where a power cut has torn it; None if the device does not begin with our magic.
 
-    Where a power cut tore it, its copy. Raises :class:`CacheError` when both are damaged, or the format is unknown.
+    Raises CacheError when both are damaged or the format is unknown, and OSError.
     """
     raw = read_all(fd, SUPERBLOCK, 0)
     if len(raw) < SUPERBLOCK or not raw.startswith(MAGIC):
@@ -91,19 +91,22 @@ def write_superblock(fd: int, layout: Superblock) -> None:
 
 
 def write_copy(fd: int, layout: Superblock) -> None:
-    """The copy alone; also to see whether the device takes writes. Raises OSError."""
+    """Replace the copy alone, durably; also to see whether the device takes writes. Raises OSError."""
     os.pwrite(fd, layout.pack(), COPY_OFFSET)
     os.fdatasync(fd)
 
 
 def erase(fd: int) -> None:
-    """Nobody takes this device for a cache any more. Raises OSError."""
+    """Overwrite both superblocks, durably, so that nobody takes the device for a cache any more. Raises OSError."""
     os.pwrite(fd, bytes(COPY_OFFSET + SUPERBLOCK), 0)
     os.fdatasync(fd)
 
 
 def write_format(fd: int, path: Path, ident: uuid.UUID) -> Superblock:
-    """Write an empty journal, then the superblock; the caller has made sure that nothing is lost by it."""
+    """Make an empty cache of the device: write a journal of zeros, then the superblock. Returns the layout.
+
+    The caller has made sure that nothing is lost by it. Raises CacheError.
+    """
     layout = plan(size_of(fd), ident)
     try:
         zeros = bytes(1 << 20)

@@ -20,11 +20,11 @@ import trio
 
 from forebay_cache.device.worker import Worker
 
-#: The loop looks on for so long, and only while the device is that quick.
 LOOK_ON_SECONDS = 150e-6
+"""The loop looks on for so long, and only while the device is that quick."""
 
-#: A sync that took no longer than this, waking up included, may be quick enough the next time.
 QUICK_SECONDS = 500e-6
+"""A sync that took no longer than this, waking up included, may be quick enough the next time."""
 
 _NUMBERS = {
     "x86_64": (206, 207, 209, 208),
@@ -41,12 +41,12 @@ class Syncer:
     """Makes what was written to one descriptor durable. One call at a time."""
 
     def __init__(self, fd: int, sync: Callable[[], None]) -> None:
-        """``sync`` does the same in a thread, where the kernel's way is not to be had."""
+        """``sync`` does the same in a thread, where the kernel's way is not to be had. May raise OSError."""
         self._sync = sync
         self._worker: Worker | None = None
         self._quick = True
         self.pending = False
-        """What now() began goes on."""
+        """True while a sync that was begun has not ended, as far as anybody has looked."""
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._context = ctypes.c_ulong(0)
         self._iocb = ctypes.create_string_buffer(
@@ -72,11 +72,11 @@ class Syncer:
 
     @property
     def quick(self) -> bool:
-        """Whether :meth:`now` is worth a try."""
+        """True if :meth:`now` is worth a try: the last sync was quick, and needed no thread."""
         return self._quick and self._worker is None
 
     def now(self) -> bool:
-        """Sync, if the device is done in a moment. False: it goes on, and is waited for by :meth:`finish`.
+        """Sync, if the device is done in a moment. Returns False if it is not: :meth:`finish` waits for it then.
 
         Raises OSError: then nothing may be assumed durable.
         """
@@ -90,12 +90,12 @@ class Syncer:
         return True
 
     async def finish(self) -> None:
-        """Wait for what :meth:`now` began, if it goes on. Raises OSError. Not cancellable."""
+        """Wait for the end of a sync that :meth:`now` began, if it has not ended. Raises OSError. Not cancellable."""
         if self.pending:
             await self._wait()
 
     async def __call__(self) -> None:
-        """Raises OSError: then nothing may be assumed durable. Not cancellable."""
+        """Sync, and return when it is done. Raises OSError: then nothing may be assumed durable. Not cancellable."""
         if self._begin():
             self.pending = True
             if self._quick and self._get(self._moment):
@@ -108,7 +108,7 @@ class Syncer:
             await self._worker.run(self._sync)
 
     def _begin(self) -> bool:
-        """False: the kernel does not do it, from now on a thread has to."""
+        """Begin a sync. Returns False if the kernel does not do it: from now on a thread has to. Raises OSError."""
         assert not self.pending
         if self._worker is not None:
             return False
@@ -120,7 +120,7 @@ class Syncer:
         return False
 
     async def _wait(self) -> None:
-        """For what was begun."""
+        """Wait for the sync that was begun, and raise what it ended with."""
         with trio.CancelScope(shield=True):
             began = trio.current_time()
             while not self._get(self._no_time):
@@ -146,7 +146,7 @@ class Syncer:
             raise OSError(-result, os.strerror(-result))
 
     def close(self) -> None:
-        """Give everything back. No call may be under way."""
+        """Give the kernel's context, the eventfd or the thread back. No call may be under way."""
         if self._worker is not None:
             self._worker.close()
         elif self._numbers is not None:

@@ -10,7 +10,7 @@ import trio
 
 
 class Worker:
-    """A thread of its own instead of a shared pool: a stuck pool elsewhere cannot delay a guest's flush."""
+    """One thread, named ``name``. It is not one of trio's pool, in which jobs that hang could delay a guest's flush."""
 
     def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -18,7 +18,7 @@ class Worker:
         self._thread.start()
 
     async def run(self, job: Callable[[], None]) -> None:
-        """Run ``job`` in the thread and raise what it raises. Not cancellable: what was begun is waited for."""
+        """Run ``job`` in the thread, after the jobs before it, and raise what it raises. Not cancellable."""
         finished = trio.Event()
         token = trio.lowlevel.current_trio_token()
         failure: list[BaseException] = []
@@ -37,7 +37,7 @@ class Worker:
             raise failure[0]
 
     def run_now(self, job: Callable[[], None]) -> None:
-        """The same from plain code, before the event loop runs or after it ended."""
+        """The same for plain code: it blocks. For before the event loop runs, or after it has ended."""
         done = threading.Event()
         failure: list[BaseException] = []
 
@@ -54,7 +54,7 @@ class Worker:
             raise failure[0]
 
     def close(self) -> None:
-        """End the thread when it has done what it was given."""
+        """Wait until the thread has done what it was given, and end it."""
         self._jobs.put(None)
         self._thread.join()
 

@@ -39,11 +39,11 @@ class Position:
 
 
 class JournalFull(Exception):
-    """The ring has no room until the index is committed."""
+    """The ring has no room for a frame until a commit has trimmed it."""
 
 
 class Journal:
-    """Appends frames; knows what the last commit made superfluous."""
+    """The ring of one device. ``head`` is where the next frame goes, ``size`` its size in bytes."""
 
     def __init__(self, device: Device, start: Position) -> None:
         self._device = device
@@ -55,15 +55,15 @@ class Journal:
 
     @property
     def used(self) -> int:
-        """Bytes that a replay would read."""
+        """How many bytes a replay would read."""
         return self._total - self._trimmed
 
     def fits(self, payload: int) -> bool:
-        """Whether a frame of that many bytes can be appended now, wherever it falls in the ring."""
+        """True if a frame with ``payload`` bytes can be appended now, wherever it falls in the ring."""
         return self._total - self._trimmed + 2 * (_HEADER_SIZE + payload + 8) < self.size
 
     def append(self, payload: bytes) -> None:
-        """Write one frame. Raises :class:`JournalFull`, or OSError when the device refuses."""
+        """Write one frame. Raises JournalFull, or OSError when the device refuses it."""
         if not self.fits(len(payload)):
             raise JournalFull
         offset, sequence = self.head.offset, self.head.sequence
@@ -86,11 +86,11 @@ class Journal:
         return self.head, self._total
 
     def trim(self, mark: tuple[Position, int]) -> None:
-        """Everything before the mark is in the index, durably."""
+        """Everything before the mark is in the index, durably: its bytes may be written over."""
         self._trimmed = mark[1]
 
     def replay(self) -> Iterator[bytes]:
-        """Payloads from the start position on; afterwards the head is behind the last good frame."""
+        """The payloads of the frames from the start position on; afterwards the head is behind the last good one."""
         while True:
             start, skipped = self.head.offset, 0
             found = self._frame(start)

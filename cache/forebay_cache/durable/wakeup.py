@@ -16,6 +16,6 @@ class Wakeup:
         self._event.set()
 
     async def wait(self) -> None:
-        """Return when :meth:`call` was called since the last wait began to return."""
+        """Return at once if :meth:`call` was called since the last wait returned, else when it is."""
         await self._event.wait()
         self._event = trio.Event()

@@ -24,11 +24,11 @@ IN_BLOCK = BLOCK - 1
 IN_PAGE = PAGE_BLOCKS - 1
 """``block & IN_PAGE``: which of its page's blocks a block is."""
 
-#: MASKS[first][last]: sectors first..last of a block, both included.
 MASKS: tuple[tuple[int, ...], ...] = tuple(
     tuple((2 << last) - (1 << first) if last >= first else 0 for last in range(SECTORS))
     for first in range(SECTORS)
 )
+"""``MASKS[first][last]``: the mask of the sectors ``first`` to ``last`` of a block, both included."""
 
 ZERO_BLOCK = bytes(BLOCK)
 

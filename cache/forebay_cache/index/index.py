@@ -45,10 +45,14 @@ ALL_OF_GROUP = (1 << GROUP) - 1
 TABLES = ("meta", "pages", "sums", "layers", "hot", "records")
 
 
-#: Address space for the index, bytes. The worst case is one block in each page: about 700 for a clean slot, twice that
-#: for a private one. What is taken above it is room for a device that grows while the map cannot.
 _MAP_LEAST = 32 << 30
+"""Bytes of address space for the index, at least ..."""
 _MAP_PER_SLOT = 12288
+"""... and bytes of it for each slot.
+
+The worst case is one block in each page: about 700 bytes for a clean slot, twice that for a private one. What is taken
+above it is room for a device that grows while the map cannot.
+"""
 _MAP_NEEDED_PER_SLOT = 1536
 
 
@@ -175,7 +179,7 @@ class Index:
             self._idle.notify_all()
 
     def fits(self, slots: int) -> bool:
-        """Whether the index of a device with so many slots has room in the map, which is as large as it was made."""
+        """True if the index of a device with so many slots has room in the map, which is as large as it was made."""
         return slots <= self._most_slots
 
     # -- reading ----------------------------------------------------------------------------------------------

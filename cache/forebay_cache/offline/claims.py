@@ -15,8 +15,8 @@ from forebay_cache.format.entry import block_key
 from forebay_cache.format.geometry import FULL, SECTORS
 from forebay_cache.index.changes import Meta
 
-#: Of one sector: (slot, checksum), or None for zeros.
 Claim = tuple[int, int] | None
+"""What a record says of one sector: (slot, checksum) of its data, or None: zeros."""
 
 
 @dataclass
@@ -24,19 +24,20 @@ class Pending:
     """Keys are those of blocks; a region is (layer, number)."""
 
     records: int = 0
-    #: claims of each sector, oldest first
     claims: dict[int, dict[int, list[Claim]]] = field(default_factory=dict)
-    #: clean sectors that are not valid any more
+    """By key of the block and by sector, oldest first."""
     dropped: dict[int, int] = field(default_factory=dict)
+    """By key of the block: the mask of the clean sectors that are not valid any more."""
     hot: set[tuple[int, int]] = field(default_factory=set)
-    #: layers that were made: (name, private)
+    """(layer, region) of the regions that became hot."""
     made: dict[int, tuple[str, bool]] = field(default_factory=dict)
-    #: slots that records name, and for which block
+    """Layers that were made, by number: (name, private)."""
     slots: dict[int, int] = field(default_factory=dict)
-    #: sectors that the last frame names: killed behind it, nobody may have been told that they were written
+    """The slots that records name, each with the key of the block that it is for."""
     last: dict[int, int] = field(default_factory=dict)
-    #: why the records end here, where they make no sense
+    """By key of the block: sectors that the last frame names. After a kill nobody may have been told of them."""
     fault: str = ""
+    """Why the records end where they do, if they make no sense from there on."""
 
     @classmethod
     def read(cls, device: Device, meta: Meta) -> Pending:

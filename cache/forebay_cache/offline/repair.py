@@ -78,7 +78,7 @@ def repair(
 
 
 def _bars_the_start(report: Report) -> bool:
-    """Whether private entries make no sense: they stay, and so does what the journal holds."""
+    """True if private entries make no sense: then these stay, and so does what the journal holds."""
     entries = any(fix.entry and fix.private for fix in report.mending.fixes.values())
     return entries or any(report.mending.pages.values()) or any(report.mending.entries.values())
 

@@ -15,7 +15,7 @@ SLACK = 2 << 20
 
 
 class ReadAhead:
-    """Watches the slow reads of one disk; keeps a window fetched ahead of a sequential reader."""
+    """Watches the slow reads of one disk, and keeps a window fetched ahead of a sequential reader."""
 
     def __init__(self, filler: Filler, tally: Tally) -> None:
         self._filler = filler
@@ -25,7 +25,10 @@ class ReadAhead:
         self._fetched = 0
 
     def note(self, offset: int, length: int) -> int:
-        """A read that missed, or ran into the mark. Returns the offset at which the next look is due."""
+        """Tell of a read that took the slow path: it missed, or came to the offset that the last call returned.
+
+        Returns the offset from which on reads should take the slow path again, for the view's ``lookahead``.
+        """
         if not self._end - SLACK <= offset <= self._end + SLACK or self._end < 0:
             self._end, self._streak, self._fetched = offset + length, 0, offset + length
             return NEVER

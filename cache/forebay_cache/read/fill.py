@@ -1,4 +1,4 @@
-"""Misses: fetching blocks from the origin, each once however many ask, and reading ahead where a guest reads on.
+"""Misses: fetching blocks from the origin, each once however many ask.
 
 A *flight* is one origin read of neighbouring blocks. Whoever needs one of its blocks waits for it; when the data has
 landed they go on at once, and it is stored in the clean layer behind their backs. An origin write that begins or ends
@@ -29,22 +29,22 @@ UNSTORED = 64 << 20
 
 
 class Reader(Protocol):
-    """What misses are read with: an image. Lengths in bytes."""
+    """What misses are read with: an image. ``size`` is in bytes."""
 
     size: int
 
     async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
-        """Exactly ``length`` bytes. Raises OSError."""
+        """Exactly ``length`` bytes from ``offset`` on. ``background``: nobody waits for them. Raises OSError."""
 
 
 class Tally(Protocol):
-    """Whoever is charged for what a fetch reads from the origin."""
+    """Counts for somebody the bytes that were read from the origin for him."""
 
     origin_read_bytes: int
 
 
 class Flight:
-    """One origin read in the air."""
+    """One origin read that is on its way, of whole blocks, as far as the image has them."""
 
     __slots__ = ("data", "error", "landed", "length", "offset", "stored")
 
@@ -57,12 +57,12 @@ class Flight:
         self.error: OSError | None = None
 
     def blocks(self) -> range:
-        """The numbers of the blocks it brings."""
+        """The numbers of the blocks that it brings."""
         return range(self.offset >> BLOCK_SHIFT, (self.offset + self.length - 1 >> BLOCK_SHIFT) + 1)
 
 
 class Filler:
-    """Fetches for one image; all disks on it share it. ``nursery`` outlives every guest's request."""
+    """Fetches for one image; all disks on it share it. ``nursery`` has to outlive every guest's request."""
 
     def __init__(self, cache: Cache, layer: Layer, reader: Reader, nursery: trio.Nursery) -> None:
         self.cache = cache
@@ -71,7 +71,8 @@ class Filler:
         self._nursery = nursery
         self._flights: dict[int, Flight] = {}
         self._unstored = 0
-        self.waiting = 0  # guests' misses in the air: background work looks at it and stands aside
+        self.waiting = 0
+        """How many guests wait for a miss: background work looks at it and stands aside."""
 
     async def fetch(self, offset: int, length: int, tally: Tally) -> Buffer:
         """Bytes of the origin for a guest. Raises OSError. Cancelling leaves the flights to the others."""
@@ -93,7 +94,7 @@ class Filler:
     def launch(
         self, offset: int, length: int, tally: Tally, *, background: bool = False
     ) -> list[Flight]:
-        """Flights that together cover the range: those in the air already, and new ones for the rest."""
+        """Flights that together cover a range, in order: those on their way already, and new ones for the rest."""
         flights: list[Flight] = []
         block, end = offset >> BLOCK_SHIFT, (offset + length - 1 >> BLOCK_SHIFT) + 1
         while block < end:
@@ -151,7 +152,10 @@ class Filler:
                 del self._flights[n]
 
     def overtaken(self, offset: int, length: int) -> None:
-        """The origin is being written here, or just was: nobody joins these flights, and they store nothing of it."""
+        """Bytes of the origin are being written, or just were.
+
+        Nobody joins the flights that bring any of them from now on, and these store nothing of that range.
+        """
         if self._flights:
             for n in range(offset >> BLOCK_SHIFT, (offset + length - 1 >> BLOCK_SHIFT) + 1):
                 flight = self._flights.get(n)
@@ -164,7 +168,10 @@ class Filler:
     async def prefetch(
         self, offset: int, length: int, tally: Tally, *, background: bool = False
     ) -> None:
-        """Bring what is missing of a range in; it is in the cache when this returns. Raises OSError."""
+        """Fetch what the clean layer lacks of a range, and return when it is stored, as far as it can be.
+
+        Raises OSError.
+        """
         for start, part in await self.missing(offset, length):
             for flight in self.launch(start, part, tally, background=background):
                 await flight.stored.wait()

@@ -117,7 +117,7 @@ class View:
         return ZERO_BLOCK[:length] if length != BLOCK else ZERO_BLOCK
 
     async def read(self, offset: int, length: int, *, slices: bool = False) -> list[Buffer]:
-        """The bytes, from wherever they are.
+        """The bytes of a range, from wherever they are, in buffers that together have its length.
 
         With ``slices`` buffers may be slices of the map, which stay valid until the next await, and are for system
         calls only: where the device cannot be read, whoever touches the map gets SIGBUS.
@@ -149,7 +149,7 @@ class View:
         raise OSError(errno.EIO, "the cache device gives other data at each reading")
 
     async def load(self, offset: int, length: int) -> None:
-        """Bring the pages of a range into memory, in every layer."""
+        """Have the pages of a range loaded, in every layer. Raises IndexFault."""
         first, last = offset >> PAGE_SHIFT, (offset + length - 1) >> PAGE_SHIFT
         for layer in [*self.private, *([self.clean] if self.clean else [])]:
             missing = [n for n in range(first, last + 1) if n not in layer.pages]
@@ -177,7 +177,7 @@ class View:
         return self._map[at : at + piece.length]
 
     def _ready_ones(self, pieces: list[Piece], *, slices: bool) -> list[Buffer] | None:
-        """Pieces that are ready, or zeros; None: not all of them are, after all."""
+        """The bytes of pieces that are ready, or zeros. None if not all of them are, after all."""
         found: list[Buffer] = []
         for piece in pieces:
             got = self._slice(piece) if slices or piece.slot == ZEROS else self._copy(piece)
@@ -187,7 +187,7 @@ class View:
         return found
 
     def _copy(self, piece: Piece) -> bytes | None:
-        """A piece that is ready, copied; None: it was not, for the device had to be read, or cannot be."""
+        """A copy of a piece that is ready. None if it was not, because the device had to be read, or cannot be."""
         at = self._data + (piece.slot << BLOCK_SHIFT) + (piece.offset & IN_BLOCK)
         before = _read_from_disks()
         try:
@@ -242,7 +242,7 @@ class View:
 
 
 async def _side_by_side(tasks: Sequence[Callable[[], Awaitable[None]]]) -> None:
-    """Run the tasks at once; the first OSError of any of them is raised, bare."""
+    """Run some tasks at once. The first OSError of any of them is raised, and not in a group, when all have ended."""
     if len(tasks) == 1:
         await tasks[0]()
         return

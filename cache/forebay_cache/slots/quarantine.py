@@ -32,7 +32,7 @@ class Quarantine:
         self._next_pin = 0
 
     def add(self, slot: int) -> None:
-        """A slot that no page in memory names any more, quarantined in the placement. The next commit has it freed."""
+        """Put in a slot that no page in memory names any more, and that the placement has quarantined."""
         self.leaving += 1
         self._freed.append(slot)
 

@@ -22,9 +22,9 @@ from forebay_cache.index.index import Index
 
 
 async def extend(cache: Cache, size: int | None, progress: Progress) -> None:
-    """Use all of the device that the cache is on; a file is made ``size`` bytes long first.
+    """Have a cache that is in use take all of its device; a file is made ``size`` bytes long first.
 
-    One call at a time. Not cancellable. Raises :class:`CacheError`, which changed nothing, and OSError.
+    One call at a time. Not cancellable. Raises CacheError, and nothing has changed then; OSError fails the device.
     """
     cache.failure.check()
     device = cache.device
@@ -55,7 +55,7 @@ async def extend(cache: Cache, size: int | None, progress: Progress) -> None:
 
 
 def extend_device(path: Path, index: Path, size: int | None, progress: Progress) -> Superblock:
-    """The same for a cache that nobody has open. Raises :class:`CacheError` and OSError."""
+    """The same for a cache that nobody has open. Returns the new layout. Raises CacheError and OSError."""
     fd = open_device(path)
     try:
         layout = read_superblock(fd, path)

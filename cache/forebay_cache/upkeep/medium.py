@@ -26,7 +26,7 @@ _WHO_PROCESS, _LOWEST = 1, 2 << 13 | 7  # linux/ioprio.h: best effort, the last 
 
 
 class Medium:
-    """An open device, read without the kernel's cache. ``at`` gives the offset of a slot. Close it."""
+    """An open device, read past the kernel's cache. ``at`` gives the offset of a slot. It has to be closed."""
 
     def __init__(self, fd: int, at: Callable[[int], int]) -> None:
         self._at = at
@@ -38,7 +38,7 @@ class Medium:
             self._fd = os.dup(fd)
 
     def sums(self, slot: int) -> list[int]:
-        """Checksums of the sectors of a slot as they lie there; UNREADABLE for those that cannot be read."""
+        """The checksums of the sectors of a slot as they lie there; UNREADABLE for those that cannot be read."""
         with memoryview(self._buffer) as whole:
             try:
                 self._read(whole, self._at(slot))
@@ -59,7 +59,7 @@ class Medium:
             raise OSError(errno.EIO, "short read from the cache device")
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close it. May be called again."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -69,8 +69,8 @@ class Medium:
 class IdlePriorityReader:
     """A thread whose reads the disk does after everybody else's, where its scheduler knows of priorities.
 
-    Not with less of the processor, and not idle at the disk: guests may be waiting for what it holds meanwhile, which
-    is the interpreter's lock, and a pin on the cache's slots while it reads.
+    It has the last priority of those that are served at all ("best effort", level 7), not the class "idle", and no less
+    of the processor: guests may be waiting for what it holds while it reads, the interpreter's lock and a pin.
     """
 
     def __init__(self, name: str) -> None:
@@ -78,7 +78,7 @@ class IdlePriorityReader:
         self._worker.run_now(_stand_back)
 
     async def ask(self, job: Callable[[], T]) -> T:
-        """What ``job`` returns or raises. Not cancellable."""
+        """Run ``job`` in the thread; return what it returns, raise what it raises. Not cancellable."""
         found: list[T] = []
         await self._worker.run(lambda: found.append(job()))
         return found[0]
@@ -89,7 +89,7 @@ class IdlePriorityReader:
 
 
 def _stand_back() -> None:
-    """The calling thread, and it alone."""
+    """Give the calling thread, and it alone, the lowest priority at the disk."""
     number = _IOPRIO_SET.get(platform.machine())
     if number is not None and threading.current_thread() is not threading.main_thread():
         ctypes.CDLL(None).syscall(number, _WHO_PROCESS, 0, _LOWEST)  # a sandbox may forbid it

@@ -27,9 +27,10 @@ from forebay_cache.upkeep.scrub import held
 
 log = logging.getLogger(__name__)
 
-#: How soon a device that failed is tried again; doubled each time, up to AGAIN_MOST.
 AGAIN_SECONDS = 5.0
+"""How soon a device that failed is tried again; doubled each time ..."""
 AGAIN_MOST = 60.0
+"""... up to so many seconds."""
 _STORING_STEP = 0.01
 
 
@@ -43,9 +44,9 @@ class Revived:
 
 
 async def revive(cache: Cache) -> Revived:
-    """Use a device that has failed again. Raises OSError when it still fails: then nothing has changed.
+    """Take a device that has failed back into use. Where it has not failed this does nothing.
 
-    Raises :class:`CacheError` when another one is in its place. Where it has not failed this does nothing.
+    Raises OSError when it still fails, and CacheError when another one is in its place: then nothing has changed.
     """
     done = Revived()
 
@@ -61,7 +62,7 @@ async def revive(cache: Cache) -> Revived:
 
 
 async def come_back(cache: Cache) -> None:
-    """Try a device that has failed again, now and then, until cancelled."""
+    """Each time the device has failed, try now and then to take it back into use. Runs until cancelled."""
     pause, back_at = AGAIN_SECONDS, -AGAIN_MOST
     while True:
         await cache.failure.broke.wait()
@@ -81,7 +82,10 @@ async def come_back(cache: Cache) -> None:
 
 
 async def _find(cache: Cache) -> None:
-    """See that the device takes a write, and have it under its descriptor again if it was away."""
+    """See that the device takes a write, and have it under its descriptor again if it was away.
+
+    Raises OSError and CacheError.
+    """
     device = cache.device
     if await trio.to_thread.run_sync(_found, device):
         device.adopt(device.layout)
@@ -90,7 +94,10 @@ async def _find(cache: Cache) -> None:
 
 
 def _found(device: Device) -> bool:
-    """In a thread. Whether its name leads to another file now, which has the same cache on it: that one is taken."""
+    """In a thread. True if the name leads to another file now, with the same cache on it: the descriptor is that one's.
+
+    Raises OSError and CacheError.
+    """
     named = os.stat(device.path)
     try:
         ours = os.fstat(device.fd)
@@ -113,12 +120,14 @@ def _found(device: Device) -> bool:
 
 
 def _try(fd: int, device: Device) -> None:
+    """In a thread: raise OSError or CacheError unless the cache is there and takes a write."""
     if read_superblock(fd, device.path) != device.layout:
         raise CacheError(f"{device.path}: is not the cache that was there: bring that back")
     write_copy(fd, device.layout)
 
 
 async def _rewrite_all(cache: Cache, done: Revived) -> None:
+    """Write everything again that was written since the last commit, and count in ``done`` what came of it."""
     for slot in cache.sums.changed():
         while slot in cache.in_flight.storing:  # noqa: ASYNC110 - nobody tells
             await trio.sleep(_STORING_STEP)
@@ -153,7 +162,10 @@ async def _rewrite(cache: Cache, layer: Layer, block: int, slot: int, done: Revi
 
 
 def _write_again(cache: Cache, slot: int, mask: int, stored: bytes) -> int:
-    """In a thread: the mask of the sectors that matched. Raises OSError where the device refuses."""
+    """In a thread: write the sectors ``mask`` of a slot that match their checksums ``stored``. Returns their mask.
+
+    Raises OSError where the device refuses.
+    """
     good = 0
     for first, count in sector_runs(mask):
         data = bytearray(count * SECTOR)

@@ -1,7 +1,7 @@
 """Scrub: read every slot that holds something from the device, and compare it with its entry and its checksums.
 
 Beside guests: one block at a time, by a thread that comes last at the disk, and no more than half of the time.
-Clean blocks that are damaged are given up and fetched again; damaged private data is told, with where it belongs.
+Clean blocks that are damaged are retired and fetched again; damaged private data is told, with where it belongs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from forebay_cache.index.sums import SIZE, UNREADABLE, matching
 from forebay_cache.layers.layer import Layer
 from forebay_cache.upkeep.medium import IdlePriorityReader, Medium
 
-#: What is told one by one; of more damage there are counts only.
 MOST_TOLD = 1000
-#: A busy host holds the scrub up so long for each block, and no longer: it has to come to its end.
+"""So many damaged places are told one by one; of more there are counts only."""
 PATIENCE_SECONDS = 1.0
+"""A busy host holds the scrub up so long for each block, and no longer: it has to come to its end."""
 _BUSY_STEP = 0.02
 
-#: refetch(layer, offset, length): the sectors were dropped; whether they are in the cache again. Never raises OSError.
 Refetch = Callable[[Layer, int, int], Awaitable[bool]]
+"""``refetch(layer, offset, length)`` fetches bytes whose sectors were dropped. True: they are in the cache again.
+
+Never raises OSError.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Found:
     damage: list[Damage] = field(default_factory=list)
 
     def note(self, damage: Damage) -> None:
-        """One run of damaged sectors more."""
+        """Keep one run of damaged sectors, unless there are too many."""
         if len(self.damage) < MOST_TOLD:
             self.damage.append(damage)
 
@@ -85,10 +88,10 @@ async def scrub(
     busy: Callable[[], bool] = lambda: False,
     refetch: Refetch | None = None,
 ) -> Found:
-    """Check all slots; damaged clean blocks are given up (the origin has them) and, with ``refetch``, fetched again.
+    """Check all slots. Damaged clean blocks are taken out of the cache and, with ``refetch``, fetched again.
 
-    ``progress`` gets bytes; ``busy`` says whether guests wait for something. Cancelled, it has checked what it has
-    checked. Raises IndexFault when the index cannot be read.
+    ``progress`` is called with (bytes done, bytes in all); ``busy`` says whether guests wait for something. Raises
+    IndexFault. Cancelled, it has checked and mended what it came to.
     """
     found = Found()
     layers = [x for x in cache.layers if not x.is_dead]
@@ -139,7 +142,7 @@ async def _check(scrubber: _Scrubber, layer: Layer, number: int, i: int) -> None
 
 
 def read_slot(scrubber: _Scrubber, slot: int) -> tuple[list[int], bytes]:
-    """In the thread: checksums of a slot as it lies there, and (u32[16]) as the index has them."""
+    """In the thread: the checksums of a slot as it lies on the medium, and (u32[16]) as the index has them."""
     stored = scrubber.cache.index.sums([slot]).get(slot, bytes(SIZE))
     return scrubber.medium.sums(slot), stored
 
@@ -154,7 +157,7 @@ def _is_judged(
     before: bytes | None,
     stored: bytes,
 ) -> bool:
-    """False: the block was changed while it was read, so what was read says nothing."""
+    """False if the block was changed while it was read, so that what was read says nothing."""
     if layer.is_dead or (slot, mask) not in held(layer, number, i):
         return False
     return (cache.sums.get(slot) or stored) == (before or stored)
@@ -204,7 +207,7 @@ async def _stand_aside(busy: Callable[[], bool], took: float) -> None:
 
 
 def held(layer: Layer, number: int, i: int) -> list[tuple[int, int]]:
-    """Slots of one block, each with the mask of sectors that lie there."""
+    """(slot, mask of the sectors that lie there) for each slot that one block of a page names, if any do."""
     entry = _entry(layer, number, i)
     return [(slot, mask) for slot, mask in entry.places() if slot >= 0 and mask]
 
@@ -216,7 +219,7 @@ def _entry(layer: Layer, number: int, i: int) -> Entry:
 
 
 def _nonsense(cache: Cache, layer: Layer, number: int, i: int) -> int:
-    """The slot, + 1, that an entry names and cannot have; -1 for another entry that cannot be; 0: all is well."""
+    """0 if an entry makes sense. Else the slot, + 1, that it names and cannot have, or -1 for what else cannot be."""
     entry = _entry(layer, number, i)
     if entry.fault():
         return -1
@@ -230,7 +233,7 @@ def _nonsense(cache: Cache, layer: Layer, number: int, i: int) -> int:
 
 
 def _forget(layer: Layer, number: int, i: int) -> None:
-    """Drop an entry of a clean layer. Its slot is left alone: it is another's, or none."""
+    """Drop an entry of a clean layer. Its slot is left alone, because it is another block's, or is none."""
     page = layer.pages.writable(number)
     word = page[i]
     layer.sectors -= valid_of(word).bit_count()
