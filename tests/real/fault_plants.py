@@ -39,6 +39,7 @@ PLANTS = {
     "change of mode": Plant("forebay.disk.modes:Modes.change"),
     "at once": Plant("forebay.disk.disk:Disk.run"),
     "bring back": Plant("forebay.daemon.arrivals:Arrivals._opened"),
+    "fetch": Plant("forebay_cache.blocks.store:store"),
     "listener": Plant("forebay_nbd.server.server:Server._accept"),
     "cache's own": Plant("forebay_cache.durable.commit:Committer.snapshot"),
     "cache's assertion": Plant("forebay_cache.blocks.settle:settle", in_the_cache=True),

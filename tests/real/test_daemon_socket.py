@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def section(run: Path) -> GatewaySection:
     return GatewaySection(run=run, socket_group=None)
 
 
-async def test_a_door_opens_and_shuts_and_opens_again(run: Path) -> None:
+async def test_a_listener_opens_and_shuts_and_opens_again(run: Path) -> None:
     disk = Memory()
     path = socket_path(run, "d")
     listener = Listener(disk, path, section(run))
@@ -110,7 +111,7 @@ async def test_a_door_opens_and_shuts_and_opens_again(run: Path) -> None:
         await listener.shut(5)  # once more does no harm
 
 
-async def test_requests_in_flight_are_answered_before_the_door_is_shut(run: Path) -> None:
+async def test_requests_in_flight_are_answered_before_the_socket_is_shut(run: Path) -> None:
     disk = Memory()
     disk.hang = trio.Event()
     listener = Listener(disk, socket_path(run, "d"), section(run))
@@ -164,3 +165,45 @@ async def test_a_socket_that_is_not_ours_is_left_alone(run: Path) -> None:
         listener.path.touch()
         await listener.shut(5)
     assert os.listdir(run / "disks") == ["d.sock"]
+
+
+async def test_hanging_up_ends_requests_that_wait(run: Path) -> None:
+    disk = Memory()
+    disk.hang = trio.Event()
+    listener = Listener(disk, socket_path(run, "d"), section(run))
+    async with trio.open_nursery() as nursery:
+        await listener.open(nursery)
+        client = await Client.connect(nursery, str(listener.path), "")
+
+        async def read() -> None:
+            with pytest.raises(ConnectionError):
+                await client.pread(0, 4096)
+
+        nursery.start_soon(read)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        listener.hang_up()
+        with trio.fail_after(5):
+            await listener.shut(60)
+    assert os.listdir(run / "disks") == []
+
+
+async def test_a_fault_of_the_client_itself_ends_its_connection(
+    run: Path, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
+) -> None:
+    """And nothing else: the next connection works."""
+    expect_log("the connection failed")
+    disk = Memory()
+    listener = Listener(disk, socket_path(run, "d"), section(run))
+    async with trio.open_nursery() as nursery:
+        await listener.open(nursery)
+        client = await Client.connect(nursery, str(listener.path), "")
+        with monkeypatch.context() as planted:
+            planted.setattr(client, "_handle_reply", None)
+            with pytest.raises(
+                ConnectionError, match=r"a fault of the client itself \(TypeError\)"
+            ):
+                await client.pread(0, 4096)
+        client = await Client.connect(nursery, str(listener.path), "")
+        assert await client.pread(0, 4096) == disk.content[:4096]
+        await client.aclose()
+        await listener.shut(5)

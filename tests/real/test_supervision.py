@@ -227,6 +227,37 @@ def test_a_fault_of_a_task_stops_its_disk_and_no_other(bed: Callable[..., Bed], 
         assert it.image(one) == content
 
 
+def test_a_fault_of_a_fetch_stops_the_disks_of_its_image_and_no_other(
+    bed: Callable[..., Bed],
+) -> None:
+    """The disks share what fetches from the image; who waited for the data has it already."""
+    it = bed()
+    it.start("fetch")
+    it.make_others()
+    for name in ("one", "two"):
+        if name == "two":
+            it.gateway.attach("two", "one.raw", "--overlay")
+            it.contents["two"] = it.contents["one"]
+        else:
+            it.make("one", None, "--overlay")
+        it.connect(name)
+        it.write(name, 0, name.encode() * 4096)
+    contents = {name: bytes(it.clients[name].pread(4 * 65536, 0)) for name in ("one", "two")}
+    it.arm()
+    it.clients["one"].pread(4096, 2 * MIB)
+    wait_for(lambda: set(it.stopped()) == {"one", "two"}, "they are not stopped")
+    for name in ("one", "two"):
+        assert "RuntimeError: planted" in it.status(name)["reason"]
+        assert is_hung_up_on(it.clients[name])
+    for name in OTHERS:
+        it.is_well(name)
+    assert "image images:one.raw: stopped by a fault of Forebay itself" in it.gateway.log_text()
+    assert it.gateway.log_text().count("RuntimeError: planted") == 1
+    it.restart()
+    for name in ("one", "two"):
+        assert it.connect(name).pread(4 * 65536, 0) == contents[name]
+
+
 # ---------------------------------------------------------------------------------------------- a stopped disk
 
 

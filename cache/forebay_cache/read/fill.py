@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 import trio
 
@@ -43,6 +44,13 @@ class Tally(Protocol):
     origin_read_bytes: int
 
 
+class Starter(Protocol):
+    """Where fetches are started: a nursery, or what keeps a nursery from their exceptions."""
+
+    def start_soon(self, task: Callable[..., Awaitable[object]], /, *args: Any) -> None:
+        """As trio.Nursery.start_soon."""
+
+
 class Flight:
     """One origin read that is on its way, of whole blocks, as far as the image has them."""
 
@@ -64,7 +72,7 @@ class Flight:
 class Filler:
     """Fetches for one image; all disks on it share it. ``nursery`` has to outlive every guest's request."""
 
-    def __init__(self, cache: Cache, layer: Layer, reader: Reader, nursery: trio.Nursery) -> None:
+    def __init__(self, cache: Cache, layer: Layer, reader: Reader, nursery: Starter) -> None:
         self.cache = cache
         self.layer = layer
         self.reader = reader

@@ -71,6 +71,7 @@ class Attached:
         self.fault: Exception | None = None
         """What a task of the disk ended with first; the disk is stopped since."""
         self._boundary: Boundary | None = None
+        source.stop_disk = self.stop
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
 

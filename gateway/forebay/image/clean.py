@@ -4,6 +4,7 @@ import logging
 
 import trio
 
+from forebay.image.boundary import Boundary
 from forebay.image.names import clean_name
 from forebay_cache import Cache, Filler, Layer, Reader, View, invalidate
 from forebay_cache.blocks.clean import REGION_SHIFT
@@ -14,7 +15,7 @@ log = logging.getLogger("forebay.image")
 class CleanBlocks:
     """The layer that has the clean blocks of one image, what fetches missing ones, and how many the disks may keep."""
 
-    def __init__(self, cache: Cache, key: str, reader: Reader, nursery: trio.Nursery) -> None:
+    def __init__(self, cache: Cache, key: str, reader: Reader, nursery: Boundary) -> None:
         """`key` names the image, `reader` reads it, `nursery` runs fetches and outlives every disk."""
         self.copied_by: set[str] = set()
         """Names of the disks that keep all of the image in the cache."""

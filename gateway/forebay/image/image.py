@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 
 import trio
 
+from forebay.image.boundary import Boundary
 from forebay.image.clean import CleanBlocks
 from forebay.image.identity import KnownIdentity
 from forebay.image.names import layer_prefix
@@ -44,7 +45,8 @@ class Image:
         """Those of the disks on it, the one that came last at the end."""
         self.identity = KnownIdentity(cache, self.key)
         self.reach = Reach(self.key, self._open, self._compare_now)
-        self.clean = CleanBlocks(cache, self.key, self, nursery)
+        fetches = Boundary(nursery, f"image {self.key}", self._stop_disks)
+        self.clean = CleanBlocks(cache, self.key, self, fetches)
         self.filler = self.clean.filler
         """What fetches missing blocks from the origin."""
         self._writes = OwnWrites(cache, self.identity, self.reach, self.clean, self.has_private)
@@ -185,6 +187,11 @@ class Image:
             gives = " to give that data up" if self.has_private() else ", and attach it again"
             self.reach.stop(f"{why}: detach with --discard{gives}")
         self.clean.stop_reading_ahead()
+
+    def _stop_disks(self, fault: Exception) -> None:
+        """A fetch has ended with a fault of Forebay itself: all disks on the image stop, with that as their reason."""
+        for source in list(self.sources):
+            source.stop_disk(fault)
 
     def has_private(self) -> bool:
         """True if the cache has data that belongs on the image as it is: that it lacks, or of an overlay."""

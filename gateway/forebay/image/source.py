@@ -50,6 +50,8 @@ class Source:
         self.use = use
         self.resumed = size is not None
         """True if the disk comes back after a restart: its clients are still there."""
+        self.stop_disk: Callable[[Exception], None] = lambda _fault: None
+        """Stops the disk, by a fault of Forebay itself in what it shares with others on the image."""
         self.claim = self._claim_for(address, label, use, threads, timeout)
         """The claim of a disk that writes to a file; it says beside the image whether that lacks data. Else None."""
         self._size = size

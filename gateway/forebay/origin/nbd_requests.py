@@ -259,11 +259,14 @@ class Requests:
                 return
 
     async def _add(self) -> None:
-        """Make one more connection, in the background: a server may leave it waiting."""
+        """Make one more connection, in the background: a server may leave it waiting. Raises nothing."""
         try:
             link = _Link(await self._same_image())
         except (OSError, ForebayError) as error:
             log.info("%s: no further connection: %s", self._label, error)
+            await trio.sleep(MORE_PAUSE)
+        except Exception:
+            log.exception("%s: no further connection", self._label)
             await trio.sleep(MORE_PAUSE)
         else:
             self._links.append(link)

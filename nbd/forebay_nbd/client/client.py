@@ -1,6 +1,7 @@
 """A trio NBD client: one connection, many requests in flight."""
 
 import errno
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from forebay_nbd.protocol.wire import (
     local_errno,
     remaining,
 )
+
+log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10.0
 """How long connecting, and after that the handshake, may take each."""
@@ -310,6 +313,9 @@ class Client:
             why = f"the server broke the protocol: {exc}"
         except OSError as exc:
             why = exc.strerror or "the connection broke"
+        except Exception as exc:
+            log.exception("%s: the connection failed", self.name)
+            why = f"a fault of the client itself ({type(exc).__name__})"
         finally:
             self._close(why)
 
