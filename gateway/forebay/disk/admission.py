@@ -42,7 +42,8 @@ class Admission:
         settings: DiskSettings,
     ) -> None:
         self._view = view
-        self._image = image
+        self._reach = image.reach
+        self._size = image.size
         self._device = image.cache.failure
         self._placement = image.cache.slots.placement
         self._dirty = dirty
@@ -62,9 +63,7 @@ class Admission:
     def set_limits(self) -> None:
         """Called when the mode was chosen, before anything is written in it."""
         most = (
-            self._settings.max_dirty * LOW
-            if self._writeback.automatic
-            else 2 * self._image.size + BLOCK
+            self._settings.max_dirty * LOW if self._writeback.automatic else 2 * self._size + BLOCK
         )
         self._little_sectors = int(most) // SECTOR
 
@@ -72,7 +71,7 @@ class Admission:
 
     def must_wait(self, length: int) -> bool:
         """True if a write of that many bytes has to go the long way, by :meth:`admit`."""
-        if self._gate.shut or self._image.conflict is not None or self._device.error is not None:
+        if self._gate.shut or self._reach.conflict is not None or self._device.error is not None:
             return True
         if self._overlay:
             return False
