@@ -109,3 +109,26 @@ async def test_it_is_fed_until_then(
     assert PATIENCE - 15 <= fed[-1] <= PATIENCE
     assert "answers nothing" in said[-1][1]
     assert said[1][1] == "STATUS=1 disks, 1 clients, 0 dirty"
+
+
+@pytest.mark.expect_log("the disks cannot be looked at")
+async def test_a_disk_that_cannot_be_looked_at_is_no_reason_to_stop_feeding(
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    said: list[str] = []
+
+    def notify(state: str, *, wait: bool) -> bool:
+        said.append(state)
+        return True
+
+    monkeypatch.setattr(watchdog, "notify", notify)
+    monkeypatch.setattr(watchdog, "watchdog_seconds", lambda: 30.0)
+    disk = Fake()
+    monkeypatch.setattr(disk, "pulse", None)
+    with trio.move_on_after(100):
+        await feed(lambda: cast("Any", [disk]))
+    assert said.count("WATCHDOG=1") > 5
+    assert "STATUS=the state of the disks cannot be told: see the log" in said
+    assert len(caplog.records) == 1, "it is said once"

@@ -76,6 +76,11 @@ class Gateway:
         """Write back what is dirty (or drop it, `discard`), stop serving, forget the disk."""
         await self._departures.detach(name, discard=discard, force=force, progress=progress)
 
+    def hang_up(self) -> None:
+        """Give up on all clients, and on what they wait for, at once: nothing of it can be answered any more."""
+        for one in self.attached():
+            one.listener.hang_up()
+
     async def stop(self, *, restart: bool = False) -> bool:
         """End all work at the end of the process. True if the sockets were left for the next one; see `ending.stop`."""
         return await stop(self.attached(), self._records, restart=restart)

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
         def attached(self) -> list[Attached]: ...
 
+        def hang_up(self) -> None: ...
+
         async def stop(self, *, restart: bool = False) -> bool: ...
 
 
@@ -51,7 +53,10 @@ MakeGateway = Callable[[Config, Cache, trio.Nursery], "_Runnable"]
 
 
 def run_process(config: Config, state: Path | None, run: Path | None, make: MakeGateway) -> int:
-    """Run until told to stop; 0. Raises ForebayError when it cannot start."""
+    """Run until told to stop; 0. Raises ForebayError when it cannot start.
+
+    `state` and `run` are instead of the directories that the configuration names. `make` makes the gateway.
+    """
     places = {"state": state, "run": run}
     given = {name: path for name, path in places.items() if path is not None}
     config = config.model_copy(update={"gateway": config.gateway.model_copy(update=given)})
@@ -64,11 +69,11 @@ def run_process(config: Config, state: Path | None, run: Path | None, make: Make
         ):
             (config.gateway.run / "disks").mkdir(exist_ok=True)
             _remove_stale_sockets(config.gateway.run, earlier.paths)
-            sockets_left = _run(config, make, earlier)
+            are_sockets_left = _run(config, make, earlier)
     except ForebayError as fault:
         earlier.failed(str(fault))
         raise
-    if sockets_left:
+    if are_sockets_left:
         # Guests wait for the next process, and taking the interpreter apart would take as long as all of the above.
         logging.shutdown()
         os._exit(0)
@@ -76,7 +81,7 @@ def run_process(config: Config, state: Path | None, run: Path | None, make: Make
 
 
 def _run(config: Config, make: MakeGateway, earlier: EarlierSockets) -> bool:
-    """True if the sockets were left with the service manager at the end."""
+    """The event loop, from start to end. True if the sockets were left with the service manager at the end."""
     try:
         return trio.run(_main, config, make, earlier)
     except BaseExceptionGroup as group:
@@ -89,6 +94,12 @@ def _run(config: Config, make: MakeGateway, earlier: EarlierSockets) -> bool:
 
 
 async def _main(config: Config, make: MakeGateway, earlier: EarlierSockets) -> bool:
+    """Open the cache, serve, close the cache. True if the sockets were left with the service manager at the end.
+
+    If a task ends that all disks depend on, nothing is written any more, not even by closing the cache: what is in
+    memory may be wrong, and the journal has what was acknowledged.
+    """
+    is_sound = False
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         cache = open_cache(config)
         try:
@@ -96,12 +107,18 @@ async def _main(config: Config, make: MakeGateway, earlier: EarlierSockets) -> b
                 await nursery.start(cache.run)
                 nursery.start_soon(forebay_cache.come_back, cache)
                 gateway = make(config, cache, nursery)
-                sockets_left = await _serve(config, gateway, earlier, nursery, signals)
+                try:
+                    are_sockets_left = await _serve(config, gateway, earlier, nursery, signals)
+                finally:
+                    is_sound = not nursery.cancel_scope.cancel_called
                 nursery.cancel_scope.cancel()
         finally:
-            with trio.CancelScope(shield=True), trio.move_on_after(STOP_SECONDS):
-                await cache.close()
-    return sockets_left
+            if is_sound:
+                with trio.CancelScope(shield=True), trio.move_on_after(STOP_SECONDS):
+                    await cache.close()
+            else:
+                cache.release()
+    return are_sockets_left
 
 
 async def _serve(
@@ -111,31 +128,55 @@ async def _serve(
     nursery: trio.Nursery,
     signals: AsyncIterator[int],
 ) -> bool:
-    planned = sockets_left = False
+    """Serve disks and control API until a signal, or a fault. True if the sockets were left for the next process.
+
+    `nursery` is that of what all disks depend on: when a task of it has failed, requests are given up at once.
+    """
+    planned = are_sockets_left = False
     async with trio.open_nursery() as control:
         try:
-            earlier.claim()
-            await gateway.resume(earlier)
-            # 100 ms to import: after the guests that may be waiting, and beside what they do.
-            server = await trio.to_thread.run_sync(import_module, "forebay.control.server")
-            path = config.gateway.run / "control.sock"
-            await control.start(server.serve_control, gateway, path)
-            nursery.start_soon(feed, gateway.attached)
-            notify("READY=1")
-            gc.freeze()  # what is there now stays: a look through all of it takes 25 ms, and guests wait
-            gc.enable()
-            log.info("ready: %d disks", len(gateway.status()))
+            await _start(config, gateway, earlier, nursery, control)
             planned = await anext(signals) == signal.SIGTERM
         finally:
             managed = notify("STOPPING=1")
             signal.alarm(ALARM_SECONDS)
             control.cancel_scope.cancel()
-            with trio.move_on_after(STOP_SECONDS) as scope:
-                scope.shield = True
-                sockets_left = await gateway.stop(restart=planned and managed)
-            if scope.cancelled_caught:
-                log.error("the stop took too long and was cut short; nothing acknowledged is lost")
-    return sockets_left
+            if nursery.cancel_scope.cancel_called:
+                gateway.hang_up()
+            else:
+                are_sockets_left = await _stop(gateway, restart=planned and managed)
+    return are_sockets_left
+
+
+async def _start(
+    config: Config,
+    gateway: "_Runnable",
+    earlier: EarlierSockets,
+    nursery: trio.Nursery,
+    control: trio.Nursery,
+) -> None:
+    """Bring the disks back, then serve the control API in the nursery `control`, and say that the daemon is ready."""
+    earlier.claim()
+    await gateway.resume(earlier)
+    # 100 ms to import: after the guests that may be waiting, and beside what they do.
+    server = await trio.to_thread.run_sync(import_module, "forebay.control.server")
+    await control.start(server.serve_control, gateway, config.gateway.run / "control.sock")
+    nursery.start_soon(feed, gateway.attached)
+    notify("READY=1")
+    gc.freeze()  # what is there now stays: a look through all of it takes 25 ms, and guests wait
+    gc.enable()
+    log.info("ready: %d disks", len(gateway.status()))
+
+
+async def _stop(gateway: "_Runnable", *, restart: bool) -> bool:
+    """End all work, in bounded time. True if the sockets were left for the next process."""
+    are_sockets_left = False
+    with trio.move_on_after(STOP_SECONDS) as scope:
+        scope.shield = True
+        are_sockets_left = await gateway.stop(restart=restart)
+    if scope.cancelled_caught:
+        log.error("the stop took too long and was cut short; nothing acknowledged is lost")
+    return are_sockets_left
 
 
 def _remove_stale_sockets(run: Path, earlier: set[Path]) -> None:

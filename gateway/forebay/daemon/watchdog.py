@@ -29,9 +29,10 @@ class Watch:
 
     def __init__(self) -> None:
         self._moved: dict[str, tuple[object, float]] = {}
+        """By disk: its pulse at the last look, and the trio time since when that is the same."""
 
     def stuck(self, disks: Iterable[Attached]) -> str | None:
-        """Why the daemon has to be started anew; None: it has not."""
+        """Why the daemon has to be started anew, in one line; None if it has not. `disks` are all that are attached."""
         now = trio.current_time()
         found = None
         moved: dict[str, tuple[object, float]] = {}
@@ -50,24 +51,36 @@ class Watch:
 
 
 async def feed(disks: Callable[[], list[Attached]]) -> None:
-    """Feed the watchdog, if there is one, twice as often as asked, and tell the manager how the disks are."""
+    """Feed the watchdog, if there is one, twice as often as asked, and tell the manager how the disks are.
+
+    A fault of Forebay itself in looking at a disk is logged, and is no reason to stop feeding: the loop turns.
+    """
     asked = watchdog_seconds()
     pause = min(STATUS_SECONDS, asked / 2 if asked else STATUS_SECONDS)
     watch = Watch()
     told: str | None = None
+    is_blind = False
     while True:
-        found = disks()
-        stuck = watch.stuck(found)
+        stuck, summary = None, "the state of the disks cannot be told: see the log"
+        try:
+            found = disks()
+            stuck, summary = watch.stuck(found), _summary(found)
+            is_blind = False
+        except Exception:
+            if not is_blind:
+                log.exception("the disks cannot be looked at")
+            is_blind = True
         if stuck is not None and told is None:
             log.error("%s: the watchdog is not fed any more", stuck)
         told = stuck
         if stuck is None and asked:
             notify("WATCHDOG=1", wait=False)
-        notify(f"STATUS={stuck or _summary(found)}", wait=False)
+        notify(f"STATUS={stuck or summary}", wait=False)
         await trio.sleep(pause)
 
 
 def _summary(disks: list[Attached]) -> str:
+    """One line for `systemctl status`."""
     clients = sum(one.listener.clients for one in disks)
     dirty = sum(one.disk.dirty_bytes for one in disks)
     return f"{len(disks)} disks, {clients} clients, {format_size(dirty)} dirty"
