@@ -1,11 +1,13 @@
 """Sending the replies of one connection.
 
 Replies consist of slices of the export's own memory, which are valid only until the next await. They are sent at once
-if the socket takes them. If it does not, a pin() of the export keeps them valid while the server waits for the client;
-after `stall_seconds` they are copied and the pin is released, so that a client that does not read cannot keep the
-export from reusing its memory. Copies are counted in the budget that all connections of the server share.
+if the socket takes them. If it does not, a pin() of the export keeps them valid while the server waits for the client.
+Once the pin is `stall_seconds` old, what is left is copied and the pin is released, whether the client has taken some
+of it meanwhile or not: a client that reads slowly, or not at all, cannot keep the export from reusing its memory.
+Copies are counted in the server's share of the daemon's budget.
 """
 
+import contextlib
 import errno
 import os
 import socket
@@ -44,6 +46,8 @@ class Outbox:
         """Bytes of the budget reserved for copies in `_unsent`."""
         self._pin: int | None = None
         """The export's token while the slices in `_unsent` are pinned."""
+        self._pin_ends = 0.0
+        """Trio time when the pin has to be released."""
         self.export: Export | None = None
         """Whose memory replies consist of. None during the handshake, whose replies have memory of their own."""
         self.broken = False
@@ -76,7 +80,7 @@ class Outbox:
         return False
 
     def _kept(self, buffers: list[Buffer]) -> list[Buffer]:
-        """What has to be kept to send these buffers later: copies, if the client has stalled and no pin is held."""
+        """What has to be kept to send these buffers later: copies, if the pin was released and nothing is pinned."""
         if not self._draining or self._pin is not None:
             return buffers
         return self._copied_to_budget(buffers)
@@ -91,8 +95,8 @@ class Outbox:
         self._copied += size
         try:
             return [kernel_copy(buffers)]
-        except OSError:
-            self.broken = True
+        except OSError as exc:
+            self._break(exc)
             self._abort()
             return []
 
@@ -109,8 +113,9 @@ class Outbox:
                 await self._drain()
 
     async def _drain(self) -> None:
-        """Sends all of `_unsent`, with the export's memory pinned until the client has stalled for `stall_seconds`."""
+        """Sends all of `_unsent`, with the export's memory pinned for the first `stall_seconds` of that."""
         self._draining = True
+        self._pin_ends = trio.current_time() + self._limits.stall_seconds
         if self.export is not None:
             self._pin = self.export.pin()
         try:
@@ -127,14 +132,17 @@ class Outbox:
             self._waiters.unpark_all()
 
     async def _wait_writable(self) -> None:
-        """Returns when the socket takes bytes. After `stall_seconds` without that, copies what is left and unpins."""
-        self.stalled_since = trio.current_time()
+        """Returns when the socket takes bytes. When the pin has reached its age, copies what is left and unpins."""
+        if self.stalled_since is None:
+            self.stalled_since = trio.current_time()
         if self._pin is not None:
-            with trio.move_on_after(self._limits.stall_seconds):
+            with trio.move_on_at(self._pin_ends):
                 await trio.lowlevel.wait_writable(self._sock)
                 return
             self._unsent = self._copied_to_budget(self._unsent)
             self._unpin()
+            if self.broken:
+                return
         await trio.lowlevel.wait_writable(self._sock)
 
     def _send_unsent(self) -> None:
@@ -151,11 +159,15 @@ class Outbox:
         self._unsent = remaining(part, sent) + self._unsent[len(part) :]
 
     def _break(self, error: OSError) -> None:
-        """Called when sendmsg() failed: the client is gone, or the kernel cannot read a buffer (EFAULT).
+        """Called when sending or copying failed: the client is gone, or the kernel cannot read a buffer (EFAULT).
 
-        In both cases part of a reply may be sent, so no other reply can follow.
+        In both cases part of a reply may be sent, so no other reply can follow. The socket is shut down: a client that
+        is still there has to see that at once, and not wait for replies that never come, and whoever receives from
+        the socket here finds that nothing comes any more.
         """
         self.broken = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
         if error.errno == errno.EFAULT and self.export is not None:
             self.export.unreadable()
 
