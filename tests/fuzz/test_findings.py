@@ -12,7 +12,7 @@ import trio
 from xxhash import xxh3_64_intdigest
 
 from forebay.errors import ForebayError
-from forebay.origin.calls import Calls
+from forebay.origin.calls import SystemCalls
 from forebay.sidecar import redo
 from forebay.sidecar.record import Owner
 from forebay_cache import Cache, CacheError, View, open_cache
@@ -41,7 +41,7 @@ def recovered(directory: Path) -> redo.Checkpoint | None:
     sidecar = os.open(directory, os.O_RDONLY)
     try:
         os.ftruncate(image, SIZE)
-        return redo.recover(sidecar, image, "images:a", Calls())
+        return redo.recover(sidecar, image, "images:a", SystemCalls())
     finally:
         os.close(sidecar)
         os.close(image)

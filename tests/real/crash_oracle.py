@@ -37,7 +37,7 @@ from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.disk import Disk
 from forebay.image.names import layer_prefix
 from forebay.image.registry import Images
-from forebay.origin.calls import Calls, Status
+from forebay.origin.calls import Status, SystemCalls
 from forebay.sidecar import recover
 from forebay_cache import Cache, Damage, View, open_cache, scrub
 from forebay_cache.device.device import Buffer, Device
@@ -445,7 +445,7 @@ _BOOT = forebay_cache.cache.boot_id()
 @contextmanager
 def looking(oracle: Oracle) -> Iterator[None]:
     """What stands still while states are looked at: threads, the clock, what the image's times are, the log."""
-    status, write, handler = Calls.status, Device.write, Listener(oracle._logged)
+    status, write, handler = SystemCalls.status, Device.write, Listener(oracle._logged)
 
     def noted(device: Device, offset: int, data: Buffer) -> None:
         oracle.wrote()
@@ -457,7 +457,7 @@ def looking(oracle: Oracle) -> Iterator[None]:
         stack.enter_context(simulated(_Quick("quick")))
         stack.enter_context(
             mock.patch.object(
-                Calls, "status", lambda calls, fd: oracle._host.status(status(calls, fd))
+                SystemCalls, "status", lambda calls, fd: oracle._host.status(status(calls, fd))
             )
         )
         stack.enter_context(mock.patch.object(Device, "write", noted))

@@ -121,10 +121,10 @@ POINTS = (
     Point("block handed over", f"{CACHE}.blocks.settle:_hand_over"),
     Point("layer settled", f"{GATEWAY}.checkpoint.dirty:Dirty.remove"),
     # the origin
-    Point("origin write", f"{GATEWAY}.origin.calls:Calls.pwritev"),
-    Point("origin fallocate", f"{GATEWAY}.origin.calls:Calls.fallocate"),
-    Point("origin fdatasync", f"{GATEWAY}.origin.calls:Calls.fdatasync"),
-    Point("origin fsync", f"{GATEWAY}.origin.calls:Calls.fsync"),
+    Point("origin write", f"{GATEWAY}.origin.calls:SystemCalls.pwritev"),
+    Point("origin fallocate", f"{GATEWAY}.origin.calls:SystemCalls.fallocate"),
+    Point("origin fdatasync", f"{GATEWAY}.origin.calls:SystemCalls.fdatasync"),
+    Point("origin fsync", f"{GATEWAY}.origin.calls:SystemCalls.fsync"),
     # the redo journal
     Point("redo create", f"{GATEWAY}.sidecar.redo:RedoFile.__init__"),
     Point("redo add", f"{GATEWAY}.sidecar.redo:RedoFile._append"),
@@ -323,7 +323,7 @@ def _flush_of_the_origin_only_said() -> None:
     def make(_sync: Callable[..., Any]) -> Callable[..., Any]:
         return lambda _calls, _fd: None
 
-    replace("forebay.origin.calls:Calls.fdatasync", make)
+    replace("forebay.origin.calls:SystemCalls.fdatasync", make)
 
 
 BUGS: dict[str, Callable[[], None]] = {

@@ -18,7 +18,7 @@ import trio.testing
 from forebay.errors import ForebayError
 from forebay.origin.addresses import DeviceAddress, FileAddress
 from forebay.origin.block import BlockOrigin
-from forebay.origin.calls import PUNCH_HOLE, ZERO_RANGE, Buffer, Calls
+from forebay.origin.calls import PUNCH_HOLE, ZERO_RANGE, Buffer, SystemCalls
 from forebay.origin.file import FileOrigin
 from forebay.origin.opening import OpenImage, open_device, open_image
 from forebay.origin.pieces import WRITE_PIECE
@@ -31,7 +31,7 @@ SIZE = 8 * MIB
 PATIENT, SHORT = 30.0, 0.1
 
 
-class Faulty(Calls):
+class Faulty(SystemCalls):
     """A kernel that hangs, fails and cuts short where the test says so.
 
     `hang[name]`: the next call of that name waits for the event. `fail[name]`: errors for the next calls, in order.
@@ -99,7 +99,7 @@ async def origin_of(
     file: OpenImage,
     kind: type[FileOrigin] = FileOrigin,
     *,
-    calls: Calls | None = None,
+    calls: SystemCalls | None = None,
     timeout: float = PATIENT,
     threads: StoreThreads | None = None,
 ) -> AsyncIterator[FileOrigin]:
@@ -428,7 +428,7 @@ async def test_background_reads_let_foreground_reads_go_first(
 async def test_eight_misses_take_the_time_of_one(path: Path, content: bytearray) -> None:
     calls = Faulty()
     together = threading.Barrier(8)
-    real = Calls().preadv
+    real = SystemCalls().preadv
 
     def read(fd: int, buffers: list[bytearray | memoryview], offset: int) -> int:
         together.wait(10)
@@ -451,7 +451,7 @@ async def test_a_late_write_never_lands_on_a_newer_one(path: Path, content: byte
             lambda: origin.read(4096, 1),
             lambda: origin.trim(0, 4097),
             lambda: origin.extents(0, SIZE),
-            origin.settle,
+            origin.quiesce,
         ):
             with pytest.raises(TimeoutError):
                 await call()
@@ -460,7 +460,7 @@ async def test_a_late_write_never_lands_on_a_newer_one(path: Path, content: byte
         origin.timeout = PATIENT
         async with trio.open_nursery() as nursery:
             nursery.start_soon(origin.write, 4096, [b"new" * 1000])
-            nursery.start_soon(origin.settle)
+            nursery.start_soon(origin.quiesce)
             await trio.testing.wait_all_tasks_blocked()
             back.set()
         assert await origin.read(4096, 3000) == b"new" * 1000
@@ -477,7 +477,7 @@ async def test_a_late_write_has_what_it_was_given(path: Path, content: bytearray
         slot[:] = b"else" * 1024
         origin.timeout = PATIENT
         back.set()
-        await origin.settle()
+        await origin.quiesce()
         assert await origin.read(0, 4096) == b"mine" * 1024
 
 
@@ -495,7 +495,7 @@ async def test_closing_does_not_let_a_late_write_into_another_file(
         assert os.fstat(file.fd).st_ino == path.stat().st_ino, "the number is still taken"
         origin.timeout = PATIENT
         back.set()
-        await origin.settle()
+        await origin.quiesce()
         with pytest.raises(OSError, match="closed"):
             await origin.read(0, 1)
     with pytest.raises(OSError, match="Bad file"):
@@ -513,7 +513,7 @@ async def test_a_write_that_never_began_is_forgotten(path: Path, content: bytear
             with trio.move_on_after(SHORT):
                 await origin.write(0, [b"x"])
             back.set()
-        await origin.settle()
+        await origin.quiesce()
         assert calls.made == ["preadv"]
         assert await origin.read(0, 10) == content[:10]
 

@@ -230,7 +230,7 @@ async def test_a_late_write_never_lands_on_a_newer_one(
         with pytest.raises(TimeoutError):
             await origin.write(0, [memoryview(slot)])
         slot[:] = b"xxx" * 1000
-        for call in (lambda: origin.read(2999, 1), origin.settle):
+        for call in (lambda: origin.read(2999, 1), origin.quiesce):
             with pytest.raises(TimeoutError):
                 await call()
         patience(origin, PATIENT)
@@ -238,7 +238,7 @@ async def test_a_late_write_never_lands_on_a_newer_one(
             nursery.start_soon(origin.write, 1500, [b"new" * 500])
             await trio.testing.wait_all_tasks_blocked()
             server.resume()
-        await origin.settle()
+        await origin.quiesce()
     assert path.read_bytes()[:3000] == b"old" * 500 + b"new" * 500
 
 
@@ -355,7 +355,7 @@ async def test_a_caller_who_gives_up_does_not_break_the_connection(
                 await origin.write(0, [bytes(4 * MIB)])
         server.process.send_signal(signal.SIGCONT)
         assert await origin.read(5 * MIB, 10) == content[5 * MIB : 5 * MIB + 10]
-        await origin.settle()
+        await origin.quiesce()
 
 
 async def test_a_server_that_allows_it_gets_more_connections(

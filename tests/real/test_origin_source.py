@@ -15,11 +15,11 @@ from forebay.errors import ForebayError, InUseError
 from forebay.image.source import Source
 from forebay.image.use import Use
 from forebay.origin.addresses import DeviceAddress, FileAddress
-from forebay.origin.calls import Buffer, Calls
+from forebay.origin.calls import Buffer, SystemCalls
 from forebay.origin.opening import open_image
 from forebay.origin.threads import StoreThreads
 from forebay.sidecar.claim import Claim
-from forebay.sidecar.locks import WRITES, hold
+from forebay.sidecar.locks import WRITES, take_locks
 from forebay.sidecar.marker import Marker
 from forebay.sidecar.record import Owner, TakenOver
 from forebay_cache.blocks.frozen import Range
@@ -192,7 +192,7 @@ async def test_a_device_is_locked_too(tmp_path: Path) -> None:
                 DeviceAddress(str(device)), "dev", use, threads=threads, timeout=30, nursery=nursery
             )
             fd = os.open(device, os.O_RDWR)
-            hold(fd, WRITES)
+            take_locks(fd, WRITES)
             with pytest.raises(InUseError, match="is being written by"):
                 await source.prepare()
             os.close(fd)
@@ -252,13 +252,13 @@ async def test_a_write_that_hangs_keeps_the_marker(
 ) -> None:
     """Another gateway must not begin to write while one of our writes may still arrive."""
     back = threading.Event()
-    real = Calls.pwritev
+    real = SystemCalls.pwritev
 
-    def hang(self: Calls, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+    def hang(self: SystemCalls, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
         back.wait(20)
         return real(self, fd, buffers, offset)
 
-    monkeypatch.setattr(Calls, "pwritev", hang)
+    monkeypatch.setattr(SystemCalls, "pwritev", hang)
     async with sources(image, timeout=0.2) as make:
         source = make()
         await source.prepare()

@@ -159,7 +159,7 @@ class FakeOrigin:
     async def forget(self) -> None:
         pass
 
-    async def settle(self) -> None:
+    async def quiesce(self) -> None:
         pass
 
     async def close(self) -> None:

@@ -704,7 +704,7 @@ def test_a_write_that_was_given_up_and_arrives_late_is_ours(tmp_path: Path, mode
 
         with (
             mock.patch.object(origin, "write", given_up),
-            mock.patch.object(origin, "settle", arrives),
+            mock.patch.object(origin, "quiesce", arrives),
         ):
             with pytest.raises(OSError, match="injected"):
                 await write()

@@ -16,8 +16,8 @@ from forebay.sidecar.locks import (
     Access,
     InUse,
     NoLocks,
-    hold,
     set_lock,
+    take_locks,
 )
 
 NAMES = {id(WRITES): "writes", id(READS): "reads", id(LOOKS): "looks"}
@@ -54,16 +54,16 @@ def opened(tmp_path: Path) -> Iterator[Callable[[], int]]:
 )
 def test_who_may_meet(opened: Callable[[], int], first: Access, second: Access, meet: bool) -> None:
     one, other = opened(), opened()
-    hold(one, first)
+    take_locks(one, first)
     if meet:
-        hold(other, second)
+        take_locks(other, second)
         return
     with pytest.raises(InUse) as refused:
-        hold(other, second)
+        take_locks(other, second)
     assert refused.value.written == (first is WRITES)
     assert refused.value.by == ["a call of this daemon that still hangs"]
     give_up(one)
-    hold(other, second)  # nothing else was in the way
+    take_locks(other, second)  # nothing else was in the way
 
 
 def give_up(fd: int) -> None:
@@ -72,31 +72,31 @@ def give_up(fd: int) -> None:
 
 def test_a_descriptor_may_ask_again_and_a_closed_one_lets_go(opened: Callable[[], int]) -> None:
     one = opened()
-    hold(one, WRITES)
-    hold(one, WRITES)
+    take_locks(one, WRITES)
+    take_locks(one, WRITES)
     other = opened()
     with pytest.raises(InUse):
-        hold(other, WRITES)
+        take_locks(other, WRITES)
     os.close(os.dup(one))  # POSIX locks would be gone with that
     with pytest.raises(InUse):
-        hold(other, WRITES)
+        take_locks(other, WRITES)
     give_up(one)
-    hold(other, WRITES)
+    take_locks(other, WRITES)
 
 
 def test_a_lock_on_all_of_it_counts_too(opened: Callable[[], int]) -> None:
     set_lock(opened(), fcntl.F_WRLCK)
     for access in (WRITES, READS, LOOKS):
         with pytest.raises(InUse):
-            hold(opened(), access)
+            take_locks(opened(), access)
 
 
 def test_reading_needs_no_more_than_a_descriptor_for_reading(
     opened: Callable[[int], int],
 ) -> None:
-    hold(opened(os.O_RDONLY), READS)
+    take_locks(opened(os.O_RDONLY), READS)
     with pytest.raises(InUse) as refused:
-        hold(opened(os.O_RDWR), WRITES)
+        take_locks(opened(os.O_RDWR), WRITES)
     assert not refused.value.written
 
 
@@ -109,7 +109,7 @@ def test_a_file_system_without_locks_is_told_apart(
 
     monkeypatch.setattr("forebay.sidecar.locks.fcntl.fcntl", none)
     with pytest.raises(NoLocks):
-        hold(opened(), WRITES)
+        take_locks(opened(), WRITES)
 
 
 MOUNTS = """\

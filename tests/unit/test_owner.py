@@ -19,7 +19,7 @@ from forebay.origin.opening import OpenImage, open_image
 from forebay.origin.threads import StoreThreads
 from forebay.sidecar.claim import Claim
 from forebay.sidecar.files import read_owner
-from forebay.sidecar.locks import WRITES, hold, set_lock
+from forebay.sidecar.locks import WRITES, set_lock, take_locks
 from forebay.sidecar.marker import Marker
 from forebay.sidecar.record import Owner, State, TakenOver
 from forebay.sidecar.takeover import recover_image
@@ -426,7 +426,7 @@ def test_qemu_is_seen_before_anything_is_changed(
     set_lock(file.fd, fcntl.F_UNLCK)
     marker_before = (sidecar(image) / "owner").read_bytes()
     fd = os.open(image.root / "vm.img", os.O_RDWR)
-    hold(fd, WRITES)
+    take_locks(fd, WRITES)
     ours = open_image(image, read_only=False)
     me = Owner.of_this_process(US, "d")
     for attempt in (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from forebay.errors import ForebayError
-from forebay.origin.calls import Calls
+from forebay.origin.calls import SystemCalls
 from forebay.sidecar import redo
 
 SIZE = 1 << 20
@@ -36,7 +36,7 @@ class Beside:
         )
 
     def recover(self) -> redo.Checkpoint | None:
-        return redo.recover(self.sidecar, self.image, "images:i.raw", Calls())
+        return redo.recover(self.sidecar, self.image, "images:i.raw", SystemCalls())
 
     def names(self) -> set[str]:
         return {x.name for x in self.folder.iterdir()}

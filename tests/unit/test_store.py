@@ -6,7 +6,7 @@ import pytest
 from forebay.config.model import Config
 from forebay.errors import ForebayError
 from forebay.origin.addresses import DeviceAddress, FileAddress, NbdAddress, parse_nbd, resolve
-from forebay.origin.calls import Calls
+from forebay.origin.calls import SystemCalls
 from forebay.origin.opening import look, open_device, open_image
 
 
@@ -137,7 +137,7 @@ def test_the_name_is_looked_up_again(root: Path) -> None:
     image = file_image(root, "vm.img")
     opened = open_image(image, read_only=True)
     os.rename(root / "other" / "secret.img", root / "images" / "vm.img")
-    assert look(image, Calls()).inode != os.fstat(opened.fd).st_ino
+    assert look(image, SystemCalls()).inode != os.fstat(opened.fd).st_ino
     os.close(opened.fd)
 
 

@@ -17,7 +17,7 @@ def drop_private(image: Image, dirty: Dirty, *, discard: bool) -> None:
     was_in_pass = bool(dirty.bytes and dirty.frozen)
     dirty.drop()
     if discard and image.conflict is not None:
-        image.give_up()
+        image.begin_anew()
     elif was_in_pass:
         image.clean.refresh()
     dirty.ages.forget()

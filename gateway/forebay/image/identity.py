@@ -2,7 +2,7 @@
 
 The cache keeps clean blocks of an image over restarts, and trusts them as long as the image looks as it did when its
 identity was last put on record in the index. Our own writes change the image's times, too. So the identity on record is
-given up, durably, before the first of them, and put there anew when all of them are durable. In between the owner
+withdrawn, durably, before the first of them, and put there anew when all of them are durable. In between the owner
 marker keeps others out, and another identity at a start is taken for ours.
 
 Nothing here awaits: each method is a critical section.
@@ -28,12 +28,12 @@ class KnownIdentity:
         self._key = key
         self._under_way = 0
         # What an earlier life wrote, and ended before it took note of, may not be durable yet: that counts as one.
-        self._ended = int(self.is_given_up())
+        self._ended = int(self.is_withdrawn())
         self._durable = 0
         """How many of the writes that ended are durable in the image."""
         self._noted = 0
         """How many of them the identity on record covers."""
-        self._is_given_up_durably = False
+        self._is_withdrawn_durably = False
         self._has_checkpoint = False
         """True while a checkpoint may be committed beside the image, and not all of it in the image."""
 
@@ -42,7 +42,7 @@ class KnownIdentity:
     def _record(self) -> dict[str, Any] | None:
         return self._cache.records.get("image", self._key)
 
-    def is_given_up(self) -> bool:
+    def is_withdrawn(self) -> bool:
         """True if there is a record that says that we are, or were, writing the image: any identity may be ours."""
         known = self._record()
         return known is not None and known["identity"] is None
@@ -63,25 +63,25 @@ class KnownIdentity:
         """Put on record what the image looks like, from the next commit on."""
         self._put(list(astuple(identity)))
 
-    def give_up(self) -> None:
-        """Put on record that we are writing the image, from the next commit on: `note_given_up` follows that."""
+    def withdraw(self) -> None:
+        """Put on record that we are writing the image, from the next commit on: `note_withdrawn` follows that."""
         self._put(None)
 
     def _put(self, identity: list[int] | None) -> None:
-        self._is_given_up_durably = False
+        self._is_withdrawn_durably = False
         value: dict[str, Any] = {"identity": identity}
         if self._record() != value:
             self._cache.records.put("image", self._key, value)
 
-    def note_given_up(self) -> None:
-        """Say that the record of `give_up` is durable, so that writes may begin."""
-        self._is_given_up_durably = True
+    def note_withdrawn(self) -> None:
+        """Say that the record of `withdraw` is durable, so that writes may begin."""
+        self._is_withdrawn_durably = True
 
     def may_write(self) -> bool:
-        """True if the identity is given up, durably. If not, `give_up` comes before the first write."""
-        return self._is_given_up_durably
+        """True if the identity is withdrawn, durably. If not, `withdraw` comes before the first write."""
+        return self._is_withdrawn_durably
 
-    def forget(self) -> None:
+    def remove(self) -> None:
         """Remove the record, from the next commit on: nothing is known of the image any more."""
         self._cache.records.put("image", self._key, None)
 

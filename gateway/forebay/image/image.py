@@ -10,15 +10,14 @@ import trio
 from forebay.image.boundary import Boundary
 from forebay.image.clean import CleanBlocks
 from forebay.image.identity import KnownIdentity
-from forebay.image.names import layer_prefix
 from forebay.image.reach import Reach
 from forebay.image.source import Source
+from forebay.image.sources import Sources
 from forebay.image.writes import OwnWrites
 from forebay.origin.protocol import Identity, Origin
 from forebay.sidecar.record import TakenOver
 from forebay_cache import Cache, Layer, View
 from forebay_cache.device.device import Buffer
-from forebay_cache.format.geometry import SECTOR
 
 log = logging.getLogger("forebay.image")
 
@@ -26,8 +25,8 @@ log = logging.getLogger("forebay.image")
 class Image:
     """One image. `Images` (registry.py) makes it for the first disk on it, and closes it after the last.
 
-    It is put together from `reach` (its origin, and whether it may be touched), `clean` (its clean blocks), `identity`
-    (what it is known to look like) and our writes to it.
+    It is put together from `sources` (the disks on it), `reach` (its origin, and whether it may be touched), `clean`
+    (its clean blocks), `identity` (what it is known to look like) and our writes to it.
     """
 
     def __init__(
@@ -41,15 +40,17 @@ class Image:
         self.key = source.key
         self.size = source.size
         self.cache = cache
-        self.sources: list[Source] = []
-        """Those of the disks on it, the one that came last at the end."""
+        self.sources = Sources(cache)
+        """Those of the disks on it."""
         self.identity = KnownIdentity(cache, self.key)
         self.reach = Reach(self.key, self._open, self._compare_now)
-        fetches = Boundary(nursery, f"image {self.key}", self._stop_disks)
+        fetches = Boundary(nursery, f"image {self.key}", self.sources.stop_disks)
         self.clean = CleanBlocks(cache, self.key, self, fetches)
         self.filler = self.clean.filler
         """What fetches missing blocks from the origin."""
-        self._writes = OwnWrites(cache, self.identity, self.reach, self.clean, self.has_private)
+        self._writes = OwnWrites(
+            cache, self.identity, self.reach, self.clean, self.sources.has_private
+        )
         self._on_unused = on_unused
 
     # ----------------------------------------------------------------------------------------------------- its origin
@@ -79,7 +80,7 @@ class Image:
 
     async def _open(self) -> Origin | None:
         """A new origin; None where the image was taken over while the cache has data that it lacks. Raises OSError."""
-        source = self.sources[-1]
+        source = self.sources.latest
         try:
             return await source.open()
         except TakenOver as fault:
@@ -119,8 +120,7 @@ class Image:
         if origin is None or self.conflict is not None:
             return
         try:
-            for source in list(self.sources):
-                await source.check()
+            await self.sources.check()
             if self.conflict is None:
                 await self._take_note(origin)
         except OSError as error:
@@ -133,7 +133,7 @@ class Image:
         Raises OSError.
         """
         ended = self.identity.writes_ended
-        await origin.settle()  # a write that was given up can still change it
+        await origin.quiesce()  # a write that was given up can still change it
         if not self.identity.is_being_written():
             await self.flush(times=not self.identity.is_noted(ended))
         await self._writes.drop_lost()
@@ -155,7 +155,7 @@ class Image:
 
     async def _compare(self, origin: Origin, found: Identity) -> None:
         """Forget what the cache has of an image that somebody else has changed since. Raises OSError."""
-        if self.identity.is_given_up():
+        if self.identity.is_withdrawn():
             # We were writing it when we ended unexpectedly; the owner marker kept others out since. What it looks like
             # is noted when it is durable.
             return
@@ -168,44 +168,28 @@ class Image:
 
     def _note_change(self, what: str) -> None:
         """Stop, or go on with an image that somebody else has changed, and nothing of what the cache had of it."""
-        if self.has_private():
+        if self.sources.has_private():
             self.stop(f"{what} while the cache holds data of a disk on it")
-        elif not self._may_refresh():
+        elif not self.sources.may_refresh(is_reached=self.origin is not None):
             self.stop(f"{what}, and on_change is refuse")
         else:
             if self.layer.sectors:
                 log.warning("%s: its cached blocks are dropped", what)
             self.clean.refresh()
 
-    def _may_refresh(self) -> bool:
-        """True if all disks may go on with a changed image; one that is just being attached begins anew in any case."""
-        return all(s.use.refresh or (self.origin is None and not s.resumed) for s in self.sources)
-
     def stop(self, why: str) -> None:
         """From now on nothing of the image is read or written, not even from the cache. What is dirty is kept."""
         if self.conflict is None:
-            gives = " to give that data up" if self.has_private() else ", and attach it again"
+            gives = (
+                " to give that data up" if self.sources.has_private() else ", and attach it again"
+            )
             self.reach.stop(f"{why}: detach with --discard{gives}")
         self.clean.stop_reading_ahead()
 
-    def _stop_disks(self, fault: Exception) -> None:
-        """A fetch has ended with a fault of Forebay itself: all disks on the image stop, with that as their reason."""
-        for source in list(self.sources):
-            source.stop_disk(fault)
-
-    def has_private(self) -> bool:
-        """True if the cache has data that belongs on the image as it is: that it lacks, or of an overlay."""
-        return any(self.lacks(source) for source in self.sources)
-
-    def lacks(self, source: Source) -> int:
-        """Bytes that only the cache has of the disk with that source."""
-        layers = self.cache.layers.find_all(layer_prefix(source.use.disk))
-        return sum(layer.sectors for layer in layers) * SECTOR
-
-    def give_up(self) -> None:
-        """Drop the clean blocks of an image that changed, as the operator dropped what the cache had for it."""
+    def begin_anew(self) -> None:
+        """Drop the clean blocks of an image that changed, and what it looked like: for a disk that was discarded."""
         self.clean.refresh()
-        self.identity.forget()
+        self.identity.remove()
 
     # ---------------------------------------------------------------------------------------------------------- disks
 
@@ -219,7 +203,7 @@ class Image:
         """End the use of the image by one disk. The last one closes it."""
         self.sources.remove(source)
         self.clean.unwatch(view)
-        if not self.sources:
+        if self.sources.is_empty():
             await self._on_unused(self)
 
     async def close(self) -> None:

@@ -18,7 +18,7 @@ from forebay.origin.protocol import Origin, close_quietly
 from forebay.origin.threads import Descriptor, StoreThreads, bounded
 from forebay.sidecar.claim import Claim
 from forebay.sidecar.files import read_owner
-from forebay.sidecar.locks import LOOKS, READS, WRITES, Access, InUse, NoLocks, hold
+from forebay.sidecar.locks import LOOKS, READS, WRITES, Access, InUse, NoLocks, take_locks
 from forebay.sidecar.record import Owner, in_use
 
 log = logging.getLogger("forebay.origin")
@@ -167,7 +167,7 @@ class Opener:
 
         def lock() -> None:
             with descriptor as fd:
-                hold(fd, access)
+                take_locks(fd, access)
 
         try:
             with bounded(self._timeout, f"locking {self._label}"):

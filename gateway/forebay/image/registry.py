@@ -29,9 +29,9 @@ class Images:
         if image is not None and image.conflict is not None and not source.resumed:
             raise ForebayError(f"{image.conflict}, on every disk of it")
         if image is None:
-            image = self._open[source.key] = Image(self._cache, self._nursery, source, self._forget)
-        image.sources.append(source)
-        source.bind(on_lost=image.stop, dirty_bytes=partial(image.lacks, source))
+            image = self._open[source.key] = Image(self._cache, self._nursery, source, self._close)
+        image.sources.add(source)
+        source.bind(on_lost=image.stop, dirty_bytes=partial(image.sources.lacks, source))
         # At a start no disk waits for what another one of the image is waiting for already.
         if not (source.resumed and image.reach.is_being_attempted):
             await image.reach.attempt()
@@ -54,7 +54,7 @@ class Images:
             elif clean is not None:
                 self._cache.layers.drop(clean)
 
-    async def _forget(self, image: Image) -> None:
+    async def _close(self, image: Image) -> None:
         """Close an image that no disk uses any more. Raises OSError."""
         if self._open.get(image.key) is image:
             del self._open[image.key]

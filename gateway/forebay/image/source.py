@@ -188,7 +188,7 @@ class Source:
         Raises OSError and ForebayError; the marker then stays: a write that hangs could still arrive.
         """
         if self._origin is not None:
-            await self._origin.settle()
+            await self._origin.quiesce()
         claim = self.claim
         if claim is not None and not claim.is_held and self._prepared is None:
             try:

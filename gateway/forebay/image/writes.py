@@ -29,7 +29,7 @@ class OwnWrites:
         self._reach = reach
         self._clean = clean
         self._has_private = has_private
-        self._giving_up = trio.Lock()
+        self._withdrawing = trio.Lock()
         self._failures_handled = 0
         """After how many of `sync_failures` the blocks were dropped that may be lost."""
 
@@ -43,30 +43,30 @@ class OwnWrites:
     async def writing(self) -> AsyncIterator[None]:
         """Around each write to the origin and its announcement to the cache.
 
-        Before the first one the identity on record is given up, durably: our own writes change it. Raises OSError
+        Before the first one the identity on record is withdrawn, durably: our own writes change it. Raises OSError
         where the origin must not, or cannot, be written.
         """
         self._reach.require_origin()
         self._identity.begin_write()
         try:
             if not self._identity.may_write():
-                await self._give_up_identity()
+                await self._withdraw_identity()
             yield
         finally:
             self._identity.end_write()
 
-    async def _give_up_identity(self) -> None:
-        async with self._giving_up:
+    async def _withdraw_identity(self) -> None:
+        async with self._withdrawing:
             if self._identity.may_write():
                 return
-            self._identity.give_up()
+            self._identity.withdraw()
             try:
                 await self._cache.commit.records()
             except IndexFault:
                 if self._has_private():
                     raise
                 # Killed now, the next start takes our writes for somebody else's, and forgets clean blocks.
-            self._identity.note_given_up()
+            self._identity.note_withdrawn()
 
     async def flush(self, *, times: bool = False) -> None:
         """Make durable what was written, with the image's times if asked. Does nothing if all is durable.

@@ -1,7 +1,7 @@
 """An image on a block device."""
 
 from forebay.origin.blocking import BlockingDevice
-from forebay.origin.calls import Calls
+from forebay.origin.calls import SystemCalls
 from forebay.origin.file import FileOrigin
 from forebay.origin.opening import OpenImage
 from forebay.origin.threads import StoreThreads
@@ -23,7 +23,7 @@ class BlockOrigin(FileOrigin):
         *,
         threads: StoreThreads,
         timeout: float,
-        calls: Calls | None = None,
+        calls: SystemCalls | None = None,
     ) -> None:
         """Take over `image` and its descriptor. `timeout`: seconds that any call may take."""
         super().__init__(image, label, threads=threads, timeout=timeout, calls=calls)

@@ -9,7 +9,7 @@ import contextlib
 import errno
 from collections.abc import Sequence
 
-from forebay.origin.calls import Buffer, Calls, Status
+from forebay.origin.calls import Buffer, Status, SystemCalls
 from forebay.origin.opening import OpenImage
 from forebay.origin.pieces import views_after
 from forebay.origin.protocol import HOLE, MOST_EXTENTS, ZERO, Identity
@@ -22,7 +22,7 @@ class BlockingFile:
     The ranges that it is given lie in the image: `FileOrigin` has checked them.
     """
 
-    def __init__(self, image: OpenImage, label: str, calls: Calls) -> None:
+    def __init__(self, image: OpenImage, label: str, calls: SystemCalls) -> None:
         """Take over the descriptor of `image`. `label` names it in messages."""
         self.descriptor = Descriptor(image.fd)
         self._image = image

@@ -79,7 +79,7 @@ class Status:
         )
 
 
-class Calls:
+class SystemCalls:
     """The operating system. Every method raises OSError, and may block for as long as the storage does."""
 
     def preadv(self, fd: int, buffers: list[bytearray | memoryview], offset: int) -> int:

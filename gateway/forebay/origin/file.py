@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from forebay.origin.blocking import BlockingFile
-from forebay.origin.calls import PUNCH_HOLE, ZERO_RANGE, Buffer, Calls
+from forebay.origin.calls import PUNCH_HOLE, ZERO_RANGE, Buffer, SystemCalls
 from forebay.origin.opening import OpenImage
-from forebay.origin.order import Changes, Syncs
+from forebay.origin.order import ChangeOrder, SyncOrder
 from forebay.origin.pieces import ZERO_PIECE, check_range, pieces
 from forebay.origin.protocol import Identity
 from forebay.origin.threads import Descriptor, StoreThreads, bounded
@@ -28,7 +28,7 @@ class FileOrigin:
 
     An error of `flush` means that what was written since the last good one is unknown: the kernel reports a failed
     write-out once and then forgets the data, so that a later flush succeeds and says nothing about it. Whoever holds
-    the data writes it again, then flushes again. `sync_failures` counts these errors; see `Syncs` in order.py.
+    the data writes it again, then flushes again. `sync_failures` counts these errors; see `SyncOrder` in order.py.
     """
 
     _blocking: type[BlockingFile] = BlockingFile
@@ -41,17 +41,17 @@ class FileOrigin:
         *,
         threads: StoreThreads,
         timeout: float,
-        calls: Calls | None = None,
+        calls: SystemCalls | None = None,
     ) -> None:
         """Take over `image` and its descriptor. `timeout`: seconds that any call may take."""
         self.size = image.size
         self.read_only = image.read_only
         self.label = label
         self.timeout = timeout
-        self._file = self._blocking(image, label, calls or Calls())
+        self._file = self._blocking(image, label, calls or SystemCalls())
         self._threads = threads
-        self._changes = Changes(threads)
-        self._syncs = Syncs(threads, self._sync, label)
+        self._changes = ChangeOrder(threads)
+        self._syncs = SyncOrder(threads, self._sync, label)
         self._with_times = False
         """True if somebody asked that the next sync make the file's times durable as well."""
         self._refused: set[int] = set()
@@ -71,7 +71,7 @@ class FileOrigin:
         """
         self._check(offset, min(length, max(0, self.size - offset)))
         with bounded(self.timeout, f"reading {self.label}"):
-            await self._changes.settled(offset, offset + length)
+            await self._changes.wait_for_range(offset, offset + length)
             return await self._threads.run(
                 partial(self._file.read, offset, length), background=background
             )
@@ -80,7 +80,7 @@ class FileOrigin:
         """(length, HOLE | ZERO or 0) of the extents one after the other, covering the range. Raises OSError."""
         self._check(offset, length)
         with bounded(self.timeout, f"asking for the holes of {self.label}"):
-            await self._changes.settled(offset, offset + length)
+            await self._changes.wait_for_range(offset, offset + length)
             return await self._threads.run(partial(self._file.extents, offset, length))
 
     async def identity(self) -> Identity:
@@ -190,10 +190,10 @@ class FileOrigin:
         times, self._with_times = self._with_times, False
         self._file.sync(times=times)
 
-    async def settle(self) -> None:
+    async def quiesce(self) -> None:
         """Wait until no call that was given up can change the image any more. ETIMEDOUT: one still can."""
         with bounded(self.timeout, f"waiting for a hung write to {self.label}"):
-            await self._changes.settled(0, self.size)
+            await self._changes.wait_for_range(0, self.size)
 
     async def close(self) -> None:
         """Close the descriptor, in the thread that uses it last if one hangs. Implies no flush."""

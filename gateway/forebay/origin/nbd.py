@@ -2,7 +2,7 @@
 
 The connection is made again with back-off when it breaks, for as long as the callers wait, and requests without an
 answer are sent again. What the server acknowledged and did not flush before the break is unknown: the next flush says
-so (`Syncs` in order.py has the same rule), and whoever holds the data writes it again.
+so (`SyncOrder` in order.py has the same rule), and whoever holds the data writes it again.
 """
 
 import errno
@@ -203,10 +203,10 @@ class NbdOrigin:
     async def forget(self) -> None:
         """Nothing to do: nothing of the image is kept on this side."""
 
-    async def settle(self) -> None:
+    async def quiesce(self) -> None:
         """Wait until no change that was given up can arrive any more. ETIMEDOUT: one still can."""
         with bounded(self._requests.timeout, f"waiting for a hung write to {self.label}"):
-            await self._requests.settled(0, self.size)
+            await self._requests.wait_for_range(0, self.size)
 
     async def close(self) -> None:
         """Disconnect from the server. Implies no flush."""

@@ -132,7 +132,7 @@ class Requests:
         for link in links:
             await link.client.aclose()
 
-    async def settled(self, first: int, last: int, *, alone: bool = False) -> None:
+    async def wait_for_range(self, first: int, last: int, *, alone: bool = False) -> None:
         """Wait for changes of the bytes from `first` to `last` (exclusive) that were given up.
 
         With `alone`, wait for all changes of them: one of part of a sector reads and writes all of that sector, and
@@ -165,7 +165,9 @@ class Requests:
         """
         job = _Job(do, background, offset, offset + length, kind)
         with bounded(self.timeout, what):
-            await self.settled(job.first, job.last, alone=kind == "change" and self.sector > 1)
+            await self.wait_for_range(
+                job.first, job.last, alone=kind == "change" and self.sector > 1
+            )
             self._jobs.add(job)
             self._nursery.start_soon(self._run, job)
             try:

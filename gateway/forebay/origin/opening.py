@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from forebay.errors import ForebayError
 from forebay.origin.addresses import DeviceAddress, FileAddress
-from forebay.origin.calls import Calls, Status, open_beneath
+from forebay.origin.calls import Status, SystemCalls, open_beneath
 
 _FORMATS = {b"QFI\xfb": "qcow2", b"QED\0": "qed", b"KDMV": "vmdk", b"vhdxfile": "vhdx"}
 """The first bytes of files in formats that a guest must not see as a disk."""
@@ -40,7 +40,11 @@ class OpenImage:
 
 
 def open_image(
-    address: FileAddress, *, read_only: bool, any_format: bool = False, calls: Calls | None = None
+    address: FileAddress,
+    *,
+    read_only: bool,
+    any_format: bool = False,
+    calls: SystemCalls | None = None,
 ) -> OpenImage:
     """Open an image file. Raises ForebayError for what the operator has to change, OSError for failing storage.
 
@@ -48,7 +52,7 @@ def open_image(
     attached before: a guest may write whatever it likes to the start of its disk, and must find it again after a
     restart.
     """
-    calls = calls or Calls()
+    calls = calls or SystemCalls()
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NONBLOCK | os.O_NOCTTY
     try:
         fd = _open_in_store(address, address.path, flags)
@@ -71,7 +75,7 @@ def open_folder(address: FileAddress) -> int:
     return _open_in_store(address, folder or ".", os.O_RDONLY | os.O_DIRECTORY)
 
 
-def look(address: FileAddress, calls: Calls) -> Status:
+def look(address: FileAddress, calls: SystemCalls) -> Status:
     """What the name of the image leads to now. Raises OSError."""
     fd = _open_in_store(address, address.path, os.O_PATH | os.O_NOFOLLOW)
     try:
@@ -140,13 +144,13 @@ def _file_refusal(address: FileAddress, error: OSError, read_only: bool) -> Exce
 
 
 def open_device(
-    address: DeviceAddress, *, read_only: bool, calls: Calls | None = None
+    address: DeviceAddress, *, read_only: bool, calls: SystemCalls | None = None
 ) -> OpenImage:
     """Open a block device; for writing only if nothing else on this host has it open (O_EXCL).
 
     Raises ForebayError for what the operator has to change, OSError for failing storage.
     """
-    calls = calls or Calls()
+    calls = calls or SystemCalls()
     path = address.path
     flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_EXCL
     try:

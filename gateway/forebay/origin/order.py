@@ -9,7 +9,7 @@ from collections.abc import Callable
 from forebay.origin.threads import Call, StoreThreads, bounded
 
 
-class Changes:
+class ChangeOrder:
     """The changes of one image, by range. It remembers those that go on in a thread with nobody waiting any more."""
 
     def __init__(self, threads: StoreThreads) -> None:
@@ -24,7 +24,7 @@ class Changes:
 
         Waits first for changes of the same bytes that were given up. Cancellation gives this one up, too.
         """
-        await self.settled(start, end)
+        await self.wait_for_range(start, end)
         call = Call(do, on_end=self._ended)
         try:
             await self._threads.wait_for(call, background=background)
@@ -35,7 +35,7 @@ class Changes:
     def _ended(self, call: Call[None]) -> None:
         self._given_up.pop(call, None)
 
-    async def settled(self, start: int, end: int) -> None:
+    async def wait_for_range(self, start: int, end: int) -> None:
         """Return when no change that was given up can touch the bytes from `start` to `end` (exclusive) any more."""
         while under_way := [
             call for call, (first, last) in self._given_up.items() if first < end and start < last
@@ -43,7 +43,7 @@ class Changes:
             await under_way[0].ended.wait()
 
 
-class Syncs:
+class SyncOrder:
     """The flushes of one descriptor: one at a time, each for everyone who asked before it began.
 
     The kernel tells about lost data once, to one caller, and forgets the data; so every flush during which `failures`

@@ -102,7 +102,7 @@ class Origin(Protocol):
         """From now on read what is there now, and nothing that was kept in memory here: somebody else changed it."""
         ...
 
-    async def settle(self) -> None:
+    async def quiesce(self) -> None:
         """Wait until no call that was given up can change the image any more. ETIMEDOUT: one still can."""
         ...
 

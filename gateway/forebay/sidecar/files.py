@@ -19,10 +19,10 @@ from typing import Self
 
 from forebay.errors import ForebayError
 from forebay.origin.addresses import SIDECAR, FileAddress
-from forebay.origin.calls import Calls
+from forebay.origin.calls import SystemCalls
 from forebay.origin.opening import OpenImage, open_folder
 from forebay.sidecar import redo
-from forebay.sidecar.locks import WRITES, InUse, NoLocks, hold, set_lock
+from forebay.sidecar.locks import WRITES, InUse, NoLocks, set_lock, take_locks
 from forebay.sidecar.record import NOBODY, Owner, in_use, taken_over
 
 log = logging.getLogger("forebay.origin")
@@ -99,7 +99,7 @@ class Sidecar:
 
     def check_beside(self, file: OpenImage) -> None:
         """Raise ForebayError unless the image's name leads to the open `file`: it can be moved before we look."""
-        calls = Calls()
+        calls = SystemCalls()
         flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(os.path.basename(self.address.path), flags, dir_fd=self._folder)
         try:
@@ -185,7 +185,7 @@ class Sidecar:
             if owner is not None:
                 self.write_owner(replace(owner, as_of=finished.as_of))
 
-        return redo.recover(self.fd, file.fd, self.address.key, Calls(), name_instant)
+        return redo.recover(self.fd, file.fd, self.address.key, SystemCalls(), name_instant)
 
     # ------------------------------------------------------------------------------------------------------- the end
 
@@ -256,7 +256,7 @@ def lock_image(address: FileAddress, file: OpenImage, *, need_locks: bool) -> No
     without locks; and OSError.
     """
     try:
-        hold(file.fd, WRITES)
+        take_locks(file.fd, WRITES)
     except InUse as fault:
         raise in_use(address.key, fault) from None
     except NoLocks as error:

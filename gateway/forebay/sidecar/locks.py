@@ -62,7 +62,7 @@ class InUse(Exception):
         self.by = by
 
 
-def hold(fd: int, access: Access) -> None:
+def take_locks(fd: int, access: Access) -> None:
     """Take the locks of that access, which last until the descriptor is closed. It may have some of them already.
 
     Raises InUse, with no lock taken, where somebody's locks speak against it; NoLocks; OSError.

@@ -22,7 +22,7 @@ from typing import Self
 
 from forebay.errors import ForebayError
 from forebay.origin.addresses import FileAddress
-from forebay.origin.calls import Calls
+from forebay.origin.calls import SystemCalls
 from forebay.origin.opening import OpenImage, look
 from forebay.sidecar import redo
 from forebay.sidecar.files import Sidecar, lock_image
@@ -55,7 +55,7 @@ class Marker:
         self.owner: Owner | None = None
         """What the marker says, or was last told to say; None before it was written, and after the release."""
         self._sidecar = sidecar
-        self._file = Calls().status(file.fd)
+        self._file = SystemCalls().status(file.fd)
         """What the image was when it was claimed: that is what its name has to lead to."""
         self._counted = time.monotonic()
         """When the marker was written last."""
@@ -202,7 +202,7 @@ class Marker:
         self._check_ours()
         key = self.address.key
         try:
-            found = look(self.address, Calls())
+            found = look(self.address, SystemCalls())
         except FileNotFoundError:
             raise TakenOver(f"{key} was deleted or renamed") from None
         if (found.device, found.inode) != (self._file.device, self._file.inode):

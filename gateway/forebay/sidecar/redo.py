@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from forebay.errors import ForebayError
-from forebay.origin.calls import IOV_MAX, PUNCH_HOLE, Calls
+from forebay.origin.calls import IOV_MAX, PUNCH_HOLE, SystemCalls
 from forebay.origin.threads import Descriptor
 from forebay_cache.blocks.frozen import Range
 from forebay_cache.device.device import Buffer
@@ -160,7 +160,7 @@ def recover(
     sidecar: int,
     image: int,
     label: str,
-    calls: Calls,
+    calls: SystemCalls,
     applied: Callable[[Checkpoint], None] | None = None,
 ) -> Checkpoint | None:
     """Apply a committed journal in the open directory `sidecar` to the open `image` and remove it; drop another one.
@@ -205,7 +205,9 @@ def recover(
     return checkpoint
 
 
-def _apply(fd: int, image: int, calls: Calls, kind: int, offset: int, length: int, at: int) -> None:
+def _apply(
+    fd: int, image: int, calls: SystemCalls, kind: int, offset: int, length: int, at: int
+) -> None:
     """Write one record, whose data lies at byte `at` of the journal `fd`, to the image."""
     if kind == ZEROS:
         _zero(image, calls, offset, length)
@@ -215,7 +217,7 @@ def _apply(fd: int, image: int, calls: Calls, kind: int, offset: int, length: in
         at, offset, length = at + len(data), offset + len(data), length - len(data)
 
 
-def _zero(image: int, calls: Calls, offset: int, length: int) -> None:
+def _zero(image: int, calls: SystemCalls, offset: int, length: int) -> None:
     """Make a range of the image read as zeros, by a hole or by writing them."""
     try:
         calls.fallocate(image, PUNCH_HOLE, offset, length)

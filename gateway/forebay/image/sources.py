@@ -1,0 +1,58 @@
+"""The sources of all disks on one image: what they have in common, asked of all of them."""
+
+from forebay.image.names import layer_prefix
+from forebay.image.source import Source
+from forebay_cache import Cache
+from forebay_cache.format.geometry import SECTOR
+
+
+class Sources:
+    """The sources of the disks that are on one image now, the one that came last at the end."""
+
+    def __init__(self, cache: Cache) -> None:
+        """`cache` has the private layers of the disks."""
+        self._cache = cache
+        self._sources: list[Source] = []
+
+    def add(self, source: Source) -> None:
+        """Count one disk more."""
+        self._sources.append(source)
+
+    def remove(self, source: Source) -> None:
+        """Count one disk less. Raises ValueError if it was not there."""
+        self._sources.remove(source)
+
+    def is_empty(self) -> bool:
+        """True if no disk is on the image."""
+        return not self._sources
+
+    @property
+    def latest(self) -> Source:
+        """That of the disk which came last: it opens the image for all of them."""
+        return self._sources[-1]
+
+    def lacks(self, source: Source) -> int:
+        """Bytes that only the cache has of the disk with that source."""
+        layers = self._cache.layers.find_all(layer_prefix(source.use.disk))
+        return sum(layer.sectors for layer in layers) * SECTOR
+
+    def has_private(self) -> bool:
+        """True if the cache has data that belongs on the image as it is: that it lacks, or of an overlay."""
+        return any(self.lacks(source) for source in self._sources)
+
+    def may_refresh(self, *, is_reached: bool) -> bool:
+        """True if all disks may go on with an image that somebody else changed.
+
+        One that is just being attached, to an image that is not reached yet, begins anew in any case.
+        """
+        return all(s.use.refresh or not (is_reached or s.resumed) for s in self._sources)
+
+    async def check(self) -> None:
+        """See that the image is still ours to write, where it was. Raises OSError."""
+        for source in list(self._sources):
+            await source.check()
+
+    def stop_disks(self, fault: Exception) -> None:
+        """Stop all disks, with a fault of Forebay itself as their reason."""
+        for source in list(self._sources):
+            source.stop_disk(fault)
