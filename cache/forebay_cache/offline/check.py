@@ -32,9 +32,9 @@ from forebay_cache.upkeep.medium import Medium
 
 
 def check(device: Path, index: Path, progress: Progress, boot: str | None = None) -> Report:
-    """Look at everything. Raises CacheError when the cache is in use or is none; OSError.
+    """Look at everything, and change nothing. ``progress`` is called with (bytes done, bytes in all).
 
-    ``boot`` stands for the kernel's boot id.
+    ``boot`` stands for the kernel's boot id. Raises CacheError when the cache is in use or is none, and OSError.
     """
     report = Report(str(device), str(index))
     with ExitStack() as stack:
@@ -59,7 +59,7 @@ def check(device: Path, index: Path, progress: Progress, boot: str | None = None
 
 
 def _opened(path: Path) -> int:
-    """The device, to read only, with a lock that keeps daemons away."""
+    """A descriptor of the device, to read only, with a lock that keeps daemons away. Raises CacheError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -119,7 +119,7 @@ def _lmdb_is_sound(index: Path, report: Report) -> bool:
 
 
 def _meta(tables: Tables, layout: Superblock, report: Report) -> Meta | None:
-    """What the index says of itself; None where it cannot be gone on with."""
+    """What the index says of itself; None, and a fault in the report, if the check cannot go on with that."""
     try:
         if tables.missing:
             raise ValueError(f"no table '{tables.missing[0]}'")

@@ -47,21 +47,21 @@ class Tables:
 
     @property
     def missing(self) -> list[str]:
-        """Tables that should be there."""
+        """The names of tables that should be there and are not."""
         return [name for name in TABLES if name not in self._db]
 
     def get(self, table: str, key: bytes) -> bytes | None:
-        """One value, or None."""
+        """The value of a key, or None."""
         value: bytes | None = self._txn.get(key, db=self._db[table])
         return value
 
     def items(self, table: str) -> Iterator[tuple[bytes, bytes]]:
-        """All keys and values, in order."""
+        """All keys and values of a table, in the order of the keys."""
         with self._txn.cursor(db=self._db[table]) as cursor:
             yield from cursor
 
     def sums(self, slot: int) -> bytes:
-        """Checksums of a slot, u32[16]; zeros where there are none."""
+        """The checksums of a slot as the index has them, u32[16]; zeros where it has none."""
         group, n = divmod(slot, GROUP)
         if self._group[0] != group:
             value = self.get("sums", GROUP_KEY.pack(group)) or b""
@@ -79,11 +79,11 @@ class Located(NamedTuple):
 
     @property
     def key(self) -> int:
-        """Of the block, among all layers."""
+        """The key of the block."""
         return block_key(self.layer, self.block)
 
     def nonsense(self, slots: int, frontier: int) -> str:
-        """What about it cannot be, whatever lies on the device; empty if nothing."""
+        """What about it cannot be, whatever lies on the device; empty if all of it can."""
         if fault := self.entry.fault():
             return fault
         for slot, _ in self.entry.places():
@@ -93,7 +93,7 @@ class Located(NamedTuple):
 
 
 class Walk:
-    """Fills ``report``. ``boot``: the running kernel's boot id."""
+    """Fills in a report. ``boot`` is the boot id of the running kernel."""
 
     def __init__(
         self, report: Report, tables: Tables, meta: Meta, device: Device, medium: Medium, boot: str
@@ -109,7 +109,10 @@ class Walk:
         self._named: dict[int, Located] = {}  # private blocks that the journal has something of
 
     def run(self, progress: Progress) -> None:
-        """All of it; ``progress`` gets bytes of the device. Raises OSError, and what LMDB raises."""
+        """Look at all of it; ``progress`` is called with (bytes done, bytes in all).
+
+        Raises OSError, and what LMDB raises.
+        """
         report, pending = self._report, self._pending
         report.journal_records = pending.records
         if pending.fault:
@@ -250,7 +253,7 @@ class Walk:
             self._damaged(found.key, found.record, slot, bad)
 
     def _does_not_count(self, found: Located) -> int:
-        """Sectors that the next start drops, or of which the journal says something newer."""
+        """The mask of the sectors that the next start drops, or of which the journal says something newer."""
         if found.record.private:
             return self._pending.named(found.key)
         region = found.layer, found.block // PAGE_BLOCKS
@@ -284,7 +287,7 @@ class Walk:
     # -- the journal ------------------------------------------------------------------------------------------
 
     def _check_slots_of_journal(self) -> None:
-        """Slots that are named by records only are in use too."""
+        """Count the slots that only records of the journal name; each must be that block's alone."""
         for slot, key in self._pending.slots.items():
             record = self._layers.get(layer_of_key(key))
             if record is None or record.dead:
@@ -305,7 +308,7 @@ class Walk:
                 self._report.private_slots += 1
 
     def _check_claims(self, key: int) -> None:
-        """One of the claims of each sector holds, or what the index says of it does."""
+        """Note damage unless, for each sector of a block, one of its claims holds, or what the index says."""
         record = self._layers.get(layer_of_key(key))
         if record is None or record.dead:
             return
@@ -325,7 +328,11 @@ class Walk:
         return slot < self._device.slots and self._sums(slot)[sector] == crc
 
     def _index_holds(self, found: Located, sector: int) -> bool:
-        """Nothing, or zeros, was true before the first claim: that may be gone after a power loss, or unanswered."""
+        """True if what the index says of a sector may be what is right, no claim of the journal being so.
+
+        That there is nothing, or zeros, was right before the first claim. So it may be again after a power loss, or if
+        nobody was told that the write was done.
+        """
         if not found.entry.data >> sector & 1:
             last = self._pending.last.get(found.key, 0) >> sector & 1
             return not self._survived or bool(last)
@@ -337,7 +344,7 @@ class Walk:
     # -- totals -----------------------------------------------------------------------------------------------
 
     def _compare_totals(self) -> None:
-        """What the layers say of themselves: readers skip a private layer that holds nothing by its own account."""
+        """Note layers that do not have as much as they say: readers skip a private layer that says it has nothing."""
         for ident, (slots, sectors) in self._counted.items():
             record = self._layers[ident]
             if record.dead or (record.slots, record.sectors) == (slots, sectors):

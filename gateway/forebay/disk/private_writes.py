@@ -2,7 +2,7 @@
 
 They are durable with the next sync of the cache device. How a write gets from `write` to a reply: it waits until it is
 let in (:class:`forebay.disk.admission.Admission`), then the mark beside the image is set, and from there to the
-record's way into the kernel (`Cache.publish`) nothing awaits.
+record's way into the kernel (`Intent.publish`) nothing awaits.
 """
 
 import errno
