@@ -103,6 +103,6 @@ class Pass:
             await cache.commit.records()
 
     def _drop(self) -> None:
-        """Readers go past the layer at the same instant at which its data counts as clean."""
+        """Take the layer out of the disk's view and drop it, without an await in between: it holds nothing any more."""
         self._dirty.remove(self._layer)
         self._cache.layers.drop(self._layer)
