@@ -89,7 +89,8 @@ class Committer(GroupCommit):
         snapshot = self.snapshot()
         try:
             await self._sync()
-            self._failure.check()  # no await from here to where the index takes it: see _store_past_device()
+            self._failure.check()
+            # no await until self._index.commit: else _store_past_device() may be overtaken by it
             await self._index.commit(snapshot.changes)
         except BaseException as error:
             snapshot.failed()

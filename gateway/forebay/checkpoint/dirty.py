@@ -74,7 +74,7 @@ class Dirty:
             self._view.private = [self._make_layer()]
 
     def freeze(self) -> None:
-        """Have writes go to a new layer from now on: what is dirty at this instant stays together."""
+        """Have writes go to a new layer from now on. A critical section: what is dirty now stays together."""
         self.ages.note_frozen(self._view.private[0])
         self._view.private[0].freeze()
         self._view.private = [self._make_layer(), *self._view.private]
@@ -87,7 +87,10 @@ class Dirty:
         self.ages.note_removed(layer)
 
     def drop(self) -> None:
-        """Give up all layers, with what they hold; the next commit makes that durable, all of it at once."""
+        """Give up all layers, with what they hold; the next commit makes that durable, all of it at once.
+
+        A critical section: a commit that comes in between would have a part of them.
+        """
         for layer in self._view.private:
             self._cache.layers.drop(layer)
         self._view.private = []

@@ -1,6 +1,6 @@
 """A progress bar at a terminal, drawn by rich. Imported only there: rich takes 60 ms to start."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -13,7 +13,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from forebay.cli.asking import Progress as Advance
+Advance = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
 
 
 @contextmanager

@@ -65,7 +65,10 @@ class CleanBlocks:
     # ------------------------------------------------------------------------------------------------ what is dropped
 
     def refresh(self) -> None:
-        """Drop every clean block; all disks on the image go on without. Fetches in the air store nothing any more."""
+        """Drop every clean block; all disks on the image go on without. Fetches in the air store nothing any more.
+
+        A critical section: no view may read through the old layer once it is dropped.
+        """
         old = self.layer
         pinned = old.pinned
         self._cache.layers.drop(old)

@@ -134,6 +134,9 @@ class KnownIdentity:
         return self._noted == ended
 
     def note(self, identity: Identity, ended: int) -> None:
-        """Put on record what the image looks like after the first `ended` writes, all of which are durable."""
+        """Put on record what the image looks like after the first `ended` writes, all of which are durable.
+
+        A critical section, with the question whether they still are all.
+        """
         self._noted = ended
         self.remember(identity)
