@@ -280,7 +280,7 @@ class Oracle:
             raise Broken(f"without its cache the image is of no instant: {fault}") from None
         if why := ledger.wrong(image, ledger.home):
             raise Broken(f"without its cache the image is older than the last flush: {why}")
-        if not found.lacks and (why := ledger.wrong(image, floor)):
+        if not found.lacks_data and (why := ledger.wrong(image, floor)):
             raise Broken(f"the image lacks something, and its marker does not say so: {why}")
         if found.as_of:
             named = datetime.fromisoformat(found.as_of).timestamp()

@@ -313,15 +313,15 @@ async def test_one_image_by_two_names(image: FileAddress, tmp_path: Path) -> Non
             use = Use("e", "us", read_only=True)
             return Source(name, "e", use, threads=threads, timeout=9, nursery=ours._opener._nursery)
 
-        assert ours.same_image(
+        assert ours.is_same_image(
             other(FileAddress("parent", tmp_path.parent, f"{tmp_path.name}/vm.img"))
         )
         (tmp_path / "mount").mkdir()
         os.link(tmp_path / "vm.img", tmp_path / "mount" / "vm.img")  # as a bind mount shows it
         mounted = other(FileAddress("mount", tmp_path / "mount", "vm.img"))
-        assert not ours.same_image(mounted), "not known before it is open"
+        assert not ours.is_same_image(mounted), "not known before it is open"
         for one in (ours, mounted):
             await one.prepare()
-        assert ours.same_image(mounted)
+        assert ours.is_same_image(mounted)
         for one in (ours, mounted):
             await one.release()

@@ -22,7 +22,7 @@ class _Coming:
 
 def _exclude(one: Source, other: Source) -> bool:
     """True if only one of the two can be served: both are of one image, and one of them writes it."""
-    return (one.use.writes or other.use.writes) and one.same_image(other)
+    return (one.use.writes or other.use.writes) and one.is_same_image(other)
 
 
 class Disks:

@@ -11,7 +11,7 @@ from forebay.image.use import Use
 from forebay.origin.addresses import Address, DeviceAddress, FileAddress
 from forebay.origin.block import BlockOrigin
 from forebay.origin.file import FileOrigin
-from forebay.origin.mounts import unsafe
+from forebay.origin.mounts import why_unsafe
 from forebay.origin.nbd import NbdOrigin
 from forebay.origin.opening import OpenImage, open_device, open_image
 from forebay.origin.protocol import Origin, close_quietly
@@ -19,7 +19,7 @@ from forebay.origin.threads import Descriptor, StoreThreads, bounded
 from forebay.sidecar.claim import Claim
 from forebay.sidecar.files import read_owner
 from forebay.sidecar.locks import LOOKS, READS, WRITES, Access, InUse, NoLocks, take_locks
-from forebay.sidecar.record import Owner, in_use
+from forebay.sidecar.record import Owner, in_use_by_program
 
 log = logging.getLogger("forebay.origin")
 
@@ -44,7 +44,7 @@ class Opener:
         """
         self.file_id: tuple[int, int] | None = None
         """Device and inode of the image, once it was opened, if it is a file."""
-        self.unsafe: str | None = None
+        self.why_unsafe: str | None = None
         """Why nothing is to be written back to where the image lies; known once it was opened."""
         self._address = address
         self._key = address.key
@@ -112,7 +112,9 @@ class Opener:
         if file.status is None:
             return
         device = file.status.device
-        self.unsafe = await self._threads.run(lambda: unsafe(device, locks=self._use.need_locks))
+        self.why_unsafe = await self._threads.run(
+            lambda: why_unsafe(device, locks=self._use.need_locks)
+        )
         self.file_id = (device, file.status.inode)
 
     # ------------------------------------------------------------------------------------------------------- the owner
@@ -173,6 +175,6 @@ class Opener:
             with bounded(self._timeout, f"locking {self._label}"):
                 await self._threads.run(lock)
         except InUse as fault:
-            raise in_use(self._key, fault) from None
+            raise in_use_by_program(self._key, fault) from None
         except NoLocks as error:
             log.info("%s: no file locks: %s", self._key, error.strerror)

@@ -107,7 +107,7 @@ class Source:
         """Device and inode of the image, once it was opened, if it is a file."""
         return self._opener.file_id
 
-    def same_image(self, other: "Source") -> bool:
+    def is_same_image(self, other: "Source") -> bool:
         """True if both lead to one image, be it by two stores or two mounts."""
         if self.file_id is not None and self.file_id == other.file_id:
             return True
@@ -115,7 +115,7 @@ class Source:
 
     def check_safe(self, mode: Mode) -> None:
         """Raise ForebayError where a disk in that mode acknowledges what its store may lose later without a word."""
-        why = self._opener.unsafe
+        why = self._opener.why_unsafe
         if why is not None and self.use.writes and mode in (Mode.WRITE_BACK, Mode.FULL_COPY):
             raise ForebayError(
                 f"{self.key}: {mode.value} needs a store that keeps what it took, and {why}, "

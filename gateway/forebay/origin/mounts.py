@@ -102,6 +102,6 @@ def why_not(mounts: list[Mount], device: int, *, locks: bool = True) -> str | No
     return None
 
 
-def unsafe(device: int, *, locks: bool = True) -> str | None:
+def why_unsafe(device: int, *, locks: bool = True) -> str | None:
     """What `why_not` says of this host as it is now. None where /proc cannot be read."""
     return why_not(of_this_process(), device, locks=locks)

@@ -23,7 +23,7 @@ from forebay.origin.calls import SystemCalls
 from forebay.origin.opening import OpenImage, open_folder
 from forebay.sidecar import redo
 from forebay.sidecar.locks import WRITES, InUse, NoLocks, set_lock, take_locks
-from forebay.sidecar.record import NOBODY, Owner, in_use, taken_over
+from forebay.sidecar.record import NOBODY, Owner, in_use_by_program, taken_over
 
 log = logging.getLogger("forebay.origin")
 
@@ -258,7 +258,7 @@ def lock_image(address: FileAddress, file: OpenImage, *, need_locks: bool) -> No
     try:
         take_locks(file.fd, WRITES)
     except InUse as fault:
-        raise in_use(address.key, fault) from None
+        raise in_use_by_program(address.key, fault) from None
     except NoLocks as error:
         _do_without(address, error, need_locks)
 

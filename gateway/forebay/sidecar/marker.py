@@ -31,7 +31,7 @@ from forebay.sidecar.record import (
     Owner,
     State,
     TakenOver,
-    held,
+    in_use_by_gateway,
     left_behind,
     now,
     taken_over,
@@ -102,7 +102,7 @@ class Marker:
             sidecar.remove_if_unused()
             raise
         if not locked:
-            raise held(sidecar.address, _read_leniently(sidecar))
+            raise in_use_by_gateway(sidecar.address, _read_leniently(sidecar))
         return None
 
     def _begin(self, me: Owner, file: OpenImage) -> None:

@@ -98,7 +98,7 @@ class Owner:
         return f"host {self.host} (disk '{self.disk}', {self.state}, since {self.since})"
 
     @property
-    def lacks(self) -> str:
+    def dirty_in_words(self) -> str:
         """How much that gateway has which the image lacks, and since when, for messages."""
         some = (
             f"{format_size(self.dirty_bytes)} (at the last count)" if self.dirty_bytes else "data"
@@ -127,7 +127,7 @@ def taken_over(address: FileAddress, found: Owner | None) -> TakenOver:
     return TakenOver(f"{address.key} was taken over{by}")
 
 
-def in_use(label: str, fault: InUse) -> InUseError:
+def in_use_by_program(label: str, fault: InUse) -> InUseError:
     """The error for an image that somebody has open without a gateway, whose locks are in the way of ours."""
     who = ", ".join(fault.by) or "QEMU, or a program like it, on another host or of another user"
     what = "is being written by" if fault.written else "is held unchanged by"
@@ -136,9 +136,9 @@ def in_use(label: str, fault: InUse) -> InUseError:
     )
 
 
-def held(address: FileAddress, owner: Owner | None) -> InUseError:
+def in_use_by_gateway(address: FileAddress, owner: Owner | None) -> InUseError:
     """The error for an image that another gateway, or another daemon on this host, serves now."""
-    lacks = f", with {owner.lacks}" if owner is not None and owner.state == "dirty" else ""
+    lacks = f", with {owner.dirty_in_words}" if owner is not None and owner.state == "dirty" else ""
     return InUseError(
         f"{address.key} is in use by {owner or 'another gateway'}{lacks}: detach it there first, "
         "or attach it here with --read-only",
@@ -149,7 +149,7 @@ def held(address: FileAddress, owner: Owner | None) -> InUseError:
 def left_behind(address: FileAddress, owner: Owner) -> InUseError:
     """The error for an image that another gateway does not serve now, and did not give back."""
     if owner.state == "dirty":
-        has, then = f"has {owner.lacks}", "gives that data up"
+        has, then = f"has {owner.dirty_in_words}", "gives that data up"
     else:
         has, then = "did not release it", "frees it, and nothing is lost"
     return InUseError(

@@ -44,7 +44,7 @@ def run(config: Config, text: str, *, take_over: bool = False, sure: bool = True
         need_locks = config.disk_settings(address.store or None).require_locks
         found = recover_image(address, file, need_locks=need_locks)
         if take_over:
-            if found.lacks and not sure:
+            if found.lacks_data and not sure:
                 raise ForebayError(
                     f"{text}: {_later(found)} would be given up{_instant(found)}: bring that gateway back, or say --yes"
                 )
@@ -77,9 +77,9 @@ class Report:
             lines.append(
                 "a checkpoint that was not complete was dropped: none of it is in the image"
             )
-        if found.lacks and self._taken:
+        if found.lacks_data and self._taken:
             lines.append(f"taken over{_instant(found)}; {_later(found)} are given up")
-        elif found.lacks:
+        elif found.lacks_data:
             lines.append(
                 f"whole{_instant(found)}; {_later(found)}: bring that gateway back, or 'forebay takeover'"
             )
@@ -97,8 +97,8 @@ class Report:
             "image": self._image,
             "finished": found.finished is not None,
             "dropped": found.dropped,
-            "as_of": (found.as_of or None) if found.lacks or found.finished else None,
-            "lacks_data": found.lacks and not self._taken,
+            "as_of": (found.as_of or None) if found.lacks_data or found.finished else None,
+            "lacks_data": found.lacks_data and not self._taken,
             "taken_over": self._taken,
             "owner": asdict(owner) if owner else None,
         }

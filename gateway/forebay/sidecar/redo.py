@@ -177,23 +177,8 @@ def recover(
     except FileNotFoundError:
         return None
     try:
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise ValueError("not a file")
-            checkpoint = _read_header(fd)
-            for _ in _records(fd, checkpoint.size):
-                pass
-        except ValueError as fault:
-            raise ForebayError(
-                f"{label}: its redo journal cannot be read ({fault}), so the image may hold part of a checkpoint: "
-                f"bring the gateway that wrote it back, or remove {NAME} from the directory beside it"
-            ) from None
-        status = os.fstat(image)
-        if (status.st_size, status.st_ino) != (checkpoint.size, checkpoint.inode):
-            raise ForebayError(
-                f"{label}: the redo journal beside it belongs to another file ({checkpoint.size} bytes, inode "
-                f"{checkpoint.inode}): put that file back, or remove {NAME} from the directory beside it"
-            )
+        checkpoint = _checked(fd, label)
+        _check_image(checkpoint, image, label)
         for kind, offset, length, at in _records(fd, checkpoint.size):
             _apply(fd, image, calls, kind, offset, length, at)
         os.fsync(image)
@@ -203,6 +188,32 @@ def recover(
         applied(checkpoint)
     remove(sidecar)
     return checkpoint
+
+
+def _checked(fd: int, label: str) -> Checkpoint:
+    """What the header of a journal says, all of which is good. Raises ForebayError for one that is not."""
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError("not a file")
+        checkpoint = _read_header(fd)
+        for _ in _records(fd, checkpoint.size):
+            pass
+    except ValueError as fault:
+        raise ForebayError(
+            f"{label}: its redo journal cannot be read ({fault}), so the image may hold part of a checkpoint: "
+            f"bring the gateway that wrote it back, or remove {NAME} from the directory beside it"
+        ) from None
+    return checkpoint
+
+
+def _check_image(checkpoint: Checkpoint, image: int, label: str) -> None:
+    """Raise ForebayError unless the checkpoint is one of the open image."""
+    status = os.fstat(image)
+    if (status.st_size, status.st_ino) != (checkpoint.size, checkpoint.inode):
+        raise ForebayError(
+            f"{label}: the redo journal beside it belongs to another file ({checkpoint.size} bytes, inode "
+            f"{checkpoint.inode}): put that file back, or remove {NAME} from the directory beside it"
+        )
 
 
 def _apply(

@@ -33,7 +33,7 @@ class Recovered:
         return self.owner.as_of if self.owner else ""
 
     @property
-    def lacks(self) -> bool:
+    def lacks_data(self) -> bool:
         """True if a gateway has later writes that the image lacks."""
         return self.owner is not None and self.owner.state == "dirty"
 
