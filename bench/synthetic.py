@@ -15,11 +15,12 @@ import lmdb
 
 from forebay_cache.device.files import open_device, size_of
 from forebay_cache.device.superblock import write_format
+from forebay_cache.format.checksum import GROUP, ZERO_SECTOR_SUM
 from forebay_cache.format.entry import pack
 from forebay_cache.format.geometry import FULL, PAGE_BLOCKS, SECTORS
-from forebay_cache.index.changes import Changes, LayerRecord
-from forebay_cache.index.index import GROUP_KEY, PAGE_KEY, Index
-from forebay_cache.index.sums import GROUP, ZERO_SECTOR_SUM
+from forebay_cache.format.records import GROUP_KEY, PAGE_KEY, LayerRecord
+from forebay_cache.index.changes import Changes
+from forebay_cache.index.index import Index
 
 IMAGES = 16
 BATCH = 1 << 18

@@ -25,9 +25,8 @@ from forebay_cache.device.device import Device
 from forebay_cache.device.superblock import read_superblock
 from forebay_cache.durable.journal import Journal, Position
 from forebay_cache.format import ops
+from forebay_cache.format.records import TABLES, Meta
 from forebay_cache.format.superblock import JOURNAL_OFFSET, SUPERBLOCK, Superblock
-from forebay_cache.index.changes import Meta
-from forebay_cache.index.index import TABLES
 from forebay_cache.offline.report import Report
 from forebay_cache.offline.walk import Tables, Walk
 from forebay_cache.upkeep.medium import Medium

@@ -40,10 +40,10 @@ from forebay.image.registry import Images
 from forebay.origin.calls import Status, SystemCalls
 from forebay.sidecar import recover
 from forebay_cache import Cache, Damage, View, open_cache, scrub
-from forebay_cache.device.device import Buffer, Device
+from forebay_cache.device.device import Device
+from forebay_cache.format.checksum import matching
 from forebay_cache.format.entry import entry_at
-from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, PAGE_SHIFT, SECTORS
-from forebay_cache.index.sums import matching
+from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, PAGE_SHIFT, SECTORS, Buffer
 from forebay_cache.layers.layer import Layer
 from forebay_cache.read.check import read_slots
 from real.crash_ledger import SECTOR, Ledger

@@ -10,8 +10,9 @@ import pytest
 
 from forebay_cache import CacheError, format_device
 from forebay_cache.errors import IndexFault
+from forebay_cache.format.records import PAGE_KEY
 from forebay_cache.index.changes import Changes
-from forebay_cache.index.index import PAGE_KEY, Index
+from forebay_cache.index.index import Index
 
 PAGE = b"\1" * 512
 

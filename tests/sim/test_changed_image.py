@@ -9,8 +9,7 @@ import trio
 import trio.testing
 
 from forebay.units import Mode
-from forebay_cache.device.device import Buffer
-from forebay_cache.format.geometry import BLOCK
+from forebay_cache.format.geometry import BLOCK, Buffer
 from sim.fake_host import Host, settings
 from sim.fake_loop import Dice, simulated
 from sim.fake_origin import FakeOrigin

@@ -9,11 +9,12 @@ import pytest
 
 import forebay_cache.index.index
 from forebay_cache import CacheError, format_device, open_cache
+from forebay_cache.format.checksum import GROUP
 from forebay_cache.format.entry import pack
 from forebay_cache.format.geometry import FULL, PAGE_BLOCKS, SECTORS
-from forebay_cache.index.changes import Changes, LayerRecord, Taken
-from forebay_cache.index.index import PAGE_KEY, Index
-from forebay_cache.index.sums import GROUP
+from forebay_cache.format.records import PAGE_KEY, LayerRecord
+from forebay_cache.index.changes import Changes, Taken
+from forebay_cache.index.index import Index
 
 SLOTS = 4096
 

@@ -12,10 +12,10 @@ from typing import NamedTuple, Protocol
 import trio
 
 from forebay_cache.cache import Cache
-from forebay_cache.device.device import Buffer, Device
+from forebay_cache.device.device import Device
+from forebay_cache.format.checksum import checksums
 from forebay_cache.format.entry import Entry, entry_at, valid_of
-from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, sector_runs
-from forebay_cache.index.sums import checksums
+from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, Buffer, sector_runs
 
 _ZEROS = -1
 

@@ -15,6 +15,7 @@ from xxhash import xxh3_64_intdigest
 
 from forebay_cache.cache import Cache
 from forebay_cache.format import ops
+from forebay_cache.format.checksum import SUM_BITS, checksums
 from forebay_cache.format.entry import (
     ZEROS,
     Entry,
@@ -45,7 +46,7 @@ from forebay_cache.format.geometry import (
     sector_runs,
 )
 from forebay_cache.index.pages import EMPTY
-from forebay_cache.index.sums import CHANGED, SUM_BITS, checksums
+from forebay_cache.index.sums import CHANGED
 from forebay_cache.layers.layer import Layer
 
 _target = moved

@@ -14,6 +14,7 @@ import trio
 
 from forebay_cache.blocks.clean import Filler, drop
 from forebay_cache.cache import Cache
+from forebay_cache.format.checksum import checksums
 from forebay_cache.format.entry import (
     NO_SLOT,
     Entry,
@@ -39,7 +40,6 @@ from forebay_cache.format.geometry import (
     sector_runs,
 )
 from forebay_cache.index.pages import Page
-from forebay_cache.index.sums import checksums
 from forebay_cache.layers.layer import Layer
 
 _DROPS = 2 * PAGE_BLOCKS * SECTOR

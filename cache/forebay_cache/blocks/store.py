@@ -11,8 +11,8 @@ from typing import NamedTuple
 import trio
 
 from forebay_cache.cache import Cache
-from forebay_cache.device.device import Buffer
 from forebay_cache.errors import CacheFull, IndexFault
+from forebay_cache.format.checksum import checksums
 from forebay_cache.format.entry import (
     NO_SLOT,
     block_key,
@@ -28,11 +28,11 @@ from forebay_cache.format.geometry import (
     SECTOR,
     SECTORS,
     ZERO_BLOCK,
+    Buffer,
     block_runs,
     covered,
     sector_runs,
 )
-from forebay_cache.index.sums import checksums
 from forebay_cache.layers.in_flight import Cells
 from forebay_cache.layers.layer import Layer
 

@@ -10,11 +10,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from forebay_cache.format.geometry import BLOCK
+from forebay_cache.format.geometry import BLOCK, Buffer
 from forebay_cache.format.superblock import Superblock
-
-Buffer = bytes | bytearray | memoryview
-"""Bytes, wherever they lie."""
 
 
 def read_all(fd: int, length: int, offset: int) -> bytes:

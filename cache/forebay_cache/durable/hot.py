@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from forebay_cache.device.failure import Failure
 from forebay_cache.durable.intent import Intent
 from forebay_cache.format import ops
+from forebay_cache.format.records import PAGE_KEY
 from forebay_cache.index.changes import Changes, Share, nothing
-from forebay_cache.index.index import PAGE_KEY
 
 Region = tuple[int, int]
 """(number of the layer, number of the region in it)."""

@@ -19,9 +19,10 @@ from typing import NamedTuple
 from forebay_cache.device.device import Device
 from forebay_cache.device.failure import Failure
 from forebay_cache.durable.journal import Journal, JournalFull
+from forebay_cache.format.checksum import checksums
 from forebay_cache.format.geometry import SECTOR, SECTORS
 from forebay_cache.index.changes import Changes, Share, nothing
-from forebay_cache.index.sums import Sums, checksums
+from forebay_cache.index.sums import Sums
 from forebay_cache.slots.ready import ReadyMap
 
 _SLACK = 256

@@ -32,6 +32,9 @@ MASKS: tuple[tuple[int, ...], ...] = tuple(
 
 ZERO_BLOCK = bytes(BLOCK)
 
+Buffer = bytes | bytearray | memoryview
+"""What holds data of blocks; a memoryview of bytes, one after the other."""
+
 
 def block_runs(offset: int, length: int) -> list[tuple[int, int, int]]:
     """Cut a byte range at block borders: ``[(block, start in block, length)]``."""

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-FORMAT = 2
-"""The format of the index, of which there is one that this code reads and writes."""
+from forebay_cache.format.records import LayerRecord, Meta
 
 
 class Taken(NamedTuple):
@@ -16,45 +15,6 @@ class Taken(NamedTuple):
     group: int
     slots: int
     raw: bytes
-
-
-@dataclass
-class Meta:
-    """What the index says of itself and of the whole cache. Stored as JSON: the names are part of the format."""
-
-    uuid: str
-    """That of the device: both or none are opened."""
-    fresh: bool = True
-    """True while nothing was ever stored: a blank device may be formatted for this index."""
-    boot_id: str = ""
-    """The boot id of the kernel under which the index was opened last."""
-    clean: bool = True
-    """True if the cache was closed. Nothing but `forebay cache check` reads it."""
-    journal_offset: int = 0
-    """Where replay of the journal begins: bytes from its start ..."""
-    journal_sequence: int = 1
-    """... and the sequence number of the frame there."""
-    frontier: int = 0
-    """No slot with this number or a higher one was ever used."""
-    next_layer: int = 1
-    """The number of the next layer that is made; numbers are not used again."""
-    format: int = FORMAT
-
-
-@dataclass
-class LayerRecord:
-    """A layer as the index has it. Stored as JSON: the names are part of the format."""
-
-    name: str
-    private: bool
-    slots: int = 0
-    """How many slots its pages name."""
-    sectors: int = 0
-    """How many sectors it answers for."""
-    dead: bool = False
-    """True if it is not used any more, and what it holds is to be freed."""
-    pinned: bool = False
-    """True if it is clean, and nothing of it may be evicted: the whole image is to stay."""
 
 
 @dataclass

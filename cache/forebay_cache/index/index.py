@@ -1,13 +1,6 @@
 """The index: an LMDB environment that says what lies in which slot. Committed in one transaction at a time.
 
-Tables (keys big endian so that they sort, values little endian)::
-
-    meta     b"state"          Meta, as JSON
-    pages    layer u32, page u32 -> words u64[] (see layer.py)
-    sums     group u32         -> checksum u32[16][16]: of each sector of slots 16 * group to 16 * group + 15
-    layers   layer u32         -> LayerRecord, as JSON
-    hot      layer u32, region u32 -> b""      regions that an origin write may have touched
-    records  kind NUL name     -> JSON          what the layers above keep here (disks, images)
+Its tables, keys and values are described in ``format.records``.
 
 Commits are durable (``sync`` and ``metasync``, no writable map), in one thread of their own: LMDB binds a write
 transaction to its thread, and a commit takes a millisecond that the event loop does not have. LMDB's own creation is
@@ -21,7 +14,6 @@ import errno
 import json
 import mmap
 import shutil
-import struct
 import threading
 import uuid
 from collections.abc import Collection, Iterator
@@ -35,15 +27,18 @@ import lmdb
 from forebay_cache.device.files import sync_directory
 from forebay_cache.device.worker import Worker
 from forebay_cache.errors import CacheError, IndexFault
-from forebay_cache.index.changes import FORMAT, Changes, LayerRecord, Meta, Taken
-from forebay_cache.index.sums import GROUP, SIZE
-
-PAGE_KEY = struct.Struct(">II")
-LAYER_KEY = struct.Struct(">I")
-GROUP_KEY = struct.Struct(">I")
-ALL_OF_GROUP = (1 << GROUP) - 1
-TABLES = ("meta", "pages", "sums", "layers", "hot", "records")
-
+from forebay_cache.format.checksum import GROUP, SIZE, sums_in_group
+from forebay_cache.format.records import (
+    ALL_OF_GROUP,
+    FORMAT,
+    GROUP_KEY,
+    LAYER_KEY,
+    PAGE_KEY,
+    TABLES,
+    LayerRecord,
+    Meta,
+)
+from forebay_cache.index.changes import Changes, Taken
 
 _MAP_LEAST = 32 << 30
 """Bytes of address space for the index, at least ..."""
@@ -197,7 +192,7 @@ class Index:
             groups = {s // GROUP: b"" for s in slots}
             for group in groups:
                 groups[group] = txn.get(GROUP_KEY.pack(group), db=db) or b""
-        found = {s: groups[s // GROUP][s % GROUP * SIZE : (s % GROUP + 1) * SIZE] for s in slots}
+        found = {s: sums_in_group(groups[s // GROUP], s) for s in slots}
         return {slot: value for slot, value in found.items() if value}
 
     def pages(self, layer: int, after: int, limit: int) -> list[tuple[int, bytes]]:

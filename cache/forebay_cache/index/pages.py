@@ -15,8 +15,8 @@ from typing import Protocol, TypeAlias
 import trio
 
 from forebay_cache.format.geometry import PAGE_BLOCKS
+from forebay_cache.format.records import PAGE_KEY
 from forebay_cache.index.changes import Changes
-from forebay_cache.index.index import PAGE_KEY
 
 assert sys.byteorder == "little", "pages are stored as they lie in memory: little endian"
 

@@ -8,28 +8,16 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from array import array
 from collections.abc import Callable, Collection, Iterable
 
 import trio
-from xxhash import xxh3_64_intdigest
 
-from forebay_cache.device.device import Buffer
-from forebay_cache.format.geometry import SECTOR, SECTORS
+from forebay_cache.format.checksum import GROUP, SIZE
+from forebay_cache.format.geometry import SECTORS, Buffer
 from forebay_cache.index.changes import Changes, Share, Taken
 
 UNKNOWN, KNOWN, CHANGED = 0, 1, 2
 """The states of a slot's checksums; see the head of the module."""
-GROUP = 16
-"""Slots whose sums are stored together, as one value of the index."""
-SIZE = 4 * SECTORS
-"""Bytes of the sums of one slot."""
-UNREADABLE = -1
-"""No checksum is this: it stands for that of a sector that could not be read."""
-SUM_BITS = 0xFFFFFFFF
-"""A checksum is these bits of XXH3."""
-ZERO_SECTOR_SUM = 0x48C689BA
-"""The checksum of a sector of zeros."""
 
 _AREA = GROUP * SIZE
 _PAGE = mmap.PAGESIZE // SIZE
@@ -39,17 +27,6 @@ _PAGES_KEPT = 8192
 _SHED = 512
 """... and so many are given back at a time."""
 _FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-
-
-def checksum(sector: Buffer) -> int:
-    """The checksum of one sector, 32 bits: the low half of XXH3 (64 bits), eight times as fast as CRC-32 here."""
-    return xxh3_64_intdigest(sector) & SUM_BITS
-
-
-def checksums(data: Buffer) -> list[int]:
-    """The checksums of several sectors that lie one after the other in ``data``."""
-    view = memoryview(data)
-    return [xxh3_64_intdigest(view[n : n + SECTOR]) & SUM_BITS for n in range(0, len(view), SECTOR)]
 
 
 Read = Callable[[Collection[int]], dict[int, bytes]]
@@ -202,13 +179,6 @@ class Sums:
                 continue
             self._state[first : first + len(states)] = bytes(len(states))
             self._values.madvise(mmap.MADV_DONTNEED, page * mmap.PAGESIZE, mmap.PAGESIZE)
-
-
-def matching(sums: Collection[int], stored: bytes) -> int:
-    """The mask of the sectors of a slot whose checksum is the one that is ``stored`` (u32[16])."""
-    return sum(
-        1 << s for s, (a, b) in enumerate(zip(sums, array("I", stored), strict=True)) if a == b
-    )
 
 
 _NONE = memoryview(bytes(SIZE)).cast("I")

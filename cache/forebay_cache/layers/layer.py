@@ -13,7 +13,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
-from forebay_cache.index.changes import LayerRecord
+from forebay_cache.format.records import LayerRecord
 from forebay_cache.index.pages import PageTable
 from forebay_cache.states import Machine, Table
 

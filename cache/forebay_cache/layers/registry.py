@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from forebay_cache.durable.hot import HotRegions
 from forebay_cache.durable.intent import Intent
 from forebay_cache.format import ops
-from forebay_cache.index.changes import Changes, LayerRecord, Share
+from forebay_cache.format.records import LayerRecord
+from forebay_cache.index.changes import Changes, Share
 from forebay_cache.index.index import Index
 from forebay_cache.index.pages import PageTable
 from forebay_cache.layers.layer import Layer, LayerState

@@ -23,9 +23,8 @@ from forebay_cache.device.extend import Progress
 from forebay_cache.device.files import size_of
 from forebay_cache.device.superblock import read_superblock
 from forebay_cache.errors import CacheError
+from forebay_cache.format.records import FORMAT, TABLES, Meta
 from forebay_cache.format.superblock import COPY_OFFSET, SUPERBLOCK, Superblock
-from forebay_cache.index.changes import FORMAT, Meta
-from forebay_cache.index.index import TABLES
 from forebay_cache.offline.report import Report
 from forebay_cache.offline.walk import Tables, Walk
 from forebay_cache.upkeep.medium import Medium

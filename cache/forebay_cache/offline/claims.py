@@ -13,7 +13,7 @@ from forebay_cache.durable.journal import Journal, Position
 from forebay_cache.format import ops
 from forebay_cache.format.entry import block_key
 from forebay_cache.format.geometry import FULL, SECTORS
-from forebay_cache.index.changes import Meta
+from forebay_cache.format.records import Meta
 
 Claim = tuple[int, int] | None
 """What a record says of one sector: (slot, checksum) of its data, or None: zeros."""

@@ -31,8 +31,9 @@ from forebay_cache.format.entry import (
     zeros_only,
 )
 from forebay_cache.format.geometry import PAGE_BLOCKS
-from forebay_cache.index.changes import Changes, LayerRecord
-from forebay_cache.index.index import PAGE_KEY, Index
+from forebay_cache.format.records import PAGE_KEY, LayerRecord
+from forebay_cache.index.changes import Changes
+from forebay_cache.index.index import Index
 from forebay_cache.offline.check import check
 from forebay_cache.offline.recovery import open_cache
 from forebay_cache.offline.report import Fix, Report

@@ -17,6 +17,7 @@ from typing import Final
 
 from forebay_cache.cache import Cache
 from forebay_cache.format import ops
+from forebay_cache.format.checksum import SIZE, UNREADABLE, checksum
 from forebay_cache.format.entry import (
     NO_SLOT,
     Entry,
@@ -30,8 +31,7 @@ from forebay_cache.format.entry import (
     zero_of,
 )
 from forebay_cache.format.geometry import FULL, PAGE_BLOCKS, SECTOR, SECTORS
-from forebay_cache.index.changes import LayerRecord
-from forebay_cache.index.sums import SIZE, UNREADABLE, checksum
+from forebay_cache.format.records import LayerRecord
 from forebay_cache.layers.layer import Layer
 
 log = logging.getLogger(__name__)

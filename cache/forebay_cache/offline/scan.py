@@ -7,7 +7,7 @@ import trio
 from forebay_cache.cache import Cache
 from forebay_cache.format.entry import block_key, slots_in
 from forebay_cache.format.geometry import PAGE_BLOCKS
-from forebay_cache.index.index import PAGE_KEY
+from forebay_cache.format.records import PAGE_KEY
 from forebay_cache.slots.placement import TOUCHED, UNSCANNED
 
 _ROUNDS = 64

@@ -16,6 +16,7 @@ import lmdb
 
 from forebay_cache.device.device import Device
 from forebay_cache.device.extend import Progress
+from forebay_cache.format.checksum import GROUP, SIZE, UNREADABLE, matching
 from forebay_cache.format.entry import (
     Entry,
     block_key,
@@ -24,9 +25,7 @@ from forebay_cache.format.entry import (
     layer_of_key,
 )
 from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, SECTOR, SECTORS, sector_runs
-from forebay_cache.index.changes import LayerRecord, Meta
-from forebay_cache.index.index import GROUP_KEY, LAYER_KEY, PAGE_KEY, TABLES
-from forebay_cache.index.sums import GROUP, SIZE, UNREADABLE, matching
+from forebay_cache.format.records import GROUP_KEY, LAYER_KEY, PAGE_KEY, TABLES, LayerRecord, Meta
 from forebay_cache.offline.claims import Pending
 from forebay_cache.offline.report import Fault, Fix, Report
 from forebay_cache.upkeep.medium import Medium

@@ -10,9 +10,16 @@ from typing import NamedTuple
 import trio
 
 from forebay_cache.cache import Cache
-from forebay_cache.device.device import Buffer
-from forebay_cache.format.geometry import BLOCK, BLOCK_SHIFT, IN_BLOCK, SECTOR, SECTORS, covered
-from forebay_cache.index.sums import SIZE, UNREADABLE, checksums, matching
+from forebay_cache.format.checksum import SIZE, UNREADABLE, checksums, matching
+from forebay_cache.format.geometry import (
+    BLOCK,
+    BLOCK_SHIFT,
+    IN_BLOCK,
+    SECTOR,
+    SECTORS,
+    Buffer,
+    covered,
+)
 from forebay_cache.layers.layer import Layer
 from forebay_cache.read.plan import Piece
 from forebay_cache.slots.placement import TOUCHED

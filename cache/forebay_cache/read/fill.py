@@ -17,9 +17,8 @@ import trio
 
 from forebay_cache.blocks.store import store
 from forebay_cache.cache import Cache
-from forebay_cache.device.device import Buffer
 from forebay_cache.errors import IndexFault
-from forebay_cache.format.geometry import BLOCK, BLOCK_SHIFT, FULL, PAGE_BLOCKS, SECTOR
+from forebay_cache.format.geometry import BLOCK, BLOCK_SHIFT, FULL, PAGE_BLOCKS, SECTOR, Buffer
 from forebay_cache.layers.in_flight import Cells
 from forebay_cache.layers.layer import Layer
 

@@ -15,7 +15,6 @@ from functools import partial
 import trio
 
 from forebay_cache.cache import Cache
-from forebay_cache.device.device import Buffer
 from forebay_cache.format.entry import ALL_ZERO, whole_private_slot, whole_slot
 from forebay_cache.format.geometry import (
     BLOCK,
@@ -27,6 +26,7 @@ from forebay_cache.format.geometry import (
     PAGE_SHIFT,
     SECTOR_SHIFT,
     ZERO_BLOCK,
+    Buffer,
     covered,
 )
 from forebay_cache.layers.layer import Layer

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from forebay_cache.index.changes import Meta
+from forebay_cache.format.records import Meta
 from forebay_cache.index.sums import Sums
 from forebay_cache.slots.numbers import SlotNumbers
 from forebay_cache.slots.placement import TOUCHED, Placement

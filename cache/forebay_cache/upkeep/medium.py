@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from forebay_cache.device.worker import Worker
+from forebay_cache.format.checksum import UNREADABLE, checksums
 from forebay_cache.format.geometry import BLOCK, SECTOR, SECTORS
-from forebay_cache.index.sums import UNREADABLE, checksums
 
 T = TypeVar("T")
 

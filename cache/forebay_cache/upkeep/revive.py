@@ -19,9 +19,9 @@ from forebay_cache.device.device import Device
 from forebay_cache.device.files import open_device
 from forebay_cache.device.superblock import read_superblock, write_copy
 from forebay_cache.errors import CacheError
+from forebay_cache.format.checksum import SIZE, UNREADABLE, checksums, matching
 from forebay_cache.format.entry import block_of_key, layer_of_key
 from forebay_cache.format.geometry import PAGE_BLOCKS, SECTOR, SECTORS, sector_runs
-from forebay_cache.index.sums import SIZE, UNREADABLE, checksums, matching
 from forebay_cache.layers.layer import Layer
 from forebay_cache.upkeep.scrub import held
 

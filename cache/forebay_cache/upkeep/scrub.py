@@ -14,10 +14,10 @@ from typing import Any
 import trio
 
 from forebay_cache.cache import Cache
+from forebay_cache.format.checksum import SIZE, UNREADABLE, matching
 from forebay_cache.format.entry import Entry, block_key, entry_at, has_slot, valid_of
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, sector_runs
 from forebay_cache.index.pages import EMPTY
-from forebay_cache.index.sums import SIZE, UNREADABLE, matching
 from forebay_cache.layers.layer import Layer
 from forebay_cache.upkeep.medium import IdlePriorityReader, Medium
 

@@ -10,7 +10,7 @@ from forebay.image.image import Image
 from forebay.sidecar.claim import RedoJournal
 from forebay_cache import Layer, View
 from forebay_cache.blocks.frozen import Block, Range, blocks_of, read_blocks
-from forebay_cache.device.device import Buffer
+from forebay_cache.format.geometry import Buffer
 
 BATCH_MOST = 1 << 20
 BATCH_BLOCKS = 128

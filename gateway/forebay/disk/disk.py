@@ -25,8 +25,7 @@ from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.units import Mode
 from forebay_cache import View
-from forebay_cache.device.device import Buffer
-from forebay_cache.format.geometry import BLOCK, SECTOR
+from forebay_cache.format.geometry import BLOCK, SECTOR, Buffer
 
 log = logging.getLogger("forebay.disk")
 

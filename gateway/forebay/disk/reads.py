@@ -6,7 +6,7 @@ from forebay.checkpoint.counters import Counters
 from forebay.disk.block_status import CACHED_CONTEXT, allocation, cached
 from forebay.image.image import Image
 from forebay_cache import ReadAhead, View
-from forebay_cache.device.device import Buffer
+from forebay_cache.format.geometry import Buffer
 
 NEVER = 1 << 63
 """As `View.lookahead`: no read is at or beyond this offset."""

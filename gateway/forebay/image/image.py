@@ -17,7 +17,7 @@ from forebay.image.writes import OwnWrites
 from forebay.origin.protocol import Identity, Origin
 from forebay.sidecar.record import TakenOver
 from forebay_cache import Cache, Layer, View
-from forebay_cache.device.device import Buffer
+from forebay_cache.format.geometry import Buffer
 
 log = logging.getLogger("forebay.image")
 

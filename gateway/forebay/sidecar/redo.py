@@ -32,7 +32,7 @@ from forebay.errors import ForebayError
 from forebay.origin.calls import IOV_MAX, PUNCH_HOLE, SystemCalls
 from forebay.origin.threads import Descriptor
 from forebay_cache.blocks.frozen import Range
-from forebay_cache.device.device import Buffer
+from forebay_cache.format.geometry import Buffer
 
 FORMAT = 1
 NAME, UNFINISHED = "redo", "redo.new"
