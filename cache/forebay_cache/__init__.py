@@ -11,7 +11,7 @@ from forebay_cache.errors import CacheError, CacheFull
 from forebay_cache.layers.layer import Layer
 from forebay_cache.offline.check import check
 from forebay_cache.offline.formatting import format_device
-from forebay_cache.offline.recovery import open_cache
+from forebay_cache.offline.opening import open_cache
 from forebay_cache.offline.repair import Repaired, repair
 from forebay_cache.offline.report import Fault, Report
 from forebay_cache.read.ahead import ReadAhead

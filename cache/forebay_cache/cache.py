@@ -54,7 +54,7 @@ class Follower(Protocol):
 class Cache:
     """An open cache: its parts, which callers use directly.
 
-    Made by :func:`forebay_cache.offline.recovery.open_cache`; :meth:`run` has to be running while it is used.
+    Made by :func:`forebay_cache.offline.opening.open_cache`; :meth:`run` has to be running while it is used.
     """
 
     def __init__(

@@ -28,7 +28,8 @@ from forebay_cache.format import ops
 from forebay_cache.format.records import TABLES, Meta
 from forebay_cache.format.superblock import JOURNAL_OFFSET, SUPERBLOCK, Superblock
 from forebay_cache.offline.report import Report
-from forebay_cache.offline.walk import Tables, Walk
+from forebay_cache.offline.tables import Tables
+from forebay_cache.offline.walk import Walk
 from forebay_cache.upkeep.medium import Medium
 from forebay_nbd import Limits
 from forebay_nbd.client.negotiation import Replies, negotiate

@@ -150,7 +150,7 @@ POINTS = (
     Point("mode: changed", f"{GATEWAY}.disk.modes:Modes.change"),
     Point("pinned", f"{CACHE}.blocks.pin:pin_layer"),
     # a start
-    Point("start: replayed", f"{CACHE}.offline.replay:Replay.apply"),
+    Point("start: replayed", f"{CACHE}.offline.replay:apply"),
     Point("start: committed", f"{CACHE}.offline.recovery:_commit_start"),
     Point("start: journal of the image", f"{GATEWAY}.sidecar.redo:recover"),
 )

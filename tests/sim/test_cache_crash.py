@@ -33,8 +33,6 @@ import pytest
 import trio
 import trio.testing
 
-import forebay_cache.blocks.private
-import forebay_cache.offline.replay
 from forebay.checkpoint.passes import Pass
 from forebay.disk.disk import Disk
 from forebay.units import Mode
@@ -43,6 +41,7 @@ from forebay_cache.device.device import Device
 from forebay_cache.durable.journal import Journal
 from forebay_cache.errors import CacheFull
 from forebay_cache.format.geometry import BLOCK, SECTOR
+from forebay_cache.offline.claims import Judge
 from forebay_cache.read.plan import ORIGIN
 from sim import bugs
 from sim.fake_device import TEAR, Recorder, torn
@@ -489,9 +488,7 @@ def _no_journal(stack: ExitStack) -> None:
 
 
 def _unchecked_replay(stack: ExitStack) -> None:
-    _replace(
-        stack, forebay_cache.offline.replay, "_choose", lambda cache, sector, claims: claims[-1]
-    )
+    _replace(stack, Judge, "holds", lambda self, claim, sector: True)
 
 
 def _no_redo_journal(stack: ExitStack) -> None:

@@ -26,7 +26,8 @@ from forebay_cache.errors import CacheError
 from forebay_cache.format.records import FORMAT, TABLES, Meta
 from forebay_cache.format.superblock import COPY_OFFSET, SUPERBLOCK, Superblock
 from forebay_cache.offline.report import Report
-from forebay_cache.offline.walk import Tables, Walk
+from forebay_cache.offline.tables import Tables
+from forebay_cache.offline.walk import Walk
 from forebay_cache.upkeep.medium import Medium
 
 

@@ -35,7 +35,7 @@ from forebay_cache.format.records import PAGE_KEY, LayerRecord
 from forebay_cache.index.changes import Changes
 from forebay_cache.index.index import Index
 from forebay_cache.offline.check import check
-from forebay_cache.offline.recovery import open_cache
+from forebay_cache.offline.opening import open_cache
 from forebay_cache.offline.report import Fix, Report
 
 

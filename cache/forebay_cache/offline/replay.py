@@ -1,27 +1,18 @@
-"""Replay: what the records of the journal say that the index does not have yet.
-
-A record of the journal is a claim. For each sector the newest claim whose data matches its checksum is taken, down to
-what the index says. Same boot id as the last run: the kernel still has every page that was written, so the newest claim
-holds, or the one before where the daemon was killed between a record and its data; anything else is damage, and is
-kept as such. Another boot id: the machine went down. Everything that was flushed is there, whole; of what was not,
-data may be missing or torn.
-"""
+"""Replay: a start applies the claims of the journal to the layers that the index has. The rule is in ``claims``."""
 
 from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Final
 
 from forebay_cache.cache import Cache
-from forebay_cache.format import ops
 from forebay_cache.format.checksum import SIZE, UNREADABLE, checksum
 from forebay_cache.format.entry import (
     NO_SLOT,
     Entry,
+    block_of_key,
     entry_at,
+    layer_of_key,
     pack,
     pack_second,
     put_entry,
@@ -30,109 +21,33 @@ from forebay_cache.format.entry import (
     valid_of,
     zero_of,
 )
-from forebay_cache.format.geometry import FULL, PAGE_BLOCKS, SECTOR, SECTORS
-from forebay_cache.format.records import LayerRecord
+from forebay_cache.format.geometry import PAGE_BLOCKS, SECTOR, SECTORS
 from forebay_cache.layers.layer import Layer
+from forebay_cache.offline.claims import Claimed, Claims, Judge
 
 log = logging.getLogger(__name__)
 
-Claim = tuple[int, int, int] | None
-"""What a record says of one sector: (side, slot, checksum) of its data, or None: zeros."""
 
-OLDER: Final = (-1, -1, -1)
-"""In place of a claim: none of the journal holds."""
+def apply(cache: Cache, claims: Claims, *, survived: bool) -> None:
+    """Have the layers of the cache, which are all there, say what the records say.
 
-
-@dataclass
-class _Block:
-    """What the journal claims of one private block."""
-
-    slots: list[int] = field(default_factory=lambda: [NO_SLOT, NO_SLOT])
-    """The slot of each side that was named last."""
-    claims: dict[int, list[Claim]] = field(default_factory=dict)
-    """By sector, oldest first."""
-    replaced: bool = False
-    """True if it was zeroed as a whole at some time: what the index says of it does not count any more."""
-    last: int = 0
-    """Sectors that the last frame names: killed behind it, their data may not have been written, nor answered for."""
-
-
-class Replay:
-    """Collects the records of the journal, then applies them to the layers. ``known``: the layers of the index."""
-
-    def __init__(self, known: dict[int, LayerRecord]) -> None:
-        self.known = known
-        """All layers, by number: those of the index and those that the journal says were made."""
-        self.made: set[int] = set()
-        """Numbers of those that are in the journal only."""
-        self.hot: set[tuple[int, int]] = set()
-        """(layer, region) of the regions that the journal says are hot."""
-        self.frontier = 0
-        """No record names a slot from here on."""
-        self.records = 0
-        """How many there are."""
-        self._blocks: dict[tuple[int, int], _Block] = {}
-        self._last: list[_Block] = []
-        self._drops: dict[tuple[int, int], int] = {}
-
-    def take(self, records: Iterable[ops.Op]) -> None:
-        """Collect the records of the next frame."""
-        for block in self._last:
-            block.last = 0
-        self._last.clear()
-        for op in records:
-            self.records += 1
-            if op.kind == ops.LAYER:
-                if op.layer not in self.known:
-                    self.known[op.layer] = LayerRecord(op.name, bool(op.side))
-                    self.made.add(op.layer)
-            elif op.kind == ops.HOT:
-                self.hot.add((op.layer, op.a))
-            elif op.kind == ops.DROP:
-                key = (op.layer, op.a)
-                self._drops[key] = self._drops.get(key, 0) | op.mask
-            else:
-                self._private(op)
-
-    def _private(self, op: ops.Op) -> None:
-        block = self._blocks.setdefault((op.layer, op.a), _Block())
-        if op.kind == ops.ZERO:
-            if op.mask == FULL:
-                block.slots = [NO_SLOT, NO_SLOT]
-                block.replaced = True
-            for sector in _bits(op.mask):
-                block.claims.setdefault(sector, []).append(None)
-            return
-        block.slots[op.side] = op.b
-        block.last |= op.mask
-        self._last.append(block)
-        self.frontier = max(self.frontier, op.b + 1)
-        for sector, crc in zip(_bits(op.mask), op.crcs, strict=True):
-            block.claims.setdefault(sector, []).append((op.side, op.b, crc))
-
-    def apply(self, cache: Cache, *, survived: bool) -> None:
-        """Have the layers of the cache, which are all there, say what the records say.
-
-        ``survived``: the kernel that the records were given to is still running. Raises IndexFault.
-        """
-        for (ident, block), mask in self._drops.items():
-            layer = cache.layers.get(ident)
-            if layer is not None:
-                drop_sectors(layer, block, mask)
-        for (ident, block), claimed in self._blocks.items():
-            layer = cache.layers.get(ident)
-            if layer is not None and not layer.is_dead:
-                _apply_block(cache, layer, block, claimed, survived=survived)
-        if self.records:
-            log.info(
-                "recovered %d journal records%s",
-                self.records,
-                "" if survived else " after a power loss",
-            )
-
-
-def _bits(mask: int) -> list[int]:
-    return [s for s in range(SECTORS) if mask >> s & 1]
+    ``survived``: the kernel that the records were given to is still running. Claims on a layer that is gone or dead are
+    passed over. Raises IndexFault, and ValueError for a claim on private data of a clean layer.
+    """
+    for key, mask in claims.dropped.items():
+        layer = cache.layers.get(layer_of_key(key))
+        if layer is not None:
+            drop_sectors(layer, block_of_key(key), mask)
+    judge = _judge(cache, survived=survived)
+    for key, claimed in claims.blocks.items():
+        layer = cache.layers.get(layer_of_key(key))
+        if layer is not None and not layer.is_dead:
+            if not layer.private:
+                raise ValueError(f"a record of private data in layer {layer.id}, which is clean")
+            _apply_block(cache, layer, block_of_key(key), claimed, judge)
+    if claims.records:
+        lost = "" if survived else " after a power loss"
+        log.info("recovered %d journal records%s", claims.records, lost)
 
 
 def drop_sectors(layer: Layer, block: int, mask: int) -> None:
@@ -151,48 +66,59 @@ def drop_sectors(layer: Layer, block: int, mask: int) -> None:
     page[i] = pack(slot, zero, valid)
 
 
-def _apply_block(
-    cache: Cache, layer: Layer, block: int, claimed: _Block, *, survived: bool
-) -> None:
+def _apply_block(cache: Cache, layer: Layer, block: int, claimed: Claimed, judge: Judge) -> None:
     number, i = divmod(block, PAGE_BLOCKS)
     layer.pages.page(number)
     page = layer.pages.writable(number)
     before = entry_at(page, i)
-    entry = Entry(0) if claimed.replaced else before
-    slots = [new if new >= 0 else old for new, old in zip(claimed.slots, entry.slots, strict=True)]
+    after = _merged(cache, before, claimed, judge)
+    layer.slots += sum(s >= 0 for s in after.slots) - sum(s >= 0 for s in before.slots)
+    layer.sectors += after.valid.bit_count() - before.valid.bit_count()
+    put_entry(page, i, after)
+
+
+def _merged(cache: Cache, before: Entry, claimed: Claimed, judge: Judge) -> Entry:
+    """The entry with what the claims say of it; the checksums of the sectors that they name are taken as well."""
+    entry = Entry(0) if claimed.is_replaced else before
     valid, zero, side = entry.valid, entry.zero, side_of(entry.second)
-    for sector, claims in claimed.claims.items():
-        bit = 1 << sector
-        chosen = _choose(cache, sector, claims)
-        answered = not claimed.last & bit
-        if chosen == OLDER and survived and not _fits(cache, sector, before, answered):
-            chosen = claims[-1]  # damaged: whoever reads it shall hear of it
-        if chosen == OLDER:
+    for sector in claimed.sectors:
+        claim = judge.verdict(claimed, sector, before).claim
+        if claim is None:
             continue
+        bit = 1 << sector
         valid |= bit
-        if chosen is None:
+        if claim.is_zeros:
             zero |= bit
         else:
             zero &= ~bit
-            side = side | bit if chosen[0] else side & ~bit
-            _set_sum(cache, chosen[1], sector, chosen[2])
+            side = side | bit if claim.side else side & ~bit
+            _take_sum(cache, claim.slot, sector, claim.checksum)
+    slots = [new if new >= 0 else old for new, old in zip(claimed.slots, entry.slots, strict=True)]
     data = valid & ~zero
-    used = [bool(data & ~side), bool(data & side)]
-    final = [slot if use else NO_SLOT for slot, use in zip(slots, used, strict=True)]
-    layer.slots += sum(s >= 0 for s in final) - sum(s >= 0 for s in before.slots)
-    layer.sectors += valid.bit_count() - before.valid.bit_count()
-    put_entry(page, i, Entry(pack(final[0], zero, valid), pack_second(final[1], side)))
+    used = (data & ~side, data & side)
+    first, second = (slot if mask else NO_SLOT for slot, mask in zip(slots, used, strict=True))
+    return Entry(pack(first, zero, valid), pack_second(second, side))
 
 
-def _choose(cache: Cache, sector: int, claims: list[Claim]) -> Claim:
-    """The newest claim that holds; OLDER when none does and the index has the last word."""
-    for claim in reversed(claims):
-        if claim is None or _crc_at(cache, claim[1], sector) == claim[2]:
-            return claim
-    return OLDER
+def _take_sum(cache: Cache, slot: int, sector: int, value: int) -> None:
+    cache.sums.load_now(slot)
+    cache.sums.change(slot)
+    cache.sums.values[slot * SECTORS + sector] = value
 
 
-def _crc_at(cache: Cache, slot: int, sector: int) -> int:
+def _judge(cache: Cache, *, survived: bool) -> Judge:
+    """Of what the kernel has of the device now, and of the checksums in the index."""
+
+    def lies(slot: int, sector: int, value: int) -> bool:
+        return slot < cache.device.slots and _sum_at(cache, slot, sector) == value
+
+    def stored(slot: int, sector: int) -> int:
+        return array("I", cache.index.sums([slot]).get(slot, bytes(SIZE)))[sector]
+
+    return Judge(survived, lies, stored)
+
+
+def _sum_at(cache: Cache, slot: int, sector: int) -> int:
     """The checksum of what lies on the device; UNREADABLE if it cannot be read."""
     data = bytearray(SECTOR)
     try:
@@ -200,21 +126,3 @@ def _crc_at(cache: Cache, slot: int, sector: int) -> int:
     except OSError:
         return UNREADABLE
     return checksum(data)
-
-
-def _fits(cache: Cache, sector: int, entry: Entry, answered: bool) -> bool:
-    """True if what the index says of a sector of a private block holds.
-
-    That there is nothing, or zeros, was true only before the first claim: not if that was ``answered``.
-    """
-    if not entry.data >> sector & 1:
-        return not answered
-    slot = entry.slots[entry.side >> sector & 1]
-    stored = cache.index.sums([slot]).get(slot, bytes(SIZE))
-    return _crc_at(cache, slot, sector) == array("I", stored)[sector]
-
-
-def _set_sum(cache: Cache, slot: int, sector: int, crc: int) -> None:
-    cache.sums.load_now(slot)
-    cache.sums.change(slot)
-    cache.sums.values[slot * SECTORS + sector] = crc

@@ -8,16 +8,15 @@ from __future__ import annotations
 import json
 import struct
 from array import array
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-import lmdb
-
 from forebay_cache.device.device import Device
 from forebay_cache.device.extend import Progress
-from forebay_cache.format.checksum import GROUP, SIZE, UNREADABLE, matching
+from forebay_cache.durable.journal import Journal, Position
+from forebay_cache.format.checksum import UNREADABLE, matching
 from forebay_cache.format.entry import (
+    NO_SLOT,
     Entry,
     block_key,
     block_of_key,
@@ -25,47 +24,11 @@ from forebay_cache.format.entry import (
     layer_of_key,
 )
 from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, SECTOR, SECTORS, sector_runs
-from forebay_cache.format.records import GROUP_KEY, LAYER_KEY, PAGE_KEY, TABLES, LayerRecord, Meta
-from forebay_cache.offline.claims import Pending
+from forebay_cache.format.records import LAYER_KEY, PAGE_KEY, LayerRecord, Meta
+from forebay_cache.offline.claims import Claims, Judge
 from forebay_cache.offline.report import Fault, Fix, Report
+from forebay_cache.offline.tables import Tables
 from forebay_cache.upkeep.medium import Medium
-
-
-class Tables:
-    """The tables of the index, within one transaction."""
-
-    def __init__(self, env: lmdb.Environment, txn: lmdb.Transaction[bytes]) -> None:
-        self._txn = txn
-        self._db = {}
-        for name in TABLES:
-            try:
-                self._db[name] = env.open_db(name.encode(), txn=txn, create=False)
-            except lmdb.Error:
-                pass  # told as a missing table
-        self._group: tuple[int, bytes] = (-1, b"")
-
-    @property
-    def missing(self) -> list[str]:
-        """The names of tables that should be there and are not."""
-        return [name for name in TABLES if name not in self._db]
-
-    def get(self, table: str, key: bytes) -> bytes | None:
-        """The value of a key, or None."""
-        value: bytes | None = self._txn.get(key, db=self._db[table])
-        return value
-
-    def items(self, table: str) -> Iterator[tuple[bytes, bytes]]:
-        """All keys and values of a table, in the order of the keys."""
-        with self._txn.cursor(db=self._db[table]) as cursor:
-            yield from cursor
-
-    def sums(self, slot: int) -> bytes:
-        """The checksums of a slot as the index has them, u32[16]; zeros where it has none."""
-        group, n = divmod(slot, GROUP)
-        if self._group[0] != group:
-            value = self.get("sums", GROUP_KEY.pack(group)) or b""
-            self._group = group, value.ljust(GROUP * SIZE, b"\0")
-        return self._group[1][n * SIZE : (n + 1) * SIZE]
 
 
 class Located(NamedTuple):
@@ -101,8 +64,10 @@ class Walk:
         self._tables = tables
         self._device = device
         self._survived = meta.boot_id == boot
-        self._pending = Pending.read(device, meta)
-        self._frontier = max([meta.frontier, *(slot + 1 for slot in self._pending.slots)])
+        journal = Journal(device, Position(meta.journal_offset, meta.journal_sequence))
+        self._claims = Claims.read(journal.replay())
+        self._judge = Judge(self._survived, self._lies, self._stored)
+        self._frontier = max(meta.frontier, self._claims.frontier)
         self._sums = lru_cache(maxsize=64)(medium.sums)
         self._owners = array("Q", bytes(8 * device.slots))  # key of the block, + 1
         self._named: dict[int, Located] = {}  # private blocks that the journal has something of
@@ -112,10 +77,11 @@ class Walk:
 
         Raises OSError, and what LMDB raises.
         """
-        report, pending = self._report, self._pending
-        report.journal_records = pending.records
-        if pending.fault:
-            report.wrong(pending.fault, "journal")
+        report, claims = self._report, self._claims
+        report.journal_records = claims.records
+        if claims.fault is not None:
+            text = f"a record that makes no sense behind {claims.records}: {claims.fault}"
+            report.wrong(text, "journal")
         self._layers = self._read_layers()
         self._counted = {ident: [0, 0] for ident in self._layers}
         report.layers = len(self._layers)
@@ -127,7 +93,7 @@ class Walk:
             self._page(key, raw)
             progress(min(report.checked_bytes, total), total)
         self._check_slots_of_journal()
-        for block in pending.claims:
+        for block in claims.blocks:
             self._check_claims(block)
         self._compare_totals()
         report.free_slots = report.slots - report.used_slots
@@ -142,8 +108,8 @@ class Walk:
                 found[LAYER_KEY.unpack(key)[0]] = LayerRecord(**json.loads(raw))
             except (ValueError, TypeError, struct.error) as fault:
                 self._wrong_record("layers", key, f"the record of layer {key.hex()}: {fault}")
-        for ident, (name, private) in self._pending.made.items():
-            found.setdefault(ident, LayerRecord(name, private))
+        for ident, record in self._claims.made.items():
+            found.setdefault(ident, record)
         return found
 
     def _read_records(self) -> None:
@@ -161,7 +127,7 @@ class Walk:
         self._report.mending.entries[table, key] = True
 
     def _read_hot(self) -> None:
-        self._hot = set(self._pending.hot)
+        self._hot = set(self._claims.hot)
         for key, _ in self._tables.items("hot"):
             if len(key) == PAGE_KEY.size:
                 self._hot.add(PAGE_KEY.unpack(key))
@@ -205,7 +171,7 @@ class Walk:
             if mask and not found.record.dead:
                 self._check_place(found, slot, mask)
         counted[1] += found.entry.valid.bit_count()
-        if found.record.private and found.key in self._pending.claims:
+        if found.record.private and found.key in self._claims.blocks:
             self._named[found.key] = found
 
     def _claimed_twice(self, found: Located) -> str:
@@ -254,11 +220,12 @@ class Walk:
     def _does_not_count(self, found: Located) -> int:
         """The mask of the sectors that the next start drops, or of which the journal says something newer."""
         if found.record.private:
-            return self._pending.named(found.key)
+            claimed = self._claims.blocks.get(found.key)
+            return claimed.mask if claimed is not None else 0
         region = found.layer, found.block // PAGE_BLOCKS
         if not self._survived and region in self._hot:
             return FULL
-        return self._pending.dropped.get(found.key, 0)
+        return self._claims.dropped.get(found.key, 0)
 
     def _damaged(self, key: int, record: LayerRecord, slot: int, bad: int) -> None:
         report = self._report
@@ -287,7 +254,7 @@ class Walk:
 
     def _check_slots_of_journal(self) -> None:
         """Count the slots that only records of the journal name; each must be that block's alone."""
-        for slot, key in self._pending.slots.items():
+        for slot, key in self._claims.slots.items():
             record = self._layers.get(layer_of_key(key))
             if record is None or record.dead:
                 continue  # recovery passes these records over
@@ -314,31 +281,24 @@ class Walk:
         found = self._named.get(key)
         if found is None:
             found = Located(layer_of_key(key), block_of_key(key), record, Entry(0))
-        bad = 0
-        for sector, claims in self._pending.claims[key].items():
-            self._report.checked_bytes += SECTOR
-            if not any(claim is None or self._lies(*claim, sector) for claim in claims):
-                bad |= (not self._index_holds(found, sector)) << sector
+        claimed = self._claims.blocks[key]
+        self._report.checked_bytes += SECTOR * len(claimed.sectors)
+        bad = sum(
+            1 << sector
+            for sector in claimed.sectors
+            if self._judge.verdict(claimed, sector, found.entry).is_damaged
+        )
         if bad:
-            slot = next((s for s, mask in found.entry.places() if mask & bad), -1)
+            slot = next((s for s, mask in found.entry.places() if mask & bad), NO_SLOT)
             self._damaged(key, record, slot, bad)
 
-    def _lies(self, slot: int, crc: int, sector: int) -> bool:
-        return slot < self._device.slots and self._sums(slot)[sector] == crc
+    def _lies(self, slot: int, sector: int, value: int) -> bool:
+        """For the judge: true if what lies there has that checksum."""
+        return slot < self._device.slots and self._sums(slot)[sector] == value
 
-    def _index_holds(self, found: Located, sector: int) -> bool:
-        """True if what the index says of a sector may be what is right, no claim of the journal being so.
-
-        That there is nothing, or zeros, was right before the first claim. So it may be again after a power loss, or if
-        nobody was told that the write was done.
-        """
-        if not found.entry.data >> sector & 1:
-            last = self._pending.last.get(found.key, 0) >> sector & 1
-            return not self._survived or bool(last)
-        for slot, mask in found.entry.places():
-            if mask >> sector & 1:
-                return bool(matching(self._sums(slot), self._tables.sums(slot)) >> sector & 1)
-        return False
+    def _stored(self, slot: int, sector: int) -> int:
+        """For the judge: the checksum that the index has."""
+        return array("I", self._tables.sums(slot))[sector]
 
     # -- totals -----------------------------------------------------------------------------------------------
 
@@ -348,7 +308,7 @@ class Walk:
             record = self._layers[ident]
             if record.dead or (record.slots, record.sectors) == (slots, sectors):
                 continue
-            if ident in self._pending.made or any(
+            if ident in self._claims.made or any(
                 layer_of_key(key) == ident for key in self._report.mending.fixes
             ):
                 continue  # not in the index yet; or what is forgotten counts differently
