@@ -14,6 +14,7 @@ from typing import IO, Any
 from forebay.errors import ForebayError, InUseError
 
 Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
 
 CONNECT_TIMEOUT = 5.0
 """Seconds. A daemon that runs accepts at once."""
@@ -27,6 +28,7 @@ class NoDaemonError(ForebayError):
 
 
 def _refused(answer: dict[str, Any]) -> ForebayError:
+    """What an answer that is an error says."""
     if "holder" in answer:
         return InUseError(answer["error"], answer["holder"])
     return ForebayError(answer["error"])
@@ -51,7 +53,7 @@ class Client:
     def follow(
         self, method: str, target: str, content: dict[str, Any] | None, progress: Progress
     ) -> Any:
-        """Start work, pass its progress (bytes done, bytes in all) on, and return its result."""
+        """Start work, pass its progress on, and return its result, however long that takes."""
         with self._exchange(method, target, content, None) as answer:
             for text in answer:
                 line = self._decode(text)
@@ -66,7 +68,10 @@ class Client:
     def _exchange(
         self, method: str, target: str, content: dict[str, Any] | None, timeout: float | None
     ) -> Iterator[IO[bytes]]:
-        """One request; the body of its answer as a file. Raises what the answer says is wrong."""
+        """One request; the body is given the body of its answer as a file. Raises what the answer says is wrong.
+
+        `timeout` in seconds, for each wait; None: without limit.
+        """
         with self._connect() as connection, connection.makefile("rb") as answer:
             try:
                 connection.settimeout(timeout)
@@ -84,6 +89,7 @@ class Client:
                 raise self._gone() from None
 
     def _connect(self) -> socket.socket:
+        """A connection to the daemon. Raises NoDaemonError."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(CONNECT_TIMEOUT)
         try:
@@ -111,7 +117,7 @@ class Client:
         connection.sendall(head.encode("ascii") + body)
 
     def _head(self, answer: IO[bytes]) -> int:
-        """The status of the answer, whose headers are read and passed over."""
+        """The HTTP status of the answer. Its headers are read and passed over."""
         words = answer.readline().split()
         while answer.readline().strip():
             pass
@@ -120,13 +126,14 @@ class Client:
         return int(words[1])
 
     def _decode(self, text: bytes) -> Any:
-        """A JSON text; one cut short means that the daemon ended while it spoke."""
+        """What a JSON text means. One that is cut short means that the daemon ended while it spoke, and raises that."""
         try:
             return json.loads(text)
         except ValueError:
             raise self._gone() from None
 
     def _gone(self) -> NoDaemonError:
+        """For an answer that ended early."""
         return NoDaemonError(
             f"the daemon at {self.path} went away in the middle: see 'journalctl -u forebay', "
             "then try again"

@@ -2,22 +2,20 @@
 
 
 class ForebayError(Exception):
-    """A request that cannot be met. The text is one line: what is wrong and what to do about it."""
+    """Something asked for that cannot be done. The text is one line: what is wrong, and what to do about it."""
 
 
 class InUseError(ForebayError):
-    """An image that somebody else has: it may be free later. `holder` says who that is, for programs."""
+    """An image that somebody else has: it may be free later."""
 
     def __init__(self, text: str, holder: dict[str, object]) -> None:
+        """`holder` says for programs who that is: what the owner marker says, or which program has it open."""
         super().__init__(text)
         self.holder = holder
 
 
 class ConfigError(ForebayError):
-    """A configuration that was refused. The text has one line for each fault.
-
-    `faults` holds the lines on their own.
-    """
+    """A configuration that was refused. The text has one line for each fault; `faults` has them one by one."""
 
     def __init__(self, faults: list[str]) -> None:
         super().__init__("\n".join(faults))

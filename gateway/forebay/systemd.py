@@ -16,11 +16,13 @@ for again until something could be sent."""
 
 
 class _Patience:
+    """How long the manager is waited for the next time: SEND_SECONDS, or not at all after it let us wait in vain."""
+
     seconds = SEND_SECONDS
 
 
 def notify(state: str, fds: Sequence[int] = (), *, wait: bool = True) -> bool:
-    """Send `state` (`READY=1`, `STATUS=...`, several lines) to the service manager; whether there is one that took it.
+    """Send `state` (`READY=1`, `STATUS=...`, several lines) to the service manager. True if there is one that took it.
 
     Never raises: a manager that went away is no reason to stop serving disks. Without `wait` it never waits either.
     """
@@ -44,17 +46,17 @@ def notify(state: str, fds: Sequence[int] = (), *, wait: bool = True) -> bool:
 
 
 def store(name: str, fd: int) -> bool:
-    """Give a descriptor to the manager, which hands it to this service's next process; whether it was sent."""
+    """Give a descriptor to the manager, which hands it to this service's next process. True if it was sent."""
     return notify(f"FDSTORE=1\nFDNAME={name}", [fd])
 
 
 def unstore(name: str) -> bool:
-    """Have the manager close what it holds under this name."""
+    """Have the manager close what it holds under this name. True if that was sent."""
     return notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
 
 def settled(seconds: float) -> bool:
-    """Wait until the manager has dealt with all that was sent so far; False when it does not say so in time."""
+    """Wait until the manager has dealt with all that was sent so far. False if it does not say so within `seconds`."""
     read, write = os.pipe()
     try:
         sent = notify("BARRIER=1", [write])
@@ -67,9 +69,9 @@ def settled(seconds: float) -> bool:
 
 
 def received() -> list[tuple[str, int]]:
-    """(name, descriptor) of what the manager started this process with. The environment forgets it: children got none.
+    """(name, descriptor) of everything that the manager has started this process with. A second call returns nothing.
 
-    Descriptors become close-on-exec. A second call returns nothing.
+    The descriptors are close-on-exec, and the environment does not name them any more, so children have none of it.
     """
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     count = int(os.environ.pop("LISTEN_FDS", None) or 0)
@@ -83,7 +85,7 @@ def received() -> list[tuple[str, int]]:
 
 
 async def keep_alive() -> None:
-    """Feed the watchdog from the event loop for as long as that turns: for a process that holds nobody's data.
+    """Feed the watchdog for as long as the event loop turns: for a process that holds nobody's data.
 
     The daemon asks for more, see `forebay.daemon.watchdog`.
     """

@@ -43,8 +43,7 @@ class Mode(enum.StrEnum):
 
     @classmethod
     def parse(cls, text: object) -> "Mode":
-        """The mode with this name, in any case. OpenNebula's names and `wt wb wa pt` are accepted
-        too.
+        """The mode with this name, in any case. OpenNebula's names and `wt wb wa pt` are accepted, too.
 
         Raises ValueError that lists the modes.
         """
@@ -102,12 +101,14 @@ def parse_size(text: str | int) -> int:
 
 
 def _size_in_range(size: int, text: str) -> int:
+    """`size`, written as `text`, if there can be such a size. Raises ValueError."""
     if 0 <= size <= LARGEST_SIZE:
         return size
     raise ValueError(f"'{text}' is out of range: a size lies between 0 and 8 EiB")
 
 
 def _not_a_size(text: object) -> str:
+    """What is wrong with a text that is no size."""
     decimal = re.fullmatch(_DECIMAL_UNIT, text.strip(), _LOOSELY) if isinstance(text, str) else None
     if decimal:
         unit = decimal.group(1).upper()
@@ -128,9 +129,7 @@ def parse_preload(text: str | int) -> int | str:
 
 
 def parse_duration(text: str | float) -> float:
-    """Seconds, from `30s`, `500ms`, `2m`, `1h`, `1d` or a bare number of seconds. Raises
-    ValueError.
-    """
+    """Seconds, from `30s`, `500ms`, `2m`, `1h`, `1d` or a bare number of seconds. Raises ValueError."""
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         if math.isfinite(text) and text >= 0:
             return float(text)
@@ -145,9 +144,7 @@ def parse_duration(text: str | float) -> float:
 
 
 def exact_size(size: int) -> str:
-    """The shortest text that `parse_size` reads back as exactly `size` bytes: `20 GiB`, `1536 MiB`,
-    `4097`.
-    """
+    """The shortest text that `parse_size` reads back as exactly `size` bytes: `20 GiB`, `1536 MiB`, `4097`."""
     for power in range(len(_UNITS), 0, -1):
         if size and size % (1 << (10 * power)) == 0:
             return f"{size >> (10 * power)} {_UNITS[power - 1]}iB"

@@ -5,13 +5,14 @@ import os
 import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import trio
 
 from forebay.cli.main import main
 from forebay.errors import ForebayError
-from forebay.libvirt import version
+from forebay.libvirt import hook, version
 from forebay.libvirt.disk_xml import disk_element, metadata_element
 from forebay.libvirt.domain import WantedDisk, read_domain
 from forebay.libvirt.hook import logged_reason
@@ -202,3 +203,10 @@ def test_the_script_adds_the_delay_to_our_disks_only(tmp_path: Path) -> None:
     got = done.stdout.decode().split("\0")[:-1]
     assert json.loads(got[3]) == {**json.loads(given[3]), "reconnect-delay": 30}
     assert [*got[:3], *got[4:]] == [*given[:3], *given[4:]]
+
+
+@pytest.mark.parametrize("state", ["failed", "stopped"])
+def test_a_domain_does_not_start_on_a_disk_that_serves_nobody(state: str) -> None:
+    found = {"state": state, "reason": "why, and what to do"}
+    with pytest.raises(ForebayError, match="it is not served: why, and what to do"):
+        hook._check_same(cast("Any", None), WantedDisk("d", "images:d.raw"), found)

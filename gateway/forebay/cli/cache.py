@@ -31,19 +31,19 @@ def cache(arguments: Arguments, client: Daemon) -> int:
 
 
 def info(arguments: Arguments, client: Daemon) -> int:
-    """What it is and holds."""
+    """`forebay cache info`: print what it is and holds."""
     return _shown(arguments, client.get("/cache"))
 
 
 def scrub(arguments: Arguments, client: Daemon) -> int:
-    """Check everything on it, beside guests."""
+    """`forebay cache scrub`: check everything on it, beside guests. Raises ForebayError for damaged dirty data."""
     with progress_shown("scrub") as progress:
         found = client.follow("POST", "/cache/scrub", None, progress)
     return _told(arguments, found)
 
 
 def check(arguments: Arguments, _: Daemon) -> int:
-    """The same, and the index as well, while no daemon runs."""
+    """`forebay cache check`: check it and its index, while no daemon runs. Raises ForebayError for damage."""
     from forebay.config.model import Config
     from forebay.storage.upkeep import check as run
 
@@ -62,12 +62,13 @@ def check(arguments: Arguments, _: Daemon) -> int:
 
 
 def _fault_line(fault: dict[str, Any]) -> str:
+    """A fault that a check found, in one line."""
     where = f": {fault['length']} bytes at {fault['offset']}" if fault["length"] else ""
     return f"{fault['what']}: {fault['text']}{where}"
 
 
 def repair(arguments: Arguments, client: Daemon) -> int:
-    """By the daemon where one runs, else here."""
+    """`forebay cache repair`: by the daemon where one runs, else here. Raises ForebayError for what stays damaged."""
     from forebay.client import NoDaemonError
 
     try:
@@ -84,6 +85,7 @@ def repair(arguments: Arguments, client: Daemon) -> int:
 
 
 def _repair_offline(arguments: Arguments) -> int:
+    """Repair while no daemon runs. Raises ForebayError for what stays damaged."""
     from forebay.config.model import Config
     from forebay.storage.upkeep import repair as run
 
@@ -107,7 +109,7 @@ def _repair_offline(arguments: Arguments) -> int:
 
 
 def _told(arguments: Arguments, found: dict[str, Any]) -> int:
-    """The result of a scrub by the daemon. 1 where dirty data is damaged."""
+    """Print what the daemon has found. Raises ForebayError where dirty data is damaged."""
     _print(arguments, found, "damage")
     lines = [
         f"disk '{one['disk']}' of {one['image']}: {one['length']} bytes at {one['offset']}: {one['what']}"
@@ -125,11 +127,12 @@ def _told(arguments: Arguments, found: dict[str, Any]) -> int:
 
 
 def _print(arguments: Arguments, found: dict[str, Any], many: str) -> None:
-    """JSON, or text without what is told one by one."""
+    """Print what was found, as JSON, or as text without `many`, the key of what is told one by one."""
     _shown(arguments, found if arguments.json else {k: v for k, v in found.items() if k != many})
 
 
 def _shown(arguments: Arguments, found: dict[str, Any]) -> int:
+    """Print an object, as JSON or as text. The exit code."""
     if arguments.json:
         print_json(found)
     else:
@@ -140,7 +143,7 @@ def _shown(arguments: Arguments, found: dict[str, Any]) -> int:
 
 
 def create(arguments: Arguments, _: Daemon) -> int:
-    """Provide storage for a cache and format it."""
+    """`forebay cache create`: provide storage for a cache and format it."""
     wanted = _wanted(arguments)
     from forebay.config.model import Config
     from forebay.storage.volumes import Wanted
@@ -161,6 +164,7 @@ def create(arguments: Arguments, _: Daemon) -> int:
 
 
 def _wanted(arguments: Arguments) -> dict[str, Any]:
+    """The arguments of `storage.volumes.Wanted`. Raises ArgumentTypeError for options that do not go together."""
     places = [name for name in ("vg", "device", "file") if getattr(arguments, name)]
     if len(places) != 1:
         raise argparse.ArgumentTypeError("say one of --vg VG, --device PATH or --file PATH")
@@ -183,7 +187,7 @@ def _wanted(arguments: Arguments) -> dict[str, Any]:
 
 
 def extend(arguments: Arguments, client: Daemon) -> int:
-    """Make it larger, whether or not the daemon runs."""
+    """`forebay cache extend`: make it larger, with the daemon or without."""
     from forebay.config.model import Config
     from forebay.storage.volumes import extend as run
 
@@ -198,7 +202,7 @@ def extend(arguments: Arguments, client: Daemon) -> int:
 
 
 def remove(arguments: Arguments, client: Daemon) -> int:
-    """Drain it, then give its storage back."""
+    """`forebay cache remove`: write back what is dirty, then give its storage back."""
     from forebay.config.model import Config
     from forebay.storage.volumes import remove as run
 
@@ -213,7 +217,7 @@ def remove(arguments: Arguments, client: Daemon) -> int:
 
 
 def format_(arguments: Arguments, _: Daemon) -> int:
-    """Make it empty."""
+    """`forebay cache format`: make it empty."""
     from forebay.config.model import Config
     from forebay.storage.record import locate
     from forebay.storage.volumes import format_again
@@ -234,3 +238,4 @@ ACTIONS: dict[str, Callable[[Arguments, Daemon], int]] = {
     "repair": repair,
     "scrub": scrub,
 }
+"""By name of the action. They raise ForebayError."""

@@ -13,7 +13,7 @@ from forebay.units import format_size
 
 
 def serve(arguments: Arguments) -> int:
-    """Run the daemon until it is told to end."""
+    """`forebay serve`: run the daemon until it is told to end."""
     gc.disable()  # nothing that is imported goes again; the daemon has it enabled once it serves
     from pathlib import Path
 
@@ -26,7 +26,7 @@ def serve(arguments: Arguments) -> int:
 
 
 def check_config(arguments: Arguments) -> int:
-    """Say that the configuration is right, and what it may lack."""
+    """`forebay check-config`: say that the configuration is right, and what it may lack."""
     from forebay.config.model import Config
 
     config = Config.load(arguments.config)
@@ -37,7 +37,7 @@ def check_config(arguments: Arguments) -> int:
 
 
 def dump_config(arguments: Arguments) -> int:
-    """Print what holds, defaults included, in the form of the file."""
+    """`forebay dump-config`: print what holds, defaults included, in the form of the file."""
     from forebay.config.model import Config
 
     config = Config.load(arguments.config)
@@ -49,7 +49,7 @@ def dump_config(arguments: Arguments) -> int:
 
 
 def demo(_: Arguments) -> int:
-    """Show everything on a throw-away directory."""
+    """`forebay demo`: show everything on a throw-away directory."""
     from forebay.cli.demo import main
 
     main()
@@ -60,7 +60,7 @@ def demo(_: Arguments) -> int:
 
 
 def attach(arguments: Arguments) -> int:
-    """Serve an image; prints where."""
+    """`forebay attach`: serve an image, and print where."""
     content = {
         "name": arguments.name,
         "image": _image(arguments.image),
@@ -88,7 +88,7 @@ def attach(arguments: Arguments) -> int:
 
 
 def _warn_of_old_libvirt(version: tuple[int, int, int] | None) -> None:
-    """On stderr, where this libvirt is too old for <reconnect>."""
+    """Say on stderr what follows from a libvirt that is too old for <reconnect>."""
     from forebay.libvirt.version import knows_reconnect, reconnect_warning
 
     if version is not None and not knows_reconnect(version):
@@ -96,7 +96,7 @@ def _warn_of_old_libvirt(version: tuple[int, int, int] | None) -> None:
 
 
 def _image(text: str) -> str:
-    """A path is made absolute here: the daemon has a working directory of its own."""
+    """An image as the daemon takes it. A path is made absolute: the daemon has a working directory of its own."""
     store, colon, _ = text.partition(":")
     if text.startswith("/") or (colon and "/" not in store):
         return text
@@ -104,7 +104,7 @@ def _image(text: str) -> str:
 
 
 def detach(arguments: Arguments) -> int:
-    """Drain, then let go."""
+    """`forebay detach`: write back what is dirty, then stop serving."""
     flags = f"discard={int(arguments.discard)}&force={int(arguments.force)}"
     with progress_shown(f"detach {arguments.name}") as progress:
         daemon(arguments).follow("DELETE", f"/disks/{arguments.name}?{flags}", None, progress)
@@ -113,7 +113,7 @@ def detach(arguments: Arguments) -> int:
 
 
 def status(arguments: Arguments) -> int:
-    """The table of disks, or JSON."""
+    """`forebay status`: print the table of disks, or JSON."""
     client = daemon(arguments)
     disks = [client.get(f"/disks/{arguments.name}")] if arguments.name else client.get("/disks")
     if arguments.json:
@@ -132,7 +132,7 @@ def status(arguments: Arguments) -> int:
 
 
 def flush(arguments: Arguments) -> int:
-    """Write back; done only when nothing is dirty."""
+    """`forebay flush`: write back. Raises ForebayError unless nothing is dirty then."""
     content = {
         "names": [arguments.name] if arguments.name else None,
         "timeout": arguments.timeout,
@@ -159,7 +159,7 @@ def flush(arguments: Arguments) -> int:
 
 
 def mode(arguments: Arguments) -> int:
-    """Change the mode; leaving write-back drains first."""
+    """`forebay mode`: change the mode; what is dirty is written back first where write-back is left."""
     with progress_shown(f"mode {arguments.name}") as progress:
         disk = daemon(arguments).follow(
             "POST", f"/disks/{arguments.name}/mode", {"mode": arguments.mode}, progress
@@ -169,7 +169,7 @@ def mode(arguments: Arguments) -> int:
 
 
 def preload(arguments: Arguments) -> int:
-    """Bring data in."""
+    """`forebay preload`: bring data into the cache."""
     with progress_shown(f"preload {arguments.name}") as progress:
         disk = daemon(arguments).follow(
             "POST", f"/disks/{arguments.name}/preload", {"amount": arguments.amount}, progress
@@ -179,7 +179,7 @@ def preload(arguments: Arguments) -> int:
 
 
 def xml(arguments: Arguments) -> int:
-    """Print the disk element, or that for the hook."""
+    """`forebay xml`: print the <disk> element, or the metadata for the hook."""
     from forebay.libvirt.disk_xml import disk_element, metadata_element
     from forebay.libvirt.version import installed_version
 
@@ -194,7 +194,7 @@ def xml(arguments: Arguments) -> int:
 
 
 def libvirt_hook(arguments: Arguments) -> int:
-    """What libvirt's hook for QEMU does."""
+    """`forebay libvirt-hook`: what libvirt's hook for QEMU does."""
     from forebay.libvirt.hook import run
 
     return run(
@@ -210,21 +210,21 @@ def libvirt_hook(arguments: Arguments) -> int:
 
 
 def cache(arguments: Arguments) -> int:
-    """The cache device: what it holds; make, extend, format, check, remove."""
+    """`forebay cache`: look at the cache device; make, extend, format, check or remove it."""
     from forebay.cli.cache import cache as run
 
     return run(arguments, daemon(arguments))
 
 
 def stats(arguments: Arguments) -> int:
-    """Rates."""
+    """`forebay stats`: print rates, or totals."""
     from forebay.cli.stats import stats as run
 
     return run(arguments.what, daemon(arguments), json_lines=arguments.json)
 
 
 def fuse(arguments: Arguments) -> int:
-    """Mount disks and images as files until told to end."""
+    """`forebay fuse`: mount disks and images as files until told to end."""
     from pathlib import Path
 
     from forebay.config.model import Config
@@ -237,12 +237,12 @@ def fuse(arguments: Arguments) -> int:
 
 
 def recover(arguments: Arguments) -> int:
-    """Finish or drop a checkpoint beside an image; says what point in time the image is at."""
+    """`forebay recover`: finish or drop a checkpoint beside an image, and say what point in time the image is at."""
     return _recover(arguments, take_over=False, sure=True)
 
 
 def takeover(arguments: Arguments) -> int:
-    """The same, and the image is free for another gateway."""
+    """`forebay takeover`: the same, and free the image for another gateway."""
     return _recover(arguments, take_over=True, sure=arguments.yes)
 
 
@@ -277,3 +277,4 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "dump-config": dump_config,
     "demo": demo,
 }
+"""By name: what runs a sub-command with its arguments. They raise ForebayError and OSError."""

@@ -1,7 +1,7 @@
 """The command `forebay`: its arguments, and what its exit code says.
 
-0 done; 1 failed, with one line on stderr that says what and what to do; 2 wrong usage. Scripts and
-hooks start the command often, so what only some commands need is imported in them.
+0 done; 1 failed, with one line on stderr that says what and what to do; 2 wrong usage. Scripts and hooks start the
+command often, so what only some commands need is imported in them.
 """
 
 import argparse
@@ -19,7 +19,7 @@ DONE, FAILED, WRONG_USAGE = 0, 1, 2
 
 
 class _Formatter(argparse.HelpFormatter):
-    """As wide as the terminal. argparse would ask shutil, on every start and not only for help."""
+    """Help as wide as the terminal. argparse would ask shutil for the width, on every start and not only for help."""
 
     def __init__(self, prog: str) -> None:
         try:
@@ -30,13 +30,13 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line."""
+    """Parses arguments, and says in one line what is wrong with them."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=_Formatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """End with exit code 2."""
+        """Say `message` on stderr, and end with exit code 2."""
         text = " ".join(message.split())
         if match := re.match(r"argument (\w+): invalid choice: '(.*)' \(choose from (.*)\)$", text):
             what, word, known = match.groups()
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """For argparse, which shows the text of ArgumentTypeError only."""
+    """`parse` for argparse, which shows the text of ArgumentTypeError only, and not that of ValueError."""
 
     def check(text: str) -> Any:
         try:
@@ -106,9 +106,9 @@ class _Completion(argparse.Action):
 
 
 def build_parser(command: str | None = None) -> Parser:
-    """The parser of the whole command, or with the arguments of one sub-command only.
+    """The parser of the whole command, or, where `command` names one, with the arguments of that sub-command only.
 
-    The latter for speed: making all of them takes longer than asking the daemon.
+    The latter is for speed: making all of them takes longer than asking the daemon.
     """
     parser = Parser(
         prog="forebay",
@@ -136,7 +136,7 @@ def build_parser(command: str | None = None) -> Parser:
 
 
 def command_in(argv: Sequence[str]) -> str | None:
-    """The first word that is no option and no option's value."""
+    """The sub-command: the first word that is no option and no option's value; None where there is none."""
     words = iter(argv)
     for word in words:
         if word == "--config":
@@ -158,7 +158,7 @@ def _json(parser: Parser) -> None:
 
 
 def _nothing(parser: Parser) -> None:
-    """No arguments of its own."""
+    """For a sub-command without arguments of its own."""
 
 
 def _serve(parser: Parser) -> None:
@@ -304,10 +304,11 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "dump-config": ("print the effective configuration", _json),
     "demo": ("show everything on a throw-away directory", _nothing),
 }
+"""By name: what it does, and what adds its arguments to its parser."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code."""
+    """Run the command with these arguments (None: those of the process). Its exit code."""
     words = sys.argv[1:] if argv is None else argv
     parser = build_parser(command_in(words))
     arguments = parser.parse_args(words)
@@ -335,6 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(text: str) -> int:
+    """Say on stderr what is wrong. The exit code."""
     for line in text.splitlines() or ["failed"]:
         print(f"forebay: {line}", file=sys.stderr)
     return FAILED

@@ -45,7 +45,7 @@ STATUS_COLUMNS = (
 
 
 def wants_colour(terminal: bool) -> bool:
-    """Whether to colour: at a terminal that can, unless NO_COLOR (no-color.org) is set."""
+    """True if output is to be coloured: at a terminal that can, unless NO_COLOR (no-color.org) is set."""
     return terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -69,6 +69,7 @@ def table(
 
 
 def _shrink(columns: Sequence[Column], widths: list[int], width: int) -> None:
+    """Make columns that may shrink narrower, until the table has `width` characters, if that can be had."""
     excess = sum(widths) + 2 * (len(widths) - 1) - width
     for i, column in enumerate(columns):
         if column.shrinks and excess > 0:
@@ -127,7 +128,7 @@ def status_row(disk: Mapping[str, Any]) -> list[Cell]:
 def status_table(
     disks: Sequence[Mapping[str, Any]], *, colour: bool = False, width: int | None = None
 ) -> list[str]:
-    """`forebay status`."""
+    """The lines of `forebay status`."""
     return table(STATUS_COLUMNS, map(status_row, disks), colour=colour, width=width)
 
 
@@ -145,6 +146,7 @@ def key_values(values: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(key: str, value: Any) -> str:
+    """A value for people: with its unit, by what its key ends with."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and (key.endswith("_bytes") or key in ("size", "block_size")):
         return f"{format_size(value)} ({value})" if value >= 1024 else str(value)

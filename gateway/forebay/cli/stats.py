@@ -47,8 +47,7 @@ class Wanted:
 
 
 def parse_wanted(words: Sequence[str], names: Callable[[], Iterable[str]]) -> Wanted:
-    """`[NAME] [INTERVAL [COUNT]]`. A number in front is INTERVAL, unless a disk in `names()` has
-    that name.
+    """`[NAME] [INTERVAL [COUNT]]`. A number in front is INTERVAL, unless a disk in `names()` has that name.
 
     Raises argparse.ArgumentTypeError, before `names` is called.
     """
@@ -63,6 +62,7 @@ def parse_wanted(words: Sequence[str], names: Callable[[], Iterable[str]]) -> Wa
 
 
 def _with_name(words: Sequence[str]) -> Wanted:
+    """`NAME [INTERVAL [COUNT]]`. Raises argparse.ArgumentTypeError."""
     try:
         return Wanted(parse_name(words[0]), *_numbers(words[1:]))
     except ValueError as fault:
@@ -70,6 +70,7 @@ def _with_name(words: Sequence[str]) -> Wanted:
 
 
 def _numbers(words: Sequence[str]) -> tuple[float | None, int | None]:
+    """`[INTERVAL [COUNT]]`: seconds, and how many lines. Raises argparse.ArgumentTypeError."""
     interval = count = None
     try:
         interval = parse_duration(words[0]) if words else None
@@ -97,10 +98,10 @@ def _counters(disk: Disk) -> dict[str, float]:
 
 
 def difference(before: Iterable[Disk], after: Iterable[Disk]) -> dict[str, float]:
-    """How far the counters of all disks went, summed.
+    """By how much the counters of all disks grew, summed over the disks.
 
-    A disk that was not there before counts in full, and so does one whose counters began anew
-    (a daemon that was restarted).
+    A disk that was not there before counts in full, and so does one whose counters began anew, since the daemon was
+    restarted.
     """
     earlier = {disk["name"]: _counters(disk) for disk in before}
     total = dict.fromkeys(_counters_of_nothing(), 0.0)

@@ -19,8 +19,7 @@ _UNQUOTED = ("Expected newline or end of document", "Invalid value")
 
 
 def config_path(named: str | os.PathLike[str] | None = None) -> str | None:
-    """The file to read: the one named, or by FOREBAY_CONFIG, or the default; None where the default
-    does not exist.
+    """The file to read: the one `named`, or that in FOREBAY_CONFIG, or the default; None if the default does not exist.
 
     A file that was named is returned whether it exists or not.
     """
@@ -31,9 +30,7 @@ def config_path(named: str | os.PathLike[str] | None = None) -> str | None:
 
 
 def read_toml(path: str) -> tuple[str, dict[str, Any]]:
-    """The text of the file and what it holds. Raises ConfigError when it cannot be read or is not
-    TOML.
-    """
+    """The text of the file, and what it holds. Raises ConfigError when it cannot be read or is not TOML."""
     try:
         with open(path, "rb") as file:
             text = file.read().decode()
@@ -58,8 +55,9 @@ def read_toml(path: str) -> tuple[str, dict[str, Any]]:
 
 
 def _syntax_fault(path: str, text: str, fault: str) -> str:
-    """Split a message of tomllib, which ends its messages with `(at line 3, column 5)` or `(at end
-    of document)`.
+    """What tomllib says is wrong, with the line that it means.
+
+    Its messages end with `(at line 3, column 5)` or `(at end of document)`.
     """
     what, _, where = fault.rpartition(" (at ")
     where = where.rstrip(")")

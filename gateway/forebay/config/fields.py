@@ -26,18 +26,21 @@ KVM = "kvm"
 
 
 def _absolute(path: Path) -> Path:
+    """An absolute path, without `..` and the like."""
     if not path.is_absolute():
         raise ValueError(f"'{path}' is not an absolute path: begin it with /")
     return Path(os.path.normpath(path))
 
 
 def _octal(value: object) -> int:
+    """A file mode written in octal, as text."""
     if isinstance(value, str) and 3 <= len(value) <= 4 and not value.strip("01234567"):
         return int(value, 8)
     raise ValueError(f'{value!r} is not a file mode: write it in octal and in quotes, as "0660"')
 
 
 def _known_user(name: str) -> str:
+    """The name of a user of this host."""
     try:
         pwd.getpwnam(name)
     except KeyError:
@@ -49,6 +52,7 @@ def _known_user(name: str) -> str:
 
 
 def _known_group(name: str) -> str:
+    """The name of a group of this host."""
     try:
         grp.getgrnam(name)
     except KeyError:
@@ -60,7 +64,7 @@ def _known_group(name: str) -> str:
 
 
 def socket_group(name: str) -> str | None:
-    """A group of this host. KVM may be missing, written or not: one file then fits all hosts."""
+    """A group of this host. KVM may be missing, written or not, and is None then: one file fits all hosts."""
     try:
         return _known_group(name)
     except ValueError:
@@ -70,17 +74,19 @@ def socket_group(name: str) -> str | None:
 
 
 def _known_peer(name: str) -> str:
-    """A user, or a group with an @ in front."""
+    """The name of a user, or of a group with an @ in front."""
     return f"@{_known_group(name[1:])}" if name.startswith("@") else _known_user(name)
 
 
 def _above_zero(value: float) -> float:
+    """A duration of more than 0 seconds."""
     if value <= 0:
         raise ValueError("must be more than zero: write 30s, 500ms or 2m")
     return value
 
 
 def _preload_text(value: int | str) -> str:
+    """As it is written in the file."""
     return value if isinstance(value, str) else exact_size(value)
 
 

@@ -48,9 +48,7 @@ SMALLEST_CACHE = 16 * BLOCK_SIZES[0]
 """Bytes. Less cannot hold one large request and evict at the same time."""
 
 LONGEST_RUN = 107 - len("/disks/d.sock.new")
-"""Bytes of path. The address of a Unix socket holds 107 (unix(7)); a disk's name is checked at
-attach.
-"""
+"""Bytes of path. The address of a Unix socket holds 107 (unix(7)); a disk's name is checked at attach."""
 
 
 # ----------------------------------------------------------------------------------------- sections
@@ -78,9 +76,7 @@ class GatewaySection(_Section):
     without it those whom owner, group and mode let in. Root and the daemon's own user always may.
     """
     control_group: Group | None = None
-    """Group that may use the control API (mode 0660); without it only the daemon's own user may
-    (0600).
-    """
+    """Group that may use the control API (mode 0660); without it only the daemon's own user may (0600)."""
 
     @field_validator("run")
     @classmethod
@@ -129,9 +125,7 @@ class DiskSettings(_Section):
     cache_size: Size = 0
     """Most that the disk may hold of the cache, bytes; 0: no limit of its own."""
     preload: Preload = 0
-    """What attach brings in: bytes from the start of the image, `trace` (what the last boot read)
-    or `all`.
-    """
+    """What attach brings in: bytes from the start of the image, `trace` (what the last boot read) or `all`."""
     max_lag: Duration = 30.0
     """Seconds for which data may be dirty before it is written back."""
     max_dirty: Size = GIB
@@ -144,7 +138,7 @@ class DiskSettings(_Section):
     on the image as it was, it is always the latter.
     """
     require_locks: bool = True
-    """Whether an image is refused for writing where its file system has no locks that other hosts see."""
+    """True: an image is refused for writing where its file system has no locks that other hosts see."""
 
 
 class Store(_Section):
@@ -208,8 +202,7 @@ class Config(_Section):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None) -> Self:
-        """The configuration in `path`, or where FOREBAY_CONFIG says, or in the default place, or
-        the built-in one.
+        """The configuration in `path`, or where FOREBAY_CONFIG says, or in the default place, or the built-in one.
 
         Raises ConfigError with one line for each fault of the file.
         """
@@ -237,11 +230,9 @@ class Config(_Section):
     def disk_settings(
         self, store: str | None, overrides: Mapping[str, Any] | None = None
     ) -> DiskSettings:
-        """What holds for a disk in `store` (None: outside all stores): defaults, then the store,
-        then `overrides`.
+        """What holds for a disk in `store` (None: outside all stores): defaults, then the store, then `overrides`.
 
-        Overrides are values or text as in the file; those that are None do not count. Raises
-        ForebayError.
+        Overrides are values or text as in the file; those that are None do not count. Raises ForebayError.
         """
         merged = self.defaults.model_dump()
         if store is not None:

@@ -9,7 +9,7 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 
 
 def toml_lines(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """TOML for sections of texts, numbers and lists; keys come before the sections below them."""
+    """The lines of sections that hold texts, numbers, lists and sections. Keys come before the sections below them."""
     for key, value in data.items():
         if not isinstance(value, dict):
             yield f"{_key(key)} = {_value(value)}"
@@ -28,7 +28,7 @@ def _key(key: str) -> str:
 
 
 def _value(value: str | list[str]) -> str:
-    """JSON's strings are TOML's basic strings but for DEL (toml.io 1.0, String)."""
+    """A value as TOML has it. JSON's strings are TOML's basic strings but for DEL (toml.io 1.0, String)."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -37,9 +37,7 @@ _ASSIGNMENT = re.compile(r"\s*([\w.\"-]+)\s*=")
 
 
 def line_of(text: str, loc: tuple[int | str, ...]) -> int | None:
-    """The line of a key, else of its section's header, in a plainly written file; None when neither
-    was found.
-    """
+    """The number of the line with a key, else of its section's header, in a plainly written file; None for neither."""
     wanted = [str(part) for part in loc if isinstance(part, str)]
     section: list[str] = []
     header = None
@@ -54,5 +52,5 @@ def line_of(text: str, loc: tuple[int | str, ...]) -> int | None:
 
 
 def _parts(dotted: str) -> list[str]:
-    """A dotted TOML key, quoted parts (which may hold dots) included."""
+    """The parts of a dotted TOML key; those in quotes may have dots in them."""
     return [quoted or bare for quoted, bare in re.findall(r"\"([^\"]*)\"|([\w-]+)", dotted)]

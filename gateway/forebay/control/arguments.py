@@ -14,15 +14,18 @@ LONGEST_BODY = 64 << 10
 """Bytes of a request's body. The largest sensible one, an attach, has a few hundred."""
 
 Parse = Callable[[Any], Any]
+"""Makes of a value, as JSON or the query has it, what it means. Raises ValueError, which says what is accepted."""
 
 
 def _text(value: Any) -> str:
+    """Text that is not empty."""
     if isinstance(value, str) and value:
         return value
     raise ValueError(f"{value!r} is not text: write it in quotes")
 
 
 def _flag(value: Any) -> bool:
+    """True or false: of JSON, or in words, for the query."""
     if isinstance(value, bool):
         return value
     words = {
@@ -40,6 +43,7 @@ def _flag(value: Any) -> bool:
 
 
 def _names(value: Any) -> list[str]:
+    """A list of names of disks."""
     if isinstance(value, list):
         return [parse_name(name) for name in value]
     raise ValueError(f"{value!r} is not a list of names")
@@ -65,8 +69,9 @@ PRELOAD: dict[str, Parse] = {"amount": parse_preload}
 async def arguments(
     request: Request, known: Mapping[str, Parse], required: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """The query's and the JSON body's keys, parsed; null counts as absent. Raises HTTPException
-    (400, 413).
+    """The keys of the query and of the JSON body, parsed; null counts as absent. Raises HTTPException (400, 413).
+
+    `known` says which keys there may be, `required` which there have to be.
     """
     given: dict[str, Any] = dict(request.query_params)
     given |= _object(await _body(request))
@@ -88,6 +93,7 @@ async def arguments(
 
 
 async def _body(request: Request) -> bytes:
+    """The body of the request. Raises HTTPException (413) for more than LONGEST_BODY."""
     body = b""
     async with aclosing(request.stream()) as parts:
         async for part in parts:
@@ -99,6 +105,7 @@ async def _body(request: Request) -> bytes:
 
 
 def _object(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body; empty for none. Raises HTTPException (400)."""
     if not body.strip():
         return {}
     try:

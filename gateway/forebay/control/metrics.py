@@ -1,8 +1,8 @@
 """Prometheus text (exposition format 0.0.4) from what `status` and `cache_info` tell.
 
-Names follow prometheus.io/docs/practices/naming: one prefix, base units, `_total` on counters. Hits
-and misses are exported, never a ratio, which could not be summed over hosts. The label of a disk
-is its name alone; image and mode stand in `forebay_disk_info`.
+Names follow prometheus.io/docs/practices/naming: one prefix, base units, `_total` on counters. Hits and misses are
+exported, never a ratio, which could not be summed over hosts. The label of a disk is its name alone; image and mode
+stand in `forebay_disk_info`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,9 +14,7 @@ Values = Mapping[str, Any]
 
 
 class Metric(NamedTuple):
-    """A family with one sample for each `(labels, key)`: `key` is where status or cache_info has
-    it.
-    """
+    """A family with one sample for each `(labels, key)`: `key` is where status or cache_info has its value."""
 
     name: str
     kind: str
@@ -25,6 +23,7 @@ class Metric(NamedTuple):
 
 
 def _one(name: str, kind: str, text: str, key: str) -> Metric:
+    """A family with one sample, which has no labels of its own."""
     return Metric(name, kind, text, (("", key),))
 
 
@@ -72,7 +71,7 @@ CACHE_METRICS = (
 
 
 def metrics_text(disks: Sequence[Values], cache: Values) -> str:
-    """The page at `/metrics`."""
+    """The text at `/metrics`. `disks` is the status of each disk, `cache` what cache_info has."""
     lines = [
         *_family("build_info", "gauge", "What runs.", [(f'version="{__version__}"', 1)]),
         *_family("disk_info", "gauge", "The disks, by words.", [(_words(d), 1) for d in disks]),
@@ -90,6 +89,7 @@ def metrics_text(disks: Sequence[Values], cache: Values) -> str:
 
 
 def _disk_samples(metric: Metric, disks: Iterable[Values]) -> Iterator[tuple[str, float]]:
+    """(labels, value) of a family, for each disk whose status has it."""
     for disk in disks:
         for labels, key in metric.samples:
             if key in disk:
@@ -97,12 +97,14 @@ def _disk_samples(metric: Metric, disks: Iterable[Values]) -> Iterator[tuple[str
 
 
 def _words(disk: Values) -> str:
+    """The labels that say in words how a disk is."""
     told = {"disk": disk["name"], "image": disk["image"], "mode": disk["mode"]}
     told |= {"state": disk["state"], "overlay": disk["overlay"], "read_only": disk["read_only"]}
     return ",".join(_label(key, value) for key, value in told.items())
 
 
 def _label(name: str, value: object) -> str:
+    """A label, its value escaped."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
     for character, written in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n")):
         text = text.replace(character, written)
@@ -110,7 +112,7 @@ def _label(name: str, value: object) -> str:
 
 
 def _family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float]]) -> Iterator[str]:
-    """A family's lines; none where there is no sample."""
+    """The lines of a family; none where there is no sample."""
     heading = (f"# HELP forebay_{name} {text}", f"# TYPE forebay_{name} {kind}")
     for number, (labels, value) in enumerate(samples):
         if number == 0:

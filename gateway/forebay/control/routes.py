@@ -1,10 +1,9 @@
 """The control API: HTTP with JSON, for the command, for scripts and for a Prometheus scraper.
 
-What takes long (flush, detach, preload, mode, scrub) answers with one JSON object a line:
-`{"done": bytes, "total": bytes}` as it goes on, then `{"result": ...}` or `{"error": text}`. What
-fails before the first such line is answered as every other error: a 4xx or 5xx status with
-`{"error": text}`. A client that hangs up ends the waiting, never the data. The routes stand in
-gateway/README.md.
+What takes long (flush, detach, preload, mode, scrub) answers with one JSON object a line: `{"done": bytes,
+"total": bytes}` as it goes on, then `{"result": ...}` or `{"error": text}`. What fails before the first such line is
+answered as every other error: a 4xx or 5xx status with `{"error": text}`. If a client hangs up, its work is not waited
+for any more; no data is lost by that. The routes stand in gateway/README.md.
 """
 
 from collections.abc import Awaitable, Callable
@@ -38,6 +37,7 @@ NOT_SERVED = "failed"
 """The state of a disk on record that could not be opened; what it has dirty is not known."""
 
 WRITES_BACK = (Mode.WRITE_BACK, Mode.FULL_COPY)
+"""Modes in which something is written to the image behind the guest's back."""
 
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -98,10 +98,11 @@ class Answers(Protocol):
 
 
 Endpoint = Callable[[Request], Awaitable["Response | Operation"]]
+"""Answers one request. What it raises is answered as an error."""
 
 
 def _guarded(endpoint: Endpoint) -> Endpoint:
-    """The endpoint, with every fault answered in JSON: none of them may end the daemon."""
+    """The endpoint, which answers every fault in JSON: none of them may end the daemon."""
 
     async def call(request: Request) -> Response | Operation:
         try:
@@ -205,6 +206,8 @@ class Control:
         return self._flush(given.get("names"), given.get("timeout"))
 
     def _flush(self, names: list[str] | None, timeout: float | None) -> Operation:
+        """Write back what these disks (None: all) have dirty, within `timeout` seconds."""
+
         async def work(progress: Progress) -> Status:
             before = self._written_back()
             await self._gateway.flush(names, timeout=timeout, progress=progress)
@@ -222,7 +225,7 @@ class Control:
         return Operation(work)
 
     def _written_back(self) -> dict[str, int]:
-        """By disk: what went to the origin behind its guest's back."""
+        """By disk, bytes that were written to its image behind the guest's back so far."""
         return {
             disk["name"]: disk["origin_written_bytes"]
             for disk in self._gateway.status()
@@ -275,7 +278,7 @@ def control_app(gateway: Answers) -> Starlette:
     """The ASGI application."""
 
     async def refuse(request: Request, fault: Exception) -> Response:
-        """Answer what starlette's router found no route or method for."""
+        """Answer a request for which starlette's router has found no route or method."""
         text = f"no {request.method} {request.url.path} here: GET / lists the routes"
         return error(failure(fault)[0], text)
 

@@ -48,9 +48,9 @@ async def serve_control(
 ) -> None:
     """Answer on a Unix socket at `path` until cancelled; started when clients can connect.
 
-    Raises ForebayError when the socket cannot be made or another daemon answers on it. Cancelling
-    hangs up on all clients, those that read nothing included, and removes the socket unless
-    another daemon has put its own there by now.
+    Raises ForebayError when the socket cannot be made or another daemon answers on it. Cancelling hangs up on all
+    clients, those that read nothing included, and removes the socket unless another daemon has put its own there by
+    now.
     """
     group = gateway.config.gateway.control_group
     listener = listen(path, group)
@@ -66,8 +66,7 @@ async def serve_control(
 def listen(path: Path, group: str | None) -> trio.SocketListener:
     """A listening socket at `path`: mode 0660 for `group`, or 0600 without one.
 
-    It appears under its name when all is set, so that nobody meets a socket that refuses them.
-    Raises ForebayError.
+    It appears under its name when all is set, so that nobody meets a socket that refuses them. Raises ForebayError.
     """
     if _answers(path):
         raise ForebayError(f"another daemon answers at {path}: stop it, or choose another --run")
@@ -90,6 +89,7 @@ def listen(path: Path, group: str | None) -> trio.SocketListener:
 
 
 def _answers(path: Path) -> bool:
+    """True if somebody listens at `path`."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1)
         try:
@@ -102,11 +102,13 @@ def _answers(path: Path) -> bool:
 
 
 def _remove(path: Path, ours: tuple[int, int] | None) -> None:
+    """Remove the socket, unless another one lies there by now. `ours`: its device and inode."""
     if ours is not None and _inode(path) == ours:
         path.unlink()
 
 
 def _inode(path: Path) -> tuple[int, int] | None:
+    """Device and inode of what lies at `path`; None where nothing does."""
     try:
         found = path.lstat()
     except OSError:
@@ -117,9 +119,9 @@ def _inode(path: Path) -> tuple[int, int] | None:
 class _Server:
     """Hypercorn's handling of one connection, over a listener and connections of our own.
 
-    hypercorn.trio.serve would do for serving. But it sends under a shielded scope, so that one
-    client that does not read (a `forebay flush` stopped with Ctrl-Z is enough) would keep a
-    cancelled daemon from ending. Here cancelling shuts the connections down first.
+    hypercorn.trio.serve would do for serving. But it sends under a shielded scope, so that one client that does not
+    read (a `forebay flush` stopped with Ctrl-Z is enough) would keep a cancelled daemon from ending. Here cancelling
+    shuts the connections down first.
     """
 
     def __init__(self, app: Starlette, admission: Admission) -> None:
@@ -131,12 +133,14 @@ class _Server:
         self._streams: set[trio.SocketStream] = set()
 
     async def run(self, listener: trio.SocketListener, task_status: trio.TaskStatus[None]) -> None:
+        """Serve until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._hang_up_when_cancelled)
             nursery.start_soon(trio.serve_listeners, self._connection, [listener])
             task_status.started()
 
     async def _connection(self, stream: trio.SocketStream) -> None:
+        """Serve one client. Raises nothing."""
         if not self._admits(stream):
             return
         state = ConnectionState(LifespanState({}))
@@ -150,7 +154,7 @@ class _Server:
             self._streams.discard(stream)
 
     def _admits(self, stream: trio.SocketStream) -> bool:
-        """Whether the peer may ask; trio closes the stream where it may not."""
+        """True if the peer may ask. trio closes the stream where it may not."""
         try:
             refused = self._admission.refused(stream.socket)
         except OSError:  # gone already

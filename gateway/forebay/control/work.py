@@ -18,15 +18,14 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
 Work = Callable[[Progress], Awaitable[Any]]
+"""Given the function that it calls to say how far it is. Raises what `failure` knows to tell."""
 
 PROGRESS_INTERVAL = 0.1
 """Seconds between progress lines. More often is more than eyes can see."""
 
 
 def failure(fault: Exception) -> tuple[int, str]:
-    """The HTTP status and the one line for a request that failed; what is our own mistake goes to
-    the log.
-    """
+    """The HTTP status and the one line for a request that failed. A fault of Forebay itself goes to the log."""
     match fault:
         case HTTPException():
             return fault.status_code, fault.detail
@@ -45,13 +44,14 @@ def error(status: int, text: str, fault: Exception | None = None) -> Response:
 
 
 class Operation:
-    """An ASGI response that does `work` and tells how far it is.
+    """An ASGI response that does some work and tells how far it is.
 
-    The work, and it alone, is cancelled when the client hangs up: hypercorn closes connections in
-    the task that sends, and what is cancelled in there stays open.
+    The work, and it alone, is cancelled when the client hangs up: hypercorn closes connections in the task that sends,
+    and what is cancelled in there stays open.
     """
 
     def __init__(self, work: Work) -> None:
+        """`work` is called once, when the response is sent. What it returns is the result, as JSON."""
         self._work = work
         self._scope = trio.CancelScope()
         self._progress: tuple[int, int] | None = None
@@ -73,11 +73,13 @@ class Operation:
             nursery.cancel_scope.cancel()
 
     async def _hang_up(self, receive: Receive) -> None:
+        """Cancel the work when the client hangs up."""
         while (await receive())["type"] != "http.disconnect":
             pass
         self._scope.cancel()
 
     async def _run(self) -> None:
+        """Do the work, and keep what came of it; nothing of it where it was cancelled."""
         with self._scope:
             try:
                 self._outcome = {"result": await self._work(self._advance)}
@@ -92,10 +94,12 @@ class Operation:
         self._changed.set()
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer work that failed before it said anything."""
         if self._outcome:
             await error(self._status, self._outcome["error"])(scope, receive, send)
 
     async def _tell(self, send: Send) -> None:
+        """Answer with lines of progress, at most one each PROGRESS_INTERVAL, and the outcome as the last one."""
         headers = [(b"content-type", b"application/x-ndjson")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         while not self._finished.is_set():

@@ -19,9 +19,14 @@ from forebay.config.model import GatewaySection
 GROUP_MARK = "@"
 """In `socket_peers`, what a group's name begins with."""
 
-_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
-_SO_PEERGROUPS = 59  # asm-generic/socket.h, since Linux 4.13
-_GROUPS_BYTES = 1024  # the most that getsockopt() of Python reads: 256 groups
+_CREDENTIALS = struct.Struct("3i")
+"""struct ucred: pid, uid, gid."""
+
+_SO_PEERGROUPS = 59
+"""asm-generic/socket.h, since Linux 4.13."""
+
+_GROUPS_BYTES = 1024
+"""The most that getsockopt() of Python reads: 256 groups."""
 
 _GROUP_MAY, _OTHERS_MAY = 0o020, 0o002
 
@@ -53,7 +58,7 @@ class Peer:
 
 
 def _groups(sock: Connected, uid: int, gid: int) -> list[int]:
-    """Supplementary groups: of the process, or, where these are more than 256, those that its user is in."""
+    """The supplementary groups of the process; where these are more than 256, the groups that its user is in."""
     try:
         raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
     except OSError as error:
@@ -68,7 +73,7 @@ def _groups(sock: Connected, uid: int, gid: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Admission:
-    """Whom a socket is for. Root and the daemon's own user always are: they could do as they like anyway."""
+    """Who may connect to a socket. Root and the daemon's own user always may: they could do as they like anyway."""
 
     users: frozenset[int] = frozenset()
     groups: frozenset[int] = frozenset()
@@ -76,7 +81,7 @@ class Admission:
 
     @classmethod
     def to_disks(cls, section: GatewaySection) -> Self:
-        """As `socket_peers` says; without it, whom owner, group and mode of the sockets let in.
+        """Those whom `socket_peers` names; without it, those whom owner, group and mode of the sockets let in.
 
         Raises KeyError for a user or group that this host does not have.
         """
@@ -107,7 +112,7 @@ class Admission:
         return cls(groups=frozenset([grp.getgrnam(group).gr_gid] if group else []))
 
     def refused(self, sock: Connected) -> Peer | None:
-        """Who is connected, where they may not be; None: they may. Raises OSError."""
+        """The peer of a connection, if it may not be connected; None if it may. Raises OSError."""
         peer = Peer.of(sock)
         known = peer.uid in (0, os.geteuid()) or peer.uid in self.users
         return None if self.everybody or known or peer.groups & self.groups else peer

@@ -29,7 +29,7 @@ def parse_target(text: str) -> str:
 
 
 def serial_of(name: str) -> str:
-    """The disk's name, or where that is too long its beginning and a checksum of it all."""
+    """The serial for the guest: the disk's name, or where that is too long its beginning and a checksum of all."""
     if len(name) <= LONGEST_SERIAL:
         return name
     return f"{name[: LONGEST_SERIAL - 9]}-{zlib.crc32(name.encode()):08x}"
@@ -46,11 +46,11 @@ def _prefix(target: str) -> str:
 
 
 def disk_element(disk: Mapping[str, Any], target: str, version: Version | None = None) -> str:
-    """The element for a disk's status, for `virsh attach-device` or a domain's `<devices>`.
+    """The element of a disk with that status, for `virsh attach-device` or a domain's `<devices>`.
 
-    `cache='none'` leaves flushing to the guest; `cache='unsafe'` would hide its flushes from the
-    gateway. `version` is the libvirt that will read it, None for a new one: versions before 9.2
-    drop `<reconnect>` without a word, so they are not given it.
+    `cache='none'` leaves flushing to the guest; `cache='unsafe'` would hide its flushes from the gateway. `version` is
+    the libvirt that will read it, None for a new one: versions before 9.2 drop `<reconnect>` without a word, so they
+    are not given it.
     """
     bus = BUSES[_prefix(target)]
     reconnect = f"    <reconnect delay='{RECONNECT_DELAY}'/>\n" if knows_reconnect(version) else ""
@@ -70,9 +70,9 @@ def disk_element(disk: Mapping[str, Any], target: str, version: Version | None =
 
 
 def metadata_element(disk: Mapping[str, Any]) -> str:
-    """The element for a domain's `<metadata>` from which the hook attaches this disk at the VM's
-    start (libvirt_domain.py). What the store's settings decide is left to them. Without a prefix,
-    because `virsh metadata --set` takes no other.
+    """The element for a domain's `<metadata>` from which the hook attaches this disk at the VM's start (domain.py).
+
+    What the store's settings decide is left to them. It has no prefix, because `virsh metadata --set` takes no other.
     """
     given = {"name": disk["name"], "image": disk["image"], "mode": disk["mode"]}
     given |= {flag: "yes" for flag in ("read_only", "overlay") if disk[flag]}

@@ -19,6 +19,7 @@ from forebay.errors import ForebayError
 from forebay.units import Mode, did_you_mean, parse_name, parse_preload, parse_size
 
 NAMESPACE = "urn:forebay:libvirt:1"
+"""Of our elements. It never changes: domains have it in their XML."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,11 @@ ATTRIBUTES: dict[str, Callable[[str], Any]] = {
     "overlay": _yes_or_no,
     "instance": parse_name,
 }
+"""Of <disk>, with what checks each; the checks raise ValueError."""
 
 
 def read_domain(xml: str) -> Domain:
-    """The domain that libvirt wrote. Raises ForebayError, one line, for what is wrong in our part of it."""
+    """The domain that libvirt has written as XML. Raises ForebayError for what is wrong in our part of it."""
     # libvirt writes this text itself: no entities, nothing external
     from xml.etree import ElementTree as ET  # noqa: PLC0415  (8 ms, and most commands do without)
 
@@ -87,6 +89,7 @@ def read_domain(xml: str) -> Domain:
 
 
 def _wanted(attributes: dict[str, str]) -> WantedDisk:
+    """The disk of one <disk> element. Raises ForebayError."""
     where = f"metadata: <disk name='{attributes.get('name', '')}'>"
     values = {}
     for key, text in attributes.items():

@@ -19,6 +19,7 @@ CALL_OFF_SECONDS = 10.0
 """How long a process that was told to leave a disk alone may take to end."""
 
 _LOOK_AGAIN = 0.02
+"""Seconds."""
 
 
 class Hold:
@@ -29,7 +30,7 @@ class Hold:
         self.path = beside.with_name(f"libvirt-{beside.name}") / disk
 
     def domain(self) -> tuple[str, str] | None:
-        """UUID and name of the domain, or None."""
+        """UUID and name of the domain that the disk was attached for; None where it is nobody's."""
         try:
             uuid, _, name = self.path.read_text().partition("\n")[0].partition(" ")
         except FileNotFoundError:
@@ -37,19 +38,19 @@ class Hold:
         return (uuid, name) if uuid else None
 
     def take(self, uuid: str, name: str) -> None:
-        """From now on the disk is this domain's."""
+        """Note that the disk is attached for this domain."""
         self.path.parent.mkdir(mode=0o700, exist_ok=True)
         new = self.path.with_name(f".{self.path.name}.new")
         new.write_text(f"{uuid} {name}\n")
         new.rename(self.path)
 
     def drop(self) -> None:
-        """The disk is nobody's."""
+        """Note that the disk is attached for no domain."""
         self.path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def detaching(self) -> Iterator[bool]:
-        """Be the one who detaches the disk; False when another process is that already."""
+        """While the body runs, be the process that detaches the disk. The body gets False if another one is."""
         with self.path.open("r+b", buffering=0) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,10 +63,7 @@ class Hold:
             yield True
 
     def call_off(self) -> bool:
-        """End the process that detaches the disk, if there is one; whether there was.
-
-        Raises ForebayError when it does not end.
-        """
+        """End the process that detaches the disk. True if there was one. Raises ForebayError when it does not end."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
@@ -85,6 +83,7 @@ class Hold:
 
 
 def _unlocked(descriptor: int) -> bool:
+    """True if nobody holds the lock on the file."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -93,7 +92,7 @@ def _unlocked(descriptor: int) -> bool:
 
 
 def _end(content: bytes) -> bool:
-    """SIGTERM to the process on the second line; False when it has not put itself there yet."""
+    """Send SIGTERM to the process on the second line of the file. False if it has not put itself there yet."""
     lines = content.split(b"\n")
     if len(lines) < 3 or not lines[1].isdigit():
         return False

@@ -32,11 +32,17 @@ SHUTTING_DOWN = ": shutting down, reason="
 """What libvirt writes into a domain's log before it calls the hook (qemuProcessStop)."""
 
 LOG_TAIL = 4096
+"""Bytes at the end of a domain's log that are looked at."""
+
 LOG_AGE = 60.0
 """Seconds. An older line is about another shutdown."""
 
 KEPT_REASONS = ("saved", None)
 """Why a domain ended, where its overlays have to stay: it comes back, or it is not known that it does not."""
+
+
+NOT_SERVED = ("failed", "stopped")
+"""States of a disk that no guest can use. Its `reason` says what to do."""
 
 
 class Daemon:
@@ -53,12 +59,12 @@ class Daemon:
         self.client = Client(os.path.join(self._run, "control.sock"))
 
     def disk(self, name: str) -> dict[str, Any] | None:
-        """The disk's status, or None. Raises ForebayError."""
+        """The status of the disk of that name; None where there is none. Raises ForebayError."""
         disks: list[dict[str, Any]] = self.client.get("/disks")
         return next((disk for disk in disks if disk["name"] == name), None)
 
     def hold(self, name: str) -> Hold:
-        """Whose the disk is."""
+        """The hold on the disk of that name."""
         return Hold(self._run, name)
 
     def set_mode(self, name: str, mode: str) -> None:
@@ -74,6 +80,7 @@ class Daemon:
 
 
 Held = tuple[Daemon, Hold]
+"""A disk that was attached for a domain: the daemon that serves it, and the hold."""
 
 
 def run(domain: str, operation: str, sub_operation: str, extra: str, config: str | None) -> int:
@@ -97,7 +104,7 @@ def run(domain: str, operation: str, sub_operation: str, extra: str, config: str
 
 
 def _start(name: str, config: str | None) -> None:
-    """Attach what the domain's metadata names, all of it or nothing."""
+    """Attach what the domain's metadata names, all of it or nothing. Raises ForebayError."""
     try:
         with _at_most(PREPARE_SECONDS):
             _attach_all(read_domain(sys.stdin.read()), config)
@@ -106,6 +113,7 @@ def _start(name: str, config: str | None) -> None:
 
 
 def _attach_all(domain: Domain, config: str | None) -> None:
+    """Attach all disks of a domain. If one cannot be, those that were attached here are detached again."""
     done: list[Held] = []
     try:
         for disk in domain.disks:
@@ -119,7 +127,7 @@ def _attach_all(domain: Domain, config: str | None) -> None:
 
 
 def _attach(daemon: Daemon, domain: Domain, disk: WantedDisk) -> bool:
-    """See to it that the disk is attached, and this domain's; whether it was not attached before."""
+    """See to it that the disk is attached, for this domain. True if it was not attached before. Raises ForebayError."""
     hold = daemon.hold(disk.name)
     try:
         found = daemon.disk(disk.name)
@@ -140,6 +148,7 @@ def _attach(daemon: Daemon, domain: Domain, disk: WantedDisk) -> bool:
 
 
 def _check_free(hold: Hold, domain: Domain) -> None:
+    """Raises ForebayError where the disk is attached for another domain."""
     holder = hold.domain()
     if holder is not None and holder[0] != domain.uuid:
         raise ForebayError(
@@ -149,7 +158,7 @@ def _check_free(hold: Hold, domain: Domain) -> None:
 
 
 def _arguments(disk: WantedDisk) -> dict[str, Any]:
-    """For the control API, which serves one instance."""
+    """What the control API is told about the disk. It serves one instance, and knows of no others."""
     given = asdict(disk)
     del given["instance"]
     return given
@@ -163,8 +172,8 @@ def _settled(daemon: Daemon, found: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _check_same(daemon: Daemon, disk: WantedDisk, found: dict[str, Any]) -> None:
-    """That the disk which is there is the one wanted. Raises ForebayError."""
-    if found["state"] == "failed":
+    """Raises ForebayError where the disk that is attached already is not the one wanted, or does not work."""
+    if found["state"] in NOT_SERVED:
         raise ForebayError(f"it is not served: {found['reason']}")
     for key in ("read_only", "overlay"):
         if found[key] != getattr(disk, key):
@@ -179,7 +188,7 @@ def _check_same(daemon: Daemon, disk: WantedDisk, found: dict[str, Any]) -> None
 
 
 def _migrate(domain: Domain) -> None:
-    """Called on the host that the domain comes to. Raises ForebayError for what cannot come along."""
+    """On the host that a domain is about to migrate to: raises ForebayError for disks that cannot come along."""
     for disk in domain.disks:
         if disk.overlay:
             raise ForebayError(
@@ -189,7 +198,7 @@ def _migrate(domain: Domain) -> None:
 
 
 def _restore(domain: Domain, config: str | None) -> None:
-    """Called before a saved domain is brought back. Raises ForebayError when an overlay's writes are gone."""
+    """Before a saved domain is restored: raises ForebayError where what it wrote to an overlay is gone."""
     for disk in domain.disks:
         if disk.overlay and Daemon(config, disk.instance).disk(disk.name) is None:
             raise ForebayError(
@@ -202,7 +211,7 @@ def _restore(domain: Domain, config: str | None) -> None:
 
 
 def _end(name: str, extra: str, config: str | None) -> None:
-    """Let the domain's disks go. Raises nothing: the domain has ended, and nobody is left to be told but the log."""
+    """Detach the domain's disks. Raises nothing: the domain has ended, and only the log can be told."""
     try:
         if held := _to_release(read_domain(sys.stdin.read()), extra, config):
             _wait(_detach_behind(held))
@@ -232,7 +241,10 @@ def _to_release(domain: Domain, extra: str, config: str | None) -> list[Held]:
 
 
 def logged_reason(name: str, logs: str) -> str | None:
-    """Why the domain ended, from its log; None where that does not say. libvirt before 10.5 does not tell hooks."""
+    """Why the domain ended, from its log in the directory `logs`; None where that does not say.
+
+    libvirt before 10.5 does not tell hooks.
+    """
     from datetime import UTC, datetime  # noqa: PLC0415
 
     try:
@@ -292,7 +304,7 @@ def _wait(child: int) -> None:
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """End what is inside with a ForebayError after so long."""
+    """Raise ForebayError in the body after so many seconds."""
 
     def late(_signal: int, _frame: FrameType | None) -> None:
         raise ForebayError(
@@ -313,6 +325,6 @@ def _silent(_done: int, _total: int) -> None:
 
 
 def _log(text: str) -> None:
-    """For the journal: libvirt keeps what a hook prints only when it fails."""
+    """Write a warning to the journal: libvirt keeps what a hook prints only when it fails."""
     syslog.openlog("forebay", 0, syslog.LOG_DAEMON)
     syslog.syslog(syslog.LOG_WARNING, text)

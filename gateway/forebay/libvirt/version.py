@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 Version = tuple[int, int, int]
+"""Major, minor, patch."""
 
 RECONNECT_SINCE: Version = (9, 2, 0)
 """The first version that knows `<reconnect>` in an NBD source (libvirt's NEWS.rst)."""
@@ -50,7 +51,7 @@ def installed_version() -> Version | None:
 
 
 def _printed_version(program: str) -> Version | None:
-    """What `PROGRAM --version` prints: `libvirtd (libvirt) 9.0.0`, or `9.0.0`."""
+    """The version in what `PROGRAM --version` prints, `libvirtd (libvirt) 9.0.0` or `9.0.0`; None if none."""
     try:
         told = subprocess.run(
             [program, "--version"],
@@ -70,12 +71,12 @@ def _printed_version(program: str) -> Version | None:
 
 
 def knows_reconnect(version: Version | None) -> bool:
-    """Whether `<reconnect>` reaches QEMU. What is not known here is taken to be new enough."""
+    """True if a libvirt of that version passes `<reconnect>` on to QEMU. An unknown one is taken to be new enough."""
     return version is None or version >= RECONNECT_SINCE
 
 
 def reconnect_warning(version: Version) -> str:
-    """What an operator of a libvirt without `<reconnect>` has to know."""
+    """What an operator whose libvirt drops `<reconnect>` has to know, in one line."""
     return (
         f"libvirt {format_version(version)} drops <reconnect> (known from 9.2 on): if the daemon "
         "crashes, the guest gets I/O errors until it is back; config/libvirt/README.md says what helps"

@@ -28,19 +28,19 @@ from forebay_cache.device.superblock import erase, is_blank, read_superblock
 
 
 class Storage(Protocol):
-    """One place for a cache. Every method raises ForebayError, CacheError and OSError."""
+    """What a cache can lie on. Every method raises ForebayError, CacheError and OSError."""
 
     def check(self, size: int | None, *, force: bool) -> None:
-        """Refuse what cannot be made."""
+        """Raise ForebayError for what cannot be made: `size` in bytes, None where the storage has a size already."""
 
     def make(self, size: int | None, state: Path, progress: Progress) -> VolumeRecord:
-        """Provide `size` bytes. The record, with what is known now."""
+        """Provide `size` bytes. The record, with what is known of it now. `state` is the directory STATE."""
 
     def enlarge(self, size: int | None) -> int | None:
-        """Make it `size` bytes long where the cache cannot do so; what to ask the cache for then."""
+        """Make it `size` bytes long as far as the cache cannot do so itself. What to ask the cache for then."""
 
     def drop(self) -> None:
-        """Give it back; what it held is gone."""
+        """Give it back. What it held is gone."""
 
 
 def storage_of(record: VolumeRecord) -> Storage:
@@ -60,7 +60,7 @@ class OnVolume:
     record: VolumeRecord
 
     def check(self, size: int | None, *, force: bool) -> None:
-        """The group is there and has room, and the name is free."""
+        """Raises ForebayError unless the group is there and has room, and the name is free."""
         del force  # what another volume holds is never ours to overwrite
         name, group = Path(self.record.path).name, self.record.group
         lvm.check_volume_name(name)
@@ -75,7 +75,7 @@ class OnVolume:
         lvm.check_space(group, size or 0, self.record.place)
 
     def make(self, size: int | None, state: Path, progress: Progress) -> VolumeRecord:
-        """Make and tag it."""
+        """Make it, with the tags by which it is found again."""
         del state, progress
         record, name = self.record, Path(self.record.path).name
         tags = (lvm.CACHE_TAG, lvm.UUID_TAG + record.uuid)
@@ -84,7 +84,7 @@ class OnVolume:
         return replace(record, path=volume.path, volume=volume.uuid)
 
     def enlarge(self, size: int | None) -> int | None:
-        """By lvextend, under whatever name it has now."""
+        """By lvextend, under whatever name the volume has now."""
         volume = find_volume(self.record, Path(self.record.path))
         if size is not None and size < volume.size:
             raise _shrinks(volume.label, volume.size)
@@ -109,7 +109,7 @@ class InFile:
     record: VolumeRecord
 
     def check(self, size: int | None, *, force: bool) -> None:
-        """Nothing of that name is there, and the file system has room."""
+        """Raises ForebayError unless the path is free, and the file system has room."""
         del force
         path = Path(self.record.path)
         if os.path.lexists(path):
@@ -128,7 +128,7 @@ class InFile:
             )
 
     def make(self, size: int | None, state: Path, progress: Progress) -> VolumeRecord:
-        """Under its own name: the record says that it is not ready."""
+        """Make it under its own name: the record says that it is not ready."""
         path = Path(self.record.path)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -140,7 +140,7 @@ class InFile:
         return self.record
 
     def enlarge(self, size: int | None) -> int | None:
-        """Whoever has it open does so."""
+        """Nothing to do: whoever has it open makes it longer."""
         return size
 
     def drop(self) -> None:
@@ -158,7 +158,7 @@ class OnDevice:
     record: VolumeRecord
 
     def check(self, size: int | None, *, force: bool) -> None:
-        """It is a block device of which nobody makes use. What it holds is looked at when it is formatted."""
+        """Raises ForebayError unless it is a block device. What it holds is looked at when it is formatted."""
         path = Path(self.record.path)
         try:
             info = path.stat()
@@ -169,12 +169,12 @@ class OnDevice:
         del size, force
 
     def make(self, size: int | None, state: Path, progress: Progress) -> VolumeRecord:
-        """It is there."""
+        """Nothing to do: it is there."""
         del size, state, progress
         return self.record
 
     def enlarge(self, size: int | None) -> int | None:
-        """Its owner does so."""
+        """Nothing to do: its owner makes it longer, and says no size. Raises ForebayError for one."""
         if size is not None:
             raise ForebayError(
                 f"{self.record.path}: a block device is not ours to make larger: do so, then run "
@@ -188,6 +188,7 @@ class OnDevice:
 
 
 def _shrinks(what: str, size: int) -> ForebayError:
+    """For a volume that is to become smaller than the `size` bytes that it has."""
     return ForebayError(
         f"{what}: has {format_size(size)} ({size} bytes) already: a cache only grows; for a smaller one "
         "remove it and create another"
@@ -195,7 +196,7 @@ def _shrinks(what: str, size: int) -> ForebayError:
 
 
 def _erase(path: Path, uuid: str) -> bool:
-    """Erase this cache's superblock, if that is what lies there. False where it is not, and not blank either."""
+    """Erase the superblock of this cache. True if nothing of a cache is left; False if something else lies there."""
     fd = open_device(path)
     try:
         layout = read_superblock(fd, path)

@@ -54,17 +54,17 @@ class Volume:
 
     @property
     def active(self) -> bool:
-        """Whether there is a device to open."""
+        """True if there is a device to open."""
         return self.attributes[4:5] == "a"
 
     @property
     def open(self) -> bool:
-        """Whether somebody has it open."""
+        """True if somebody has it open."""
         return self.attributes[5:6] == "o"
 
     @property
     def cache(self) -> str | None:
-        """The uuid of the cache that its tags name."""
+        """The uuid of the cache that its tags name; None where they name none."""
         if CACHE_TAG not in self.tags:
             return None
         return next((t.removeprefix(UUID_TAG) for t in self.tags if t.startswith(UUID_TAG)), None)
@@ -72,7 +72,7 @@ class Volume:
 
 @dataclass(frozen=True)
 class Group:
-    """A volume group; bytes."""
+    """A volume group. `free` and `extent` in bytes."""
 
     name: str
     free: int
@@ -108,12 +108,13 @@ def caches() -> list[Volume]:
 
 
 def find(group: str, name: str) -> Volume | None:
-    """The volume of that name: only to see whether the name is taken."""
+    """The volume of that name: only to see if the name is taken."""
     found = _volumes(f"vg_name={group} && lv_name={name}")
     return found[0] if found else None
 
 
 def _volumes(select: str) -> list[Volume]:
+    """The volumes that LVM selects so."""
     rows = _report("lvs", "lv", _LVS, select)
     # A volume with several segments has a row for each.
     return list({row["lv_uuid"]: _volume(row) for row in rows}.values())
@@ -132,7 +133,7 @@ def _volume(row: dict[str, str]) -> Volume:
 
 
 def group(name: str) -> Group:
-    """Raises ForebayError when there is no such volume group."""
+    """The volume group of that name. Raises ForebayError when there is none."""
     rows = _report("vgs", "vg", _VGS, f"vg_name={name}")
     if not rows:
         raise ForebayError(f"no volume group '{name}': 'vgs' lists those there are")
@@ -188,7 +189,7 @@ def remove(volume: Volume) -> None:
 
 
 def retag(volume: Volume, drop: str, add: str) -> None:
-    """Replace a tag."""
+    """Replace a tag of the volume by another one."""
     _run("lvchange", "--deltag", drop, "--addtag", add, volume.label)
 
 

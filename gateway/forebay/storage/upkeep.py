@@ -21,7 +21,7 @@ _PRIVATE, _CLEAN = "disk:", "image:"
 
 
 def place(layer: str) -> dict[str, str]:
-    """`disk` and `image` of a layer by its name; empty where it is of neither."""
+    """`disk` and `image` of the layer with that name; each is empty where the layer belongs to none."""
     if layer.startswith(_PRIVATE):
         _, disk, _, image = [*layer.split(":", 3), "", "", ""][:4]
         return {"disk": disk, "image": image}
@@ -75,6 +75,7 @@ class Upkeep:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
+        """Around each scrub and repair. Raises ForebayError while another one runs."""
         try:
             self._running.acquire_nowait()
         except trio.WouldBlock:
@@ -85,6 +86,7 @@ class Upkeep:
             self._running.release()
 
     async def _revived(self) -> Revived:
+        """Use the device again. Raises ForebayError."""
         try:
             return await forebay_cache.revive(self._cache)
         except CacheError as fault:
@@ -109,6 +111,7 @@ class Upkeep:
         return False  # nobody uses the image now: whoever does next fetches it
 
     def _told(self, found: Found) -> dict[str, Any]:
+        """What was found, in JSON's terms, with disks and images in the place of layers."""
         told = found.json()
         for one in told["damage"]:
             one.update(place(one.pop("layer")))
@@ -140,6 +143,7 @@ def repair(config: Config, progress: Progress, *, drop_dirty: bool) -> dict[str,
 
 
 def _report(report: Report) -> dict[str, Any]:
+    """The same of a check without a daemon."""
     told = report.json()
     told["damaged"] = report.damaged
     for one in told["faults"]:

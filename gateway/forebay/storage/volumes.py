@@ -56,7 +56,7 @@ class Daemon(Protocol):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What `cache create` was asked for; one of the first three."""
+    """What `cache create` was asked for: one of the first three. `size` in bytes; `place` is a tag of LVM."""
 
     group: str | None = None
     device: Path | None = None
@@ -70,7 +70,7 @@ class Wanted:
 
 
 def create(config: Config, wanted: Wanted, progress: Progress) -> VolumeRecord:
-    """Provide storage and format it. Raises ForebayError; then nothing has changed."""
+    """Provide storage and format it. Its record. Raises ForebayError, and leaves nothing behind then."""
     state = config.gateway.state
     if wanted.size is not None and wanted.size < SMALLEST:
         raise ForebayError(f"a cache of {wanted.size} bytes is too small: say at least {SMALLEST}")
@@ -97,7 +97,7 @@ def create(config: Config, wanted: Wanted, progress: Progress) -> VolumeRecord:
 
 
 def _planned(config: Config, wanted: Wanted) -> VolumeRecord:
-    """The record as it is before anything is made. Raises ForebayError when the configuration names another place."""
+    """The record before anything is made. Raises ForebayError when the configuration names another place."""
     configured = config.cache.device
     ident = str(uuid.uuid4())
     if wanted.group is not None:
@@ -117,7 +117,7 @@ def _planned(config: Config, wanted: Wanted) -> VolumeRecord:
 
 
 def _volume_path(group: str, configured: Path | None) -> str:
-    """`/dev/GROUP/NAME`, the name as the configuration has it."""
+    """`/dev/GROUP/NAME`, the name as the configuration has it. Raises ForebayError if it names another group."""
     if configured is None:
         return f"/dev/{group}/forebay"
     mapped = f"/dev/mapper/{group.replace('-', '--')}-"
@@ -133,7 +133,7 @@ def _volume_path(group: str, configured: Path | None) -> str:
 
 
 def _clear_leftovers(state: Path) -> None:
-    """A `create` that was killed: nothing was ever stored in what it made."""
+    """Remove what a `create` that was killed has made: nothing was ever stored in it."""
     record = read_record(state)
     if record is not None and record.state is VolumeState.CREATING:
         storage_of(record).drop()
@@ -142,7 +142,7 @@ def _clear_leftovers(state: Path) -> None:
 
 
 def _undo(state: Path, record: VolumeRecord) -> None:
-    """What failed is reported; what fails now is left for the next `create` to clear."""
+    """Remove what a `create` that fails has made. What cannot be removed is left for the next one to clear."""
     with contextlib.suppress(ForebayError, CacheError, OSError):
         storage_of(record).drop()
         shutil.rmtree(state / "index", ignore_errors=True)
@@ -150,7 +150,7 @@ def _undo(state: Path, record: VolumeRecord) -> None:
 
 
 def _refuse_second(state: Path) -> None:
-    """One cache for one STATE."""
+    """Raises ForebayError where STATE has a cache already."""
     record = read_record(state)
     index = state / "index"
     if record is None and (not index.exists() or _is_fresh(index)):
@@ -163,6 +163,7 @@ def _refuse_second(state: Path) -> None:
 
 
 def _is_fresh(index: Path) -> bool:
+    """True if nothing was ever stored in the cache of that index."""
     opened = Index(index, 0)
     opened.close()
     return opened.meta.fresh
@@ -172,7 +173,7 @@ def _is_fresh(index: Path) -> bool:
 
 
 def extend(config: Config, daemon: Daemon, size: int | None, progress: Progress) -> dict[str, Any]:
-    """Make the storage `size` bytes long, or (None) take what it has. What the cache is now.
+    """Make the storage `size` bytes long, or (None) use what it has become. What the cache is now, as GET /cache says.
 
     Raises ForebayError.
     """
@@ -192,7 +193,7 @@ def extend(config: Config, daemon: Daemon, size: int | None, progress: Progress)
 
 @contextlib.contextmanager
 def _daemon_or_lock(config: Config, daemon: Daemon) -> Iterator[bool]:
-    """True while a daemon runs; else its STATE is held."""
+    """The body is given True if a daemon runs; else its STATE is held while the body runs."""
     try:
         daemon.get("/cache")
     except NoDaemonError:
@@ -223,7 +224,7 @@ def _record(config: Config) -> VolumeRecord:
 
 
 def remove(config: Config, daemon: Daemon, progress: Progress) -> VolumeRecord:
-    """Write back what is dirty, end the daemon, give the storage back. What was removed.
+    """Write back what is dirty, end the daemon, give the storage back. The record of what was removed.
 
     Raises ForebayError while a disk is attached, or when anything is dirty still.
     """

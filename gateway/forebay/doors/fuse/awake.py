@@ -1,9 +1,9 @@
 """Wakes a FUSE process out of a read that nothing comes to.
 
-pyfuse3 reads /dev/fuse when it is readable, and the read waits when the request that made it so is gone: its caller was
-killed in between. Then the event loop stands until some other request comes, with all that it owes to others; if these
-are what everybody waits for, for ever. It stands with Python's lock held, so that no thread can help: a timer of the
-kernel interrupts it, which the loop puts off as long as it turns. libfuse then says EINTR, and pyfuse3 begins anew.
+pyfuse3 reads /dev/fuse when that is readable. If the caller of the request is killed in between, the request is gone,
+and the read blocks until another one comes, and with it the event loop, which holds Python's lock, so that no thread
+can help. If all others wait for an answer from this very process, no request ever comes. So a timer of the kernel
+interrupts the read; the loop puts the timer off as long as it turns. libfuse then says EINTR, and pyfuse3 begins anew.
 Python's own calls are repeated (PEP 475).
 """
 
@@ -22,7 +22,7 @@ STILL_SECONDS = 0.6
 
 @contextlib.asynccontextmanager
 async def kept_awake() -> AsyncIterator[None]:
-    """Within it the calling thread, the main one, is interrupted whenever its event loop stands. Takes SIGALRM."""
+    """While the body runs, interrupt the calling (main) thread whenever its event loop stands. Takes SIGALRM."""
 
     def put_off() -> None:
         signal.setitimer(signal.ITIMER_REAL, STILL_SECONDS, STILL_SECONDS)

@@ -62,7 +62,7 @@ class Daemon:
         return self._known
 
     async def disks(self, *, fresh: bool = False) -> dict[str, Served]:
-        """The disks by name, not older than FRESH_SECONDS; `fresh`: as of now."""
+        """The disks by name, as they were at most FRESH_SECONDS ago; `fresh`: as they are now."""
         asked_at = trio.current_time()
         async with self._asking:
             limit = asked_at if fresh else asked_at - FRESH_SECONDS
@@ -94,7 +94,7 @@ class Daemon:
         self._known_at = float("-inf")
 
     async def detach(self, name: str) -> None:
-        """Let go of a disk of ours. Raises Refused, too, while somebody else reads it."""
+        """Detach a disk that a mount attached. Raises Refused, too, while somebody else reads it."""
         target = f"/disks/{name}"
         await self._ask(
             ANSWER_SECONDS,
@@ -103,6 +103,7 @@ class Daemon:
         self._known_at = float("-inf")
 
     async def _ask(self, seconds: float, question: Callable[[], T]) -> T:
+        """What `question`, which blocks, returns. Raises OSError(EIO) when that takes longer than so many seconds."""
         try:
             with trio.fail_after(seconds):
                 return await trio.to_thread.run_sync(
@@ -127,6 +128,7 @@ def disk_for(image: str) -> str:
 
 
 def _served(found: dict[str, Any]) -> Served:
+    """A disk, from its object in the daemon's answer."""
     return Served(
         name=found["name"],
         size=found["size"],

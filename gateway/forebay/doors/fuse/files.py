@@ -34,7 +34,7 @@ for their next use. To make one costs as much as to fill it: a sixth of the CPU 
 
 @dataclass(eq=False)
 class Node:
-    """An inode that the kernel knows, `lookups` times."""
+    """An inode that the kernel knows. It forgets it when it has given back as many as `lookups` references."""
 
     inode: int
     path: Path
@@ -50,14 +50,14 @@ class Nodes:
         self._inodes: dict[Path, int] = {(): self._root.inode}
 
     def path(self, inode: int) -> Path:
-        """Raises OSError(ESTALE) for what was forgotten."""
+        """The path of an inode. Raises OSError(ESTALE) for one that was forgotten."""
         node = self._nodes.get(inode)
         if node is None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return node.path
 
     def looked_up(self, path: Path) -> int:
-        """The inode number, which the kernel keeps until it forgets it."""
+        """The inode number of a path, with one reference of the kernel more."""
         node = self._nodes.get(inode := self.number(path))
         if node is None:
             node = self._nodes[inode] = Node(inode, path)
@@ -66,7 +66,7 @@ class Nodes:
         return inode
 
     def number(self, path: Path) -> int:
-        """The inode number a path has or would get."""
+        """The inode number that a path has, or would get."""
         inode = self._inodes.get(path)
         if inode is None:
             digest = blake2b("/".join(path).encode(errors="surrogateescape"), digest_size=8)
@@ -76,7 +76,7 @@ class Nodes:
         return inode
 
     def forget(self, inode: int, lookups: int) -> None:
-        """The kernel does not know it any more so many times."""
+        """Note that the kernel has given back so many references."""
         node = self._nodes.get(inode)
         if node is None or node is self._root:
             return
@@ -87,7 +87,7 @@ class Nodes:
 
 @dataclass(eq=False)
 class Handle:
-    """One open(2). `unflushed`: written through it since the last flush."""
+    """One open(2). `unflushed`: something was written through it since the last flush."""
 
     file: OpenFile
     writable: bool
@@ -96,7 +96,7 @@ class Handle:
 
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
-    """Failures become the errno that the program gets."""
+    """Around each operation: whatever it raises becomes the errno that the program gets, EIO for faults of our own."""
     try:
         yield
     except OSError as fault:
@@ -129,6 +129,7 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
     # -------------------------------------------------------------------------------------------- names and attributes
 
     async def _look(self, path: Path) -> Found:
+        """What lies at a path. Raises OSError, ENOENT where nothing does."""
         if not path:
             return Found(folder=True, mode=0o555)
         if (file := self._files.get(path)) is not None:
@@ -138,6 +139,7 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
         return self._files.dated(path, await self._places[path[0]].look(path[1:]))
 
     def _attributes(self, path: Path, found: Found) -> pyfuse3.EntryAttributes:
+        """What lies at a path, as the kernel wants to be told of it."""
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = self._nodes.number(path)
         entry.st_mode = (stat.S_IFDIR if found.folder else stat.S_IFREG) | found.mode
@@ -160,7 +162,7 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
             return entry
 
     async def forget(self, inode_list: list[tuple[int, int]]) -> None:
-        """The kernel drops inodes."""
+        """Take back references to inodes that the kernel has dropped."""
         for inode, lookups in inode_list:
             self._nodes.forget(inode, lookups)
 
@@ -198,7 +200,7 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
             return self._attributes(path, found)
 
     async def statfs(self, _ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        """As large as its disks, and full: files come by `forebay attach`, not by writing. Asks nobody."""
+        """As large as all disks, and full: files come by `forebay attach`, not by writing. Asks nobody."""
         disks = self._daemon.last_known.values()
         told = pyfuse3.StatvfsData()
         told.f_bsize = told.f_frsize = BLOCK
@@ -211,7 +213,7 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
     # ------------------------------------------------------------------------------------------------- directories
 
     async def opendir(self, inode: int, _ctx: pyfuse3.RequestContext) -> int:
-        """A listing as of now."""
+        """Take the names of a directory as they are now; the number of that listing."""
         with answered():
             path = self._nodes.path(inode)
             names = await self._places[path[0]].names(path[1:]) if path else list(self._places)
@@ -234,7 +236,7 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
                 self._nodes.looked_up(inside)
 
     async def releasedir(self, fh: int) -> None:
-        """The listing is not needed any more."""
+        """Forget a listing."""
         del self._listings[fh]
 
     # ------------------------------------------------------------------------------------------------------- files
@@ -260,7 +262,7 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
             return pyfuse3.FileInfo(fh=number, keep_cache=settled, direct_io=file.live)
 
     async def read(self, fh: int, off: int, size: int) -> bytes | bytearray | memoryview:
-        """Up to `size` bytes; less only at the end."""
+        """Up to `size` bytes from offset `off` on; fewer only at the end."""
         with answered():
             file = self._handles[fh].file
             length = min(size, file.found.size - off)
@@ -292,7 +294,7 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
             return len(buf)
 
     async def fsync(self, fh: int, _datasync: bool) -> None:
-        """NBD FLUSH."""
+        """Have what was written survive a power cut: NBD FLUSH."""
         with answered():
             handle = self._handles[fh]
             if handle.writable and handle.file.link is not None:
@@ -305,12 +307,12 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
                 self._files.touched(handle.file)
 
     async def flush(self, fh: int) -> None:
-        """close(2): what was written through this handle is flushed, so that its failure is told to somebody."""
+        """At close(2): flush what was written through this handle, so that somebody hears of a failure."""
         if self._handles[fh].unflushed:
             await self.fsync(fh, True)
 
     async def release(self, fh: int) -> None:
-        """The last close of a handle. Nobody can be told of failures."""
+        """After the last close of a handle. Nobody can be told of failures any more."""
         handle = self._handles.pop(fh)
         if handle.unflushed:
             self._files.touched(handle.file)
@@ -319,14 +321,14 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
     # ---------------------------------------------------------------------------------------- names are not made here
 
     async def create(self, *_: object) -> None:
-        """Files come by `forebay attach`."""
+        """Refuse: files come by `forebay attach`."""
         raise pyfuse3.FUSEError(errno.EROFS)
 
     mknod = mkdir = symlink = link = unlink = rmdir = rename = create
 
 
 def _zeros(data: bytes) -> bool:
-    """Whether all of it is zero. pyfuse3 passes no fallocate(2) on, so this is how programs zero ranges here."""
+    """True if all of it is zero. pyfuse3 passes no fallocate(2) on, so this is how programs zero ranges here."""
     if len(data) < LEAST_ZEROS or data[0] or data[-1] or data[len(data) // 2]:
         return False
     return data == bytes(len(data))

@@ -34,6 +34,7 @@ class Link:
     def __init__(
         self, nursery: trio.Nursery, path: str, export: str, *, wait: float, patience: float
     ) -> None:
+        """`nursery` is for the tasks that receive, watch and reconnect. `wait` and `patience` in seconds."""
         self.path = path
         self.export = export
         self.size = 0
@@ -44,15 +45,23 @@ class Link:
         self._check: Check | None = None
         self._client: Client | None = None
         self._up = trio.Event()
+        """Set while there is a connection, and when there will be none again."""
         self._missed_at = 0.0
+        """Trio time at which the connection was lost last."""
         self._stale: str | None = None
+        """Why it is not the same disk any more: every request fails with that."""
         self._owed = 0
+        """Requests without an answer."""
         self._heard_at = 0.0
+        """Trio time of the last answer, or of the first request after a rest."""
         self._watching = trio.CancelScope()
         self._reconnecting = trio.CancelScope()
 
     async def open(self, check: Check | None = None) -> None:
-        """Connect. Raises OSError. `check` says after each reconnection why this is not the same disk any more."""
+        """Connect. Raises OSError.
+
+        `check` is asked after each reconnection, and returns why this is not the same disk any more, or None.
+        """
         client = await self._connect()
         self._client = client
         self.size, self.read_only = client.size, client.read_only
@@ -60,7 +69,7 @@ class Link:
         self._nursery.start_soon(self._watch)
 
     async def close(self) -> None:
-        """Say goodbye. Requests in flight, of which there should be none, fail."""
+        """End the connection. Requests in flight, of which there should be none, fail."""
         self._watching.cancel()
         self._reconnecting.cancel()
         self._stale = self._stale or f"{self.export}: closed"
@@ -83,14 +92,15 @@ class Link:
         await self._ask(lambda client: client.pwrite(offset, data))
 
     async def zero(self, offset: int, length: int) -> None:
-        """The range reads as zeros."""
+        """Make the range read as zeros."""
         await self._ask(lambda client: client.zero(offset, length))
 
     async def flush(self) -> None:
-        """NBD FLUSH: what was written survives a power cut."""
+        """Have what was written survive a power cut: NBD FLUSH."""
         await self._ask(lambda client: client.flush())
 
     async def _ask(self, request: Callable[[Client], Awaitable[T]]) -> T:
+        """What the request returns, made again with the next connection as often as one breaks. Raises OSError."""
         while True:
             client = self._client or await self._returned()
             if not self._owed:
@@ -119,6 +129,7 @@ class Link:
         return self._client
 
     def _lost(self, client: Client, fault: OSError) -> None:
+        """Note that a connection is of no use any more, and begin to reconnect."""
         if client is not self._client:
             return
         log.warning("%s: %s; reconnecting", self.export, fault.strerror or fault)
@@ -128,6 +139,7 @@ class Link:
         self._nursery.start_soon(self._reconnect)
 
     async def _reconnect(self) -> None:
+        """Connect again, however long it takes, unless another disk has come in the place of this one."""
         pause = FIRST_PAUSE
         with trio.CancelScope() as self._reconnecting:
             while self._client is None and self._stale is None:
@@ -152,13 +164,13 @@ class Link:
         )
 
     async def _different(self, client: Client) -> str | None:
-        """Why this is another disk than the one that was opened."""
+        """Why this is another disk than the one that was opened; None if it is the same. Raises OSError."""
         if (client.size, client.read_only) != (self.size, self.read_only):
             return f"{self.export}: came back with another size or access: open it again"
         return await self._check(client) if self._check else None
 
     async def _watch(self) -> None:
-        """Give a connection up that takes requests and answers none."""
+        """Give up a connection that takes requests and answers none for `patience` seconds."""
         with self._watching:
             while True:
                 await trio.sleep(self._patience / 4)

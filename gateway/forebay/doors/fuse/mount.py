@@ -59,9 +59,12 @@ UNMOUNT_SECONDS = 5.0
 
 
 class Settings:
-    """What the command was told. Times in seconds."""
+    """What the command was told."""
 
     def __init__(self, *, allow_other: bool, wait: float, patience: float) -> None:
+        """`allow_other`: users other than the one that mounts are let in. `wait`: seconds for which a request waits for
+        a daemon that is away. `patience`: seconds for which a daemon may answer nothing until it counts as away.
+        """
         self.allow_other = allow_other
         self.wait = wait
         self.patience = patience
@@ -88,6 +91,7 @@ def mount(config: Config, where: Path, settings: Settings) -> int:
 
 
 async def _main(config: Config, where: Path, options: set[str], settings: Settings) -> None:
+    """Mount, serve until it is unmounted, and give back what the mount had attached."""
     started = time.time_ns()
     daemon = Daemon(str(config.gateway.run / "control.sock"))
     images = ImagesPlace({name: store.path for name, store in config.stores.items()}, started)
@@ -121,7 +125,7 @@ async def _main(config: Config, where: Path, options: set[str], settings: Settin
 
 
 def _keys(config: Config) -> Callable[[str], str | None]:
-    """What tells the image that a disk was attached from."""
+    """A function that returns the image of a disk, by how it was attached; None where none is configured so."""
 
     def key_of(text: str) -> str | None:
         try:
@@ -136,7 +140,10 @@ def _keys(config: Config) -> Callable[[str], str | None]:
 
 
 def _mount_point(where: Path) -> Path:
-    """The absolute path of a directory to mount at; a mount that a killed process left there is removed."""
+    """The absolute path of a directory to mount at. A mount that a killed process left there is removed.
+
+    Raises ForebayError where nothing can be mounted there.
+    """
     where = Path(os.path.abspath(where))
     try:
         # for a moment the kernel knows the attributes of a dead one, but never this
@@ -156,6 +163,7 @@ def _mount_point(where: Path) -> Path:
 
 
 def _mount(files: "Files", where: Path, options: set[str]) -> None:
+    """Mount the file system. Raises ForebayError, which says what to do."""
     try:
         pyfuse3.init(files, str(where), options)
     except RuntimeError:
@@ -188,7 +196,10 @@ def _tune(minor: int) -> None:
 
 
 async def _unmount_on(signals: AsyncIterator[int], where: Path) -> None:
-    """Unmount in order while requests are still answered, so that what is mapped and dirty arrives; else cut it off."""
+    """At a signal, unmount while requests are still answered, so that what is mapped and dirty arrives.
+
+    If files are open, the mount is cut off after UNMOUNT_SECONDS.
+    """
     await anext(signals)
     with trio.move_on_after(UNMOUNT_SECONDS):
         done = await trio.to_thread.run_sync(_fusermount, "-u", str(where), abandon_on_cancel=True)
@@ -199,7 +210,7 @@ async def _unmount_on(signals: AsyncIterator[int], where: Path) -> None:
 
 
 def _fusermount(*arguments: str) -> bool:
-    """Whether it did it. Blocks."""
+    """Run fusermount3; True if it succeeded. Blocks. Raises ForebayError where it is not installed."""
     try:
         command = ["fusermount3", *arguments]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -208,7 +219,7 @@ def _fusermount(*arguments: str) -> bool:
 
 
 def _keep_memory() -> None:
-    """Have malloc keep what it was given, in place of asking the system for each large buffer: pages cost time."""
+    """Have malloc keep freed memory, instead of asking the system for each large buffer anew: new pages cost time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # not every C library has it
         mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)

@@ -30,7 +30,11 @@ SHUT_SECONDS = 5.0
 
 @dataclass(eq=False)
 class OpenFile:
-    """A file that is open. `link` is None for an empty one; `live`: it may change under its readers."""
+    """A file that is open.
+
+    `link` is None for an empty one; `live`: it may change under its readers; `attached`: the disk that this mount
+    attached for it.
+    """
 
     path: Path
     found: Found
@@ -41,7 +45,7 @@ class OpenFile:
 
 
 class OpenFiles:
-    """Who has what open. `key_of` tells the image that a disk was attached from; None if it has no name here."""
+    """The open files of the mount."""
 
     def __init__(
         self,
@@ -53,6 +57,10 @@ class OpenFiles:
         wait: float,
         patience: float,
     ) -> None:
+        """`key_of` returns the key of the image that a disk was attached from, None if it has none here.
+
+        `nursery` is for the connections, whose `wait` and `patience` are as `Link` has them.
+        """
         self._daemon = daemon
         self._images = images
         self._key_of = key_of
@@ -61,10 +69,12 @@ class OpenFiles:
         self._files: dict[Path, OpenFile] = {}
         self._locks: defaultdict[Path, trio.Lock] = defaultdict(trio.Lock)
         self._kept: dict[Path, str] = {}
+        """Disks that are still attached for images which nobody has open."""
         self._written: dict[Path, int] = {}
+        """When what was written through this mount reached the daemon last, ns since the epoch."""
 
     def touched(self, file: OpenFile) -> None:
-        """What was written has reached the daemon: the time stamps say so from now on."""
+        """Note that what was written has reached the daemon: the time stamps say so from now on."""
         self._written[file.path] = time.time_ns()
         file.found = self.dated(file.path, file.found)
 
@@ -73,11 +83,11 @@ class OpenFiles:
         return replace(found, mtime_ns=max(found.mtime_ns, self._written.get(path, 0)))
 
     def get(self, path: Path) -> OpenFile | None:
-        """The file if somebody has it open."""
+        """The file, if somebody has it open."""
         return self._files.get(path)
 
     async def open(self, path: Path) -> OpenFile:
-        """Open it, or open it once more. Raises OSError."""
+        """Open a file, or count one user more of one that is open. Raises OSError."""
         async with self._locks[path]:
             file = self._files.get(path)
             if file is None:
@@ -100,7 +110,7 @@ class OpenFiles:
             self._nursery.start_soon(self._let_go, file.path, file.attached)
 
     async def shut(self) -> None:
-        """Close everything, and detach what this mount attached. Bounded."""
+        """Close everything, and detach what this mount attached, within SHUT_SECONDS."""
         with trio.move_on_after(SHUT_SECONDS):
             for file in list(self._files.values()):
                 if file.link is not None:
@@ -124,13 +134,14 @@ class OpenFiles:
     # ----------------------------------------------------------------------------------------------------- opening
 
     async def _disk(self, path: Path) -> OpenFile:
+        """A disk, opened. Raises OSError."""
         disk = (await self._daemon.disks(fresh=True)).get(path[1])
         if disk is None:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         return OpenFile(path, self.dated(path, found_disk(disk)), await self._linked(disk))
 
     async def _image(self, path: Path) -> OpenFile:
-        """Through the disk that writes the image, if there is one; else through a read-only disk of our own."""
+        """An image, opened through the disk that writes it, if there is one; else through a read-only one of ours."""
         found = await self._images.look(path[1:])
         if not found.size:
             return OpenFile(path, found, None)
@@ -151,6 +162,7 @@ class OpenFiles:
         raise AssertionError("the last attempt returns or raises")
 
     async def _writer(self, key: str) -> Served | None:
+        """The disk that writes to the image, if there is one. Raises OSError."""
         disks = (await self._daemon.disks(fresh=True)).values()
         return next(
             (
@@ -162,11 +174,14 @@ class OpenFiles:
         )
 
     async def _linked(self, disk: Served) -> Link:
+        """A connection to a disk. Raises OSError."""
         link = Link(self._nursery, disk.socket, disk.name, wait=self._wait, patience=self._patience)
         await link.open(self._same(disk))
         return link
 
     def _same(self, opened: Served) -> Check:
+        """Checks after a reconnection that the name still stands for the disk that was opened."""
+
         async def check(_client: Client) -> str | None:
             now = (await self._daemon.disks(fresh=True)).get(opened.name)
             if now is None or (now.image, now.overlay) == (opened.image, opened.overlay):
@@ -178,6 +193,7 @@ class OpenFiles:
     # --------------------------------------------------------------------------------------------------- letting go
 
     async def _let_go(self, path: Path, name: str) -> None:
+        """After LINGER_SECONDS, detach a disk whose image nobody has opened again."""
         await trio.sleep(LINGER_SECONDS)
         async with self._locks[path]:
             if path not in self._files and self._kept.pop(path, None) is not None:

@@ -44,7 +44,7 @@ class Place(Protocol):
     """One top directory. Paths are those below it; methods raise OSError."""
 
     async def look(self, path: Path) -> Found:
-        """What lies there. ENOENT, ENOTDIR."""
+        """What lies at the path. ENOENT where nothing does, ENOTDIR where something on the way is no directory."""
 
     async def names(self, path: Path) -> list[str]:
         """The names in the directory."""
@@ -97,6 +97,7 @@ class ImagesPlace:
         return await self._in_store(path, _names)
 
     async def _in_store(self, path: Path, look: Callable[[FilePath, str], T]) -> T:
+        """What `look`, which blocks, returns for a path in a store. Raises OSError, EIO after STORE_SECONDS."""
         store, *parts = path
         if store not in self._stores or any(part.endswith(SIDECAR) for part in parts):
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -118,12 +119,12 @@ def found_disk(disk: Served) -> Found:
 
 
 def _ours(disk: Served) -> bool:
-    """Whether a mount attached it, to serve an image by its path."""
+    """True if a mount attached the disk, to serve an image by its path."""
     return disk.name == disk_for(disk.image)
 
 
 def _look(root: FilePath, inside: str) -> Found:
-    """What lies at `inside` below a store. Blocks. Links, devices and the like are not there."""
+    """What lies at `inside` below a store; links, devices and the like count as not there. Blocks. Raises OSError."""
     descriptor = _open(root, inside, os.O_PATH | os.O_NOFOLLOW)
     try:
         seen = os.fstat(descriptor)
@@ -139,7 +140,7 @@ def _look(root: FilePath, inside: str) -> Found:
 
 
 def _names(root: FilePath, inside: str) -> list[str]:
-    """What a directory of a store holds. Blocks."""
+    """The names of images and directories in a directory of a store. Blocks. Raises OSError."""
     descriptor = _open(root, inside, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with os.scandir(descriptor) as entries:
@@ -154,6 +155,7 @@ def _names(root: FilePath, inside: str) -> list[str]:
 
 
 def _open(root: FilePath, inside: str, flags: int) -> int:
+    """A descriptor of what lies at `inside` below a store, reached without following links. Raises OSError."""
     top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return open_beneath(top, inside, flags)

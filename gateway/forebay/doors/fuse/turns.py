@@ -16,7 +16,7 @@ import trio
 
 
 class _NoLock:
-    """Whoever waits, waits in Turns.wait_readable()."""
+    """A lock that everybody gets at once: who has to wait does so in Turns.wait_readable()."""
 
     async def __aenter__(self) -> None:
         pass
@@ -26,7 +26,7 @@ class _NoLock:
 
 
 class Turns:
-    """What pyfuse3 sees as trio, and as trio.lowlevel. Of one mount; set up before pyfuse3.main()."""
+    """What pyfuse3 sees as trio, and as trio.lowlevel. There is one for a mount, installed before pyfuse3.main()."""
 
     Lock = _NoLock
 
@@ -36,13 +36,16 @@ class Turns:
         self._descriptor = -1
         self._waiting = trio.lowlevel.ParkingLot()
         self._led = False
+        """True while a task waits in epoll for all."""
         self._woken = 0
+        """Tasks that were woken and have not run yet."""
         self._taken = 0
+        """Requests taken since a leader began to wait."""
         self._closing = False
 
     @classmethod
     def install(cls) -> None:
-        """Let pyfuse3 wait with one of its own, where it can."""
+        """Have pyfuse3 wait with one of these, if it is a version that takes trio from a variable."""
         if hasattr(pyfuse3, "trio"):
             pyfuse3.trio = cls()
 
@@ -70,6 +73,7 @@ class Turns:
             self._wake(1)  # to lead
 
     async def _lead(self, descriptor: int) -> None:
+        """Wait in epoll for all, then wake as many as requests came the last time."""
         self._led = True
         try:
             await trio.lowlevel.wait_readable(descriptor)
@@ -82,7 +86,7 @@ class Turns:
         self._woken += len(self._waiting.unpark(count=count))
 
     def notify_closing(self, descriptor: int) -> None:
-        """The descriptor is about to be closed: everybody who waits gets trio.ClosedResourceError."""
+        """Have everybody who waits get trio.ClosedResourceError: the descriptor is about to be closed."""
         self._closing = True
         trio.lowlevel.notify_closing(descriptor)
         self._wake(len(self._waiting))
