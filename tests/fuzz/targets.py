@@ -10,6 +10,7 @@ import os
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from forebay.config.model import Config, OriginsSection, Store
 from forebay.errors import ForebayError
 from forebay.origin.addresses import resolve
 from forebay.sidecar import redo
-from forebay.sidecar.record import Owner
+from forebay.sidecar.record import Owner, next_token
 from forebay_cache import CacheError
 from forebay_cache.device.device import Device
 from forebay_cache.device.superblock import read_superblock
@@ -362,9 +363,13 @@ def index(data: bytes) -> None:
 
 
 def owner(data: bytes) -> None:
-    """An owner marker, which lies where tenants may write."""
+    """An owner marker, which lies where tenants may write: what it says is shown, and is written again."""
     with contextlib.suppress(ValueError):
-        str(Owner.parse(data))
+        found = Owner.parse(data)
+        assert (str(found) + found.dirty_in_words).isprintable()
+        assert len(str(found) + found.dirty_in_words) < 1000
+        again = replace(found, token=next_token(found))
+        assert Owner.parse(json.dumps(asdict(again)).encode()) == again
 
 
 def redo_journal(data: bytes) -> None:

@@ -148,6 +148,14 @@ class Case:
             owner |= {"gateway": "other", "host": "elsewhere", "token": owner["token"] + 1}
             (sidecar / "owner.new").write_text(json.dumps(owner))
             (sidecar / "owner.new").rename(sidecar / "owner")
+        elif self.name == "truncated":
+            os.truncate(sidecar / "owner", 0)
+        elif self.name == "newer":
+            text = (sidecar / "owner").read_text()
+            (sidecar / "owner").write_text(text.replace('"format": 1', '"format": 2'))
+        elif self.name == "folder":
+            (sidecar / "owner").unlink()
+            (sidecar / "owner").mkdir()
         elif self.name == "removed":
             for file in sidecar.iterdir():
                 file.unlink()
@@ -163,6 +171,9 @@ class Case:
 CASES = [
     Case("taken", "was taken over by host elsewhere"),
     Case("removed", "was taken over"),
+    Case("truncated", "owner cannot be read (Expecting value"),
+    Case("newer", "owner cannot be read (format 2, this version knows only 1), so another gateway"),
+    Case("folder", "owner cannot be read (not a file)"),
     Case("replaced", "replaced"),
     Case("cut", "bytes and had"),
 ]

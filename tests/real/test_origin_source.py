@@ -125,7 +125,7 @@ async def test_an_image_that_is_taken_meanwhile_is_not_written(image: FileAddres
         again = make(size=SIZE)
         with pytest.raises(TakenOver, match="was taken over by host"):
             await again.open()
-        again.begin_anew()
+        await again.begin_anew()
         with pytest.raises(OSError, match="belongs to host"):
             await again.open()
         path.unlink()

@@ -274,7 +274,7 @@ def test_links_in_the_place_of_our_files_are_not_followed(
     sidecar(image).unlink()
     sidecar(image).mkdir()
     (sidecar(image) / "lock").symlink_to(victim / "file")
-    with pytest.raises(OSError, match="symbolic"):
+    with pytest.raises(ForebayError, match="lock, is not a file: remove it"):
         take()
     assert os.listdir(victim) == []
 

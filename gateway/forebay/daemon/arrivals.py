@@ -192,7 +192,7 @@ async def _abandoned_on_fault(source: Source) -> Any:
     try:
         yield
     except BaseException:
-        with trio.CancelScope(shield=True), contextlib.suppress(OSError):
+        with trio.CancelScope(shield=True), contextlib.suppress(OSError, ForebayError):
             await source.abandon()
         raise
 

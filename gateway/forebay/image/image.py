@@ -87,8 +87,11 @@ class Image:
             self._note_change(str(fault))
             if self.conflict is not None:
                 return None
-        source.begin_anew()
-        return await source.open()
+        await source.begin_anew()
+        try:
+            return await source.open()
+        except TakenOver as fault:
+            raise OSError(errno.EIO, str(fault)) from fault
 
     # --------------------------------------------------------------------------------------------------------- writes
 

@@ -12,7 +12,7 @@ from forebay.origin.addresses import Address, DeviceAddress, FileAddress
 from forebay.origin.protocol import Origin, close_quietly
 from forebay.origin.threads import StoreThreads, bounded
 from forebay.sidecar.claim import Claim
-from forebay.sidecar.record import TakenOver
+from forebay.sidecar.record import TakenOver, UnreadableError
 from forebay.units import Mode
 
 START_SECONDS = 2.0
@@ -153,13 +153,23 @@ class Source:
                 self._origin = await self._open(first=False)
         except TakenOver:
             raise
+        except UnreadableError as fault:
+            if self.claim is not None and self.claim.is_of_before:  # a newer version may have it
+                raise TakenOver(
+                    f"{fault.what}, so another gateway may have the image by now"
+                ) from fault
+            raise OSError(errno.EIO, str(fault)) from fault
         except ForebayError as fault:
             raise OSError(errno.EIO, str(fault)) from fault
         return self._origin
 
-    def begin_anew(self) -> None:
-        """Let the image be claimed as if for the first time: nothing is left of what the cache had of it."""
+    async def begin_anew(self) -> None:
+        """Let the image be claimed as if for the first time: nothing is left of what the cache had of it.
+
+        Raises OSError.
+        """
         if self.claim is not None:
+            await self.claim.leave()  # if an earlier attempt had taken it
             self.claim.begin_anew()
 
     async def _open(self, first: bool) -> Origin:

@@ -4,15 +4,16 @@ import errno
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import trio
 
+from forebay.errors import ForebayError
 from forebay.origin.addresses import FileAddress
 from forebay.origin.opening import OpenImage
 from forebay.origin.threads import Call, Descriptor, StoreThreads, bounded
 from forebay.sidecar.marker import Marker
-from forebay.sidecar.record import Owner, State, TakenOver
+from forebay.sidecar.record import Owner, State, TakenOver, UnreadableError
 from forebay.sidecar.redo import RedoFile
 from forebay_cache.blocks.frozen import Range
 
@@ -73,12 +74,17 @@ class Claim:
         """True from `take` until `release` or `leave`, also when the claim was lost in between."""
         return self._marker is not None
 
+    @property
+    def is_of_before(self) -> bool:
+        """True while the image was ours already, in this life or in the one before: what the cache has of it counts."""
+        return self._is_ours
+
     async def take(self, file: OpenImage, descriptor: Descriptor | None = None) -> None:
         """Become the owner of the open image; where the claim is held, lock this descriptor of the image as well.
 
         `descriptor` is the file's, where that may be closed while the call hangs. Raises ForebayError when another
-        gateway is the owner; TakenOver when the image was ours, and another one took it since; OSError when the store
-        fails.
+        gateway is the owner, and UnreadableError when nobody knows who is; TakenOver when the image was ours, and
+        another one took it since; OSError when the store fails.
         """
         if self._marker is not None:
             await self._admit(self._marker, file, descriptor)
@@ -181,7 +187,8 @@ class Claim:
     async def mark_clean_to_release(self) -> None:
         """As `mark_clean`, at the end: what the image lacked is in it, or was dropped on purpose. No-op if not held.
 
-        A marker that is somebody else's by now stays as it is, and the claim is let go. Raises OSError.
+        A marker that is somebody else's by now stays as it is, and the claim is let go. So it is with one that cannot
+        be read, but that raises UnreadableError. Raises OSError.
         """
         marker = self._marker
         if marker is None:
@@ -190,11 +197,14 @@ class Claim:
             await self._in_turn("marking", lambda: marker.set_state("clean"))
         except TakenOver:
             await self.leave()
+        except UnreadableError:
+            await self.leave()
+            raise
 
     async def release(self) -> None:
         """Remove the marker and let the locks go; with state dirty the marker stays. Does nothing if not held.
 
-        Raises OSError; and TakenOver: the marker is somebody else's, and stays.
+        Raises OSError; TakenOver: the marker is somebody else's, and stays; UnreadableError: that may be so.
         """
         marker, self._marker = self._marker, None
         if marker is not None:
@@ -216,9 +226,15 @@ class Claim:
         try:
             yield self._check_held()
         except TakenOver as fault:
-            self._lost = str(fault)
-            self.on_lost(self._lost)
-            raise OSError(errno.EIO, self._lost) from fault
+            self._lose(str(fault), fault)
+        except UnreadableError as fault:
+            self._lose(f"{fault.what}, so another gateway may have the image by now", fault)
+
+    def _lose(self, why: str, fault: ForebayError) -> NoReturn:
+        """Note that the claim is lost. Raises OSError."""
+        self._lost = why
+        self.on_lost(why)
+        raise OSError(errno.EIO, why) from fault
 
     def _check_held(self) -> Marker:
         if self._marker is None:

@@ -13,7 +13,6 @@ import fcntl
 import json
 import logging
 import os
-import stat
 from dataclasses import asdict, replace
 from typing import Self
 
@@ -21,16 +20,15 @@ from forebay.errors import ForebayError
 from forebay.origin.addresses import SIDECAR, FileAddress
 from forebay.origin.calls import SystemCalls
 from forebay.origin.opening import OpenImage, open_folder
-from forebay.sidecar import redo
+from forebay.sidecar import own_files, redo
 from forebay.sidecar.locks import WRITES, InUse, NoLocks, set_lock, take_locks
-from forebay.sidecar.record import NOBODY, Owner, in_use_by_program, taken_over
+from forebay.sidecar.own_files import DoesNotCountError
+from forebay.sidecar.record import NOBODY, Owner, UnreadableError, in_use_by_program, taken_over
 
 log = logging.getLogger("forebay.origin")
 
 LONGEST_OWNER = 64 << 10
 """Bytes of an owner marker that are read: what is longer was not written by a gateway."""
-
-_CREATE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Sidecar:
@@ -109,14 +107,27 @@ class Sidecar:
         if (named.device, named.inode) != (ours.device, ours.inode):
             raise ForebayError(f"{self.address.key} was just replaced by another file: try again")
 
+    def look_beside(self) -> os.stat_result | None:
+        """What the name of the image leads to; None if there is nothing. Raises OSError."""
+        name = os.path.basename(self.address.path)
+        with contextlib.suppress(FileNotFoundError):
+            return os.stat(name, dir_fd=self._folder, follow_symlinks=False)
+        return None
+
     # ---------------------------------------------------------------------------------------------------- the lock
 
     def try_lock(self, *, need_locks: bool) -> bool:
         """Open the lock file and lock it. False if somebody else has it; True if we do, or it has no locks to give.
 
-        Raises ForebayError, if `need_locks`, for a file system without locks; and OSError.
+        Raises ForebayError for a lock file that does not count and, if `need_locks`, for a file system without locks;
+        and OSError.
         """
-        self.lock = self._keep(os.open("lock", _CREATE, 0o600, dir_fd=self.fd))
+        try:
+            self.lock = self._keep(own_files.open_lock(self.fd, "lock", self.look_beside()))
+        except DoesNotCountError as why:
+            raise ForebayError(
+                f"{self.address.key}: the lock beside it, {self.address.path}{SIDECAR}/lock, is {why}: remove it"
+            ) from None
         try:
             set_lock(self.lock, fcntl.F_WRLCK)
         except BlockingIOError:
@@ -139,29 +150,45 @@ class Sidecar:
     # --------------------------------------------------------------------------------------------- the owner marker
 
     def read_owner(self) -> Owner | None:
-        """What the owner marker says; None if there is none. Raises ForebayError if it cannot be read; OSError."""
-        return _read_owner(self.fd, self.address)
+        """What the owner marker says; None if there is none. Raises UnreadableError and OSError."""
+        return self._read_owner(self.fd)
 
     def check_left_by(self, me: Owner) -> None:
-        """Raise TakenOver unless the marker that lies there is of my gateway, as it left it. Raises OSError as well.
+        """Raise TakenOver unless the marker that lies there is of my gateway, as it left it.
 
-        Whoever takes an image over replaces or removes the marker. The directory need not be open.
+        Raises UnreadableError and OSError as well. Whoever takes an image over replaces or removes the marker. The
+        directory need not be open.
         """
         try:
             fd = self._open_directory()
         except FileNotFoundError:
             raise taken_over(self.address, None) from None
         try:
-            found = _read_owner(fd, self.address)
+            found = self._read_owner(fd)
         finally:
             os.close(fd)
         if found is None or found.gateway != me.gateway:
             raise taken_over(self.address, found)
 
+    def _read_owner(self, folder: int) -> Owner | None:
+        """What the owner marker in the open directory says; None if there is none."""
+        try:
+            fd = own_files.open_existing(folder, "owner", self.look_beside())
+        except FileNotFoundError:
+            return None
+        except DoesNotCountError as why:
+            raise UnreadableError(self.address, str(why)) from None
+        try:
+            return Owner.parse(os.read(fd, LONGEST_OWNER))
+        except ValueError as why:
+            raise UnreadableError(self.address, str(why)) from why
+        finally:
+            os.close(fd)
+
     def write_owner(self, owner: Owner) -> None:
         """Replace the owner marker, durably: temporary name, fsync, rename, fsync of the directory. Raises OSError."""
         text = json.dumps(asdict(owner), indent=1) + "\n"
-        fd = os.open("owner.new", _CREATE | os.O_TRUNC, 0o644, dir_fd=self.fd)
+        fd = own_files.make(self.fd, "owner.new", 0o644)
         with open(fd, "wb") as file:  # writes all of it, or raises
             file.write(text.encode())
             file.flush()
@@ -194,7 +221,7 @@ class Sidecar:
         with contextlib.suppress(FileNotFoundError):
             os.unlink("owner", dir_fd=self.fd)
         os.fsync(self.fd)
-        for name in ("lock", redo.UNFINISHED):
+        for name in ("lock", "owner.new", redo.UNFINISHED):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self.fd)
         with contextlib.suppress(OSError):  # a boot trace may stay in it
@@ -203,7 +230,7 @@ class Sidecar:
     def remove_if_unused(self) -> None:
         """Leave nothing beside an image that was refused, if only we made it. For whoever has the lock."""
         with contextlib.suppress(OSError):
-            if self.names() == ["lock"]:
+            if self.lock >= 0 and self.names() == ["lock"]:
                 os.unlink("lock", dir_fd=self.fd)
                 os.rmdir(self._name, dir_fd=self._folder)
 
@@ -211,8 +238,8 @@ class Sidecar:
 def read_owner(address: FileAddress) -> Owner | None:
     """What the owner marker of the image says; None if nobody holds the image for writing.
 
-    Raises OSError, and ForebayError for a marker that cannot be read, or for an image that nobody holds and that holds
-    part of a checkpoint.
+    Raises OSError, UnreadableError for a marker that cannot be read, and ForebayError for an image that nobody holds
+    and that holds part of a checkpoint.
     """
     with Sidecar(address) as sidecar:
         try:
@@ -227,26 +254,6 @@ def read_owner(address: FileAddress) -> Owner | None:
                 f"{address.key} holds part of a checkpoint: run 'forebay recover {address.key}' first"
             )
         return None
-
-
-def _read_owner(sidecar: int, address: FileAddress) -> Owner | None:
-    """What the owner marker in the open directory says; None if there is none. Raises ForebayError and OSError."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        fd = os.open("owner", flags, dir_fd=sidecar)
-    except FileNotFoundError:
-        return None
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ValueError("not a file")
-        return Owner.parse(os.read(fd, LONGEST_OWNER))
-    except ValueError as fault:
-        raise ForebayError(
-            f"{address.key}: its owner marker {address.path}{SIDECAR}/owner cannot be read ({fault}): "
-            "find out which gateway wrote the image, then remove that file"
-        ) from fault
-    finally:
-        os.close(fd)
 
 
 def lock_image(address: FileAddress, file: OpenImage, *, need_locks: bool) -> None:

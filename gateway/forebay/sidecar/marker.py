@@ -33,6 +33,7 @@ from forebay.sidecar.record import (
     TakenOver,
     in_use_by_gateway,
     left_behind,
+    next_token,
     now,
     taken_over,
 )
@@ -114,9 +115,7 @@ class Marker:
         if found is not None:
             log.info("%s: a checkpoint of '%s' was finished", self.address.key, found.disk)
         as_of = found.as_of if found else before.as_of if before else ""
-        # A removed marker takes its token along; the clock keeps the next one larger.
-        token = max(int(time.time()), before.token + 1 if before else 1)
-        mine = replace(me, token=token, as_of=as_of)
+        mine = replace(me, token=next_token(before), as_of=as_of)
         if before is not None:
             mine = replace(
                 mine,

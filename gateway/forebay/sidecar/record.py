@@ -4,13 +4,14 @@ import contextlib
 import json
 import os
 import socket
+import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from forebay.errors import ForebayError, InUseError
-from forebay.origin.addresses import FileAddress
+from forebay.origin.addresses import SIDECAR, FileAddress
 from forebay.sidecar.locks import InUse
 from forebay.units import format_size
 
@@ -27,8 +28,35 @@ class TakenOver(ForebayError):
     """The image was ours, and is not any more: others may have written it, so nothing that we know of it holds."""
 
 
+class UnreadableError(ForebayError):
+    """An owner marker that cannot be read, or does not count: nobody knows whose the image is."""
+
+    def __init__(self, address: FileAddress, why: str) -> None:
+        self.what = (
+            f"{address.key}: its owner marker {address.path}{SIDECAR}/owner cannot be read ({why})"
+        )
+        """What is wrong, without what to do about it."""
+        super().__init__(
+            f"{self.what}: find out which gateway wrote the image, then remove that file"
+        )
+
+
 NOBODY = ""
 """The gateway in a marker that `forebay takeover` left: the next gateway may take the image."""
+
+LARGEST = (1 << 63) - 1
+"""The largest number that a marker may have."""
+
+LONGEST_INSTANT = 40
+"""Characters of an instant in ISO 8601, at most."""
+
+_LONGEST = {"gateway": 64, "host": 255, "boot_id": 64, "disk": 64}
+"""Characters of each text in a marker, at most."""
+_INSTANTS = ("since", "as_of", "dirty_since")
+_MOST = {"pid": (1 << 31) - 1, "token": LARGEST, "dirty_bytes": LARGEST}
+"""The largest value of each number in a marker; the smallest is 0."""
+_MOST_DIGITS = 20
+"""Of a number in JSON: as many as 64 bits need."""
 
 _NEWER = {"as_of": "", "dirty_since": "", "dirty_bytes": 0}
 """What the markers of the first versions do not have, with what is read instead."""
@@ -75,22 +103,27 @@ class Owner:
 
     @classmethod
     def parse(cls, text: bytes) -> Self:
-        """The owner that the text of a marker describes. Raises ValueError."""
-        try:
-            found = json.loads(text)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ValueError("not an owner file of this version")
+        """The owner that the text of a marker describes. Raises ValueError.
+
+        Whoever may write to the folder of the image may have written that text, and what it says is shown to
+        operators: every field has bounds.
+        """
+        found = parse_object(text)
+        version = found.get("format")
+        if type(version) is not int:
+            raise ValueError("not an owner file")
+        if version != FORMAT:
+            raise ValueError(f"format {version}, this version knows only {FORMAT}")
         for name, missing in _NEWER.items():
             found.setdefault(name, missing)
-        for name in ("gateway", "host", "boot_id", "disk", "since", "as_of", "dirty_since"):
-            if not isinstance(found.get(name), str) or not found[name].isprintable():
-                raise ValueError(f"'{name}' is not text")
+        for name, longest in _LONGEST.items():
+            check_text(name, found.get(name), longest)
+        for name in _INSTANTS:
+            check_instant(name, found.get(name))
+        for name, most in _MOST.items():
+            check_number(name, found.get(name), most)
         if found.get("state") not in ("clean", "dirty"):
             raise ValueError("'state' is neither clean nor dirty")
-        if not all(isinstance(found.get(name), int) for name in ("pid", "token", "dirty_bytes")):
-            raise ValueError("'pid', 'token' or 'dirty_bytes' is not a number")
         return cls(**{name: found[name] for name in cls.__dataclass_fields__})
 
     def __str__(self) -> str:
@@ -104,6 +137,61 @@ class Owner:
             f"{format_size(self.dirty_bytes)} (at the last count)" if self.dirty_bytes else "data"
         )
         return f"{some} written since {self.dirty_since or self.as_of or self.since} that the image lacks"
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """The JSON object in a text that anybody may have written. Raises ValueError, with a short printable text."""
+    try:
+        found = json.loads(text, parse_int=_parse_number, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeDecodeError:
+        raise ValueError("not text") from None
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")  # noqa: TRY004  (what is wrong is the text)
+    return found
+
+
+def _parse_number(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS + 1:  # a sign
+        raise ValueError("a number that is too long")
+    return int(digits)
+
+
+def _refuse_constant(_word: str) -> None:
+    raise ValueError("a number that is none")
+
+
+def check_text(name: str, value: object, longest: int) -> None:
+    """Raise ValueError unless the value of that field is printable text of at most `longest` characters."""
+    if not isinstance(value, str) or len(value) > longest or not value.isprintable():
+        raise ValueError(f"'{name}' is not text of at most {longest} characters")
+
+
+def check_instant(name: str, value: object) -> None:
+    """Raise ValueError unless the value of that field is an instant in ISO 8601, or empty."""
+    check_text(name, value, LONGEST_INSTANT)
+    try:
+        if value:
+            datetime.fromisoformat(str(value))
+    except ValueError:
+        raise ValueError(f"'{name}' is not an instant") from None
+
+
+def check_number(name: str, value: object, most: int) -> None:
+    """Raise ValueError unless the value of that field is a number from 0 to `most`."""
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"'{name}' is not a number from 0 to {most}")
+
+
+def next_token(before: Owner | None) -> int:
+    """The token of the owner that comes after `before`; None where no marker is there.
+
+    A removed marker takes its token along; the clock keeps the next one larger.
+    """
+    least = before.token + 1 if before is not None else 1
+    clock = int(time.time())
+    return max(clock, least) if least <= LARGEST else clock  # only what was planted has such a one
 
 
 def now() -> str:

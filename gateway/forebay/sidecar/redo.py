@@ -20,7 +20,6 @@ import contextlib
 import errno
 import json
 import os
-import stat
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -31,12 +30,18 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 from forebay.errors import ForebayError
 from forebay.origin.calls import IOV_MAX, PUNCH_HOLE, SystemCalls
 from forebay.origin.threads import Descriptor
+from forebay.sidecar import own_files
+from forebay.sidecar.own_files import DoesNotCountError
+from forebay.sidecar.record import check_instant, check_number, check_text, parse_object
 from forebay_cache.blocks.frozen import Range
 from forebay_cache.format.geometry import Buffer
 
 FORMAT = 1
 NAME, UNFINISHED = "redo", "redo.new"
 DATA, ZEROS, END = 1, 2, 3
+
+LONGEST_NAME = 255
+"""Characters of each name in a header, at most."""
 
 _MAGIC = b"FBREDO\0\0"
 _HEADER = 4096
@@ -73,12 +78,8 @@ class RedoFile:
         """Make `redo.new`, with a header, in the open directory `sidecar`, which stays the caller's. Raises OSError."""
         self._sidecar = sidecar
         self._lock = threading.Lock()
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # a write that hung may still come, to the old file
-            os.unlink(UNFINISHED, dir_fd=sidecar)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._file = Descriptor(os.open(UNFINISHED, flags, 0o600, dir_fd=sidecar))
+        # A new file: a write that hung may still come, to the old one.
+        self._file = Descriptor(own_files.make(sidecar, UNFINISHED, 0o600))
         self._end = _HEADER
         self._records = 0
         self._bytes = 0
@@ -172,10 +173,14 @@ def recover(
     with contextlib.suppress(FileNotFoundError):
         os.unlink(UNFINISHED, dir_fd=sidecar)
     try:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(NAME, flags, dir_fd=sidecar)
+        fd = own_files.open_existing(sidecar, NAME, os.fstat(image))
     except FileNotFoundError:
         return None
+    except DoesNotCountError as why:
+        raise ForebayError(
+            f"{label}: its redo journal is {why}: if a gateway wrote it, have it belong to the image's owner; else "
+            f"remove {NAME} from the directory beside it"
+        ) from None
     try:
         checkpoint = _checked(fd, label)
         _check_image(checkpoint, image, label)
@@ -193,8 +198,6 @@ def recover(
 def _checked(fd: int, label: str) -> Checkpoint:
     """What the header of a journal says, all of which is good. Raises ForebayError for one that is not."""
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ValueError("not a file")
         checkpoint = _read_header(fd)
         for _ in _records(fd, checkpoint.size):
             pass
@@ -259,17 +262,24 @@ def _read_header(fd: int) -> Checkpoint:
     if xxh3_64_intdigest(body) != found:
         raise ValueError("damaged header")
     try:
-        fields = json.loads(body[len(_MAGIC) :].rstrip(b"\0"))
-        if fields["format"] != FORMAT:
-            raise ValueError(f"format {fields['format']}, this version knows only {FORMAT}")
-        words = [fields[name] for name in ("gateway", "host", "disk", "as_of")]
-        if not all(isinstance(word, str) and word.isprintable() for word in words):
-            raise ValueError("names that are no text")
-        if not all(isinstance(fields[name], int) for name in ("size", "inode")):
-            raise ValueError("a size that is no number")
-        return Checkpoint(**fields)
-    except (KeyError, TypeError, RecursionError):
-        raise ValueError("a header that makes no sense") from None
+        return _parse_header(body[len(_MAGIC) :].rstrip(b"\0"))
+    except ValueError as why:
+        raise ValueError(f"a header that makes no sense: {why}") from None
+
+
+def _parse_header(text: bytes) -> Checkpoint:
+    """What the JSON of a header says. Raises ValueError."""
+    fields = parse_object(text)
+    version = fields.get("format")
+    if type(version) is not int or version != FORMAT:
+        known = f"this version knows only {FORMAT}"
+        raise ValueError(f"format {version}, {known}" if type(version) is int else known)
+    for name in ("gateway", "host", "disk"):
+        check_text(name, fields.get(name), LONGEST_NAME)
+    check_instant("as_of", fields.get("as_of"))
+    for name in ("size", "inode"):
+        check_number(name, fields.get(name), (1 << 64) - 1)
+    return Checkpoint(**{name: fields[name] for name in Checkpoint.__dataclass_fields__})
 
 
 def _record(kind: int, offset: int, length: int, data: Sequence[Buffer]) -> list[Buffer]:

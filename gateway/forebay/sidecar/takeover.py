@@ -3,7 +3,6 @@
 This needs no daemon: `forebay recover` and `forebay takeover` (recover.py) call it, on any host that sees the image.
 """
 
-import time
 from dataclasses import dataclass, replace
 
 from forebay.errors import ForebayError
@@ -11,7 +10,7 @@ from forebay.origin.addresses import FileAddress
 from forebay.origin.opening import OpenImage
 from forebay.sidecar import redo
 from forebay.sidecar.files import Sidecar, lock_image
-from forebay.sidecar.record import NOBODY, Owner
+from forebay.sidecar.record import NOBODY, Owner, next_token
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,5 @@ def _finish(
         sidecar.remove()
     elif take_over:
         me = Owner.of_this_process(NOBODY, owner.disk)
-        token = max(int(time.time()), owner.token + 1)
-        sidecar.write_owner(replace(me, token=token, as_of=found.as_of))
+        sidecar.write_owner(replace(me, token=next_token(owner), as_of=found.as_of))
     return found

@@ -1,0 +1,92 @@
+"""The files beside an image, one by one: which of them count, and how new ones are made.
+
+Whoever may write to the folder of an image can put anything there, also a link to somebody else's file. So a file
+counts only if it is a regular one, has no other name, and belongs to somebody who may write the image anyway; and a new
+one is never written through a name that is there already.
+
+Everything here blocks, and raises OSError.
+"""
+
+import contextlib
+import errno
+import os
+import pwd
+import stat
+
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_OPEN_LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class DoesNotCountError(ValueError):
+    """A file that is not to be believed, or not to be used. The text says why, as the end of a sentence."""
+
+
+def open_existing(folder: int, name: str, image: os.stat_result | None) -> int:
+    """A new descriptor of a file in the open directory, for reading, which the caller closes.
+
+    `image` is what lies beside it; None if that is gone. Raises FileNotFoundError, DoesNotCountError and OSError.
+    """
+    return _checked(folder, name, _READ, image)
+
+
+def open_lock(folder: int, name: str, image: os.stat_result | None) -> int:
+    """The same for a lock file, for reading and writing, made if it is not there. Raises as `open_existing`."""
+    return _checked(folder, name, _OPEN_LOCK, image)
+
+
+def make(folder: int, name: str, mode: int) -> int:
+    """A new descriptor of a new, empty file, which takes the place of what has that name. Raises OSError."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=folder)
+    except IsADirectoryError as error:
+        raise OSError(error.errno, f"'{name}' beside the image is a directory: remove it") from None
+    return os.open(name, _NEW, mode, dir_fd=folder)
+
+
+def _checked(folder: int, name: str, flags: int, image: os.stat_result | None) -> int:
+    try:
+        fd = os.open(name, flags, 0o600, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise DoesNotCountError("not a file") from None
+        raise
+    try:
+        _check(os.fstat(fd), image)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check(found: os.stat_result, image: os.stat_result | None) -> None:
+    """Raise DoesNotCountError unless the file counts."""
+    if not stat.S_ISREG(found.st_mode):
+        raise DoesNotCountError("not a file")
+    if found.st_nlink > 1:
+        raise DoesNotCountError(f"a file with {found.st_nlink} names")
+    if not _may_write(found.st_uid, image):
+        raise DoesNotCountError(
+            f"a file of user {found.st_uid}, who is neither this user nor may write the image"
+        )
+
+
+def _may_write(user: int, image: os.stat_result | None) -> bool:
+    """True if that user is this process's, or may write the image, as far as owner, group and mode tell."""
+    if user in (os.geteuid(), 0):
+        return True
+    if image is None:
+        return False
+    if user == image.st_uid or image.st_mode & stat.S_IWOTH:
+        return True
+    return bool(image.st_mode & stat.S_IWGRP) and image.st_gid in _groups(user)
+
+
+def _groups(user: int) -> list[int]:
+    """The groups of a user, as this host knows them."""
+    try:
+        known = pwd.getpwuid(user)
+    except KeyError:
+        return []
+    return os.getgrouplist(known.pw_name, known.pw_gid)
