@@ -141,6 +141,7 @@ class Image:
             await self.flush(times=not self.identity.is_noted(ended))
         await self._writes.drop_lost()
         found = await origin.identity()
+        # no await until self._compare: what was found would be noted for a write that ended after it
         if found.size != self.size:
             self.stop(f"{self.key} has {found.size} bytes and had {self.size}")
         elif self.identity.writes_ended != ended or not self.identity.is_at_rest():

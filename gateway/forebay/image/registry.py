@@ -25,6 +25,7 @@ class Images:
 
         Raises ForebayError where the image has stopped for the disks on it, and this one would be new.
         """
+        # no await until image.reach.attempt: an image that no disk is on is closed
         image = self._open.get(source.key)
         if image is not None and image.conflict is not None and not source.resumed:
             raise ForebayError(f"{image.conflict}, on every disk of it")
