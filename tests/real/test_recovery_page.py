@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from real import fault_plants
 from real.disk_fixture import ask, run, small_tmpfs, wait_for
 from real.gateway_process import GatewayProcess
 from real.processes import MIB
@@ -287,6 +288,33 @@ def test_the_image_changed(host: GatewayProcess, player: Make) -> None:
     page.play("forebay status", "mv", "mv", "systemctl restart", "forebay flush")
     assert path.read_bytes() == b"\2" * 65536 + b"n" * (SIZE - 65536)
     assert (host.images / "wrong.raw").read_bytes() == b"w" * SIZE
+    page.end()
+
+
+def test_a_disk_has_stopped(make_gateway: MakeGateway, player: Make) -> None:
+    host = make_gateway({"defaults": {"max_lag": "2s"}}, start=False)
+    host.allow_log(".*")
+    page = player({"": host})
+    armed = host.directory / "armed"
+    planted = [str(Path(fault_plants.__file__)), "write-back", str(armed)]
+
+    def stop_disk(what: int) -> None:
+        armed.write_text(fault_plants.ALWAYS)
+        write(host, what)
+        wait_for(lambda: ask(host, "/disks/vm1")["state"] == "stopped", "it is not stopped", 60)
+
+    host.start(planted)
+    dirty(host)
+    stop_disk(3)
+    page.play("forebay status", "systemctl restart", "forebay status")
+    reads(host, 3)
+    host.cli("flush", "vm1")
+    host.stop()
+    armed.unlink()
+    host.start(planted)
+    stop_disk(4)
+    page.play("forebay detach", "forebay detach")
+    assert (host.images / "vm1.raw").read_bytes()[:1] == b"\3"
     page.end()
 
 

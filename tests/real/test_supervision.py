@@ -401,7 +401,7 @@ def test_a_fault_of_one_request_is_an_error_to_who_asked(bed: Callable[..., Bed]
 
 @pytest.mark.parametrize("plant", ["cache's assertion", "cache's own"])
 def test_what_all_disks_share_ends_the_daemon(bed: Callable[..., Bed], plant: str) -> None:
-    """An assertion that fails in the cache's code, whoever called it; and whatever its own tasks end with."""
+    """An assertion that fails in the cache's code, called by a disk's task; and whatever its own tasks end with."""
     it = bed(max_lag="1s" if plant == "cache's assertion" else "1h")
     it.gateway.allow_log("Error")
     it.start(plant)

@@ -2,8 +2,8 @@
 
 Each disk, and each image, has one :class:`Boundary` around all of its tasks. Whatever exception a task ends with, the
 disk (or every disk of the image) stops with that as its reason, and all others go on. What comes out of the tasks of
-the cache itself ends the process, and so does an assertion that failed in the cache's code, whoever called it: what all
-disks share may be wrong then. The journal of the cache has what was acknowledged.
+the cache itself ends the process, and so does an assertion that failed in the cache's code when a task of a disk called
+it: what all disks share may be wrong then. The journal of the cache has what was acknowledged.
 """
 
 import logging
