@@ -101,6 +101,7 @@ class Attached:
         self._go_on()
 
     async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """The background work of the disk, until `rest` or `stop`."""
         try:
             with self._scope:
                 await self.disk.run(task_status=task_status)
@@ -108,7 +109,7 @@ class Attached:
             self._ended.set()
 
     def stop(self, fault: Exception) -> None:
-        """A task has ended with `fault`: end the others, hang up on the clients, and take the socket away.
+        """Stop the disk: a task has ended with `fault`. End the others, hang up on the clients, take the socket away.
 
         The first fault is the reason that the operator is told. What is dirty stays in the cache.
         """
@@ -119,7 +120,7 @@ class Attached:
             self._life.become(Life.STOPPED)
 
     def _go_on(self) -> None:
-        """It is served from now on, unless a task has failed meanwhile."""
+        """Note that it is served, unless a task has failed meanwhile: then stop it."""
         if self.fault is None:
             self._life.become(Life.SERVING)
         else:
@@ -131,11 +132,11 @@ class Attached:
             raise ForebayError(f"'{self.name}' is stopped: {self.reason}")
 
     def begin_detach(self) -> None:
-        """The operator wants it gone."""
+        """Note that the operator wants it gone."""
         self._life.become(Life.DETACHING)
 
     def give_up_detach(self) -> None:
-        """It stays."""
+        """Note that it stays, served or stopped as before."""
         if self._life.state is not Life.GONE:
             self._go_on()
 
@@ -158,7 +159,7 @@ class Attached:
         self.leave()
 
     def leave(self) -> None:
-        """It is no disk of the gateway any more."""
+        """Note that it is no disk of the gateway any more."""
         self._life.become(Life.GONE)
 
     async def drain(self, progress: Progress) -> None:

@@ -68,11 +68,11 @@ class Disks:
     # -- coming and going
 
     def add(self, disk: Attached | Absent) -> None:
-        """It is a disk of the gateway from now on."""
+        """Make it a disk of the gateway."""
         self._known[disk.name] = disk
 
     def remove(self, disk: Attached | Absent) -> None:
-        """It is none any more."""
+        """Have it be none any more."""
         del self._known[disk.name]
 
     def check_name_free(self, name: str) -> None:
