@@ -18,7 +18,7 @@ from forebay_cache.device.superblock import write_format
 from forebay_cache.format.checksum import GROUP, ZERO_SECTOR_SUM
 from forebay_cache.format.entry import pack
 from forebay_cache.format.geometry import FULL, PAGE_BLOCKS, SECTORS
-from forebay_cache.format.records import GROUP_KEY, PAGE_KEY, LayerRecord
+from forebay_cache.format.records import GROUP_KEY, PAGE_KEY, LayerName, LayerRecord
 from forebay_cache.index.changes import Changes
 from forebay_cache.index.index import Index
 
@@ -39,8 +39,8 @@ def build(device: Path, index: Path, size: int) -> int:
     changes = Changes(opened.meta)
     for layer in range(1, IMAGES + 1):
         held = pages_each * PAGE_BLOCKS
-        name = f"image:images:synthetic{layer}.raw"
-        changes.layers[layer] = LayerRecord(name, private=False, slots=held, sectors=held * SECTORS)
+        name = LayerName.of_image(f"images:synthetic{layer}.raw")
+        changes.layers[layer] = LayerRecord(name, slots=held, sectors=held * SECTORS)
     opened.commit_now(changes)
     opened.close()
     _fill(index, slots, pages_each)

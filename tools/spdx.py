@@ -37,7 +37,7 @@ HASH_NAMES = {
 NO_SOURCE = {".md", ".json", ".png", ".typed", ".pyc"}
 """Endings of what takes no comment, or is prose: the licence is in LICENSE."""
 
-DATA = ("bench/results", "config/completions", "tests/fuzz/corpus")
+DATA = ("bench/results", "config/completions", "tests/data", "tests/fuzz/corpus")
 """Folders of what was recorded, or is made by a program."""
 
 

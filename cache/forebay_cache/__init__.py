@@ -8,6 +8,7 @@ from forebay_cache.blocks.pin import pin_layer
 from forebay_cache.blocks.settle import settle
 from forebay_cache.cache import Cache
 from forebay_cache.errors import CacheError, CacheFull
+from forebay_cache.format.records import LayerName
 from forebay_cache.layers.layer import Layer
 from forebay_cache.offline.check import check
 from forebay_cache.offline.formatting import format_device
@@ -30,6 +31,7 @@ __all__ = [
     "Filler",
     "Found",
     "Layer",
+    "LayerName",
     "ReadAhead",
     "Reader",
     "Repaired",

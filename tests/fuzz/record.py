@@ -22,6 +22,7 @@ from forebay.sidecar import redo
 from forebay.sidecar.record import Owner
 from forebay_cache.format import ops
 from forebay_cache.format.entry import pack
+from forebay_cache.format.records import LayerName, LayerRecord
 from forebay_cache.format.superblock import plan
 from forebay_nbd.client.negotiation import negotiate
 from forebay_nbd.protocol import events as ev
@@ -231,7 +232,7 @@ def files() -> None:
     """Seeds of the other targets."""
     records = b"".join(
         (
-            ops.layer_made(3, True, "disk:d:1:images:a.raw"),
+            ops.layer_made(3, LayerName.of_disk("d", 1, "images:a.raw")),
             ops.write(0, 0b11, 3, 7, 1, [1, 2]),
             ops.write(1, 0b10, 3, 7, 2, [3]),
             ops.zero(0xFFFF, 3, 8, 0),
@@ -285,14 +286,17 @@ def _redo() -> bytes:
 
 
 def _tables() -> bytes:
-    layers = [(3, "disk:d:1:images:a.raw", True), (2, "image:images:a.raw", False)]
+    layers = [
+        (3, LayerName.of_disk("d", 1, "images:a.raw")),
+        (2, LayerName.of_image("images:a.raw")),
+    ]
     found = b""
 
     def entry(table: int, key: bytes, value: bytes) -> bytes:
         return bytes((table, len(key))) + len(value).to_bytes(2, "little") + key + value
 
-    for ident, name, private in layers:
-        record = json.dumps({"name": name, "private": private, "slots": 1, "sectors": 2}).encode()
+    for ident, name in layers:
+        private, record = name.is_private, LayerRecord(name, slots=1, sectors=2).pack()
         found += entry(3, ident.to_bytes(4, "big"), record)
         page = array("Q", bytes(1024 if private else 512))
         page[5] = pack(ident, 0, 3)

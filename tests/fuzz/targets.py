@@ -26,7 +26,7 @@ from forebay_cache.device.device import Device
 from forebay_cache.device.superblock import read_superblock
 from forebay_cache.durable.journal import Journal, Position
 from forebay_cache.format import ops
-from forebay_cache.format.records import TABLES, Meta
+from forebay_cache.format.records import FORMAT, NAMES_ARE_TEXT, TABLES, Meta
 from forebay_cache.format.superblock import JOURNAL_OFFSET, SUPERBLOCK, Superblock
 from forebay_cache.offline.report import Report
 from forebay_cache.offline.tables import Tables
@@ -345,12 +345,17 @@ def index(data: bytes) -> None:
         at += 4
         found[table].append((data[at : at + key], data[at + key : at + key + value]))
         at += key + value
+    for version in (FORMAT, NAMES_ARE_TEXT):
+        _walk(found, version)
+
+
+def _walk(tables: dict[str, list[tuple[bytes, bytes]]], version: int) -> None:
     nothing = _Nothing()
     report = Report("device", "index", slots=100)
     walk = Walk(
         report,
-        _TablesOf(found),
-        Meta("", frontier=100),
+        _TablesOf(tables),
+        Meta("", frontier=100, format=version),
         cast("Device", nothing),
         cast("Medium", nothing),
         "boot",

@@ -20,6 +20,7 @@ from forebay_cache.blocks import private
 from forebay_cache.format import ops
 from forebay_cache.format.entry import slot_of
 from forebay_cache.format.geometry import BLOCK, SECTOR
+from forebay_cache.format.records import LayerName
 from forebay_cache.format.superblock import JOURNAL_OFFSET, SUPERBLOCK, plan
 from fuzz.record import _IDENT
 
@@ -139,7 +140,7 @@ def test_a_whole_superblock_that_makes_no_sense_is_refused(tmp_path: Path) -> No
 )
 def test_a_whole_frame_that_makes_no_sense_is_refused(tmp_path: Path, payload: bytes) -> None:
     cache = opened(tmp_path)
-    layer = cache.layers.make("disk:d:1:images:a", private=True)
+    layer = cache.layers.make(LayerName.of_disk("d", 1, "images:a"))
     cache.intent.publish()
     assert layer.id == 1
     cache.intent.journal.append(payload)
@@ -176,7 +177,7 @@ def test_an_index_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
 def test_an_acknowledged_write_that_is_damaged_is_an_error_after_a_kill(tmp_path: Path) -> None:
     """The index knew nothing of it yet, so recovery passed it over, and the image's older data were read."""
     cache = opened(tmp_path)
-    layer = cache.layers.make("disk:d:1:images:a", private=True)
+    layer = cache.layers.make(LayerName.of_disk("d", 1, "images:a"))
     layer.pages.adopt(0, None)
     for offset in (0, BLOCK):
         assert private.write(cache, layer, offset, memoryview(b"n" * SECTOR))
@@ -189,7 +190,7 @@ def test_an_acknowledged_write_that_is_damaged_is_an_error_after_a_kill(tmp_path
     cache = opened(tmp_path)
 
     async def read() -> None:
-        found = cache.layers.find_all("disk:d:")
+        found = cache.layers.private_of("d")
 
         async def older(_offset: int, length: int) -> bytes:
             return b"o" * length

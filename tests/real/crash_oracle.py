@@ -35,7 +35,6 @@ from forebay.daemon.arrivals import Arrivals
 from forebay.daemon.disks import Disks
 from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.disk import Disk
-from forebay.image.names import layer_prefix
 from forebay.image.registry import Images
 from forebay.origin.calls import Status, SystemCalls
 from forebay.sidecar import recover
@@ -301,8 +300,8 @@ class Oracle:
     ) -> None:
         """What the disk would read, as the index has it: from the medium, past everything that is kept in memory."""
         image = self._host.image()
-        private = cache.layers.find_all(layer_prefix(DISK))[::-1]
-        clean = cache.layers.find(f"image:{record.key}")
+        private = cache.layers.private_of(DISK)[::-1]
+        clean = cache.layers.clean_of(record.key)
         for layer in (*private, *([clean] if clean else ())):
             for number in range(-(-record.size >> PAGE_SHIFT)):
                 layer.pages.adopt(number, cache.index.page(layer.id, number))

@@ -13,6 +13,7 @@ import trio
 import trio.testing
 
 from forebay_cache import View, invalidate, open_cache
+from forebay_cache.format.records import LayerName
 from real.disk_fixture import (
     CACHED_MODES,
     MODES,
@@ -315,7 +316,7 @@ async def test_a_late_fill_does_not_overwrite_what_was_written_meanwhile(
     import forebay_cache.blocks.store
 
     cache = open_cache(tmp_path / "cache", tmp_path / "index", size=16 * MIB, block_size=65536)
-    layer = cache.layers.make("image:i", private=False)
+    layer = cache.layers.make(LayerName.of_image("i"))
     until = threading.Event()
     really = forebay_cache.blocks.store._write
 

@@ -18,6 +18,7 @@ from forebay_cache import Cache, Layer, invalidate, open_cache
 from forebay_cache.blocks import store
 from forebay_cache.format.entry import slot_of
 from forebay_cache.format.geometry import PAGE_BLOCKS
+from forebay_cache.format.records import LayerName
 from real.disk_fixture import MODES
 from real.kill_checker import Tally
 from real.kill_daemon import KillableGateway
@@ -132,7 +133,7 @@ async def test_a_block_that_was_evicted_and_overwritten_does_not_come_back(tmp_p
 
     def opened() -> tuple[Cache, Layer]:
         cache = open_cache(tmp_path / "cache", tmp_path / "index", size=16 * MIB, block_size=65536)
-        return cache, cache.layers.find("image:i") or cache.layers.make("image:i", private=False)
+        return cache, cache.layers.clean_of("i") or cache.layers.make(LayerName.of_image("i"))
 
     cache, layer = opened()
     with cache.in_flight.filling(layer, [0]) as cells:

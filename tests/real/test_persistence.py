@@ -14,6 +14,7 @@ import pytest
 
 from forebay_cache import Cache, Layer, View, open_cache
 from forebay_cache.blocks import private
+from forebay_cache.format.records import LayerName
 from real.disk_fixture import MODES, PRIVATE_MODES, OneDisk, ask, run, wait_for
 from real.gateway_process import GatewayProcess
 from real.processes import MIB, accepts, random_image
@@ -137,13 +138,13 @@ async def kept(cache: Cache, layer: Layer, length: int) -> bytes:
 async def test_a_kill_between_data_and_record_leaves_the_sector_readable(tmp_path: Path) -> None:
     """What the test below finds at random, step by step: either content may be there, an error may not."""
     cache = opened(tmp_path)
-    layer = cache.layers.make("disk:d:1", private=True)
+    layer = cache.layers.make(LayerName.of_disk("d", 1, "i"))
     await keep(cache, layer, b"a" * SECTOR)
     assert private.write(cache, layer, 0, memoryview(b"b" * SECTOR))
     cache.release()  # as a kill at this moment does
     cache = opened(tmp_path)
     try:
-        [layer] = cache.layers.find_all("disk:d:")
+        [layer] = cache.layers.private_of("d")
         assert await kept(cache, layer, SECTOR) in (b"a" * SECTOR, b"b" * SECTOR)
     finally:
         cache.release()

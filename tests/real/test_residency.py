@@ -13,6 +13,7 @@ from forebay_cache import Cache, View, open_cache
 from forebay_cache.blocks import private
 from forebay_cache.format.entry import slot_of
 from forebay_cache.format.geometry import BLOCK, SECTOR
+from forebay_cache.format.records import LayerName
 from forebay_cache.layers.layer import Layer
 from forebay_cache.slots.ready import RESIDENCY_SECONDS
 from forebay_cache.upkeep.revive import revive
@@ -25,7 +26,7 @@ async def _nowhere(offset: int, length: int) -> bytes:
 def _made(path: Path) -> tuple[Cache, Layer, View]:
     """A cache with eight blocks of private data, which are ready."""
     cache = open_cache(path, path.with_name("index"), size=8 << 20)
-    layer = cache.layers.make("disk:d:1", private=True)
+    layer = cache.layers.make(LayerName.of_disk("d", 1, "i"))
     layer.pages.adopt(0, None)
     assert private.write(cache, layer, 0, memoryview(b"d" * 8 * BLOCK))
     cache.intent.publish()

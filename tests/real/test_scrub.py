@@ -15,6 +15,7 @@ import trio
 
 import forebay_cache
 from forebay_cache.blocks import clean, private, store
+from forebay_cache.format.records import LayerName
 from real.disk_fixture import cache_info
 from real.gateway_process import GatewayProcess
 from real.processes import MIB, loop_device
@@ -242,14 +243,14 @@ def clean_cache(tmp_path: Path) -> tuple[Path, Path]:
     """Device and index of a cache that nobody has open: 8 clean blocks, a private one, a hot region, a record."""
     device, index = tmp_path / "device", tmp_path / "index"
     cache = forebay_cache.open_cache(device, index, size=8 * MIB)
-    layer = cache.layers.make("image:images:a.raw", private=False)
+    layer = cache.layers.make(LayerName.of_image("images:a.raw"))
 
     async def fill() -> None:
         with cache.in_flight.filling(layer, range(8)) as cells:
             await store.store(cache, layer, 0, os.urandom(8 * BLOCK), cells)
         await clean.mark_hot(cache, layer, 0, BLOCK)
         cache.records.put("disk", "d", {"image": "images:a.raw"})
-        own = cache.layers.make("disk:d:1:images:a.raw", private=True)
+        own = cache.layers.make(LayerName.of_disk("d", 1, "images:a.raw"))
         own.pages.adopt(0, None)
         assert private.write(cache, own, 20 * BLOCK, memoryview(os.urandom(BLOCK)))
         cache.intent.publish()

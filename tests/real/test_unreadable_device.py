@@ -29,9 +29,10 @@ def read():
 """,
     "reading for write-back, or to complete a sector": """
 from forebay_cache import View, open_cache
+from forebay_cache.format.records import LayerName
 from forebay_cache.blocks import private
 cache = open_cache(path, path.with_name("index"), size=8 << 20)
-layer = cache.layers.make("disk:d:1", private=True)
+layer = cache.layers.make(LayerName.of_disk("d", 1, "i"))
 layer.pages.adopt(0, None)
 assert private.write(cache, layer, 0, memoryview(b"x" * 65536))
 cache.intent.publish()
@@ -43,10 +44,11 @@ def read():
 """,
     "reading what is ready beside what is not": """
 from forebay_cache import View, open_cache
+from forebay_cache.format.records import LayerName
 from forebay_cache.blocks import private
 from forebay_cache.format.entry import slot_of
 cache = open_cache(path, path.with_name("index"), size=8 << 20)
-layer = cache.layers.make("disk:d:1", private=True)
+layer = cache.layers.make(LayerName.of_disk("d", 1, "i"))
 layer.pages.adopt(0, None)
 assert private.write(cache, layer, 0, memoryview(b"x" * 131072))
 cache.intent.publish()

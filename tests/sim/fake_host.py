@@ -227,7 +227,7 @@ def _check_layer(cache: Cache, layer: Layer, named: dict[int, tuple[str, int]]) 
             for slot, _ in entry.places():
                 slots += 1
                 assert slot not in named, f"slot {slot}: {named[slot]} and {layer.name} {block}"
-                named[slot] = layer.name, block
+                named[slot] = str(layer.name), block
                 held = bool(cache.slots.placement.state[slot] & HELD)
                 assert held == layer.is_held or cache.slots.is_evicting(slot), (
                     f"slot {slot} of {layer.name} block {block}: held is {held}"

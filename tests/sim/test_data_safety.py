@@ -303,7 +303,7 @@ def test_a_disk_that_is_not_served_is_given_up_whole(tmp_path: Path) -> None:
             if other:
                 host.images.drop_disk("d", "images:fake.raw")
                 assert await read(overlay) == NEW
-                assert not host.cache.layers.find_all("disk:d:")
+                assert not host.cache.layers.private_of("d")
             else:
                 assert await read(overlay) == OLD
             await host.stop()
@@ -943,11 +943,11 @@ def test_a_layer_that_is_pinned_while_slots_are_looked_for_is_known(tmp_path: Pa
     async def story(host: Host) -> None:
         disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
         await read(disk, 0, SIZE)
-        name = disk.image.layer.name
+        key = disk.image.key
         await host.stop()
         with mock.patch.object(forebay_cache.offline.recovery, "SCAN_AT_ONCE", 0):
             cache = open_cache(host.device_file, host.device_file.parent / "index", boot="first")
-        layer = cache.layers.find(name)
+        layer = cache.layers.clean_of(key)
         assert layer is not None
         assert cache.slots.scan is not None
         await pin_layer(cache, layer, pinned=True)

@@ -597,7 +597,7 @@ class DiskMachine(RuleBasedStateMachine):
     async def _damage_clean(self, pick: int) -> None:
         """Flip a bit in a sector of the clean layer, as a failing device would."""
         cache = self.host.cache
-        layer = cache.layers.find("image:images:fake.raw")
+        layer = cache.layers.clean_of("images:fake.raw")
         assert layer is not None
         there = [
             (slot_of(page[i]), first)

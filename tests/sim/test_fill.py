@@ -7,6 +7,7 @@ import trio.testing
 
 from forebay_cache import Filler, open_cache
 from forebay_cache.format.geometry import BLOCK
+from forebay_cache.format.records import LayerName
 
 
 class Origin:
@@ -38,7 +39,7 @@ async def test_a_read_that_joins_a_flight_takes_nothing_from_it_that_was_written
     origin = Origin()
     got: list[bytes] = []
     async with trio.open_nursery() as nursery:
-        filler = Filler(cache, cache.layers.make("image:i", private=False), origin, nursery)
+        filler = Filler(cache, cache.layers.make(LayerName.of_image("i")), origin, nursery)
 
         async def fetch(block: int, count: int) -> None:
             got.append(bytes(await filler.fetch(block * BLOCK, count * BLOCK, Tally())))
@@ -62,7 +63,7 @@ async def test_a_block_is_fetched_once_however_many_ask(tmp_path: Path) -> None:
     cache = open_cache(tmp_path / "cache", tmp_path / "index", size=16 << 20, block_size=65536)
     origin = Origin()
     async with trio.open_nursery() as nursery:
-        filler = Filler(cache, cache.layers.make("image:i", private=False), origin, nursery)
+        filler = Filler(cache, cache.layers.make(LayerName.of_image("i")), origin, nursery)
         for start, length in ((0, 4), (1, 2), (3, 3), (0, 1)):
             nursery.start_soon(filler.fetch, start * BLOCK, length * BLOCK, Tally())
             await trio.testing.wait_all_tasks_blocked()

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from forebay_cache.format import ops
 from forebay_cache.format.geometry import BLOCK, FULL, SECTOR, block_runs, covered, sector_runs
+from forebay_cache.format.records import LayerName
 
 
 @given(st.integers(0, 1 << 40), st.integers(0, 1 << 20))
@@ -42,7 +43,7 @@ def test_records_come_back_as_they_were_packed(mask: int, data: st.DataObject) -
     crcs = data.draw(st.lists(crc, min_size=mask.bit_count(), max_size=mask.bit_count()))
     frame = b"".join(
         (
-            ops.layer_made(7, True, "disk:vm1:3"),
+            ops.layer_made(7, LayerName.of_disk("vm1", 3, "i")),
             ops.write(1, mask, 7, 99, 12345, crcs),
             ops.write_one(0, 4, 7, 100, 5, crcs[0]),
             ops.zero(mask, 7, 98, 3),
@@ -51,7 +52,12 @@ def test_records_come_back_as_they_were_packed(mask: int, data: st.DataObject) -
         )
     )
     made, written, one, zeroed, dropped, hot = ops.unpack(frame)
-    assert (made.kind, made.layer, made.side, made.name) == (ops.LAYER, 7, 1, "disk:vm1:3")
+    assert (made.kind, made.layer, made.side, made.name) == (
+        ops.LAYER,
+        7,
+        1,
+        LayerName.of_disk("vm1", 3, "i"),
+    )
     assert (written.side, written.mask, written.a, written.b) == (1, mask, 99, 12345)
     assert list(written.crcs) == crcs
     assert (one.side, one.mask, one.a, one.b, one.crcs) == (0, 4, 100, 5, (crcs[0],))

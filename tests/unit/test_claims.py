@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from forebay_cache.format import ops
 from forebay_cache.format.entry import NO_SLOT, Entry, block_key, pack, pack_second
 from forebay_cache.format.geometry import FULL
+from forebay_cache.format.records import LayerName
 from forebay_cache.offline.claims import Claim, Claimed, Claims, Judge, Verdict
 
 LAYER = 7
@@ -36,7 +37,10 @@ def judge(lies: dict[tuple[int, int], int], stored: int = 0, *, survived: bool =
 
 def test_records_become_claims_in_their_order() -> None:
     claims = read(
-        [ops.layer_made(LAYER, True, "disk:d:1:i"), ops.write(0, 0b101, LAYER, 3, 5, [50, 52])],
+        [
+            ops.layer_made(LAYER, LayerName.of_disk("d", 1, "i")),
+            ops.write(0, 0b101, LAYER, 3, 5, [50, 52]),
+        ],
         [ops.write_one(1, 0b001, LAYER, 3, 6, 60), ops.zero(0b100, LAYER, 3, 0)],
         [ops.drop(0b11, 2, 9), ops.drop(0b100, 2, 9), ops.hot(2, 1)],
     )

@@ -12,7 +12,7 @@ from forebay_cache import CacheError, format_device, open_cache
 from forebay_cache.format.checksum import GROUP
 from forebay_cache.format.entry import pack
 from forebay_cache.format.geometry import FULL, PAGE_BLOCKS, SECTORS
-from forebay_cache.format.records import PAGE_KEY, LayerRecord
+from forebay_cache.format.records import PAGE_KEY, LayerName, LayerRecord
 from forebay_cache.index.changes import Changes, Taken
 from forebay_cache.index.index import Index
 
@@ -37,8 +37,8 @@ def test_the_map_holds_the_worst_case_and_what_writing_it_back_takes(
     for start in range(0, SLOTS, 256):
         changes = Changes(index.meta)
         changes.layers = {
-            1: LayerRecord("disk", private=True),
-            2: LayerRecord("image", private=False),
+            1: LayerRecord(LayerName.of_disk("d", 1, "i")),
+            2: LayerRecord(LayerName.of_image("i")),
         }
         some = sorted(order[start : start + 256])
         changes.pages = [(PAGE_KEY.pack(1, n), _page(n, private=True)) for n in some]

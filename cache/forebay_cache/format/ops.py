@@ -9,7 +9,7 @@ WRITE      private sectors got data                block, slot; side: 0 or 1    
 ZERO       private sectors became zeros            block, new side bits            nothing
 DROP       clean sectors are no longer valid       block, 0                        nothing
 HOT        the origin is written in this region    region, 0                       nothing
-LAYER      a layer was made; mask: name's length   0, 0; side: 1 when private      its name, UTF-8
+LAYER      a layer was made; mask: bytes behind    0, 0; side: 1 when private      its name, JSON
 =========  ======================================  ==============================  ==========================
 """
 
@@ -19,8 +19,12 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from forebay_cache.format.records import LayerName
+
 WRITE, ZERO, DROP, HOT, LAYER = 1, 2, 3, 4, 5
 HEAD = struct.Struct("<BBHIII")
+LONGEST_NAME = 0xFFFF
+"""Bytes that the name of a layer may have: their number takes the place of the mask."""
 _CRCS = [struct.Struct(f"<{n}I") for n in range(17)]
 
 
@@ -34,7 +38,7 @@ class Op(NamedTuple):
     a: int
     b: int
     crcs: tuple[int, ...] = ()
-    name: str = ""
+    name: LayerName | None = None
 
 
 def write(side: int, mask: int, layer: int, block: int, slot: int, crcs: list[int]) -> bytes:
@@ -65,10 +69,12 @@ def hot(layer: int, region: int) -> bytes:
     return HEAD.pack(HOT, 0, 0, layer, region, 0)
 
 
-def layer_made(layer: int, private: bool, name: str) -> bytes:
-    """A layer was made."""
-    raw = name.encode()
-    return HEAD.pack(LAYER, private, len(raw), layer, 0, 0) + raw
+def layer_made(layer: int, name: LayerName) -> bytes:
+    """A layer was made. Raises ValueError for a name that is too long for a record."""
+    raw = name.pack()
+    if len(raw) > LONGEST_NAME:
+        raise ValueError(f"the name of a layer has {len(raw)} bytes, of {LONGEST_NAME} at most")
+    return HEAD.pack(LAYER, name.is_private, len(raw), layer, 0, 0) + raw
 
 
 def unpack(payload: bytes) -> Iterator[Op]:
@@ -90,7 +96,7 @@ def _unpack_one(payload: bytes, at: int) -> tuple[Op, int]:
         packer = _CRCS[mask.bit_count()]
         return Op(kind, side, mask, layer, a, b, packer.unpack_from(payload, at)), at + packer.size
     if kind == LAYER and at + mask <= len(payload):
-        name = payload[at : at + mask].decode()
+        name = LayerName.unpack(payload[at : at + mask], private=bool(side))
         return Op(kind, side, mask, layer, a, b, (), name), at + mask
     if kind in (ZERO, DROP, HOT):
         return Op(kind, side, mask, layer, a, b), at

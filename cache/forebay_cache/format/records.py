@@ -8,25 +8,33 @@ Tables (keys big endian so that they sort, values little endian)::
     layers   layer u32         -> LayerRecord, as JSON
     hot      layer u32, region u32 -> b""      regions that an origin write may have touched
     records  kind NUL name     -> JSON          what the layers above keep here (disks, images)
+
+In format 2 a layer had one text for a name, which was taken apart by whoever had to know whose it is. An index of that
+format is read as it is; the first commit makes one of format 3 of it, all at once.
 """
 
 from __future__ import annotations
 
+import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Final, Self
 
 from forebay_cache.format.checksum import GROUP
 
-FORMAT = 2
-"""The format of the index, of which there is one that this code reads and writes."""
+FORMAT: Final = 3
+"""The format of an index that is written."""
+NAMES_ARE_TEXT: Final = 2
+"""The format before, which is read, too."""
 
-TABLES = ("meta", "pages", "sums", "layers", "hot", "records")
+TABLES: Final = ("meta", "pages", "sums", "layers", "hot", "records")
 
 PAGE_KEY = struct.Struct(">II")
 """(number of a layer, number of a page in it), or of a region in the table ``hot``."""
 LAYER_KEY = struct.Struct(">I")
 GROUP_KEY = struct.Struct(">I")
-ALL_OF_GROUP = (1 << GROUP) - 1
+ALL_OF_GROUP: Final = (1 << GROUP) - 1
 """Mask of the slots of a group."""
 
 
@@ -53,12 +61,107 @@ class Meta:
     format: int = FORMAT
 
 
+class Kind(Enum):
+    """What a layer holds. The values are part of the format."""
+
+    CLEAN = "clean"
+    """What the origin has too."""
+    PRIVATE = "private"
+    """What only the cache has."""
+
+
+@dataclass(frozen=True)
+class LayerName:
+    """Whose a layer is. No two layers that are in use have the same name. Stored as JSON: the fields are the format."""
+
+    kind: Kind
+    image: str
+    """The key of the image that the layer lies on; empty in a private layer of a version that did not write it down."""
+    disk: str = ""
+    """The name of the disk that a private layer belongs to; empty in a clean one."""
+    generation: int = 0
+    """Of a disk's private layers, which one it is: a newer layer has a higher number. 0 in a clean one."""
+    parent: int | None = field(default=None, compare=False)
+    """Reserved, for private layers that are kept: the number of the layer under this one."""
+
+    @classmethod
+    def of_image(cls, image: str) -> Self:
+        """The clean layer of an image, by its key."""
+        return cls(Kind.CLEAN, image)
+
+    @classmethod
+    def of_disk(cls, disk: str, generation: int, image: str) -> Self:
+        """A private layer of a disk on the image with that key."""
+        return cls(Kind.PRIVATE, image, disk, generation)
+
+    @property
+    def is_private(self) -> bool:
+        """True if only the cache has what is in the layer."""
+        return self.kind is Kind.PRIVATE
+
+    def __str__(self) -> str:
+        """For messages; also the text that was its name in format 2."""
+        if not self.is_private:
+            return f"image:{self.image}"
+        return f"disk:{self.disk}:{self.generation}" + (f":{self.image}" if self.image else "")
+
+    @classmethod
+    def parse(cls, text: str, *, private: bool) -> Self:
+        """The name that had this text in format 2. Raises ValueError."""
+        kind, _, rest = text.partition(":")
+        if kind == "image" and not private:
+            return cls.of_image(rest)
+        disk, _, rest = rest.partition(":")
+        generation, _, image = rest.partition(":")
+        if kind == "disk" and private and generation.isdecimal():
+            return cls.of_disk(disk, int(generation), image)
+        raise ValueError(f"'{text}' is no name of a {'private' if private else 'clean'} layer")
+
+    def json(self) -> dict[str, Any]:
+        """As it is stored."""
+        return {
+            "kind": self.kind.value,
+            "image": self.image,
+            "disk": self.disk,
+            "generation": self.generation,
+            "parent": self.parent,
+        }
+
+    @classmethod
+    def from_json(cls, found: object) -> Self:
+        """The name that is stored so. Raises ValueError."""
+        match found:
+            case {
+                "kind": str(kind),
+                "image": str(image),
+                "disk": str(disk),
+                "generation": int(generation),
+                "parent": None | int() as parent,
+                **others,
+            } if not others:
+                return cls(Kind(kind), image, disk, generation, parent)
+        raise ValueError(f"no name of a layer: {found!r}")
+
+    def pack(self) -> bytes:
+        """As the journal has it."""
+        return json.dumps(self.json(), ensure_ascii=False, separators=(",", ":")).encode()
+
+    @classmethod
+    def unpack(cls, raw: bytes, *, private: bool) -> Self:
+        """The name that a journal has, of today or of a version that wrote format 2. Raises ValueError."""
+        if not raw.startswith(b"{"):
+            return cls.parse(raw.decode(), private=private)
+        found = cls.from_json(_loads(raw))
+        if found.is_private != private:
+            raise ValueError(f"'{found}' is a layer of both kinds")
+        return found
+
+
 @dataclass
 class LayerRecord:
-    """A layer as the index has it. Stored as JSON: the names are part of the format."""
+    """A layer as the index has it."""
 
-    name: str
-    private: bool
+    name: LayerName
     slots: int = 0
     """How many slots its pages name."""
     sectors: int = 0
@@ -67,3 +170,53 @@ class LayerRecord:
     """True if it is not used any more, and what it holds is to be freed."""
     pinned: bool = False
     """True if it is clean, and nothing of it may be evicted: the whole image is to stay."""
+
+    @property
+    def private(self) -> bool:
+        """True if only the cache has what is in the layer."""
+        return self.name.is_private
+
+    def pack(self) -> bytes:
+        """As it is stored: the fields of the name beside the others, which are part of the format."""
+        state = {name: getattr(self, name) for name in _NEW_LAYER}
+        return json.dumps(self.name.json() | state).encode()
+
+    @classmethod
+    def unpack(cls, raw: bytes, index_format: int = FORMAT) -> Self:
+        """The record that is stored so in an index of that format. Raises ValueError."""
+        found = _loads(raw)
+        if index_format == NAMES_ARE_TEXT and isinstance(found, dict):
+            found = _NEW_LAYER | found  # older versions of it had less to say
+        match found:
+            case {
+                "slots": int(slots),
+                "sectors": int(sectors),
+                "dead": bool(dead),
+                "pinned": bool(pinned),
+                **name,
+            }:
+                return cls(_name_in_index(name, index_format), slots, sectors, dead, pinned)
+        raise ValueError("no record of a layer")
+
+
+_NEW_LAYER: Final = {"slots": 0, "sectors": 0, "dead": False, "pinned": False}
+"""What a LayerRecord says besides the name, and of a layer that was just made."""
+
+
+def _name_in_index(found: dict[Any, Any], index_format: int) -> LayerName:
+    """Raises ValueError."""
+    if index_format != NAMES_ARE_TEXT:
+        return LayerName.from_json(found)
+    match found:
+        case {"name": str(text), "private": bool(private), **others} if not others:
+            return LayerName.parse(text, private=private)
+    raise ValueError(f"no name of a layer: {found!r}")
+
+
+def _loads(raw: bytes) -> object:
+    """The JSON. Raises ValueError."""
+    try:
+        found: object = json.loads(raw)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return found

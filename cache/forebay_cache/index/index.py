@@ -33,6 +33,7 @@ from forebay_cache.format.records import (
     FORMAT,
     GROUP_KEY,
     LAYER_KEY,
+    NAMES_ARE_TEXT,
     PAGE_KEY,
     TABLES,
     LayerRecord,
@@ -108,21 +109,22 @@ class Index:
                 create(path)
             self._open(path, slots)
             with self._env.begin() as txn:
-                raw = txn.get(b"state", db=self._db["meta"])
+                state = {"format": "unknown"} | self._state(txn)
         except (lmdb.Error, OSError) as error:
             raise CacheError(
                 f"{path}: cannot open the index: {error}; see 'The index is damaged' in RECOVERY.md"
             ) from None
-        state = json.loads(raw) if raw else {"format": "unknown"}
-        if state["format"] != FORMAT:
+        if state["format"] not in (FORMAT, NAMES_ARE_TEXT):
             self._env.close()
             raise CacheError(
-                f"{path}: index format {state['format']}, this version knows only {FORMAT}; "
+                f"{path}: index format {state['format']}, this version knows only "
+                f"{NAMES_ARE_TEXT} and {FORMAT}; "
                 "drain it with the version that wrote it"
             )
         self.path = path
         self._most_slots = _map_size(slots) // _MAP_NEEDED_PER_SLOT
-        self.meta = Meta(**state)
+        self.meta = Meta(**(state | {"format": FORMAT}))
+        self._is_current = state["format"] == FORMAT  # else the next commit makes it so
         self._env.reader_check()
         self._slots = slots
         self._users = 0  # transactions under way
@@ -234,9 +236,19 @@ class Index:
                 )
 
     def layers(self) -> dict[int, LayerRecord]:
-        """All layers, by number."""
-        with self._transaction() as txn, txn.cursor(db=self._db["layers"]) as cursor:
-            return {LAYER_KEY.unpack(k)[0]: LayerRecord(**json.loads(v)) for k, v in cursor}
+        """All layers, by number. Raises ValueError where a record of one makes no sense."""
+        with self._transaction() as txn:
+            return {LAYER_KEY.unpack(k)[0]: v for k, v in self._layers(txn)}
+
+    def _state(self, txn: lmdb.Transaction[bytes]) -> dict[str, Any]:
+        """What Meta is made of, as it is stored; {} in an index that has none."""
+        found: dict[str, Any] = json.loads(txn.get(b"state", db=self._db["meta"]) or b"{}")
+        return found
+
+    def _layers(self, txn: lmdb.Transaction[bytes]) -> list[tuple[bytes, LayerRecord]]:
+        state = self._state(txn)
+        with txn.cursor(db=self._db["layers"]) as cursor:
+            return [(key, LayerRecord.unpack(raw, state["format"])) for key, raw in cursor]
 
     def records(self) -> dict[tuple[str, str], dict[str, Any]]:
         """All records, by kind and name."""
@@ -277,6 +289,8 @@ class Index:
     def _commit(self, changes: Changes) -> None:
         with self._transaction(write=True) as txn:
             db = self._db
+            if not self._is_current:
+                self._bring_up_to_date(txn)
             empty = [key for key, value in changes.pages if not value.strip(b"\0")]
             for key in empty:
                 txn.delete(key, db=db["pages"])
@@ -286,29 +300,36 @@ class Index:
             for taken in changes.sums:
                 _put_sums(txn, db["sums"], taken)
             for layer, record in changes.layers.items():
-                key = LAYER_KEY.pack(layer)
-                if record is None:
-                    txn.delete(key, db=db["layers"])
-                else:
-                    txn.put(key, json.dumps(asdict(record)).encode(), db=db["layers"])
-            for key, present in changes.hot:
-                if present:
-                    txn.put(key, b"", db=db["hot"])
-                else:
-                    txn.delete(key, db=db["hot"])
+                packed = record.pack() if record is not None else None
+                _put(txn, db["layers"], LAYER_KEY.pack(layer), packed)
+            for key, is_hot in changes.hot:
+                _put(txn, db["hot"], key, b"" if is_hot else None)
             for (kind, name), value in changes.records.items():
-                key = f"{kind}\0{name}".encode()
-                if value is None:
-                    txn.delete(key, db=db["records"])
-                else:
-                    txn.put(key, json.dumps(value).encode(), db=db["records"])
+                text = None if value is None else json.dumps(value).encode()
+                _put(txn, db["records"], f"{kind}\0{name}".encode(), text)
             if changes.meta is not None:
                 txn.put(b"state", json.dumps(asdict(changes.meta)).encode(), db=db["meta"])
+        self._is_current = True
+
+    def _bring_up_to_date(self, txn: lmdb.Transaction[bytes]) -> None:
+        """Make an index of format 3 of one of format 2, within the first commit: there is never half of each."""
+        for key, record in self._layers(txn):
+            txn.put(key, record.pack(), db=self._db["layers"])
+        state = self._state(txn) | {"format": FORMAT}
+        txn.put(b"state", json.dumps(state).encode(), db=self._db["meta"])
 
     def close(self) -> None:
         """End the writer thread and close the environment."""
         self._writer.close()
         self._env.close()
+
+
+def _put(txn: lmdb.Transaction[bytes], db: Any, key: bytes, value: bytes | None) -> None:
+    """Store a value, or (None) remove it if it is there."""
+    if value is None:
+        txn.delete(key, db=db)
+    else:
+        txn.put(key, value, db=db)
 
 
 def _put_sums(txn: lmdb.Transaction, db: Any, taken: Taken) -> None:

@@ -88,7 +88,7 @@ class Layer:
         self.changed = False
         """True if its record has to go into the next commit although none of its pages has changed."""
         start = LayerState.OPEN if record.private else LayerState.CLEAN
-        self._machine = Machine(MOVES, LayerState.DEAD if record.dead else start, self.name)
+        self._machine = Machine(MOVES, LayerState.DEAD if record.dead else start, str(self.name))
 
     @property
     def state(self) -> LayerState:
@@ -121,6 +121,4 @@ class Layer:
 
     def record(self) -> LayerRecord:
         """As the index keeps it. An invalidated layer is dead there only until the device works again."""
-        return LayerRecord(
-            self.name, self.private, self.slots, self.sectors, self.is_dead, self.pinned
-        )
+        return LayerRecord(self.name, self.slots, self.sectors, self.is_dead, self.pinned)

@@ -1,4 +1,4 @@
-"""All layers of a cache, by number and by name."""
+"""All layers of a cache, by number and by whose they are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from forebay_cache.durable.hot import HotRegions
 from forebay_cache.durable.intent import Intent
 from forebay_cache.format import ops
-from forebay_cache.format.records import LayerRecord
+from forebay_cache.format.records import LayerName, LayerRecord
 from forebay_cache.index.changes import Changes, Share
 from forebay_cache.index.index import Index
 from forebay_cache.index.pages import PageTable
@@ -25,7 +25,7 @@ class Layers:
         self._intent = intent
         self._hot = hot
         self._by_id: dict[int, Layer] = {}
-        self._by_name: dict[str, Layer] = {}  # without dead ones
+        self._by_name: dict[LayerName, Layer] = {}  # without dead ones
         self._gone: set[int] = set()  # numbers of reclaimed layers that the index still has
 
     def __iter__(self) -> Iterator[Layer]:
@@ -36,25 +36,29 @@ class Layers:
         """The layer of that number; None if it was reclaimed, or never made."""
         return self._by_id.get(ident)
 
-    def find(self, name: str) -> Layer | None:
-        """The layer of that name; None if there is none that is not dead."""
-        return self._by_name.get(name)
+    def clean_of(self, image: str) -> Layer | None:
+        """The clean layer of the image with that key; None if there is none that is not dead."""
+        return self._by_name.get(LayerName.of_image(image))
 
-    def find_all(self, prefix: str) -> list[Layer]:
-        """The layers whose name begins so and that are not dead, oldest first."""
-        found = [x for n, x in self._by_name.items() if n.startswith(prefix)]
+    def private_of(self, disk: str) -> list[Layer]:
+        """The private layers of the disk with that name that are not dead, oldest first."""
+        found = [x for x in self._by_name.values() if x.private and x.name.disk == disk]
         return sorted(found, key=lambda x: x.id)
 
-    def make(self, name: str, *, private: bool) -> Layer:
-        """A new empty layer. After a crash it is there if anything is that was journaled after this call."""
+    def make(self, name: LayerName) -> Layer:
+        """A new empty layer. After a crash it is there if anything is that was journaled after this call.
+
+        Raises ValueError for a name that is too long.
+        """
         assert name not in self._by_name, name
         meta = self._index.meta
+        made = ops.layer_made(meta.next_layer, name)
         # The pages of a private layer are never shed, so nothing of it ever has to be looked for in the index.
-        layer = self._layer(meta.next_layer, LayerRecord(name, private), complete=private)
+        layer = self._layer(meta.next_layer, LayerRecord(name), complete=name.is_private)
         meta.next_layer += 1
         layer.changed = True
         self._add(layer)
-        self._intent.note(ops.layer_made(layer.id, private, name))
+        self._intent.note(made)
         return layer
 
     def recover(self, ident: int, record: LayerRecord, *, journaled: bool) -> Layer:

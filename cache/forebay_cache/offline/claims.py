@@ -115,7 +115,8 @@ class Claims:
         key = block_key(op.layer, op.a)
         match op.kind:
             case ops.LAYER:
-                self.made.setdefault(op.layer, LayerRecord(op.name, bool(op.side)))
+                assert op.name is not None
+                self.made.setdefault(op.layer, LayerRecord(op.name))
             case ops.HOT:
                 self.hot.add((op.layer, op.a))
             case ops.DROP:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from forebay_cache.format.records import LayerName
+
 MOST_TOLD = 1000
 """Faults that are told one by one; of more there are counts only."""
 
@@ -18,7 +20,8 @@ class Fault:
 
     what: str
     text: str
-    layer: str = ""
+    layer: LayerName | None = None
+    """That it is in, where it is in one and that is known."""
     private: bool = False
     offset: int = 0
     length: int = 0
@@ -98,11 +101,13 @@ class Report:
         self.note(Fault(what, text, **where))
 
     def json(self) -> dict[str, Any]:
-        """As a dict of plain values: counts, and the faults."""
+        """As a dict of plain values: counts, and the faults, with ``layer`` as LayerName.json() has it, or None."""
         found: dict[str, Any] = {}
         for name, value in asdict(self).items():
             if name == "clean_slots":
                 found["used_slots"] = self.used_slots
             if name != "mending":
                 found[name] = value
+        for told, fault in zip(found["faults"], self.faults, strict=True):
+            told["layer"] = None if fault.layer is None else fault.layer.json()
         return found

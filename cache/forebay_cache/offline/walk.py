@@ -63,6 +63,7 @@ class Walk:
         self._report = report
         self._tables = tables
         self._device = device
+        self._format = meta.format
         self._survived = meta.boot_id == boot
         journal = Journal(device, Position(meta.journal_offset, meta.journal_sequence))
         self._claims = Claims.read(journal.replay())
@@ -105,7 +106,7 @@ class Walk:
         found = {}
         for key, raw in self._tables.items("layers"):
             try:
-                found[LAYER_KEY.unpack(key)[0]] = LayerRecord(**json.loads(raw))
+                found[LAYER_KEY.unpack(key)[0]] = LayerRecord.unpack(raw, self._format)
             except (ValueError, TypeError, struct.error) as fault:
                 self._wrong_record("layers", key, f"the record of layer {key.hex()}: {fault}")
         for ident, record in self._claims.made.items():

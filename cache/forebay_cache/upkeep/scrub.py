@@ -17,6 +17,7 @@ from forebay_cache.cache import Cache
 from forebay_cache.format.checksum import SIZE, UNREADABLE, matching
 from forebay_cache.format.entry import Entry, block_key, entry_at, has_slot, valid_of
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, sector_runs
+from forebay_cache.format.records import LayerName
 from forebay_cache.index.pages import EMPTY
 from forebay_cache.layers.layer import Layer
 from forebay_cache.upkeep.medium import IdlePriorityReader, Medium
@@ -41,7 +42,7 @@ class Damage:
     ``what``: "checksum", "unreadable", or "index" (the entry makes no sense). ``repaired``: fetched again.
     """
 
-    layer: str
+    layer: LayerName
     private: bool
     offset: int
     length: int
@@ -67,8 +68,11 @@ class Found:
             self.damage.append(damage)
 
     def json(self) -> dict[str, Any]:
-        """As a dict of plain values."""
-        return asdict(self)
+        """As a dict of plain values; ``layer`` as LayerName.json() has it."""
+        found = asdict(self)
+        for told, damage in zip(found["damage"], self.damage, strict=True):
+            told["layer"] = damage.layer.json()
+        return found
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from forebay.checkpoint.mark import DirtyMark
 from forebay.checkpoint.pace import Amount, share
 from forebay.errors import ForebayError
 from forebay.image.image import Image
-from forebay.image.names import image_of, layer_prefix
 from forebay.image.source import Source
-from forebay_cache import Cache, Layer, View
+from forebay_cache import Cache, Layer, LayerName, View
 from forebay_cache.format.geometry import SECTOR
 
 
@@ -42,20 +41,19 @@ class Dirty:
 
         Raises ForebayError where that was written for another image.
         """
-        layers = self._cache.layers.find_all(layer_prefix(self._disk))
+        layers = self._cache.layers.private_of(self._disk)
         for layer in layers:
             self._check_image(layer)
         for layer in layers[:-1]:
             layer.freeze()
         self._view.private = layers[::-1]
-        self._generation = len(layers)
         self._count_frozen()
         self.mark.is_set = self.bytes > 0
         self.ages.recall(layers)
 
     def _check_image(self, layer: Layer) -> None:
-        key = image_of(layer)
-        if key is not None and key != self._image_key:
+        key = layer.name.image  # empty where an older version made it
+        if key and key != self._image_key:
             raise ForebayError(
                 f"the cache holds data that disk '{self._disk}' wrote for {key}: attach that image "
                 "under this name and detach it again, or choose another name"
@@ -97,13 +95,10 @@ class Dirty:
         self._count_frozen()
 
     def _make_layer(self) -> Layer:
-        self._generation += 1
-        while self._cache.layers.find(self._layer_name()):
-            self._generation += 1
-        return self._cache.layers.make(self._layer_name(), private=True)
-
-    def _layer_name(self) -> str:
-        return f"{layer_prefix(self._disk)}{self._generation}:{self._image_key}"
+        layers = self._cache.layers
+        used = [layer.name.generation for layer in layers.private_of(self._disk)]
+        self._generation = max([self._generation, *used]) + 1
+        return layers.make(LayerName.of_disk(self._disk, self._generation, self._image_key))
 
     def _count_frozen(self) -> None:
         frozen = self._view.private[1:]
@@ -141,5 +136,5 @@ class Dirty:
 
 def left_dirty(cache: Cache, disk: str) -> tuple[int, float]:
     """Of a disk that is not served: bytes that its image lacks, and the age of the oldest of them in seconds."""
-    dirty = sum(x.sectors for x in cache.layers.find_all(layer_prefix(disk))) * SECTOR
+    dirty = sum(x.sectors for x in cache.layers.private_of(disk)) * SECTOR
     return dirty, oldest_on_record(cache, disk) if dirty else 0.0

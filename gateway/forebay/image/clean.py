@@ -5,8 +5,7 @@ import logging
 import trio
 
 from forebay.image.boundary import Boundary
-from forebay.image.names import clean_name
-from forebay_cache import Cache, Filler, Layer, Reader, View, invalidate
+from forebay_cache import Cache, Filler, Layer, LayerName, Reader, View, invalidate
 from forebay_cache.blocks.clean import REGION_SHIFT
 
 log = logging.getLogger("forebay.image")
@@ -30,9 +29,9 @@ class CleanBlocks:
         self.filler = Filler(cache, self.layer, reader, nursery)
 
     def _find_layer(self) -> Layer:
-        """The layer of that name, made if it is not there."""
-        name = clean_name(self._key)
-        return self._cache.layers.find(name) or self._cache.layers.make(name, private=False)
+        """The clean layer of the image, made if it is not there."""
+        layers = self._cache.layers
+        return layers.clean_of(self._key) or layers.make(LayerName.of_image(self._key))
 
     # ---------------------------------------------------------------------------------------------------------- disks
 

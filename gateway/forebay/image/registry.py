@@ -6,7 +6,6 @@ import trio
 
 from forebay.errors import ForebayError
 from forebay.image.image import Image
-from forebay.image.names import clean_name, layer_prefix
 from forebay.image.source import Source
 from forebay_cache import Cache
 
@@ -43,13 +42,13 @@ class Images:
 
         `key` is that of the disk's image.
         """
-        layers = self._cache.layers.find_all(layer_prefix(disk))
+        layers = self._cache.layers.private_of(disk)
         for layer in layers:
             self._cache.layers.drop(layer)
         self._cache.records.put("dirty", disk, None)
         if len(layers) > 1:  # a pass may have written to the image under its clean blocks
             image = self._open.get(key)
-            clean = self._cache.layers.find(clean_name(key))
+            clean = self._cache.layers.clean_of(key)
             if image is not None:
                 image.clean.refresh()
             elif clean is not None:

@@ -1,6 +1,5 @@
 """The sources of all disks on one image: what they have in common, asked of all of them."""
 
-from forebay.image.names import layer_prefix
 from forebay.image.source import Source
 from forebay_cache import Cache
 from forebay_cache.format.geometry import SECTOR
@@ -33,7 +32,7 @@ class Sources:
 
     def lacks(self, source: Source) -> int:
         """Bytes that only the cache has of the disk with that source."""
-        layers = self._cache.layers.find_all(layer_prefix(source.use.disk))
+        layers = self._cache.layers.private_of(source.use.disk)
         return sum(layer.sectors for layer in layers) * SECTOR
 
     def has_private(self) -> bool:

@@ -17,15 +17,11 @@ from forebay.storage.state import in_one_line, index_path, offline, untouched
 from forebay_cache import Cache, CacheError, Filler, Found, Layer, Report, Revived
 from forebay_cache.device.extend import Progress
 
-_PRIVATE, _CLEAN = "disk:", "image:"
 
-
-def place(layer: str) -> dict[str, str]:
-    """`disk` and `image` of the layer with that name; each is empty where the layer belongs to none."""
-    if layer.startswith(_PRIVATE):
-        _, disk, _, image = [*layer.split(":", 3), "", "", ""][:4]
-        return {"disk": disk, "image": image}
-    return {"disk": "", "image": layer.removeprefix(_CLEAN)}
+def _name_disk_and_image(told: dict[str, Any]) -> None:
+    """Put `disk` and `image` in the place of a `layer`; they are empty where it is of neither, or there is none."""
+    layer = told.pop("layer") or {}
+    told.update(disk=layer.get("disk", ""), image=layer.get("image", ""))
 
 
 class CachedImage(Protocol):
@@ -114,7 +110,7 @@ class Upkeep:
         """What was found, in JSON's terms, with disks and images in the place of layers."""
         told = found.json()
         for one in told["damage"]:
-            one.update(place(one.pop("layer")))
+            _name_disk_and_image(one)
             one["device_offset"] = self._cache.device.at(one["slot"]) if one["slot"] >= 0 else None
         return told
 
@@ -147,5 +143,5 @@ def _report(report: Report) -> dict[str, Any]:
     told = report.json()
     told["damaged"] = report.damaged
     for one in told["faults"]:
-        one.update(place(one.pop("layer")))
+        _name_disk_and_image(one)
     return told
