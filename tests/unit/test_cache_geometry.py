@@ -35,17 +35,17 @@ def test_covered_is_every_sector_touched(start: int, data: st.DataObject) -> Non
     assert covered(start, length) == sum(1 << s for s in touched)
 
 
-crc = st.integers(0, 2**32 - 1)
+value = st.integers(0, 2**32 - 1)
 
 
 @given(st.integers(1, FULL), st.data())
 def test_records_come_back_as_they_were_packed(mask: int, data: st.DataObject) -> None:
-    crcs = data.draw(st.lists(crc, min_size=mask.bit_count(), max_size=mask.bit_count()))
+    sums = data.draw(st.lists(value, min_size=mask.bit_count(), max_size=mask.bit_count()))
     frame = b"".join(
         (
             ops.layer_made(7, LayerName.of_disk("vm1", 3, "i")),
-            ops.write(1, mask, 7, 99, 12345, crcs),
-            ops.write_one(0, 4, 7, 100, 5, crcs[0]),
+            ops.write(1, mask, 7, 99, 12345, sums),
+            ops.write_one(0, 4, 7, 100, 5, sums[0]),
             ops.zero(mask, 7, 98, 3),
             ops.drop(mask, 2, 97),
             ops.hot(2, 11),
@@ -59,8 +59,8 @@ def test_records_come_back_as_they_were_packed(mask: int, data: st.DataObject) -
         LayerName.of_disk("vm1", 3, "i"),
     )
     assert (written.side, written.mask, written.a, written.b) == (1, mask, 99, 12345)
-    assert list(written.crcs) == crcs
-    assert (one.side, one.mask, one.a, one.b, one.crcs) == (0, 4, 100, 5, (crcs[0],))
+    assert list(written.sums) == sums
+    assert (one.side, one.mask, one.a, one.b, one.sums) == (0, 4, 100, 5, (sums[0],))
     assert (zeroed.kind, zeroed.mask, zeroed.a, zeroed.b) == (ops.ZERO, mask, 98, 3)
     assert (dropped.kind, dropped.layer, dropped.mask, dropped.a) == (ops.DROP, 2, mask, 97)
     assert (hot.kind, hot.layer, hot.a) == (ops.HOT, 2, 11)

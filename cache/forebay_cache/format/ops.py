@@ -2,15 +2,19 @@
 
 Head of every record, 16 bytes little endian: ``kind u8 | side u8 | mask u16 | layer u32 | a u32 | b u32``.
 
-=========  ======================================  ==============================  ==========================
-kind       meaning                                 a, b                            followed by
-=========  ======================================  ==============================  ==========================
-WRITE      private sectors got data                block, slot; side: 0 or 1       crc32 u32 of each sector
-ZERO       private sectors became zeros            block, new side bits            nothing
-DROP       clean sectors are no longer valid       block, 0                        nothing
-HOT        the origin is written in this region    region, 0                       nothing
-LAYER      a layer was made; mask: bytes behind    0, 0; side: 1 when private      its name, JSON
-=========  ======================================  ==============================  ==========================
+=========  ===============================================  =================  ============================
+kind       what it says                                     a, b               what follows the head
+=========  ===============================================  =================  ============================
+WRITE      private sectors have data in a slot, which is    block, slot        checksum u32 of each sector
+           the block's first (side 0) or second (side 1)
+ZERO       private sectors are all zeros                    block, side bits   nothing
+DROP       clean sectors are not valid any more             block, 0           nothing
+HOT        the origin of a region may be written            region, 0          nothing
+LAYER      a layer was made; side: 1 if it is private;      0, 0               its name, JSON
+           mask: how many bytes follow
+=========  ===============================================  =================  ============================
+
+Frames of these records are what ``durable.journal`` writes; what they mean after a crash is in ``offline.claims``.
 """
 
 from __future__ import annotations
@@ -22,14 +26,15 @@ from typing import NamedTuple
 from forebay_cache.format.records import LayerName
 
 WRITE, ZERO, DROP, HOT, LAYER = 1, 2, 3, 4, 5
+"""The kinds of records."""
 HEAD = struct.Struct("<BBHIII")
 LONGEST_NAME = 0xFFFF
 """Bytes that the name of a layer may have: their number takes the place of the mask."""
-_CRCS = [struct.Struct(f"<{n}I") for n in range(17)]
+_SUMS = [struct.Struct(f"<{n}I") for n in range(17)]
 
 
 class Op(NamedTuple):
-    """One record, as :func:`unpack` gives it."""
+    """One record, as :func:`unpack` gives it. The fields are those of the head, and what follows it."""
 
     kind: int
     side: int
@@ -37,40 +42,42 @@ class Op(NamedTuple):
     layer: int
     a: int
     b: int
-    crcs: tuple[int, ...] = ()
+    sums: tuple[int, ...] = ()
+    """Of a WRITE: the checksums of the sectors of ``mask``, in their order."""
     name: LayerName | None = None
+    """Of a LAYER."""
 
 
-def write(side: int, mask: int, layer: int, block: int, slot: int, crcs: list[int]) -> bytes:
-    """Private sectors got data; ``crcs``: one for each bit of ``mask``."""
-    return HEAD.pack(WRITE, side, mask, layer, block, slot) + _CRCS[len(crcs)].pack(*crcs)
+def write(side: int, mask: int, layer: int, block: int, slot: int, sums: list[int]) -> bytes:
+    """Sectors of a private block have data in a slot; ``sums`` has a checksum for each bit of ``mask``."""
+    return HEAD.pack(WRITE, side, mask, layer, block, slot) + _SUMS[len(sums)].pack(*sums)
 
 
 _WRITE_ONE = struct.Struct("<BBHIIII")
 
 
-def write_one(side: int, mask: int, layer: int, block: int, slot: int, crc: int) -> bytes:
+def write_one(side: int, mask: int, layer: int, block: int, slot: int, value: int) -> bytes:
     """:func:`write` of one sector."""
-    return _WRITE_ONE.pack(WRITE, side, mask, layer, block, slot, crc)
+    return _WRITE_ONE.pack(WRITE, side, mask, layer, block, slot, value)
 
 
 def zero(mask: int, layer: int, block: int, sides: int) -> bytes:
-    """Private sectors became zeros."""
+    """Sectors of a private block are all zeros. With all bits in ``mask`` the block has no slots any more."""
     return HEAD.pack(ZERO, 0, mask, layer, block, sides)
 
 
 def drop(mask: int, layer: int, block: int) -> bytes:
-    """Clean sectors are no longer valid."""
+    """Sectors of a clean block are not valid any more."""
     return HEAD.pack(DROP, 0, mask, layer, block, 0)
 
 
 def hot(layer: int, region: int) -> bytes:
-    """The origin is about to be written in this region."""
+    """The origin of a clean layer may be written in this region of 4 MiB."""
     return HEAD.pack(HOT, 0, 0, layer, region, 0)
 
 
 def layer_made(layer: int, name: LayerName) -> bytes:
-    """A layer was made. Raises ValueError for a name that is too long for a record."""
+    """A layer was made, and has that number. Raises ValueError for a name that is too long for a record."""
     raw = name.pack()
     if len(raw) > LONGEST_NAME:
         raise ValueError(f"the name of a layer has {len(raw)} bytes, of {LONGEST_NAME} at most")
@@ -78,7 +85,7 @@ def layer_made(layer: int, name: LayerName) -> bytes:
 
 
 def unpack(payload: bytes) -> Iterator[Op]:
-    """The records of one frame, in order. Raises ValueError at one that makes no sense."""
+    """The records of one frame, in order. Raises ValueError at one that makes no sense, after those before it."""
     at = 0
     while at < len(payload):
         try:
@@ -89,11 +96,11 @@ def unpack(payload: bytes) -> Iterator[Op]:
 
 
 def _unpack_one(payload: bytes, at: int) -> tuple[Op, int]:
-    """One record, and where the next one begins. Raises ValueError and struct.error."""
+    """The record at that byte, and where the next one begins. Raises ValueError, and struct.error if it is cut off."""
     kind, side, mask, layer, a, b = HEAD.unpack_from(payload, at)
     at += HEAD.size
     if kind == WRITE and side < 2:
-        packer = _CRCS[mask.bit_count()]
+        packer = _SUMS[mask.bit_count()]
         return Op(kind, side, mask, layer, a, b, packer.unpack_from(payload, at)), at + packer.size
     if kind == LAYER and at + mask <= len(payload):
         name = LayerName.unpack(payload[at : at + mask], private=bool(side))

@@ -128,7 +128,7 @@ class Claims:
 
     def _written(self, key: int, op: ops.Op) -> None:
         block = self.blocks.setdefault(key, Claimed())
-        block.add(op.mask, (Claim(op.b, op.side, checksum) for checksum in op.crcs))
+        block.add(op.mask, (Claim(op.b, op.side, checksum) for checksum in op.sums))
         block.slots[op.side] = op.b
         block.unanswered |= op.mask
         self._last.append(block)

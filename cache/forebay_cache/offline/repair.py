@@ -41,15 +41,16 @@ from forebay_cache.offline.report import Fix, Report
 
 @dataclass
 class Repaired:
-    """``before`` and ``after``: what was found. Blocks, or pages, that were dropped.
-
-    What is still there afterwards is private.
-    """
+    """What a repair found and did."""
 
     before: Report
+    """What a check found at first ..."""
     after: Report
+    """... and what one found at the end: that is private, and stayed because nobody said that it may be dropped."""
     dropped_clean: int = 0
+    """Blocks, or whole pages, of clean layers that were dropped."""
     dropped_private: int = 0
+    """The same of private layers."""
 
 
 def repair(
@@ -60,7 +61,12 @@ def repair(
     drop_dirty: bool = False,
     boot: str | None = None,
 ) -> Repaired:
-    """Mend what can be mended. Raises CacheError when the cache is in use or beyond repair; OSError."""
+    """Mend what can be mended; private data is dropped only with ``drop_dirty``.
+
+    ``progress`` is called with (bytes done, bytes in all) of the first check; ``boot`` stands for the kernel's boot id.
+    It may be killed at any moment, and run again. Raises CacheError when the cache is in use or beyond repair, and
+    OSError.
+    """
     before = check(device, index, progress, boot)
     if before.hopeless:
         raise CacheError(before.hopeless)
@@ -85,6 +91,7 @@ def _bars_the_start(report: Report) -> bool:
 
 
 def _write_superblocks(path: Path) -> None:
+    """Write the superblock and its copy anew, from the one that is whole."""
     fd = open_device(path)
     try:
         layout = read_superblock(fd, path)

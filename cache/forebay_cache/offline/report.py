@@ -13,28 +13,33 @@ MOST_TOLD = 1000
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is not as it has to be. ``offset`` and ``length`` in bytes of the image or disk, where known.
-
-    ``what``: "superblock", "lmdb", "index", "overlap", "journal", "checksum" or "unreadable".
-    """
+    """One thing that is not as it has to be. The names are those that operators see as JSON."""
 
     what: str
+    """Of what kind: "superblock", "lmdb", "index", "overlap", "journal", "checksum" or "unreadable"."""
     text: str
     layer: LayerName | None = None
-    """That it is in, where it is in one and that is known."""
+    """The layer that it is in; None if it is in none, or nobody knows in which."""
     private: bool = False
+    """True if only the cache has what is concerned."""
     offset: int = 0
+    """Where it begins, in bytes of the image or disk, if it is in a layer ..."""
     length: int = 0
+    """... and how many bytes are concerned."""
     slot: int = -1
+    """Where these lie; -1: nowhere, or there are none."""
 
 
 @dataclass
 class Fix:
-    """What would make one block right again: its entry forgotten, or only these sectors of it."""
+    """What would make one block right again: its entry forgotten, or only some sectors of it."""
 
     private: bool
+    """True if that loses data that only the cache has."""
     entry: bool = False
+    """True if the entry makes no sense, and has to go as a whole."""
     sectors: int = 0
+    """Otherwise the mask of the damaged sectors."""
 
 
 @dataclass

@@ -37,30 +37,38 @@ Never raises OSError.
 
 @dataclass(frozen=True)
 class Damage:
-    """Sectors of a layer that are not what they were: ``offset`` and ``length`` in bytes of the image or disk.
-
-    ``what``: "checksum", "unreadable", or "index" (the entry makes no sense). ``repaired``: fetched again.
-    """
+    """Neighbouring sectors of one block that are not what they were. The names are those that operators see as JSON."""
 
     layer: LayerName
     private: bool
+    """True if only the cache has, or had, what was there."""
     offset: int
+    """Where they begin, in bytes of the image or disk ..."""
     length: int
+    """... and how many bytes they are."""
     slot: int
+    """Where they lie; -1: the entry names none."""
     what: str
+    """Of what kind: "checksum", "unreadable", or "index": the entry makes no sense."""
     repaired: bool = False
+    """True if they were fetched again from the image."""
 
 
 @dataclass
 class Found:
-    """What a scrub found; bytes and blocks."""
+    """What a scrub found. The names are those that operators see as JSON."""
 
     checked_bytes: int = 0
     damaged_clean: int = 0
+    """Blocks with damaged sectors that the origin has, too ..."""
     repaired_clean: int = 0
+    """... and how many of these were fetched again."""
     damaged_private: int = 0
+    """Blocks with damaged sectors that only the cache had."""
     damaged_index: int = 0
+    """Entries that make no sense."""
     damage: list[Damage] = field(default_factory=list)
+    """The first places; of all there are counts."""
 
     def note(self, damage: Damage) -> None:
         """Keep one run of damaged sectors, unless there are too many."""
@@ -77,6 +85,8 @@ class Found:
 
 @dataclass(frozen=True)
 class _Scrubber:
+    """What one scrub works with, and where it puts what it finds."""
+
     cache: Cache
     medium: Medium
     reader: IdlePriorityReader
@@ -120,6 +130,7 @@ async def scrub(
 
 
 async def _check(scrubber: _Scrubber, layer: Layer, number: int, i: int) -> None:
+    """Check block ``i`` of a page: its entry, then each slot that it names."""
     cache, found = scrubber.cache, scrubber.found
     block = number * PAGE_BLOCKS + i
     if wrong := _nonsense(cache, layer, number, i):
@@ -170,6 +181,7 @@ def _is_judged(
 async def _damaged(
     scrubber: _Scrubber, layer: Layer, block: int, slot: int, bad: int, sums: list[int]
 ) -> None:
+    """Note that the sectors ``bad`` of a slot are damaged. A clean block is dropped, and fetched again if it can be."""
     cache, found = scrubber.cache, scrubber.found
     cache.slots.damaged_slots += 1
     cache.ready.masks[slot] &= ~bad  # whoever reads it looks for himself, and gets an error
@@ -196,6 +208,7 @@ async def _damaged(
 
 
 async def _again(scrubber: _Scrubber, layer: Layer, offset: int, length: int) -> bool:
+    """Have bytes of an image fetched again. True if they were."""
     if scrubber.refetch is None or not await scrubber.refetch(layer, offset, length):
         return False
     scrubber.found.repaired_clean += 1
