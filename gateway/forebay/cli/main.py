@@ -174,7 +174,12 @@ def _attach(parser: Parser) -> None:
     add(
         "--cache-size", metavar="SIZE", type=SIZE, help="most it may hold of the cache; 0: no limit"
     )
-    add("--preload", metavar="SIZE|trace|all", type=PRELOAD, help="what to bring in at once")
+    add(
+        "--preload",
+        metavar="SIZE|trace|all",
+        type=PRELOAD,
+        help="bring in at once (trace: not yet)",
+    )
     add("--read-only", action="store_true", help="refuse writes")
     add("--overlay", action="store_true", help="keep writes private and drop them at detach")
     text = "while another host has the image, wait until it is free, or for as long as this says"
@@ -216,7 +221,7 @@ def _mode(parser: Parser) -> None:
 
 def _preload(parser: Parser) -> None:
     _name(parser)
-    text = "from the start of the image; what the last boot read; all"
+    text = "from the start of the image; what the last boot read (not there yet); all"
     parser.add_argument("amount", metavar="SIZE|trace|all", type=PRELOAD, help=text)
 
 

@@ -125,7 +125,8 @@ class DiskSettings(_Section):
     cache_size: Size = 0
     """Most that the disk may hold of the cache, bytes; 0: no limit of its own."""
     preload: Preload = 0
-    """What attach brings in: bytes from the start of the image, `trace` (what the last boot read) or `all`."""
+    """What attach brings in: bytes from the start of the image, or `all`; `trace` (what the last boot read) is accepted
+    here, and not there yet."""
     max_lag: Duration = 30.0
     """Seconds for which data may be dirty before it is written back."""
     max_dirty: Size = GIB
