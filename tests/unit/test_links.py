@@ -11,12 +11,28 @@ FOLDERS = ("bench", "cache", "config", "docs", "gateway", "nbd", "systemd", "tes
 PAGES = sorted([*ROOT.glob("*.md"), *(p for name in FOLDERS for p in (ROOT / name).rglob("*.md"))])
 LINK = re.compile(r"""\]\(([^)\s]+)|\b(?:src|href)="([^"]+)"|^\[[^\]]+\]:\s*(\S+)""", re.MULTILINE)
 
+WIDTH = 120
+"""The most characters of a line of prose; CONTRIBUTING.md says so to those who write."""
+NOT_PROSE = (
+    r"(?ms)^ *```.*?^ *```$",  # code, and what commands print
+    r"(?ms)^<!-- (\w+): begin.*?^<!-- \1: end -->$",  # written by `make bench-readme`
+    r"(?m)^ *(\||<).*$",  # tables, HTML
+    r"(?m)^ *([-*] )?!?\[[^\]]*\](\([^)\s]*\)|: *\S+)[.,;]?$",  # a line that is one link
+)
+
 MODULE = re.compile(r"`([\w/.-]+\.py)(?:::\w+)?`")
 
 
 def prose(text: str) -> str:
     """The page without its code, in which a bracket is no link and a hash no heading."""
     return re.sub(r"`[^`\n]*`", "", re.sub(r"(?ms)^ *```.*?^ *```$", "", text))
+
+
+def long_lines(text: str) -> list[str]:
+    """The lines of prose in a page that are longer than `WIDTH`."""
+    for kind in NOT_PROSE:
+        text = re.sub(kind, "", text)
+    return [line for line in text.splitlines() if len(line) > WIDTH]
 
 
 def links(text: str) -> Iterator[str]:
@@ -53,6 +69,21 @@ def test_python_files_are_where_a_page_says(page: Path) -> None:
     there = {f"/{path.relative_to(ROOT)}" for path in found}
     named = MODULE.findall(page.read_text())
     assert [one for one in named if not any(path.endswith(f"/{one}") for path in there)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_of_prose_are_not_too_long(page: Path) -> None:
+    if page.is_relative_to(ROOT / "bench" / "results"):
+        pytest.skip("written by make bench")
+    assert long_lines(page.read_text()) == []
+
+
+def test_long_lines_are_found() -> None:
+    words = "word " * 24
+    there = f"{words}\n{words}1\n- {words}\n"
+    kept = f"| {words}2 |\n<p>{words}</p>\n- [a]({'b' * 120})\n```text\n{words}3\n```\n"
+    made = f"<!-- bench: begin, by hand -->\n{words}4\n<!-- bench: end -->\n"
+    assert long_lines(there + kept + made) == [f"{words}1", f"- {words}"]
 
 
 def test_wrong_links_are_found(tmp_path: Path) -> None:
