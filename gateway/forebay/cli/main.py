@@ -174,12 +174,8 @@ def _attach(parser: Parser) -> None:
     add(
         "--cache-size", metavar="SIZE", type=SIZE, help="most it may hold of the cache; 0: no limit"
     )
-    add(
-        "--preload",
-        metavar="SIZE|trace|all",
-        type=PRELOAD,
-        help="bring in at once (trace: not yet)",
-    )
+    text = "what to bring in at once (trace is not there yet)"
+    add("--preload", metavar="SIZE|trace|all", type=PRELOAD, help=text)
     add("--read-only", action="store_true", help="refuse writes")
     add("--overlay", action="store_true", help="keep writes private and drop them at detach")
     text = "while another host has the image, wait until it is free, or for as long as this says"
