@@ -29,7 +29,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """The names that the daemon accepts for disks. No other name may become part of a path."""
 
 CONTEXT = "base:allocation"
-"""The only metadata context that nbdkit has. `forebay:cached` can be had from the daemon's own sockets."""
+"""The only metadata context that nbdkit has. `x-forebay:cached` can be had from the daemon's own sockets."""
 
 SERVER = ctypes.CDLL(None)
 """nbdkit's functions for C plugins."""

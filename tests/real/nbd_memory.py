@@ -10,7 +10,7 @@ from pathlib import Path
 
 import trio
 
-from forebay_nbd import Buffer, Export, Limits, Server
+from forebay_nbd import Budget, Buffer, Export, Limits, Server
 
 HOLE_AND_ZERO = 3
 
@@ -177,13 +177,19 @@ def listener(path: Path) -> trio.SocketListener:
 
 @contextlib.asynccontextmanager
 async def serving(
-    directory: Path, export: MemoryExport | None = None, limits: Limits | None = None
+    directory: Path,
+    export: MemoryExport | None = None,
+    limits: Limits | None = None,
+    budget: Budget | None = None,
 ) -> AsyncIterator[Running]:
     """Our server with one export, named and as the default. Whatever the test left waiting is let go at the end."""
     export = export or MemoryExport()
     checked: Export = export
     server = Server(
-        lambda name: checked if name in ("", checked.name) else None, lambda: [checked.name], limits
+        lambda name: checked if name in ("", checked.name) else None,
+        lambda: [checked.name],
+        limits,
+        budget=budget,
     )
     scope, ended = trio.CancelScope(), trio.Event()
     path = directory / "disk.sock"

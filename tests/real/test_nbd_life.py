@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from forebay_nbd import Connection, Limits, Phase
-from forebay_nbd.server.budget import Budget
+from forebay_nbd.server.budget import Budget, Share
 from real.nbd_memory import MemoryExport, serving
 from real.nbd_raw import Raw, option, request, still_serves, until
 
@@ -478,7 +478,7 @@ def test_a_connection_needs_no_server() -> None:
         ours.setblocking(False)
         export = MemoryExport()
         async with trio.open_nursery() as nursery:
-            connection = Connection(ours, Limits(), Budget(1 << 20))
+            connection = Connection(ours, Limits(), Share(Budget(1 << 20)))
             nursery.start_soon(connection.run, lambda _: export, list)
             await trio.to_thread.run_sync(theirs.recv, 18)
             theirs.close()

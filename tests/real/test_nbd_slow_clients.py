@@ -1,15 +1,21 @@
-"""Clients that take their replies slowly, and replies that cannot be sent: neither holds up anybody else for long."""
+"""Clients that are slow, greedy or many, and replies that cannot be sent: none of them holds up others for long."""
 
 import mmap
 import os
+import socket
+import struct
+import subprocess
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
 
-from forebay_nbd import Limits
+from forebay_nbd import Budget, Connection, Limits
+from forebay_nbd.server.budget import Share
+from forebay_nbd.server.places import Places, Process, _started
 from real.nbd_memory import MemoryExport, serving
-from real.nbd_raw import Raw, request, still_serves, until
+from real.nbd_raw import Raw, go, option, request, still_serves, until
 
 MIB = 1 << 20
 
@@ -126,3 +132,242 @@ async def test_many_answers_behind_one_that_cannot_be_read(short_path: Path) -> 
         said = await client.hangs_up()
         assert len(said) < 100 * 4112 + 2 * 16
         await until(lambda: not running.server.connections)
+
+
+# --- one budget for all servers -----------------------------------------------------------------------
+def test_a_share_has_something_of_its_own_and_a_most() -> None:
+    budget = Budget(100)
+    one, other = Share(budget, own=10, most=60), Share(budget, own=10, most=60)
+    assert one.reserve(70), "one request is let through whatever its size"
+    assert (budget.used, budget.own) == (60, 10)
+    assert not one.reserve(1)
+    assert other.reserve(50)
+    assert not other.reserve(1), "nothing is left, though it is not at its most"
+    third = Share(budget, own=10)
+    assert third.reserve(10), "its own is there whatever others hold"
+    assert not third.reserve(1)
+    assert (budget.used, budget.own) == (100, 30)
+    for share, count in ((other, 45), (other, 5), (one, 70), (third, 10)):
+        share.release(count)
+    assert (budget.used, budget.own) == (0, 0)
+    with pytest.raises(AssertionError):
+        one.release(1)
+
+
+async def test_silent_clients_of_many_disks_share_one_budget(short_path: Path) -> None:
+    """Each disk could have 64 MiB for itself; together they have 24, and a live client is served."""
+    limits = Limits(stall_seconds=0.1, server_bytes=12 * MIB, send_buffer=64 << 10)
+    budget = Budget(24 * MIB)
+    directories = [short_path / str(n) for n in range(4)]
+    for directory in directories:
+        directory.mkdir()
+    async with trio.open_nursery() as nursery:
+
+        async def silent(path: str) -> None:
+            async with Raw(path) as client:
+                await client.enter()
+                await client.send(request(0, 0, MIB) * 8)
+                await trio.sleep_forever()
+
+        async def disk(directory: Path, task_status: trio.TaskStatus[str]) -> None:
+            async with serving(directory, None, limits, budget) as running:
+                task_status.started(running.path)
+                await trio.sleep_forever()
+
+        paths = [await nursery.start(disk, directory) for directory in directories]
+        for path in paths:
+            for _ in range(4):
+                nursery.start_soon(silent, path)
+        most = 0
+        for _ in range(40):
+            await trio.sleep(0.02)
+            most = max(most, budget.used + budget.own)
+        assert 8 * MIB < most <= 24 * MIB + 4 * limits.own_bytes
+        for path in paths:
+            await still_serves(path)
+        nursery.cancel_scope.cancel()
+    assert budget.used == 0
+    assert budget.own == 0
+
+
+async def test_a_client_that_moves_a_byte_at_a_time_makes_way(short_path: Path) -> None:
+    """It holds all there is, and never stops for long: who needs the memory gets it all the same."""
+    limits = Limits(stall_seconds=0.3, server_bytes=2 * MIB, own_bytes=0)
+    async with (
+        serving(short_path, None, limits) as running,
+        Raw(running.path) as dribbling,
+        Raw(running.path, 5) as live,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def dribble() -> None:
+            for _ in range(1000):
+                try:
+                    await dribbling.send(b"x")
+                except trio.BrokenResourceError:
+                    break
+                await trio.sleep(0.01)
+
+        await dribbling.enter()
+        await dribbling.send(request(1, 0, 2 * MIB)[:28] + b"x" * 1000)
+        nursery.start_soon(dribble)
+        await until(lambda: running.server._budget.used)
+        await live.enter()
+        await live.send(request(1, 0, MIB, cookie=7, payload=bytes(MIB)))
+        assert await live.simple() == (0, 7, b"")
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_client_that_takes_its_time_keeps_its_memory_while_nobody_needs_it(
+    short_path: Path,
+) -> None:
+    limits = Limits(stall_seconds=0.1)
+    async with serving(short_path, None, limits) as running, Raw(running.path) as client:
+        await client.enter()
+        await client.send(request(1, 0, MIB)[:28] + b"x" * 1000)
+        await trio.sleep(0.5)
+        await client.send(b"x" * (MIB - 1000))
+        assert await client.simple() == (0, 1, b"")
+
+
+# --- block status -----------------------------------------------------------------------------------------
+async def with_contexts(client: Raw) -> None:
+    await client.hello()
+    await client.send(option(8) + option(10, struct.pack(">III", 0, 1, 15) + b"base:allocation"))
+    await client.send(go(b""))
+    while (await client.reply())[:2] != (7, 1):
+        pass
+
+
+async def status(client: Raw) -> list[int]:
+    """The lengths of the extents in the next reply."""
+    length = struct.unpack(">IHHQI", await client.receive(20))[4]
+    words = struct.unpack(f">{length // 4}I", await client.receive(length))
+    return list(words[1::2])
+
+
+async def test_block_status_is_in_the_budget_and_takes_turns(short_path: Path) -> None:
+    """64 at once: two are carried out, the others cost nothing, and hits and misses pass all of them."""
+    export = MemoryExport(slow=True)
+    async with serving(short_path, export) as running, Raw(running.path) as client:
+        await with_contexts(client)
+        await client.send(request(7, 0, export.size) * 60)
+        await until(lambda: export.waiting == 2)
+        await trio.sleep(0.05)
+        assert export.waiting == 2
+        assert 0 < running.server._budget.used <= 2 << 20
+        export.slow = False
+        await client.send(request(0, 0, 8, cookie=2))
+        assert await client.receive(20 + 8 + 8)
+        export.gate.set()
+        for _ in range(60):
+            assert sum(await status(client)) == export.size
+        await until(lambda: running.server._budget.used == 0)
+
+
+async def test_block_status_waits_for_memory_and_not_for_ever(short_path: Path) -> None:
+    """Others hold all there is: clients that do not read, which are dropped."""
+    limits = Limits(stall_seconds=0.2, server_bytes=4 * MIB, own_bytes=0, send_buffer=64 << 10)
+    async with (
+        serving(short_path, None, limits) as running,
+        Raw(running.path) as silent,
+        Raw(running.path, 5) as client,
+    ):
+        await silent.enter()
+        await silent.send(request(0, 0, 5 * MIB))
+        await until(lambda: running.server._budget.used > 4 * MIB)
+        await with_contexts(client)
+        await client.send(request(7, 0, running.export.size))
+        assert sum(await status(client)) == running.export.size
+
+
+async def test_a_reply_has_so_many_extents_and_the_client_asks_on(short_path: Path) -> None:
+    class Fragmented(MemoryExport):
+        async def extents(
+            self, context: str, offset: int, length: int, one: bool
+        ) -> list[tuple[int, int]]:
+            return [(512, n % 2) for n in range(offset // 512, (offset + length) // 512)]
+
+    limits = Limits(status_extents=100)
+    async with serving(short_path, Fragmented(), limits) as running, Raw(running.path) as client:
+        await with_contexts(client)
+        await client.send(request(7, 0, MIB) + request(7, 512 * 100, 512 * 7, cookie=2))
+        assert {len(await status(client)) for _ in range(2)} == {100, 7}
+
+
+# --- places -----------------------------------------------------------------------------------------------
+class Connected:
+    """A connection as far as its place is concerned."""
+
+    def __init__(self, *, session: bool = True) -> None:
+        self.session = object() if session else None
+        self.aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def process_of(pid: int) -> Process:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        mine = Process.at(ours)
+    assert mine is not None
+    assert mine.is_alive
+    return mine if pid == os.getpid() else Process(pid, _started(pid))
+
+
+def test_places_are_kept_for_the_process_that_was_first() -> None:
+    first = process_of(os.getpid())
+    with subprocess.Popen(["sleep", "60"]) as other:
+        second = process_of(other.pid)
+        places = Places(20)
+        mine = cast("Connection", Connected())
+        places.add(mine, first)
+        places.remove(mine)  # as a VM that is about to connect anew
+        for _ in range(16):
+            assert places.has_room_for(second)
+            places.add(cast("Connection", Connected()), second)
+        assert not places.has_room_for(second)
+        assert not places.has_room_for(None)
+        for _ in range(4):
+            assert places.has_room_for(first)
+            places.add(cast("Connection", Connected()), first)
+        assert not places.has_room_for(first), "it has no more than all of them"
+        other.kill()
+    assert not second.is_alive
+
+
+def test_the_next_process_takes_the_place_of_the_first_when_that_has_ended() -> None:
+    places = Places(4)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        first, second = process_of(other.pid), process_of(os.getpid())
+        mine = cast("Connection", Connected())
+        places.add(mine, first)
+        for _ in range(2):
+            places.add(cast("Connection", Connected()), second)
+        assert not places.has_room_for(second)
+        other.kill()
+    places.remove(mine)
+    assert places.has_room_for(second)
+    places.add(cast("Connection", Connected()), second)
+    assert places.has_room_for(second), "the place that was kept is its own now"
+
+
+async def test_idle_connections_keep_nobody_out(short_path: Path) -> None:
+    """Those that were idle for longest make way, before their time is over."""
+    async with serving(short_path) as running:
+        held = [await trio.open_unix_socket(running.path) for _ in range(200)]
+        await still_serves(running.path)
+        assert len(running.server.connections) < 100
+        for one in held:
+            await one.aclose()
+
+
+async def test_a_client_in_transmission_does_not_make_way(short_path: Path) -> None:
+    async with serving(short_path) as running, Raw(running.path) as client:
+        await client.enter()
+        held = [await trio.open_unix_socket(running.path) for _ in range(100)]
+        await client.send(request(0, 0, 8))
+        assert await client.simple(8) == (0, 1, bytes(8))
+        for one in held:
+            await one.aclose()

@@ -27,6 +27,9 @@ CACHE = {
 }
 
 
+GATEWAY = {"client_memory_bytes": 5 * MIB, "client_memory_limit_bytes": 256 * MIB}
+
+
 def disk(name: str, **differs: Any) -> dict[str, Any]:
     """A status with the contract's keys."""
     return {
@@ -129,6 +132,10 @@ class FakeGateway:
         self.calls.append(("preload", name, amount))
         await self._work("preload", progress)
 
+    def info(self) -> dict[str, Any]:
+        self._called("info")
+        return GATEWAY
+
     def cache_info(self) -> dict[str, Any]:
         self._called("cache_info")
         return CACHE
@@ -155,7 +162,7 @@ class FakeGateway:
 
     def metrics(self) -> str:
         self._called("metrics")
-        return metrics_text(self.status(), CACHE)
+        return metrics_text(self.status(), CACHE, GATEWAY)
 
 
 @asynccontextmanager

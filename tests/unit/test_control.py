@@ -15,7 +15,7 @@ from forebay.control.arguments import LONGEST_BODY
 from forebay.control.server import serve_control
 from forebay.errors import ForebayError
 from forebay.units import MIB, Mode
-from unit.control_fake import CACHE, FakeGateway, disk, served
+from unit.control_fake import CACHE, GATEWAY, FakeGateway, disk, served
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,6 +65,7 @@ async def test_what_is_asked_is_answered() -> None:
         assert (await ask(run, "GET /disks")).json == [disk("a"), disk("b")]
         assert (await ask(run, "GET /disks/b")).json == disk("b")
         assert (await ask(run, "GET /cache")).json == CACHE
+        assert GATEWAY.items() <= (await ask(run, "GET /gateway")).json.items()
         index = (await ask(run, "GET /")).json
         assert "POST /disks/{name}/flush" in index["routes"]
         metrics = await ask(run, "GET /metrics")

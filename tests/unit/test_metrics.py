@@ -4,7 +4,7 @@ from itertools import groupby
 import pytest
 
 from forebay.control.metrics import metrics_text
-from unit.control_fake import CACHE, disk
+from unit.control_fake import CACHE, GATEWAY, disk
 
 SAMPLE = re.compile(
     r'(forebay_[a-z_]+)(\{[a-z_]+="(?:[^"\\\n]|\\.)*"(,[a-z_]+="(?:[^"\\\n]|\\.)*")*\})? \S+'
@@ -23,6 +23,10 @@ def test_what_status_tells_is_exported() -> None:
     assert found['forebay_oldest_dirty_seconds{disk="a"}'] == "1.5"
     assert found["forebay_evicted_blocks_total"] == "7"
     assert found["forebay_cache_ok"] == "1"
+    assert "forebay_client_memory_bytes" not in found
+    found = samples(metrics_text([], CACHE, GATEWAY))
+    assert found["forebay_client_memory_bytes"] == str(5 << 20)
+    assert found["forebay_client_memory_limit_bytes"] == str(256 << 20)
     assert samples(metrics_text([], CACHE | {"state": "failed"}))["forebay_cache_ok"] == "0"
 
 

@@ -6,6 +6,7 @@ stand in `forebay_disk_info`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from forebay import __version__
@@ -70,17 +71,34 @@ CACHE_METRICS = (
 )
 
 
-def metrics_text(disks: Sequence[Values], cache: Values) -> str:
-    """The text at `/metrics`. `disks` is the status of each disk, `cache` what cache_info has."""
+GATEWAY_METRICS = (
+    _one("client_memory_bytes", "gauge", "Memory that clients hold.", "client_memory_bytes"),
+    _one(
+        "client_memory_limit_bytes",
+        "gauge",
+        "Memory that all of them together may hold.",
+        "client_memory_limit_bytes",
+    ),
+)
+
+
+def metrics_text(
+    disks: Sequence[Values], cache: Values, gateway: Values = MappingProxyType({})
+) -> str:
+    """The text at `/metrics`.
+
+    `disks` is the status of each disk, `cache` what cache_info has, `gateway` what info has.
+    """
     lines = [
         *_family("build_info", "gauge", "What runs.", [(f'version="{__version__}"', 1)]),
         *_family("disk_info", "gauge", "The disks, by words.", [(_words(d), 1) for d in disks]),
     ]
     for metric in DISK_METRICS:
         lines += _family(metric.name, metric.kind, metric.text, _disk_samples(metric, disks))
-    for metric in CACHE_METRICS:
-        found = [(labels, cache[key]) for labels, key in metric.samples if key in cache]
-        lines += _family(metric.name, metric.kind, metric.text, found)
+    for metrics, values in ((CACHE_METRICS, cache), (GATEWAY_METRICS, gateway)):
+        for metric in metrics:
+            found = [(labels, values[key]) for labels, key in metric.samples if key in values]
+            lines += _family(metric.name, metric.kind, metric.text, found)
     working = cache.get("state")
     if working is not None:
         ok = int(working == "ok")

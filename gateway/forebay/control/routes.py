@@ -78,6 +78,9 @@ class Answers(Protocol):
     async def preload(self, name: str, amount: int | str, progress: Progress) -> None:
         """Bring in bytes from the start, or `trace`, or `all`."""
 
+    def info(self) -> dict[str, Any]:
+        """What belongs to no disk, and not to the cache: how much memory clients hold, and may hold."""
+
     def cache_info(self) -> dict[str, Any]:
         """The cache device and what it holds."""
 
@@ -124,6 +127,7 @@ class Control:
         table: list[tuple[str, str, Endpoint]] = [
             ("GET", "/", self.index),
             ("GET", "/metrics", self.metrics),
+            ("GET", "/gateway", self.gateway),
             ("GET", "/disks", self.disks),
             ("POST", "/disks", self.attach),
             ("GET", "/disks/{name}", self.disk),
@@ -157,6 +161,10 @@ class Control:
     async def metrics(self, _: Request) -> Response:
         """Prometheus text."""
         return PlainTextResponse(self._gateway.metrics(), media_type=PROMETHEUS_TEXT)
+
+    async def gateway(self, _: Request) -> Response:
+        """What belongs to no disk, and not to the cache."""
+        return JSONResponse({"forebay": __version__, **self._gateway.info()})
 
     async def disks(self, _: Request) -> Response:
         """The status of all disks, a list."""

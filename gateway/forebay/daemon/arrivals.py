@@ -26,6 +26,7 @@ from forebay.origin.addresses import resolve
 from forebay.origin.threads import StoreThreads
 from forebay.units import parse_name
 from forebay_cache import Cache, CacheError
+from forebay_nbd import Budget
 
 log = logging.getLogger("forebay.daemon")
 
@@ -41,14 +42,19 @@ class Arrivals:
         images: Images,
         disks: Disks,
         records: DiskRecords,
+        memory: Budget,
     ) -> None:
-        """`nursery` is the one long-lived nursery of the process: the tasks of disks and of connections live in it."""
+        """`nursery` is the one long-lived nursery of the process: the tasks of disks and of connections live in it.
+
+        `memory` is what the clients of all disks together may hold.
+        """
         self._config = config
         self._cache = cache
         self._nursery = nursery
         self._images = images
         self._disks = disks
         self._records = records
+        self._memory = memory
         self._threads: dict[str, StoreThreads] = {}
         """By store, or by image where that lies in none."""
 
@@ -183,7 +189,9 @@ class Arrivals:
         self, record: DiskRecord, source: Source, settings: DiskSettings, path: Path
     ) -> Attached:
         disk = await Disk.open(self._images, source, settings)
-        return Attached(record, source, disk, Listener(disk, path, self._config.gateway))
+        return Attached(
+            record, source, disk, Listener(disk, path, self._config.gateway, self._memory)
+        )
 
 
 @contextlib.asynccontextmanager

@@ -25,11 +25,17 @@ from forebay.storage.state import index_path
 from forebay.storage.upkeep import Upkeep
 from forebay.units import Mode, format_size
 from forebay_cache import Cache, CacheError, extend
+from forebay_nbd import Budget
 
 log = logging.getLogger("forebay.daemon")
 
 Status = dict[str, Any]
 """What is told about one disk: the keys of `forebay status --json`."""
+
+
+CLIENT_MEMORY = 256 << 20
+"""Bytes that the clients of all disks together may hold: payloads and replies of requests that wait, replies that they
+do not take, block status. Each disk may hold a little beside it (`Limits.own_bytes`), and none more than a quarter."""
 
 
 class Gateway:
@@ -42,7 +48,10 @@ class Gateway:
         images = Images(cache, nursery)
         self._disks = Disks()
         self._records = DiskRecords(cache, index_path(config))
-        self._arrivals = Arrivals(config, cache, nursery, images, self._disks, self._records)
+        self._memory = Budget(CLIENT_MEMORY)
+        self._arrivals = Arrivals(
+            config, cache, nursery, images, self._disks, self._records, self._memory
+        )
         self._departures = Departures(images, self._disks, self._records)
         self._extending = trio.Lock()
         self._upkeep = Upkeep(cache, lambda: [one.disk.image for one in self.attached()])
@@ -130,6 +139,13 @@ class Gateway:
         attached.check_serves()
         await attached.disk.preload(amount, progress)
 
+    def info(self) -> dict[str, Any]:
+        """What belongs to no disk, and not to the cache: how much memory clients hold, in bytes, and may hold."""
+        return {
+            "client_memory_bytes": self._memory.used + self._memory.own,
+            "client_memory_limit_bytes": self._memory.limit,
+        }
+
     # -- the cache
 
     def cache_info(self) -> dict[str, Any]:
@@ -169,7 +185,7 @@ class Gateway:
 
     def metrics(self) -> str:
         """Prometheus text."""
-        return metrics_text(self.status(), self.cache_info())
+        return metrics_text(self.status(), self.cache_info(), self.info())
 
 
 def serve(config: Config, state: Path | None = None, run: Path | None = None) -> int:

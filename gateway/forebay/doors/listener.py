@@ -14,7 +14,7 @@ from forebay.doors.peers import Admission
 from forebay.doors.restart import Client, Sockets
 from forebay.errors import ForebayError
 from forebay.image.boundary import Boundary
-from forebay_nbd import Connection, Export, Phase, Server
+from forebay_nbd import Budget, Connection, Export, Phase, Server
 
 log = logging.getLogger("forebay.daemon")
 
@@ -77,8 +77,13 @@ class Listener:
     The disk is the export of the name `export.name`, and the default export.
     """
 
-    def __init__(self, export: Export, path: Path, section: GatewaySection) -> None:
-        """`path` is where the socket is to lie; nothing is there before `open`."""
+    def __init__(
+        self, export: Export, path: Path, section: GatewaySection, memory: Budget | None = None
+    ) -> None:
+        """`path` is where the socket is to lie; nothing is there before `open`.
+
+        `memory` is what the clients of all disks together may hold; without it this disk's have a budget of their own.
+        """
         self.path = path
         self._export = export
         self._section = section
@@ -88,6 +93,7 @@ class Listener:
             lambda name: export if name in ("", export.name) else None,
             lambda: [export.name],
             may_connect=self._may_connect,
+            budget=memory,
         )
         self._scope: trio.CancelScope | None = None
         """Of accepting; None while the socket is shut."""

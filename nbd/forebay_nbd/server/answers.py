@@ -43,14 +43,19 @@ def data_header(request: Request, structured: bool) -> bytes:
 
 
 def clip_extents(
-    found: list[tuple[int, int]], offset: int, length: int, size: int, one: bool
+    found: list[tuple[int, int]],
+    offset: int,
+    length: int,
+    size: int,
+    one: bool,
+    most: int = MAX_EXTENTS,
 ) -> tuple[tuple[int, int], ...]:
     """The extents (length, flags) to be sent in reply to a BLOCK_STATUS of [offset, offset + length).
 
-    `found` are those that the export returned. Neighbours with equal flags become one. All but the last end inside the
-    request ("the sum of the first N-1 extents MUST be less than the requested length"), the last one inside the export
-    of `size` bytes and, with `one`, inside the request. Lengths fit 32 bits (CVE-2025-47711, CVE-2025-47712). Raises
-    RuntimeError if nothing is left: that is a bug of the export.
+    `found` are those that the export returned. Neighbours with equal flags become one, and at most `most` are returned.
+    All but the last end inside the request ("the sum of the first N-1 extents MUST be less than the requested length"),
+    the last one inside the export of `size` bytes and, with `one`, inside the request. Lengths fit 32 bits
+    (CVE-2025-47711, CVE-2025-47712). Raises RuntimeError if nothing is left: that is a bug of the export.
     """
     merged: list[tuple[int, int]] = []
     covered = 0
@@ -61,7 +66,7 @@ def clip_extents(
         covered += count
         if merged and merged[-1][1] == flags:
             merged[-1] = (merged[-1][0] + count, flags)
-        elif len(merged) >= (1 if one else MAX_EXTENTS):
+        elif len(merged) >= most:
             break
         else:
             merged.append((count, flags))

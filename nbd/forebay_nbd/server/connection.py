@@ -17,7 +17,7 @@ import trio
 from forebay_nbd.protocol.events import Request
 from forebay_nbd.protocol.requests import RequestReader, encode_request
 from forebay_nbd.server.batch import Batch, Outcome
-from forebay_nbd.server.budget import Budget
+from forebay_nbd.server.budget import Share
 from forebay_nbd.server.export import Export
 from forebay_nbd.server.handshaking import do_handshake
 from forebay_nbd.server.limits import Limits
@@ -37,16 +37,14 @@ class _Turn:
 class Connection:
     """A connected client. run() or resume() serves it; stop(), suspend() and abort() end that from outside.
 
-    The socket must not block. `drop_stalled` is called when the memory of `budget` is used up and this connection has
-    to wait for it.
+    The socket must not block. `budget` is the share of the server that the connection belongs to.
     """
 
     def __init__(
         self,
         sock: socket.socket,
         limits: Limits,
-        budget: Budget,
-        drop_stalled: Callable[[], None] = lambda: None,
+        budget: Share,
     ) -> None:
         self.sock = sock
         self.limits = limits
@@ -66,7 +64,6 @@ class Connection:
         self._out = Outbox(sock, limits, budget, self.abort)
         self._slow = SlowRequests(self._out, limits, budget)
         self._reader = RequestReader(limits.receive_buffer, limits.in_place_bytes)
-        self._drop_stalled = drop_stalled
         self._poll_pays = False
         """The last request for which this connection slept came so soon that polling would have been quicker."""
         self._alone = False
@@ -125,8 +122,11 @@ class Connection:
 
     @property
     def stalled_since(self) -> float | None:
-        """Trio time since when the client takes no replies, or does not send the rest of a payload, or None."""
-        return self._out.stalled_since or self._slow.payload_since
+        """Trio time since when the client takes no replies, or does not send the rest of a payload, or hardly any.
+
+        None if the server does not wait for it.
+        """
+        return self._out.stalled_since or self._slow.payload_pace.since
 
     # --- life ----------------------------------------------------------------------
     async def run(
@@ -249,6 +249,8 @@ class Connection:
             if not count:
                 return
             reader.received(count)
+            if self._slow.payload_pace.since is not None:
+                self._slow.payload_pace.move(count)
             now = perf_counter()
             if now > self._turn_ends:
                 await self._yield_turn()
@@ -276,14 +278,13 @@ class Connection:
     async def _wait_for_room(self) -> None:
         """Returns when there may be room for a request. If others hold the memory, one of them may be dropped first."""
         if not self._slow.count:
-            self._drop_stalled()
+            self._slow.drop_stalled()
         await self._slow.wait_for_room()
 
     async def _reserve_payload(self, size: int) -> None:
         """Returns when memory is reserved for a payload of `size` bytes that is being received."""
         while not self._slow.reserve_payload(size):
             await self._wait_for_room()
-        self._slow.payload_since = trio.current_time()
 
     async def _yield_turn(self) -> None:
         """Lets other tasks run. If another connection was served meanwhile, turns are shorter, without polling."""

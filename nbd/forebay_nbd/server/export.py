@@ -85,7 +85,8 @@ class Export(Protocol):
     ) -> list[tuple[int, int]]:
         """The extents (length, flags) in a metadata context from `offset` on: at least one; with `one`, one will do.
 
-        They may cover more than the range, or less; the server cuts them to what the protocol allows.
+        They may cover more than the range, or less; the server cuts them to what the protocol allows, and to
+        `Limits.status_extents`. Finding them must not take more memory than that many.
         """
 
     def opened(self) -> None:

@@ -1,8 +1,17 @@
 """Every bound of the server, with its reason: what one client, and all of them, may cost."""
 
 from dataclasses import dataclass
+from typing import Final
 
 from forebay_nbd.protocol.wire import MAX_STRING
+
+PROCESS_BYTES: Final = 256 << 20
+"""Memory that all servers of a process share, where it has no Budget that says otherwise."""
+STALL_BYTES: Final = 256 << 10
+"""A client that moves fewer bytes than this in `stall_seconds` counts as one that does not move."""
+STATUS_REQUESTS: Final = 2
+"""BLOCK_STATUS requests of one connection that are carried out, or whose replies are sent, at one time. Others wait
+their turn, and cost next to nothing meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +21,8 @@ class Limits:
     handshake_seconds: float = 10.0
     """A client that is not in transmission by then is dropped: half-open connections cost memory (CVE-2024-7409)."""
     connections: int = 100
-    """Connections of one server at one time; further ones are closed at once. QEMU's number for the same CVE."""
+    """Connections of one server in transmission at one time; further ones are closed at once. QEMU's number for the
+    same CVE. A few of them are kept for the process that was first, and those in the handshake count separately."""
     options: int = 32
     """Options of one handshake. Real clients need about five; with more the connection ends. nbdkit's number."""
     option_bytes: int = 8 << 10
@@ -26,16 +36,22 @@ class Limits:
     Requests answered at once are not counted, so a deep queue of hits runs at full speed."""
     inflight_bytes: int = 64 << 20
     """Payloads and read data of those requests: two of the largest requests."""
-    server_bytes: int = 256 << 20
-    """The same for all connections of a server, and the copies of replies that clients do not take. If it is used up,
-    the connection that has stalled for longest is dropped, so that silent clients cannot starve a live one."""
+    server_bytes: int = 64 << 20
+    """The same for all connections of a server, with the copies of replies that clients do not take, and block status:
+    a quarter of what all servers of a process share (`PROCESS_BYTES`), so that one disk cannot take all. If it is used
+    up, the connection that has stalled for longest is dropped, so that silent clients cannot starve a live one."""
+    own_bytes: int = 1 << 20
+    """Part of that which counts against nothing that others share: a disk goes on, with small requests, while those of
+    a store that hangs hold all there is."""
+    status_extents: int = 4096
+    """Extents of one reply. A client asks on from where a reply ends."""
     batch_bytes: int = 8 << 20
     """Replies gathered before they are sent: bounds what has to be copied if the client does not read."""
     batch_buffers: int = 1000
     """Buffers of one sendmsg(); the kernel takes 1024 (UIO_MAXIOV)."""
     stall_seconds: float = 1.0
-    """Buffers that a client does not take stay pinned for so long; then they are copied, and the export may reuse its
-    memory."""
+    """Buffers that a client does not take stay pinned for so long, in all; then they are copied, and the export may
+    reuse its memory. After so long a client that does not move may be dropped if its memory is needed."""
     receive_buffer: int = 256 << 10
     """Memory that one connection receives into: 9,000 READs, or 60 WRITEs of 4 KiB, in one recv()."""
     in_place_bytes: int = 128 << 10

@@ -9,6 +9,7 @@ Copies are counted in the server's share of the daemon's budget.
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from collections.abc import Callable
 import trio
 
 from forebay_nbd.protocol.wire import Buffer, remaining
-from forebay_nbd.server.budget import Budget
+from forebay_nbd.server.budget import Pace, Share
 from forebay_nbd.server.export import Export
-from forebay_nbd.server.limits import Limits
+from forebay_nbd.server.limits import STALL_BYTES, Limits
+
+log = logging.getLogger(__name__)
 
 _IOV_MAX = 1024
 """Buffers that one pwritev takes (limits.h)."""
@@ -31,7 +34,7 @@ class Outbox:
     """
 
     def __init__(
-        self, sock: socket.socket, limits: Limits, budget: Budget, abort: Callable[[], None]
+        self, sock: socket.socket, limits: Limits, budget: Share, abort: Callable[[], None]
     ) -> None:
         self._sock = sock
         self._limits = limits
@@ -52,8 +55,13 @@ class Outbox:
         """Whose memory replies consist of. None during the handshake, whose replies have memory of their own."""
         self.broken = False
         """The client is gone, or is to be dropped: everything sent from now on is dropped, too."""
-        self.stalled_since: float | None = None
-        """Trio time since when the client has not taken a byte of what waits to be sent; None if nothing waits."""
+        self._pace = Pace(STALL_BYTES)
+        """Of the client, while something waits to be sent."""
+
+    @property
+    def stalled_since(self) -> float | None:
+        """Trio time since when the client has hardly taken anything of what waits to be sent; None if nothing waits."""
+        return self._pace.since
 
     def send(self, buffers: list[Buffer], total: int) -> bool:
         """Sends buffers of `total` bytes without waiting.
@@ -89,6 +97,7 @@ class Outbox:
         """A copy of the buffers, counted in the budget. The connection is aborted if that is impossible."""
         size = sum(map(len, buffers))
         if not self._budget.reserve(size):
+            log.info("connection dropped: no memory is left to keep what it does not take")
             self.broken = True
             self._abort()
             return []
@@ -133,8 +142,7 @@ class Outbox:
 
     async def _wait_writable(self) -> None:
         """Returns when the socket takes bytes. When the pin has reached its age, copies what is left and unpins."""
-        if self.stalled_since is None:
-            self.stalled_since = trio.current_time()
+        self._pace.wait()
         if self._pin is not None:
             with trio.move_on_at(self._pin_ends):
                 await trio.lowlevel.wait_writable(self._sock)
@@ -155,7 +163,7 @@ class Outbox:
         except OSError as exc:
             self._break(exc)
             return
-        self.stalled_since = None
+        self._pace.move(sent)
         self._unsent = remaining(part, sent) + self._unsent[len(part) :]
 
     def _break(self, error: OSError) -> None:
@@ -181,7 +189,7 @@ class Outbox:
         if self._copied:
             self._budget.release(self._copied)
             self._copied = 0
-        self.stalled_since = None
+        self._pace.end()
 
     def _unpin(self) -> None:
         if self._pin is not None and self.export is not None:

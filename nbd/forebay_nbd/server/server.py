@@ -8,10 +8,11 @@ from collections.abc import Callable, Coroutine
 import trio
 
 from forebay_nbd.protocol.wire import ProtocolError
-from forebay_nbd.server.budget import Budget
+from forebay_nbd.server.budget import Budget, Share
 from forebay_nbd.server.connection import Connection
 from forebay_nbd.server.export import Export
-from forebay_nbd.server.limits import Limits
+from forebay_nbd.server.limits import PROCESS_BYTES, Limits
+from forebay_nbd.server.places import Places, Process
 from forebay_nbd.server.session import Session
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,8 @@ class Server:
 
     `resolve` returns the export of a name, or None; resolve("") is the default export. `names` returns the names that
     LIST shows. `may_connect` is given each new connection before a byte is sent; it is closed if that returns False.
-    All three are called in the event loop, and must not take long.
+    All three are called in the event loop, and must not take long. `budget` is the memory that all servers of the
+    process share; without it the server has one of its own.
     """
 
     def __init__(
@@ -36,13 +38,19 @@ class Server:
         names: Callable[[], list[str]],
         limits: Limits | None = None,
         may_connect: Callable[[socket.socket], bool] = lambda _sock: True,
+        budget: Budget | None = None,
     ) -> None:
         self._may_connect = may_connect
         self._resolve = resolve
         self._names = names
         self.limits = limits or Limits()
         self.connections: set[Connection] = set()
-        self._budget = Budget(self.limits.server_bytes)
+        self._places = Places(self.limits.connections)
+        self._budget = Share(
+            budget or Budget(PROCESS_BYTES),
+            self.limits.own_bytes,
+            self.limits.server_bytes,
+        )
 
     async def serve(
         self,
@@ -78,7 +86,7 @@ class Server:
         connection = self._add(sock)
         export = self._resolve(session.export_name)
         if export is None:
-            self.connections.discard(connection)
+            self._remove(connection)
             sock.close()
             return
         await self._supervise(connection, connection.resume(session, export))
@@ -87,9 +95,16 @@ class Server:
         """A new connection on a connected socket, counted as one of this server's. The caller has to run it."""
         sock.setblocking(False)
         _set_options(sock, self.limits.send_buffer)
-        connection = Connection(sock, self.limits, self._budget, self._drop_stalled)
+        connection = Connection(sock, self.limits, self._budget)
         self.connections.add(connection)
+        self._places.add(connection, Process.at(sock))
+        self._budget.holders.add(connection)
         return connection
+
+    def _remove(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        self._places.remove(connection)
+        self._budget.holders.discard(connection)
 
     async def _accept(self, listener: trio.SocketListener) -> socket.socket | None:
         """The socket of the next client; None if it may not connect, or something was exhausted. Raises OSError."""
@@ -105,8 +120,8 @@ class Server:
         if not self._may_connect(sock):
             sock.close()
             return None
-        if len(self.connections) >= self.limits.connections:
-            log.info("more than %d connections: one refused", self.limits.connections)
+        if not self._places.has_room_for(Process.at(sock)):
+            log.info("as many as %d connections: one refused", self.limits.connections)
             sock.close()
             return None
         return sock
@@ -131,21 +146,7 @@ class Server:
             else:
                 log.exception("connection failed")
         finally:
-            self.connections.discard(connection)
-
-    def _drop_stalled(self) -> None:
-        """Called when the memory of all connections is used up: aborts the one that has stalled for longest.
-
-        A connection has stalled if its client has not moved for `stall_seconds`.
-        """
-        before = trio.current_time() - self.limits.stall_seconds
-        stalled = [
-            c for c in self.connections if c.stalled_since is not None and c.stalled_since <= before
-        ]
-        if stalled:
-            victim = min(stalled, key=lambda c: c.stalled_since or 0.0)
-            log.info("connection dropped: it holds memory and does not move")
-            victim.abort()
+            self._remove(connection)
 
 
 def _set_options(sock: socket.socket, send_buffer: int) -> None:

@@ -9,12 +9,17 @@ from forebay_nbd.protocol.events import Request, StatusChunk
 from forebay_nbd.protocol.requests import encode_reply
 from forebay_nbd.protocol.wire import Buffer, Cmd, CmdFlag
 from forebay_nbd.server.answers import clip_extents, data_header, error_reply, success_reply
-from forebay_nbd.server.budget import Budget
+from forebay_nbd.server.budget import Pace, Share
 from forebay_nbd.server.export import Export
-from forebay_nbd.server.limits import Limits
+from forebay_nbd.server.limits import STALL_BYTES, STATUS_REQUESTS, Limits
 from forebay_nbd.server.outbox import Outbox
 
 log = logging.getLogger(__name__)
+
+_EXTENT_BYTES = 256
+"""What an extent costs while a reply is made: two pairs of numbers, in lists, and eight bytes in the reply."""
+_LEAST_EXTENT = 512
+"""Bytes of the shortest extent that an export tells of, but for its first and last."""
 
 _WITH_DATA = frozenset((Cmd.READ, Cmd.WRITE))
 
@@ -26,7 +31,7 @@ class SlowRequests:
     that is received into memory of its own is counted from reserve_payload() on, before it has arrived.
     """
 
-    def __init__(self, out: Outbox, limits: Limits, budget: Budget) -> None:
+    def __init__(self, out: Outbox, limits: Limits, budget: Share) -> None:
         self._out = out
         self._limits = limits
         self._budget = budget
@@ -46,8 +51,10 @@ class SlowRequests:
         """Number of tasks."""
         self.bytes = 0
         """Bytes that their READs and WRITEs, and the payload that is being received, have reserved."""
-        self.payload_since: float | None = None
-        """Trio time since when the server waits for the rest of that payload; None if there is none."""
+        self.payload_pace = Pace(STALL_BYTES)
+        """Of the client, while the server waits for the rest of that payload."""
+        self._status_turns = trio.Semaphore(STATUS_REQUESTS)
+        """Held by each BLOCK_STATUS that is carried out, until its reply is sent."""
 
     def begin(
         self, nursery: trio.Nursery, export: Export, structured: bool, contexts: dict[int, str]
@@ -87,19 +94,30 @@ class SlowRequests:
             else:
                 await self._budget.released()
 
+    def drop_stalled(self) -> None:
+        """Called when memory could not be reserved: ends the connection that has stalled for longest, if any has."""
+        if self._budget.drop_stalled(self._limits.stall_seconds):
+            log.info("connection dropped: it holds memory and does not move")
+
     def reserve_payload(self, size: int) -> bool:
         """Reserves memory for a payload of `size` bytes that is being received; False while there is no room for it."""
         if self._payload:
             return True
         if not self._reserve(size):
             return False
-        self._payload, self.payload_since = size, trio.current_time()
+        self._payload = size
+        self.payload_pace.wait()
         return True
 
     def release_payload(self) -> None:
         """Releases what reserve_payload() reserved, if anything: the payload is not needed any more."""
-        size, self._payload, self.payload_since = self._payload, 0, None
-        self._release(size)
+        self._release(self._take_payload())
+
+    def _take_payload(self) -> int:
+        """The bytes reserved for the payload, which has arrived or is not needed any more."""
+        size, self._payload = self._payload, 0
+        self.payload_pace.end()
+        return size
 
     # --- tasks ----------------------------------------------------------------------
     def start(self, request: Request) -> bool:
@@ -111,7 +129,7 @@ class SlowRequests:
         if self.count >= self._limits.inflight_requests:
             return False
         if request.owned:
-            size, self._payload, self.payload_since = self._payload, 0, None
+            size = self._take_payload()
         else:
             size = request.length if request.command in _WITH_DATA else 0
             if not self._reserve(size):
@@ -134,15 +152,36 @@ class SlowRequests:
     async def _run(self, request: Request, size: int) -> None:
         """The task of one request: carries it out and sends the reply. `size` bytes are reserved for it."""
         try:
-            buffers = await self._answer(request)
-            del self._unanswered[id(request)]
-            self.answered += 1
-            # No await here: the buffers may be slices of the export's memory.
-            if not self._out.send(buffers, sum(map(len, buffers))):
-                await self._out.drain()
+            if request.command == Cmd.BLOCK_STATUS:
+                async with self._status_turns:
+                    await self._run_status(request)
+            else:
+                await self._run_reserved(request)
         finally:
             self.count -= 1
             self._release(size)
+
+    async def _run_status(self, request: Request) -> None:
+        """As `_run_reserved`, once memory is reserved for as many extents as the reply can have."""
+        most = min(self._limits.status_extents, request.length // _LEAST_EXTENT + 2)
+        size = most * _EXTENT_BYTES
+        while not self._reserve(size):
+            self.drop_stalled()
+            with trio.move_on_after(self._limits.stall_seconds):
+                await self._budget.released()
+        try:
+            await self._run_reserved(request)
+        finally:
+            self._release(size)
+
+    async def _run_reserved(self, request: Request) -> None:
+        """Carries a request out and sends the reply, for which memory is reserved."""
+        buffers = await self._answer(request)
+        del self._unanswered[id(request)]
+        self.answered += 1
+        # No await here: the buffers may be slices of the export's memory.
+        if not self._out.send(buffers, sum(map(len, buffers))):
+            await self._out.drain()
 
     async def _answer(self, request: Request) -> list[Buffer]:
         """The reply to a request, once it is carried out. An unexpected exception of the export becomes EIO."""
@@ -195,7 +234,8 @@ class SlowRequests:
         last = max(self._contexts)
         for number, context in self._contexts.items():
             found = await export.extents(context, request.offset, request.length, one)
-            extents = clip_extents(found, request.offset, request.length, export.size, one)
+            most = 1 if one else self._limits.status_extents
+            extents = clip_extents(found, request.offset, request.length, export.size, one, most)
             replies += encode_reply(
                 StatusChunk(request.cookie, number, extents, done=number == last)
             )
