@@ -17,6 +17,7 @@ from forebay_cache.offline.repair import Repaired, repair
 from forebay_cache.offline.report import Fault, Report
 from forebay_cache.read.ahead import ReadAhead
 from forebay_cache.read.fill import Filler, Reader
+from forebay_cache.read.survey import Holding, survey
 from forebay_cache.read.view import View
 from forebay_cache.upkeep.growth import extend, extend_device
 from forebay_cache.upkeep.revive import Revived, come_back, revive
@@ -30,6 +31,7 @@ __all__ = [
     "Fault",
     "Filler",
     "Found",
+    "Holding",
     "Layer",
     "LayerName",
     "ReadAhead",
@@ -52,5 +54,6 @@ __all__ = [
     "revive",
     "scrub",
     "settle",
+    "survey",
     "uncover",
 ]

@@ -282,7 +282,11 @@ def test_what_the_disk_can_do_is_what_the_direct_socket_says(
         export.pop("uri", None)
         found.append(export)
     through, direct = found
-    assert sorted(direct.pop("contexts")) == ["base:allocation", "forebay:cached"]
+    assert sorted(direct.pop("contexts")) == [
+        "base:allocation",
+        "forebay:cached",
+        "x-forebay:cached",
+    ]
     assert through.pop("contexts") == ["base:allocation"]
     assert through == direct
     assert through["can_multi_conn"]

@@ -573,7 +573,7 @@ class DiskMachine(RuleBasedStateMachine):
     async def _block_status(self, name: str, offset: int, length: int) -> None:
         may_fail = self._may_fail()
         try:
-            for context in ("base:allocation", "forebay:cached"):
+            for context in ("base:allocation", "x-forebay:cached"):
                 await self._walk(name, context, offset, length)
         except OSError:
             assert may_fail

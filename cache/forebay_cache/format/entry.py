@@ -245,6 +245,11 @@ def slots_in(page: array[int] | bytes) -> list[tuple[int, int]]:
     return [(i % PAGE_BLOCKS, above - 1) for i, above in enumerate(upper) if above]
 
 
+def masks_in(page: array[int]) -> set[int]:
+    """The first words of a page without their slots, each once: `zero_of` and `valid_of` take them apart."""
+    return set(memoryview(page)[:PAGE_BLOCKS].cast("B").cast("I")[::2])
+
+
 # -- keys of blocks ---------------------------------------------------------------------------------------------------
 
 

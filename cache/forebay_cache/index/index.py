@@ -210,6 +210,19 @@ class Index:
                 found.append((number, value))
         return found
 
+    def page_numbers(self, layer: int, first: int, end: int, limit: int) -> list[int]:
+        """The numbers of a layer's pages from ``first`` on and before ``end``, in order; at most ``limit`` of them."""
+        found: list[int] = []
+        with self._transaction() as txn, txn.cursor(db=self._db["pages"]) as cursor:
+            if not cursor.set_range(PAGE_KEY.pack(layer, first)):
+                return found
+            for key in cursor.iternext(keys=True, values=False):
+                owner, number = PAGE_KEY.unpack(key)
+                if owner != layer or number >= end or len(found) == limit:
+                    break
+                found.append(number)
+        return found
+
     def all_pages(self, start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
         """Up to ``limit`` (key, value) of the whole table from ``start`` on, in key order."""
         found: list[tuple[bytes, bytes]] = []

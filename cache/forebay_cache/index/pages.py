@@ -38,6 +38,8 @@ class _Index(Protocol):
 
     def pages(self, layer: int, after: int, limit: int) -> list[tuple[int, bytes]]: ...
 
+    def page_numbers(self, layer: int, first: int, end: int, limit: int) -> list[int]: ...
+
 
 class _Complete(dict[int, Page]):
     """Pages of a layer of which the index has nothing that is not here."""
@@ -98,6 +100,54 @@ class PageTable:
                 found.update(n for n, _ in self.held())
                 return sorted(found)
             after = listed[-1][0] + 1
+
+    def _held_in(self, first: int, end: int) -> set[int]:
+        """The numbers of the loaded pages in a range of numbers that are not EMPTY."""
+        pages = self.by_number
+        if end - first < len(pages):
+            get = pages.get
+            return {n for n in range(first, end) if get(n, EMPTY) is not EMPTY}
+        return {n for n, page in self.held() if first <= n < end}
+
+    async def numbers_in(self, first: int, end: int, most: int) -> tuple[list[int], int]:
+        """The numbers of the pages from ``first`` on and before ``end`` that hold anything, and up to where.
+
+        They are all that there are before the number that is returned second; if there are more than about ``most``,
+        that is less than ``end``. The range must not be much larger than what can be looked through at once. Raises
+        IndexFault.
+        """
+        found = self._held_in(first, end)
+        if not isinstance(self.by_number, _Complete):
+            listed = await trio.to_thread.run_sync(
+                self._index.page_numbers, self._layer, first, end, most
+            )
+            found.update(listed)
+            found |= self._held_in(first, end)  # what was made while the index was asked
+            if len(listed) == most:
+                end = listed[-1] + 1
+        return sorted(n for n in found if n < end), end
+
+    async def load_all(self, numbers: Iterable[int]) -> None:
+        """As :meth:`load`, with one thread for all of them instead of one for each."""
+        wanted = [n for n in numbers if self.look(n) is None]
+        missing = [n for n in wanted if n not in self._loading]
+        if missing:
+            event = trio.Event()
+            self._loading.update(dict.fromkeys(missing, event))
+            try:
+                for number, raw in zip(
+                    missing, await trio.to_thread.run_sync(self._read, missing), strict=True
+                ):
+                    self.adopt(number, raw)
+            finally:
+                for number in missing:
+                    del self._loading[number]
+                event.set()
+        await self.load(wanted)
+
+    def _read(self, numbers: list[int]) -> list[bytes | None]:
+        """What the index has of these pages; runs in a thread."""
+        return [self._index.page(self._layer, number) for number in numbers]
 
     async def load(self, numbers: Iterable[int]) -> None:
         """Have pages loaded. Raises IndexFault. A page that somebody else is loading is waited for.

@@ -11,7 +11,7 @@ from forebay.checkpoint.dirty import Dirty
 from forebay.checkpoint.schedule import WriteBack
 from forebay.checkpoint.steps import Progress
 from forebay.config.model import DiskSettings
-from forebay.disk.block_status import CACHED_CONTEXT
+from forebay.disk.block_status import CACHED_CONTEXT, OLD_CACHED_CONTEXT
 from forebay.disk.copy import preload_range
 from forebay.disk.detach import clear_mark, drop_private
 from forebay.disk.modes import Modes
@@ -40,7 +40,7 @@ class Disk:
 
     rotational = False
     preferred_block = SECTOR
-    contexts: tuple[str, ...] = (CACHED_CONTEXT,)
+    contexts: tuple[str, ...] = (CACHED_CONTEXT, OLD_CACHED_CONTEXT)
 
     def __init__(self, image: Image, source: Source, settings: DiskSettings) -> None:
         self.name = source.use.disk
@@ -138,9 +138,8 @@ class Disk:
     async def extents(
         self, context: str, offset: int, length: int, one: bool
     ) -> list[tuple[int, int]]:
-        """Implements Export. Never more work for several extents than for one, so ``one`` changes nothing."""
-        del one
-        return await self.reads.extents(context, offset, length)
+        """Implements Export."""
+        return await self.reads.extents(context, offset, length, one)
 
     # -- writing ----------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 import errno
 
 from forebay.checkpoint.counters import Counters
-from forebay.disk.block_status import CACHED_CONTEXT, allocation, cached
+from forebay.disk.block_status import CACHED_CONTEXT, OLD_CACHED_CONTEXT, allocation, cached
 from forebay.image.image import Image
 from forebay_cache import ReadAhead, View
 from forebay_cache.format.geometry import Buffer
@@ -73,11 +73,13 @@ class Reads:
                 await arrive(self._image, self._timeout)
             await filler.prefetch(offset, length, self._counters)
 
-    async def extents(self, context: str, offset: int, length: int) -> list[tuple[int, int]]:
-        """(length, flags) from `offset` on, of the metadata context: forebay:cached, or base:allocation.
+    async def extents(
+        self, context: str, offset: int, length: int, one: bool
+    ) -> list[tuple[int, int]]:
+        """(length, flags) from `offset` on, of the metadata context: x-forebay:cached, or base:allocation.
 
-        Raises OSError.
+        With `one` the first will do. Raises OSError.
         """
-        if context == CACHED_CONTEXT:
-            return await cached(self.view, offset, length)
-        return await allocation(self.view, self._image, offset, length)
+        if context in (CACHED_CONTEXT, OLD_CACHED_CONTEXT):
+            return await cached(self.view, offset, length, one)
+        return await allocation(self.view, self._image, offset, length, one)
