@@ -131,7 +131,7 @@ POINTS = (
     Point("redo commit", f"{GATEWAY}.sidecar.redo:RedoFile.commit"),
     Point("redo rename", "os:rename", _renamed("redo.new")),
     Point("redo remove", f"{GATEWAY}.sidecar.redo:remove"),
-    Point("redo apply", f"{GATEWAY}.sidecar.redo:_apply"),
+    Point("redo apply", f"{GATEWAY}.sidecar.redo:apply"),
     # the owner marker
     Point("owner marker", f"{GATEWAY}.sidecar.files:Sidecar.write_owner"),
     Point("owner rename", "os:rename", _renamed("owner.new")),

@@ -12,6 +12,7 @@ import lmdb
 import trio
 
 from forebay.sidecar import redo
+from forebay.sidecar.applying import write_all
 from forebay.sidecar.marker import Marker
 from forebay_cache.device.device import Device
 from forebay_cache.device.syncer import Syncer
@@ -32,7 +33,7 @@ def _journal_committed_early(replace: bugs.Replace) -> None:
 
     def commit(self: redo.RedoFile) -> None:
         with self._file as fd:
-            redo._write(fd, redo._record(redo.END, self._records, self._bytes, []), self._end)
+            write_all(fd, redo._record(redo.END, self._records, self._bytes, []), self._end)
         os.rename(redo.UNFINISHED, redo.NAME, src_dir_fd=self._sidecar, dst_dir_fd=self._sidecar)
         os.fsync(self._sidecar)
         with self._file as fd:

@@ -289,6 +289,9 @@ class FakeJournal:
         origin._fault("journal")
         await origin.dice.pause()
 
+    async def note_applied(self, below: int) -> None:
+        """Nobody else changes this image."""
+
     async def drop(self) -> None:
         await self._origin.dice.pause()
         self._origin._fault("journal")

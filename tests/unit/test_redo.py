@@ -4,12 +4,14 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from forebay.errors import ForebayError
 from forebay.origin.calls import SystemCalls
-from forebay.sidecar import redo
+from forebay.sidecar import applying, redo
+from forebay.sidecar.record import ChangedError
 
 SIZE = 1 << 20
 OLD = b"o" * SIZE
@@ -164,3 +166,142 @@ def test_ranges_may_be_added_side_by_side(beside: Beside) -> None:
     journal.commit()
     beside.recover()
     assert beside.path.read_bytes() == b"".join(bytes([n]) * 4096 for n in range(256))
+
+
+# --------------------------------------------------------------------------------- an image that is not what it was
+
+
+def commit(beside: Beside) -> tuple[redo.RedoFile, bytes]:
+    """A journal that is committed as a pass does it: with the image's times, and noted that applying begins."""
+    journal = beside.begin()
+    new = fill(journal)
+    found = os.fstat(beside.image)
+    journal.note_times(found.st_mtime_ns, found.st_ctime_ns)
+    journal.commit()
+    return journal, new
+
+
+def restore(beside: Beside, seconds: float = 1.0) -> bytes:
+    """What `cp` of a backup in place does, so many seconds after the commit."""
+    backup = b"B" * SIZE
+    os.pwrite(beside.image, backup, 0)
+    at = os.fstat(beside.image).st_mtime_ns + int(seconds * 1e9)
+    os.utime(beside.image, ns=(at, at))
+    return backup
+
+
+@pytest.mark.parametrize("began", ["not", "nearly", "first batch", "after minutes"])
+def test_an_image_that_was_restored_is_not_written_unless_the_operator_says_so(
+    beside: Beside, began: str
+) -> None:
+    journal, new = commit(beside)
+    if began != "not":
+        journal.note_applied(0, durable=True)
+    if began == "first batch":
+        os.pwrite(beside.image, b"a" * 4096, 0)
+        journal.note_applied(4096)
+    backup = restore(beside, 300 if began == "after minutes" else 1)
+    for _ in range(2):
+        with pytest.raises(ChangedError, match="changed by somebody else after .* --yes") as told:
+            beside.recover()
+        assert len(str(told.value).splitlines()) == 1
+    assert beside.path.read_bytes() == backup
+    assert beside.names() == {"redo"}
+    assert redo.recover(beside.sidecar, beside.image, "i", SystemCalls(), sure=True) is not None
+    found = beside.path.read_bytes()
+    assert found[:4096] == new[:4096]
+    assert beside.names() == set()
+
+
+def test_a_backup_with_its_old_times_is_noticed_too(beside: Beside) -> None:
+    journal, _new = commit(beside)
+    journal.note_applied(0, durable=True)
+    backup = restore(beside, -3600)
+    with pytest.raises(ChangedError):
+        beside.recover()
+    assert beside.path.read_bytes() == backup
+
+
+@pytest.mark.parametrize("boot", ["this one", "another"])
+@pytest.mark.parametrize("done", [0, 4096, 200000])
+def test_a_crash_in_the_middle_of_applying_is_finished(
+    beside: Beside, monkeypatch: pytest.MonkeyPatch, done: int, boot: str
+) -> None:
+    """Whatever part of it the image has: after a power cut less than is noted may be there."""
+    journal, new = commit(beside)
+    journal.note_applied(0, durable=True)
+    os.pwrite(beside.image, new[:done] if boot == "this one" else new[: done // 2], 0)
+    os.utime(beside.image)
+    journal.note_applied(max(done, applying.BEGUN))
+    if boot == "another":
+        monkeypatch.setattr("forebay.sidecar.applying.boot_id", lambda: "another")
+    assert beside.recover() is not None
+    assert beside.path.read_bytes() == new
+
+
+def test_a_crash_while_a_crash_is_finished_is_finished(
+    beside: Beside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _journal, new = commit(beside)
+    calls = 0
+
+    def fails(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(5, "injected")
+        applying.apply(*arguments)
+        os.utime(beside.image)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("forebay.sidecar.redo.apply", fails)
+        with pytest.raises(OSError, match="injected"):
+            beside.recover()
+    assert beside.recover() is not None
+    assert beside.path.read_bytes() == new
+
+
+def test_metadata_alone_is_no_change(beside: Beside) -> None:
+    _journal, new = commit(beside)
+    beside.path.chmod(0o600)
+    os.link(beside.path, beside.path.with_name("other"))
+    assert beside.recover() is not None
+    assert beside.path.read_bytes() == new
+
+
+def test_a_copy_at_another_place_is_recovered_when_the_operator_says_so(
+    beside: Beside, tmp_path: Path
+) -> None:
+    _journal, new = commit(beside)
+    copy = tmp_path / "copy.raw"
+    copy.write_bytes(beside.path.read_bytes())
+    image = os.open(copy, os.O_RDWR)
+    try:
+        with pytest.raises(ChangedError, match="another file .*--yes"):
+            redo.recover(beside.sidecar, image, "i", SystemCalls())
+        os.truncate(copy, SIZE - 4096)
+        with pytest.raises(ForebayError, match="has .* bytes, and"):
+            redo.recover(beside.sidecar, image, "i", SystemCalls(), sure=True)
+        os.truncate(copy, SIZE)
+        os.pwrite(image, OLD[-4096:], SIZE - 4096)
+        assert redo.recover(beside.sidecar, image, "i", SystemCalls(), sure=True) is not None
+    finally:
+        os.close(image)
+    assert copy.read_bytes() == new
+    assert beside.names() == set()
+
+
+def test_a_journal_of_the_first_format_is_read(
+    beside: Beside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = os.fstat(beside.image)
+    old = {
+        "gateway": "g", "host": "h", "disk": "d", "size": found.st_size, "inode": found.st_ino,
+        "as_of": "", "format": 1,
+    }  # fmt: skip
+    monkeypatch.setattr(redo, "asdict", lambda _: old)
+    journal = beside.begin()
+    new = fill(journal)
+    journal.commit()
+    assert beside.recover() is not None
+    assert beside.path.read_bytes() == new

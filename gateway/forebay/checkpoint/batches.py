@@ -1,5 +1,6 @@
 """Reading a frozen layer from the cache, a batch of blocks at a time, into the image or the journal beside it."""
 
+import contextlib
 import errno
 
 import trio
@@ -7,10 +8,11 @@ import trio
 from forebay.checkpoint.counters import Counters
 from forebay.checkpoint.steps import Steps
 from forebay.image.image import Image
+from forebay.sidecar.applying import BEGUN
 from forebay.sidecar.claim import RedoJournal
 from forebay_cache import Layer, View
 from forebay_cache.blocks.frozen import Block, Range, blocks_of, read_blocks
-from forebay_cache.format.geometry import Buffer
+from forebay_cache.format.geometry import BLOCK, Buffer
 
 BATCH_MOST = 1 << 20
 BATCH_BLOCKS = 128
@@ -18,6 +20,9 @@ BATCH_BLOCKS = 128
 
 SYNC_EVERY = 64 << 20
 """Bytes after which the image is flushed already, so that the last flush is not so long that it is given up."""
+
+NOTE_EVERY = 8 << 20
+"""Bytes of the image after which it is noted in the journal how far that is applied."""
 
 WRITERS = 4
 """Writes to the origin at the same time: enough to hide its latency, few enough to leave it to the guests' misses."""
@@ -96,12 +101,57 @@ class Batches:
 class IntoImage(Batches):
     """Writes the layer to the image. Nothing of it is durable before the image is flushed."""
 
-    def __init__(self, image: Image, layer: Layer, steps: Steps, counters: Counters) -> None:
+    def __init__(
+        self,
+        image: Image,
+        layer: Layer,
+        steps: Steps,
+        counters: Counters,
+        journal: RedoJournal | None = None,
+    ) -> None:
+        """`journal` is the committed one that has the same; None where the image is not a file."""
         super().__init__(image, layer, steps)
         self._counters = counters
+        self._journal = journal
         self._unsynced = 0
+        self._under_way: dict[int, bool] = {}
+        """Of each batch, in order, by the byte behind it: True if the image has it; without those at the beginning."""
+        self._noted = 0
+        self._beginning = trio.Lock()
+
+    async def _begin(self, nursery: trio.Nursery, batch: list[Block]) -> None:
+        self._under_way[_end_of(batch)] = False
+        await super()._begin(nursery, batch)
+
+    async def _one(self, batch: list[Block]) -> None:
+        await super()._one(batch)
+        if self._journal is not None and not self._errors:
+            await self._note(self._journal, _end_of(batch))
+
+    async def _note(self, journal: RedoJournal, end: int) -> None:
+        """Note in the journal how far it is applied, after the first batch and then every NOTE_EVERY bytes."""
+        self._under_way[end] = True
+        below = 0
+        for behind, is_done in list(self._under_way.items()):
+            if not is_done:
+                break
+            below = behind
+            del self._under_way[behind]
+        if below and (self._noted == BEGUN or below - self._noted >= NOTE_EVERY):
+            self._noted = below
+            with contextlib.suppress(OSError):  # a later start compares less
+                await journal.note_applied(below)
+
+    async def _note_begin(self, journal: RedoJournal) -> None:
+        """Note in the journal, before the first write, that the image is written. Raises OSError."""
+        async with self._beginning:
+            if not self._noted:
+                await journal.note_applied(BEGUN)
+                self._noted = BEGUN
 
     async def _put(self, ranges: list[Range]) -> None:
+        if self._journal is not None and not self._noted:
+            await self._note_begin(self._journal)
         origin = self._image.require_origin()
         for offset, length, data in ranges:
             if data is None:
@@ -131,6 +181,11 @@ class IntoJournal(Batches):
     async def _put(self, ranges: list[Range]) -> None:
         await self._journal.add(ranges)
         self._counters.journal_written_bytes += sum(r.length for r in ranges if r.data is not None)
+
+
+def _end_of(batch: list[Block]) -> int:
+    """The byte of the image behind the last block of a batch."""
+    return (batch[-1].number + 1) * BLOCK
 
 
 async def _refuse(offset: int, length: int) -> Buffer:

@@ -9,6 +9,7 @@ goes into a redo journal beside the image first (`sidecar/redo.py`).
 
 import contextlib
 import errno
+from collections.abc import Callable
 
 import trio
 
@@ -33,7 +34,9 @@ class Pass:
         counters: Counters,
         layer: Layer,
         steps: Steps,
+        check_wanted: Callable[[], None],
     ) -> None:
+        """`check_wanted` is asked before the journal is committed: it raises OSError where that is not to be."""
         self._source = source
         self._image = image
         self._cache = image.cache
@@ -41,6 +44,7 @@ class Pass:
         self._counters = counters
         self._layer = layer
         self._steps = steps
+        self._check_wanted = check_wanted
 
     async def run(self) -> None:
         """Return when the image has all of the layer, durably, and the layer is gone.
@@ -52,7 +56,7 @@ class Pass:
         # record in all that time, or those writes would be taken for somebody else's.
         async with self._image.writing():
             journal = await self._write_journal()
-            await self._write_image()
+            await self._write_image(journal)
             if journal is not None:
                 await journal.end()
                 self._image.identity.end_checkpoint()
@@ -68,6 +72,7 @@ class Pass:
             await IntoJournal(
                 self._image, self._layer, self._steps, self._counters, journal
             ).put_all()
+            self._check_wanted()
         except BaseException:
             with trio.CancelScope(shield=True), contextlib.suppress(OSError):
                 await journal.drop()
@@ -76,14 +81,16 @@ class Pass:
         await journal.commit()
         return journal
 
-    async def _write_image(self) -> None:
+    async def _write_image(self, journal: RedoJournal | None) -> None:
         """Write the layer to the image, and flush it.
 
         Raises OSError, also where a flush that somebody else asked for failed meanwhile: it may have lost some of this.
         """
         failures = self._image.sync_failures
         async with self._image.writing():
-            await IntoImage(self._image, self._layer, self._steps, self._counters).put_all()
+            await IntoImage(
+                self._image, self._layer, self._steps, self._counters, journal
+            ).put_all()
         await self._image.flush()
         if self._image.sync_failures != failures:
             raise OSError(errno.EIO, "a flush of the image failed meanwhile: all is written again")

@@ -75,6 +75,8 @@ class WriteBack:
         """Why the last checkpoint failed; None: it did not."""
         self.failure: int | None = None
         """The error number that belongs to `error`."""
+        self._is_given_up = False
+        """True once what is dirty is to be dropped."""
         self.moved_at = 0.0
         """Trio time at which write-back was seen to go on last."""
 
@@ -139,6 +141,7 @@ class WriteBack:
         Raises OSError; nothing is lost then. Cancelled, it leaves a frozen layer, which the next checkpoint finishes.
         """
         async with self._lock:
+            self._check_not_given_up()
             try:
                 await self._checkpoint(progress)
                 self.error = self.failure = None
@@ -178,7 +181,15 @@ class WriteBack:
         whole = False
         try:
             steps = self._steps(layer, progress)
-            await Pass(self._source, self._image, self._dirty, self._counters, layer, steps).run()
+            await Pass(
+                self._source,
+                self._image,
+                self._dirty,
+                self._counters,
+                layer,
+                steps,
+                self._check_not_given_up,
+            ).run()
             self.moved_at = trio.current_time()
             whole = True
         finally:
@@ -258,6 +269,23 @@ class WriteBack:
             if self.error is not None and trio.current_time() < self._failed_at + AGAIN_SECONDS:
                 raise OSError(errno.EIO, self.error)
             await self.catch_up()
+
+    async def finish_committed(self) -> None:
+        """Return when no journal is committed beside the image that the image has only in part. Raises OSError.
+
+        For a disk whose dirty data is about to be dropped: from now on no other checkpoint is committed.
+        """
+        self._is_given_up = True
+        with self._hurry():
+            async with self._lock:
+                pass  # a pass that is under way, whoever asked for it, has ended
+        if self._image.identity.has_checkpoint:  # it failed, or was cancelled
+            await self.catch_up()
+
+    def _check_not_given_up(self) -> None:
+        """Raise OSError where what is dirty is being dropped, unless a committed checkpoint is to be finished."""
+        if self._is_given_up and not self._image.identity.has_checkpoint:
+            raise OSError(errno.ECANCELED, "what is dirty was given up")
 
     @property
     def is_done(self) -> bool:

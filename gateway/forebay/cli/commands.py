@@ -238,7 +238,7 @@ def fuse(arguments: Arguments) -> int:
 
 def recover(arguments: Arguments) -> int:
     """`forebay recover`: finish or drop a checkpoint beside an image, and say what point in time the image is at."""
-    return _recover(arguments, take_over=False, sure=True)
+    return _recover(arguments, take_over=False, sure=arguments.yes)
 
 
 def takeover(arguments: Arguments) -> int:

@@ -265,13 +265,19 @@ def _cache(parser: Parser) -> None:
     _json(parser)
 
 
-def _recover(parser: Parser) -> None:
+def _beside(parser: Parser) -> None:
     parser.add_argument("image", metavar="IMAGE", type=IMAGE, help="STORE:PATH, or any path")
     _json(parser)
 
 
+def _recover(parser: Parser) -> None:
+    _beside(parser)
+    text = "finish a checkpoint although the image was changed since it began, or is a copy"
+    parser.add_argument("--yes", action="store_true", help=text)
+
+
 def _takeover(parser: Parser) -> None:
-    _recover(parser)
+    _beside(parser)
     text = "give up what the other gateway has and the image lacks"
     parser.add_argument("--yes", action="store_true", help=text)
 

@@ -8,6 +8,7 @@ from forebay.daemon.attached import Absent, Attached
 from forebay.daemon.disks import Disks
 from forebay.daemon.parallel import Progress
 from forebay.daemon.record import DiskRecords
+from forebay.disk.detach import finish_checkpoint
 from forebay.errors import ForebayError
 from forebay.image.registry import Images
 from forebay.origin.threads import bounded
@@ -77,7 +78,11 @@ class Departures:
 
     async def _forget(self, attached: Attached, discard: bool) -> None:
         """Drop what the cache has of the disk alone, take it off the record, and give the image back."""
+        if discard:
+            disk = attached.disk
+            await finish_checkpoint(disk.image, attached.source, disk.writeback)
         await attached.rest()
+        given_up = discard and attached.disk.image.conflict is not None
         try:
             await attached.disk.close(discard=discard)
         except Exception as fault:
@@ -89,7 +94,7 @@ class Departures:
         await self._records.commit()
         try:
             with bounded(RELEASE_SECONDS, "giving the image back"):
-                await attached.source.release()
+                await attached.source.release(drop_checkpoint=given_up)
         except (OSError, ForebayError) as fault:
             log.warning("%s: its owner marker stays: %s", attached.name, fault)
 

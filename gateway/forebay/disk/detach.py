@@ -3,9 +3,23 @@
 import logging
 
 from forebay.checkpoint.dirty import Dirty
+from forebay.checkpoint.schedule import WriteBack
 from forebay.image.image import Image
+from forebay.image.source import Source
 
 log = logging.getLogger("forebay.disk")
+
+
+async def finish_checkpoint(image: Image, source: Source, writeback: WriteBack) -> None:
+    """Before what is dirty is dropped: have the image get all of a checkpoint of which it may have a part.
+
+    A failure is said in the log: the journal beside the image keeps the checkpoint, and its marker.
+    """
+    if image.conflict is None and source.use.writes:
+        try:
+            await writeback.finish_committed()
+        except OSError as error:
+            log.warning("%s: a checkpoint was not finished: %s", source.use.disk, error.strerror)
 
 
 def drop_private(image: Image, dirty: Dirty, *, discard: bool) -> None:

@@ -53,11 +53,15 @@ class KnownIdentity:
         return known is not None and known["identity"] is not None
 
     def differs_from(self, identity: Identity) -> bool:
-        """True if the record says that the image looked otherwise: somebody else has changed it."""
+        """True if the record says that the image looked otherwise: somebody else has changed what it holds.
+
+        The time of its last change of status alone tells of no such thing: chmod, chown and links change it, and
+        libvirt does that by itself.
+        """
         known = self._record()
         if known is None or known["identity"] is None:
             return False
-        return tuple(known["identity"]) != astuple(identity)
+        return Identity(*known["identity"]).content != identity.content
 
     def remember(self, identity: Identity) -> None:
         """Put on record what the image looks like, from the next commit on."""
@@ -104,6 +108,11 @@ class KnownIdentity:
     def begin_checkpoint(self) -> None:
         """Say that a redo journal is about to be committed beside the image: a start after a crash writes the image."""
         self._has_checkpoint = True
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """True while a redo journal may be committed beside the image that the image has not all of."""
+        return self._has_checkpoint
 
     def end_checkpoint(self) -> None:
         """Say that no redo journal lies beside the image any more."""

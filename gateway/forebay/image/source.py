@@ -12,7 +12,7 @@ from forebay.origin.addresses import Address, DeviceAddress, FileAddress
 from forebay.origin.protocol import Origin, close_quietly
 from forebay.origin.threads import StoreThreads, bounded
 from forebay.sidecar.claim import Claim
-from forebay.sidecar.record import TakenOver, UnreadableError
+from forebay.sidecar.record import ChangedError, TakenOver, UnreadableError
 from forebay.units import Mode
 
 START_SECONDS = 2.0
@@ -151,6 +151,8 @@ class Source:
         try:
             with bounded(patience, f"opening {self.label}"):
                 self._origin = await self._open(first=False)
+        except ChangedError as fault:
+            raise TakenOver(fault.what) from fault
         except TakenOver:
             raise
         except UnreadableError as fault:
@@ -192,14 +194,22 @@ class Source:
         if prepared is not None:
             await close_quietly(prepared)
 
-    async def release(self) -> None:
+    async def release(self, *, drop_checkpoint: bool = False) -> None:
         """Give the image back, and take the marker away. The origins that were handed out are closed already.
 
+        With `drop_checkpoint` a committed journal goes with it: the image was changed since, and the operator gave it
+        up.
         Raises OSError and ForebayError; the marker then stays: a write that hangs could still arrive.
         """
         if self._origin is not None:
             await self._origin.quiesce()
         claim = self.claim
+        if claim is not None and drop_checkpoint:
+            try:
+                await claim.drop_checkpoint()
+            except TakenOver:
+                await claim.leave()
+                return
         if claim is not None and not claim.is_held and self._prepared is None:
             try:
                 self._prepared = await self._open(first=False)  # ours from before a restart

@@ -34,6 +34,11 @@ class Identity:
     ctime_ns: int = 0
     inode: int = 0
 
+    @property
+    def content(self) -> tuple[int, int, int]:
+        """What differs after every change of what the image holds: size, time of the last write, inode."""
+        return self.size, self.mtime_ns, self.inode
+
 
 class Origin(Protocol):
     """An open image where it lives. All offsets and lengths are bytes.

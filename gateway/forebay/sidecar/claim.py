@@ -59,6 +59,8 @@ class Claim:
         self._timeout = timeout
         self._need_locks = need_locks
         self._is_ours = is_ours
+        self._drops_checkpoint = False
+        """True once the operator gave up what was committed beside the image."""
         self._marker: Marker | None = None
         """The marker while the claim is held."""
         self._lost: str | None = None
@@ -94,7 +96,12 @@ class Claim:
         def take() -> Marker:
             with descriptor or nullcontext():
                 return Marker.take(
-                    self._address, file, me, again=self._is_ours, need_locks=self._need_locks
+                    self._address,
+                    file,
+                    me,
+                    again=self._is_ours,
+                    need_locks=self._need_locks,
+                    drop_checkpoint=self._drops_checkpoint,
                 )
 
         with bounded(self._timeout, f"claiming {self._address.key}"):
@@ -183,6 +190,12 @@ class Claim:
             )
 
     # ------------------------------------------------------------------------------------------------------- the end
+
+    async def drop_checkpoint(self) -> None:
+        """Remove a committed journal, now or in the next `take`: the operator gave it up. Raises OSError, TakenOver."""
+        self._drops_checkpoint = True
+        if self._marker is not None:
+            await self._in_turn("dropping a checkpoint of", self._marker.drop_checkpoint)
 
     async def mark_clean_to_release(self) -> None:
         """As `mark_clean`, at the end: what the image lacked is in it, or was dropped on purpose. No-op if not held.
@@ -290,6 +303,11 @@ class RedoJournal:
         After an error it may be committed or not, and the next checkpoint's journal takes its place.
         """
         await self._claim.commit_redo(self._file)
+
+    async def note_applied(self, below: int) -> None:
+        """Note, not durably, that the image has all of the checkpoint below that byte, which it need not keep."""
+        with bounded(self._timeout, "noting how far a checkpoint is"):
+            await self._threads.run(lambda: self._file.note_applied(below), background=True)
 
     async def drop(self) -> None:
         """Remove it: it was not committed, and never will be."""

@@ -200,19 +200,24 @@ class Sidecar:
 
     # ---------------------------------------------------------------------------------------------- the redo journal
 
-    def finish_checkpoint(self, owner: Owner | None, file: OpenImage) -> redo.Checkpoint | None:
+    def finish_checkpoint(
+        self, owner: Owner | None, file: OpenImage, *, sure: bool = False
+    ) -> redo.Checkpoint | None:
         """Apply a committed redo journal to the open image and remove it; drop one that was not committed.
 
         `owner` is what the marker says. It is made to name the instant of the checkpoint before the journal goes, for
         nothing else says then which instant the image shows. The checkpoint; None if no journal was committed. Raises
-        ForebayError for a journal that cannot be applied, with the image unchanged; and OSError.
+        ForebayError for a journal that cannot be applied, with the image unchanged; ChangedError, unless the operator
+        is `sure`, where the image is not what it was at the commit; and OSError.
         """
 
         def name_instant(finished: redo.Checkpoint) -> None:
             if owner is not None:
                 self.write_owner(replace(owner, as_of=finished.as_of))
 
-        return redo.recover(self.fd, file.fd, self.address.key, SystemCalls(), name_instant)
+        return redo.recover(
+            self.fd, file.fd, self.address.key, SystemCalls(), name_instant, sure=sure
+        )
 
     # ------------------------------------------------------------------------------------------------------- the end
 

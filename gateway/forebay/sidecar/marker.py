@@ -22,7 +22,7 @@ from typing import Self
 
 from forebay.errors import ForebayError
 from forebay.origin.addresses import FileAddress
-from forebay.origin.calls import SystemCalls
+from forebay.origin.calls import Status, SystemCalls
 from forebay.origin.opening import OpenImage, look
 from forebay.sidecar import redo
 from forebay.sidecar.files import Sidecar, lock_image
@@ -70,11 +70,14 @@ class Marker:
         *,
         again: bool = False,
         need_locks: bool = True,
+        drop_checkpoint: bool = False,
     ) -> Self:
         """Make `me` the owner of the open image `file`; with `again` only if its gateway is that already.
 
         Raises InUseError that names the owner and says what to do, when there is another one; TakenOver with `again`;
         ForebayError, if `need_locks`, where the file system has none: then only the marker keeps others out.
+        ChangedError where a checkpoint of before cannot be finished, for the image was changed since; with
+        `drop_checkpoint` it is dropped instead, as it was given up.
         """
         for _ in range(LOCK_TRIES):
             with contextlib.ExitStack() as undo:
@@ -83,21 +86,23 @@ class Marker:
                 if again:
                     sidecar.check_left_by(me)
                 sidecar.make()
-                marker = cls._take(sidecar, file, me, need_locks)
+                marker = cls._take(sidecar, file, me, need_locks, drop_checkpoint)
                 if marker is not None:
                     undo.pop_all()
                     return marker
         raise ForebayError(f"{address.key}: its owner is just changing: try again")
 
     @classmethod
-    def _take(cls, sidecar: Sidecar, file: OpenImage, me: Owner, need_locks: bool) -> Self | None:
+    def _take(
+        cls, sidecar: Sidecar, file: OpenImage, me: Owner, need_locks: bool, drop_checkpoint: bool
+    ) -> Self | None:
         """One attempt of `take`, in the directory beside the image. None: the lock's last holder was just leaving."""
         try:
             locked = sidecar.try_lock(need_locks=need_locks)
             if locked and sidecar.is_lock_named():
                 lock_image(sidecar.address, file, need_locks=need_locks)
                 marker = cls(sidecar, file)
-                marker._begin(me, file)
+                marker._begin(me, file, drop_checkpoint)
                 return marker
         except ForebayError:
             sidecar.remove_if_unused()
@@ -106,11 +111,13 @@ class Marker:
             raise in_use_by_gateway(sidecar.address, _read_leniently(sidecar))
         return None
 
-    def _begin(self, me: Owner, file: OpenImage) -> None:
+    def _begin(self, me: Owner, file: OpenImage, drop_checkpoint: bool) -> None:
         """Finish what was left behind, and write the marker. Raises InUseError where it is another gateway's."""
         before = self._sidecar.read_owner()
         if before is not None and before.gateway not in (me.gateway, NOBODY):
             raise left_behind(self.address, before)
+        if drop_checkpoint:
+            redo.remove(self._sidecar.fd)
         found = self._sidecar.finish_checkpoint(before, file)
         if found is not None:
             log.info("%s: a checkpoint of '%s' was finished", self.address.key, found.disk)
@@ -178,8 +185,10 @@ class Marker:
 
     def commit_redo(self, journal: redo.RedoFile) -> None:
         """Commit the journal: from now on whoever finds it applies it. Raises as `check`, with nothing committed."""
-        self.check()
+        found = self._look()
+        journal.note_times(found.mtime_ns, found.ctime_ns)
         journal.commit()
+        journal.note_applied(0, durable=True)
 
     def end_redo(self, as_of: str, dirty_bytes: int = 0) -> None:
         """Remove the committed journal: the image has all of the checkpoint, durably.
@@ -198,6 +207,10 @@ class Marker:
 
     def check(self) -> None:
         """Raise TakenOver when the marker names somebody else now or is gone, or the image is another file."""
+        self._look()
+
+    def _look(self) -> Status:
+        """What the image is now. Raises as `check`."""
         self._check_ours()
         key = self.address.key
         try:
@@ -208,6 +221,7 @@ class Marker:
             raise TakenOver(f"{key} was replaced by another file")
         if found.size != self._file.size:
             raise TakenOver(f"{key} has {found.size} bytes and had {self._file.size}")
+        return found
 
     def _check_ours(self) -> None:
         """Raise TakenOver unless the marker bears our gateway and our token."""
@@ -219,15 +233,29 @@ class Marker:
     def release(self) -> None:
         """Remove marker and lock. With state dirty the marker stays, for only this gateway can bring that data home.
 
-        Raises TakenOver: the marker is somebody else's, and stays.
+        Raises TakenOver: the marker is somebody else's, and stays. Raises ForebayError where a committed journal lies
+        there, without which nobody could tell what the image holds: both stay.
         """
         assert self.owner is not None, "released"
         try:
             if self.owner.state == "clean":
                 self._check_ours()
+                self._check_no_checkpoint()
                 self._sidecar.remove()
         finally:
             self.close()
+
+    def _check_no_checkpoint(self) -> None:
+        if redo.NAME in self._sidecar.names():
+            key = self.address.key
+            raise ForebayError(
+                f"{key} holds part of a checkpoint, which 'forebay recover {key}' finishes, as the next attach does"
+            )
+
+    def drop_checkpoint(self) -> None:
+        """Remove a committed journal that the image is not to get: it was given up. Raises TakenOver."""
+        self._check_ours()
+        redo.remove(self._sidecar.fd)
 
     def close(self) -> None:
         """Let the lock go and leave the marker where it is, as a crash would. The second call does nothing."""

@@ -28,6 +28,15 @@ class TakenOver(ForebayError):
     """The image was ours, and is not any more: others may have written it, so nothing that we know of it holds."""
 
 
+class ChangedError(TakenOver):
+    """A checkpoint was committed beside the image, and the image is not what it was then: nothing is written to it."""
+
+    def __init__(self, text: str, what: str) -> None:
+        super().__init__(text)
+        self.what = what
+        """What is wrong, without what to do about it."""
+
+
 class UnreadableError(ForebayError):
     """An owner marker that cannot be read, or does not count: nobody knows whose the image is."""
 
@@ -94,7 +103,7 @@ class Owner:
             gateway=gateway,
             host=socket.gethostname(),
             pid=os.getpid(),
-            boot_id=_boot_id(),
+            boot_id=boot_id(),
             disk=disk,
             since=now(),
             state="clean",
@@ -199,7 +208,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
     """The kernel's boot id; empty where it cannot be read."""
     with contextlib.suppress(OSError):
         return _BOOT_ID.read_text().strip()

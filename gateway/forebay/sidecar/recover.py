@@ -33,6 +33,9 @@ def find(config: Config, text: str) -> FileAddress:
 def run(config: Config, text: str, *, take_over: bool = False, sure: bool = True) -> "Report":
     """Recover the image that `text` names, or take it over. What was done, for the command to print.
 
+    The operator is `sure` that a checkpoint is to be finished in an image that was changed since, or copied; or, of
+    taking it over, that what the other gateway has is given up.
+
     Raises ForebayError, also where taking it over would lose data and the operator is not `sure`. Blocks.
     """
     address = find(config, text)
@@ -42,7 +45,7 @@ def run(config: Config, text: str, *, take_over: bool = False, sure: bool = True
         raise ForebayError(f"{text}: {error.strerror}") from None
     try:
         need_locks = config.disk_settings(address.store or None).require_locks
-        found = recover_image(address, file, need_locks=need_locks)
+        found = recover_image(address, file, need_locks=need_locks, sure=sure and not take_over)
         if take_over:
             if found.lacks_data and not sure:
                 raise ForebayError(

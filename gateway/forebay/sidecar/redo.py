@@ -11,7 +11,8 @@ The file, little endian::
     records  magic u32 | kind u32 | offset u64 | length u64 | checksum u64 | data, where kind is DATA
 
 Kinds: DATA; ZEROS, a range that reads as zeros; END, whose offset and length are the number of records before it and
-the sum of the lengths of their data. A record's checksum is XXH3-64 of the 24 bytes before it and its data.
+the sum of the lengths of their data. A record's checksum is XXH3-64 of the 24 bytes before it and its data. Behind END
+stands how far it is applied (applying.py), once that was begun. Format 1 had neither that nor the image's times.
 
 Everything here blocks, raises OSError, and belongs in a thread.
 """
@@ -23,20 +24,28 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from forebay.errors import ForebayError
-from forebay.origin.calls import IOV_MAX, PUNCH_HOLE, SystemCalls
+from forebay.origin.calls import SystemCalls
 from forebay.origin.threads import Descriptor
 from forebay.sidecar import own_files
+from forebay.sidecar.applying import BEGUN, apply, has_changed, write_all, write_note
 from forebay.sidecar.own_files import DoesNotCountError
-from forebay.sidecar.record import check_instant, check_number, check_text, parse_object
+from forebay.sidecar.record import (
+    ChangedError,
+    check_instant,
+    check_number,
+    check_text,
+    parse_object,
+)
 from forebay_cache.blocks.frozen import Range
 from forebay_cache.format.geometry import Buffer
 
-FORMAT = 1
+FORMAT = 2
+"""The format of the journal. One with a larger number was written by a newer version: refused."""
 NAME, UNFINISHED = "redo", "redo.new"
 DATA, ZEROS, END = 1, 2, 3
 
@@ -52,7 +61,6 @@ _RECORD_MAGIC = 0x52424652  # "RFBR"
 _PIECE = 4 << 20
 _SYNC_EVERY = 64 << 20
 """Bytes after which a journal is made durable in between, so that no single call takes long enough to be given up."""
-_zeros = bytes(1 << 20)
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,10 @@ class Checkpoint:
     """Of the image."""
     as_of: str
     """The instant: UTC, ISO 8601; empty where it is not known."""
+    mtime_ns: int = 0
+    """The image's when the journal was committed, nanoseconds since the epoch; 0 in journals of format 1."""
+    ctime_ns: int = 0
+    """The same of its last change of status."""
     format: int = FORMAT
 
 
@@ -77,6 +89,7 @@ class RedoFile:
     def __init__(self, sidecar: int, checkpoint: Checkpoint) -> None:
         """Make `redo.new`, with a header, in the open directory `sidecar`, which stays the caller's. Raises OSError."""
         self._sidecar = sidecar
+        self._checkpoint = checkpoint
         self._lock = threading.Lock()
         # A new file: a write that hung may still come, to the old one.
         self._file = Descriptor(own_files.make(sidecar, UNFINISHED, 0o600))
@@ -86,7 +99,7 @@ class RedoFile:
         self._unsynced = 0
         try:
             with self._file as fd:
-                _write(fd, [_header(checkpoint)], 0)
+                write_all(fd, [_header(checkpoint)], 0)
         except BaseException:
             self.drop()
             raise
@@ -126,14 +139,28 @@ class RedoFile:
             if sync:
                 self._unsynced = 0
         with self._file as fd:
-            _write(fd, buffers, at)
+            write_all(fd, buffers, at)
             if sync:
                 os.fdatasync(fd)
+
+    def note_times(self, mtime_ns: int, ctime_ns: int) -> None:
+        """Say in the header what the image's times are; before `commit`."""
+        self._checkpoint = replace(self._checkpoint, mtime_ns=mtime_ns, ctime_ns=ctime_ns)
+        with self._file as fd:
+            write_all(fd, [_header(self._checkpoint)], 0)
+
+    def note_applied(self, below: int, *, durable: bool = False) -> None:
+        """Note in the committed journal that below that byte the image has all of it; 0, durable: before the first."""
+        fd = _open_to_note(self._sidecar)
+        try:
+            write_note(fd, self._end + _HEAD, below, durable=durable)
+        finally:
+            os.close(fd)
 
     def commit(self) -> None:
         """Make it durable and rename it: from now on whoever finds it applies it."""
         with self._file as fd:
-            _write(fd, _record(END, self._records, self._bytes, []), self._end)
+            write_all(fd, _record(END, self._records, self._bytes, []), self._end)
             os.fsync(fd)
         os.rename(UNFINISHED, NAME, src_dir_fd=self._sidecar, dst_dir_fd=self._sidecar)
         os.fsync(self._sidecar)
@@ -151,7 +178,10 @@ class RedoFile:
 
 
 def remove(sidecar: int) -> None:
-    """Remove a committed journal, whose image has all of it, durably. Durable when this returns."""
+    """Remove a committed journal, if there is one: the image has all of it, durably, or it is given up.
+
+    Durable when this returns.
+    """
     with contextlib.suppress(FileNotFoundError):
         os.unlink(NAME, dir_fd=sidecar)
     os.fsync(sidecar)
@@ -163,12 +193,15 @@ def recover(
     label: str,
     calls: SystemCalls,
     applied: Callable[[Checkpoint], None] | None = None,
+    *,
+    sure: bool = False,
 ) -> Checkpoint | None:
     """Apply a committed journal in the open directory `sidecar` to the open `image` and remove it; drop another one.
 
     What the journal said; None if no committed one was there. `applied` is called when the image has it, durably, and
     before the journal goes. Nothing is written unless all of the journal is good: raises ForebayError, which names the
-    image by `label`, for one that is not, or that belongs to another file.
+    image by `label`, for one that is not; ChangedError, unless the operator is `sure`, where the image is another file
+    than the one at the commit, or was changed since.
     """
     with contextlib.suppress(FileNotFoundError):
         os.unlink(UNFINISHED, dir_fd=sidecar)
@@ -182,10 +215,17 @@ def recover(
             f"remove {NAME} from the directory beside it"
         ) from None
     try:
-        checkpoint = _checked(fd, label)
-        _check_image(checkpoint, image, label)
+        checkpoint, end = _checked(fd, label)
+        if not sure:
+            _check_image(fd, end, checkpoint, image, label)
+        _check_size(checkpoint, image, label)
+        note = _open_to_note(sidecar)
+        try:
+            write_note(note, end, BEGUN, durable=True)
+        finally:
+            os.close(note)
         for kind, offset, length, at in _records(fd, checkpoint.size):
-            _apply(fd, image, calls, kind, offset, length, at)
+            apply(fd, image, calls, offset, length, None if kind == ZEROS else at)
         os.fsync(image)
     finally:
         os.close(fd)
@@ -195,53 +235,68 @@ def recover(
     return checkpoint
 
 
-def _checked(fd: int, label: str) -> Checkpoint:
-    """What the header of a journal says, all of which is good. Raises ForebayError for one that is not."""
+def _open_to_note(sidecar: int) -> int:
+    """A new descriptor of the committed journal, to note in it how far it is applied."""
+    return os.open(NAME, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=sidecar)
+
+
+def _checked(fd: int, label: str) -> tuple[Checkpoint, int]:
+    """What the header of a journal says, all of which is good, and the byte behind its last record.
+
+    Raises ForebayError for one that is not good.
+    """
+    end = _HEADER
     try:
         checkpoint = _read_header(fd)
-        for _ in _records(fd, checkpoint.size):
-            pass
+        for kind, _offset, length, at in _records(fd, checkpoint.size):
+            end = at + (length if kind == DATA else 0)
     except ValueError as fault:
         raise ForebayError(
             f"{label}: its redo journal cannot be read ({fault}), so the image may hold part of a checkpoint: "
             f"bring the gateway that wrote it back, or remove {NAME} from the directory beside it"
         ) from None
-    return checkpoint
+    return checkpoint, end + _HEAD
 
 
-def _check_image(checkpoint: Checkpoint, image: int, label: str) -> None:
-    """Raise ForebayError unless the checkpoint is one of the open image."""
+def _check_image(fd: int, end: int, checkpoint: Checkpoint, image: int, label: str) -> None:
+    """Raise ChangedError unless the open image is the file that it was at the commit, and nobody changed it since.
+
+    `fd` is the journal, `end` the byte behind its last record.
+    """
     status = os.fstat(image)
     if (status.st_size, status.st_ino) != (checkpoint.size, checkpoint.inode):
-        raise ForebayError(
-            f"{label}: the redo journal beside it belongs to another file ({checkpoint.size} bytes, inode "
-            f"{checkpoint.inode}): put that file back, or remove {NAME} from the directory beside it"
+        what = (
+            f"is not the one of the redo journal beside it, which belongs to another file ({checkpoint.size} bytes, "
+            f"inode {checkpoint.inode})"
         )
+    elif checkpoint.mtime_ns and has_changed(
+        fd, image, checkpoint.mtime_ns, end, _data_of(fd, checkpoint.size)
+    ):
+        what = "was changed by somebody else after the checkpoint that lies beside it was begun"
+    else:
+        return
+    raise ChangedError(
+        f"{label} {what}: if it is a copy of that image, 'forebay recover {label} --yes' finishes the checkpoint; if "
+        f"it was restored, whole, 'forebay detach DISK --discard' drops it, or remove {NAME} beside it",
+        f"{label} {what}",
+    )
 
 
-def _apply(
-    fd: int, image: int, calls: SystemCalls, kind: int, offset: int, length: int, at: int
-) -> None:
-    """Write one record, whose data lies at byte `at` of the journal `fd`, to the image."""
-    if kind == ZEROS:
-        _zero(image, calls, offset, length)
-    while kind == DATA and length:
-        data = os.pread(fd, min(_PIECE, length), at)
-        _write(image, [data], offset)
-        at, offset, length = at + len(data), offset + len(data), length - len(data)
+def _data_of(fd: int, image_size: int) -> Iterator[tuple[int, int, int]]:
+    """(offset, length, the byte of the journal at which the data lies) of each record that has data."""
+    for kind, offset, length, at in _records(fd, image_size):
+        if kind == DATA:
+            yield offset, length, at
 
 
-def _zero(image: int, calls: SystemCalls, offset: int, length: int) -> None:
-    """Make a range of the image read as zeros, by a hole or by writing them."""
-    try:
-        calls.fallocate(image, PUNCH_HOLE, offset, length)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV):
-            raise
-        while length:
-            part = min(len(_zeros), length)
-            _write(image, [_zeros[:part]], offset)
-            offset, length = offset + part, length - part
+def _check_size(checkpoint: Checkpoint, image: int, label: str) -> None:
+    """Raise ForebayError where the image has another size than the one of the checkpoint, however sure one is."""
+    size = os.fstat(image).st_size
+    if size != checkpoint.size:
+        raise ForebayError(
+            f"{label} has {size} bytes, and the redo journal beside it belongs to a file of {checkpoint.size}: put "
+            f"that file back, or remove {NAME} from the directory beside it"
+        )
 
 
 def _header(checkpoint: Checkpoint) -> bytes:
@@ -271,13 +326,15 @@ def _parse_header(text: bytes) -> Checkpoint:
     """What the JSON of a header says. Raises ValueError."""
     fields = parse_object(text)
     version = fields.get("format")
-    if type(version) is not int or version != FORMAT:
-        known = f"this version knows only {FORMAT}"
+    if type(version) is not int or version not in (1, FORMAT):
+        known = f"this version knows only 1 to {FORMAT}"
         raise ValueError(f"format {version}, {known}" if type(version) is int else known)
+    for name in ("mtime_ns", "ctime_ns"):
+        fields.setdefault(name, 0)
     for name in ("gateway", "host", "disk"):
         check_text(name, fields.get(name), LONGEST_NAME)
     check_instant("as_of", fields.get("as_of"))
-    for name in ("size", "inode"):
+    for name in ("size", "inode", "mtime_ns", "ctime_ns"):
         check_number(name, fields.get(name), (1 << 64) - 1)
     return Checkpoint(**{name: fields[name] for name in Checkpoint.__dataclass_fields__})
 
@@ -325,17 +382,3 @@ def _records(fd: int, image_size: int) -> Iterator[tuple[int, int, int, int]]:
         yield kind, offset, length, at
         at += stored
         records, size = records + 1, size + stored
-
-
-def _write(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
-    """Write all of the buffers one after the other."""
-    views = [memoryview(buffer) for buffer in buffers]
-    while views:
-        count = os.pwritev(fd, views[:IOV_MAX], offset)
-        if count == 0:
-            raise OSError(errno.EIO, "nothing could be written")
-        offset += count
-        while views and count >= len(views[0]):
-            count -= len(views.pop(0))
-        if count:
-            views[0] = views[0][count:]

@@ -38,13 +38,19 @@ class Recovered:
 
 
 def recover_image(
-    address: FileAddress, file: OpenImage, *, take_over: bool = False, need_locks: bool = True
+    address: FileAddress,
+    file: OpenImage,
+    *,
+    take_over: bool = False,
+    need_locks: bool = True,
+    sure: bool = False,
 ) -> Recovered:
     """Finish or drop what a gateway that is gone left beside the open image `file`. Blocks.
 
-    With `take_over` the image is nobody's afterwards, and what that gateway has is given up. Raises ForebayError,
-    with nothing changed, while a gateway serves the image, a VM has it open by itself, or (`need_locks`) nobody
-    can tell for want of locks; and for a journal that cannot be applied. Raises OSError.
+    A checkpoint is finished in an image that was changed since, or copied, only if the operator is `sure`: else that
+    is a ChangedError. With `take_over` the image is nobody's afterwards, and what that gateway has is given up.
+    Raises ForebayError, with nothing changed, while a gateway serves the image, a VM has it open by itself, or
+    (`need_locks`) nobody can tell for want of locks; and for a journal that cannot be applied. Raises OSError.
     """
     with Sidecar(address) as sidecar:
         sidecar.check_beside(file)
@@ -58,15 +64,15 @@ def recover_image(
                 f"{address.key} is in use by {owner or 'another gateway'}, which serves it now: detach it there"
             )
         lock_image(address, file, need_locks=need_locks)
-        return _finish(sidecar, owner, file, take_over=take_over)
+        return _finish(sidecar, owner, file, take_over=take_over, sure=sure)
 
 
 def _finish(
-    sidecar: Sidecar, owner: Owner | None, file: OpenImage, *, take_over: bool
+    sidecar: Sidecar, owner: Owner | None, file: OpenImage, *, take_over: bool, sure: bool
 ) -> Recovered:
     """The same once the image is locked. `owner` is what the marker says."""
     dropped = redo.UNFINISHED in sidecar.names()
-    finished = sidecar.finish_checkpoint(owner, file)
+    finished = sidecar.finish_checkpoint(owner, file, sure=sure)
     found = Recovered(finished, dropped, owner)
     if owner is None:
         sidecar.remove()
