@@ -19,7 +19,7 @@ from forebay_cache.device.syncer import Syncer
 from forebay_cache.durable.commit import Committer
 from forebay_cache.durable.hot import HotRegions
 from forebay_cache.durable.intent import Intent
-from forebay_cache.durable.journal import Journal
+from forebay_cache.durable.journal import Journal, JournalFull
 from forebay_cache.durable.records import Records
 from forebay_cache.durable.sync import DeviceSync
 from forebay_cache.durable.wakeup import Wakeup
@@ -154,6 +154,29 @@ class Cache:
             return "unrecorded"
         return "recovering" if self.slots.scan else "ok"
 
+    # -- durability -------------------------------------------------------------------------------------------
+
+    async def make_durable(self) -> None:
+        """Return when all that was written and noted before this call is durable. Raises OSError.
+
+        That is a sync, and a commit only where the journal has no room for the records.
+        """
+        try:
+            await self.sync()
+        except JournalFull:
+            await self.commit()
+
+    async def journal_room(self, length: int) -> None:
+        """Return when the journal has room for the records of a write of ``length`` bytes: note them without an await.
+
+        At once where the device has failed, for nothing is noted then. Raises OSError: JournalFull for more than the
+        journal ever holds, else because commits, which make room, fail.
+        """
+        while self.failure.error is None and not self.intent.has_room(length):
+            if not self.intent.has_changes():
+                raise JournalFull
+            await self.commit()
+
     # -- life -------------------------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -162,6 +185,7 @@ class Cache:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.commit.run)
             nursery.start_soon(self.evictor.run)
+            nursery.start_soon(self.quarantine.run)
             nursery.start_soon(self.ready.watch)
             nursery.start_soon(reclaimer.run)
             nursery.start_soon(self.slots.find_free)

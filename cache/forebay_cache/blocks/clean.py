@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+import trio
+
 from forebay_cache.cache import Cache
 from forebay_cache.format import ops
 from forebay_cache.format.entry import NO_SLOT, pack, slot_of, valid_of, zero_of
@@ -26,7 +28,9 @@ from forebay_cache.layers.layer import Layer
 REGION_SHIFT = 22
 """Origin writes are announced by regions of 2 ** 22 bytes: one sync for a region, not one for each write."""
 _AT_ONCE = 64 * BLOCK
-"""So many bytes are invalidated between two looks at the room in the journal."""
+"""So many bytes are invalidated between two looks at the room in the journal, and between two turns of others."""
+_REGIONS_AT_ONCE = 256
+"""So many regions are made hot between two looks at the room in the journal, and between two turns of others."""
 
 
 class Filler(Protocol):
@@ -56,15 +60,16 @@ async def invalidate(cache: Cache, layer: Layer, offset: int, length: int) -> No
     """
     cache.in_flight.overtake(layer, offset, length)
     for at in range(offset, offset + length, _AT_ONCE):
+        if at > offset:
+            await trio.lowlevel.checkpoint()
         runs = block_runs(at, min(_AT_ONCE, offset + length - at))
-        with past_failure(cache):
-            if cache.failure.error is None and not cache.intent.has_room(SECTOR * len(runs)):
-                await cache.commit()
         await layer.pages.load({block // PAGE_BLOCKS for block, _, _ in runs})
+        with past_failure(cache):
+            await cache.journal_room(SECTOR * len(runs))
         for block, start, part in runs:
             drop(cache, layer, block, covered(start, part))
-    with past_failure(cache):
-        cache.intent.publish()
+        with past_failure(cache):
+            cache.intent.publish()
     await cache.invalidations.invalidate(layer)
 
 
@@ -75,12 +80,15 @@ async def uncover(cache: Cache, frozen: Layer, filler: Filler) -> None:
     """
     layer = filler.layer
     for number, page in list(frozen.pages.held()):
+        await trio.lowlevel.checkpoint()
         await layer.pages.load([number])
+        with past_failure(cache):
+            await cache.journal_room(PAGE_BLOCKS * SECTOR)
         filler.overtaken(number << PAGE_SHIFT, PAGE_BLOCKS * BLOCK)
         for i in range(PAGE_BLOCKS):
             drop(cache, layer, number * PAGE_BLOCKS + i, valid_of(page[i]))
-    with past_failure(cache):
-        cache.intent.publish()
+        with past_failure(cache):
+            cache.intent.publish()
     await cache.invalidations.invalidate(layer)
 
 
@@ -111,20 +119,28 @@ async def mark_hot(cache: Cache, layer: Layer, offset: int, length: int) -> None
 
     Raises OSError when that cannot be made durable; the origin must not be written then.
     """
-    first, last = offset >> REGION_SHIFT, (offset + length - 1) >> REGION_SHIFT
+    first, end = offset >> REGION_SHIFT, (offset + length - 1 >> REGION_SHIFT) + 1
+    for start in range(first, end, _REGIONS_AT_ONCE):
+        await _mark_hot(cache, layer, range(start, min(start + _REGIONS_AT_ONCE, end)))
+
+
+async def _mark_hot(cache: Cache, layer: Layer, regions: range) -> None:
+    """The same for some regions, given by their numbers."""
     hot = cache.hot
-    new = [(layer.id, r) for r in range(first, last + 1) if (layer.id, r) not in hot.regions]
-    if not new:
+    if all((layer.id, r) in hot.regions for r in regions):
         return
+    with past_failure(cache):
+        await cache.journal_room(SECTOR * len(regions))
+    new = [(layer.id, r) for r in regions if (layer.id, r) not in hot.regions]
     hot.heat(new)
     told = False
     with past_failure(cache):
         cache.failure.check()
-        await cache.sync()
+        await cache.make_durable()
         told = True
         if not layer.is_dead:
             hot.regions.update(new)
     if not told:
         await cache.invalidations.invalidate(layer)
     if not told and cache.failure.error is None:  # it works again, and knows nothing of this
-        await mark_hot(cache, layer, offset, length)
+        await _mark_hot(cache, layer, regions)

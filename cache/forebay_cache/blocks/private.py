@@ -57,6 +57,13 @@ that the layer answers for moves to the other side. A sector new to the layer go
 """
 
 
+_DIRTY_PAGES = 512
+"""More pages than this are made dirty by zeros alone, which can be many in a short time: then a commit is due.
+
+A commit takes in all that is dirty in one go, while nothing else runs.
+"""
+
+
 def write(cache: Cache, layer: Layer, offset: int, data: memoryview) -> bool:
     """Store whole sectors; ``offset`` and ``len(data)`` are multiples of a sector.
 
@@ -297,6 +304,8 @@ def zero(cache: Cache, layer: Layer, offset: int, length: int) -> bool:
         if cache.intent.syncing and cache.intent.syncing.get(key, 0) & mask:
             return False
         _zero_block(cache, layer, number, i, mask, key)
+    if len(layer.pages.dirty) > _DIRTY_PAGES:
+        cache.commit.want()
     return True
 
 
@@ -329,8 +338,7 @@ async def prepare(
     """
     runs = block_runs(offset, length)
     await layer.pages.load({block // PAGE_BLOCKS for block, _, _ in runs})
-    if not cache.intent.has_room(length):
-        await cache.commit()
+    await cache.journal_room(length // 16 if zeros else length)
     if cache.intent.syncing:
         await cache.sync.ended()
     if zeros:

@@ -71,8 +71,7 @@ async def _settle(
     cache: Cache, frozen: Layer, filler: Filler, clean: Layer, number: int, blocks: range
 ) -> None:
     """The same for some blocks of one page."""
-    if not cache.intent.has_room(_DROPS):
-        await cache.commit()
+    await cache.journal_room(_DROPS)
     offset = (number << PAGE_SHIFT) + blocks.start * BLOCK
     filler.overtaken(offset, len(blocks) * BLOCK)
     jobs = _jobs(cache, frozen, clean, number, blocks)

@@ -7,6 +7,7 @@ freed slots may be used again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ import trio
 
 from forebay_cache.device.failure import Failure
 from forebay_cache.durable.group_commit import GroupCommit
+from forebay_cache.durable.journal import JournalFull
 from forebay_cache.durable.sync import DeviceSync
 from forebay_cache.durable.wakeup import Wakeup
 from forebay_cache.errors import IndexFault
@@ -88,7 +90,8 @@ class Committer(GroupCommit):
             return
         snapshot = self.snapshot()
         try:
-            await self._sync()
+            with contextlib.suppress(JournalFull):  # what has no room there is in the snapshot
+                await self._sync()
             self._failure.check()
             # no await until self._index.commit: else _store_past_device() may be overtaken by it
             await self._index.commit(snapshot.changes)
@@ -164,6 +167,10 @@ class Committer(GroupCommit):
             self._failure.end()
 
     # -- in the background ------------------------------------------------------------------------------------
+
+    def want(self) -> None:
+        """Have :meth:`run` make a commit soon."""
+        self._wanted.call()
 
     async def run(self) -> None:
         """Commit every now and then, and when somebody wants it, until cancelled. Not while the device has failed."""

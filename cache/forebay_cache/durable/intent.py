@@ -10,23 +10,23 @@ the last sync began, *syncing* those that a sync under way is making durable.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 from forebay_cache.device.device import Device
 from forebay_cache.device.failure import Failure
-from forebay_cache.durable.journal import Journal, JournalFull
+from forebay_cache.durable.journal import Journal, JournalFull, Position
 from forebay_cache.format.checksum import checksums
 from forebay_cache.format.geometry import SECTOR, SECTORS
-from forebay_cache.index.changes import Changes, Share, nothing
+from forebay_cache.index.changes import Changes, Share
 from forebay_cache.index.sums import Sums
 from forebay_cache.slots.ready import ReadyMap
 
 _SLACK = 256
 """Bytes of records that a request may note besides those that go with its length."""
+_KEPT_FREE = 32
+"""Requests do not take the last part, one of so many, of the journal: it is for records that cannot wait for room."""
 
 
 class _Late(NamedTuple):
@@ -63,13 +63,17 @@ class Intent:
         self._want_commit = want_commit
         self._ops: list[bytes] = []
         self._ops_bytes = 0
+        self._in_commit = (
+            0  # so many of them, the first ones, had no room and are in the commit under way
+        )
+        self._slack = _SLACK + journal.size // _KEPT_FREE
         self._late: list[_Late] = []
 
     # -- noting -----------------------------------------------------------------------------------------------
 
     def has_room(self, length: int) -> bool:
         """True if the journal has room for the records of a write of ``length`` bytes. Note them without an await."""
-        return self.journal.fits(self._ops_bytes + _SLACK + (length >> 7))
+        return self.journal.fits(self._ops_bytes + self._slack + (length >> 7))
 
     def note(self, op: bytes) -> None:
         """Add a record to the frame that the next :meth:`publish` writes."""
@@ -91,8 +95,9 @@ class Intent:
     def publish(self) -> None:
         """Hand the records, then the late data, to the kernel: from now on a killed daemon has them.
 
-        Raises OSError. The records are dropped if the device has failed by it, and kept if the journal is full
-        (ENOSPC).
+        Raises OSError. The records are dropped if the device has failed by it. If the journal is full (JournalFull)
+        they are kept, and wait for a commit, which stores what they say and is asked for here; no record that is
+        noted later is published before that.
         """
         if not self._ops:
             return
@@ -102,22 +107,25 @@ class Intent:
             if self._failure.error is not None:
                 self._failure.check()
             journal.append(b"".join(self._ops))
-            self._ops.clear()
-            self._ops_bytes = 0
+            self._forget_records()
             for one in late:
                 self._device.write(one.at, one.data)
         except JournalFull:
             self._undo(late)
-            raise OSError(errno.ENOSPC, "the intent journal is full") from None
+            self._want_commit()
+            raise
         except OSError as error:
             self._undo(late)
             self._failure.fail(error, taken=True)
             # What they say is in memory, for whoever takes the device back.
-            self._ops.clear()
-            self._ops_bytes = 0
+            self._forget_records()
             raise
         if journal.used * 2 > journal.size:
             self._want_commit()
+
+    def _forget_records(self) -> None:
+        self._ops.clear()
+        self._ops_bytes = self._in_commit = 0
 
     def _undo(self, late: list[_Late]) -> None:
         """Late data was not written, or not all of it: give back the checksums of what still lies there.
@@ -163,15 +171,30 @@ class Intent:
         """Publish, and have a commit say that replay begins behind that. When it has succeeded the journal is trimmed.
 
         Has to be the first participant that is asked: publishing may fail the device, which changes other parts.
+        Records that have no room in the journal stay noted: this commit stores what they say, so that they are
+        superfluous when it has succeeded, and wait for the next one when it has not.
         """
-        with contextlib.suppress(
-            OSError
-        ):  # records that have no room are in this commit themselves
+        try:
             self.publish()
+        except JournalFull:
+            self._in_commit = len(self._ops)
+        except OSError:
+            pass  # the device has failed: the sync of this commit is going to say so
         mark = self.journal.mark()
         assert changes.meta is not None
         changes.meta.journal_offset, changes.meta.journal_sequence = (
             mark[0].offset,
             mark[0].sequence,
         )
-        return Share(partial(self.journal.trim, mark), nothing)
+        return Share(partial(self._committed, mark), self._not_committed)
+
+    def _committed(self, mark: tuple[Position, int]) -> None:
+        """The index has, durably, all that was published before the mark, and the records that had no room."""
+        self.journal.trim(mark)
+        if self._in_commit:
+            del self._ops[: self._in_commit]
+            self._ops_bytes = sum(map(len, self._ops))
+            self._in_commit = 0
+
+    def _not_committed(self) -> None:
+        self._in_commit = 0

@@ -15,6 +15,7 @@ nothing. One ``fdatasync`` of the device makes data and frames durable together.
 
 from __future__ import annotations
 
+import errno
 import struct
 import zlib
 from collections.abc import Iterator
@@ -38,8 +39,11 @@ class Position:
     sequence: int
 
 
-class JournalFull(Exception):
-    """The ring has no room for a frame until a commit has trimmed it."""
+class JournalFull(OSError):
+    """The ring has no room for a frame until a commit has trimmed it. An ENOSPC for whoever does not tell it apart."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, "the intent journal is full")
 
 
 class Journal:

@@ -9,12 +9,14 @@ from forebay_cache.device.failure import Failure
 from forebay_cache.device.syncer import Syncer
 from forebay_cache.durable.group_commit import GroupCommit
 from forebay_cache.durable.intent import Intent
+from forebay_cache.durable.journal import JournalFull
 
 
 class DeviceSync(GroupCommit):
     """``await sync()`` returns after a sync that began after the call. One for all disks. Raises OSError.
 
-    The records that were noted are published first. A sync that fails is a failure of the device.
+    The records that were noted are published first. Where these have no room the data is synced all the same, and
+    JournalFull raised then. A sync that fails is a failure of the device.
     """
 
     def __init__(self, syncer: Syncer, intent: Intent, failure: Failure) -> None:
@@ -24,7 +26,11 @@ class DeviceSync(GroupCommit):
         self._failure = failure
 
     async def _run(self) -> None:
-        self._intent.publish()
+        unpublished: JournalFull | None = None
+        try:
+            self._intent.publish()
+        except JournalFull as error:
+            unpublished = error
         self._failure.check()
         if self._syncer.pending:
             with self._watched():
@@ -32,6 +38,8 @@ class DeviceSync(GroupCommit):
         self._intent.begin_sync()
         with self._watched():
             await self._syncer()
+        if unpublished is not None:
+            raise unpublished
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -50,7 +58,10 @@ class DeviceSync(GroupCommit):
         syncer = self._syncer
         if self.is_running or not syncer.quick or syncer.pending:
             return False
-        self._intent.publish()
+        try:
+            self._intent.publish()
+        except JournalFull:
+            return False
         self._failure.check()
         self._intent.begin_sync()
         with self._watched():

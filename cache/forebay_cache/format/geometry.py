@@ -64,3 +64,10 @@ def sector_runs(mask: int) -> tuple[tuple[int, int], ...]:
 def covered(start: int, length: int) -> int:
     """Mask of the sectors that a byte range inside one block touches."""
     return MASKS[start >> SECTOR_SHIFT][(start + length - 1) >> SECTOR_SHIFT]
+
+
+def covered_in(block: int, offset: int, length: int) -> int:
+    """Mask of the sectors of the block with that number that a byte range touches; 0 for none of it."""
+    start = max(offset - (block << BLOCK_SHIFT), 0)
+    end = min(offset + length - (block << BLOCK_SHIFT), BLOCK)
+    return covered(start, end - start) if start < end else 0

@@ -7,11 +7,11 @@ mark the sectors that they overtake; marked sectors are neither stored nor count
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from forebay_cache.format.entry import block_key
-from forebay_cache.format.geometry import block_runs, covered
+from forebay_cache.format.entry import block_key, block_of_key
+from forebay_cache.format.geometry import BLOCK_SHIFT, covered_in
 from forebay_cache.layers.layer import Layer
 
 Cells = dict[int, list[int]]
@@ -40,9 +40,8 @@ class InFlight:
         cells: Cells = {block: [0] for block in blocks}
         for ident, first, last in self._overwriting:
             if ident == layer.id:
-                for block, start, part in block_runs(first, last - first):
-                    if block in cells:
-                        cells[block][0] |= covered(start, part)
+                for block, cell in cells.items():
+                    cell[0] |= covered_in(block, first, last - first)
         for block, cell in cells.items():
             self._fills.setdefault(block_key(layer.id, block), []).append(cell)
         try:
@@ -65,8 +64,16 @@ class InFlight:
             self._overwriting.remove(mine)
 
     def overtake(self, layer: Layer, offset: int, length: int) -> None:
-        """Bytes of the origin are going to be written, or just were: fills under way must not store them."""
-        if self._fills:
-            for block, start, part in block_runs(offset, length):
-                for cell in self._fills.get(block_key(layer.id, block), ()):
-                    cell[0] |= covered(start, part)
+        """Bytes of the origin are going to be written, or just were: fills under way must not store them.
+
+        Takes as long as there are fills, however long the range is.
+        """
+        if not self._fills:
+            return
+        first, last = offset >> BLOCK_SHIFT, offset + length - 1 >> BLOCK_SHIFT
+        keys: Iterable[int] = range(block_key(layer.id, first), block_key(layer.id, last) + 1)
+        if last - first >= len(self._fills):
+            keys = [key for key in self._fills if key in keys]
+        for key in keys:
+            for cell in self._fills.get(key, ()):
+                cell[0] |= covered_in(block_of_key(key), offset, length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import trio
 
@@ -19,7 +20,9 @@ log = logging.getLogger(__name__)
 RECLAIM_SECONDS = COMMIT_RETRY_SECONDS / 4
 """How often it looks whether there is a dead layer."""
 _PAGES_AT_ONCE = 256
-"""Pages of a layer that are emptied in one commit, besides those that are in memory."""
+"""Pages of a layer that are emptied in one commit."""
+_PAGES_IN_A_SLICE = 4
+"""Pages that are emptied between two turns of others: at most 512 slots come free by that."""
 
 
 class Reclaimer:
@@ -50,24 +53,33 @@ class Reclaimer:
 
     async def _reclaim(self, layer: Layer) -> None:
         """Free what a dead layer holds, a piece at a time, then forget the layer. Raises OSError."""
+        # Pages in memory are newer than the index: empty those first.
+        await self._empty(layer, [n for n, _ in layer.pages.held()])
         number = 0
         while True:
             found = await trio.to_thread.run_sync(
                 self._index.pages, layer.id, number, _PAGES_AT_ONCE
             )
-            for n, raw in found:
-                layer.pages.adopt(n, raw)
-            # Pages in memory are newer than the index: empty those first.
-            for n in {n for n, _ in found} | {n for n, _ in layer.pages.held()}:
-                self._empty_page(layer, n)
-            await self._commit()
             if not found:
                 break
-            number = max(n for n, _ in found) + 1
+            await self._empty(layer, [n for n, _ in found])
+            number = found[-1][0] + 1
+        await self._empty(layer, [n for n, page in layer.pages.held() if any(page)])
         self._layers.forget(layer)
         await self._commit()
 
+    async def _empty(self, layer: Layer, numbers: Sequence[int]) -> None:
+        """Empty pages that are loaded, and commit that, a piece at a time. Raises OSError."""
+        for start in range(0, len(numbers), _PAGES_AT_ONCE):
+            some = numbers[start : start + _PAGES_AT_ONCE]
+            for n in range(0, len(some), _PAGES_IN_A_SLICE):
+                for number in some[n : n + _PAGES_IN_A_SLICE]:
+                    self._empty_page(layer, number)
+                await trio.lowlevel.checkpoint()
+            await self._commit()
+
     def _empty_page(self, layer: Layer, number: int) -> None:
+        layer.pages.page(number)  # it may have been shed while others had their turn
         page = layer.pages.writable(number)
         for i in range(PAGE_BLOCKS):
             self._removal.clear(layer, page, i)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
 import trio
@@ -163,13 +163,16 @@ class Filler:
 
         Nobody joins the flights that bring any of them from now on, and these store nothing of that range.
         """
-        if self._flights:
-            for n in range(offset >> BLOCK_SHIFT, (offset + length - 1 >> BLOCK_SHIFT) + 1):
-                flight = self._flights.get(n)
-                if (
-                    flight is not None
-                ):  # all of it: whoever joins a flight takes what it needs from it
-                    self._forget(flight)
+        flights = self._flights
+        if flights:
+            blocks: Iterable[int] = range(
+                offset >> BLOCK_SHIFT, (offset + length - 1 >> BLOCK_SHIFT) + 1
+            )
+            if len(flights) < length >> BLOCK_SHIFT:  # however long the range is
+                blocks = [n for n in flights if n in blocks]
+            # All of a flight is forgotten: whoever joins one takes what it needs from it.
+            for flight in {flights[n] for n in blocks if n in flights}:
+                self._forget(flight)
         self.cache.in_flight.overtake(self.layer, offset, length)
 
     async def prefetch(

@@ -17,6 +17,9 @@ from forebay_cache.slots.placement import Placement
 class Quarantine:
     """The slots of one cache that are between two blocks. A participant of each commit."""
 
+    AT_ONCE = 1024
+    """So many slots are released in one go."""
+
     def __init__(self, placement: Placement) -> None:
         self.leaving = 0
         """How many slots are in here: freed, in a commit that is under way, or waiting for a pin."""
@@ -30,6 +33,7 @@ class Quarantine:
         self._clock = 0  # how many snapshots were taken
         self._pins: dict[int, int] = {}  # token -> clock when it was given
         self._next_pin = 0
+        self._more = trio.Event()  # there is more to be released
 
     def add(self, slot: int) -> None:
         """Put in a slot that no page in memory names any more, and that the placement has quarantined."""
@@ -49,15 +53,38 @@ class Quarantine:
             self.release()
 
     def release(self) -> None:
-        """Give free what waits for no pin any more, and wake everybody who waits for a free slot."""
-        oldest = min(self._pins.values(), default=self._clock + 1)
-        while self._waiting and self._waiting[0][0] < oldest:
-            _, slots = self._waiting.pop(0)
-            for slot in slots:
+        """Give free what waits for no pin any more, and wake everybody who waits for a free slot.
+
+        Of very many slots only some at once; :meth:`run` goes on with the others.
+        """
+        left = self.AT_ONCE
+        while left and self._may_release():
+            slots = self._waiting[0][1]
+            some = slots[-left:]
+            del slots[-left:]
+            if not slots:
+                del self._waiting[0]
+            for slot in some:
                 self._placement.release(slot)
-            self.leaving -= len(slots)
+            self.leaving -= len(some)
+            left -= len(some)
+        if self._may_release():
+            self._more.set()
         event, self.released = self.released, trio.Event()
         event.set()
+
+    def _may_release(self) -> bool:
+        """True if there are slots that wait for no pin any more."""
+        if not self._waiting:
+            return False
+        return self._waiting[0][0] < min(self._pins.values(), default=self._clock + 1)
+
+    async def run(self) -> None:
+        """Release what could not be released at once, some at a time, until cancelled."""
+        while True:
+            await self._more.wait()
+            self._more = trio.Event()
+            self.release()
 
     def has_changes(self) -> bool:
         """True if there is a slot that waits for a commit."""

@@ -156,7 +156,7 @@ class WriteBack:
         if not self._dirty.frozen and self._dirty.private_bytes:
             await self._freeze()
         with past_failure(self._cache):
-            await self._cache.sync()
+            await self._cache.make_durable()
         for layer in self._dirty.frozen:
             await self._take(layer, progress)
         await self._clear_mark()
@@ -171,8 +171,7 @@ class WriteBack:
     async def _freeze(self) -> None:
         """Freeze the open layer, once the cache's journal, which writes may have filled, has room for a new one."""
         with past_failure(self._cache):
-            while not self._cache.intent.has_room(FREEZE_ROOM):
-                await self._cache.commit()
+            await self._cache.journal_room(FREEZE_ROOM)
         self._dirty.freeze()
 
     async def _take(self, layer: Layer, progress: Progress | None) -> None:

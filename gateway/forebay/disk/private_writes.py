@@ -24,7 +24,7 @@ ZERO_PIECE = 64 << 20
 """The same for zeros, of which nothing is stored but a few bytes a block."""
 
 ZERO_STEP = 16 * BLOCK
-"""How much of that is done between two looks at the journal."""
+"""How much of that is done between two looks at the journal, and between two turns of others."""
 
 
 class PrivateWrites:
@@ -160,6 +160,7 @@ class PrivateWrites:
                 if self._try_to_zero(at, part):
                     break
                 await private.prepare(self._cache, self._open_layer, at, part, zeros=True)
+            await trio.lowlevel.checkpoint()
 
     def _try_to_zero(self, offset: int, length: int) -> bool:
         """What :meth:`_try_to_store` is to data."""
@@ -177,4 +178,4 @@ class PrivateWrites:
 
     async def flush(self) -> None:
         """Return when the cache device has everything durably. Raises OSError."""
-        await self._cache.sync()
+        await self._cache.make_durable()
