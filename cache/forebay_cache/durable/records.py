@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from forebay_cache.format.records import pack_record
 from forebay_cache.index.changes import Changes, Share, nothing
 
 Record = dict[str, Any]
@@ -30,10 +31,15 @@ class Records:
         return {n: v for (k, n), v in self._records.items() if k == kind}
 
     def put(self, kind: str, name: str, value: Record | None) -> None:
-        """Store a record, or (None) remove it: in memory at once, durably with the next commit."""
+        """Store a record, or (None) remove it: in memory at once, durably with the next commit.
+
+        Raises OSError for one that no commit could store, and keeps nothing of it: others would wait for it for ever.
+        """
         if value is None:
-            self._records.pop((kind, name), None)
+            if self._records.pop((kind, name), None) is None:
+                return  # nothing of it was ever stored
         else:
+            pack_record(kind, name, value)
             self._records[kind, name] = value
         self._changed.add((kind, name))
 

@@ -27,7 +27,7 @@ import sys
 from array import array
 from typing import Final, NamedTuple
 
-from forebay_cache.format.geometry import FULL, PAGE_BLOCKS
+from forebay_cache.format.geometry import BLOCK_SHIFT, FULL, PAGE_BLOCKS
 
 assert sys.byteorder == "little", "pages are stored as they lie in memory: little endian"
 
@@ -39,6 +39,15 @@ _ZERO_AND_VALID: Final = 1 << _ZERO_SHIFT | 1
 
 _LAYER_SHIFT: Final = 32
 _BLOCK_PART: Final = (1 << _LAYER_SHIFT) - 1
+
+LAST_LAYER: Final = (1 << 32) - 1
+"""No layer has a higher number."""
+
+LAST_SLOT: Final = (1 << 32) - 2
+"""No slot has a higher number: words have 32 bits for it, and 0 says that there is none."""
+
+LARGEST_DISK: Final = 1 << 32 + BLOCK_SHIFT
+"""Bytes of a disk at most, 256 TiB: the numbers of its blocks have 32 bits, in keys and in the journal."""
 
 NO_SLOT: Final = -1
 """In the place of a slot's number: there is none."""

@@ -8,6 +8,7 @@ Tables (keys big endian so that they sort, values little endian)::
     layers   layer u32         -> LayerRecord, as JSON
     hot      layer u32, region u32 -> b""      regions that an origin write may have touched
     records  kind NUL name     -> JSON          what the layers above keep here (disks, images)
+             kind NUL 0xFF sha256 -> JSON {"name", "value"}   the same where the name is too long for a key
 
 In format 2 a layer had one text for a name, which was taken apart by whoever had to know whose it is. An index of that
 format is read as it is; the first commit makes one of format 3 of it, all at once.
@@ -15,6 +16,8 @@ format is read as it is; the first commit makes one of format 3 of it, all at on
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import struct
 from dataclasses import dataclass, field
@@ -144,7 +147,9 @@ class LayerName:
 
     def pack(self) -> bytes:
         """As the journal has it."""
-        return json.dumps(self.json(), ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(self.json(), ensure_ascii=False, separators=(",", ":")).encode(
+            "utf-8", "surrogatepass"
+        )
 
     @classmethod
     def unpack(cls, raw: bytes, *, private: bool) -> Self:
@@ -220,3 +225,73 @@ def _loads(raw: bytes) -> object:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return found
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+LONGEST_NAME = 8192
+"""Bytes of the name of a layer or of a record, at most: more than any path or URI that is taken makes of it."""
+
+_LONGEST_KEY = 511
+"""Bytes of a key in LMDB, at most."""
+_DIGEST = b"\xff"
+"""Begins the name's part of a key that has a digest: no text encoded as UTF-8 has this byte."""
+_LARGEST_VALUE = 1 << 20
+"""Bytes of a record's JSON, at most."""
+
+
+def encode_name(name: str) -> bytes:
+    """A name as it is stored. It may be any text, with NUL and with the surrogates of bytes that are not UTF-8.
+
+    Raises OSError(ENAMETOOLONG).
+    """
+    raw = name.encode("utf-8", "surrogatepass")
+    if len(raw) > LONGEST_NAME:
+        raise OSError(
+            errno.ENAMETOOLONG,
+            f"a name of {len(raw)} bytes is too long for the index, which takes {LONGEST_NAME}: "
+            f"'{name[:60]}...'",
+        )
+    return raw
+
+
+def decode_name(raw: bytes) -> str:
+    """The name that :func:`encode_name` made this of. Raises ValueError."""
+    return raw.decode("utf-8", "surrogatepass")
+
+
+def record_key(kind: str, name: str) -> bytes:
+    """The key of a record, of bounded size however long the name is. Raises OSError(ENAMETOOLONG)."""
+    raw = encode_name(name)
+    head = kind.encode() + b"\0"
+    if len(head) + len(raw) <= _LONGEST_KEY:
+        return head + raw
+    return head + _DIGEST + hashlib.sha256(raw).digest()
+
+
+def pack_record(kind: str, name: str, value: dict[str, Any]) -> tuple[bytes, bytes]:
+    """(key, value) of a record as the table ``records`` has it. Raises OSError for what cannot be stored."""
+    key = record_key(kind, name)
+    is_long = key.partition(b"\0")[2].startswith(_DIGEST)
+    try:
+        raw = json.dumps({"name": name, "value": value} if is_long else value).encode()
+    except (TypeError, ValueError) as fault:
+        raise OSError(errno.EINVAL, f"a record that is no JSON: {fault}") from None
+    if len(raw) > _LARGEST_VALUE:
+        raise OSError(errno.EFBIG, f"a record of {len(raw)} bytes is too large for the index")
+    return key, raw
+
+
+def unpack_record(key: bytes, raw: bytes) -> tuple[str, str, dict[str, Any]]:
+    """(kind, name, value) of what the table has. Raises ValueError for what :func:`pack_record` does not make."""
+    kind, nul, rest = key.partition(b"\0")
+    value = json.loads(raw)
+    if rest.startswith(_DIGEST):
+        found = value if isinstance(value, dict) else {}
+        name, value = found.get("name"), found.get("value")
+        if not isinstance(name, str) or record_key(kind.decode(), name) != key:
+            raise ValueError("its name is not the one that its key was made of")
+    else:
+        name = decode_name(rest)
+    if not (kind and nul and isinstance(value, dict)):
+        raise ValueError("not an object with a kind and a name")
+    return kind.decode(), name, value

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from forebay_cache.errors import CacheError
+from forebay_cache.format.entry import LAST_SLOT
 from forebay_cache.format.geometry import BLOCK
 
 MAGIC = b"FOREBAY\0"
@@ -46,7 +47,8 @@ class Superblock:
     slots: int
 
     def grown(self, size: int) -> Superblock:
-        """The layout with ``size`` bytes: more slots, everything else where it was."""
+        """The layout with ``size`` bytes: more slots, everything else where it was. Raises CacheError for too many."""
+        _check_not_too_large(size)
         return replace(self, size=size, slots=(size - self.data_offset) // BLOCK)
 
     def pack(self) -> bytes:
@@ -93,10 +95,16 @@ def is_whole(raw: bytes) -> bool:
     return zlib.crc32(raw[:-4]) == int.from_bytes(raw[-4:], "little")
 
 
+def _check_not_too_large(size: int) -> None:
+    if size > LAST_SLOT * BLOCK:
+        raise CacheError(f"a cache of {size} bytes is too large: at most {LAST_SLOT * BLOCK} bytes")
+
+
 def plan(size: int, ident: uuid.UUID) -> Superblock:
-    """The layout of an empty cache on a device of ``size`` bytes. Raises CacheError when that is too small."""
+    """The layout of an empty cache on a device of ``size`` bytes. Raises CacheError for a size that cannot be."""
     if size < SMALLEST:
         raise CacheError(f"a cache of {size} bytes is too small: at least {SMALLEST >> 20} MiB")
+    _check_not_too_large(size)
     journal = min(max(size // 64, 256 << 10), 32 << 20) // BLOCK * BLOCK
     data = JOURNAL_OFFSET + journal
     return Superblock(ident, BLOCK, size, journal, data, (size - data) // BLOCK)

@@ -38,6 +38,9 @@ from forebay_cache.format.records import (
     TABLES,
     LayerRecord,
     Meta,
+    pack_record,
+    record_key,
+    unpack_record,
 )
 from forebay_cache.index.changes import Changes, Taken
 
@@ -268,8 +271,8 @@ class Index:
         found = {}
         with self._transaction() as txn, txn.cursor(db=self._db["records"]) as cursor:
             for key, value in cursor:
-                kind, _, name = key.decode().partition("\0")
-                found[kind, name] = json.loads(value)
+                kind, name, record = unpack_record(key, value)
+                found[kind, name] = record
         return found
 
     def hot(self) -> list[tuple[int, int]]:
@@ -318,8 +321,10 @@ class Index:
             for key, is_hot in changes.hot:
                 _put(txn, db["hot"], key, b"" if is_hot else None)
             for (kind, name), value in changes.records.items():
-                text = None if value is None else json.dumps(value).encode()
-                _put(txn, db["records"], f"{kind}\0{name}".encode(), text)
+                if value is None:
+                    txn.delete(record_key(kind, name), db=db["records"])
+                else:
+                    txn.put(*pack_record(kind, name, value), db=db["records"])
             if changes.meta is not None:
                 txn.put(b"state", json.dumps(asdict(changes.meta)).encode(), db=db["meta"])
         self._is_current = True

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from forebay_cache.durable.hot import HotRegions
 from forebay_cache.durable.intent import Intent
 from forebay_cache.format import ops
+from forebay_cache.format.entry import LAST_LAYER
 from forebay_cache.format.records import LayerName, LayerRecord
 from forebay_cache.index.changes import Changes, Share
 from forebay_cache.index.index import Index
@@ -52,6 +53,7 @@ class Layers:
         """
         assert name not in self._by_name, name
         meta = self._index.meta
+        assert meta.next_layer <= LAST_LAYER, "all numbers of layers are used up"
         made = ops.layer_made(meta.next_layer, name)
         # The pages of a private layer are never shed, so nothing of it ever has to be looked for in the index.
         layer = self._layer(meta.next_layer, LayerRecord(name), complete=name.is_private)

@@ -24,7 +24,7 @@ from forebay_cache.format.entry import (
     layer_of_key,
 )
 from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, SECTOR, SECTORS, sector_runs
-from forebay_cache.format.records import LAYER_KEY, PAGE_KEY, LayerRecord, Meta
+from forebay_cache.format.records import LAYER_KEY, PAGE_KEY, LayerRecord, Meta, unpack_record
 from forebay_cache.offline.claims import Claims, Judge
 from forebay_cache.offline.report import Fault, Fix, Report
 from forebay_cache.offline.tables import Tables
@@ -117,10 +117,8 @@ class Walk:
         for key, raw in self._tables.items("records"):
             self._report.records += 1
             try:
-                kind, nul, _ = key.decode().partition("\0")
-                if not (kind and nul and isinstance(json.loads(raw), dict)):
-                    raise ValueError("not an object with a kind and a name")
-            except ValueError as fault:
+                unpack_record(key, raw)
+            except (ValueError, OSError) as fault:
                 self._wrong_record("records", key, f"record {key!r}: {fault}")
 
     def _wrong_record(self, table: str, key: bytes, text: str) -> None:

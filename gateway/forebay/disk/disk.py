@@ -23,8 +23,9 @@ from forebay.errors import ForebayError
 from forebay.image.image import Image
 from forebay.image.registry import Images
 from forebay.image.source import Source
-from forebay.units import Mode
+from forebay.units import Mode, format_size
 from forebay_cache import View
+from forebay_cache.format.entry import LARGEST_DISK
 from forebay_cache.format.geometry import BLOCK, SECTOR, Buffer
 
 log = logging.getLogger("forebay.disk")
@@ -77,6 +78,11 @@ class Disk:
 
         `source.use` says what disk it is, and what it does with the image.
         """
+        if source.size > LARGEST_DISK:
+            raise ForebayError(
+                f"{source.key} has {format_size(source.size)}, and the cache takes images of at most "
+                f"{format_size(LARGEST_DISK)}: make it smaller"
+            )
         image = await images.acquire(source)
         disk = cls(image, source, settings)
         try:
