@@ -68,6 +68,18 @@ CACHE_METRICS = (
     _one("cache_free_blocks", "gauge", "Blocks that nothing is in.", "free_slots"),
     _one("evicted_blocks_total", "counter", "Blocks given away for others.", "evicted_blocks"),
     _one("damaged_blocks", "gauge", "Blocks taken out of use.", "damaged_slots"),
+    _one(
+        "loop_stall_seconds_max",
+        "gauge",
+        "The longest time that all disks waited for one task of the daemon.",
+        "loop_stall_seconds_max",
+    ),
+    Metric(
+        "loop_stalls_total",
+        "counter",
+        "How often they waited longer than that many seconds.",
+        (('longer_than="0.02"', "loop_stalls"), ('longer_than="0.1"', "loop_long_stalls")),
+    ),
 )
 
 

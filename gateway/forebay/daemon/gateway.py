@@ -15,6 +15,7 @@ from forebay.daemon.attached import Attached
 from forebay.daemon.departures import Departures
 from forebay.daemon.disks import Disks
 from forebay.daemon.ending import stop
+from forebay.daemon.loop_meter import METER
 from forebay.daemon.parallel import Progress, Shares, run_all
 from forebay.daemon.process import run_process
 from forebay.daemon.record import DiskRecord, DiskRecords
@@ -185,7 +186,7 @@ class Gateway:
 
     def metrics(self) -> str:
         """Prometheus text."""
-        return metrics_text(self.status(), self.cache_info(), self.info())
+        return metrics_text(self.status(), self.cache_info() | METER.figures(), self.info())
 
 
 def serve(config: Config, state: Path | None = None, run: Path | None = None) -> int:

@@ -15,6 +15,7 @@ import trio
 import forebay_cache
 from forebay.config.model import Config
 from forebay.daemon.attached import Attached
+from forebay.daemon.loop_meter import METER
 from forebay.daemon.watchdog import feed
 from forebay.doors.restart import EarlierSockets
 from forebay.errors import ForebayError
@@ -106,6 +107,7 @@ async def _main(config: Config, make: MakeGateway, earlier: EarlierSockets) -> b
             async with trio.open_nursery() as nursery:
                 await nursery.start(cache.run)
                 nursery.start_soon(forebay_cache.come_back, cache)
+                nursery.start_soon(METER.run)
                 gateway = make(config, cache, nursery)
                 try:
                     are_sockets_left = await _serve(config, gateway, earlier, nursery, signals)
