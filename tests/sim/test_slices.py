@@ -1,0 +1,146 @@
+"""Long work on the event loop is done in slices: counted in calls, not in time, on a large sparse image."""
+
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+
+from forebay.checkpoint.counters import Counters
+from forebay.disk.private_writes import PrivateWrites
+from forebay.disk.ranges import Ranges
+from forebay_cache import Cache, Filler, Layer, invalidate, mark_hot, open_cache
+from forebay_cache.format.entry import block_key, pack
+from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS
+from forebay_cache.read.fill import Flight
+
+IMAGE = 4 << 40
+SLOTS = 100_000
+MOST = 10_000
+"""Calls of functions in one step of a task: a few milliseconds, whatever the size of the image."""
+
+
+class Steps(trio.abc.Instrument):
+    """Counts the calls of functions in each step of each task."""
+
+    def __init__(self) -> None:
+        self.most = (0, "")
+        self._calls = 0
+
+    def _count(self, frame: object, event: str, arg: object) -> None:
+        del frame, arg
+        self._calls += event.endswith("call")
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._calls = 0
+        sys.setprofile(self._count)
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        sys.setprofile(None)
+        self.most = max(self.most, (self._calls, task.name))
+
+
+def fill(cache: Cache, layer: Layer) -> None:
+    """Give the layer SLOTS blocks, as if one sector of each had been written."""
+    for block in range(SLOTS):
+        number, i = divmod(block, PAGE_BLOCKS)
+        slot = cache.slots.take(block_key(layer.id, block), held=layer.is_held)
+        assert slot >= 0
+        layer.pages.look(number) or layer.pages.adopt(number, None)
+        layer.pages.writable(number)[i] = pack(slot, 0, 1)
+        layer.slots += 1
+        layer.sectors += 1
+
+
+def played(tmp_path: Path, do: Callable[[Cache, Layer], Awaitable[None]], *, private: bool) -> None:
+    """Do something to a layer that holds much, and look how long the longest step was."""
+
+    async def story() -> None:
+        size = (SLOTS + 4096) * BLOCK + (64 << 20)
+        with (tmp_path / "c.img").open("wb") as file:
+            file.truncate(size)
+        cache = open_cache(tmp_path / "c.img", tmp_path / "index", size=size, boot="a")
+        async with trio.open_nursery() as nursery:
+            await nursery.start(cache.run)
+            layer = cache.layers.make("x", private=private)
+            fill(cache, layer)
+            await cache.commit()
+            await cache.commit()
+            steps = Steps()
+            trio.lowlevel.add_instrument(steps)
+            await do(cache, layer)
+            await cache.commit()
+            trio.lowlevel.remove_instrument(steps)
+            sys.setprofile(None)
+            nursery.cancel_scope.cancel()
+        cache.release()
+        assert steps.most[0] <= MOST, steps.most
+
+    trio.run(story)
+
+
+async def _reclaimed(cache: Cache, layer: Layer) -> None:
+    cache.layers.drop(layer)
+    while any(x.is_dead for x in cache.layers) or cache.quarantine.leaving:  # noqa: ASYNC110
+        await trio.sleep(0.05)
+    assert not layer.slots
+    assert cache.slots.placement.free == cache.device.slots
+
+
+async def _zeroed(cache: Cache, layer: Layer) -> None:
+    async def nothing(*_: object) -> None:
+        pass
+
+    view = SimpleNamespace(cache=cache, private=[layer])
+    dirty = SimpleNamespace(mark=SimpleNamespace(set=nothing))
+    admission = SimpleNamespace(
+        must_wait=lambda _: False, note_written=lambda *_: None, admit=nothing
+    )
+    writes = PrivateWrites(
+        cast("Any", view), IMAGE, cast("Any", dirty), cast("Any", admission), Ranges(), Counters()
+    )
+    await writes.zero(0, 4 << 30, may_trim=True)
+    await writes.zero(IMAGE - (2 << 30), 2 << 30, may_trim=True)
+
+
+async def _overwritten(cache: Cache, layer: Layer) -> None:
+    await mark_hot(cache, layer, 0, 16 << 30)
+    await invalidate(cache, layer, 0, 4 << 30)
+    await mark_hot(cache, layer, IMAGE - (2 << 30), 2 << 30)
+    await invalidate(cache, layer, IMAGE - (2 << 30), 2 << 30)
+
+
+async def _changed(cache: Cache, layer: Layer) -> None:
+    """All of the image is overtaken while some of it is fetched."""
+    filler = Filler(cache, layer, cast("Any", SimpleNamespace(size=IMAGE)), cast("Any", None))
+    flight = Flight(5 * BLOCK, 16 * BLOCK)
+    filler._flights.update(dict.fromkeys(flight.blocks(), flight))
+    with (
+        cache.in_flight.overwriting(layer, 0, IMAGE),
+        cache.in_flight.filling(layer, flight.blocks()) as cells,
+    ):
+        assert all(cell == [0xFFFF] for cell in cells.values())
+    with cache.in_flight.filling(layer, flight.blocks()) as cells:
+        filler.overtaken(6 * BLOCK + 4096, IMAGE // 2)
+        assert [cell[0] for cell in cells.values()][:3] == [0, 0xFFFE, 0xFFFF]
+    assert not filler._flights
+    await _reclaimed(cache, layer)
+
+
+@pytest.mark.parametrize(
+    ("do", "private"),
+    [
+        (_reclaimed, True),
+        (_reclaimed, False),
+        (_zeroed, True),
+        (_overwritten, False),
+        (_changed, False),
+    ],
+)
+def test_no_step_is_longer_than_a_slice(
+    tmp_path: Path, do: Callable[[Cache, Layer], Awaitable[None]], private: bool
+) -> None:
+    played(tmp_path, do, private=private)
