@@ -20,6 +20,7 @@ from forebay_cache.read.fill import Filler, Reader
 from forebay_cache.read.survey import Holding, survey
 from forebay_cache.read.view import View
 from forebay_cache.upkeep.growth import extend, extend_device
+from forebay_cache.upkeep.presence import watch_files
 from forebay_cache.upkeep.revive import Revived, come_back, revive
 from forebay_cache.upkeep.scrub import Damage, Found, scrub
 
@@ -56,4 +57,5 @@ __all__ = [
     "settle",
     "survey",
     "uncover",
+    "watch_files",
 ]

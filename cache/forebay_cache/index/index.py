@@ -98,6 +98,15 @@ def _fault(error: lmdb.Error) -> IndexFault:
     return IndexFault(errno.ENOSPC if full else errno.EIO, f"the index fails: {error}")
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Of the file below the index at ``path``: device and inode. None where it is not there."""
+    try:
+        found = (path / "data.mdb").stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 class Index:
     """An open index. Reads from any thread; :meth:`commit` hands over to the writer thread.
 
@@ -125,6 +134,7 @@ class Index:
                 "drain it with the version that wrote it"
             )
         self.path = path
+        self._identity = _identity(path)
         self._most_slots = _map_size(slots) // _MAP_NEEDED_PER_SLOT
         self.meta = Meta(**(state | {"format": FORMAT}))
         self._is_current = state["format"] == FORMAT  # else the next commit makes it so
@@ -177,6 +187,10 @@ class Index:
         with self._idle:
             self._users -= 1
             self._idle.notify_all()
+
+    def is_in_place(self) -> bool:
+        """True if the next start would find this index under its path: it was neither removed nor replaced."""
+        return _identity(self.path) == self._identity
 
     def fits(self, slots: int) -> bool:
         """True if the index of a device with so many slots has room in the map, which is as large as it was made."""

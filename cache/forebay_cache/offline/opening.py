@@ -37,6 +37,7 @@ def open_cache(
     if block_size != BLOCK:
         raise CacheError(f"block_size {block_size} is not supported: 64 KiB is the only one yet")
     index.parent.mkdir(parents=True, exist_ok=True)
+    _check_not_lost(device, index)
     with ExitStack() as undo:
         fd = open_device(device, create_size=size or DEFAULT_SIZE)
         undo.callback(os.close, fd)
@@ -53,6 +54,19 @@ def open_cache(
             ) from fault
         undo.pop_all()
         return cache
+
+
+def _check_not_lost(device: Path, index: Path) -> None:
+    """Raise CacheError where the device is gone that an index describes: no blank one may come into its place."""
+    if device.exists() or not index.exists():
+        return
+    opened = Index(index, 0)
+    opened.close()
+    if not opened.meta.fresh:
+        raise CacheError(
+            f"{device}: is gone, but the index at {index} describes the cache on it; bring back the device "
+            f"{opened.meta.uuid}, or start over with 'forebay cache format --force'"
+        )
 
 
 def _layout(fd: int, device: Path, index: Path) -> Superblock | None:

@@ -16,7 +16,7 @@ import trio
 
 from forebay_cache.cache import Cache
 from forebay_cache.device.device import Device
-from forebay_cache.device.files import open_device
+from forebay_cache.device.files import open_device, size_of
 from forebay_cache.device.superblock import read_superblock, write_copy
 from forebay_cache.errors import CacheError
 from forebay_cache.format.checksum import SIZE, UNREADABLE, checksums, matching
@@ -57,6 +57,8 @@ async def revive(cache: Cache) -> Revived:
         cache.invalidations.revoke()  # no await from here to the snapshot
 
     if cache.failure.error is not None:
+        if not await trio.to_thread.run_sync(cache.index.is_in_place):
+            raise CacheError(f"the index at {cache.index.path} is not the one that was there")
         await cache.commit.revive(rewrite)
     return done
 
@@ -123,6 +125,10 @@ def _try(fd: int, device: Device) -> None:
     """In a thread: raise OSError or CacheError unless the cache is there and takes a write."""
     if read_superblock(fd, device.path) != device.layout:
         raise CacheError(f"{device.path}: is not the cache that was there: bring that back")
+    if size_of(fd) < device.layout.size:
+        raise CacheError(
+            f"{device.path}: was cut: it has {size_of(fd)} bytes, and had {device.layout.size}"
+        )
     write_copy(fd, device.layout)
 
 

@@ -107,6 +107,7 @@ async def _main(config: Config, make: MakeGateway, earlier: EarlierSockets) -> b
             async with trio.open_nursery() as nursery:
                 await nursery.start(cache.run)
                 nursery.start_soon(forebay_cache.come_back, cache)
+                nursery.start_soon(forebay_cache.watch_files, cache)
                 nursery.start_soon(METER.run)
                 gateway = make(config, cache, nursery)
                 try:

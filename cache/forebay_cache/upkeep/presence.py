@@ -1,0 +1,59 @@
+"""Whether the files of the cache are where they were: one that is removed or replaced works on until the next start.
+
+What only the cache has would be lost then. So it is noticed while there is time: the device counts as failed, which
+has everything that can be saved written back at once, and writes go past it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+import trio
+
+from forebay_cache.cache import Cache
+from forebay_cache.device.device import Device
+from forebay_cache.device.files import size_of
+
+LOOK_SECONDS = 2.0
+"""How often it is looked."""
+
+
+def why_lost(device: Device) -> str | None:
+    """Why the next start would not find the device as it is now; None if it would."""
+    try:
+        ours = os.fstat(device.fd)
+        named = os.stat(device.path)
+        size = size_of(device.fd)
+    except FileNotFoundError:
+        return "it was removed"
+    except OSError:
+        return None  # who reads and writes it notices
+    if stat.S_ISREG(ours.st_mode) and not ours.st_nlink:
+        return "its file was removed"
+    if (ours.st_dev, ours.st_ino, ours.st_rdev) != (named.st_dev, named.st_ino, named.st_rdev):
+        return "there is another one under its name"
+    if size < device.layout.size:
+        return f"it has {size} bytes, and had {device.layout.size}: it was cut"
+    return None
+
+
+async def watch_files(cache: Cache) -> None:
+    """Have the device fail when it, or the index, is not where it was. Runs until cancelled."""
+    while True:
+        await trio.sleep(LOOK_SECONDS)
+        if cache.failure.error is not None:
+            continue
+        lost = await trio.to_thread.run_sync(why_lost, cache.device)
+        if lost is None and not await trio.to_thread.run_sync(cache.index.is_in_place):
+            lost = f"its index at {cache.index.path} was removed or replaced"
+        if lost is not None:
+            cache.failure.fail(
+                OSError(
+                    errno.EIO,
+                    f"{lost}; what only the cache has is written back now, where that can be: "
+                    "bring the file back, or make a new cache when nothing is dirty",
+                ),
+                taken=True,
+            )

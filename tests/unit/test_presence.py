@@ -1,0 +1,85 @@
+"""A file of the cache that is removed, cut or replaced is noticed at once, and nothing blank comes into its place."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import trio
+
+import forebay_cache.upkeep.presence
+from forebay_cache import CacheError, open_cache, revive, watch_files
+
+SIZE = 4 << 20
+
+
+def _remove(device: Path, index: Path) -> None:
+    device.rename(device.with_name("kept"))
+
+
+def _remove_for_good(device: Path, index: Path) -> None:
+    device.with_name("kept").hardlink_to(device)
+    device.unlink()
+
+
+def _replace(device: Path, index: Path) -> None:
+    device.rename(device.with_name("kept"))
+    device.write_bytes(bytes(SIZE))
+
+
+def _cut(device: Path, index: Path) -> None:
+    device.with_name("kept").write_bytes(device.read_bytes())
+    os.truncate(device, SIZE // 2)
+
+
+def _remove_index(device: Path, index: Path) -> None:
+    (index / "data.mdb").rename(index / "kept")
+
+
+@pytest.mark.expect_log("failed: .*written back now")
+@pytest.mark.parametrize("do", [_remove, _remove_for_good, _replace, _cut, _remove_index])
+def test_what_happens_to_a_file_is_noticed(
+    tmp_path: Path, do: Callable[[Path, Path], None]
+) -> None:
+    device, index = tmp_path / "cache.img", tmp_path / "index"
+
+    async def story() -> None:
+        cache = open_cache(device, index, size=SIZE, boot="a")
+        async with trio.open_nursery() as nursery:
+            await nursery.start(cache.run)
+            nursery.start_soon(watch_files, cache)
+            await cache.commit()
+            await trio.sleep(0.2)
+            assert cache.failed is None
+            do(device, index)
+            with trio.fail_after(10):
+                await cache.failure.broke.wait()
+            with pytest.raises((OSError, CacheError)):
+                await revive(cache)
+            if (index / "kept").exists():
+                (index / "kept").rename(index / "data.mdb")
+            else:
+                (tmp_path / "kept").replace(device)
+            await revive(cache)
+            assert cache.failed is None
+            await trio.sleep(0.2)
+            assert cache.failed is None
+            nursery.cancel_scope.cancel()
+        cache.release()
+
+    with mock.patch.object(forebay_cache.upkeep.presence, "LOOK_SECONDS", 0.02):
+        trio.run(story)
+
+
+def test_a_device_that_an_index_describes_is_not_made_anew(tmp_path: Path) -> None:
+    device, index = tmp_path / "cache.img", tmp_path / "index"
+
+    async def story() -> None:
+        await open_cache(device, index, size=SIZE, boot="a").close()
+
+    trio.run(story)
+    device.unlink()
+    with pytest.raises(CacheError, match="is gone"):
+        open_cache(device, index, size=SIZE, boot="a")
+    assert not device.exists()
