@@ -43,6 +43,7 @@ from forebay_cache.format.records import (
     unpack_record,
 )
 from forebay_cache.index.changes import Changes, Taken
+from forebay_cache.index.reserve import Reserve
 
 _MAP_LEAST = 32 << 30
 """Bytes of address space for the index, at least ..."""
@@ -134,6 +135,7 @@ class Index:
                 "drain it with the version that wrote it"
             )
         self.path = path
+        self.reserve = Reserve(path)
         self._identity = _identity(path)
         self._most_slots = _map_size(slots) // _MAP_NEEDED_PER_SLOT
         self.meta = Meta(**(state | {"format": FORMAT}))
@@ -317,6 +319,15 @@ class Index:
         await self._writer.run(lambda: self._commit(changes))
 
     def _commit(self, changes: Changes) -> None:
+        try:
+            self._store(changes)
+        except IndexFault as fault:
+            if fault.errno != errno.ENOSPC or not self.reserve.give_up():
+                raise
+            self._store(changes)
+        self.reserve.renew()
+
+    def _store(self, changes: Changes) -> None:
         with self._transaction(write=True) as txn:
             db = self._db
             if not self._is_current:

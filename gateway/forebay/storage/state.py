@@ -35,12 +35,14 @@ def index_path(config: Config) -> Path:
 def open_cache(config: Config) -> Cache:
     """The cache on its device, opened for use; whoever calls this holds STATE. Raises CacheError and OSError."""
     section = config.cache
-    return forebay_cache.open_cache(
+    cache = forebay_cache.open_cache(
         locate(config),
         index_path(config),
         size=section.size,
         block_size=section.block_size,
     )
+    cache.index.reserve.keep()
+    return cache
 
 
 def format_cache(config: Config, force: bool) -> None:
