@@ -11,6 +11,7 @@ from forebay.units import Mode
 from forebay_cache import invalidate, mark_hot
 from forebay_cache.durable.journal import JournalFull
 from forebay_cache.format.geometry import BLOCK
+from forebay_cache.format.records import LayerName
 from sim.fake_host import Host, check_cache, settings
 from sim.test_data_safety import NEW, OLD, FailingEnvironment, play, read
 
@@ -28,7 +29,7 @@ def overfill(host: Host) -> None:
     """Note more than the journal has room for, as very many new layers do."""
     journal = host.cache.intent.journal
     for n in range(journal.size // 100 + 1):
-        host.cache.layers.make(f"{'x' * 100}{n}", private=False)
+        host.cache.layers.make(LayerName.of_image(f"{'x' * 100}{n}"))
     assert not journal.fits(host.cache.intent._ops_bytes)
 
 

@@ -15,6 +15,7 @@ from forebay.disk.ranges import Ranges
 from forebay_cache import Cache, Filler, Layer, invalidate, mark_hot, open_cache
 from forebay_cache.format.entry import block_key, pack
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS
+from forebay_cache.format.records import LayerName
 from forebay_cache.read.fill import Flight
 
 IMAGE = 4 << 40
@@ -65,7 +66,8 @@ def played(tmp_path: Path, do: Callable[[Cache, Layer], Awaitable[None]], *, pri
         cache = open_cache(tmp_path / "c.img", tmp_path / "index", size=size, boot="a")
         async with trio.open_nursery() as nursery:
             await nursery.start(cache.run)
-            layer = cache.layers.make("x", private=private)
+            name = LayerName.of_disk("x", 1, "i") if private else LayerName.of_image("i")
+            layer = cache.layers.make(name)
             fill(cache, layer)
             await cache.commit()
             await cache.commit()

@@ -226,6 +226,7 @@ def _loads(raw: bytes) -> object:
         raise ValueError("nested too deeply") from None
     return found
 
+
 # -- names ------------------------------------------------------------------------------------------------------------
 
 LONGEST_NAME = 8192

@@ -99,13 +99,23 @@ def _fault(error: lmdb.Error) -> IndexFault:
     return IndexFault(errno.ENOSPC if full else errno.EIO, f"the index fails: {error}")
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Of the file below the index at ``path``: device and inode. None where it is not there."""
-    try:
-        found = (path / "data.mdb").stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+class Place:
+    """Where the index at ``path`` lies: which file was there when it was opened."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path / "data.mdb"
+        self._found = self._identity()
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            found = self._file.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def is_kept(self) -> bool:
+        """True if the next start would find the same file: it was neither removed nor replaced."""
+        return self._identity() == self._found
 
 
 class Index:
@@ -136,7 +146,7 @@ class Index:
             )
         self.path = path
         self.reserve = Reserve(path)
-        self._identity = _identity(path)
+        self.place = Place(path)
         self._most_slots = _map_size(slots) // _MAP_NEEDED_PER_SLOT
         self.meta = Meta(**(state | {"format": FORMAT}))
         self._is_current = state["format"] == FORMAT  # else the next commit makes it so
@@ -189,10 +199,6 @@ class Index:
         with self._idle:
             self._users -= 1
             self._idle.notify_all()
-
-    def is_in_place(self) -> bool:
-        """True if the next start would find this index under its path: it was neither removed nor replaced."""
-        return _identity(self.path) == self._identity
 
     def fits(self, slots: int) -> bool:
         """True if the index of a device with so many slots has room in the map, which is as large as it was made."""

@@ -5,7 +5,6 @@ See ``check``, whose middle part this is.
 
 from __future__ import annotations
 
-import json
 import struct
 from array import array
 from functools import lru_cache

@@ -46,7 +46,7 @@ async def watch_files(cache: Cache) -> None:
         if cache.failure.error is not None:
             continue
         lost = await trio.to_thread.run_sync(why_lost, cache.device)
-        if lost is None and not await trio.to_thread.run_sync(cache.index.is_in_place):
+        if lost is None and not await trio.to_thread.run_sync(cache.index.place.is_kept):
             lost = f"its index at {cache.index.path} was removed or replaced"
         if lost is not None:
             cache.failure.fail(

@@ -57,7 +57,7 @@ async def revive(cache: Cache) -> Revived:
         cache.invalidations.revoke()  # no await from here to the snapshot
 
     if cache.failure.error is not None:
-        if not await trio.to_thread.run_sync(cache.index.is_in_place):
+        if not await trio.to_thread.run_sync(cache.index.place.is_kept):
             raise CacheError(f"the index at {cache.index.path} is not the one that was there")
         await cache.commit.revive(rewrite)
     return done
