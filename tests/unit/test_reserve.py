@@ -21,7 +21,7 @@ def test_a_commit_that_finds_no_room_takes_the_reserve(tmp_path: Path) -> None:
     assert file.stat().st_blocks * 512 >= SIZE
     index.close()
     index = Index(tmp_path / "index", 64)
-    store = index._store
+    store = index._commit
 
     def full(changes: Any) -> None:
         if file.exists():
@@ -29,7 +29,7 @@ def test_a_commit_that_finds_no_room_takes_the_reserve(tmp_path: Path) -> None:
         store(changes)
 
     changes = Changes(None, records={("test", "x"): {"kept": True}})
-    with mock.patch.object(index, "_store", full):
+    with mock.patch.object(index, "_commit", full):
         index.commit_now(changes)
     assert index.records() == {("test", "x"): {"kept": True}}
     assert not file.exists()

@@ -306,7 +306,7 @@ class Index:
 
     def commit_now(self, changes: Changes) -> None:
         """Commit from the calling thread: only before the event loop runs, or after it ended."""
-        self._writer.run_now(lambda: self._commit(changes))
+        self._writer.run_now(lambda: self.reserve.serve(lambda: self._commit(changes)))
 
     def forget_now(self, entries: Collection[tuple[str, bytes]]) -> None:
         """Remove (table, key), whatever these keys are: for a repair. As :meth:`commit_now`."""
@@ -322,18 +322,9 @@ class Index:
 
         Not cancellable: a commit that was begun is waited for.
         """
-        await self._writer.run(lambda: self._commit(changes))
+        await self._writer.run(lambda: self.reserve.serve(lambda: self._commit(changes)))
 
     def _commit(self, changes: Changes) -> None:
-        try:
-            self._store(changes)
-        except IndexFault as fault:
-            if fault.errno != errno.ENOSPC or not self.reserve.give_up():
-                raise
-            self._store(changes)
-        self.reserve.renew()
-
-    def _store(self, changes: Changes) -> None:
         with self._transaction(write=True) as txn:
             db = self._db
             if not self._is_current:

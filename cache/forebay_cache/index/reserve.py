@@ -7,9 +7,13 @@ start needs it: it has to commit what it recovered before anything is served.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from forebay_cache.errors import IndexFault
 
 SIZE = 4 << 20
 """Bytes that are kept."""
@@ -32,6 +36,16 @@ class Reserve:
     def keep(self) -> None:
         """Have one from now on: :meth:`renew` makes it where there is none."""
         self._is_kept = True
+        self.renew()
+
+    def serve(self, commit: Callable[[], None]) -> None:
+        """Run a commit, once more with the room that was kept if it finds none. Raises what it raises."""
+        try:
+            commit()
+        except IndexFault as fault:
+            if fault.errno != errno.ENOSPC or not self.give_up():
+                raise
+            commit()
         self.renew()
 
     def give_up(self) -> bool:
