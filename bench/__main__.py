@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`make bench`: Forebay against nbdkit and qemu-nbd, the same work on the same image, in interleaved rounds."""
 
 import argparse

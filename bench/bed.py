@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The test bed: images, and every server that is measured, started once and warmed."""
 
 import contextlib

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`make bench-doors`: one image through every door, on one machine: throughput, and CPU time for each megabyte.
 
 The NBD disk on its socket, its file in the FUSE mount, nbdfuse on the same disk, sshfs with two ciphers over loopback,

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The doors of `make bench-doors`, started on throw-away directories: how fio gets there, and whose CPU time counts."""
 
 import contextlib

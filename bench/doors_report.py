@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What `make bench-doors` measures, and what came out: as text, markdown, JSON and a plot."""
 
 import json

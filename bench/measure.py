@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """One measurement each: what a client did, in how long, and what CPU the server used for it."""
 
 import json

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`make bench-profile`: the daemon under cProfile while fio reads or writes cached blocks; the top functions.
 
 The profiler slows Python down and C not at all, so shares are skewed towards small functions: use it to find what is

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What came out: medians and ratios against the bar, as text, markdown, JSON and a plot."""
 
 import json

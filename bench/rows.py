@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The rows of the table: what is measured, on which servers, and the bar each has to pass."""
 
 from collections.abc import Callable

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Make a cache that is full, without filling it: an index that names every slot of a sparse device.
 
 All blocks are clean and, as the device is sparse, zeros with the right checksums, so it can be served and read. For

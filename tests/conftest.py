@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Rules that hold for every test level: no unexpected warning in the log, and a replayable seed."""
 
 import gc

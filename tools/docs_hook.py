@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What mkdocs needs to make a site of the pages as they lie in the repository. mkdocs.yml names this file.
 
 mkdocs takes one folder of pages; here they lie beside what they describe, and are read by many as files. So nothing is

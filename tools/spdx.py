@@ -1,4 +1,7 @@
 #!/usr/bin/env python3
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Puts the two SPDX lines (who holds the copyright, which licence) at the top of every source file that lacks them.
 
     tools/spdx.py [--check] [--no-python] [FILE ...]

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A persistent block cache: clean blocks shared by image, private ones by disk, on one local device, indexed by LMDB.
 
 It knows nothing of NBD, of images' homes or of modes: those are the business of whoever puts the layers together.

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The block cache: what it consists of, and how the parts are put together.
 
 All state is changed on the event loop, between two awaits; threads only move bytes. What is durable when, and in

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What can go wrong in the block cache, told apart by what the caller has to do about it."""
 
 from __future__ import annotations

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """State machines: which state something is in, and which move of it is legal.
 
 A kind of thing (a layer, an image, a disk, a volume) has one enum of states and one :data:`Table` of moves, beside the

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The command's side of the control API: requests over the daemon's Unix socket.
 
 HTTP/1.0 by hand, one request a connection: the answer ends where the connection does, so status

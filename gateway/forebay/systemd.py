@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Talking to systemd without its library: sd_notify(3), the file descriptor store, what it hands over at the start."""
 
 import os

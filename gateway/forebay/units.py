@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What operators write in a field, and what it means: sizes, durations, modes, disk names.
 
 Cheap to import, because the command validates its arguments with it on every call. Every `parse_`

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """NBD for Forebay: the protocol without I/O for both roles, a server and a client for trio."""
 
 from forebay_nbd.client.client import Client

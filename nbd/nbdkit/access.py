@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Who may use which disk through nbdkit: the rules file, and the address of the client that asks."""
 
 import ctypes

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The daemon's disks, and the links: connections to the daemon on which requests of nbdkit's clients are passed on."""
 
 import contextlib

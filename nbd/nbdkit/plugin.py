@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """nbdkit plugin (Python, API version 2): the daemon's disks for clients on other hosts.
 
 nbdkit --tls=require --tls-certificates=DIR --tls-verify-peer python plugin.py rules=FILE [run=DIR] ...

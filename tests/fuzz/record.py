@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Make the corpus anew: what real clients say to our server, and what real servers say to our client.
 
 `python -m fuzz.record`, from `tests/`. Needs qemu-io, nbdinfo, nbdcopy, nbdkit, qemu-nbd and libnbd's binding.

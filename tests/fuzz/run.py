@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Fuzz with atheris: `make fuzz SECONDS=600`. README.md beside this file says what is what.
 
 Each target runs in a process of its own, for its share of the time; what it finds new is kept in `.fuzz/TARGET/`, not

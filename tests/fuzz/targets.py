@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What is fuzzed: everything that reads bytes from outside, each as a function of the bytes.
 
 A target returns, or raises what is a bug. What its code may raise by contract it catches itself. The parsers are fed

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Every input of the corpus through its target: what was recorded from real programs, and what once failed.
 
 Without atheris, in a second; `make fuzz` looks for new ones.

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What nonsense from outside once did to us, each by its name: now an answer in one line, no traceback, no hang."""
 
 import json

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Fixtures of the real level: the daemon, the servers it is fed from, and clients it did not come with."""
 
 import contextlib

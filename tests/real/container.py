@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """This host's own system, booted once more in a container over a throw-away layer: a real systemd for the units.
 
 Nothing is downloaded: the container's root is an overlay over `/`. What it needs, else a test skips and says so: root,

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The life of one gateway on a recorder: guests with libnbd, an operator, and an end. Its log is what it leaves.
 
 What is asked of the daemon and what it answered goes into the log as marks (`crash_ledger.py`): before a request is

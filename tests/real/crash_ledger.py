@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What a disk may hold: each 512 bytes of it, at every record of a log, from the marks that the guests left there.
 
 A guest says what it is about to do, does it, and says that it was answered. So at any record of the log a cell (512

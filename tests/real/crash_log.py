@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What a recorder's log allows a machine to come back with after a power cut at any record of it.
 
 The fault model, that of POSIX on a journaling file system and no more:

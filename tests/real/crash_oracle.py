@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Whether what a machine comes back with after a power cut is worth what was promised.
 
 A state (`crash_log.State`) is written into a directory and opened by the code that a daemon opens its state with: the

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What the tests with real clients share: tools that are run to their end, and one disk on a fresh image."""
 
 import contextlib

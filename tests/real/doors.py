@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The doors to a disk, as the tests of tests/real/test_doors.py use them: all behave alike.
 
 To add a door, write a function like `socket_door` (a context manager that takes a running gateway and gives a Door) and

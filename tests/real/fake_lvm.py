@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Stands for `lvm` where the kernel has no device-mapper: logical volumes are loop devices.
 
 It takes the command lines that were recorded from the real one (Debian 12's 2.03.16 on a kernel with device-mapper),

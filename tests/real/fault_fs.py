@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The other side of fault_server.py: mounts it, and says what is to fail."""
 
 import contextlib

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`python fault_plants.py PLANT FILE -m forebay serve ...`: the daemon, in one of whose tasks an exception is planted.
 
 The exception is raised in a function of the product, when FILE exists: once, and FILE is gone then; or each time, where

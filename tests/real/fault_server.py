@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A file system that fails on command: a directory seen through FUSE, in a process of its own.
 
     python fault_server.py MOUNTPOINT DIRECTORY SOCKET

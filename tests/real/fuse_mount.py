@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`forebay fuse` as a process, mounted on a throw-away directory, for the tests and the bench."""
 
 import importlib.util

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The real daemon in a throw-away directory, as its users have it: a process, a command, sockets.
 
 Nothing of Forebay is imported here: these tests know the contract only.

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Guests that remember what was acknowledged: every 4 KiB block of a disk is a register, and each write is unique.
 
 One guest has one disk and several libnbd connections to it. At any time each block is touched by at most one request,

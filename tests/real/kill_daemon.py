@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A gateway whose daemon is killed very often: `GatewayProcess`, started by kill_launcher.py, and its control API."""
 
 import contextlib

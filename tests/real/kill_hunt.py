@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Kills at random moments: gateways that live for some kills each, guests that check, everything from one seed."""
 
 import random

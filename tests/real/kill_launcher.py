@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Starts daemons for the tests that kill them: a process with everything imported, which forks for each start.
 
     python kill_launcher.py

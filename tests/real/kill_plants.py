@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What the tests do to a daemon from inside: end it by SIGKILL at a named point, or take a promise away.
 
 The product knows nothing of this: kill_launcher.py replaces functions in the daemon it has just forked. A point is a

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Kills at named points: one gateway a mode, a life that passes them all, and a daemon that ends itself at one of them.
 
 The life of a disk here: guests at work, a flush of the disk by command, a change of mode and back, detach and attach,

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A small real Linux for tests: Debian's kernel and busybox on a raw disk image that boots through a BIOS.
 
 No loop device, no mount and no root are needed to make one. The image holds an MBR with syslinux's boot code, a FAT

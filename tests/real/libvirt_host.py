@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A libvirt of the test's own: its daemon, configuration, hooks, logs and sockets in a throw-away directory.
 
 The daemon runs in a mount namespace in which /run, /etc/libvirt and libvirt's directories below /var are that

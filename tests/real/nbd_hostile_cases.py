@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What clients that mean no good say, after the limits of our own and the CVE table of NBD servers.
 
 `ENDS`: in the handshake, and the server hangs up. `REFUSED`: an option that is answered with an error. `ERRORS`: a

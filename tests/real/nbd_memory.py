@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """An export in memory, and our server on a Unix socket in the test's own loop."""
 
 import contextlib

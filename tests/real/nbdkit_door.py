@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The nbdkit door as a process on loopback: TLS keys and certificates, rules, and nbdkit with the plugin."""
 
 import shutil

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Caches that an older version left behind, for `test_upgrade.py`: how they were made, and what they hold.
 
 Run with the Python of an older checkout, this makes them anew, with the daemon and the command of that version:

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`python -m real.planted BUG -m forebay serve ...`: the daemon with a bug in it that loses data when the power goes.
 
 For the tests only, to show that they would find it. The daemon itself has no switch for such a thing.

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Real servers for the tests: nbdkit and qemu-nbd on Unix sockets, loop devices, images with known content.
 
 Everything here ends what it started, by its own pid, also when the test fails.

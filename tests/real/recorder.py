@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A file system that passes everything through and writes down, in one order, what was written and what was synced.
 
 `python recorder.py MOUNT BACKING LOG SEED` mounts at MOUNT what BACKING holds (regular files in one level of

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """As much of systemd as a planned restart needs, in this process: sd_notify with descriptors, kept over a restart.
 
 `test_systemd.py` has the real one, where a container can be booted. This one is everywhere, and can be made to fail.

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A guest that never stops: writes, reads back and compares, many requests in flight, and never reconnects by itself.
 
     python steady_client.py URI FIRST LENGTH DEPTH [--reconnect]

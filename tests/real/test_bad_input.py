@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Whatever is given to it wrongly: one line that says what and what to do, exit code 1 or 2, nothing changed."""
 
 import contextlib

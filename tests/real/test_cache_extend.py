@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`forebay cache extend`: under a client that reads and writes, and killed at every step."""
 
 import contextlib

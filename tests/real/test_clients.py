@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Every client people use, in every mode: what they write is what they read, and what the image holds after a flush."""
 
 import json

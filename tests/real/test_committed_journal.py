@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A committed journal beside an image: whatever the operator does next, no image is left torn or overwritten."""
 
 import os

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The daemon's wiring: start and end, sockets, disks that come back, and who may have an image."""
 
 import contextlib

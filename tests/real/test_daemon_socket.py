@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A disk's socket: opened, shut in time whatever clients wait for, and opened again."""
 
 import errno

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The same disk through every door: what holds for the NBD socket holds for the others (real/doors.py)."""
 
 import random

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The failure table (gateway/FAILURES.md), row by row, on a file system that fails on command.
 
 The store lies on it, or the cache device, or the index. Nothing of what fails is told to the daemon by any other way

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A store whose mount can lose writes: told by mountinfo, which is a file of the test's own here."""
 
 import os

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The FUSE door: what needs a path, what happens when one side dies, and what it refuses."""
 
 import contextlib

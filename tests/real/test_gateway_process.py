@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The daemon as a process, by the contract alone: what the other tests of the whole daemon stand on."""
 
 import json

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The index on a real LMDB whose file cannot be written, at one place or at all."""
 
 import errno

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Promise 1 at every named point: the daemon ends itself by SIGKILL before or after it, in every mode.
 
 `make test` takes a part of the points, another one with each seed; `make soak POINTS=1`, or FOREBAY_KILL_POINTS=1 here,

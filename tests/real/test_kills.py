@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Promise 1 by SIGKILL at random: the real daemon, guests that remember what was acknowledged, fio that verifies.
 
 The short form of `make soak KILLS=2000`; tests/README.md says how to replay a seed. FOREBAY_KILL_POINTS=1 plants all of

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Forebay under a real libvirt and a real guest: boot, restarts, hot-plug, block jobs, save and restore, the hook."""
 
 import hashlib

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The hook as libvirt calls it, on a real daemon and without libvirt: every operation, and when things are wrong."""
 
 import os

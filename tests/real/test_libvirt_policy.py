@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The AppArmor and SELinux snippets are accepted by those who compile them. Whether a kernel enforces them as meant is
 not shown here: it takes one that has AppArmor or SELinux.
 """

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A disk's socket as QEMU's user sees it: from the moment its name is there it may connect."""
 
 import os

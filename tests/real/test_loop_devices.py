@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Cache and origin on block devices with sectors of 512 and of 4096 bytes."""
 
 import random

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Our client against nbdkit, qemu-nbd and our own server, and against servers that lie."""
 
 import contextlib

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Our server against the clients it is for: libnbd, nbdinfo, nbdcopy, qemu-io, qemu-img, fio."""
 
 import json

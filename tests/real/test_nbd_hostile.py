@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Clients that mean no good, after the CVE table of NBD servers: each hurts its own connection and nothing else."""
 
 import contextlib

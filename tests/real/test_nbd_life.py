@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What happens around requests: waiting, stalling, failing, shutting down, moving to another process."""
 
 import errno

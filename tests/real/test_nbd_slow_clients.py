@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Clients that are slow, greedy or many, and replies that cannot be sent: none of them holds up others for long."""
 
 import mmap

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The nbdkit door: who gets in, what arrives at the daemon and the origin, and what outlives a killed daemon."""
 
 import contextlib

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """One writer, and a changed image: other programs, other gateways, files swapped under a disk (promises 6 and 7)."""
 
 import contextlib

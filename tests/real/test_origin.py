@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """File and block device origins: real files and loop devices, and a kernel that hangs or lies where none will."""
 
 # ruff: noqa: ASYNC240  (nothing else runs on the loop while a test looks at its file)

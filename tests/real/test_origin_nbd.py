@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """NBD origins, on nbdkit and qemu-nbd."""
 
 # ruff: noqa: ASYNC240  (nothing else runs on the loop while a test looks at its file)

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The source of a disk: opened when it can be, claimed while it writes, given back when nothing can be written late."""
 
 import json

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Many machines from one image: each with its own writes, all with the image's blocks, none with the image."""
 
 import random

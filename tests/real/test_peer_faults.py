@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Faults that caching NBD servers have been seen to have, each shown not to be one of Forebay.
 
 Where a peer shows its fault in a second and every time, a test does that too: so that it is known to be looked for in

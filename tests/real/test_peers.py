@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Who may use the daemon's sockets: asked of the kernel at each connection, whatever the sockets' modes are by then."""
 
 import grp

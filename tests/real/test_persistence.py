@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What lives longer than the daemon: disks, their settings, what was acknowledged, and the warm cache."""
 
 import errno

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The power is cut under the real daemon: cache device, index, image and what lies beside it, all at once.
 
 Everything that a daemon writes goes through a file system that keeps a log (`recorder.py`). Guests with libnbd write,

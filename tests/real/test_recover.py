@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The host is gone in the middle of things: what the image is worth without its cache, and who may have it then."""
 
 import json

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """RECOVERY.md, followed to the letter: each procedure's commands are run as they stand there, and answer as it says.
 
 A section's test prepares what went wrong, then plays the section's commands one after the other; what is left over at

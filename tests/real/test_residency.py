@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What was checked once is believed only while it is in memory: read from the device again, it is checked again."""
 
 import errno

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Planned restarts under load, by a descriptor store: no guest error, a pause; and what must not be handed over."""
 
 import os

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`forebay cache scrub`, `check` and `repair` on the real daemon and command, with damage done to the device itself."""
 
 import hashlib

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`forebay cache create` and `remove`: a logical volume (of a recorded lvm), a file, a block device."""
 
 import contextlib

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What somebody who may write to a store can lay there: no name leads to anything but a file in it, and none waits."""
 
 import os

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """One boundary around the tasks of each disk: whatever one of them ends with, that disk stops, and no other notices."""
 
 import contextlib

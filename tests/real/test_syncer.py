@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The device's sync: the kernel's asynchronous way, the thread, and what both do with an error."""
 
 import errno

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The units under a real systemd, in a container: start, restart without guest errors, watchdog, drain, FUSE mount."""
 
 import json

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A cache device that cannot be read any more: errors, not signals.
 
 Whoever touches a page of a map that cannot be read gets SIGBUS. A file that was made shorter behaves as a block device

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Caches of an older version, as its daemon left them, opened with today's code (old_cache.py, tests/data/README.md).
 
 Nothing that it held is lost: not what was dirty, and not the warmth. Until the first commit of a start the index is as

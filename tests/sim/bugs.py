@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Bugs of the cache that lose data at a power cut, planted in a simulation and in a real daemon alike."""
 
 from collections.abc import Callable

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A cache device whose host loses power, and what is left of it then.
 
 The fault model. Every write to the device is on record, in order, and so is every sync. A sync makes durable what was

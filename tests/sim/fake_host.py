@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A host: a cache device and its index in a directory, an origin, the real cache, images and disks on them.
 
 It can end in three ways: cleanly, by SIGKILL at any instant (the kernel keeps what was written), and by a power cut

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A trio loop in which nothing depends on anything but a seed: one thread, a clock of its own, latencies by dice.
 
 What the code under test hands to threads (origin calls, index commits, device syncs, slow reads) is run here by the

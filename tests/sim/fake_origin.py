@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """An image that lives nowhere: what is durable, what is not yet, and what fails on command.
 
 The fault model. A write lands in pieces, in order, some time between its call and its return; other calls see what

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The power is cut, or the daemon killed, at a random instant; what was flushed, or acknowledged, has to be there.
 
 Guests write to a disk in some mode while it is filled, evicted, committed and written back. At random instants the

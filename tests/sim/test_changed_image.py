@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """An image that somebody else changes, while this host's kernel has the old content in memory, as NFS clients do."""
 
 from collections.abc import Awaitable, Callable

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Faults that cost data or a daemon once, each step by step on the simulated host."""
 
 import errno

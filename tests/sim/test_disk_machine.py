@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A disk against a bytearray: every command, every mode, mode changes, restarts, kills, evictions, origin faults.
 
 Real Disk, Image and Cache on real files and a real LMDB, with room for 44 blocks so that eviction never stops; a fake

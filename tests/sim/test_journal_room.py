@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Room in the intent journal: whatever is noted has room or waits, and every commit makes some."""
 
 from collections.abc import Awaitable, Callable

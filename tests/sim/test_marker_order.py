@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What lies beside an image, at each step of the end of a checkpoint."""
 
 import json

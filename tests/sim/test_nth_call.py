@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Every call that can fail, failing: the n-th one, once or for ever, with each error that fits it, for all n.
 
 A short life of a disk (cold and warm reads, writes, zeros, flushes, passes of write-back, a change of mode, a restart)

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The placement policy against others on the traces of sim/traces.py, every trace from a fixed seed.
 
 The other policies are written here from their papers, in the plainest form that is right.

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Long work on the event loop is done in slices: counted in calls, not in time, on a large sparse image."""
 
 import sys

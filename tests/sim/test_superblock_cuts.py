@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Power cuts while a superblock is replaced: every one that there can be, by 512 bytes."""
 
 import itertools

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """An image that cannot be reached, step by step on the simulated host: who waits for it, and for how long."""
 
 from pathlib import Path

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Write-back under pressure: a store that is slow, full, broken or stopped, a cache that is full, guests that wait."""
 
 import errno

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Block traces for the placement policy, each made from a seed.
 
 A trace is a list of requests. A request is a block's key (int >= 0) when a reader comes to the block, and `~key` for

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`make soak`: kills, faults and changes for as long as it is told, with guests that check everything they read."""
 
 import argparse

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Commands to the daemon beside the work of the guests: one at a time, in a thread, cut short by kills and faults."""
 
 import threading

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A file system that does what a failing store does: a directory passed through, with faults on command.
 
     python fault_fs.py DIRECTORY MOUNTPOINT

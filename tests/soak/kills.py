@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Kills alone, many of them: several gateways at once, each hunted by a process of its own."""
 
 import multiprocessing

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The soak: many disks in mixed modes on a store that fails and one that does not, and everything that can happen.
 
 Every guest checks all that it reads. On the failing store guests repeat what is refused, as QEMU with werror=stop has

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The failing store of a soak: fault_fs.py as a process, mounted on a directory."""
 
 import importlib.util

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A gateway without disks, for what stands in front of it: the control API and the command."""
 
 import tempfile

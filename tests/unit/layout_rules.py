@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """How the source is measured: imports between modules, size of classes, shifts of page words. See test_layout.py."""
 
 import ast

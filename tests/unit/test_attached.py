@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The life of an attached disk: when it is served, what stops it, and how it goes."""
 
 from collections.abc import Callable

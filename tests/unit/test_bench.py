@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What the bench makes of its figures: a wrong ratio in its page would be worse than none."""
 
 from pathlib import Path

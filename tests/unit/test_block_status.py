@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What the cache has of a range, and block status made of that and of what the image says."""
 
 import random

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Where a fault of Forebay itself ends: what a boundary keeps, what passes, and what is told of it."""
 
 from collections.abc import Callable

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Sizes beyond what a field of a format holds are refused where they enter."""
 
 import uuid

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Ranges, masks and journal records: the small change of the cache."""
 
 from itertools import pairwise

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Critical sections: what has to happen between two awaits, so that nobody sees half of it.
 
 A function that is one as a whole is not `async`, and says so: its docstring has the words "critical section", and it

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The state of a disk: which one counts where several would fit, and which are final."""
 
 from dataclasses import replace

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Words of pages: what was packed is found again, and what changes one part of a word leaves the others alone."""
 
 from array import array

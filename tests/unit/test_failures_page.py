@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """gateway/FAILURES.md: every test that it names is there, every row names one, and every state that a disk has."""
 
 import ast

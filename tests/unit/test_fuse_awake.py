@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A system call of the event loop's own thread that never returns, as pyfuse3's read of /dev/fuse can."""
 
 import subprocess

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """How the FUSE door's tasks wait for requests: on a pipe, where a byte is a request."""
 
 import os

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What anybody may have put beside an image: markers, journals and locks that are not to be believed."""
 
 import json

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """QEMU's locks, between two descriptors of one process: OFD locks are theirs, not the process's."""
 
 import errno

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Names of operators and tenants as the index keeps them: any text, of any length, never in a commit's way."""
 
 import errno

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The index has room for the worst that a device of its size can hold, and for writing all of it back."""
 
 import os

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The intent journal against a device that is a bytearray: order, wrapping, torn and stale frames."""
 
 import random

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The points at which real/kill_plants.py ends a daemon, its bugs, and fault_plants.py name functions of ours."""
 
 import pytest

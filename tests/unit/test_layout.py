@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The house: which package, room and module may import which, how large a class, module and room may become.
 
 Four numbers are held: MOST_METHODS and MOST_ATTRIBUTES of a class, MOST_LINES of a module, MOST_MODULES beside each

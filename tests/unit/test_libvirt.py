@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """libvirt's version, the metadata of a domain, and the script that adds reconnect-delay for old libvirts."""
 
 import json

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What pages name is there: links lead to files, anchors to headings, and Python files lie where a page says."""
 
 import re

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The meter of the event loop notices a task that runs for long, and who it is."""
 
 import logging

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Each package's README has a table of its modules: all of them, and no others."""
 
 import re

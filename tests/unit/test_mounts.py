@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Mounts to which nothing is written back, from mountinfo as kernels write it."""
 
 import os

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The handshake: one table of (state, event, bytes) for both readers and both writers, and what may not be said."""
 
 from pathlib import Path

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The transmission phase: requests and replies as (event, bytes), read whole, byte by byte, and with more behind."""
 
 import errno

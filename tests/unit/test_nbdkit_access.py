@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The rules of the nbdkit door (nbd/nbdkit/access.py): which disk a peer may use, and how."""
 
 import importlib.util

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A service manager that does not read what it is told keeps nobody waiting."""
 
 import contextlib

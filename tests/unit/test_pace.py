@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """How writes slow down, against a store and a guest that follow a clock of the test's own."""
 
 from collections.abc import Callable

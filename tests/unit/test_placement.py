@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The placement of blocks: whose slot may be given to whom, and what it costs to find one."""
 
 from collections.abc import Iterator

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A placement whose device grows: nothing of what was known is lost, and all new slots are used."""
 
 import random

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A file of the cache that is removed, cut or replaced is noticed at once, and nothing blank comes into its place."""
 
 import os

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """README.md and CONTRIBUTING.md say what is so: commands, targets, modes and figures are those that there are."""
 
 import re

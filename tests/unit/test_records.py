@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Records of the index: names of layers as they are stored, today and in format 2."""
 
 import json

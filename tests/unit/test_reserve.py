@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The index keeps room for itself, and gives it up when a commit finds none."""
 
 from pathlib import Path

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

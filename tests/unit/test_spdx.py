@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Every source file says at its top who holds the copyright and which licence it has, in SPDX's words."""
 
 import importlib.util
@@ -7,9 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PYTHON_TOO = False
-"""Whether *.py is looked at as well: to be True from the commit on that runs tools/spdx.py over them."""
-
 _found = importlib.util.spec_from_file_location("spdx", ROOT / "tools/spdx.py")
 assert _found is not None
 assert _found.loader is not None
@@ -18,12 +18,12 @@ _found.loader.exec_module(spdx)
 
 
 def test_every_source_file_names_its_licence() -> None:
-    files = list(spdx.sources(python=PYTHON_TOO))
+    files = list(spdx.sources())
     assert len(files) > 25, "this test looks in the wrong place"
     lacking = [
         str(path.relative_to(ROOT)) for path in files if not spdx.has_lines(path.read_text())
     ]
-    assert lacking == [], "run tools/spdx.py --no-python"
+    assert lacking == [], "run tools/spdx.py"
 
 
 @pytest.mark.parametrize(

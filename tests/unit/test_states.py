@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """State machines: legal moves, illegal ones, and the same tables in the READMEs."""
 
 import re

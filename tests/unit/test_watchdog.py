@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """When the watchdog is fed: as long as requests get answers, whatever the event loop does."""
 
 from dataclasses import dataclass, field

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 import xml.etree.ElementTree as ET
 from pathlib import Path
 

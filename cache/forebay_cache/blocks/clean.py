@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Clean sectors when the origin is written: what the cache holds there is dropped, and that is on record before.
 
 The modes that write to the origin call :func:`mark_hot`, then :func:`invalidate`, and only then write. What they write

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Reading a frozen layer in bulk, for write-back. Nothing in it changes any more, so a thread can do it.
 
 The event loop says which blocks, where they lie and what their checksums are; the thread reads the device, compares,

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Pinning: all of a clean layer stays in the cache, because a disk wants a full copy of its image."""
 
 from __future__ import annotations

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Writes into a private layer: dirty data, or an overlay's own.
 
 Where a sector goes decides what a power cut can do to it, so the rule is in one place, ``entry.moved``: a place that

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """After write-back: what a frozen private layer held is in the origin now, so it becomes clean.
 
 A block of which the clean layer has nothing more is handed over, slot and all. Otherwise its sectors are copied into

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Storing: what was read from the origin, or written to it, is kept in its clean layer.
 
 The event loop says where the data goes, a thread writes it and takes checksums, and the event loop puts what is still

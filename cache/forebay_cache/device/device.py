@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The cache device while it is used: the only code that reads and writes its journal and its slots."""
 
 from __future__ import annotations

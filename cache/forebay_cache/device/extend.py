@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Making a cache larger on its device, so that a kill at any moment leaves a whole one."""
 
 from __future__ import annotations

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Whether the cache device can be used: what makes it count as failed, and who is told.
 
 A device counts as failed from the first error on after which nobody knows what lies on it: of a write of a journal

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The file or block device below a cache: opening and locking it, and how large it is."""
 
 from __future__ import annotations

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What lies on a device: reading and writing its superblock, and looking whether there is anything at all.
 
 The superblock is written by :func:`write_format`, and again when the device has grown: the copy first, so that a power

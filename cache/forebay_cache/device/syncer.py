@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """fdatasync of the cache device for the event loop, without a thread where the kernel can do that.
 
 A guest's flush waits for one fdatasync, which a good device does in less time than it takes to wake a thread and be

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """One thread that does one job after another for the event loop: index commits, device syncs."""
 
 from __future__ import annotations

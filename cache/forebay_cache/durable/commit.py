@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Commits: what memory knows becomes durable in the index, all of one instant together.
 
 The order is what a crash can be survived by: the snapshot is taken, then the device is synced, then the index stores

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Group commit: one run of a slow piece of work serves everybody who asked for it before it began."""
 
 from __future__ import annotations

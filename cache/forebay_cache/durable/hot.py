@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Hot regions: parts of images whose origin is written past the cache, so that a power cut may leave either version.
 
 A region is 4 MiB of a clean layer. It is made hot, durably, before its origin is written for the first time, and cools

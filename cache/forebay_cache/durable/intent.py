@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Intent records: what is noted here is in the journal before a request is answered.
 
 A record says what the index is going to say from the next commit on. Whoever changes a page notes a record with it;

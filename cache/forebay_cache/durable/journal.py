@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The intent journal: a ring on the cache device that holds every change of the index since its last commit.
 
 Frames lie one after another::

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Records of the layers above: what the gateway wants to find again after a restart (disks, images, ages of data)."""
 
 from __future__ import annotations

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Syncs of the cache device: they make everything durable that was written and published before they began."""
 
 from __future__ import annotations

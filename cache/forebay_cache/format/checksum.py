@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Checksums of sectors, and how the index keeps those of a slot."""
 
 from __future__ import annotations

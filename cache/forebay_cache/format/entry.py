@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Entries: what a page of the index says of one block, and the keys of blocks. No other module shifts these words.
 
 A page is an array of 64-bit words, one for each of its 64 blocks::

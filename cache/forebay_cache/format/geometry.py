@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Units of the cache.
 
 A *block* is 64 KiB, the unit of placement; a *sector* is 4 KiB, the unit of what is valid. A *page* of the index

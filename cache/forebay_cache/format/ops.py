@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Records of the intent journal: what each says, and how it is packed.
 
 Head of every record, 16 bytes little endian: ``kind u8 | side u8 | mask u16 | layer u32 | a u32 | b u32``.

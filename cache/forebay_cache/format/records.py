@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Records: the tables of the index, their keys, and what is stored there as JSON.
 
 Tables (keys big endian so that they sort, values little endian)::

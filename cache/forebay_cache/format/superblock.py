@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The superblock: what a formatted device says of itself, in its first 4096 bytes and once more behind them.
 
 Layout of a device, in bytes (see ``cache/README.md``)::

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What one commit stores in the index, and how the parts of the cache take part in it."""
 
 from __future__ import annotations

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The index: an LMDB environment that says what lies in which slot. Committed in one transaction at a time.
 
 Its tables, keys and values are described in ``format.records``.

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The pages of one layer in memory.
 
 A page says of 64 blocks where they lie (see ``format.entry``). A page is *loaded* when it is here; then it is as the

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Room that the index keeps for itself: a file beside it, which is given up when its file system is full.
 
 A commit rewrites some pages of the tree before it frees the old ones, so a little room is enough for many. Above all a

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Checksums of sectors in memory: those of slots that are being changed, and of slots that were not long ago.
 
 The index has the rest. A slot's sums are *unknown* here, *known* (as the index has them) or *changed* since the last

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Eviction: clean blocks leave the cache so that there are free slots before anybody has to wait for one."""
 
 from __future__ import annotations

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What is on its way between an origin and the cache, so that what a write has overtaken is not stored.
 
 A *fill* stores what was read from the origin. While the origin is written in the same place, nobody knows whether the

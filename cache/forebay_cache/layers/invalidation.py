@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Clean layers whose origin is written while the cache device has failed.
 
 The device cannot be told then that what it holds is going to be out of date. So the index is told, by a commit that

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Layers: maps from the blocks of an image or disk to slots.
 
 A *clean* layer holds what the origin has too; one lies under every disk of an image and is shared. A *private* layer

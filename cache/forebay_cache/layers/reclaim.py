@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Reclaiming: what dead layers hold comes free in the background, also after a crash in between."""
 
 from __future__ import annotations

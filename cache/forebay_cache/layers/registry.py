@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """All layers of a cache, by number and by whose they are."""
 
 from __future__ import annotations

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """How a block is taken out of a layer, and its slots out of the hands of the block.
 
 None of these functions awaits: a page, the totals of its layer and the state of the slot are changed together.

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Check: a cache that nobody has open is read, compared with itself, and left as it is.
 
 Superblock and its copy; LMDB's own structure, by ``lmdb.verify``, which is pure Python, before LMDB itself opens the

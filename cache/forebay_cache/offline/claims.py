@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Claims: what the journal says that its index does not have yet, and the one rule of what of it holds.
 
 A record of a private layer is a claim: a sector has data in that slot, with that checksum, or it is all zeros. A start

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Opening a cache: device and index have to be there, belong together, and make sense; then ``recovery`` starts it."""
 
 from __future__ import annotations

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The start of a cache: the journal is replayed, and what that gives is made durable before anything else is written.
 
 Where the machine went down since the cache was open last, the clean blocks of hot regions are dropped as well, because

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Repair of a cache that nobody has open: what a check found wrong leaves the index.
 
 First what would keep a start from reading the index, then a start's own recovery, which brings what the journal holds

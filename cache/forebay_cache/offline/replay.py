@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Replay: a start applies the claims of the journal to the layers that the index has. The rule is in ``claims``."""
 
 from __future__ import annotations

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Finding out at the start which slots are free: all pages of the index are read, and the placement is told."""
 
 from __future__ import annotations

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The tables of an index that is open to read only, as a check reads them."""
 
 from __future__ import annotations

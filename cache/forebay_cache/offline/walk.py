@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """One walk through the index of a cache that nobody has open, and through the slots that it names.
 
 See ``check``, whose middle part this is.

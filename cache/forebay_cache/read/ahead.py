@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Read-ahead: what a guest that reads on and on will want next is fetched before it asks."""
 
 from __future__ import annotations

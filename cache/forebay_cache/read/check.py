@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Checking: slots are read from the device and compared with their checksums before anything of them is served."""
 
 from __future__ import annotations

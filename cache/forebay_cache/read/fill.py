@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Misses: fetching blocks from the origin, each once however many ask.
 
 A *flight* is one origin read of neighbouring blocks. Whoever needs one of its blocks waits for it; when the data has

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Where the bytes of a range come from: which slots, zeros, or the origin."""
 
 from __future__ import annotations

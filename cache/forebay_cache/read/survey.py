@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What the cache has of a large range: as fast as there is something to tell, in slices that hold nobody up.
 
 Pages that do not exist are passed over in one step, however many they are, and a page that says the same of all its

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What a disk sees: its private layers, newest first, over the clean layer of its image, over the origin.
 
 :meth:`View.read_now` is the hot path: one page lookup in each layer, two masks, a slice of the map. It serves only

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """One unsigned number for each slot, in memory that is taken only for the slots that are used."""
 
 from __future__ import annotations

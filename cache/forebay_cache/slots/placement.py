@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Which slot a block goes to, and which block leaves when there is none: see cache/PLACEMENT.md.
 
 S3-FIFO on one byte per slot. A slot's byte says whether it is free, on *probation* (new, or not asked for again since)

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The slots of the device: whose each of them is, and how it is taken and given back.
 
 The life of a slot: :meth:`SlotPool.take` gives it to a block, from which moment on it may be evicted unless it is

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Slots that a block has left and that no other block may have yet.
 
 A slot may be given out again when two things are true. A commit that does not name it any more is durable, or a crash

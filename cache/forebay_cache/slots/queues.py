@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What the placement remembers besides the states of slots: where evictable ones lie, and which blocks have left."""
 
 from array import array

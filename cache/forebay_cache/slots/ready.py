@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Which sectors may be served straight from the map of the device.
 
 A sector is *ready* when its content was seen to fit its checksum and is believed to be in memory. Bit n of a slot's

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A device that becomes larger, while it is used or while it is not.
 
 Steps, each safe to be killed in or after: the device is made larger (a file here, anything else by whoever can), its

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Reading slots from the device itself, past the kernel's cache, in one thread that comes last at the disk.
 
 For whoever checks what lies on the device: the kernel's cache would answer for it, and be filled with what nobody asked

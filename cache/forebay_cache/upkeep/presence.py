@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Whether the files of the cache are where they were: one that is removed or replaced works on until the next start.
 
 What only the cache has would be lost then. So it is noticed while there is time: the device counts as failed, which

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A cache device that failed and works again: taken back into use without a restart.
 
 A failed write or sync leaves unknown what of all that was written since the last good one has arrived, and a later

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Scrub: read every slot that holds something from the device, and compare it with its entry and its checksums.
 
 Beside guests: one block at a time, by a thread that comes last at the disk, and no more than half of the time.

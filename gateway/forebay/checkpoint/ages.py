@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """How old a disk's private data is: since when each layer has had some, and when it was frozen.
 
 Both are kept in the index, as the record "dirty" of the disk, so that lag outlives a restart.

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Reading a frozen layer from the cache, a batch of blocks at a time, into the image or the journal beside it."""
 
 import contextlib

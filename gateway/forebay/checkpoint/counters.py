@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What one disk has done: requests and bytes, for `forebay stats` and the metrics."""
 
 from dataclasses import dataclass

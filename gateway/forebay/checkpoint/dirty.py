@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What a disk holds that its image lacks: its private layers, the open one and the frozen ones."""
 
 from forebay.checkpoint.ages import Ages, oldest_on_record

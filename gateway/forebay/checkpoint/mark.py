@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The word beside an image that it lacks data: written before the cache takes the first write that the image lacks.
 
 Whoever finds the image without this host, `forebay recover` above all, learns by it that data is missing.

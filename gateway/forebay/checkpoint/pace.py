@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """How fast a disk's writes may become dirty: slower and slower towards the limit, so that they never run into it.
 
 Two things are limited: bytes (`max_dirty`), and slots of the cache, of which a few bytes take a whole one. What is

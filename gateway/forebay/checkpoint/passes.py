@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """One pass over one frozen layer: all of it into the image, durably, and then it is clean.
 
 Until that is done reads find the data in the frozen layer, and a crash finds it there again: the pass is done once

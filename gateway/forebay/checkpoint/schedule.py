@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Write-back: when what only the cache has is written to the image. How: :mod:`forebay.checkpoint.passes`.
 
 A checkpoint freezes the open private layer (a new one takes its place between two awaits), makes it durable, and makes

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """How far a pass over one frozen layer is: it tells those who wait for it, and takes its time while nobody does."""
 
 from collections.abc import Callable

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What most sub-commands need: the daemon to ask, and their answer on the terminal."""
 
 import argparse

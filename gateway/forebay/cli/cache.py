@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`forebay cache ACTION`: the device that the cache lies on."""
 
 import argparse

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What each sub-command does. Arguments are checked already; the result is the exit code."""
 
 import gc

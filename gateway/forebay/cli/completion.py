@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Completion scripts for shells, made by shtab; disks are completed from their sockets.
 
 They are shipped ready made in config/completions. shtab is needed to make them anew, and for nothing else.

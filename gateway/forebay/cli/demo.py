@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`forebay demo`: the main job on a throw-away directory, with real clients, in less than two minutes.
 
 Needs nbdcopy (libnbd-bin), qemu-io (qemu-utils) and mke2fs (e2fsprogs); with nbdkit it also shows an image that is far

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The command `forebay`: its arguments, and what its exit code says.
 
 0 done; 1 failed, with one line on stderr that says what and what to do; 2 wrong usage. Scripts and hooks start the

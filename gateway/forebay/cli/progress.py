@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A progress bar at a terminal, drawn by rich. Imported only there: rich takes 60 ms to start."""
 
 from collections.abc import Callable, Iterator

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Tables and lines for people: what `forebay status`, `stats` and `cache` print.
 
 Plain aligned text; at a terminal the heading is bold, and what needs a look is coloured.

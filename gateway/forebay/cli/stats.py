@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`forebay stats`: what the disks do, a line an interval, as vmstat and zpool iostat show it."""
 
 import argparse

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`forebay attach --wait`: ask again until whoever has the image has given it back."""
 
 import sys

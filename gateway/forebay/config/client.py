@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What a client of the daemon needs from the configuration: which file it is, and where the
 daemon's sockets lie.
 

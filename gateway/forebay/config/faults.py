@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What is wrong with a file, one line for each fault: where it stands, which key it is, and what to write instead."""
 
 from collections.abc import Mapping

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The kinds of value that a field of the configuration can have, each with what is accepted and how it is written.
 
 A value that is refused raises ValueError with a text that says what is wrong, and what to write instead.

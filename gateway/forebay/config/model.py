@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The configuration: what can be set, what it means, and what is wrong with a file.
 
 The models below are the manual: each field says what it does. Everything has a default that works,

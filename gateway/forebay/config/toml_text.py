@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """TOML as text: writing it, and finding where in a file a key stands. tomllib does neither."""
 
 import json

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What a request to the control API may carry, checked as the command checks its arguments."""
 
 import json

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Prometheus text (exposition format 0.0.4) from what `status` and `cache_info` tell.
 
 Names follow prometheus.io/docs/practices/naming: one prefix, base units, `_total` on counters. Hits and misses are

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The control API: HTTP with JSON, for the command, for scripts and for a Prometheus scraper.
 
 What takes long (flush, detach, preload, mode, scrub) answers with one JSON object a line: `{"done": bytes,

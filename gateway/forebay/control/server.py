@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The control API's socket, and HTTP on it by hypercorn. What is answered: `forebay.control.routes`."""
 
 import grp

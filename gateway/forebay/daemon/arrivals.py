@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """How disks come: an image is attached, or a disk on record is brought back after a restart."""
 
 import contextlib

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """One attached disk: its source, what serves it, its socket, and where a fault of its tasks ends."""
 
 from collections.abc import Callable

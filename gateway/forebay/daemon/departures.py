@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """How a disk goes: what is dirty is written back, or dropped on purpose, and the disk is forgotten."""
 
 import logging

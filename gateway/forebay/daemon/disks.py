@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Which disks there are: those that are served, those on record that are not, and those on their way."""
 
 import contextlib

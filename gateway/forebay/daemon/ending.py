@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """How the daemon ends: a stop, or a planned restart, in which the sockets are left for the next process."""
 
 import contextlib

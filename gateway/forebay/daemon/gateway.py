@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The gateway: all disks over one cache, as the control API asks for them."""
 
 import logging

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """How long the event loop was held up: all disks wait while one task runs, so no task may run for long (promise 4).
 
 The loop runs every task that can go on, then looks for I/O. The meter takes the time between two such looks, at the

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Several pieces of work at once, with one progress and one outcome."""
 
 from collections.abc import Awaitable, Callable, Iterable

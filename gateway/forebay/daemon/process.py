@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The daemon as a process: its directories and their locks, its log, its signals, how it begins and ends."""
 
 import gc

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What is on record of each disk, so that it comes back after a restart: in the records of the cache's index."""
 
 from dataclasses import asdict, dataclass, replace

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The watchdog (`WatchdogSec=`): fed for as long as requests get answers, not for as long as a timer ticks.
 
 It is fed from the event loop, so a loop that stands still is noticed by itself. What else can hang is a request: each

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What a private write has to wait for: the gate, the mark beside the image, the pace of write-back, and room."""
 
 import errno

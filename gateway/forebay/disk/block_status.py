@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What NBD's block status says of a disk: what is allocated (base:allocation), what is cached (x-forebay:cached).
 
 The work is proportional to what there is to tell, not to the size of the disk, and done in slices: other disks do not

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Bringing an image in ahead of its readers: preload of a part, and the full copy. Guests' misses come first."""
 
 import logging

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """One disk as its VM sees it: an NBD export over the layers of the cache, with the policy that its mode asks for."""
 
 import errno

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Private writes of a disk whose data has a home, past the cache while its device does not work (promise 4).
 
 Past it as well where it is full of what other disks hold in it, overlays above all, which nothing can write back.

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The mode of a disk: which policy it means, and how it is changed while clients are connected."""
 
 from collections.abc import Callable

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Writes of the modes none, write-around and write-through: they go to the image first.
 
 The order is what promise 2 asks for: the region is marked hot, durably, and the sectors leave the cache, before the

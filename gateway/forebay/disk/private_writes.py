@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Writes of the modes write-back and full-copy, and of overlays: they go to a private layer of the cache.
 
 They are durable with the next sync of the cache device. How a write gets from `write` to a reply: it waits until it is

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Who may change a disk at the same time: locks on byte ranges, and the gate that stops all writes.
 
 Writes that overlap wait for each other; a change of mode, and the end of a drain, wait for all writes under way.

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What a disk reads: from the layers of its view as long as they have it, from the image otherwise."""
 
 import errno

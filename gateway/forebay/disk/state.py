@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The state of a disk, the word in the column STATE of `forebay status`: what it follows from, and what may follow it.
 
 What each state means to an operator is said in gateway/FAILURES.md, the table of moves in gateway/README.md.

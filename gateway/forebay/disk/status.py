@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What an operator is told about a disk: its state, why it is in it, and the keys of `forebay status --json`."""
 
 from typing import Any

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Looking after a disk's image, and leaving write-back without being told to.
 
 The image is opened when it comes, and looked at for what others do to it. Write-back is left after a restart that finds

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Who is at the other end of a Unix socket, by what the kernel says of them, and whether they may be there.
 
 The file mode of a socket keeps others from connecting, as long as it is what we made it. This asks again at each

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """A planned restart: the sockets of the disks go from one process to the next, by way of systemd's descriptor store.
 
 At SIGTERM each connection is suspended at a request boundary, and the old process gives to the service manager, in this

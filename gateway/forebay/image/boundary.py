@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Where a fault of Forebay itself ends: tasks of a disk or of an image, whose exceptions reach nobody else.
 
 Each disk, and each image, has one :class:`Boundary` around all of its tasks. Whatever exception a task ends with, the

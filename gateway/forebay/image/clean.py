@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The clean blocks of an image: what the cache has of it that the image has too, shared by all disks on it."""
 
 import logging

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What an image is known to look like, and which of our own writes that does not cover: one state, with questions.
 
 The cache keeps clean blocks of an image over restarts, and trusts them as long as the image looks as it did when its

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """An image on this host, which all disks on it share: whether it can be touched, its clean blocks, our writes to it."""
 
 import errno

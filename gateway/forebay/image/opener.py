@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Opening the image of one disk: an origin of the kind that its address names, locked, and claimed if it is written."""
 
 import logging

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Reaching an image: its origin is opened, tried again when it cannot be, and waited for; or it must not be touched.
 
 The states are in `MOVES`, and in gateway/README.md. The origin of an image that was reached stays open until the image

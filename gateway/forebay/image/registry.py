@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The images that are in use on this host, each once however many disks lie on it."""
 
 from functools import partial

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The source of one disk: its image, opened when it can be, claimed while the disk writes it, given back at the end."""
 
 import errno

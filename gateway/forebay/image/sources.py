@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The sources of all disks on one image: what they have in common, asked of all of them."""
 
 from forebay.image.source import Source

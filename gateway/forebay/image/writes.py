@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Our own writes to an image: what comes before the first, what makes them durable, and what a failed flush costs."""
 
 import contextlib

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The libvirt `<disk>` element of a disk (libvirt's formatdomain.rst, "Hard drives, ...")."""
 
 import re

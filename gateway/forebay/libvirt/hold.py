@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Which domain a disk was attached for: `/run/libvirt-forebay/NAME`, one file a disk.
 
 The file names the domain. While a process detaches the disk it holds a lock on the file and has its process id in it,

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What libvirt's hook for QEMU does (libvirt's hooks.rst): attach a domain's disks before it starts, detach them after.
 
 Nothing here asks libvirt: it waits for the hook, and would wait for ever. Nothing is printed on stdout: for `migrate`

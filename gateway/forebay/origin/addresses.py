@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Which image an operator means: text and configuration turned into the address of a file, a device or an NBD export.
 
 Nothing here touches storage, so nothing blocks. `opening.py` opens what an address names.

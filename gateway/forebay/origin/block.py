@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """An image on a block device."""
 
 from forebay.origin.blocking import BlockingDevice

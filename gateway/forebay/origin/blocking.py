@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The blocking part of an image in a file or on a block device: what its threads do with the one open descriptor.
 
 One descriptor does all the I/O of an image, so that a lock held on it fences every write (an unlocked second

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The system calls that origins make, in one class, so that a test can stand a failing device in its place.
 
 Python has no wrapper for fallocate's modes, statx or openat2: those go through the C library. Sources: fallocate(2),

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """An image in a regular file, off the event loop: threads, time-outs, and the order of what was given up.
 
 When a call is given up (it took longer than `origin_timeout`, or its task was cancelled) its thread may still change

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """How a file system is mounted, where that decides whether its locks keep others out, and whether it may lose writes.
 
 A write to an NFS file system that is mounted `soft` is given up when its server does not answer, and may arrive later

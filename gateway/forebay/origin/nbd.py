@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """An image on an NBD server.
 
 The connection is made again with back-off when it breaks, for as long as the callers wait, and requests without an

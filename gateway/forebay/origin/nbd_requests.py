@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Requests to one NBD server: in flight together, over connections that are made again when they break.
 
 Every request runs in a task of its own, so that a caller who gives up does not cut a request off half-sent, and the

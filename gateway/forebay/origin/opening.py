@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Opening the file or the block device of an image, with a refusal that says what to do for each that is unfit.
 
 Everything here touches storage, blocks, and belongs in a thread. Paths in a store are opened below its directory

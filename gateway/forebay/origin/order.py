@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What must not overtake what in an image: changes that were given up, and flushes.
 
 The head of file.py says why. Everything here runs on the event loop.

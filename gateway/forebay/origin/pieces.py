@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Cutting what is to be written into calls of a bounded size, and the check of a range that all origins make."""
 
 import errno

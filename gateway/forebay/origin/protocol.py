@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What the rest of the gateway asks of an image where it lives: the protocol `Origin`, and what an image looked like.
 
 `FileOrigin` (file.py), `BlockOrigin` (block.py) and `NbdOrigin` (nbd.py) implement it.

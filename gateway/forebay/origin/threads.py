@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Blocking storage calls, off the event loop, with limits of their own for each store.
 
 A call that hangs in the kernel (an NFS server that is down) cannot be stopped. It is given up: whoever asked gets an

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Applying a committed redo journal: how far that is, noted behind its last record, and whether it may go on.
 
 An image that somebody changed after the commit, or that is a copy at another place, must not be written without

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The claim of a disk on the image file that it writes, off the event loop: its marker, locks and redo journals."""
 
 import errno

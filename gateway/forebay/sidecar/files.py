@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The directory beside an image, `IMAGE.forebay/`, and the files in it, opened without following any link.
 
 - `lock`, held with an OFD write lock (fcntl(2)) for as long as a disk that writes the image is attached. It ends with

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """QEMU's locks on an image: a VM or a tool that has the image open by itself, and we, know of each other.
 
 QEMU says by read locks on single bytes of an image what it does with it and what it bars others from (its

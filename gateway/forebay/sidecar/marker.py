@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """One writer: the marker and the lock beside an image that a gateway may write (promise 6).
 
 Whoever is to write an image takes the lock beside it (files.py has the list of what lies there), then QEMU's locks on

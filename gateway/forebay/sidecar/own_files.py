@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The files beside an image, one by one: which of them count, and how new ones are made.
 
 Whoever may write to the folder of an image can put anything there, also a link to somebody else's file. So a file

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The commands `forebay recover` and `forebay takeover`, for an image whose gateway is gone, on any host that sees it.
 
 They need no daemon.

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 r"""The redo journal beside an image: a checkpoint, whole and durable, before any of it goes into the image (promise 5).
 
 It is written as `IMAGE.forebay/redo.new`. Made durable, it is renamed to `redo`: with that the checkpoint is committed.

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """An image whose gateway is gone: finish or drop what it left beside the image, and take the image over.
 
 This needs no daemon: `forebay recover` and `forebay takeover` (recover.py) call it, on any host that sees the image.

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The kinds of local storage that can hold a cache: a logical volume that we make, a file that we make, and a block
 device that is there already (what OpenNebula's proposal #2827 calls the drivers lvm, file and dummy).
 

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """LVM through its own command, `lvm`: volume groups, and the logical volumes that carry a cache.
 
 A volume is known by its tags and its uuid. Its name is the operator's, who may change it; a volume that happens to

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What STATE says of the volume that the cache lies on, and how that volume is found again.
 
 A volume here is a cache's storage, of whatever kind: a logical volume, a file, a block device. `STATE/device.json` is

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The directory STATE: who holds it, and the cache that lies in it or is named there.
 
 One process at a time holds a directory: the daemon for as long as it runs, or a command that works on the cache

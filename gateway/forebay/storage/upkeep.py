@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Looking after the cache device: scrub and repair beside guests, check and repair while no daemon runs.
 
 What the cache calls layers is told here as operators know it: disks and images.

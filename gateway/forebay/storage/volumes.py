@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`forebay cache create`, `extend` and `remove`: storage for the cache, made, enlarged and given back.
 
 What is about to be made or removed is on record before it happens (record.py). A command that was killed is

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Connecting to an NBD server: the client's socket, and the handshake on it."""
 
 import errno

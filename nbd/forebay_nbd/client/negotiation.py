@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What the client sends in the handshake, given the server's replies so far. No I/O happens here."""
 
 import errno

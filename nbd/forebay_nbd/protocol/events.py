@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The messages of NBD, one class each, without their bytes on the wire.
 
 Both roles share these classes: a message that one side encodes is decoded to an equal one by the other side. Offsets,

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The handshake without I/O, one class per role: it decodes what the peer sent, and encodes what is to be sent.
 
 Newstyle only; with a peer that does not know fixed newstyle, EXPORT_NAME is the only option. Both roles go through the

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Options of the handshake and the replies to them: from events to bytes and back, for both roles."""
 
 import struct

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The receive buffer on which both roles' readers of the transmission phase are built. No I/O happens here.
 
 Whoever has the socket receives into space() and reports with received() how many bytes came. Long data can be given a

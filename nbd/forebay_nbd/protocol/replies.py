@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The client's half of the transmission phase without I/O: decoding replies.
 
 requests.encode_request() encodes what they answer. The reader is told of each request, because the request determines

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The server's half of the transmission phase without I/O: decoding and checking requests, encoding replies.
 
 RequestReader owns the memory that requests are received into, so that payloads are not copied: the server receives into

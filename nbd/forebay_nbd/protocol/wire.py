@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Numbers and layouts of the NBD protocol, its error numbers, and the two kinds of failure.
 
 Everything here comes from doc/proto.md of github.com/NetworkBlockDevice/nbd, "the protocol document"; what stands in

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The replies that the server makes: success, errors, the data of a READ, extents. Nothing here awaits."""
 
 from forebay_nbd.protocol.events import ErrorChunk, NoneChunk, Request, SimpleReply

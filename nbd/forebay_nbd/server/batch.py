@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The hot loops: they answer all requests that one recv() brought, as far as nothing has to be waited for.
 
 Nothing here awaits. A run of READs without flags is decoded to tuples, and costs one read_now() each; a run of WRITEs

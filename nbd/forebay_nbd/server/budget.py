@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The memory that clients may hold: requests in flight, replies that they do not take, and block status.
 
 A `Budget` is what all connections of a process may hold together. Each server has a `Share` of it: a small part that

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """One client of the server: the handshake, then its requests, until it leaves or the server stops.
 
 The hot path awaits nothing: all requests that one recv() brought are decoded, those that need not wait are answered by

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The interface between the server and a disk that it serves."""
 
 from typing import Protocol, runtime_checkable

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Every bound of the server, with its reason: what one client, and all of them, may cost."""
 
 from dataclasses import dataclass

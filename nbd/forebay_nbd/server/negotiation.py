@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What the server answers to options: exports, structured replies, metadata contexts. No I/O and no bytes here."""
 
 from collections.abc import Callable, Iterable

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Sending the replies of one connection.
 
 Replies consist of slices of the export's own memory, which are valid only until the next await. They are sent at once

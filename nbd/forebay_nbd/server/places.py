@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Which connections there is room for: clients in transmission, clients in the handshake, and the one that was first.
 
 Whoever may connect to a disk's socket could keep the disk's own VM out by taking all places. So some are kept for the

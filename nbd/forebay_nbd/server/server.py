@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The NBD server: it accepts connections on a socket, bounds their number, and keeps their failures apart."""
 
 import errno

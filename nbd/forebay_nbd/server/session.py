@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What was agreed on with a client, and what another process needs to go on with its connection."""
 
 from dataclasses import dataclass, field

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Requests that have to wait, for an origin or for a flush: one task each, within the bounds of the server."""
 
 import errno

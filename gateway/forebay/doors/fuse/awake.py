@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Wakes a FUSE process out of a read that nothing comes to.
 
 pyfuse3 reads /dev/fuse when that is readable. If the caller of the request is killed in between, the request is gone,

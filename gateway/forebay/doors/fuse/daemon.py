@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """What the mount asks the daemon over its control socket: which disks there are; an image served, and let go again."""
 
 import errno

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The file system: what pyfuse3 asks for. No request waits for ever, and no error but an errno leaves it."""
 
 import contextlib

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """One disk's NBD connection as the mount needs it: back when the daemon is, and no request waits for ever."""
 
 import errno

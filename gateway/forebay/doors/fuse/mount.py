@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """`forebay fuse MOUNT`: the process that mounts the disks, from start to end."""
 
 import contextlib

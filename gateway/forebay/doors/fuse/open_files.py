@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """Open files of the mount. All who have a disk or an image open share one NBD connection to it."""
 
 import errno

@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """The directories of the mount and what they hold: `disks/NAME`, and `images/STORE/path` as the stores have them."""
 
 import errno

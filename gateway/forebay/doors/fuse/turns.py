@@ -1,3 +1,6 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
 """How pyfuse3's tasks wait for the kernel's next request: several requests in one turn of trio's loop.
 
 pyfuse3 has its tasks queue at a lock, and the first of them waits in epoll, anew for each request: two turns of the
