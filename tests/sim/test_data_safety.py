@@ -24,7 +24,7 @@ from forebay.image.image import Image
 from forebay.units import Mode
 from forebay_cache import mark_hot, open_cache, pin_layer, scrub
 from forebay_cache.blocks import private, store
-from forebay_cache.format.entry import slot_of
+from forebay_cache.format.entry import NO_SLOT, slot_of
 from forebay_cache.format.geometry import BLOCK, SECTOR
 from forebay_cache.index.changes import Changes
 from forebay_cache.index.sums import UNKNOWN
@@ -431,6 +431,30 @@ def test_damaged_dirty_data_is_not_written_back(tmp_path: Path) -> None:
             await disk.writeback.checkpoint()
         assert host.origin.visible == OLD * (SIZE // BLOCK)
         assert disk.dirty_bytes == 3 * BLOCK
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("is damaged")
+def test_a_damaged_block_that_is_about_to_be_evicted_is_fetched_again(tmp_path: Path) -> None:
+    async def story(host: Host) -> None:
+        cache, disk = host.cache, await host.attach("d", settings(Mode.WRITE_THROUGH))
+        assert await read(disk) == OLD
+        await trio.sleep(1)  # until it is stored
+        clean = disk.image.clean.layer
+        slot = slot_of(clean.pages.page(0)[0])
+        cache.device.write(cache.device.at(slot, 5 * SECTOR), b"x")
+        cache.ready.forget()
+        cache.slots.placement.victims(1)  # it is the only one
+        cache.slots.evicting.add(slot)  # as Evictor.evict() before it has the page
+        assert await read(disk) == OLD
+        assert not cache.slots.is_evicting(slot)
+        await cache.evictor.evict([])
+        await trio.sleep(1)
+        assert slot_of(clean.pages.page(0)[0]) not in (slot, NO_SLOT)
+        assert await read(disk) == OLD
+        assert cache.info()["damaged_slots"] == 1
+        assert disk.view.misses == 2
 
     play(tmp_path, story)
 

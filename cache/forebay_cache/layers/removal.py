@@ -57,11 +57,11 @@ class Removal:
     def retire(self, layer: Layer, block: int, slot: int) -> None:
         """Take a damaged block out of its clean layer, and its slot out of use for as long as the daemon runs.
 
-        Does nothing if the block is not there any more, or about to be evicted.
+        Does nothing if the block is not there any more. One that was chosen to be evicted is not evicted then.
         """
         number, i = divmod(block, PAGE_BLOCKS)
         page = layer.pages.look(number)
-        if page is None or slot_of(page[i]) != slot or self._slots.is_evicting(slot):
+        if page is None or slot_of(page[i]) != slot:
             return
         self._keep_zeros(layer, number, i)
         if (

@@ -128,7 +128,10 @@ class SlotPool:
     def retire(self, slot: int) -> None:
         """Take a damaged slot, which no page names any more, out of use for as long as the daemon runs."""
         self._ready.masks[slot] = 0
-        self.placement.quarantine(slot)
+        if slot in self.evicting:
+            self.evicting.discard(slot)  # the evictor passes it over, and the placement has it in quarantine
+        else:
+            self.placement.quarantine(slot)
 
     def _forget(self, slot: int) -> None:
         self._ready.masks[slot] = 0
