@@ -23,8 +23,10 @@ from forebay_cache.read.fill import Flight
 
 IMAGE = 4 << 40
 SLOTS = 100_000
-MOST = 10_000
-"""Calls of functions in one step of a task: a few milliseconds, whatever the size of the image."""
+MOST = 40_000
+"""Calls of functions in one step of a task, whatever the size of the image: some milliseconds. Most of it is for the
+snapshot of a commit, which is one piece, and has the more to store the longer ago the last one was. Work that is not
+done in slices makes several hundred thousand."""
 
 
 class Steps(trio.abc.Instrument):
