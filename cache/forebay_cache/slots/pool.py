@@ -129,7 +129,9 @@ class SlotPool:
         """Take a damaged slot, which no page names any more, out of use for as long as the daemon runs."""
         self._ready.masks[slot] = 0
         if slot in self.evicting:
-            self.evicting.discard(slot)  # the evictor passes it over, and the placement has it in quarantine
+            self.evicting.discard(
+                slot
+            )  # the evictor passes it over, and the placement has it in quarantine
         else:
             self.placement.quarantine(slot)
 
