@@ -40,7 +40,7 @@ from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.disk import Disk
 from forebay.image.registry import Images
 from forebay.origin.calls import Status, SystemCalls
-from forebay.sidecar import recover
+from forebay.sidecar import applying, recover
 from forebay_cache import Cache, Damage, View, open_cache, scrub
 from forebay_cache.device.device import Device
 from forebay_cache.format.checksum import matching
@@ -214,10 +214,14 @@ class Oracle:
         self._logged: list[logging.LogRecord] = []
         self.recovered = 0  # journals that were applied
         self.dropped = 0  # and those that were not complete
+        self.boot = (
+            _BOOT  # of the kernel that looks at a state: after a power cut it is another one
+        )
 
     async def look(self, state: State, ledger: Ledger, *, killed: bool) -> None:
         """Raises Broken, or whatever the code under test raises."""
         self._logged.clear()
+        self.boot = _BOOT if killed else "another"
         self._host.put(state)
         floor = ledger.answered() if killed else ledger.floor
         self._without_cache(ledger, floor)
@@ -230,7 +234,7 @@ class Oracle:
             self._host.directory / CACHE_PATH,
             self._host.state / "index",
             size=CACHE_SIZE,
-            boot=_BOOT if killed else "another",
+            boot=self.boot,
         )
         try:
             known = cache.records.get("disk", DISK)
@@ -464,6 +468,7 @@ def looking(oracle: Oracle) -> Iterator[None]:
             )
         )
         stack.enter_context(mock.patch.object(Device, "write", noted))
+        stack.enter_context(mock.patch.object(applying, "boot_id", side_effect=lambda: oracle.boot))
         root.addHandler(handler)
         root.setLevel(logging.WARNING)
         try:

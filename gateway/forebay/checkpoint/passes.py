@@ -75,6 +75,8 @@ class Pass:
             await IntoJournal(
                 self._image, self._layer, self._steps, self._counters, journal
             ).put_all()
+            # The journal names the image's times as of its commit: after a power cut these must not be older ones.
+            await self._image.flush(times=True)
             self._check_wanted()
         except BaseException:
             with trio.CancelScope(shield=True), contextlib.suppress(OSError):
