@@ -116,6 +116,8 @@ class FakeOrigin:
         await self.dice.pause(self.scale)
         try:
             self._fault("flush")
+            if not times:  # one that a pass makes when it has written the image, above all
+                self._fault("flush of data")
         except OSError:
             self.sync_failures += 1
             if self.lose:

@@ -82,7 +82,7 @@ def test_what_an_unfinished_pass_wrote_is_read_after_a_discard(
         disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
         assert await read(disk) == OLD
         await disk.write(0, memoryview(NEW), False)
-        host.origin.faults["flush"] = -1
+        host.origin.faults["flush of data"] = -1
         with pytest.raises(OSError, match="injected"):
             await disk.writeback.checkpoint()
         assert host.origin.visible[:BLOCK] == NEW
@@ -295,7 +295,7 @@ def test_a_disk_that_is_not_served_is_given_up_whole(tmp_path: Path) -> None:
         disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
         assert await read(disk) == OLD
         await disk.write(0, memoryview(NEW), False)
-        host.origin.faults["flush"] = -1
+        host.origin.faults["flush of data"] = -1
         with pytest.raises(OSError, match="injected"):
             await disk.writeback.checkpoint()
         await host.stop()
