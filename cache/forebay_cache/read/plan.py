@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from forebay_cache.format.entry import Entry, entry_at
+from forebay_cache.format.entry import ALL_ZERO, MIXED, Entry, entry_at, whole_slot
 from forebay_cache.format.geometry import (
     BLOCK_SHIFT,
     PAGE_BLOCKS,
@@ -68,7 +68,13 @@ def _plan_block(
             sources += _sources(entry, need, private=True)
             need &= ~entry.valid
     if clean is not None and need:
-        entry = entry_at(clean.pages.page(number), i)
+        page = clean.pages.page(number)
+        if not sources:  # the usual case: all of it in one slot of the clean layer
+            slot = whole_slot(page[i], need)
+            if slot != MIXED:
+                place = ZEROS if slot == ALL_ZERO else slot
+                return [Piece((block << BLOCK_SHIFT) + start, length, place, False)]
+        entry = entry_at(page, i)
         sources += _sources(entry, need, private=False)
         need &= ~entry.valid
     sources.append((need, ORIGIN, False))
