@@ -116,7 +116,9 @@ class FakeOrigin:
         await self.dice.pause(self.scale)
         try:
             self._fault("flush")
-            if not times and "flush of data" in self.faults:  # as after a pass has written the image
+            if (
+                not times and "flush of data" in self.faults
+            ):  # as after a pass has written the image
                 self._fault("flush of data")
         except OSError:
             self.sync_failures += 1
