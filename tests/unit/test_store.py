@@ -109,6 +109,71 @@ def test_what_is_refused(config: Config, root: Path, text: str, says: str) -> No
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("nbd+unix:///x?socket=/run/a#1", "a # in a name is written %23"),
+        ("nbd+unix:///x?socket=/run/a#", "a # in a name is written %23"),
+        ("nbd+unix:///x#?socket=/run/a", "a # in a name is written %23"),
+        ("nbd+unix:///x?socket=/run/a?#", "a # in a name is written %23"),
+        ("nbd://host/x#1", "a # in a name is written %23"),
+        ("nbd://host/x#", "a # in a name is written %23"),
+        ("nbd://host/x?", "no host and export"),
+        ("nbd://me@host/x", "it has a user"),
+        ("nbd://me:word@host/x", "it has a user"),
+        ("nbd+unix://me@/x?socket=/run/a", "it has a user"),
+        ("nbd+unix://host/x?socket=/run/a", "one socket has to follow"),
+        ("nbd+unix:///x?socket=/run/a&socket=/run/b", "one socket has to follow"),
+        ("nbd+unix:///x?socket=/run/a&tls-psk-file=/k", "one socket has to follow"),
+        ("nbd+unix:///x?socket=/run/a;socket=/run/b", "one socket has to follow"),
+        ("nbd+unix:///x?tls-certificates=/c&socket=/run/a", "one socket has to follow"),
+        ("nbd+unix:///x?Socket=/run/a", "one socket has to follow"),
+        ("nbd+unix:///x?socket=", "one socket has to follow"),
+        ("nbd+unix:x?socket=/run/a", "one socket has to follow"),
+        ("nbd+unix:///x?socket=run/a", "does not begin with /"),
+        ("nbd+unix:///x?socket=/run/a%00b", "the socket has a zero byte"),
+        ("nbd+unix:///x%00?socket=/run/a", "the export has a zero byte"),
+        ("nbd://host/x%00", "the export has a zero byte"),
+        ("nbd+unix:///x?socket=/run/%ff", "invalid start byte"),
+        ("nbd://host/%ff", "invalid start byte"),
+        ("nbd://host/50%", "% itself is written %25"),
+        ("nbd+unix:///x?socket=/run/%zz", "% itself is written %25"),
+        ("nbd+unix:///x?socket=/" + 107 * "a", "the socket has more than 107 bytes"),
+        ("nbd://host/" + 4097 * "a", "the export has more than 4096 bytes"),
+        ("nbd://host:0/x", "there is no port 0"),
+        ("nbd://host:65536/x", "there is no port 65536"),
+        ("nbd://host:" + 5000 * "9" + "/x", "there is no port"),
+        ("nbd://host:-1/x", "no host and export"),
+        ("nbd://host:1:2/x", "no host and export"),
+        ("nbd://a[::1]:1/x", "no host and export"),
+        ("nbd://[::1]a:1/x", "no host and export"),
+        ("nbd://ho\tst/x", "no host and export"),
+        ("nbd:///x", "no host and export"),
+        ("nbd:host/x", "no host and export"),
+    ],
+)
+def test_no_part_of_an_nbd_uri_is_passed_over(text: str, says: str) -> None:
+    with pytest.raises(ForebayError, match="is not an NBD URI") as refused:
+        parse_nbd(text)
+    assert says in str(refused.value)
+    assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "image"),
+    [
+        ("nbd://host", NbdAddress("", host="host")),
+        ("NBD://Host:/X", NbdAddress("X", host="host")),
+        ("nbd://host:65535//x", NbdAddress("/x", host="host", port=65535)),
+        ("nbd://[FE80::1]:1/", NbdAddress("", host="fe80::1", port=1)),
+        ("nbd+unix://?socket=/run/a", NbdAddress("", socket="/run/a")),
+        ("nbd+unix:///a+b%20c?socket=%2Frun/a+b%231?=", NbdAddress("a+b c", socket="/run/a+b#1?=")),
+    ],
+)
+def test_what_an_nbd_uri_means(text: str, image: NbdAddress) -> None:
+    assert parse_nbd(text) == image
+
+
 def test_the_key_of_an_nbd_image_reads_back_as_the_same_image() -> None:
     for image in (
         NbdAddress("a b/ü?&#", host="10.0.0.1", port=1),

@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 from forebay.config.model import Config
 from forebay.errors import ForebayError
@@ -26,7 +26,18 @@ LONGEST_EXPORT = 4096
 """The most bytes that the name of an export may have (NBD protocol, "String")."""
 
 _STORE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63}):(?!//)(.*)", re.DOTALL | re.ASCII)
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|[0-9a-f:.]{2,45}", re.ASCII)
+_TCP = re.compile(
+    r"(?i:nbd)://(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?)(?::([0-9]*))?(?:/([^?#]*))?",
+    re.ASCII,
+)
+"""Host, port and export of a URI. All of the text has to match, so that no part of it is passed over."""
+_UNIX = re.compile(r"(?i:nbd\+unix)://(?:/([^?#]*))?\?socket=([^&;#]+)", re.ASCII)
+"""Export and socket, likewise. Where a name has `?`, `#`, `&` or `;` in it, these are written %3F, %23, %26 or %3B."""
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=:)", re.ASCII)
+
+LONGEST_SOCKET = 107
+"""Bytes of a Unix socket's address (unix(7))."""
 
 
 @dataclass(frozen=True)
@@ -193,32 +204,65 @@ def _matches_export(pattern: str, address: NbdAddress) -> bool:
 def parse_nbd(text: str) -> NbdAddress:
     """The address in `nbd://host[:port]/export` or `nbd+unix:///export?socket=/path`.
 
-    Raises ForebayError for anything else. Does not ask whether the configuration allows it.
+    Raises ForebayError for anything else: a part that means nothing here, a fragment say, is no detail but another
+    image. Does not ask whether the configuration allows it.
     """
+    scheme = _SCHEME.match(text)
+    kind = scheme[0].lower() if scheme else ""
+    if kind not in ("nbd", "nbd+unix"):
+        raise ForebayError(f"'{text}': {kind}: is not served: use nbd:// or nbd+unix://")
     try:
-        parts = urlsplit(text)
-        port = parts.port or NBD_PORT
-        export = unquote(parts.path.removeprefix("/"), errors="strict")
+        return _over_tcp(text) if kind == "nbd" else _over_unix(text)
     except ValueError as fault:
+        form = "nbd://host[:port]/export" if kind == "nbd" else "nbd+unix:///export?socket=/path"
         raise ForebayError(
-            f"'{text}' is not an NBD URI ({fault}): write nbd://host/export"
+            f"{_in_short(text)} is not an NBD URI ({fault}): write {form}"
         ) from None
-    if len(export.encode()) > LONGEST_EXPORT or "\0" in export:
-        raise ForebayError(f"'{text[:80]}...': no export has such a name: use at most 4096 bytes")
-    if parts.scheme == "nbd+unix":
-        return NbdAddress(export, socket=_socket_of(text, parts.netloc, parts.query))
-    if parts.scheme != "nbd":
-        raise ForebayError(f"'{text}': {parts.scheme}: is not served: use nbd:// or nbd+unix://")
-    host = (parts.hostname or "").lower()
-    if parts.query or parts.fragment or "@" in parts.netloc or not _HOST.fullmatch(host):
-        raise ForebayError(f"'{text}' is not an NBD URI: write nbd://host[:port]/export")
-    return NbdAddress(export, host=host, port=port)
 
 
-def _socket_of(text: str, netloc: str, query: str) -> str:
-    """The path of the socket in the query of an nbd+unix URI. Raises ForebayError."""
-    name, _, value = query.partition("=")
-    socket = unquote(value)
-    if netloc or name != "socket" or "&" in value or not socket.startswith("/") or "\0" in socket:
-        raise ForebayError(f"'{text}' is not an NBD URI: write nbd+unix:///export?socket=/path")
-    return socket
+def _over_tcp(text: str) -> NbdAddress:
+    """The address in an nbd URI. Raises ValueError."""
+    found = _TCP.fullmatch(text)
+    if found is None:
+        raise ValueError(_superfluous(text) or "no host and export")
+    host, port, export = found.groups(default="")
+    if port and not 0 < int(port[:6]) < 1 << 16:
+        raise ValueError(f"there is no port {port[:20]}")
+    name = _decoded(export, "export", LONGEST_EXPORT)
+    return NbdAddress(name, host=host.strip("[]").lower(), port=int(port or NBD_PORT))
+
+
+def _over_unix(text: str) -> NbdAddress:
+    """The address in an nbd+unix URI. Raises ValueError."""
+    found = _UNIX.fullmatch(text)
+    if found is None:
+        raise ValueError(_superfluous(text) or "one socket has to follow, and nothing else")
+    export, written = found.groups(default="")
+    socket = _decoded(written, "socket", LONGEST_SOCKET)
+    if not socket.startswith("/"):
+        raise ValueError("the socket's path does not begin with /")
+    return NbdAddress(_decoded(export, "export", LONGEST_EXPORT), socket=socket)
+
+
+def _superfluous(text: str) -> str:
+    """What a URI has and NBD has no use for; empty where it is something else that is wrong."""
+    if "#" in text:
+        return "it has a fragment; a # in a name is written %23"
+    return "it has a user" if "@" in text.partition("://")[2].partition("/")[0] else ""
+
+
+def _decoded(written: str, what: str, longest: int) -> str:
+    """Text without percent signs, of at most so many bytes. Raises ValueError; `what` is for its text."""
+    if _BAD_ESCAPE.search(written):
+        raise ValueError(f"the {what} has a % without two digits; % itself is written %25")
+    text = unquote(written, errors="strict")
+    if "\0" in text:
+        raise ValueError(f"the {what} has a zero byte")
+    if len(text.encode()) > longest:
+        raise ValueError(f"the {what} has more than {longest} bytes")
+    return text
+
+
+def _in_short(text: str) -> str:
+    """Text in quotes, for a message in one line."""
+    return f"'{text}'" if len(text) <= 200 else f"'{text[:200]}...'"
