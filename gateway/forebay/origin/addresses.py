@@ -215,9 +215,7 @@ def parse_nbd(text: str) -> NbdAddress:
         return _over_tcp(text) if kind == "nbd" else _over_unix(text)
     except ValueError as fault:
         form = "nbd://host[:port]/export" if kind == "nbd" else "nbd+unix:///export?socket=/path"
-        raise ForebayError(
-            f"{_in_short(text)} is not an NBD URI ({fault}): write {form}"
-        ) from None
+        raise ForebayError(f"{_in_short(text)} is not an NBD URI ({fault}): write {form}") from None
 
 
 def _over_tcp(text: str) -> NbdAddress:
