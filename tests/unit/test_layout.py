@@ -107,6 +107,7 @@ ORDER: dict[str, list[str]] = {
     "forebay": [
         "errors units systemd client __init__",
         "config",
+        "origin/worker",
         "origin",
         "sidecar",
         "image",

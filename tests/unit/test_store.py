@@ -269,7 +269,7 @@ def test_raw_content_that_looks_like_qcow2_is_served_where_that_is_meant(root: P
 def test_without_openat2_links_are_refused_all_the_same(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forebay.origin.calls._SYS_OPENAT2", 9999)
+    monkeypatch.setattr("forebay.origin.worker.program._SYS_OPENAT2", 9999)
     link_out(root / "images")
     (root / "images" / "link").symlink_to("deep")
     os.close(open_image(file_image(root, "deep/vm.img"), read_only=False).fd)

@@ -4,7 +4,6 @@
 """Opening the image of one disk: an origin of the kind that its address names, locked, and claimed if it is written."""
 
 import logging
-import os
 from collections.abc import Callable
 
 import trio
@@ -19,6 +18,7 @@ from forebay.origin.nbd import NbdOrigin
 from forebay.origin.opening import OpenImage, open_device, open_image
 from forebay.origin.protocol import Origin, close_quietly
 from forebay.origin.threads import Descriptor, StoreThreads, bounded
+from forebay.origin.worker import syscalls
 from forebay.sidecar.claim import Claim
 from forebay.sidecar.files import read_owner
 from forebay.sidecar.locks import LOOKS, READS, WRITES, Access, InUse, NoLocks, take_locks
@@ -108,7 +108,7 @@ class Opener:
     async def _in_thread(self, do: Callable[[], OpenImage]) -> OpenImage:
         """Open something in a thread; the descriptor of one that comes too late is closed. Raises what `do` raises."""
         with bounded(self._timeout, f"opening {self._label}"):
-            return await self._threads.run(do, drop=lambda late: os.close(late.fd))
+            return await self._threads.run(do, drop=lambda late: syscalls.close(late.fd))
 
     async def _look_at_mount(self, file: OpenImage) -> None:
         """Note which file it is, and whether its store may lose what it took."""

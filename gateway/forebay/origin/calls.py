@@ -3,17 +3,16 @@
 
 """The system calls that origins make, in one class, so that a test can stand a failing device in its place.
 
-Python has no wrapper for fallocate's modes, statx or openat2: those go through the C library. Sources: fallocate(2),
-statx(2), openat2(2), linux/fs.h.
+They are made as `worker/syscalls.py` says. Sources: fallocate(2), statx(2), openat2(2), linux/fs.h.
 """
 
-import ctypes
 import errno
-import fcntl
 import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from forebay.origin.worker import syscalls
 
 Buffer = bytes | bytearray | memoryview
 
@@ -26,32 +25,16 @@ ZERO_RANGE = 0x11
 IOV_MAX = 1024
 """Buffers that one preadv or pwritev takes (limits.h)."""
 
-_AT_FDCWD = -100
-_AT_EMPTY_PATH = 0x1000
-_AT_STATX_FORCE_SYNC = 0x2000
-_STATX_BASIC_STATS = 0x07FF
-_STATX_SIZE = 256
 # struct statx up to stx_ctime (statx(2)): mask blksize attributes nlink uid gid mode ino size blocks attributes_mask,
 # then atime btime ctime mtime, each seconds, nanoseconds, padding, then rdev and dev
 _STATX = struct.Struct("=IIQIIIHxxQQQQ" + "qIxxxx" * 4 + "IIII")
 
-_SYS_OPENAT2 = 437  # the same number on every architecture but alpha (openat2(2), since Linux 5.6)
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_libc.statx.argtypes = (
-    ctypes.c_int,
-    ctypes.c_char_p,
-    ctypes.c_int,
-    ctypes.c_uint,
-    ctypes.c_char_p,
-)
 
 
 @dataclass(frozen=True)
@@ -87,65 +70,57 @@ class SystemCalls:
 
     def preadv(self, fd: int, buffers: list[bytearray | memoryview], offset: int) -> int:
         """Read into the buffers. How many bytes were read; 0 at the end of the file."""
-        return os.preadv(fd, buffers, offset)
+        return syscalls.preadv(fd, buffers, offset)
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
         """Write the buffers one after the other. How many bytes were written, possibly fewer than given."""
-        return os.pwritev(fd, buffers, offset)
+        return syscalls.pwritev(fd, buffers, offset)
 
     def fdatasync(self, fd: int) -> None:
         """Make durable what this descriptor wrote."""
-        os.fdatasync(fd)
+        syscalls.fdatasync(fd)
 
     def fsync(self, fd: int) -> None:
         """Make durable what this descriptor wrote, and the file's times."""
-        os.fsync(fd)
+        syscalls.fsync(fd)
 
     def forget(self, fd: int) -> None:
         """Have what the kernel keeps of the file in memory, and need not write, read again when it is asked for."""
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        syscalls.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def seek_data(self, fd: int, offset: int) -> int:
         """The offset at which the next data at or after `offset` begins. ENXIO: there is none."""
-        return os.lseek(fd, offset, os.SEEK_DATA)
+        return syscalls.lseek(fd, offset, os.SEEK_DATA)
 
     def seek_hole(self, fd: int, offset: int) -> int:
         """The offset at which the next hole at or after `offset` begins; the end of the file counts as one."""
-        return os.lseek(fd, offset, os.SEEK_HOLE)
+        return syscalls.lseek(fd, offset, os.SEEK_HOLE)
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         """Make the range read as zeros; `mode`, PUNCH_HOLE or ZERO_RANGE, says what becomes of its space."""
-        while _libc.fallocate64(fd, mode, offset, length) != 0:
-            number = ctypes.get_errno()
-            if number != errno.EINTR:
-                raise OSError(number, os.strerror(number))
+        syscalls.fallocate(fd, mode, offset, length)
 
     def status(self, fd: int) -> Status:
         """The status of an open file as its server knows it now.
 
         AT_STATX_FORCE_SYNC because plain fstat on NFS answers from a cache that lags seconds behind.
         """
-        found = ctypes.create_string_buffer(_STATX_SIZE)
-        flags = _AT_EMPTY_PATH | _AT_STATX_FORCE_SYNC
-        if _libc.statx(fd, b"", flags, _STATX_BASIC_STATS, found) != 0:
-            number = ctypes.get_errno()
-            if number in (
-                errno.ENOSYS,
-                errno.EPERM,
-                errno.EINVAL,
-            ):  # an old kernel or a strict seccomp filter
-                return Status.of(os.fstat(fd))
-            raise OSError(number, os.strerror(number))
-        return _unpack_statx(found.raw)
+        try:
+            return _unpack_statx(syscalls.statx(fd))
+        except OSError as error:
+            # an old kernel or a strict seccomp filter
+            if error.errno in (errno.ENOSYS, errno.EPERM, errno.EINVAL):
+                return Status.of(syscalls.fstat(fd))
+            raise
 
     def device_size(self, fd: int) -> int:
         """Bytes of a block device (BLKGETSIZE64)."""
-        answer = fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8))
+        answer = syscalls.ioctl(fd, _BLKGETSIZE64, bytes(8))
         return int(struct.unpack("=Q", answer)[0])
 
     def sector_size(self, fd: int) -> int:
         """Bytes of a block device's logical sector (BLKSSZGET)."""
-        answer = fcntl.ioctl(fd, _BLKSSZGET, bytes(4))
+        answer = syscalls.ioctl(fd, _BLKSSZGET, bytes(4))
         return int(struct.unpack("=i", answer)[0])
 
 
@@ -165,31 +140,18 @@ def _unpack_statx(raw: bytes) -> Status:
     )
 
 
-class _OpenHow(ctypes.Structure):
-    _fields_ = (
-        ("flags", ctypes.c_uint64),
-        ("mode", ctypes.c_uint64),
-        ("resolve", ctypes.c_uint64),
-    )
-
-
 def open_beneath(root: int, path: str, flags: int) -> int:
     """A new descriptor of `path` below the directory `root`, opened without following any link, symbolic or magic.
 
     Raises OSError: EXDEV when the path leaves `root`, ELOOP when a part of it is a symbolic link.
     """
-    how = _OpenHow(
-        flags | os.O_CLOEXEC, 0, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
-    )
-    fd = int(
-        _libc.syscall(_SYS_OPENAT2, root, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
-    )
-    if fd >= 0:
-        return fd
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EPERM) and ".." not in path.split("/"):
-        return _walk_beneath(root, path, flags)
-    raise OSError(number, os.strerror(number), path)
+    resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
+    try:
+        return syscalls.openat2(root, path, flags | os.O_CLOEXEC, resolve)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EPERM) and ".." not in path.split("/"):
+            return _walk_beneath(root, path, flags)
+        raise
 
 
 def _walk_beneath(root: int, path: str, flags: int) -> int:
@@ -198,13 +160,13 @@ def _walk_beneath(root: int, path: str, flags: int) -> int:
     here = root
     try:
         for folder in folders:
-            below = os.open(
+            below = syscalls.open(
                 folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here
             )
             if here != root:
-                os.close(here)
+                syscalls.close(here)
             here = below
-        return os.open(last, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+        return syscalls.open(last, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
     finally:
         if here != root:
-            os.close(here)
+            syscalls.close(here)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from forebay.errors import ForebayError
 from forebay.origin.addresses import DeviceAddress, FileAddress
 from forebay.origin.calls import Status, SystemCalls, open_beneath
+from forebay.origin.worker import syscalls
 
 _FORMATS = {b"QFI\xfb": "qcow2", b"QED\0": "qed", b"KDMV": "vmdk", b"vhdxfile": "vhdx"}
 """The first bytes of files in formats that a guest must not see as a disk."""
@@ -67,7 +68,7 @@ def open_image(
         if not any_format:
             _check_format(address, fd)
     except BaseException:
-        os.close(fd)
+        syscalls.close(fd)
         raise
     return OpenImage(fd, found.size, read_only, lambda: look(address, calls), status=found)
 
@@ -84,16 +85,16 @@ def look(address: FileAddress, calls: SystemCalls) -> Status:
     try:
         return calls.status(fd)
     finally:
-        os.close(fd)
+        syscalls.close(fd)
 
 
 def _open_in_store(address: FileAddress, path: str, flags: int) -> int:
     """A new descriptor of `path` in the store of the address. Raises OSError."""
-    root = os.open(address.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    root = syscalls.open(str(address.root), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return open_beneath(root, path, flags)
     finally:
-        os.close(root)
+        syscalls.close(root)
 
 
 def _check_kind(address: FileAddress, found: Status, read_only: bool) -> None:
@@ -115,7 +116,7 @@ def _check_kind(address: FileAddress, found: Status, read_only: bool) -> None:
 
 def _check_format(address: FileAddress, fd: int) -> None:
     """Raise ForebayError for an image that is not raw, unless its name says that it is."""
-    start = os.pread(fd, _LONGEST_MAGIC, 0)
+    start = syscalls.pread(fd, _LONGEST_MAGIC, 0)
     for magic, name in _FORMATS.items():
         if start.startswith(magic) and not address.path.endswith(".raw"):
             raise ForebayError(
@@ -127,7 +128,7 @@ def _check_format(address: FileAddress, fd: int) -> None:
 def _file_refusal(address: FileAddress, error: OSError, read_only: bool) -> Exception:
     """What to raise for an error of opening the file: a ForebayError where the operator can do something about it."""
     key = address.key
-    if not address.root.is_dir():
+    if not _is_directory(str(address.root)):
         return ForebayError(
             f"{key}: {address.root} is not there: mount the store '{address.store}'"
         )
@@ -146,6 +147,13 @@ def _file_refusal(address: FileAddress, error: OSError, read_only: bool) -> Exce
     return error
 
 
+def _is_directory(path: str) -> bool:
+    try:
+        return stat.S_ISDIR(syscalls.stat(path).st_mode)
+    except OSError:
+        return False
+
+
 def open_device(
     address: DeviceAddress, *, read_only: bool, calls: SystemCalls | None = None
 ) -> OpenImage:
@@ -157,18 +165,18 @@ def open_device(
     path = address.path
     flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_EXCL
     try:
-        fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = syscalls.open_device(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise _device_refusal(path, error) from error
     try:
-        if not stat.S_ISBLK(os.fstat(fd).st_mode):
+        if not stat.S_ISBLK(syscalls.fstat(fd).st_mode):
             raise ForebayError(f"{path} is not a block device: put a file into a store")
         size, sector = calls.device_size(fd), calls.sector_size(fd)
         if size == 0:
             raise ForebayError(f"{path} has no size: activate or connect it first")
-        return OpenImage(fd, size, read_only, lambda: Status.of(os.stat(path)), sector)
+        return OpenImage(fd, size, read_only, lambda: Status.of(syscalls.stat_device(path)), sector)
     except BaseException:
-        os.close(fd)
+        syscalls.close(fd)
         raise
 
 

@@ -14,12 +14,13 @@ that nobody changes any more.
 import contextlib
 import errno
 import functools
-import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Generic, TypeVar
 
 import trio
+
+from forebay.origin.worker import syscalls
 
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ class Descriptor:
             self._users -= 1
             last = self._closing and self._users == 0
         if last:
-            os.close(self._fd)
+            syscalls.close(self._fd)
 
     def close(self) -> None:
         """Close it now, or in the thread that leaves its body last. May block. The second call does nothing."""
@@ -78,7 +79,7 @@ class Descriptor:
             first, self._closing = not self._closing, True
             now = first and self._users == 0
         if now:
-            os.close(self._fd)
+            syscalls.close(self._fd)
 
 
 class Call(Generic[T]):

@@ -13,7 +13,6 @@ Everything here blocks, and raises OSError.
 """
 
 import errno
-import os
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from xxhash import xxh3_64_intdigest
 
 from forebay.origin.calls import IOV_MAX, PUNCH_HOLE, SystemCalls
+from forebay.origin.worker import syscalls
 from forebay.sidecar.record import boot_id
 from forebay_cache.format.geometry import Buffer
 
@@ -50,14 +50,14 @@ class Progress:
 def write_note(journal: int, at: int, below: int, *, durable: bool) -> None:
     """Note at byte `at` of the open journal that all below that byte of the image is applied."""
     body = _NOTE.pack(_MAGIC, boot_id().encode()[:40], below)
-    os.pwrite(journal, body + _SUM.pack(xxh3_64_intdigest(body)), at)
+    syscalls.pwrite(journal, body + _SUM.pack(xxh3_64_intdigest(body)), at)
     if durable:
-        os.fdatasync(journal)
+        syscalls.fdatasync(journal)
 
 
 def read_note(journal: int, at: int) -> Progress | None:
     """What is noted there; None if applying has not begun."""
-    raw = os.pread(journal, _NOTE.size + _SUM.size, at)
+    raw = syscalls.pread(journal, _NOTE.size + _SUM.size, at)
     if not raw:
         return None
     body = raw[: _NOTE.size]
@@ -83,7 +83,7 @@ def has_changed(
     progress = read_note(journal, at)
     if progress is None or found < mtime_ns:
         return True
-    if found > os.fstat(journal).st_mtime_ns + SLACK_NS:
+    if found > syscalls.fstat(journal).st_mtime_ns + SLACK_NS:
         return True
     if not progress.boot or progress.boot != boot_id():
         return False
@@ -100,7 +100,9 @@ def _is_same(journal: int, image: int, offset: int, length: int, data: int) -> b
     """True if the image holds what the journal has for that range."""
     for start in range(0, length, _PIECE):
         part = min(_PIECE, length - start)
-        if os.pread(image, part, offset + start) != os.pread(journal, part, data + start):
+        if syscalls.pread(image, part, offset + start) != syscalls.pread(
+            journal, part, data + start
+        ):
             return False
     return True
 
@@ -113,7 +115,7 @@ def apply(
         _zero(image, calls, offset, length)
         return
     while length:
-        data = os.pread(fd, min(_PIECE, length), at)
+        data = syscalls.pread(fd, min(_PIECE, length), at)
         write_all(image, [data], offset)
         at, offset, length = at + len(data), offset + len(data), length - len(data)
 
@@ -135,7 +137,7 @@ def write_all(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
     """Write all of the buffers one after the other."""
     views = [memoryview(buffer) for buffer in buffers]
     while views:
-        count = os.pwritev(fd, views[:IOV_MAX], offset)
+        count = syscalls.pwritev(fd, views[:IOV_MAX], offset)
         if count == 0:
             raise OSError(errno.EIO, "nothing could be written")
         offset += count

@@ -23,6 +23,7 @@ from forebay.errors import ForebayError
 from forebay.origin.addresses import SIDECAR, FileAddress
 from forebay.origin.calls import SystemCalls
 from forebay.origin.opening import OpenImage, open_folder
+from forebay.origin.worker import syscalls
 from forebay.sidecar import own_files, redo
 from forebay.sidecar.locks import WRITES, InUse, NoLocks, set_lock, take_locks
 from forebay.sidecar.own_files import DoesNotCountError
@@ -64,7 +65,7 @@ class Sidecar:
 
     def _keep(self, fd: int) -> int:
         """Close the descriptor with all the others."""
-        self._descriptors.callback(os.close, fd)
+        self._descriptors.callback(syscalls.close, fd)
         return fd
 
     def close(self) -> None:
@@ -79,14 +80,14 @@ class Sidecar:
 
     def _open_directory(self) -> int:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(self._name, flags, dir_fd=self._folder)
+        return syscalls.open(self._name, flags, dir_fd=self._folder)
 
     def make(self) -> None:
         """Make the directory, durably, if it is not there, and open it. Raises ForebayError if we may not; OSError."""
         try:
             with contextlib.suppress(FileExistsError):
-                os.mkdir(self._name, 0o755, dir_fd=self._folder)
-                os.fsync(self._folder)
+                syscalls.mkdir(self._name, 0o755, dir_fd=self._folder)
+                syscalls.fsync(self._folder)
             self.open()
         except (PermissionError, NotADirectoryError) as error:
             raise ForebayError(
@@ -96,17 +97,17 @@ class Sidecar:
 
     def names(self) -> list[str]:
         """The names of the files in the directory. Raises OSError."""
-        return os.listdir(self.fd)
+        return syscalls.listdir(self.fd)
 
     def check_beside(self, file: OpenImage) -> None:
         """Raise ForebayError unless the image's name leads to the open `file`: it can be moved before we look."""
         calls = SystemCalls()
         flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(os.path.basename(self.address.path), flags, dir_fd=self._folder)
+        fd = syscalls.open(os.path.basename(self.address.path), flags, dir_fd=self._folder)
         try:
             named, ours = calls.status(fd), calls.status(file.fd)
         finally:
-            os.close(fd)
+            syscalls.close(fd)
         if (named.device, named.inode) != (ours.device, ours.inode):
             raise ForebayError(f"{self.address.key} was just replaced by another file: try again")
 
@@ -114,7 +115,7 @@ class Sidecar:
         """What the name of the image leads to; None if there is nothing. Raises OSError."""
         name = os.path.basename(self.address.path)
         with contextlib.suppress(FileNotFoundError):
-            return os.stat(name, dir_fd=self._folder, follow_symlinks=False)
+            return syscalls.stat(name, dir_fd=self._folder, follow_symlinks=False)
         return None
 
     # ---------------------------------------------------------------------------------------------------- the lock
@@ -145,10 +146,10 @@ class Sidecar:
         A lock on a file that its last holder has just removed keeps nobody out.
         """
         try:
-            named = os.stat("lock", dir_fd=self.fd, follow_symlinks=False)
+            named = syscalls.stat("lock", dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
-        return named.st_ino == os.fstat(self.lock).st_ino
+        return named.st_ino == syscalls.fstat(self.lock).st_ino
 
     # --------------------------------------------------------------------------------------------- the owner marker
 
@@ -169,7 +170,7 @@ class Sidecar:
         try:
             found = self._read_owner(fd)
         finally:
-            os.close(fd)
+            syscalls.close(fd)
         if found is None or found.gateway != me.gateway:
             raise taken_over(self.address, found)
 
@@ -182,23 +183,24 @@ class Sidecar:
         except DoesNotCountError as why:
             raise UnreadableError(self.address, str(why)) from None
         try:
-            return Owner.parse(os.read(fd, LONGEST_OWNER))
+            return Owner.parse(syscalls.read(fd, LONGEST_OWNER))
         except ValueError as why:
             raise UnreadableError(self.address, str(why)) from why
         finally:
-            os.close(fd)
+            syscalls.close(fd)
 
     def write_owner(self, owner: Owner) -> None:
         """Replace the owner marker, durably: temporary name, fsync, rename, fsync of the directory. Raises OSError."""
         text = json.dumps(asdict(owner), indent=1) + "\n"
         fd = own_files.make(self.fd, "owner.new", 0o644)
-        with open(fd, "wb") as file:  # writes all of it, or raises
-            file.write(text.encode())
-            file.flush()
-            os.fsync(fd)
+        try:
+            syscalls.pwrite_all(fd, text.encode(), 0)
+            syscalls.fsync(fd)
+        finally:
+            syscalls.close(fd)
         self.is_marker_unsure = True
-        os.rename("owner.new", "owner", src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        os.fsync(self.fd)
+        syscalls.rename("owner.new", "owner", src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        syscalls.fsync(self.fd)
         self.is_marker_unsure = False
 
     # ---------------------------------------------------------------------------------------------- the redo journal
@@ -227,20 +229,20 @@ class Sidecar:
     def remove(self) -> None:
         """Remove our files, the marker first and durably, and the directory if nothing else lies in it."""
         with contextlib.suppress(FileNotFoundError):
-            os.unlink("owner", dir_fd=self.fd)
-        os.fsync(self.fd)
+            syscalls.unlink("owner", dir_fd=self.fd)
+        syscalls.fsync(self.fd)
         for name in ("lock", "owner.new", redo.UNFINISHED):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=self.fd)
+                syscalls.unlink(name, dir_fd=self.fd)
         with contextlib.suppress(OSError):  # a boot trace may stay in it
-            os.rmdir(self._name, dir_fd=self._folder)
+            syscalls.rmdir(self._name, dir_fd=self._folder)
 
     def remove_if_unused(self) -> None:
         """Leave nothing beside an image that was refused, if only we made it. For whoever has the lock."""
         with contextlib.suppress(OSError):
             if self.lock >= 0 and self.names() == ["lock"]:
-                os.unlink("lock", dir_fd=self.fd)
-                os.rmdir(self._name, dir_fd=self._folder)
+                syscalls.unlink("lock", dir_fd=self.fd)
+                syscalls.rmdir(self._name, dir_fd=self._folder)
 
 
 def read_owner(address: FileAddress) -> Owner | None:

@@ -18,10 +18,10 @@ import errno
 import fcntl
 import os
 import struct
-from contextlib import suppress
 from dataclasses import dataclass
 
 from forebay.origin import mounts
+from forebay.origin.worker import syscalls
 
 _DOES, _BARS = 100, 200
 _READ, _WRITE, _RESIZE = 0, 1, 3
@@ -70,7 +70,7 @@ def take_locks(fd: int, access: Access) -> None:
 
     Raises InUse, with no lock taken, where somebody's locks speak against it; NoLocks; OSError.
     """
-    if mounts.has_local_locks(mounts.of_this_process(), os.fstat(fd).st_dev):
+    if mounts.has_local_locks(mounts.of_this_process(), syscalls.fstat(fd).st_dev):
         raise NoLocks(errno.ENOLCK, "mounted so that locks stay on this host")
     try:
         for byte in _bytes(access):
@@ -96,7 +96,7 @@ def set_lock(fd: int, kind: int, start: int = 0, length: int = 0) -> None:
     Raises BlockingIOError when another descriptor has it, NoLocks where the file system has none, OSError.
     """
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+        syscalls.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
     except OSError as error:
         if error.errno == errno.EACCES:
             raise BlockingIOError(error.errno, error.strerror) from None
@@ -108,40 +108,19 @@ def set_lock(fd: int, kind: int, start: int = 0, length: int = 0) -> None:
 def _locked(fd: int, byte: int) -> bool:
     """True if another descriptor has a lock on the byte. The kernel does not say whose: OFD locks have no pid."""
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
+    found = syscalls.fcntl(fd, fcntl.F_OFD_GETLK, asked)
     return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
 
 
 # ------------------------------------------------------------------------------------------------------- who it may be
 
 
+_PROGRAMS = ("qemu", "kvm", "libvirt")
+
+
 def _who(fd: int) -> list[str]:
     """The QEMUs of this host that have the file open, as far as this user may see that: "qemu-io (pid 17)"."""
-    image = os.fstat(fd)
     found = []
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        with suppress(OSError):  # it ended, or is another user's
-            if pid == str(os.getpid()):
-                if _open_at(pid, image) - {fd}:
-                    found.append("a call of this daemon that still hangs")
-            elif (name := _name(pid)).startswith(("qemu", "kvm", "libvirt")) and _open_at(
-                pid, image
-            ):
-                found.append(f"{name} (pid {pid})")
+    for name, pid in syscalls.holders(fd, _PROGRAMS):
+        found.append(f"{name} (pid {pid})" if pid else "a call of this daemon that still hangs")
     return sorted(found)
-
-
-def _name(pid: str) -> str:
-    """The name of the process's program. Raises OSError."""
-    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-        return file.read().strip()
-
-
-def _open_at(pid: str, image: os.stat_result) -> set[int]:
-    """The numbers of the descriptors that the process has of the file. Raises OSError."""
-    found = set()
-    for number in os.listdir(f"/proc/{pid}/fd"):
-        with suppress(OSError):
-            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), image):
-                found.add(int(number))
-    return found

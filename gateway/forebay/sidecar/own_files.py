@@ -16,6 +16,8 @@ import os
 import pwd
 import stat
 
+from forebay.origin.worker import syscalls
+
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _OPEN_LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -42,23 +44,23 @@ def make(folder: int, name: str, mode: int) -> int:
     """A new descriptor of a new, empty file, which takes the place of what has that name. Raises OSError."""
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=folder)
+            syscalls.unlink(name, dir_fd=folder)
     except IsADirectoryError as error:
         raise OSError(error.errno, f"'{name}' beside the image is a directory: remove it") from None
-    return os.open(name, _NEW, mode, dir_fd=folder)
+    return syscalls.open(name, _NEW, mode, dir_fd=folder)
 
 
 def _checked(folder: int, name: str, flags: int, image: os.stat_result | None) -> int:
     try:
-        fd = os.open(name, flags, 0o600, dir_fd=folder)
+        fd = syscalls.open(name, flags, 0o600, dir_fd=folder)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise DoesNotCountError("not a file") from None
         raise
     try:
-        _check(os.fstat(fd), image)
+        _check(syscalls.fstat(fd), image)
     except BaseException:
-        os.close(fd)
+        syscalls.close(fd)
         raise
     return fd
 

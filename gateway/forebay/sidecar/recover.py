@@ -14,6 +14,7 @@ from forebay.config.model import Config
 from forebay.errors import ForebayError
 from forebay.origin.addresses import FileAddress, resolve
 from forebay.origin.opening import open_image
+from forebay.origin.worker import syscalls
 from forebay.sidecar.record import NOBODY
 from forebay.sidecar.takeover import Recovered, recover_image
 from forebay.units import format_size
@@ -58,7 +59,7 @@ def run(config: Config, text: str, *, take_over: bool = False, sure: bool = True
     except OSError as error:
         raise ForebayError(f"{text}: {error.strerror}") from None
     finally:
-        os.close(file.fd)
+        syscalls.close(file.fd)
     return Report(text, found, taken=take_over and found.owner is not None)
 
 

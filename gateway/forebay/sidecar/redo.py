@@ -34,6 +34,7 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 from forebay.errors import ForebayError
 from forebay.origin.calls import SystemCalls
 from forebay.origin.threads import Descriptor
+from forebay.origin.worker import syscalls
 from forebay.sidecar import own_files
 from forebay.sidecar.applying import BEGUN, apply, has_changed, write_all, write_note
 from forebay.sidecar.own_files import DoesNotCountError
@@ -144,7 +145,7 @@ class RedoFile:
         with self._file as fd:
             write_all(fd, buffers, at)
             if sync:
-                os.fdatasync(fd)
+                syscalls.fdatasync(fd)
 
     def note_times(self, mtime_ns: int, ctime_ns: int) -> None:
         """Say in the header what the image's times are; before `commit`."""
@@ -158,21 +159,21 @@ class RedoFile:
         try:
             write_note(fd, self._end + _HEAD, below, durable=durable)
         finally:
-            os.close(fd)
+            syscalls.close(fd)
 
     def commit(self) -> None:
         """Make it durable and rename it: from now on whoever finds it applies it."""
         with self._file as fd:
             write_all(fd, _record(END, self._records, self._bytes, []), self._end)
-            os.fsync(fd)
-        os.rename(UNFINISHED, NAME, src_dir_fd=self._sidecar, dst_dir_fd=self._sidecar)
-        os.fsync(self._sidecar)
+            syscalls.fsync(fd)
+        syscalls.rename(UNFINISHED, NAME, src_dir_fd=self._sidecar, dst_dir_fd=self._sidecar)
+        syscalls.fsync(self._sidecar)
         self.close()
 
     def drop(self) -> None:
         """Remove it: it is not to be committed."""
         with contextlib.suppress(OSError):
-            os.unlink(UNFINISHED, dir_fd=self._sidecar)
+            syscalls.unlink(UNFINISHED, dir_fd=self._sidecar)
         self.close()
 
     def close(self) -> None:
@@ -186,8 +187,8 @@ def remove(sidecar: int) -> None:
     Durable when this returns.
     """
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(NAME, dir_fd=sidecar)
-    os.fsync(sidecar)
+        syscalls.unlink(NAME, dir_fd=sidecar)
+    syscalls.fsync(sidecar)
 
 
 def recover(
@@ -207,9 +208,9 @@ def recover(
     than the one at the commit, or was changed since.
     """
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(UNFINISHED, dir_fd=sidecar)
+        syscalls.unlink(UNFINISHED, dir_fd=sidecar)
     try:
-        fd = own_files.open_existing(sidecar, NAME, os.fstat(image))
+        fd = own_files.open_existing(sidecar, NAME, syscalls.fstat(image))
     except FileNotFoundError:
         return None
     except DoesNotCountError as why:
@@ -226,12 +227,12 @@ def recover(
         try:
             write_note(note, end, BEGUN, durable=True)
         finally:
-            os.close(note)
+            syscalls.close(note)
         for kind, offset, length, at in _records(fd, checkpoint.size):
             apply(fd, image, calls, offset, length, None if kind == ZEROS else at)
-        os.fsync(image)
+        syscalls.fsync(image)
     finally:
-        os.close(fd)
+        syscalls.close(fd)
     if applied is not None:
         applied(checkpoint)
     remove(sidecar)
@@ -240,7 +241,7 @@ def recover(
 
 def _open_to_note(sidecar: int) -> int:
     """A new descriptor of the committed journal, to note in it how far it is applied."""
-    return os.open(NAME, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=sidecar)
+    return syscalls.open(NAME, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=sidecar)
 
 
 def _checked(fd: int, label: str) -> tuple[Checkpoint, int]:
@@ -266,7 +267,7 @@ def _check_image(fd: int, end: int, checkpoint: Checkpoint, image: int, label: s
 
     `fd` is the journal, `end` the byte behind its last record.
     """
-    status = os.fstat(image)
+    status = syscalls.fstat(image)
     if (status.st_size, status.st_ino) != (checkpoint.size, checkpoint.inode):
         what = (
             f"is not the one of the redo journal beside it, which belongs to another file ({checkpoint.size} bytes, "
@@ -294,7 +295,7 @@ def _data_of(fd: int, image_size: int) -> Iterator[tuple[int, int, int]]:
 
 def _check_size(checkpoint: Checkpoint, image: int, label: str) -> None:
     """Raise ForebayError where the image has another size than the one of the checkpoint, however sure one is."""
-    size = os.fstat(image).st_size
+    size = syscalls.fstat(image).st_size
     if size != checkpoint.size:
         raise ForebayError(
             f"{label} has {size} bytes, and the redo journal beside it belongs to a file of {checkpoint.size}: put "
@@ -313,7 +314,7 @@ def _header(checkpoint: Checkpoint) -> bytes:
 
 def _read_header(fd: int) -> Checkpoint:
     """The checked header. Raises ValueError for one that is damaged, makes no sense, or is of another version."""
-    raw = os.pread(fd, _HEADER, 0)
+    raw = syscalls.pread(fd, _HEADER, 0)
     if len(raw) < _HEADER or not raw.startswith(_MAGIC):
         raise ValueError("no header")
     body, (found,) = raw[: -_SUM.size], _SUM.unpack(raw[-_SUM.size :])
@@ -359,7 +360,7 @@ def _records(fd: int, image_size: int) -> Iterator[tuple[int, int, int, int]]:
     """
     at, records, size = _HEADER, 0, 0
     while True:
-        raw = os.pread(fd, _HEAD, at)
+        raw = syscalls.pread(fd, _HEAD, at)
         if len(raw) < _HEAD:
             raise ValueError("it ends early")
         magic, kind, offset, length = _RECORD.unpack_from(raw)
@@ -372,7 +373,7 @@ def _records(fd: int, image_size: int) -> Iterator[tuple[int, int, int, int]]:
             raise ValueError(f"a record beyond the end of the image, at byte {at - _HEAD}")
         stored = length if kind == DATA else 0
         for start in range(0, stored, _PIECE):
-            part = os.pread(fd, min(_PIECE, stored - start), at + start)
+            part = syscalls.pread(fd, min(_PIECE, stored - start), at + start)
             if not part:
                 raise ValueError("it ends early")
             total.update(part)

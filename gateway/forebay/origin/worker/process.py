@@ -1,0 +1,241 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""The process of a store as the daemon sees it: started when it is first needed, and again after it has ended.
+
+A descriptor that it has open is named here by a *handle*, a number that no descriptor of this process, and no offset,
+can be. A handle says which process has it: those of one that has ended fail with EIO for ever, and the image is opened
+anew.
+
+Everything here blocks and belongs in a thread, whose wait for an answer ends with the daemon, whatever the store does.
+"""
+
+import errno
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from forebay.origin.worker import program
+from forebay.origin.worker.program import ENDED, Line
+
+FIRST = 1 << 63
+"""The lowest handle. Offsets and descriptors are below it."""
+
+_FD_BITS = 32
+_FD_MASK = (1 << _FD_BITS) - 1
+
+FOLDER = "stores"
+"""The directory in RUN that has the lock files."""
+
+_numbers = itertools.count(1)
+_workers: dict[int, "Worker"] = {}
+"""Those that live, by number."""
+
+here = threading.local()
+"""`here.process` is the StoreProcess for which the call of this thread is made; unset in others."""
+
+
+class Worker:
+    """One life of a store's process. Every method raises OSError; EIO once it has ended."""
+
+    def __init__(self, store: str, lock: Path) -> None:
+        """Start it."""
+        self.number = next(_numbers)
+        self.has_ended = False
+        self._store = store
+        self._lines: deque[Line] = deque()
+        self._making = threading.Lock()
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            held = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                self._process = _start(theirs.fileno(), held)
+            finally:
+                os.close(held)
+        _workers[self.number] = self
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def call(self, name: str, *args: Any, **how: Any) -> Any:
+        """Have it make a call, and return what that returns. Handles stand for its descriptors, in `args` and `how`."""
+        with _Borrowed(self) as line:
+            return self._ask(line, name, args, how)
+
+    def open(self, name: str, *args: Any, **how: Any) -> int:
+        """As `call`, for one that opens a file: a handle."""
+        fd: int = self.call(name, *args, **how)
+        return (self.number << _FD_BITS) | fd | FIRST
+
+    def preadv(self, handle: int, buffers: list[bytearray | memoryview], offset: int) -> int:
+        """As os.preadv. May read less, as that may."""
+        with _Borrowed(self) as line:
+            wanted = min(program.SHARED, sum(len(buffer) for buffer in buffers))
+            count: int = self._ask(line, "preadv", (handle, wanted, offset), {})
+            _scatter(line.memory[:count], buffers)
+            return count
+
+    def pwritev(
+        self, handle: int, buffers: list[bytes | bytearray | memoryview], offset: int
+    ) -> int:
+        """As os.pwritev. May write less, as that may."""
+        with _Borrowed(self) as line:
+            wanted = _gather(buffers, line.memory)
+            count: int = self._ask(line, "pwritev", (handle, wanted, offset), {})
+            return count
+
+    def _ask(self, line: Line, name: str, args: tuple[Any, ...], how: dict[str, Any]) -> Any:
+        ours = tuple(_plain(one) for one in args)
+        try:
+            line.send((name, ours, {key: _plain(value) for key, value in how.items()}))
+            outcome = line.receive()
+        except OSError as error:
+            self._end()
+            raise OSError(errno.EIO, f"{self._store}: {ENDED}") from error
+        if outcome[0]:
+            return outcome[1]
+        _, number, text, path = outcome
+        raise OSError(number, text, path) if path is not None else OSError(number, text)
+
+    def line(self) -> Line:
+        """A line that nobody uses."""
+        with self._making:
+            if self.has_ended:
+                raise OSError(errno.EIO, f"{self._store}: {ENDED}")
+            if self._lines:
+                return self._lines.pop()
+            ours, theirs = socket.socketpair()
+            with theirs:
+                memory = os.memfd_create("forebay-line", os.MFD_CLOEXEC)
+                os.ftruncate(memory, program.SHARED)
+                line = Line(ours, os.dup(memory))
+                try:
+                    socket.send_fds(self._control, [b"L"], [theirs.fileno(), memory])
+                except OSError as error:
+                    self._end()
+                    raise OSError(errno.EIO, f"{self._store}: {ENDED}") from error
+                finally:
+                    os.close(memory)
+            return line
+
+    def give_back(self, line: Line) -> None:
+        """Use the line for another call later."""
+        if self.has_ended:
+            line.sock.close()
+        else:
+            self._lines.append(line)
+
+    def _end(self) -> None:
+        """Note that it has ended."""
+        self.has_ended = True
+        _workers.pop(self.number, None)
+        self._process.poll()
+
+    def leave(self) -> None:
+        """Let it end, as it does when this process ends. Returns at once."""
+        self._end()
+        self._control.close()
+        while self._lines:
+            self._lines.pop().sock.close()
+
+
+class _Borrowed:
+    """A line of a worker for the body of a `with`; it goes back unless the body was cut short."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def __enter__(self) -> Line:
+        self._line = self._worker.line()
+        return self._line
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.give_back(self._line)
+
+
+class StoreProcess:
+    """The process that makes the calls for one store, whenever one is made on a file system that may hang."""
+
+    def __init__(self, store: str, run: Path, is_local: Callable[[str], bool]) -> None:
+        """`run` is the daemon's RUN. `is_local` returns True for a path whose calls this process makes itself."""
+        self.is_local = is_local
+        self._store = store
+        name = sha256(store.encode(errors="surrogateescape")).hexdigest()[:32]
+        self._lock = run / FOLDER / f"{name}.lock"
+        self._starting = threading.Lock()
+        self._worker: Worker | None = None
+
+    def worker(self) -> Worker:
+        """The one that lives now. Raises OSError where none can be started."""
+        with self._starting:
+            if self._worker is None or self._worker.has_ended:
+                self._lock.parent.mkdir(mode=0o700, exist_ok=True)
+                self._worker = Worker(self._store, self._lock)
+            return self._worker
+
+    def leave(self) -> None:
+        """Let the process end, if there is one. Returns at once."""
+        with self._starting:
+            if self._worker is not None:
+                self._worker.leave()
+
+
+def worker_of(handle: int) -> Worker:
+    """The worker that has the descriptor. Raises OSError(EIO) where that has ended."""
+    worker = _workers.get((handle - FIRST) >> _FD_BITS)
+    if worker is None:
+        raise OSError(errno.EIO, ENDED)
+    return worker
+
+
+def pids() -> set[int]:
+    """The process ids of all that live."""
+    return {worker.pid for worker in list(_workers.values())}
+
+
+def _plain(value: Any) -> Any:
+    """What the worker is to see in place of a handle."""
+    return value & _FD_MASK if isinstance(value, int) and value >= FIRST else value
+
+
+def _start(control: int, lock: int) -> subprocess.Popen[bytes]:
+    """The program, in a session of its own so that a terminal's signals do not reach it."""
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", program.__file__, str(control), str(lock)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=(control, lock),
+        start_new_session=True,
+        cwd="/",
+    )
+
+
+def _scatter(data: memoryview, buffers: list[bytearray | memoryview]) -> None:
+    """Copy the data into the buffers, one after the other."""
+    for buffer in buffers:
+        if not data:
+            break
+        part = min(len(buffer), len(data))
+        memoryview(buffer)[:part] = data[:part]
+        data = data[part:]
+
+
+def _gather(buffers: list[bytes | bytearray | memoryview], memory: memoryview) -> int:
+    """Copy as much of the buffers as there is room for. How many bytes."""
+    at = 0
+    for buffer in buffers:
+        part = min(len(buffer), len(memory) - at)
+        memory[at : at + part] = memoryview(buffer)[:part]
+        at += part
+    return at

@@ -1,0 +1,265 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""The program of a store's process, and the calls that it makes; the daemon makes the same ones on local files.
+
+Started by `process.py` as a file of its own: it imports nothing but the standard library, to be there in milliseconds
+and to stay small. `main` first locks a file, which the store's process of the last daemon keeps locked until all that
+it had begun has ended: what hung there cannot land on top of what is written now. Then it takes lines: each is a socket
+and a piece of shared memory, for one call at a time, and has a thread. When the daemon ends, in whatever way, its end
+of the control socket closes. This process ends then, too; the kernel closes its descriptors, and that takes as long as
+the store does.
+
+A request is `HEAD` (bytes that follow), then `marshal` of (name of the call, arguments, keyword arguments). A reply is
+the same with (True, result), or (False, errno, text, file name). Data to read or write lies in the shared memory.
+
+Python has no wrapper for fallocate's modes, statx or openat2: those go through the C library. Sources: fallocate(2),
+statx(2), openat2(2), linux/fs.h.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import marshal
+import mmap
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+HEAD = struct.Struct("<I")
+
+SHARED = 1 << 20
+"""Bytes of the shared memory of one line, and most that one call reads or writes."""
+
+LOCK_SECONDS = 0.02
+"""Between two looks whether the process before has ended."""
+
+ENDED = "forebay: the process of this store has ended"
+
+_AT_EMPTY_PATH = 0x1000
+_AT_STATX_FORCE_SYNC = 0x2000
+_STATX_BASIC_STATS = 0x07FF
+_STATX_SIZE = 256
+_SYS_OPENAT2 = 437  # the same number on every architecture but alpha (openat2(2), since Linux 5.6)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.statx.argtypes = (
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_uint,
+    ctypes.c_char_p,
+)
+
+Flat = tuple[tuple[float, ...], dict[str, Any]]
+"""The arguments of os.stat_result, which itself cannot be sent."""
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (
+        ("flags", ctypes.c_uint64),
+        ("mode", ctypes.c_uint64),
+        ("resolve", ctypes.c_uint64),
+    )
+
+
+def openat2(root: int, path: str, flags: int, resolve: int) -> int:
+    """A new descriptor of `path` below `root`. Raises OSError."""
+    how = _OpenHow(flags, 0, resolve)
+    found = int(
+        _libc.syscall(_SYS_OPENAT2, root, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+    )
+    if found < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    return found
+
+
+def statx(fd: int) -> bytes:
+    """The status of an open file as its server knows it now: struct statx. Raises OSError.
+
+    AT_STATX_FORCE_SYNC because plain fstat on NFS answers from a cache that lags seconds behind.
+    """
+    found = ctypes.create_string_buffer(_STATX_SIZE)
+    flags = _AT_EMPTY_PATH | _AT_STATX_FORCE_SYNC
+    if _libc.statx(fd, b"", flags, _STATX_BASIC_STATS, found) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return found.raw
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Change what is allocated for the range. Raises OSError."""
+    while _libc.fallocate64(fd, mode, offset, length) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def _flat(found: os.stat_result) -> Flat:
+    flat: Flat = found.__reduce__()[1]  # type: ignore[assignment]
+    return flat
+
+
+def _fstat(fd: int) -> Flat:
+    return _flat(os.fstat(fd))
+
+
+def _stat(path: str, **how: Any) -> Flat:
+    return _flat(os.stat(path, **how))
+
+
+def holders(fd: int, programs: tuple[str, ...]) -> list[tuple[str, int]]:
+    """Who has the open file open as well: name and pid of the programs of this host whose name begins so.
+
+    The pid is 0 for another descriptor of this process. What this user may not see is left out.
+    """
+    image = os.fstat(fd)
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it ended, or is another user's
+            if pid == str(os.getpid()):
+                if _open_at(pid, image) - {fd}:
+                    found.append(("", 0))
+            elif (name := _name(pid)).startswith(programs) and _open_at(pid, image):
+                found.append((name, int(pid)))
+    return found
+
+
+def _name(pid: str) -> str:
+    """The name of the process's program. Raises OSError."""
+    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+        return file.read().strip()
+
+
+def _open_at(pid: str, image: os.stat_result) -> set[int]:
+    """The numbers of the descriptors that the process has of the file. Raises OSError."""
+    found = set()
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), image):
+                found.add(int(number))
+    return found
+
+
+def _fcntl(fd: int, command: int, argument: bytes) -> bytes:
+    return fcntl.fcntl(fd, command, argument)
+
+
+def _ioctl(fd: int, request: int, argument: bytes) -> bytes:
+    return fcntl.ioctl(fd, request, argument)
+
+
+OF_OS = {"close", "fdatasync", "fsync", "ftruncate", "link", "listdir", "lseek", "mkdir", "open"}
+OF_OS |= {"posix_fadvise", "read", "rename", "rmdir", "unlink"}
+"""Calls that are functions of `os`."""
+
+OTHERS: dict[str, Callable[..., Any]] = {
+    "fallocate": fallocate,
+    "fcntl": _fcntl,
+    "fstat": _fstat,
+    "holders": holders,
+    "ioctl": _ioctl,
+    "openat2": openat2,
+    "stat": _stat,
+    "statx": statx,
+}
+"""The other calls, by name. `preadv` and `pwritev` are made on the shared memory of the line."""
+
+
+def make(name: str, *args: Any, **how: Any) -> Any:
+    """Make the call of that name. Raises OSError."""
+    if name in OF_OS:
+        return getattr(os, name)(*args, **how)
+    return OTHERS[name](*args, **how)
+
+
+class Line:
+    """This end of a line: a connected stream socket, and the memory shared with the other end."""
+
+    def __init__(self, sock: socket.socket, memory: int) -> None:
+        """Take over both descriptors."""
+        self.sock = sock
+        self.memory = memoryview(mmap.mmap(memory, SHARED))
+        os.close(memory)
+
+    def send(self, what: Any) -> None:
+        """Send one request or reply. Raises OSError."""
+        body = marshal.dumps(what)
+        self.sock.sendall(HEAD.pack(len(body)) + body)
+
+    def receive(self) -> Any:
+        """The next one. Raises ConnectionError when the other end is gone."""
+        (length,) = HEAD.unpack(self._exactly(HEAD.size))
+        return marshal.loads(self._exactly(length))  # noqa: S302  (from the other half of this program)
+
+    def _exactly(self, length: int) -> bytes:
+        found = self.sock.recv(length, socket.MSG_WAITALL)
+        while len(found) < length:
+            more = self.sock.recv(length - len(found), socket.MSG_WAITALL)
+            if not more:
+                raise ConnectionError(ENDED)
+            found += more
+        return found
+
+    def serve(self) -> None:
+        """Make calls until the other end is gone."""
+        with contextlib.suppress(OSError):
+            while True:
+                name, args, how = self.receive()
+                self.send(self._outcome(name, args, how))
+
+    def _outcome(self, name: str, args: tuple[Any, ...], how: dict[str, Any]) -> tuple[object, ...]:
+        try:
+            return True, self._make(name, args, how)
+        except OSError as error:
+            return False, error.errno or errno.EIO, error.strerror or str(error), error.filename
+        except Exception as fault:  # noqa: BLE001  (it is told to whoever asked)
+            return False, errno.EIO, f"{name}: {type(fault).__name__}: {fault}", None
+
+    def _make(self, name: str, args: tuple[Any, ...], how: dict[str, Any]) -> object:
+        if name == "preadv":
+            fd, length, offset = args
+            return os.preadv(fd, [self.memory[:length]], offset)
+        if name == "pwritev":
+            fd, length, offset = args
+            return os.pwritev(fd, [self.memory[:length]], offset)
+        return make(name, *args, **how)
+
+
+def main(control: int, lock: int) -> None:
+    """Serve the lines that come over the control socket, until its other end closes."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it ends with the daemon, not before
+    sock = socket.socket(fileno=control)
+    _wait_for_lock(sock, lock)
+    while True:
+        _, fds, _, _ = socket.recv_fds(sock, 1, 2)
+        if len(fds) != 2:
+            os._exit(0)
+        line = Line(socket.socket(fileno=fds[0]), fds[1])
+        threading.Thread(target=line.serve, daemon=True).start()
+
+
+def _wait_for_lock(sock: socket.socket, lock: int) -> None:
+    """Return when the lock is ours; end the process when the daemon ends meanwhile."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        if poll.poll(1000 * LOCK_SECONDS):
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,89 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""Whoever touches a file of a store goes by `forebay.origin.worker.syscalls`: a call of its own could hang in the
+kernel, and the daemon with it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOMS = ("origin", "sidecar", "image")
+GATEWAY = Path(__file__).resolve().parents[2] / "gateway" / "forebay"
+
+PURE = {"os.major", "os.minor", "os.makedev", "os.strerror", "os.fsencode", "os.fsdecode"}
+"""Functions of `os` that ask nothing but the process itself, as do those below."""
+OWN = {"os.getpid", "os.geteuid", "os.getuid", "os.getgrouplist", "os.uname", "os.urandom"}
+OWN |= {"os.sysconf", "os.path.basename", "os.path.dirname", "os.path.normpath", "os.path.relpath"}
+OWN |= {"os.path.join", "os.path.isabs"}
+
+PATHS = {"exists", "is_dir", "is_file", "lstat", "mkdir", "read_text"}
+PATHS |= {"write_text", "read_bytes", "write_bytes", "iterdir", "glob", "touch", "resolve"}
+"""Methods of Path that touch files."""
+
+ALLOWED = {
+    ("origin/mounts.py", "read_text"),  # of /proc
+    ("sidecar/record.py", "read_text"),  # of /proc
+    ("sidecar/recover.py", "is_file"),
+    ("sidecar/recover.py", "os.path.realpath"),  # of `forebay recover`, which is no daemon
+}
+
+
+def dotted(node: ast.expr) -> str:
+    """`os.path.join` of the expression that says so; empty for what is no such name."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        before = dotted(node.value)
+        return f"{before}.{node.attr}" if before else ""
+    return ""
+
+
+def touching(tree: ast.AST) -> set[str]:
+    """Calls in the source that may touch a file, by their names."""
+    found = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute):
+            if isinstance(node, ast.Name) and node.id == "open":
+                found.add("open")
+            continue
+        name = dotted(node)
+        if name.startswith(("os.", "fcntl.")) and name[-1].islower():
+            found.add(name)
+        elif node.attr in PATHS and not name.startswith("syscalls."):
+            found.add(node.attr)
+    return {one for one in found if one not in PURE | OWN | {"os.path", "os.stat_result"}}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_files_of_stores_are_touched_by_syscalls_alone(room: str) -> None:
+    paths = [path for path in (GATEWAY / room).rglob("*.py") if path.parent.name != "worker"]
+    assert len(paths) > 5, "this test looks in the wrong place"
+    wrong = {
+        (str(path.relative_to(GATEWAY)), name)
+        for path in paths
+        for name in touching(ast.parse(path.read_text()))
+    }
+    assert wrong <= ALLOWED
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os\nos.pread(fd, 1, 0)",
+        "f = os.close",
+        "open('x')",
+        "path.is_dir()",
+        "fcntl.fcntl(fd, 1)",
+    ],
+)
+def test_what_touches_a_file_is_found(source: str) -> None:
+    assert touching(ast.parse(source))
+
+
+@pytest.mark.parametrize(
+    "source", ["os.O_RDONLY", "os.stat_result", "fcntl.F_RDLCK", "sidecar.open()"]
+)
+def test_what_touches_none_is_not(source: str) -> None:
+    assert not touching(ast.parse(source))
