@@ -14,10 +14,10 @@ from unittest import mock
 import pytest
 
 from forebay.errors import ForebayError
-from forebay.origin import calls as origin_calls
 from forebay.origin.addresses import FileAddress
 from forebay.origin.calls import open_beneath
 from forebay.origin.opening import OpenImage, open_image
+from forebay.origin.worker import program
 from real.gateway_process import GatewayProcess
 
 SECRET = b"secret" * 1000
@@ -52,7 +52,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "openat2":
         yield request.param
         return
-    with mock.patch.object(origin_calls, "_SYS_OPENAT2", 100_000):  # ENOSYS
+    with mock.patch.object(program, "_SYS_OPENAT2", 100_000):  # ENOSYS
         yield request.param
 
 
