@@ -9,6 +9,7 @@ command (it imports email and ssl), and hooks start it often.
 """
 
 import json
+import math
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,15 +27,74 @@ ANSWER_TIMEOUT = 30.0
 """Seconds for what the daemon answers from memory. What does I/O waits without limit."""
 
 
+LONGEST_ANSWER = 64 << 20
+"""Bytes. A disk takes less than 2 KiB of the longest one, the list of all disks."""
+
+MOST_HEADERS = 100
+
+LONGEST_LINE = 64 << 10
+"""Bytes of a header, or of one line of progress."""
+
+_TEXTS = {"name", "image", "mode", "state", "socket", "error", "device", "what", "text", "disk"}
+_MAY_BE_NULL = {"error", "disk", "device"}
+_LISTS = {"damage", "faults", "not_served"}
+_NUMBERS = {"size", "clients", "done", "total", "offset", "length", "reads", "writes"}
+_NUMBERS_END = ("_bytes", "_seconds", "_hits", "_misses")
+
+
 class NoDaemonError(ForebayError):
     """Nobody answers at the control socket."""
 
 
-def _refused(answer: dict[str, Any]) -> ForebayError:
+class StrangeAnswerError(ForebayError):
+    """What answers is no Forebay daemon, or one of a version that this command does not understand."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"the daemon's answer {what}: see that daemon and command are of one version, "
+            "and that gateway.run names the daemon's directory"
+        )
+
+
+class Answer(dict[str, Any]):
+    """An object of an answer. Raises StrangeAnswerError for a key that it lacks."""
+
+    def __missing__(self, key: str) -> Any:
+        raise StrangeAnswerError(f"lacks '{key}'")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Answer:
+    """An object, whose keys have values of the kinds that every version gave them. Raises StrangeAnswerError."""
+    for key, value in pairs:
+        if not _is_of_its_kind(key, value):
+            raise StrangeAnswerError(f"has a '{key[:64]}' that cannot be")
+    return Answer(pairs)
+
+
+def _is_of_its_kind(key: str, value: Any) -> bool:
+    if key in _TEXTS:
+        return isinstance(value, str) or (value is None and key in _MAY_BE_NULL)
+    if key in _LISTS:
+        return isinstance(value, list)
+    if key in _NUMBERS or key.endswith(_NUMBERS_END):
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return True
+
+
+def _refused(answer: Any) -> ForebayError:
     """What an answer that is an error says."""
-    if "holder" in answer:
+    if not isinstance(answer, Answer):
+        return StrangeAnswerError("is no object")
+    if isinstance(answer.get("holder"), dict):
         return InUseError(answer["error"], answer["holder"])
-    return ForebayError(answer["error"])
+    return ForebayError(answer["error"] or "refused, and it did not say why")
+
+
+def _checked(answer: Any) -> Answer:
+    """An answer that is an object. Raises StrangeAnswerError for any other."""
+    if isinstance(answer, Answer):
+        return answer
+    raise StrangeAnswerError("is no object")
 
 
 class Client:
@@ -46,24 +106,29 @@ class Client:
     def get(self, target: str) -> Any:
         """What the daemon says at `target`, decoded from JSON."""
         with self._exchange("GET", target, None, ANSWER_TIMEOUT) as answer:
-            return self._decode(answer.read())
+            found = self._whole(answer)
+        if target == "/disks":
+            if isinstance(found, list) and all(isinstance(one, Answer) for one in found):
+                return found
+            raise StrangeAnswerError("is no list of disks")
+        return _checked(found)
 
     def post(self, target: str, content: dict[str, Any]) -> Any:
         """Send a JSON object and wait for the answer, however long it takes."""
         with self._exchange("POST", target, content, None) as answer:
-            return self._decode(answer.read())
+            return _checked(self._whole(answer))
 
     def follow(
         self, method: str, target: str, content: dict[str, Any] | None, progress: Progress
     ) -> Any:
         """Start work, pass its progress on, and return its result, however long that takes."""
         with self._exchange(method, target, content, None) as answer:
-            for text in answer:
-                line = self._decode(text)
+            while text := answer.readline(LONGEST_LINE):
+                line = _checked(self._decode(text))
                 if "error" in line:
-                    raise ForebayError(line["error"])
+                    raise _refused(line)
                 if "result" in line:
-                    return line["result"]
+                    return Answer() if line["result"] is None else _checked(line["result"])
                 progress(line["done"], line["total"])
         raise self._gone()
 
@@ -81,7 +146,7 @@ class Client:
                 self._send(connection, method, target, content)
                 status = self._head(answer)
                 if status >= 400:
-                    raise _refused(self._decode(answer.read()))
+                    raise _refused(self._whole(answer))
                 yield answer
             except TimeoutError:
                 raise NoDaemonError(
@@ -121,17 +186,30 @@ class Client:
 
     def _head(self, answer: IO[bytes]) -> int:
         """The HTTP status of the answer. Its headers are read and passed over."""
-        words = answer.readline().split()
-        while answer.readline().strip():
-            pass
-        if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
+        first = answer.readline(LONGEST_LINE)
+        words = first.split()
+        if first and not first.startswith(b"HTTP/1."):
+            raise StrangeAnswerError("is not HTTP")
+        for _ in range(MOST_HEADERS):
+            if not answer.readline(LONGEST_LINE).strip():
+                break
+        if len(words) < 2 or len(words[1]) != 3 or not words[1].isdigit():
             raise self._gone()
         return int(words[1])
+
+    def _whole(self, answer: IO[bytes]) -> Any:
+        """The rest of the answer, decoded. Raises StrangeAnswerError for one that does not end."""
+        text = answer.read(LONGEST_ANSWER + 1)
+        if len(text) > LONGEST_ANSWER:
+            raise StrangeAnswerError(f"is longer than {LONGEST_ANSWER >> 20} MiB")
+        return self._decode(text)
 
     def _decode(self, text: bytes) -> Any:
         """What a JSON text means. One that is cut short means that the daemon ended while it spoke, and raises that."""
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=_object)
+        except RecursionError:
+            raise StrangeAnswerError("is nested too deeply") from None
         except ValueError:
             raise self._gone() from None
 

@@ -186,3 +186,13 @@ def format_duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def printable(text: str) -> str:
+    """The text with every character that a terminal would act on, or cannot show, written as an escape.
+
+    What others wrote (names of images, the owner of a marker, a daemon's answers) is not to move the cursor.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

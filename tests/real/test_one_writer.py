@@ -174,7 +174,7 @@ class Case:
 CASES = [
     Case("taken", "was taken over by host elsewhere"),
     Case("removed", "was taken over"),
-    Case("truncated", "owner cannot be read (Expecting value"),
+    Case("truncated", "owner cannot be read (not JSON text"),
     Case("newer", "owner cannot be read (format 2, this version knows only 1), so another gateway"),
     Case("folder", "owner cannot be read (not a file)"),
     Case("replaced", "replaced"),

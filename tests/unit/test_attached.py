@@ -101,6 +101,8 @@ async def test_a_disk_is_served_until_it_rests(bed: Bed, nursery: trio.Nursery) 
     assert bed.attached.status() == {
         "state": "ready",
         "reason": None,
+        "cache_size": None,
+        "preload": None,
         "clients": 0,
         "socket": "/run/d.sock",
     }

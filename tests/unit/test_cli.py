@@ -26,6 +26,7 @@ from forebay.cli.commands import RUN
 from forebay.cli.completion import completion
 from forebay.cli.main import COMMANDS, build_parser, command_in, main
 from forebay.cli.stats import Wanted, difference, parse_wanted, rates
+from forebay.cli.wait import with_wait_closed
 from forebay.errors import ForebayError
 from forebay.units import MIB
 from unit.control_fake import FakeGateway, disk, served
@@ -77,6 +78,10 @@ def no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("status a/b", "argument NAME: 'a/b' is not a name: use 1 to 64"),
         ("attach a", "required: IMAGE"),
         ("attach -- -a images:x", "argument NAME: '-a' is not a name"),
+        (
+            "attach a images:x --preload trace",
+            "argument --preload: 'trace' (what the last boot read)",
+        ),
         ("attach a images:x --mode writebck", "argument --mode: 'writebck' is not a mode (did you"),
         ("attach a images:x --cache-size 20GB", "argument --cache-size: '20GB' is not a size"),
         ("attach a images:x --cache-size=-1", "argument --cache-size: '-1' is not a size"),
@@ -87,7 +92,7 @@ def no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("flush --timeout soon", "argument --timeout: 'soon' is not a duration: write 30s"),
         ("mode a", "required: MODE"),
         ("mode a fast", "argument MODE: 'fast' is not a mode: use one of none, write-around"),
-        ("preload a", "required: SIZE|trace|all"),
+        ("preload a", "required: SIZE|all"),
         ("preload a 5 XB", "unrecognized arguments: XB"),
         ("preload a 5XB", "'5XB' is not a size"),
         ("xml a --target 5", "argument --target: '5' is not a target: use vda"),
@@ -212,7 +217,7 @@ async def test_something_else_at_the_socket_is_told(tmp_path: Path) -> None:
     socket.listen()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.serve_listeners, babble, [trio.SocketListener(socket)])
-        with pytest.raises(client.NoDaemonError, match="went away in the middle"):
+        with pytest.raises(client.StrangeAnswerError, match="the daemon's answer is not HTTP"):
             await trio.to_thread.run_sync(client.Client(str(path)).get, "/disks")
         nursery.cancel_scope.cancel()
 
@@ -539,6 +544,25 @@ def test_every_command_of_the_contract_is_there() -> None:
 )
 def test_command_is_found_before_parsing(argv: str, command: str | None) -> None:
     assert command_in(argv.split()) == command
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "wait"),
+    [
+        ("attach --wait vm1 images:x", "vm1", float("inf")),
+        ("attach --wait 30s vm1 images:x", "vm1", 30),
+        ("attach --wait=2m vm1 images:x", "vm1", 120),
+        ("attach vm1 --wait images:x", "vm1", float("inf")),
+        ("attach vm1 images:x --wait", "vm1", float("inf")),
+        ("attach vm1 images:x --wait 1", "vm1", 1),
+        ("attach --wait forever vm1 images:x", "vm1", float("inf")),
+        ("attach --wait --overlay vm1 images:x", "vm1", float("inf")),
+        ("attach vm1 images:x", "vm1", None),
+    ],
+)
+def test_waiting_without_a_time_takes_no_name(argv: str, name: str, wait: float | None) -> None:
+    arguments = build_parser("attach").parse_args(with_wait_closed(argv.split()))
+    assert (arguments.name, arguments.image, arguments.wait) == (name, "images:x", wait)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -54,10 +54,19 @@ def test_at_a_terminal_it_is_one_line_that_goes_away(
 
 
 def test_no_time_left_is_the_last_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
     monkeypatch.setattr(cli_wait, "PAUSE", 1.0)
-    with pytest.raises(InUseError, match="detach it there first; waited") as refused:
-        cli_wait.when_free(Daemon(HELD).attach, "d", 0.5)
+    monkeypatch.setattr("forebay.cli.wait.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("forebay.cli.wait.time.sleep", sleep)
+    daemon = Daemon(*[HELD] * 9)
+    with pytest.raises(InUseError, match="detach it there first; waited 2.5s$") as refused:
+        cli_wait.when_free(daemon.attach, "d", 2.5)
     assert refused.value.holder == {"host": "one"}
+    assert daemon.asked == 4  # at once, after 1 and 2 seconds, and when the time is over
 
 
 def test_what_no_waiting_mends_is_told_at_once() -> None:

@@ -209,7 +209,7 @@ def test_warnings_name_what_is_missing(file: Path, tmp_path: Path) -> None:
         ("[gateway]\ncontrol_group = ''", "2: gateway.control_group: no group '' on this host"),
         ("[cache]\nsize = '20 GB'", "2: cache.size: '20 GB' is not a size: units are binary"),
         ("[cache]\nsize = 1.5", "2: cache.size: 1.5 is not a size: write 64K"),
-        ("[cache]\nsize = '1K'", "2: cache.size: 1 KiB is too small: use at least 1 MiB"),
+        ("[cache]\nsize = '1K'", "2: cache.size: 1 KiB is too small: use at least 4 MiB"),
         ("[cache]\nblock_size = '12K'", "2: cache.block_size: 12 KiB is not supported: use 64 K"),
         ("[defaults]\nmode = 'writebck'", "2: defaults.mode: 'writebck' is not a mode (did you "),
         ("[defaults]\nmode = 5", "2: defaults.mode: 5 is not a mode: use one of none, write-"),
@@ -217,9 +217,16 @@ def test_warnings_name_what_is_missing(file: Path, tmp_path: Path) -> None:
         ("[defaults]\nmax_lag = true", "2: defaults.max_lag: True is not a duration"),
         ("[defaults]\npreload = 'boot'", "2: defaults.preload: 'boot' is not a size: write 64K"),
         ("[stores.a]\nmode = 'wb'", "1: stores.a.path: is required: add it"),
-        ("[stores.'a b']\npath = '/a'", "1: stores: 'a b' is not a name: use 1 to 64 of"),
-        ("[stores.nbd]\npath = '/a'", "1: stores: 'nbd' cannot name a store, nbd: begins a URI"),
+        ("[stores.'a b']\npath = '/a'", "1: stores.a b: 'a b' is not a name: use 1 to 64 o"),
+        (
+            "[stores.nbd]\npath = '/a'",
+            "1: stores.nbd: 'nbd' cannot name a store, nbd: begins a URI",
+        ),
         ("[stores.a]\npath='/a'\n[stores.b]\npath='/a/'", "1: stores: 'a' and 'b' are the same d"),
+        (
+            "[stores.a]\npath = '/a'\non_change = 'stop'",
+            "3: stores.a.on_change: 'stop' is not known",
+        ),
         ("[stores.a]\npath = '/a'\nsize = 1", "3: stores.a.size: unknown key"),
         ('[stores."a.b"]\npath = 5', "2: stores.a.b.path: must be a path in quotes"),
         ("[origins]\nnbd = 'nbd://*'", "2: origins.nbd: must be a list, as"),
@@ -243,6 +250,8 @@ mode = "writebak"
 max_lag = "soon"
 [stores.images]
 mode = 5
+["stores"."b c"]
+path = 7
 """
     found = faults(file, text)
     assert [fault.split(": ")[:2] for fault in found] == [
@@ -253,6 +262,8 @@ mode = 5
         ["9", "defaults.max_lag"],
         ["10", "stores.images.path"],
         ["11", "stores.images.mode"],
+        ["12", "stores.b c"],
+        ["13", "stores.b c.path"],
     ]
 
 

@@ -1,6 +1,8 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
+import io
+
 import pytest
 
 from forebay.cli.render import (
@@ -44,7 +46,38 @@ def test_image_is_cut_in_the_middle_to_fit_a_terminal() -> None:
     assert line.split()[1].endswith("debian-12.raw")
     assert "…" in line
     assert "…" not in status_table([long])[1]
-    assert status_table([long], width=10)[1].split()[1] == "image…12.raw"  # never to nothing
+    assert status_table([long], width=10)[1].split()[1] == "im…aw"  # never to nothing
+
+
+@pytest.mark.parametrize("name", ["web1", "n" * 64])
+@pytest.mark.parametrize("state", ["ready", "pass-through"])
+@pytest.mark.parametrize("overlay", [False, True])
+def test_a_disk_fits_a_terminal_of_80_columns(name: str, overlay: bool, state: str) -> None:
+    one = disk(
+        name,
+        image="images:golden-image-debian12.raw",
+        mode="write-around",
+        overlay=overlay,
+        state=state,
+    )
+    assert max(map(len, status_table([one], width=80))) <= 80
+
+
+def test_a_locale_without_the_mark_gets_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    lines = status_table([disk("a", image="images:" + "x" * 90)], width=80)
+    assert "\n".join(lines).isascii()
+    assert "~" in lines[1]
+
+
+def test_what_others_wrote_moves_no_cursor() -> None:
+    hostile = disk("a", image="images:\x1b[2J\r\udcff", state="conflict", reason="by \x1b]0;x\x07")
+    text = "\n".join(
+        [*status_table([hostile]), *reasons([hostile]), *key_values({"a\x1b": "b\x1b"})]
+    )
+    assert "\x1b" not in text
+    assert text.replace("\n", "").isprintable()
+    assert "images:\\x1b[2J\\r\\udcff" in text
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ command often, so what only some commands need is imported in them.
 """
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -16,7 +17,15 @@ from typing import Any, NoReturn
 
 from forebay import __version__
 from forebay.errors import ForebayError
-from forebay.units import Mode, did_you_mean, parse_duration, parse_name, parse_preload, parse_size
+from forebay.units import (
+    Mode,
+    did_you_mean,
+    parse_duration,
+    parse_name,
+    parse_preload,
+    parse_size,
+    printable,
+)
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 
@@ -45,7 +54,7 @@ class Parser(argparse.ArgumentParser):
             what, word, known = match.groups()
             hint = did_you_mean(word, known.replace("'", "").split(", "))
             text = f"argument {what}: no {what.lower()} '{word}'{hint}: use one of {known}"
-        self.exit(WRONG_USAGE, f"{self.prog}: {text} (see '{self.prog} --help')\n")
+        self.exit(WRONG_USAGE, f"{self.prog}: {printable(text)} (see '{self.prog} --help')\n")
 
 
 def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -72,6 +81,12 @@ def _target(text: str) -> str:
     return parse_target(text)
 
 
+def _patience(text: str) -> float:
+    from forebay.cli.wait import parse_patience
+
+    return parse_patience(text)
+
+
 def _path(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty: write a path")
@@ -90,8 +105,16 @@ def _tag(text: str) -> str:
     return parse_tag(text)
 
 
+def _preload_amount(text: str) -> int | str:
+    """What may be preloaded now; a trace can only be asked for in settings, for which it is a wish."""
+    amount = parse_preload(text)
+    if amount == "trace":
+        raise ValueError("'trace' (what the last boot read) is not there yet: use a size, or 'all'")
+    return amount
+
+
 NAME, SIZE, MODE = _checked(parse_name), _checked(parse_size), _checked(Mode.parse)
-PRELOAD, DURATION, IMAGE = _checked(parse_preload), _checked(parse_duration), _checked(_some_text)
+PRELOAD, DURATION, IMAGE = _checked(_preload_amount), _checked(parse_duration), _checked(_some_text)
 PATH = _checked(_path)
 
 
@@ -177,12 +200,13 @@ def _attach(parser: Parser) -> None:
     add(
         "--cache-size", metavar="SIZE", type=SIZE, help="most it may hold of the cache; 0: no limit"
     )
-    text = "what to bring in at once (trace is not there yet)"
-    add("--preload", metavar="SIZE|trace|all", type=PRELOAD, help=text)
+    add("--preload", metavar="SIZE|all", type=PRELOAD, help="what to bring in at once")
     add("--read-only", action="store_true", help="refuse writes")
     add("--overlay", action="store_true", help="keep writes private and drop them at detach")
     text = "while another host has the image, wait until it is free, or for as long as this says"
-    add("--wait", metavar="TIME", type=DURATION, nargs="?", const=float("inf"), help=text)
+    add(
+        "--wait", metavar="TIME", type=_checked(_patience), nargs="?", const=float("inf"), help=text
+    )
     _json(parser)
 
 
@@ -220,8 +244,8 @@ def _mode(parser: Parser) -> None:
 
 def _preload(parser: Parser) -> None:
     _name(parser)
-    text = "from the start of the image; what the last boot read (not there yet); all"
-    parser.add_argument("amount", metavar="SIZE|trace|all", type=PRELOAD, help=text)
+    text = "so much from the start of the image, or all of it"
+    parser.add_argument("amount", metavar="SIZE|all", type=PRELOAD, help=text)
 
 
 def _xml(parser: Parser) -> None:
@@ -320,7 +344,13 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None: those of the process). Its exit code."""
     words = sys.argv[1:] if argv is None else argv
-    parser = build_parser(command_in(words))
+    _show_any_text()
+    command = command_in(words)
+    parser = build_parser(command)
+    if command == "attach":
+        from forebay.cli.wait import with_wait_closed
+
+        words = with_wait_closed(words)
     arguments = parser.parse_args(words)
     try:
         from forebay.cli.commands import RUN
@@ -345,8 +375,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(f"{where}{fault.strerror or fault}: check the path and its permissions")
 
 
+def _show_any_text() -> None:
+    """Have what the locale cannot show written as an escape: a name is no reason for a command to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _failed(text: str) -> int:
     """Say on stderr what is wrong. The exit code."""
     for line in text.splitlines() or ["failed"]:
-        print(f"forebay: {line}", file=sys.stderr)
+        print(f"forebay: {printable(line)}", file=sys.stderr)
     return FAILED

@@ -7,10 +7,11 @@ Plain aligned text; at a terminal the heading is bold, and what needs a look is 
 """
 
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from forebay.units import MIB, format_duration, format_size
+from forebay.units import MIB, format_duration, format_size, printable
 
 BOLD, RED, YELLOW = "1", "31", "33"
 
@@ -26,18 +27,21 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A heading, and on which side its fields are aligned."""
+    """A heading, on which side its fields are aligned, and how narrow it may become to fit a terminal.
+
+    `narrow` (characters): one width after the other is tried, in turn with the other columns.
+    """
 
     heading: str
     right: bool = False
-    shrinks: bool = False
+    narrow: tuple[int, ...] = ()
 
 
 STATUS_COLUMNS = (
-    Column("NAME"),
-    Column("IMAGE", shrinks=True),
+    Column("NAME", narrow=(20, 8, 5)),
+    Column("IMAGE", narrow=(12, 8, 5)),
     Column("SIZE", right=True),
-    Column("MODE"),
+    Column("MODE", narrow=(13, 8)),
     Column("STATE"),
     Column("CACHED", right=True),
     Column("DIRTY", right=True),
@@ -60,7 +64,7 @@ def table(
     width: int | None = None,
 ) -> list[str]:
     """Aligned lines, heading first. `width` (characters): columns that may shrink do, to fit it."""
-    body = list(rows)
+    body = [[Cell(printable(cell.text), cell.colour) for cell in row] for row in rows]
     widths = [
         max(len(column.heading), *(len(row[i].text) for row in body), 0)
         for i, column in enumerate(columns)
@@ -72,11 +76,14 @@ def table(
 
 
 def _shrink(columns: Sequence[Column], widths: list[int], width: int) -> None:
-    """Make columns that may shrink narrower, until the table has `width` characters, if that can be had."""
+    """Make columns that may be narrow narrower, until the table has `width` characters, if that can be had."""
     excess = sum(widths) + 2 * (len(widths) - 1) - width
-    for i, column in enumerate(columns):
-        if column.shrinks and excess > 0:
-            widths[i] = max(len(column.heading), 12, widths[i] - excess)
+    for turn in range(max(len(column.narrow) for column in columns)):
+        for i in sorted(range(len(columns)), key=lambda i: -widths[i]):
+            if excess > 0 and turn < len(columns[i].narrow):
+                before = widths[i]
+                widths[i] = min(before, max(columns[i].narrow[turn], before - excess))
+                excess -= before - widths[i]
 
 
 def _line(
@@ -94,8 +101,18 @@ def _middle_cut(text: str, width: int) -> str:
     """Cut from the middle: the store in front and the file at the end tell images apart."""
     if len(text) <= width:
         return text
+    mark = _cut_mark()
     front = (width - 1) // 2
-    return text[:front] + "…" + text[len(text) - (width - 1 - front) :]
+    return text[:front] + mark + text[len(text) - (width - 1 - front) :]
+
+
+def _cut_mark() -> str:
+    """One character that stands for what was cut out, and that stdout can show in this locale."""
+    try:
+        "…".encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return "~"
+    return "…"
 
 
 def hit_percent(hits: float, misses: float) -> str:
@@ -138,14 +155,16 @@ def status_table(
 def reasons(disks: Iterable[Mapping[str, Any]]) -> list[str]:
     """`name: state: why`, for the disks that need a look."""
     return [
-        f"{disk['name']}: {disk['state']}: {disk['reason']}" for disk in disks if disk.get("reason")
+        printable(f"{disk['name']}: {disk['state']}: {disk['reason']}")
+        for disk in disks
+        if disk.get("reason")
     ]
 
 
 def key_values(values: Mapping[str, Any]) -> list[str]:
     """`key  value` lines; what is counted in bytes or seconds is shown in units."""
     wide = max(map(len, values), default=0)
-    return [f"{key.ljust(wide)}  {_shown(key, value)}" for key, value in values.items()]
+    return [printable(f"{key.ljust(wide)}  {_shown(key, value)}") for key, value in values.items()]
 
 
 def _shown(key: str, value: Any) -> str:

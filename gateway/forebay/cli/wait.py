@@ -5,16 +5,41 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from forebay.errors import ForebayError, InUseError
-from forebay.units import format_duration
+from forebay.units import format_duration, parse_duration
 
 PAUSE = 1.0
 """Seconds between two tries. Each costs the store a few calls."""
 
+FOREVER = "forever"
+"""What may stand for a time."""
+
 Status = dict[str, Any]
+
+
+def parse_patience(text: str) -> float:
+    """Seconds, from a duration or `forever`. Raises ValueError."""
+    return float("inf") if text == FOREVER else parse_duration(text)
+
+
+def with_wait_closed(words: Sequence[str]) -> list[str]:
+    """The words of `attach`, in which a `--wait` without a time does not take the name that follows it for one."""
+    closed = list(words)
+    for i, word in enumerate(closed):
+        if word == "--wait" and i + 1 < len(closed) and not _is_patience(closed[i + 1]):
+            closed[i] = f"--wait={FOREVER}"
+    return closed
+
+
+def _is_patience(text: str) -> bool:
+    try:
+        parse_patience(text)
+    except ValueError:
+        return False
+    return True
 
 
 def when_free(attach: Callable[[], Status], name: str, patience: float) -> Status:
@@ -30,19 +55,19 @@ def when_free(attach: Callable[[], Status], name: str, patience: float) -> Statu
                 return attach()
             except InUseError as fault:
                 waited = time.monotonic() - began
-                if waited + PAUSE > patience:
+                if waited >= patience:
                     raise InUseError(
                         f"{fault}; waited {format_duration(waited)}", fault.holder
                     ) from None
                 line.show(str(fault), waited)
-            _pause(name)
+            _pause(name, min(PAUSE, patience - waited))
     finally:
         line.end()
 
 
-def _pause(name: str) -> None:
+def _pause(name: str, seconds: float) -> None:
     try:
-        time.sleep(PAUSE)
+        time.sleep(seconds)
     except KeyboardInterrupt:
         raise ForebayError(
             f"interrupted: '{name}' is not attached, and nobody waits for it now"

@@ -17,6 +17,8 @@ Location = tuple[int | str, ...]
 Sections = Mapping[str, type[BaseModel]]
 """The models of the sections, by their names as in the file; the whole file's is under the empty name."""
 
+_OF_THE_KEY = "[key]"
+
 _PLAIN = {
     "missing": "is required: add it",
     "string_type": "must be text in quotes",
@@ -30,16 +32,23 @@ _PLAIN = {
 
 def faults_of(source: str, text: str, refused: ValidationError, sections: Sections) -> list[str]:
     """The faults in `text`, which is what the file `source` holds, in the order of its lines."""
-    found = [(line_of(text, fault["loc"]), fault) for fault in refused.errors(include_url=False)]
+    found = [
+        (line_of(text, _keys(fault["loc"])), fault) for fault in refused.errors(include_url=False)
+    ]
     return [
         f"{source}:{line or 1}: {dotted(fault['loc'])}: {told(fault, sections)}"
         for line, fault in sorted(found, key=lambda pair: pair[0] or 0)
     ]
 
 
+def _keys(location: Location) -> Location:
+    """The keys alone: pydantic adds a mark of its own where a key is wrong, and not its value."""
+    return tuple(part for part in location if part != _OF_THE_KEY)
+
+
 def dotted(location: Location) -> str:
     """A key as operators write it: `stores.images.path`."""
-    return ".".join(str(part) for part in location)
+    return ".".join(str(part) for part in _keys(location))
 
 
 def told(fault: Mapping[str, Any], sections: Sections) -> str:
@@ -49,6 +58,8 @@ def told(fault: Mapping[str, Any], sections: Sections) -> str:
         return _unknown_key(fault["loc"], sections)
     if kind == "value_error":
         return str(fault["ctx"]["error"])
+    if kind == "literal_error":
+        return f"{fault['input']!r} is not known: use one of {fault['ctx']['expected']}"
     return _PLAIN.get(kind, str(fault["msg"]))
 
 

@@ -20,6 +20,7 @@ from forebay.units import (
     exact_duration,
     exact_size,
     parse_duration,
+    parse_name,
     parse_preload,
     parse_size,
 )
@@ -81,6 +82,13 @@ def _known_peer(name: str) -> str:
     return f"@{_known_group(name[1:])}" if name.startswith("@") else _known_user(name)
 
 
+def _store_name(text: str) -> str:
+    """The name of a store, which stands before the colon of an image."""
+    if parse_name(text).lower() == "nbd":
+        raise ValueError("'nbd' cannot name a store, nbd: begins a URI: rename it")
+    return text
+
+
 def _above_zero(value: float) -> float:
     """A duration of more than 0 seconds."""
     if value <= 0:
@@ -103,6 +111,7 @@ Duration = Annotated[
     AfterValidator(_above_zero),
     PlainSerializer(exact_duration, when_used="json"),
 ]
+StoreName = Annotated[str, AfterValidator(_store_name)]
 ModeName = Annotated[Mode, BeforeValidator(Mode.parse)]
 Directory = Annotated[Path, AfterValidator(_absolute)]
 FileMode = Annotated[

@@ -8,7 +8,7 @@ so a host without a file is served too. A wrong file is refused as a whole, with
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,20 +35,19 @@ from forebay.config.fields import (
     Size,
     SocketGroup,
     SocketPeer,
+    StoreName,
     User,
     socket_group,
 )
 from forebay.config.toml_text import toml_lines
 from forebay.errors import ConfigError, ForebayError
-from forebay.units import GIB, KIB, Mode, did_you_mean, exact_size, parse_name
+from forebay.units import GIB, KIB, Mode, did_you_mean, exact_size
+from forebay_cache.format.superblock import SMALLEST
 
 __all__ = ["Config", "ConfigError", "DiskSettings", "Mode", "Store"]
 
 BLOCK_SIZES = (64 * KIB,)
 """What the cache's on-disk format knows, bytes."""
-
-SMALLEST_CACHE = 16 * BLOCK_SIZES[0]
-"""Bytes. Less cannot hold one large request and evict at the same time."""
 
 LONGEST_RUN = 107 - len("/disks/d.sock.new")
 """Bytes of path. The address of a Unix socket holds 107 (unix(7)); a disk's name is checked at attach."""
@@ -105,9 +104,9 @@ class CacheSection(_Section):
     @field_validator("size")
     @classmethod
     def _large_enough(cls, size: int) -> int:
-        if size < SMALLEST_CACHE:
+        if size < SMALLEST:
             raise ValueError(
-                f"{exact_size(size)} is too small: use at least {exact_size(SMALLEST_CACHE)}"
+                f"{exact_size(size)} is too small: use at least {exact_size(SMALLEST)}"
             )
         return size
 
@@ -178,19 +177,10 @@ class Config(_Section):
     gateway: GatewaySection = Field(default_factory=GatewaySection)
     cache: CacheSection = Field(default_factory=CacheSection)
     defaults: DiskSettings = Field(default_factory=DiskSettings)
-    stores: dict[str, Store] = Field(default_factory=dict)
+    stores: dict[StoreName, Store] = Field(default_factory=dict)
     origins: OriginsSection = Field(default_factory=OriginsSection)
 
     _source: Path | None = PrivateAttr(None)
-
-    @field_validator("stores", mode="before")
-    @classmethod
-    def _names_of_stores(cls, stores: object) -> object:
-        for name in stores if isinstance(stores, dict) else ():
-            parse_name(name)
-            if name.lower() == "nbd":
-                raise ValueError("'nbd' cannot name a store, nbd: begins a URI: rename it")
-        return stores
 
     @field_validator("stores")
     @classmethod
@@ -270,11 +260,22 @@ class Config(_Section):
                 "no image can be attached: add a [stores.NAME] with a path, a directory of images"
             )
         found += (
+            f"{where}.preload: 'trace' (what the last boot read) is not there yet, and brings in nothing: "
+            "use a size, or 'all'"
+            for where, section in self._with_preload()
+            if section.preload == "trace"
+        )
+        found += (
             f"stores.{name}.path: {store.path} is no directory now: mount it before attaching"
             for name, store in self.stores.items()
             if not store.path.is_dir()
         )
         return found
+
+    def _with_preload(self) -> Iterator[tuple[str, "DiskSettings | Store"]]:
+        """The sections in which `preload` may stand, each with its name."""
+        yield "defaults", self.defaults
+        yield from ((f"stores.{name}", store) for name, store in self.stores.items())
 
     def to_toml(self) -> str:
         """The effective configuration as TOML; reading it back gives an equal one."""

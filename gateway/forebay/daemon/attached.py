@@ -207,6 +207,7 @@ class Attached:
         """The keys of the contract, and more."""
         told = {
             **self.disk.status(),
+            **self.record.limits(),
             "clients": self.listener.clients,
             "socket": str(self.listener.path),
         }
@@ -242,6 +243,7 @@ class Absent:
             "read_only": self.record.read_only,
             "overlay": self.record.overlay,
             "size": self.record.size,
+            **self.record.limits(),
             **dict.fromkeys(counters, 0),
             "dirty_bytes": dirty,
             "lag_seconds": round(age, 3),

@@ -49,6 +49,10 @@ class DiskRecord:
         overrides = {"mode": self.mode, "cache_size": self.cache_size, "preload": self.preload}
         return config.disk_settings(store, overrides)
 
+    def limits(self) -> dict[str, Any]:
+        """What the operator asked for, as keys of the disk's status; None where the store's settings hold."""
+        return {"cache_size": self.cache_size, "preload": self.preload}
+
     def of_image(self, key: str, size: int) -> Self:
         """The same of the image that was found; `size` in bytes."""
         return replace(self, key=key, size=size)

@@ -102,7 +102,7 @@ class Disk:
         self._watch.choose_mode()
         self.modes.choose()
         self.image.watch(self.view)
-        self.image.clean.set_cap(self.name, self.settings.cache_size // BLOCK)
+        self.image.clean.set_cap(self.name, -(-self.settings.cache_size // BLOCK))
 
     @property
     def view(self) -> View:

@@ -11,6 +11,7 @@ from typing import Any
 
 from forebay.libvirt.domain import NAMESPACE
 from forebay.libvirt.version import Version, knows_reconnect
+from forebay.units import exact_size
 
 BUSES = {"vd": "virtio", "sd": "scsi", "hd": "ide", "xvd": "xen"}
 """The bus that a target's name stands for; libvirt guesses by the same prefixes."""
@@ -78,6 +79,10 @@ def metadata_element(disk: Mapping[str, Any]) -> str:
     What the store's settings decide is left to them. It has no prefix, because `virsh metadata --set` takes no other.
     """
     given = {"name": disk["name"], "image": disk["image"], "mode": disk["mode"]}
+    if disk.get("cache_size") is not None:
+        given["cache_size"] = exact_size(disk["cache_size"])
+    if (preload := disk.get("preload")) is not None:
+        given["preload"] = preload if isinstance(preload, str) else exact_size(preload)
     given |= {flag: "yes" for flag in ("read_only", "overlay") if disk[flag]}
     written = " ".join(f"{key.replace('_', '-')}={_quoted(given[key])}" for key in given)
     return f"<disks xmlns='{NAMESPACE}'>\n  <disk {written}/>\n</disks>"

@@ -74,9 +74,15 @@ def open_image(
 
 
 def open_folder(address: FileAddress) -> int:
-    """A new descriptor of the directory that the image lies in, which the caller closes. Raises OSError."""
-    folder = os.path.dirname(address.path)
-    return _open_in_store(address, folder or ".", os.O_RDONLY | os.O_DIRECTORY)
+    """A new descriptor of the directory that the image lies in, which the caller closes. Raises OSError.
+
+    Where we may pass through the directory, and not list it (mode 0711), it is one that only leads to files (O_PATH).
+    """
+    folder = os.path.dirname(address.path) or "."
+    try:
+        return _open_in_store(address, folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:
+        return _open_in_store(address, folder, os.O_PATH | os.O_DIRECTORY)
 
 
 def look(address: FileAddress, calls: SystemCalls) -> Status:
@@ -141,7 +147,7 @@ def _file_refusal(address: FileAddress, error: OSError, read_only: bool) -> Exce
     if error.errno in (*_NOT_ALLOWED, errno.ETXTBSY):
         way = "read" if read_only else "read and write"
         return ForebayError(
-            f"{key}: {os.strerror(error.errno)}: let the daemon's user {way} it"
+            f"{key}: {os.strerror(error.errno)}: let the daemon's user {way} it, and enter its directory"
             + ("" if read_only else ", or attach it with --read-only or --overlay")
         )
     return error

@@ -12,6 +12,7 @@ Everything here blocks, raises OSError, and belongs in a thread.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -30,6 +31,9 @@ from forebay.sidecar.own_files import DoesNotCountError
 from forebay.sidecar.record import NOBODY, Owner, UnreadableError, in_use_by_program, taken_over
 
 log = logging.getLogger("forebay.origin")
+
+LONGEST_NAME = 255
+"""Bytes of a file's name (NAME_MAX of limits.h)."""
 
 LONGEST_OWNER = 64 << 10
 """Bytes of an owner marker that are read: what is longer was not written by a gateway."""
@@ -75,25 +79,50 @@ class Sidecar:
     # ----------------------------------------------------------------------------------------------------- opening
 
     def open(self) -> None:
-        """Open the directory. Raises FileNotFoundError if there is none, and OSError."""
+        """Open the directory. Raises FileNotFoundError, UnreadableError if it is something else, and OSError."""
         self.fd = self._keep(self._open_directory())
 
     def _open_directory(self) -> int:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        return syscalls.open(self._name, flags, dir_fd=self._folder)
+        try:
+            return syscalls.open(self._name, flags, dir_fd=self._folder)
+        except NotADirectoryError:
+            raise UnreadableError(self.address, f"{self._name} is not a directory") from None
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._name) from None
 
     def make(self) -> None:
-        """Make the directory, durably, if it is not there, and open it. Raises ForebayError if we may not; OSError."""
+        """Make the directory, durably, if it is not there, and open it. Raises ForebayError if we cannot; OSError."""
+        self._check_can_make()
         try:
             with contextlib.suppress(FileExistsError):
                 syscalls.mkdir(self._name, 0o755, dir_fd=self._folder)
                 syscalls.fsync(self._folder)
             self.open()
-        except (PermissionError, NotADirectoryError) as error:
+        except PermissionError as error:
             raise ForebayError(
                 f"{self.address.key}: {self._name} cannot be made beside it ({error.strerror}): let the daemon's user "
                 "write there, or attach with --read-only or --overlay"
             ) from error
+
+    def _check_can_make(self) -> None:
+        """Raise ForebayError where the directory cannot have its name, or could not be made durable."""
+        if len(os.fsencode(self._name)) > LONGEST_NAME:
+            raise ForebayError(
+                f"{self.address.key}: its name is too long: the directory beside it has that name and {SIDECAR} behind "
+                f"it: use at most {LONGEST_NAME - len(SIDECAR)} bytes, or attach it with --read-only or --overlay"
+            )
+        try:
+            syscalls.fsync(self._folder)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            raise ForebayError(
+                f"{self.address.key}: the directory that it lies in cannot be read: let the daemon's user read it, or "
+                "attach it with --read-only or --overlay"
+            ) from None
 
     def names(self) -> list[str]:
         """The names of the files in the directory. Raises OSError."""

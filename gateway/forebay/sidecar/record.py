@@ -49,7 +49,7 @@ class UnreadableError(ForebayError):
         )
         """What is wrong, without what to do about it."""
         super().__init__(
-            f"{self.what}: find out which gateway wrote the image, then remove that file"
+            f"{self.what}: find out which gateway wrote the image, then move that out of the way"
         )
 
 
@@ -157,8 +157,8 @@ def parse_object(text: bytes) -> dict[str, Any]:
         found = json.loads(text, parse_int=_parse_number, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except UnicodeDecodeError:
-        raise ValueError("not text") from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise ValueError("not JSON text") from None
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")  # noqa: TRY004  (what is wrong is the text)
     return found
