@@ -9,6 +9,7 @@
 # make bench-doors   socket, FUSE file, nbdfuse, sshfs, plain file     QUICK=1  BENCH_ARGS="--only read"
 # make fuzz     what reads bytes from outside, with atheris     SECONDS=600  TARGETS="server client"
 # make soak     kills, faults and changes, with guests that check all they read     SECONDS=3600  KILLS=2000  POINTS=1  SEED=
+# make lab      a file server and two hosts, emulated: what only real NFS shows   LAB="takeover"  LAB=all  LAB=--list  LAB_CORES=1
 # make docs     all pages as a site in build/site; a broken link fails
 # make dist     wheel and sdist in dist/, and a look at what is in them
 # make lint     ruff and mypy
@@ -27,7 +28,7 @@ export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup setup-libvirt test test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme fuzz soak docs dist lint format install uninstall clean
+.PHONY: setup setup-libvirt test test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme fuzz soak lab docs dist lint format install uninstall clean
 
 setup:
 	@tools/setup.sh
@@ -71,6 +72,10 @@ fuzz: setup
 soak: setup
 	PYTHONPATH=tests $(BIN)/python -m soak --seconds $(or $(SECONDS),3600) $(if $(KILLS),--kills $(KILLS)) \
 	  $(if $(POINTS),--points) $(if $(SEED),--seed $(SEED))
+
+# root, and Debian packages that it installs; tests/lab/README.md
+lab: setup
+	@PYTHONPATH=tests $(BIN)/python -m lab $(LAB)
 
 docs: setup
 	@$(BIN)/python -c 'import mkdocs, pymdownx' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[docs]'

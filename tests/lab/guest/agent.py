@@ -1,0 +1,102 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""Runs commands in a machine of the lab for the one who started it, over a virtio serial port.
+
+No network is needed for it, so it answers whatever the case does to the network. One JSON object a line, both ways:
+`{"id", "command", "lines"}` starts a command in bash, `{"id", "signal"}` signals its process group. Answers are
+`{"id", "line"}` as the command prints them, where `lines` was true, and `{"id", "code", "output"}` when it has ended.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+PORT = Path("/dev/virtio-ports/lab.agent")
+LONGEST_OUTPUT = 200_000
+"""Characters of a command's output that are sent, from its end."""
+
+ENVIRONMENT = {
+    **os.environ,
+    "HOME": "/root",
+    "LC_ALL": "C.UTF-8",
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+class Agent:
+    """Commands that came over the port `fd`, each in a thread of its own."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._writing = threading.Lock()
+        self._running: dict[int, subprocess.Popen[str]] = {}
+
+    def serve(self) -> None:
+        """Take requests for as long as the machine runs. A read of nothing means that nobody is connected."""
+        rest = b""
+        while True:
+            with contextlib.suppress(OSError):
+                rest += os.read(self._fd, 1 << 16)
+            *lines, rest = rest.split(b"\n")
+            for line in lines:
+                with contextlib.suppress(ValueError, KeyError):
+                    self._take(json.loads(line))
+            if not lines:
+                time.sleep(0.05)
+
+    def _take(self, request: dict[str, Any]) -> None:
+        if "signal" in request:
+            process = self._running.get(request["id"])
+            if process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, request["signal"])
+        else:
+            threading.Thread(target=self._run, args=(request,), daemon=True).start()
+
+    def _run(self, request: dict[str, Any]) -> None:
+        number = request["id"]
+        process = subprocess.Popen(
+            ["bash", "-c", request["command"]],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            cwd="/root",
+            env=ENVIRONMENT,
+        )
+        self._running[number] = process
+        output = self._follow(process, number, told=request.get("lines", False))
+        code = process.wait()
+        del self._running[number]
+        self._say(id=number, code=code, output=output[-LONGEST_OUTPUT:])
+
+    def _follow(self, process: subprocess.Popen[str], number: int, *, told: bool) -> str:
+        assert process.stdout is not None
+        kept = []
+        for line in process.stdout:
+            if told:
+                self._say(id=number, line=line.rstrip("\n"))
+            else:
+                kept.append(line)
+        return "".join(kept)
+
+    def _say(self, **answer: Any) -> None:
+        data = (json.dumps(answer) + "\n").encode()
+        with self._writing:
+            while data:
+                data = data[os.write(self._fd, data) :]
+
+
+if __name__ == "__main__":
+    while not PORT.exists():
+        time.sleep(0.1)
+    Agent(os.open(PORT, os.O_RDWR)).serve()
