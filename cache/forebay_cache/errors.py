@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 
 class CacheError(Exception):
     """The cache cannot be opened or changed as asked. One line: what is wrong and what to do."""
@@ -16,3 +19,22 @@ class CacheFull(Exception):
 
 class IndexFault(OSError):
     """The index cannot be read or written now. ENOSPC: its file system, or the room it was given, is full; else EIO."""
+
+
+_ADVICE = {
+    errno.ENOMEM: "it is mapped as a whole: let the process have more address space (ulimit -v, LimitAS)",
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there, or raise the quota",
+    errno.EROFS: "its file system is mounted for reading only: mount it for writing",
+    errno.EMFILE: "let the process have more descriptors (ulimit -n, LimitNOFILE)",
+    errno.EIO: "its file system or disk fails: see the kernel's log",
+}
+"""Faults that are not the index's own."""
+
+
+def index_advice(fault: str) -> str:
+    """What to do about a fault of opening the index, of which lmdb tells no more than the text."""
+    for number, advice in _ADVICE.items():
+        if os.strerror(number) in fault:
+            return advice
+    return "see 'The index is damaged' in RECOVERY.md"

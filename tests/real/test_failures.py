@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from forebay.control.metrics import DISK_METRICS
 from forebay_cache.offline.formatting import format_device
 from real.disk_fixture import OneDisk, ask, cache_info, wait_for
 from real.fault_fs import FaultFs
@@ -234,6 +235,10 @@ def test_a_store_that_cannot_be_read(bed: Callable[..., Bed]) -> None:
         assert it.client.pread(MIB, 0) == warm
         it.fs.lift()
         assert it.client.pread(4096, at) == it.content[at : at + 4096]
+    found = it.status()
+    assert found["origin_errors"] >= 2
+    exported = {key for metric in DISK_METRICS for _, key in metric.samples}
+    assert exported <= set(found), "a metric that no status has is never exported"
     it.is_well()
 
 

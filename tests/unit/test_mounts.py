@@ -31,7 +31,6 @@ def mounts(options: str, kind: str = "nfs4") -> str:
         ("rw,vers=3,hard,nolock", "'nolock'"),
         ("rw,vers=3,hard,local_lock=all", "'local_lock=all'"),
         ("rw,vers=3,hard,local_lock=posix", "'local_lock=posix'"),
-        ("rw,vers=3,hard,local_lock=flock", "'local_lock=flock'"),
         ("rw,vers=3,hard,local_lock=none", "'vers=3'"),
     ],
 )
@@ -51,6 +50,7 @@ def test_a_mount_that_can_lose_writes_is_told_with_what_to_do(
     [
         ("rw,vers=4.2,hard,proto=tcp,timeo=600,retrans=2,local_lock=none", "nfs4"),
         ("rw,vers=4.0,hard,local_lock=none", "nfs4"),
+        ("rw,vers=4.2,hard,local_lock=flock", "nfs4"),
         ("rw,soft", "ext4"),
         ("rw", "gpfs"),
     ],

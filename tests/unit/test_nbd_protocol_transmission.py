@@ -20,6 +20,7 @@ from forebay_nbd.protocol.wire import (
     CmdFlag,
     ProtocolError,
     RequestError,
+    clipped,
     local_errno,
     wire_errno,
 )
@@ -393,3 +394,17 @@ def test_garbage_raises_nothing_but_protocol_errors(data: bytes, prefix: int) ->
                 view = view[count:]
         except ProtocolError:
             pass
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "sent"),
+    [
+        ("short", 256, b"short"),
+        ("é" * 10, 7, "ééé".encode()),
+        ("日本語", 8, "日本".encode()),
+        ("x" * 9, 9, b"x" * 9),
+        ("\udcff.raw", 256, b"\\udcff.raw"),
+    ],
+)
+def test_an_error_text_is_cut_between_characters(text: str, most: int, sent: bytes) -> None:
+    assert clipped(text, most) == sent

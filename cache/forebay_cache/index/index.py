@@ -29,7 +29,7 @@ import lmdb
 
 from forebay_cache.device.files import sync_directory
 from forebay_cache.device.worker import Worker
-from forebay_cache.errors import CacheError, IndexFault
+from forebay_cache.errors import CacheError, IndexFault, index_advice
 from forebay_cache.format.checksum import GROUP, SIZE, sums_in_group
 from forebay_cache.format.records import (
     ALL_OF_GROUP,
@@ -138,7 +138,7 @@ class Index:
                 state = {"format": "unknown"} | self._state(txn)
         except (lmdb.Error, OSError) as error:
             raise CacheError(
-                f"{path}: cannot open the index: {error}; see 'The index is damaged' in RECOVERY.md"
+                f"{path}: cannot open the index: {error}; {index_advice(str(error))}"
             ) from None
         if state["format"] not in (FORMAT, NAMES_ARE_TEXT):
             self._env.close()

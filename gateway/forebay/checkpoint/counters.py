@@ -3,6 +3,8 @@
 
 """What one disk has done: requests and bytes, for `forebay stats` and the metrics."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -25,3 +27,14 @@ class Counters:
     """Bytes written to the image, by guests or by write-back."""
     journal_written_bytes: int = 0
     """Bytes written to the redo journal beside the image."""
+    origin_errors: int = 0
+    """Reads, writes, flushes and checkpoints that the image or its store failed, or that could not be asked of it."""
+
+    @contextmanager
+    def errors_counted(self) -> Iterator[None]:
+        """Around what is asked of the image: an OSError is counted, and goes on."""
+        try:
+            yield
+        except OSError:
+            self.origin_errors += 1
+            raise

@@ -170,6 +170,7 @@ class WriteBack:
             log.warning("%s: write-back failed, trying again: %s", disk, error.strerror)
         self.error, self.failure = error.strerror or str(error), error.errno
         self._failed_at = trio.current_time()
+        self._counters.origin_errors += 1
 
     async def _freeze(self) -> None:
         """Freeze the open layer, once the cache's journal, which writes may have filled, has room for a new one."""

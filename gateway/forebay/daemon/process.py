@@ -6,6 +6,7 @@
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -65,6 +66,7 @@ def run_process(config: Config, state: Path | None, run: Path | None, make: Make
     given = {name: path for name, path in places.items() if path is not None}
     config = config.model_copy(update={"gateway": config.gateway.model_copy(update=given)})
     _log_to_stderr()
+    _raise_limits()
     earlier = EarlierSockets.find()
     try:
         with (
@@ -82,6 +84,15 @@ def run_process(config: Config, state: Path | None, run: Path | None, make: Make
         logging.shutdown()
         os._exit(0)
     return 0
+
+
+def _raise_limits() -> None:
+    """Have as many descriptors as the hard limit allows: each disk and each client takes some.
+
+    The soft limit, 1024 on most systems, is for programs that use select(2).
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _run(config: Config, make: MakeGateway, earlier: EarlierSockets) -> bool:

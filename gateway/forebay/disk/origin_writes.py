@@ -59,7 +59,7 @@ class OriginWrites:
             if not only_if():
                 return False
             self._counters.write_misses += 1
-            with self._overwriting(start, end):
+            with self._counters.errors_counted(), self._overwriting(start, end):
                 await self._announce(start, end)
                 await self._image.require_origin().write(offset, [data])
             self._counters.origin_written_bytes += len(data)
@@ -110,7 +110,7 @@ class OriginWrites:
             if not only_if():
                 return False
             self._counters.write_misses += 1
-            with self._overwriting(start, end):
+            with self._counters.errors_counted(), self._overwriting(start, end):
                 await self._announce(start, end)
                 await self._image.require_origin().zero(offset, length, may_trim)
         return True

@@ -62,11 +62,12 @@ class Reads:
 
     async def _fetch(self, offset: int, length: int) -> Buffer:
         """What the view lacks, from the image; kept in the clean layer unless the disk has none. Raises OSError."""
-        await arrive(self._image, self._timeout)
-        if self.view.clean is None:
-            self._counters.origin_read_bytes += length
-            return await self._image.read(offset, length)
-        return await self._image.filler.fetch(offset, length, self._counters)
+        with self._counters.errors_counted():
+            await arrive(self._image, self._timeout)
+            if self.view.clean is None:
+                self._counters.origin_read_bytes += length
+                return await self._image.read(offset, length)
+            return await self._image.filler.fetch(offset, length, self._counters)
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a range into the cache, unless the disk has no clean layer. Raises OSError."""

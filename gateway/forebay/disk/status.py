@@ -126,4 +126,5 @@ class Status:
             "origin_read_bytes": counters.origin_read_bytes,
             "origin_written_bytes": counters.origin_written_bytes,
             "journal_written_bytes": counters.journal_written_bytes,
+            "origin_errors": counters.origin_errors,
         }

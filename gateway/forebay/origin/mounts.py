@@ -20,10 +20,9 @@ _NFS = ("nfs", "nfs4")
 _SOFT = ("soft", "softerr")
 _LOCAL_LOCKS = ("nolock", "local_lock=all", "local_lock=posix")
 """With these an NFS client keeps the locks of fcntl(2) to itself."""
-_NO_LOCKS = (*_LOCAL_LOCKS, "local_lock=flock")
 _NO_LEASES = ("vers=2", "vers=3")
 _FOR_LOCKS = (
-    (_NO_LOCKS, "with locks"),
+    (_LOCAL_LOCKS, "with locks"),
     (
         _NO_LEASES,
         "with vers=4.2, or set require_locks = false where nobody else can have its images",

@@ -22,6 +22,7 @@ from forebay_nbd.protocol.wire import (
     Opt,
     ProtocolError,
     Rep,
+    clipped,
 )
 
 
@@ -238,7 +239,7 @@ def _reply_data(event: ev.OptionReply) -> tuple[int, bytes]:
         case ev.ContextListed(context_id=number, name=name):
             return Rep.META_CONTEXT, U32.pack(number) + encode_string(name)
         case ev.OptionError(code=code, text=text):
-            return code, text.encode()[:MAX_STRING]
+            return code, clipped(text, MAX_STRING)
 
 
 def decode_option_reply(option: int, kind: int, data: bytes) -> ev.OptionReply:

@@ -46,6 +46,7 @@ from forebay_nbd.protocol.wire import (
     CmdFlag,
     ProtocolError,
     RequestError,
+    clipped,
 )
 
 _HEADER = REQUEST.size
@@ -234,7 +235,7 @@ def _chunk(kind: int, cookie: int, done: bool, body: bytes) -> bytes:
 
 
 def _error_chunk(reply: ErrorChunk) -> bytes:
-    text = reply.text.encode()[:MAX_TEXT]
+    text = clipped(reply.text, MAX_TEXT)
     body = ERROR_BODY.pack(reply.error, len(text)) + text
     if reply.offset is None:
         return _chunk(Chunk.ERROR, reply.cookie, reply.done, body)

@@ -56,6 +56,15 @@ MAX_EXTENTS: Final = 1 << 20
 """Most extents that a server should send in one BLOCK_STATUS chunk."""
 
 
+def clipped(text: str, most: int) -> bytes:
+    """The UTF-8 bytes of an error text, at most that many, and no part of a character.
+
+    What is no character (the bytes of a file's name that is not UTF-8) is written as an escape.
+    """
+    raw = text.encode(errors="backslashreplace")
+    return raw if len(raw) <= most else raw[:most].decode(errors="ignore").encode()
+
+
 class HandshakeFlag(enum.IntFlag):
     """Handshake flags: the server offers them in its greeting, the client answers with those that it knows."""
 
