@@ -5,8 +5,9 @@
 
 import json
 import shlex
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +156,14 @@ class Writer:
             raise Failure(f"{failure}; {self.now}") from None
         return self.now
 
+    def pause(self) -> None:
+        """Let it stand still: `forebay flush` cannot end well while somebody writes."""
+        self._job.signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let it write again."""
+        self._job.signal(signal.SIGCONT)
+
     def stop(self) -> Written:
         """End it; what it had done."""
         self._job.stop()
@@ -229,6 +238,14 @@ class Host(Computer):
     def flush(self, disk: str, seconds: float = ANSWER_SECONDS) -> None:
         """Write back what is dirty; Failure where that fails."""
         self.do(f"forebay flush {disk}", seconds)
+
+    def flush_beside(self, writers: Sequence[Writer], seconds: float = ANSWER_SECONDS) -> None:
+        """Write everything back while these clients stand still; tried again until it works."""
+        for writer in writers:
+            writer.pause()
+        self.until_flushed("--all", seconds)
+        for writer in writers:
+            writer.go_on()
 
     def checked(self, disk: str, writer: Writer) -> dict[str, Any]:
         """What the disk has, seen by a client, of what a writer wrote, which has ended."""

@@ -38,7 +38,7 @@ def between_restart(host: Host) -> None:
 
 def between_kill(host: Host) -> None:
     host.do("kill -9 $(systemctl show -p MainPID --value forebay)")
-    until("a daemon", lambda: host.status("a"), 60.0)
+    until("a daemon", lambda: host.status("a"), 200.0)
 
 
 BETWEEN = {"": between_nothing, ", restart": between_restart, ", kill": between_kill}
@@ -67,7 +67,7 @@ def flush_fails(mode: str, cause: str, between: str, lab: Lab) -> str:
         missing = server.run(
             f"python3 -m lab.guest.pieces {server.path('a.raw')} {first_acked(first.output)} look"
         )
-        demand(missing, f"a flush said that all is well: {missing.output.strip()}")
+        demand(missing, f"a flush said that all is well: {missing.output.split()}")
     host.do(f"{ask} write flush", 200.0)
     server.do(f"python3 -m lab.guest.pieces {server.path('a.raw')} --pieces {PIECES} look")
     host.do(f"{ask} look")

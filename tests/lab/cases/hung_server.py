@@ -7,7 +7,7 @@ import time
 from functools import partial
 
 from lab.case import Case
-from lab.hosts import Host, until
+from lab.hosts import Host, Writer, until
 from lab.outcome import demand
 from lab.place import Lab
 
@@ -20,8 +20,8 @@ STOPPED = 400.0
 SEED = 7
 
 
-def prepare(lab: Lab) -> None:
-    """A disk with data under way to the store, and a server that hangs."""
+def prepare(lab: Lab) -> list[Writer]:
+    """Disks with data under way to the store, their clients, and a server that hangs."""
     lab.server.image("a.raw")
     lab.server.image("b.raw")
     lab.host.attach("a", "a.raw")
@@ -30,12 +30,14 @@ def prepare(lab: Lab) -> None:
         writer = lab.host.writer(disk, SEED, "--pause 0.01")
         writer.until_flushed(24)
         demand(not writer.stop().errors, "the client had errors before anything happened")
-    lab.host.writer("a", SEED + 1, "--first 1 --pause 0.05")
+        lab.host.checked(disk, writer)  # which reads all of it: it is cached now
+    running = [lab.host.writer("a", SEED + 1)]
     lab.host.do("dd if=/dev/urandom of=/mnt/nfs/images/x bs=64k count=1; true")
     lab.server.machine.stand_still()
     lab.host.console.start("forebay flush a")
-    lab.host.writer("b", SEED + 1, "--pause 0.05")
+    running.append(lab.host.writer("b", SEED + 1))
     time.sleep(10)
+    return running
 
 
 def pid(host: Host) -> int:
@@ -53,33 +55,40 @@ def served_by_another(host: Host, old: int) -> float:
     return time.monotonic() - began
 
 
-def afterwards(lab: Lab) -> None:
-    """The server comes back: everything is written back."""
+def afterwards(lab: Lab, running: list[Writer]) -> None:
+    """The server comes back: clients go on, and everything is written back."""
     lab.server.machine.go_on()
-    lab.host.until_flushed("a", 120.0)
-    lab.host.until_state("a", "ready", 120.0)
+    for writer in running:
+        writer.until_flushed(8, 120.0)
+    lab.host.flush_beside(running)
+    for disk, writer in zip("ab", running, strict=True):
+        lab.host.until_state(disk, "ready", 120.0)
+        done = writer.stop()
+        lab.host.flush(disk)
+        found = lab.server.check(lab.server.path(f"{disk}.raw"), SEED + 1, done.flushed)
+        demand(not found["lost"], f"{disk} lost what was flushed: {found}")
 
 
 def restart(command: str, lab: Lab) -> str:
     """`systemctl restart`, or a kill: the next daemon does not wait for the old one's store."""
-    prepare(lab)
+    running = prepare(lab)
     old = pid(lab.host)
     lab.host.console.start(command.format(pid=old))
     took = served_by_another(lab.host, old)
-    afterwards(lab)
+    afterwards(lab, running)
     return f"served {took:.0f} s later"
 
 
 def stop(lab: Lab) -> str:
     """`systemctl stop` ends, and a start after it serves what is cached."""
-    prepare(lab)
+    running = prepare(lab)
     began = time.monotonic()
     old = pid(lab.host)
     lab.host.do("systemctl stop forebay", STOPPED)
     took = time.monotonic() - began
     lab.host.console.start("systemctl start forebay")
     served_by_another(lab.host, old)
-    afterwards(lab)
+    afterwards(lab, running)
     return f"stopped after {took:.0f} s"
 
 

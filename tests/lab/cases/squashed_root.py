@@ -16,7 +16,7 @@ def recover_and_take_over(lab: Lab) -> None:
     host.attach("a", "a.raw")
     writer = host.writer("a", 7)
     writer.until_flushed(8)
-    host.flush("a")
+    host.flush_beside([writer])
     writer.until_flushed(8)
     host.machine.stand_still()
     other.run("ls /mnt/nfs/images")

@@ -38,14 +38,12 @@ def comes_back(share: float, lab: Lab) -> str:
     for disk in DISKS:
         take_over(lab, disk)
     new = [lab.other.writer(disk, NEW, "--pause 0.1") for disk in DISKS]
-    for writer in new:
-        writer.until_flushed(AT_LEAST)
-    lab.other.do("forebay flush --all")
+    some_steps(new)
+    lab.other.flush_beside(new)
     lab.wires["h1"].mend()
     for disk in DISKS:
         gives_way(lab.host, disk)
-    for writer in new:
-        writer.until_flushed(AT_LEAST)
+    some_steps(new)
     for writer in (*old, *new):
         writer.stop()
     try:
@@ -70,18 +68,21 @@ def cut_in_passes(lab: Lab, writers: Sequence[Writer], share: float) -> str:
     The number of calls of such passes is counted first, at some that are left alone. Returns where it was cut.
     """
     wire = lab.wires["h1"]
-    for writer in writers:
-        writer.until_flushed(AT_LEAST)
+    some_steps(writers)
     wire.listen()
-    lab.host.do("forebay flush --all")
+    lab.host.flush_beside(writers)
     usual = sum(sender == "h1" for sender, _ in wire.calls)
-    for writer in writers:
-        writer.until_flushed(AT_LEAST)
+    some_steps(writers)
     number = 1 + round(share * (usual - 1))
     cut = wire.cut_after("h1", number)
     lab.host.console.start("forebay flush --all")
     demand(cut.wait(120.0), f"passes made fewer than {number} NFS calls: {wire.calls}")
     return f"call {number} of about {usual}, {wire.calls[-1][1]}"
+
+
+def some_steps(writers: Sequence[Writer]) -> None:
+    for writer in writers:
+        writer.until_flushed(AT_LEAST)
 
 
 def take_over(lab: Lab, disk: str) -> None:
