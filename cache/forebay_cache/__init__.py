@@ -20,6 +20,7 @@ from forebay_cache.offline.repair import Repaired, repair
 from forebay_cache.offline.report import Fault, Report
 from forebay_cache.read.ahead import ReadAhead
 from forebay_cache.read.fill import Filler, Reader
+from forebay_cache.read.salvage import salvage
 from forebay_cache.read.survey import Holding, survey
 from forebay_cache.read.view import View
 from forebay_cache.upkeep.growth import extend, extend_device
@@ -56,6 +57,7 @@ __all__ = [
     "pin_layer",
     "repair",
     "revive",
+    "salvage",
     "scrub",
     "settle",
     "survey",

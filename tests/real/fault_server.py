@@ -9,11 +9,11 @@ Each line on the Unix socket is a command, a JSON object; each gets one line bac
 all and lets go what hangs, `forget` has the kernel read everything anew, `counts` tells how many calls there were.
 
 The fault model. A rule names a call (`read`, `write`, `fsync`, `open`, `getattr`), a pattern for the file's name, and
-what happens to so many calls, or (-1) to all, after so many that go well: an error, a delay in seconds, no answer until
-the rules are lifted, half of a write. A write is visible at once, to everybody. It is durable with the next fsync of
-its file that succeeds. An fsync that fails with `lose` takes back what was not durable, as a server does that has
-thrown it away; later ones succeed, and say nothing about it. What the kernel of this host has in memory of the file
-stays as it was written, until `forget`.
+what happens to so many calls, or (-1) to all, after so many that go well, and, if `end` is given, only to those of
+bytes from `start` to `end`: an error, a delay in seconds, no answer until the rules are lifted, half of a write. A
+write is visible at once, to everybody. It is durable with the next fsync of its file that succeeds. An fsync that
+fails with `lose` takes back what was not durable, as a server does that has thrown it away; later ones succeed, and
+say nothing about it. What the kernel of this host has in memory of the file stays as it was written, until `forget`.
 """
 
 import errno
@@ -39,6 +39,8 @@ class Rule:
     error: str = ""
     after: int = 0
     times: int = -1
+    start: int = 0
+    end: int = 0
     delay: float = 0.0
     hang: bool = False
     short: bool = False
@@ -56,11 +58,13 @@ class Faults:
         event, self._lifted = self._lifted, trio.Event()
         event.set()
 
-    async def meet(self, call: str, path: str) -> Rule | None:
+    async def meet(self, call: str, path: str, offset: int = 0, size: int = 0) -> Rule | None:
         """Wait as told, and raise what is to be raised by the call itself: all but for fsync."""
         self.counts[call] += 1
         name = os.path.basename(path)
         for rule in self.rules:
+            if rule.end and not (rule.start < offset + size and offset < rule.end):
+                continue
             if rule.call == call and rule.times and fnmatch.fnmatch(name, rule.name):
                 if rule.after:
                     rule.after -= 1
@@ -231,7 +235,7 @@ class FaultFs(pyfuse3.Operations):  # type: ignore[misc]
         return info, self._look(path)
 
     async def read(self, fh: int, offset: int, size: int) -> bytes:
-        await self._faults.meet("read", self._open[fh])
+        await self._faults.meet("read", self._open[fh], offset, size)
         return os.pread(fh, size, offset)
 
     async def write(self, fh: int, offset: int, data: bytes) -> int:

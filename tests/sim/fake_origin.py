@@ -13,6 +13,8 @@ import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import trio
+
 from forebay.image.use import Use
 from forebay.origin.protocol import Identity
 from forebay_cache.blocks.frozen import Range
@@ -81,7 +83,7 @@ class FakeOrigin:
 
     # -- Origin -----------------------------------------------------------------------------------------------
 
-    async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
+    async def read(self, offset: int, length: int, background: bool | trio.Event = False) -> Buffer:
         self._check(offset, length)
         await self.dice.pause(self.scale)
         self._fault("read")
@@ -131,7 +133,9 @@ class FakeOrigin:
             self.durable_changes = changes
         await self.dice.pause(self.scale)
 
-    async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+    async def extents(
+        self, offset: int, length: int, background: bool | trio.Event = False
+    ) -> list[tuple[int, int]]:
         self._check(offset, length)
         await self.dice.pause(self.scale)
         self._fault("extents")

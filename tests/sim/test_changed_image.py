@@ -28,7 +28,7 @@ class KeptPages(FakeOrigin):
         super().__init__(dice, content)
         self.kept = content
 
-    async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
+    async def read(self, offset: int, length: int, background: bool | trio.Event = False) -> Buffer:
         await super().read(offset, length, background)
         return self.kept[offset : offset + length]
 

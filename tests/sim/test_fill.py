@@ -20,10 +20,11 @@ class Origin:
         self.size = 16 * BLOCK
         self.content = b"o"
         self.reads: list[tuple[int, int]] = []
+        self.lanes: list[bool | trio.Event] = []
         self.gates: list[trio.Event] = []
 
-    async def read(self, offset: int, length: int, background: bool = False) -> bytes:
-        del background
+    async def read(self, offset: int, length: int, background: bool | trio.Event = False) -> bytes:
+        self.lanes.append(background)
         self.reads.append((offset // BLOCK, length // BLOCK))
         data = self.content * length
         self.gates.append(trio.Event())
@@ -71,6 +72,28 @@ async def test_a_block_is_fetched_once_however_many_ask(tmp_path: Path) -> None:
             nursery.start_soon(filler.fetch, start * BLOCK, length * BLOCK, Tally())
             await trio.testing.wait_all_tasks_blocked()
         assert origin.reads == [(0, 4), (4, 2)]
+        for gate in origin.gates:
+            gate.set()
+    cache.release()
+
+
+async def test_what_nobody_waits_for_lets_guests_go_first_until_one_joins(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "cache", tmp_path / "index", size=16 << 20, block_size=65536)
+    origin = Origin()
+    async with trio.open_nursery() as nursery:
+        filler = Filler(cache, cache.layers.make(LayerName.of_image("i")), origin, nursery)
+        nursery.start_soon(filler.fetch, 12 * BLOCK, BLOCK, Tally())
+        filler.ahead(0, 8 * BLOCK, Tally())
+        while len(origin.lanes) < 2:  # noqa: ASYNC110  (a thread loads the page)
+            await trio.sleep(0.001)
+        guest, ahead = origin.lanes
+        assert guest is False
+        assert isinstance(ahead, trio.Event)
+        assert not ahead.is_set()
+        nursery.start_soon(filler.fetch, 3 * BLOCK, BLOCK, Tally())
+        await trio.testing.wait_all_tasks_blocked()
+        assert ahead.is_set()
+        assert len(origin.reads) == 2, "what is on its way is not asked for again"
         for gate in origin.gates:
             gate.set()
     cache.release()

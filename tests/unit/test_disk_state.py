@@ -17,6 +17,7 @@ ALL_WRONG = Facts(
     is_away=True,
     has_failed_pass=True,
     is_copying=True,
+    is_incomplete=False,
 )
 
 IN_ORDER = [
@@ -41,6 +42,13 @@ def test_of_several_states_the_first_counts() -> None:
     assert [state for state in DiskState if state in told] == told
 
 
+def test_a_copy_that_lacks_only_what_cannot_be_read_is_incomplete() -> None:
+    facts = replace(ALL_WRONG, has_conflict=False, cache_has_failed=False, is_away=False)
+    facts = replace(facts, has_failed_pass=False, is_incomplete=True)
+    assert state_of(facts) is DiskState.INCOMPLETE
+    assert state_of(replace(facts, has_failed_pass=True)) is DiskState.LAGGING
+
+
 def test_dirty_data_alone_is_no_trouble() -> None:
     facts = replace(ALL_WRONG, has_conflict=False, cache_has_failed=False, is_away=False)
     assert state_of(replace(facts, has_failed_pass=False, is_copying=False)) is DiskState.READY
@@ -57,5 +65,6 @@ def test_a_final_state_does_not_pass(state: DiskState) -> None:
 
 def test_what_passes_may_follow_in_any_order() -> None:
     passing = [state for state, _ in IN_ORDER if state is not DiskState.CONFLICT]
+    passing.append(DiskState.INCOMPLETE)
     for state in passing:
         assert all(Machine(MOVES, state, "d").may_become(other) for other in passing)

@@ -7,13 +7,18 @@ A *flight* is one origin read of neighbouring blocks. Whoever needs one of its b
 landed they go on at once, and it is stored in the clean layer behind their backs. An origin write that begins or ends
 while a flight is in the air takes the flight out of the books (nobody else joins it) and marks the sectors, so that
 what it read is not stored.
+
+A flight that nobody waits for lets guests' misses go first, until somebody joins it. What it fails with is told to
+nobody but who asked for it: a guest that has joined it asks anew. A flight reads whole blocks, and so more than a
+guest has asked for: where one fails, the guest's own bytes are read once more, exactly. So a part of an origin that
+cannot be read fails those requests that touch it, and no others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import trio
@@ -27,8 +32,17 @@ from forebay_cache.layers.layer import Layer
 
 CHUNK = 1 << 20
 """Bytes of one origin read at most: enough for a slow link, short enough to spread over several."""
+_PAGES_AT_ONCE = 32
+"""So many pages are looked through between two turns of others."""
 UNSTORED = 64 << 20
 """Bytes that have landed and wait to be stored, at most; beyond this data is served and not kept."""
+FAILED_SECONDS = 60.0
+"""So long a block that could not be read as a whole is read by what guests ask of it, and not tried as a whole: a
+medium may take seconds for each attempt to read a bad place."""
+_FAILED_KEPT = 4096
+"""So many such blocks are remembered at most."""
+_FINAL = (errno.ETIMEDOUT, errno.ESHUTDOWN)
+"""After these a guest's bytes are not read again: a store that does not answer is not asked once more by each guest."""
 
 
 class Reader(Protocol):
@@ -36,8 +50,11 @@ class Reader(Protocol):
 
     size: int
 
-    async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
-        """Exactly ``length`` bytes from ``offset`` on. ``background``: nobody waits for them. Raises OSError."""
+    async def read(self, offset: int, length: int, background: bool | trio.Event = False) -> Buffer:
+        """Exactly ``length`` bytes from ``offset`` on. Raises OSError.
+
+        ``background``: nobody waits for them; an event: nobody does before that is set.
+        """
 
 
 class Tally(Protocol):
@@ -54,13 +71,20 @@ class Starter(Protocol):
 
 
 class Flight:
-    """One origin read that is on its way, of whole blocks, as far as the image has them."""
+    """One origin read that is on its way: of whole blocks, as far as the image has them, but for a guest's own bytes.
 
-    __slots__ = ("data", "error", "landed", "length", "offset", "stored")
+    ``background``: nobody waits for it yet.
+    """
 
-    def __init__(self, offset: int, length: int) -> None:
+    __slots__ = ("data", "error", "is_ahead", "landed", "length", "needed", "offset", "stored")
+
+    def __init__(self, offset: int, length: int, *, background: bool = False) -> None:
         self.offset = offset
         self.length = length
+        self.is_ahead = background  # it was begun when nobody waited
+        self.needed = trio.Event()  # somebody waits
+        if not background:
+            self.needed.set()
         self.landed = trio.Event()
         self.stored = trio.Event()  # what could be kept of it is kept
         self.data = memoryview(b"")
@@ -80,6 +104,8 @@ class Filler:
         self.reader = reader
         self._nursery = nursery
         self._flights: dict[int, Flight] = {}
+        self._failed: dict[int, float] = {}  # blocks that could not be read as a whole: until when
+        self._exact: dict[int, Flight] = {}  # the last one of each block that was read exactly
         self._unstored = 0
         self.waiting = 0
         """How many guests wait for a miss: background work looks at it and stands aside."""
@@ -93,13 +119,55 @@ class Filler:
             self.waiting -= 1
 
     async def _fetch(self, offset: int, length: int, tally: Tally) -> Buffer:
-        flights = self.launch(offset, length, tally)
-        for flight in flights:
+        if self._has_failed(offset, length):
+            return (await self.read_exactly(offset, length, tally)).data
+        parts: list[memoryview] = []
+        for flight in self.launch(offset, length, tally):
             await flight.landed.wait()
-            if flight.error is not None:
-                raise OSError(flight.error.errno or errno.EIO, flight.error.strerror)
-        parts = [_part(flight, offset, length) for flight in flights]
+            start, stop = _overlap(flight, offset, length)
+            if flight.error is None:
+                parts.append(flight.data[start - flight.offset : stop - flight.offset])
+            else:
+                parts += await self._fetch_again(flight, start, stop - start, tally)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _fetch_again(
+        self, failed: Flight, offset: int, length: int, tally: Tally
+    ) -> list[memoryview]:
+        """Bytes of a flight that has failed: what a guest has asked for of it. Raises OSError.
+
+        A flight that nobody waited for when it began is made anew, with all who wait now; else, and then, the bytes are
+        read once more for this guest alone.
+        """
+        flights = [failed]
+        if failed.is_ahead:
+            flights = self.launch(offset, length, tally)
+        parts: list[memoryview] = []
+        for shared in flights:
+            flight = shared
+            await shared.landed.wait()
+            start, stop = _overlap(shared, offset, length)
+            if shared.error is not None:
+                if shared.error.errno in _FINAL:
+                    raise _same(shared.error)
+                flight = await self.read_exactly(start, stop - start, tally)
+            parts.append(flight.data[start - flight.offset : stop - flight.offset])
+        return parts
+
+    async def read_exactly(
+        self, offset: int, length: int, tally: Tally, *, background: bool = False
+    ) -> Flight:
+        """Read these bytes of the origin and no others, in a flight that nobody joins, and keep its whole sectors.
+
+        Returns it when it has landed. Raises OSError.
+        """
+        flight = Flight(offset, length, background=background)
+        tally.origin_read_bytes += length
+        self._nursery.start_soon(self._fly_exactly, flight)
+        await flight.landed.wait()
+        if flight.error is not None:
+            raise _same(flight.error)
+        return flight
 
     def launch(
         self, offset: int, length: int, tally: Tally, *, background: bool = False
@@ -116,27 +184,46 @@ class Filler:
                     stop += 1
                 flight = self._start(block, stop, background)
                 tally.origin_read_bytes += flight.length
+            elif not background:
+                flight.needed.set()
             flights.append(flight)
             block = flight.blocks().stop
         return flights
 
     def _start(self, block: int, stop: int, background: bool) -> Flight:
         offset = block << BLOCK_SHIFT
-        flight = Flight(offset, min(stop << BLOCK_SHIFT, self.reader.size) - offset)
+        length = min(stop << BLOCK_SHIFT, self.reader.size) - offset
+        flight = Flight(offset, length, background=background)
         for n in range(block, stop):
             self._flights[n] = flight
-        self._nursery.start_soon(self._fly, flight, background)
+        self._nursery.start_soon(self._fly, flight)
         return flight
 
-    async def _fly(self, flight: Flight, background: bool) -> None:
+    async def _fly_exactly(self, flight: Flight) -> None:
+        """One after the other of those that bring parts of the same block is stored: a block has one slot."""
+        before = {self._exact[n] for n in flight.blocks() if n in self._exact}
+        self._exact.update(dict.fromkeys(flight.blocks(), flight))
+        try:
+            await self._fly(flight, before)
+        finally:
+            for n in flight.blocks():
+                if self._exact[n] is flight:
+                    del self._exact[n]
+
+    async def _fly(self, flight: Flight, before: Iterable[Flight] = ()) -> None:
+        """Read, say so to who waits, and store, after those that have to be stored ``before``."""
         try:
             with self.cache.in_flight.filling(self.layer, flight.blocks()) as cells:
                 try:
+                    background = flight.is_ahead and flight.needed
                     data = await self.reader.read(flight.offset, flight.length, background)
                     flight.data = memoryview(data)
                 except OSError as error:
                     flight.error = error
+                    self._note_failed(flight, error)
                 flight.landed.set()
+                for other in before:
+                    await other.stored.wait()
                 if flight.error is None and self._unstored < UNSTORED:
                     await self._store(flight, cells)
         finally:
@@ -147,14 +234,42 @@ class Filler:
             flight.stored.set()
 
     async def _store(self, flight: Flight, cells: Cells) -> None:
-        data = flight.data
-        if len(data) % SECTOR:  # the end of an image that is not a multiple of a sector
-            data = memoryview(bytes(data) + bytes(-len(data) % SECTOR))
+        """Keep the whole sectors of a flight that has landed."""
+        skip = -flight.offset % SECTOR
+        data = flight.data[skip:]
+        if flight.offset + flight.length == self.reader.size:
+            if len(data) % SECTOR:  # the end of an image that is not a multiple of a sector
+                data = memoryview(bytes(data) + bytes(-len(data) % SECTOR))
+        else:
+            data = data[: len(data) // SECTOR * SECTOR]
+        if not len(data):
+            return
         self._unstored += len(data)
         try:
-            await store(self.cache, self.layer, flight.offset, data, cells)
+            await store(self.cache, self.layer, flight.offset + skip, data, cells)
         finally:
             self._unstored -= len(data)
+
+    def _note_failed(self, flight: Flight, error: OSError) -> None:
+        """Remember a block that could not be read as a whole."""
+        if len(flight.blocks()) > 1 or error.errno in _FINAL:
+            return
+        if len(self._failed) >= _FAILED_KEPT:
+            del self._failed[next(iter(self._failed))]
+        self._failed.pop(flight.blocks().start, None)
+        self._failed[flight.blocks().start] = trio.current_time() + FAILED_SECONDS
+
+    def _has_failed(self, offset: int, length: int) -> bool:
+        """True for bytes of a block that could not be read as a whole not long ago."""
+        if not self._failed:
+            return False
+        block = offset >> BLOCK_SHIFT
+        if offset + length > block + 1 << BLOCK_SHIFT or block not in self._failed:
+            return False
+        if self._failed[block] > trio.current_time():
+            return True
+        del self._failed[block]
+        return False
 
     def _forget(self, flight: Flight) -> None:
         for n in flight.blocks():
@@ -166,16 +281,13 @@ class Filler:
 
         Nobody joins the flights that bring any of them from now on, and these store nothing of that range.
         """
+        blocks = range(offset >> BLOCK_SHIFT, (offset + length - 1 >> BLOCK_SHIFT) + 1)
         flights = self._flights
-        if flights:
-            blocks: Iterable[int] = range(
-                offset >> BLOCK_SHIFT, (offset + length - 1 >> BLOCK_SHIFT) + 1
-            )
-            if len(flights) < length >> BLOCK_SHIFT:  # however long the range is
-                blocks = [n for n in flights if n in blocks]
-            # All of a flight is forgotten: whoever joins one takes what it needs from it.
-            for flight in {flights[n] for n in blocks if n in flights}:
-                self._forget(flight)
+        # All of a flight is forgotten: whoever joins one takes what it needs from it.
+        for flight in {flights[n] for n in _within(flights, blocks)}:
+            self._forget(flight)
+        for n in _within(self._failed, blocks):
+            del self._failed[n]
         self.cache.in_flight.overtake(self.layer, offset, length)
 
     async def prefetch(
@@ -189,42 +301,64 @@ class Filler:
             for flight in self.launch(start, part, tally, background=background):
                 await flight.stored.wait()
                 if flight.error is not None:
-                    raise OSError(flight.error.errno or errno.EIO, flight.error.strerror)
+                    raise _same(flight.error)
 
     def ahead(self, offset: int, length: int, tally: Tally) -> None:
-        """Start fetching a range without waiting for it; errors are the next reader's to see."""
+        """Start fetching a range without waiting for it, behind all that guests wait for. Nobody is told of errors."""
         self._nursery.start_soon(self._ahead, offset, length, tally)
 
     async def _ahead(self, offset: int, length: int, tally: Tally) -> None:
         with contextlib.suppress(IndexFault):
             for start, part in await self.missing(offset, length):
-                self.launch(start, part, tally)
+                self.launch(start, part, tally, background=True)
 
     async def missing(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """``[(offset, length)]`` of whole blocks that the clean layer lacks, each at most CHUNK."""
+        """``[(offset, length)]`` of whole blocks that the clean layer lacks, each at most CHUNK. Raises IndexFault."""
         length = min(length, self.reader.size - offset)
         if length <= 0:
             return []
         first, last = offset >> BLOCK_SHIFT, offset + length - 1 >> BLOCK_SHIFT
-        await self.layer.pages.load(range(first // PAGE_BLOCKS, last // PAGE_BLOCKS + 1))
         gaps: list[tuple[int, int]] = []
-        for block in range(first, last + 1):
-            page = self.layer.pages.look(block // PAGE_BLOCKS)
-            need = FULL
+        for number in range(first // PAGE_BLOCKS, last // PAGE_BLOCKS + 1):
+            if number % _PAGES_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            await self.layer.pages.load([number])
+            start = max(first, number * PAGE_BLOCKS)
+            self._add_missing(gaps, number, start, min(last + 1, (number + 1) * PAGE_BLOCKS))
+        return gaps
+
+    def _add_missing(self, gaps: list[tuple[int, int]], number: int, first: int, end: int) -> None:
+        """Add the gaps among some blocks of one page, which was loaded just now. Raises IndexFault."""
+        page = self.layer.pages.page(number)
+        for block in range(first, end):
             left = self.reader.size - (block << BLOCK_SHIFT)
-            if left < BLOCK:
-                need = (1 << (left + SECTOR - 1) // SECTOR) - 1
-            if page is not None and page[block % PAGE_BLOCKS] & need == need:
+            need = needed_of(left)
+            if page[block % PAGE_BLOCKS] & need == need:
                 continue
             start, part = block << BLOCK_SHIFT, min(BLOCK, left)
             if gaps and sum(gaps[-1]) == start and gaps[-1][1] + part <= CHUNK:
                 gaps[-1] = (gaps[-1][0], gaps[-1][1] + part)
             else:
                 gaps.append((start, part))
-        return gaps
 
 
-def _part(flight: Flight, offset: int, length: int) -> memoryview:
-    start = max(offset, flight.offset) - flight.offset
-    stop = min(offset + length, flight.offset + flight.length) - flight.offset
-    return flight.data[start:stop]
+def _within(known: Mapping[int, object], blocks: range) -> list[int]:
+    """Those of the blocks that are known: in no more steps than there are of either."""
+    if len(known) < len(blocks):
+        return [n for n in known if n in blocks]
+    return [n for n in blocks if n in known]
+
+
+def needed_of(left: int) -> int:
+    """The mask of the sectors that a block has, of which there are ``left`` bytes in the image, or more."""
+    return FULL if left >= BLOCK else (1 << (left + SECTOR - 1) // SECTOR) - 1
+
+
+def _overlap(flight: Flight, offset: int, length: int) -> tuple[int, int]:
+    """From where to where in the image a flight brings bytes of a range."""
+    return max(offset, flight.offset), min(offset + length, flight.offset + flight.length)
+
+
+def _same(error: OSError) -> OSError:
+    """The error once more, for somebody else."""
+    return OSError(error.errno or errno.EIO, error.strerror)

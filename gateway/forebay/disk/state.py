@@ -32,6 +32,8 @@ class DiskState(StrEnum):
     """The last checkpoint failed."""
     COPYING = "copying"
     """A full copy is not complete."""
+    INCOMPLETE = "incomplete"
+    """A full copy has all but what cannot be read of the image."""
     READY = "ready"
     FAILED = "failed"
     """Of a disk on record that could not be brought back when the daemon started: there is no Disk of it."""
@@ -49,6 +51,8 @@ class Facts:
     """Whether the image cannot be reached."""
     has_failed_pass: bool
     is_copying: bool
+    is_incomplete: bool
+    """Whether a full copy lacks only what cannot be read."""
 
 
 def state_of(facts: Facts) -> DiskState:
@@ -63,8 +67,10 @@ def state_of(facts: Facts) -> DiskState:
         return DiskState.DEGRADED
     if facts.has_failed_pass:
         return DiskState.LAGGING
-    if facts.is_copying:
+    if facts.is_copying and not facts.is_incomplete:
         return DiskState.COPYING
+    if facts.is_incomplete:
+        return DiskState.INCOMPLETE
     return DiskState.READY
 
 
@@ -74,6 +80,7 @@ _BECAUSE = {
     DiskState.DEGRADED: "the image cannot be reached",
     DiskState.LAGGING: "a checkpoint fails",
     DiskState.COPYING: "a full copy is under way",
+    DiskState.INCOMPLETE: "part of the image cannot be read for a full copy",
     DiskState.READY: "nothing is wrong any more",
     DiskState.CONFLICT: "somebody else writes or owns the image",
     DiskState.STOPPED: "a fault of Forebay itself ends the disk's work",

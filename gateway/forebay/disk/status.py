@@ -55,6 +55,7 @@ class Status:
             is_away=self._image.origin is None,
             has_failed_pass=self._writeback.error is not None,
             is_copying=copied is not None and copied < 1,
+            is_incomplete=self._modes.copy.is_incomplete,
         )
 
     def reason(self) -> str | None:
@@ -81,6 +82,8 @@ class Status:
             return f"{self._image.key} cannot be reached: {self._image.reach.unreachable}; tried again by itself"
         if self._writeback.error is not None:
             return f"write-back failed: {self._writeback.error}; tried again by itself"
+        if self._modes.copy.paused:
+            return f"copying pauses: {self._modes.copy.paused}; tried again by itself"
         return None
 
     def keys(self) -> dict[str, Any]:
@@ -100,7 +103,10 @@ class Status:
         }
 
     def _amounts(self) -> dict[str, Any]:
-        """Bytes; lag in seconds; `copied` from 0 to 1, None where no full copy is wanted."""
+        """Bytes; lag in seconds; `copied` from 0 to 1, None where no full copy is wanted.
+
+        `unreadable_bytes`: of the image, by a full copy.
+        """
         clean = 0 if self._modes.mode is Mode.NONE else self._image.layer.sectors * SECTOR
         own, dirty = self._dirty.private_bytes, self._dirty.bytes
         return {
@@ -108,6 +114,7 @@ class Status:
             "dirty_bytes": dirty,
             "private_bytes": own,
             "copied": self._modes.copy.share,
+            "unreadable_bytes": self._modes.copy.unreadable_bytes,
             "lag_seconds": round(self._dirty.lag_seconds(), 3),
             "lag_bytes": dirty,
         }

@@ -18,6 +18,7 @@ from forebay.image.source import Source
 from forebay.image.sources import Sources
 from forebay.image.writes import OwnWrites
 from forebay.origin.protocol import Identity, Origin
+from forebay.origin.threads import Background
 from forebay.sidecar.record import TakenOver
 from forebay_cache import Cache, Layer, View
 from forebay_cache.format.geometry import Buffer
@@ -77,8 +78,8 @@ class Image:
         """The open origin of an image that may be touched. Raises OSError(EIO), which says why there is none."""
         return self.reach.require_origin()
 
-    async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
-        """Exactly `length` bytes of the image. Raises OSError."""
+    async def read(self, offset: int, length: int, background: Background = False) -> Buffer:
+        """Exactly `length` bytes of the image, from `offset` on. Raises OSError."""
         return await self.reach.require_origin().read(offset, length, background)
 
     async def _open(self) -> Origin | None:

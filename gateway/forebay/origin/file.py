@@ -18,7 +18,7 @@ from forebay.origin.opening import OpenImage
 from forebay.origin.order import ChangeOrder, SyncOrder
 from forebay.origin.pieces import ZERO_PIECE, check_range, pieces
 from forebay.origin.protocol import Identity
-from forebay.origin.threads import Descriptor, StoreThreads, bounded
+from forebay.origin.threads import Background, Descriptor, StoreThreads, bounded
 
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, 524}
 """What fallocate says where it cannot do a mode. 524 is the kernel's own ENOTSUPP, which some NFS versions leak."""
@@ -67,7 +67,7 @@ class FileOrigin:
 
     # ------------------------------------------------------------------------------------------------------- reading
 
-    async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
+    async def read(self, offset: int, length: int, background: Background = False) -> Buffer:
         """Exactly `length` bytes in a fresh buffer. What lies beyond the end of the image is zeros.
 
         Raises OSError: EIO when the file ends before `size`, ETIMEDOUT, or what the file system says.
@@ -79,12 +79,16 @@ class FileOrigin:
                 partial(self._file.read, offset, length), background=background
             )
 
-    async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+    async def extents(
+        self, offset: int, length: int, background: Background = False
+    ) -> list[tuple[int, int]]:
         """(length, HOLE | ZERO or 0) of the extents one after the other, covering the range. Raises OSError."""
         self._check(offset, length)
         with bounded(self.timeout, f"asking for the holes of {self.label}"):
             await self._changes.wait_for_range(offset, offset + length)
-            return await self._threads.run(partial(self._file.extents, offset, length))
+            return await self._threads.run(
+                partial(self._file.extents, offset, length), background=background
+            )
 
     async def identity(self) -> Identity:
         """Size, times and inode as the server has them now.

@@ -20,7 +20,7 @@ from forebay.origin.calls import Buffer
 from forebay.origin.nbd_requests import Requests, connect
 from forebay.origin.pieces import ZERO_PIECE, check_range, pieces
 from forebay.origin.protocol import HOLE, MOST_EXTENTS, ZERO, Identity
-from forebay.origin.threads import bounded
+from forebay.origin.threads import Background, bounded
 from forebay_nbd.client.client import Client
 
 
@@ -75,7 +75,7 @@ class NbdOrigin:
 
     # ------------------------------------------------------------------------------------------------- reading
 
-    async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
+    async def read(self, offset: int, length: int, background: Background = False) -> Buffer:
         """Exactly `length` bytes. What lies beyond the end of the image is zeros. Raises OSError."""
         wanted = min(length, max(0, self.size - offset))
         self._check(offset, wanted)
@@ -88,13 +88,15 @@ class NbdOrigin:
         )
         return found if wanted == length else found + bytes(length - wanted)
 
-    async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+    async def extents(
+        self, offset: int, length: int, background: Background = False
+    ) -> list[tuple[int, int]]:
         """(length, HOLE | ZERO or 0) of the extents one after the other, covering the range. Raises OSError."""
         self._check(offset, length)
         found: list[tuple[int, int]] = []
         at, end = offset, offset + length
         while at < end and len(found) < MOST_EXTENTS:
-            part = await self._some_extents(at, end - at)
+            part = await self._some_extents(at, end - at, background)
             if not part:
                 break
             for size, flags in part:
@@ -104,7 +106,9 @@ class NbdOrigin:
             _append(found, end - at, 0)
         return found
 
-    async def _some_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+    async def _some_extents(
+        self, offset: int, length: int, background: Background
+    ) -> list[tuple[int, int]]:
         """The extents at the beginning of the range, from one answer; none if the server cannot say. Raises OSError."""
         first = offset // self._requests.sector * self._requests.sector
         last = -(-(offset + length) // self._requests.sector) * self._requests.sector
@@ -114,6 +118,7 @@ class NbdOrigin:
                 lambda client: client.block_status(first, last - first),
                 offset,
                 length,
+                background,
             )
         except OSError as error:
             if error.errno in (errno.ENOTSUP, errno.EINVAL):

@@ -19,7 +19,7 @@ import trio
 
 from forebay.errors import ForebayError
 from forebay.origin.addresses import NbdAddress
-from forebay.origin.threads import Lanes, bounded
+from forebay.origin.threads import Background, Lanes, bounded
 from forebay_nbd.client.client import Client
 from forebay_nbd.protocol.wire import Flag
 
@@ -31,7 +31,8 @@ FOREGROUND_REQUESTS = 64
 """In flight at one server for what guests wait for: hides 1 ms of latency at 64 KiB up to 4 GB/s."""
 
 BACKGROUND_REQUESTS = 8
-"""In flight for write-back, preload and prefetch: fills a gigabit link at some 50 ms of latency with 1 MiB requests."""
+"""In flight for write-back, and as many for preload and read-ahead: fills a gigabit link at some 50 ms of latency with
+1 MiB requests."""
 
 CONNECTIONS = 4
 """To a server that allows several. More than its threads for one disk are of no use."""
@@ -59,7 +60,7 @@ class _Job:
     """One request, which a task of its own makes."""
 
     do: Callable[[Client], Awaitable[Any]]
-    background: bool
+    background: Background
     first: int
     last: int
     """The first byte that it touches, and the first one after it that it does not."""
@@ -157,7 +158,7 @@ class Requests:
         do: Callable[[Client], Awaitable[T]],
         offset: int = 0,
         length: int = 0,
-        background: bool = False,
+        background: Background = False,
         *,
         kind: Literal["ask", "change", "flush"] = "ask",
     ) -> T:
@@ -187,8 +188,8 @@ class Requests:
     async def _run(self, job: _Job) -> None:
         """Make the request, in a task of its own. Raises nothing, whatever `do` raises: the nursery is everybody's."""
         try:
-            with job.scope:
-                async with self._lanes.queue(job.background) as limiter, limiter:
+            with job.scope, self._lanes.queue(job.background) as place:
+                async with place:
                     await self._until_answered(job)
             if job.scope.cancelled_caught:
                 job.error = OSError(errno.ECANCELED, "given up")

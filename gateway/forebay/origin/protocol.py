@@ -14,6 +14,7 @@ from typing import Protocol
 import trio
 
 from forebay.origin.calls import Buffer
+from forebay.origin.threads import Background
 
 HOLE, ZERO = 1, 2
 """Flags of an extent: it takes no space, it reads as zeros. The numbers are those of NBD's base:allocation
@@ -47,7 +48,7 @@ class Origin(Protocol):
     """An open image where it lives. All offsets and lengths are bytes.
 
     Every method raises OSError: ETIMEDOUT when the storage did not answer in time. Calls with `background` let the
-    others of the same store go first.
+    others of the same store go first; see `Background` in threads.py.
     """
 
     size: int
@@ -63,7 +64,7 @@ class Origin(Protocol):
         """
         ...
 
-    async def read(self, offset: int, length: int, background: bool = False) -> Buffer:
+    async def read(self, offset: int, length: int, background: Background = False) -> Buffer:
         """Exactly `length` bytes. What lies beyond the end of the image is zeros."""
         ...
 
@@ -98,7 +99,9 @@ class Origin(Protocol):
         """Give the space of a range back where that can be done. The range reads as zeros afterwards, always."""
         ...
 
-    async def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+    async def extents(
+        self, offset: int, length: int, background: Background = False
+    ) -> list[tuple[int, int]]:
         """(length, flags) of the extents one after the other, covering the range; the flags are HOLE | ZERO or 0."""
         ...
 

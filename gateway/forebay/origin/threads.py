@@ -15,8 +15,8 @@ import contextlib
 import errno
 import functools
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar, cast
 
 import trio
 
@@ -29,12 +29,22 @@ FOREGROUND_THREADS = 32
 threads that some ten hung stores stay below any limit of processes."""
 
 BACKGROUND_THREADS = 4
-"""Calls of one store at a time for write-back, preload and prefetch: enough to fill a gigabit link with 1 MiB calls,
-and too few to fill the store's queue in front of a guest's miss."""
+"""Calls of one store at a time for write-back, and as many for preload and read-ahead: enough to fill a gigabit link
+with 1 MiB calls, and too few to fill the store's queue in front of a guest's miss."""
 
 BACKGROUND_PATIENCE = 0.1
 """Seconds that one background call waits for a moment without foreground calls. After that it goes ahead: write-back
 that never moves would stop the guest's writes in the end."""
+
+
+Background = bool | trio.Event
+"""Whether a call lets those go first that guests wait for. An event: it does until that is set, because somebody has
+come to need it."""
+
+
+def is_foreground(background: Background) -> bool:
+    """True if somebody waits for the call now."""
+    return background.is_set() if isinstance(background, trio.Event) else not background
 
 
 @contextlib.contextmanager
@@ -162,43 +172,115 @@ class Call(Generic[T]):
             self._on_end(self)
 
 
+class Place:
+    """The way of one call through the queue in front of a store: `trio.to_thread.run_sync` takes it as its limiter.
+
+    As an async context manager it takes its place when it is entered.
+    """
+
+    def __init__(self, lanes: "Lanes", background: Background) -> None:
+        self._lanes = lanes
+        self._needed = background if isinstance(background, trio.Event) else None
+        self._limiter: trio.CapacityLimiter | None = None
+        """Where it has its place; None while it waits."""
+        self._is_foreground = is_foreground(background)
+        if self._is_foreground:
+            lanes.enter_foreground()
+
+    async def acquire_on_behalf_of(self, borrower: object) -> None:
+        """Wait for a place, with what guests wait for as soon as somebody needs the call. Part of trio's interface."""
+        if not self._is_foreground:
+            with trio.CancelScope() as scope:
+                await self._take_behind(borrower, scope)
+        if self._limiter is None:
+            if not self._is_foreground:
+                self._is_foreground = True
+                self._lanes.enter_foreground()
+            await self._lanes.foreground.acquire_on_behalf_of(borrower)
+            self._limiter = self._lanes.foreground
+
+    async def _take_behind(self, borrower: object, scope: trio.CancelScope) -> None:
+        """Take a place behind the foreground calls, unless somebody needs the call before it is its turn."""
+        limiter = self._lanes.background if self._needed is None else self._lanes.ahead
+        async with trio.open_nursery() as nursery:
+            if self._needed is not None:
+                nursery.start_soon(_cancel_when, self._needed, scope)
+            await self._lanes.let_foreground_go()
+            await limiter.acquire_on_behalf_of(borrower)
+            self._limiter = limiter
+            nursery.cancel_scope.cancel()
+
+    def release_on_behalf_of(self, borrower: object) -> None:
+        """Give the place back. Part of trio's interface."""
+        assert self._limiter is not None, "it has no place"
+        self._limiter.release_on_behalf_of(borrower)
+
+    async def __aenter__(self) -> None:
+        await self.acquire_on_behalf_of(self)
+
+    async def __aexit__(self, *_: object) -> None:
+        self.release_on_behalf_of(self)
+
+    def leave(self) -> None:
+        """The call has ended, or nobody waits for it any more."""
+        if self._is_foreground:
+            self._lanes.leave_foreground()
+
+
+async def _cancel_when(needed: trio.Event, scope: trio.CancelScope) -> None:
+    await needed.wait()
+    scope.cancel()
+
+
 class Lanes:
-    """The queue in front of one store. A guest waits for foreground calls; background calls let them go first."""
+    """The queue in front of one store. A guest waits for foreground calls; all others let them go first.
+
+    Of these, reads ahead of guests and writes behind their backs have places of their own, so that neither keeps the
+    other from going on.
+    """
 
     def __init__(self, foreground: int, background: int) -> None:
-        """`foreground` and `background`: how many calls of each kind are made at a time."""
-        self._limits = (trio.CapacityLimiter(foreground), trio.CapacityLimiter(background))
-        self._foreground = 0
+        """How many calls of each kind are made at a time; `background` is that of reads and of writes."""
+        self.foreground = trio.CapacityLimiter(foreground)
+        self.background = trio.CapacityLimiter(background)
+        self.ahead = trio.CapacityLimiter(background)
+        """For calls that somebody may come to need."""
+        self._waiting = 0
         """Foreground calls that wait for a place or have one."""
         self._quiet = trio.Event()
         self._quiet.set()
 
     @property
     def busy(self) -> tuple[int, int]:
-        """How many places are taken: (foreground, background)."""
-        foreground, background = self._limits
-        return int(foreground.borrowed_tokens), int(background.borrowed_tokens)
+        """How many places are taken: (foreground, all others)."""
+        others = int(self.background.borrowed_tokens) + int(self.ahead.borrowed_tokens)
+        return int(self.foreground.borrowed_tokens), others
 
-    @contextlib.asynccontextmanager
-    async def queue(self, background: bool) -> AsyncIterator[trio.CapacityLimiter]:
-        """Queue up. The body takes its place from the limiter that this gives, and counts as waiting until it ends."""
-        if background:
-            await self._let_foreground_go()
-            yield self._limits[1]
-            return
-        if self._foreground == 0:
-            self._quiet = trio.Event()
-        self._foreground += 1
+    @contextlib.contextmanager
+    def queue(self, background: Background) -> Iterator[Place]:
+        """Queue up. The body takes the place that this gives, and counts as waiting until it ends."""
+        place = Place(self, background)
         try:
-            yield self._limits[0]
+            yield place
         finally:
-            self._foreground -= 1
-            if self._foreground == 0:
-                self._quiet.set()
+            place.leave()
 
-    async def _let_foreground_go(self) -> None:
+    def enter_foreground(self) -> None:
+        """One more call that a guest waits for."""
+        if self._waiting == 0:
+            self._quiet = trio.Event()
+        self._waiting += 1
+
+    def leave_foreground(self) -> None:
+        """One less."""
+        self._waiting -= 1
+        if self._waiting == 0:
+            self._quiet.set()
+
+    async def let_foreground_go(self) -> None:
+        """Wait for a moment without foreground calls, BACKGROUND_PATIENCE at most."""
         with trio.move_on_after(BACKGROUND_PATIENCE):
-            while self._foreground:
+            while self._waiting:
                 await self._quiet.wait()
 
 
@@ -223,7 +305,7 @@ class StoreThreads:
         self,
         do: Callable[[], T],
         *,
-        background: bool = False,
+        background: Background = False,
         drop: Callable[[T], object] | None = None,
     ) -> T:
         """Call `do` in a thread and return what it returns. Raises what it raises.
@@ -232,13 +314,15 @@ class StoreThreads:
         """
         return await self.wait_for(Call(do, drop=drop), background=background)
 
-    async def wait_for(self, call: Call[T], *, background: bool = False) -> T:
+    async def wait_for(self, call: Call[T], *, background: Background = False) -> T:
         """As `run`, for a call that the caller has made, and may look at later."""
         taken = False
         try:
-            async with self._lanes.queue(background) as limiter:
+            with self._lanes.queue(background) as place:
                 result = await trio.to_thread.run_sync(
-                    call.in_thread, abandon_on_cancel=True, limiter=limiter
+                    call.in_thread,
+                    abandon_on_cancel=True,
+                    limiter=cast("trio.CapacityLimiter", place),  # anything with its two methods
                 )
             taken = True
             return result
