@@ -4,6 +4,7 @@
 """An image that somebody else changes, while this host's kernel has the old content in memory, as NFS clients do."""
 
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -11,6 +12,8 @@ import pytest
 import trio
 import trio.testing
 
+from forebay.image.reach import LOOK_SHARED_SECONDS, WATCH_SECONDS
+from forebay.origin.protocol import Identity
 from forebay.units import Mode
 from forebay_cache.format.geometry import BLOCK, Buffer
 from sim.fake_host import Host, settings
@@ -106,3 +109,27 @@ def test_a_disk_that_stopped_reads_nothing_from_the_cache_either(tmp_path: Path)
         assert b"".join(map(bytes, await disk.read(0, 2 * BLOCK))) == NEW * 2
 
     play(tmp_path, story)
+
+
+def test_many_disks_look_at_their_image_no_more_often_than_one(tmp_path: Path) -> None:
+    looks = []
+
+    async def story(host: Host, origin: KeptPages) -> None:
+        identity = origin.identity
+
+        async def counted() -> Identity:
+            looks.append(trio.current_time())
+            return await identity()
+
+        for number in range(30):
+            await host.attach(f"d{number}", settings(Mode.WRITE_THROUGH), overlay=True)
+            await trio.sleep(0.1)
+        with mock.patch.object(origin, "identity", counted):
+            began = trio.current_time()
+            await trio.sleep(60)
+            looks[:0] = [began]
+            looks.append(trio.current_time())
+
+    play(tmp_path, story)
+    assert len(looks) <= 2 + 60 / LOOK_SHARED_SECONDS
+    assert max(b - a for a, b in pairwise(looks)) <= WATCH_SECONDS + LOOK_SHARED_SECONDS

@@ -73,7 +73,8 @@ class Watch:
             has_come = was_away and image.origin is not None
             if has_come and self._target is None and self._is_unsafe():
                 nursery.start_soon(self._change_over, Mode.WRITE_THROUGH)
-            await image.look()
+            if image.reach.is_look_due():
+                await image.look()
 
     async def _change_over(self, target: Mode) -> None:
         """Change to that mode, however long it takes until what is dirty is in the image."""

@@ -11,6 +11,7 @@ import errno
 import logging
 from collections.abc import Awaitable, Callable
 from enum import Enum
+from math import inf
 
 import trio
 
@@ -28,6 +29,9 @@ LEAST_PAUSE = 0.05
 
 WATCH_SECONDS = 5.0
 """How often an image is looked at for changes that somebody else made."""
+
+LOOK_SHARED_SECONDS = 4.0
+"""For so long a look of one disk's watch is one for all disks on the image."""
 
 
 class ImageState(Enum):
@@ -83,6 +87,8 @@ class Reach:
         """Tasks that wait until the image is not away any more."""
         self._next_attempt = 0.0
         self._pause = RETRY_SECONDS
+        self._looked_at = -inf
+        """When a watch began to look at the image last."""
 
     @property
     def state(self) -> ImageState:
@@ -169,6 +175,17 @@ class Reach:
         if self.state is not ImageState.AWAY:
             return WATCH_SECONDS
         return max(LEAST_PAUSE, self._next_attempt - trio.current_time())
+
+    def is_look_due(self) -> bool:
+        """True if the image is to be looked at now, by whoever asks: no other disk's watch has done that just before.
+
+        A hundred overlays of one image need not ask its server a hundred times.
+        """
+        now = trio.current_time()
+        if now - self._looked_at < LOOK_SHARED_SECONDS:
+            return False
+        self._looked_at = now
+        return True
 
     # ------------------------------------------------------------------------------------------------------- the ends
 

@@ -157,7 +157,9 @@ def _resolve_path(config: Config, text: str) -> Address:
             f"'{text}' may not be attached: allow it with devices = [\"{path}\"] in [origins]"
         )
     known = ", ".join(f"{name} ({store.path})" for name, store in config.stores.items())
-    raise ForebayError(f"'{text}' is in no store: stores are {known or 'not configured, add one'}")
+    raise ForebayError(
+        f"'{text}' is in no store: write STORE:PATH, or a path in one: stores are {known or 'not configured, add one'}"
+    )
 
 
 def _resolve_nbd(config: Config, text: str) -> NbdAddress:
