@@ -226,8 +226,9 @@ async def test_wrong_request_is_refused_in_one_line(
     ("fault", "status", "said"),
     [
         (ForebayError("the image is gone: restore it"), 409, "the image is gone: restore it"),
-        (OSError(5, "Input/output error"), 500, "Input/output error: look at the daemon's log"),
-        (TimeoutError(), 500, "TimeoutError: look at the daemon's log"),
+        (OSError(5, "Input/output error"), 500, "Input/output error; the daemon's log says more"),
+        (TimeoutError(), 500, "TimeoutError; the daemon's log says more"),
+        (OSError(28, "No space left"), 500, "No space left; make room there, and try again"),
     ],
 )
 @pytest.mark.parametrize("request_line", ["GET /cache", "POST /flush", "GET /metrics"])

@@ -114,7 +114,7 @@ def _guarded(endpoint: Endpoint) -> Endpoint:
         try:
             return await endpoint(request)
         except Exception as fault:  # noqa: BLE001
-            return error(*failure(fault), fault)
+            return error(*failure(fault, request.path_params.get("name", "")), fault)
 
     return call
 

@@ -3,6 +3,7 @@
 
 """How the control API answers for work that takes long, and for what fails."""
 
+import errno
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -27,15 +28,29 @@ PROGRESS_INTERVAL = 0.1
 """Seconds between progress lines. More often is more than eyes can see."""
 
 
-def failure(fault: Exception) -> tuple[int, str]:
-    """The HTTP status and the one line for a request that failed. A fault of Forebay itself goes to the log."""
+_ADVICE = {
+    errno.ENOSPC: "make room there, and try again",
+    errno.EDQUOT: "make room there, or raise the quota, and try again",
+    errno.ETIMEDOUT: "see that the storage answers, and try again",
+    errno.EROFS: "mount it for writing, and try again",
+}
+"""What to do about faults of storage; the log says more of others."""
+
+
+def failure(fault: Exception, disk: str = "") -> tuple[int, str]:
+    """The HTTP status and the one line for a request that failed. A fault of Forebay itself goes to the log.
+
+    `disk` names the disk that was asked for, if one was.
+    """
     match fault:
         case HTTPException():
             return fault.status_code, fault.detail
         case ForebayError():
             return 409, str(fault)
         case OSError():
-            return 500, f"{fault.strerror or type(fault).__name__}: look at the daemon's log"
+            where = f"'{disk}': " if disk else ""
+            advice = _ADVICE.get(fault.errno or 0, "the daemon's log says more")
+            return 500, f"{where}{fault.strerror or type(fault).__name__}; {advice}"
     log.error("control API: %s", type(fault).__name__, exc_info=fault)
     return 500, f"a fault of forebay itself ({type(fault).__name__}): look at the daemon's log"
 
@@ -67,7 +82,7 @@ class Operation:
         """Answer one request."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._hang_up, receive)
-            nursery.start_soon(self._run)
+            nursery.start_soon(self._run, scope.get("path_params", {}).get("name", ""))
             await self._changed.wait()
             if self._finished.is_set() and "result" not in self._outcome:
                 await self._refuse(scope, receive, send)
@@ -81,13 +96,13 @@ class Operation:
             pass
         self._scope.cancel()
 
-    async def _run(self) -> None:
-        """Do the work, and keep what came of it; nothing of it where it was cancelled."""
+    async def _run(self, disk: str) -> None:
+        """Do the work, for a disk of that name, and keep what came of it; nothing of it where it was cancelled."""
         with self._scope:
             try:
                 self._outcome = {"result": await self._work(self._advance)}
             except Exception as fault:  # noqa: BLE001  (the client is told, and the daemon lives)
-                self._status, text = failure(fault)
+                self._status, text = failure(fault, disk)
                 self._outcome = {"error": text}
         self._finished.set()
         self._changed.set()

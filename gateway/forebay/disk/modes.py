@@ -23,7 +23,7 @@ from forebay.disk.reads import arrive
 from forebay.errors import ForebayError
 from forebay.image.image import Image
 from forebay.image.source import Source
-from forebay.units import Mode
+from forebay.units import Mode, format_size
 from forebay_cache import View
 from forebay_cache.format.geometry import BLOCK
 
@@ -138,13 +138,13 @@ class Modes:
         key, size, cap = self._image.key, self._source.size, self._settings.cache_size
         if 0 < cap < size:
             raise ForebayError(
-                f"a full copy of {key} takes {size} bytes, and cache_size lets the disk have "
-                f"{cap}: leave cache_size out, or use write-back"
+                f"a full copy of {key} takes {format_size(size)}, and cache_size lets the disk have "
+                f"{format_size(cap)}: leave cache_size out, or use write-back"
             )
         room = self._image.cache.device.slots * BLOCK
         if size > room * 9 // 10:  # the rest is for what guests write meanwhile
             raise ForebayError(
-                f"a full copy of {key} takes {size} bytes, and the cache has {room}: "
+                f"a full copy of {key} takes {format_size(size)}, and the cache has {format_size(room)}: "
                 "use write-back, or a larger cache device"
             )
 

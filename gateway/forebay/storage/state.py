@@ -62,7 +62,7 @@ def format_cache(config: Config, force: bool) -> None:
 @contextlib.contextmanager
 def offline(config: Config) -> Iterator[None]:
     """Hold STATE, so that no daemon runs on it meanwhile. Raises ForebayError, also for faults of the cache."""
-    with held(config.gateway.state, "--state", STATE_MODE), in_one_line():
+    with held(config.gateway.state, None, STATE_MODE), in_one_line():
         yield
 
 
@@ -105,10 +105,11 @@ def _lock_shared(fd: int, state: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(directory: Path, option: str, mode: int) -> Iterator[None]:
+def held(directory: Path, option: str | None, mode: int) -> Iterator[None]:
     """Make the directory, with that file mode, and hold its lock file: no two daemons can have one directory.
 
-    `option` is the one of `forebay serve` that names another directory. Raises ForebayError.
+    `option` is the one of `forebay serve` that names another directory; None for a command that works without a
+    daemon. Raises ForebayError.
     """
     fd = _open_lock(directory, option, mode)
     try:
@@ -119,19 +120,20 @@ def held(directory: Path, option: str, mode: int) -> Iterator[None]:
         os.close(fd)
 
 
-def _open_lock(directory: Path, option: str, mode: int) -> int:
+def _open_lock(directory: Path, option: str | None, mode: int) -> int:
     try:
         directory.mkdir(mode=mode, parents=True, exist_ok=True)
         return os.open(
             directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
         )
     except OSError as fault:
+        other = f", or choose another {option}" if option else ""
         raise ForebayError(
-            f"{directory}: {fault.strerror}: let the daemon's user write there, or choose another {option}"
+            f"{directory}: {fault.strerror}: let the daemon's user write there{other}"
         ) from fault
 
 
-def _lock(fd: int, directory: Path, option: str) -> None:
+def _lock(fd: int, directory: Path, option: str | None) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as fault:
@@ -139,6 +141,10 @@ def _lock(fd: int, directory: Path, option: str) -> None:
             raise ForebayError(
                 f"{directory}/lock: {fault.strerror}: use a local directory"
             ) from fault
+        if option is None:
+            raise ForebayError(
+                f"{directory} is in use by a daemon (pid {_pid(fd)}): stop it first, then run this again"
+            ) from None
         raise ForebayError(
             f"{directory} is in use by another daemon (pid {_pid(fd)}): stop that one, "
             f"or give this one {option} of its own"
