@@ -5,20 +5,21 @@
 #    source ~/.local/share/bash_completion/forebay
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_forebay_subparsers=(serve attach detach status stats flush mode preload xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
+_shtab_forebay_subparsers=(serve attach detach status stats flush mode peer preload xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
-_shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --wait --json)
+_shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --peer --label --user --wait --json)
 _shtab_forebay_detach_option_strings=(-h --help --config --discard --force)
 _shtab_forebay_status_option_strings=(-h --help --config --json)
 _shtab_forebay_stats_option_strings=(-h --help --config --json)
 _shtab_forebay_flush_option_strings=(-h --help --config --all --timeout --json)
 _shtab_forebay_mode_option_strings=(-h --help --config)
+_shtab_forebay_peer_option_strings=(-h --help --config --label --user --evict)
 _shtab_forebay_preload_option_strings=(-h --help --config)
 _shtab_forebay_xml_option_strings=(-h --help --config --target --libvirt --metadata)
 _shtab_forebay_libvirt_hook_option_strings=(-h --help --config)
 _shtab_forebay_cache_option_strings=(-h --help --config --vg --tag --device --file --size --force --yes --json)
-_shtab_forebay_recover_option_strings=(-h --help --config --json)
+_shtab_forebay_recover_option_strings=(-h --help --config --json --yes)
 _shtab_forebay_takeover_option_strings=(-h --help --config --json --yes)
 _shtab_forebay_fuse_option_strings=(-h --help --config --allow-other --wait --patience)
 _shtab_forebay_check_config_option_strings=(-h --help --config)
@@ -40,6 +41,8 @@ _shtab_forebay_flush_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_flush___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_mode_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_mode___config_COMPGEN=_shtab_compgen_files
+_shtab_forebay_peer_pos_0_COMPGEN=_forebay_disks
+_shtab_forebay_peer___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_preload_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_preload___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_xml_pos_0_COMPGEN=_forebay_disks
@@ -54,8 +57,10 @@ _shtab_forebay_dump_config___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_demo___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay___config_COMPGEN=_shtab_compgen_files
 
+_shtab_forebay_attach___peer_choices=(first label any)
+_shtab_forebay_peer_pos_1_choices=(first label any)
 _shtab_forebay_cache_pos_0_choices=(check info create extend format remove repair scrub)
-_shtab_forebay_pos_0_choices=(serve attach detach status stats flush mode preload xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
+_shtab_forebay_pos_0_choices=(serve attach detach status stats flush mode peer preload xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
 _shtab_forebay___print_completion_choices=(bash zsh tcsh)
 
 _shtab_forebay_serve__h_nargs=0
@@ -83,6 +88,9 @@ _shtab_forebay_flush___all_nargs=0
 _shtab_forebay_flush___json_nargs=0
 _shtab_forebay_mode__h_nargs=0
 _shtab_forebay_mode___help_nargs=0
+_shtab_forebay_peer__h_nargs=0
+_shtab_forebay_peer___help_nargs=0
+_shtab_forebay_peer___evict_nargs=0
 _shtab_forebay_preload__h_nargs=0
 _shtab_forebay_preload___help_nargs=0
 _shtab_forebay_xml__h_nargs=0
@@ -98,6 +106,7 @@ _shtab_forebay_cache___json_nargs=0
 _shtab_forebay_recover__h_nargs=0
 _shtab_forebay_recover___help_nargs=0
 _shtab_forebay_recover___json_nargs=0
+_shtab_forebay_recover___yes_nargs=0
 _shtab_forebay_takeover__h_nargs=0
 _shtab_forebay_takeover___help_nargs=0
 _shtab_forebay_takeover___json_nargs=0

@@ -10,6 +10,7 @@ from forebay_nbd.server.connection import Connection
 from forebay_nbd.server.export import Export
 from forebay_nbd.server.limits import Limits
 from forebay_nbd.server.phase import Phase
+from forebay_nbd.server.places import Process
 from forebay_nbd.server.server import Server
 from forebay_nbd.server.session import Session
 
@@ -21,6 +22,7 @@ __all__ = [
     "Export",
     "Limits",
     "Phase",
+    "Process",
     "ProtocolError",
     "RequestError",
     "Server",

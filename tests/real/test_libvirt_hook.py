@@ -15,6 +15,7 @@ import pytest
 
 from real.gateway_process import GatewayProcess
 from real.processes import MIB, NbdServer
+from real.tenant_process import TenantProcess
 
 HOOK = Path(__file__).resolve().parents[2] / "config" / "libvirt" / "hooks" / "qemu.d" / "forebay"
 
@@ -134,7 +135,7 @@ def test_a_domain_of_others_never_reaches_forebay(gateway: GatewayProcess, hook:
         done = hook(operation, sub_operation, xml)
         assert (done.returncode, done.stderr) == (0, "")
     ours = domain("name='a' image='images:a.raw'")
-    for operation in ("start", "started", "reconnect", "attach"):
+    for operation in ("started", "reconnect", "attach"):
         done = hook(operation, "begin", ours)
         assert (done.returncode, done.stderr) == (0, "")
     assert not hook.calls.exists()
@@ -189,6 +190,58 @@ def test_a_disk_of_another_domain_is_neither_taken_nor_detached(
     hook.prepare(ours)
     hook.release(theirs, name="vm2")
     assert names(gateway) == ["a"]
+
+
+def with_labels(xml: str, *elements: str) -> str:
+    """The domain as libvirt has it when it starts QEMU: it knows then as whom."""
+    seclabels = "".join(elements)
+    return xml.replace("</domain>", f"{seclabels}</domain>")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+def test_a_disk_is_its_domains_when_that_starts(
+    make_gateway: Callable[..., GatewayProcess], tmp_path: Path
+) -> None:
+    gateway = make_gateway({"gateway": {"socket_mode": "0666"}})
+    hook = Hook(gateway, tmp_path)
+    (gateway.images / "a.raw").write_bytes(bytes(MIB))
+    xml = domain("name='d' image='images:a.raw'")
+    dac = "<seclabel type='dynamic' model='dac'><label>+65534:+65534</label></seclabel>"
+    mac = "<seclabel type='dynamic' model='apparmor'><label>libvirt-1</label></seclabel>"
+    hook.prepare(xml)
+    for path in (gateway.directory, gateway.run, gateway.run / "disks"):
+        path.chmod(0o755)
+    gateway.allow_log("is refused")
+    disk = gateway.sock("d")
+    mine, other, stranger, root = (TenantProcess(uid, 65534) for uid in (65534, 65534, 7, 0))
+    try:
+        assert other.gets_in(disk), "who waits for disks to appear is first"
+        assert root.gets_in(disk)
+        hook.prepare(xml)
+        done = hook("start", "begin", with_labels(xml, dac, mac))
+        assert (done.returncode, done.stderr) == (0, "")
+        status = gateway.status("d")
+        assert (status["peer_label"], status["peer_user"]) == ("libvirt-1", 65534)
+        assert status["peer_process"] is None
+        assert not stranger.gets_in(disk)
+        assert mine.gets_in(disk)
+        assert not other.gets_in(disk)
+        assert hook("start", "begin", xml).returncode == 0
+        assert gateway.status("d")["peer_label"] is None, "a domain without labels again"
+        strict = domain("name='d' image='images:a.raw' peer='label'")
+        assert hook("start", "begin", with_labels(strict, mac)).returncode == 0
+        assert gateway.status("d")["peer"] == "label"
+        assert not mine.gets_in(disk), "this kernel tells no labels"
+    finally:
+        for one in (mine, other, stranger, root):
+            one.end()
+
+
+def test_a_domain_does_not_start_where_its_disk_cannot_be_given_to_it(
+    gateway: GatewayProcess, hook: Hook
+) -> None:
+    said = hook.refused(domain("name='d' image='images:a.raw'"), "start")
+    assert said.startswith("no disk 'd'")
 
 
 def test_what_release_could_not_do_the_next_start_finds_as_it_is(

@@ -71,6 +71,7 @@ def served(make_gateway: Callable[..., GatewayProcess]) -> Callable[..., Gateway
         gateway = make_gateway({"gateway": settings})
         random_image(gateway.images / "d.raw", 1 << 20, 1, [])
         gateway.attach("d", "d.raw")
+        gateway.allow_log("is refused")
         for path in (gateway.directory, gateway.run, gateway.run / "disks"):
             path.chmod(0o755)
         return gateway

@@ -14,6 +14,7 @@ import trio
 from forebay.config.model import Config, GatewaySection
 from forebay.control.metrics import metrics_text
 from forebay.control.server import serve_control
+from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
 from forebay.units import GIB, MIB, Mode
 
@@ -129,6 +130,11 @@ class FakeGateway:
         self.calls.append(("mode", name, mode))
         await self._work("mode", progress)
         self.disks[name]["mode"] = str(mode)
+        return self.disks[name]
+
+    async def set_peer(self, name: str, rule: Rule, *, evict: bool) -> dict[str, Any]:
+        self.calls.append(("peer", name, rule, evict))
+        await trio.lowlevel.checkpoint()
         return self.disks[name]
 
     async def preload(self, name: str, amount: int | str, progress: Progress) -> None:

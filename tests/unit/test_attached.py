@@ -4,6 +4,7 @@
 """The life of an attached disk: when it is served, what stops it, and how it goes."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import trio
 
 from forebay.daemon.attached import Attached
 from forebay.daemon.record import DiskRecord
+from forebay.doors.tenant import Rule, Tenant
 from forebay.errors import ForebayError
 
 LOGGED = "disk 'd': stopped by a fault of Forebay itself"
@@ -51,6 +53,7 @@ class FakeListener:
 
     path = "/run/d.sock"
     clients = 0
+    tenant = Tenant("d", Path("/run"), Rule("first"))
 
     def __init__(self) -> None:
         self.is_open = False
@@ -105,6 +108,7 @@ async def test_a_disk_is_served_until_it_rests(bed: Bed, nursery: trio.Nursery) 
         "preload": None,
         "clients": 0,
         "socket": "/run/d.sock",
+        **bed.listener.tenant.status(),
     }
     await bed.attached.end()
     assert not bed.listener.is_open

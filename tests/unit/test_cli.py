@@ -27,6 +27,7 @@ from forebay.cli.completion import completion
 from forebay.cli.main import COMMANDS, build_parser, command_in, main
 from forebay.cli.stats import Wanted, difference, parse_wanted, rates
 from forebay.cli.wait import with_wait_closed
+from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
 from forebay.units import MIB
 from unit.control_fake import FakeGateway, disk, served
@@ -268,6 +269,7 @@ async def test_attach_sends_what_was_asked_for(capsys: Capture, tmp_path: Path) 
     gateway = FakeGateway()
     async with served(gateway) as run:
         words = "attach vm1 images:a.raw --mode BACK --cache-size 1G --preload all --read-only"
+        words += " --peer label --label libvirt-1 --user nobody"
         assert await forebay(run, *words.split(), "--overlay") == 0
         assert capsys.readouterr().out == "vm1: /run/forebay/disks/vm1.sock\n"
         assert await forebay(run, "attach", "vm2", "./a:b.raw", "--json") == 0
@@ -281,9 +283,27 @@ async def test_attach_sends_what_was_asked_for(capsys: Capture, tmp_path: Path) 
         "preload": "all",
         "read_only": True,
         "overlay": True,
+        "rule": Rule("label", "libvirt-1", 65534),
     }
     images = [call[2] for call in gateway.calls]
     assert images[1:3] == [str(Path.cwd() / "a:b.raw"), "nbd+unix:///x?socket=/s"]
+
+
+async def test_peer_says_who_has_the_disk(capsys: Capture) -> None:
+    gateway = FakeGateway("a")
+    gateway.disks["a"] |= {"peer": "first", "peer_process": 7}
+    async with served(gateway) as run:
+        assert await forebay(run, "peer", "a", "first", "--evict", "--user", "0") == 0
+        assert capsys.readouterr().out == "a: first, process 7 has it\n"
+        gateway.disks["a"] |= {"peer": "any", "peer_process": None}
+        assert await forebay(run, "peer", "a", "any", "--label", "libvirt-1") == 0
+        assert capsys.readouterr().out == "a: any\n"
+        assert await forebay(run, "peer", "a", "any", "--user", "nobody-at-all") == 1
+        assert "no user 'nobody-at-all' on this host" in capsys.readouterr().err
+    assert gateway.calls == [
+        ("peer", "a", Rule("first", None, 0), True),
+        ("peer", "a", Rule("any", "libvirt-1"), False),
+    ]
 
 
 async def test_commands_that_move_data(capsys: Capture) -> None:
@@ -526,7 +546,7 @@ async def test_stats_waits_for_a_daemon_that_is_restarted(
 
 def test_every_command_of_the_contract_is_there() -> None:
     contract = (
-        "serve attach detach status stats flush mode preload xml cache check-config dump-config demo "
+        "serve attach detach status stats flush mode peer preload xml cache check-config dump-config demo "
         "fuse libvirt-hook recover takeover"
     )
     assert set(COMMANDS) == set(RUN) == set(contract.split())

@@ -165,6 +165,7 @@ def test_shipped_file_shows_every_key_with_its_default(file: Path) -> None:
         "socket_owner",
         "socket_group",
         "socket_peers",
+        "door_group",
         "control_group",
         "device ",
         "nbd",

@@ -16,6 +16,7 @@ import trio
 
 from forebay.control.arguments import LONGEST_BODY
 from forebay.control.server import serve_control
+from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
 from forebay.units import MIB, Mode
 from unit.control_fake import CACHE, GATEWAY, FakeGateway, disk, served
@@ -86,6 +87,9 @@ async def test_attach_hands_checked_values_on() -> None:
             "cache_size": "1G",
             "preload": "trace",
             "overlay": True,
+            "peer": "label",
+            "peer_label": "libvirt-1",
+            "peer_user": 107,
         }
         answer = await ask(run, "POST /disks", content)
         assert (answer.status, answer.json["mode"]) == (201, "write-back")
@@ -93,10 +97,23 @@ async def test_attach_hands_checked_values_on() -> None:
         assert (await ask(run, "POST /disks", plain)).status == 201
     settings = {"mode": Mode.WRITE_BACK, "cache_size": 1 << 30, "preload": "trace"}
     nothing = dict.fromkeys(settings)
-    flags = {"read_only": False, "overlay": False}
+    flags = {"read_only": False, "overlay": False, "rule": Rule()}
+    rule = Rule("label", "libvirt-1", 107)
     assert gateway.calls == [
-        ("attach", "vm1", "images:a.raw", settings | flags | {"overlay": True}),
+        ("attach", "vm1", "images:a.raw", settings | flags | {"overlay": True, "rule": rule}),
         ("attach", "vm2", "x", nothing | flags),
+    ]
+
+
+async def test_who_may_use_a_disk_is_handed_on() -> None:
+    gateway = FakeGateway("a")
+    async with served(gateway) as run:
+        content = {"peer": None, "peer_label": "libvirt-1", "peer_user": 0, "evict": True}
+        assert (await ask(run, "POST /disks/a/peer", content)).status == 200
+        assert (await ask(run, "POST /disks/a/peer", {"peer": "any"})).status == 200
+    assert gateway.calls == [
+        ("peer", "a", Rule(None, "libvirt-1", 0), True),
+        ("peer", "a", Rule("any"), False),
     ]
 
 
@@ -198,6 +215,17 @@ async def test_readme_has_every_route() -> None:
         ("POST /disks", {"name": "c", "image": "i", "mode": 1}, 400, "mode: 1 is not a mode"),
         ("POST /disks", {"name": "c", "image": "i", "cache_size": -1}, 400, "cache_size: '-1' is"),
         ("POST /disks", {"name": "c", "image": "i", "overlay": "x"}, 400, "overlay: 'x' is neith"),
+        ("POST /disks", {"name": "c", "image": "i", "peer": "all"}, 400, "peer: 'all' is unknown"),
+        ("POST /disks", {"name": "c", "image": "i", "peer": ["any"]}, 400, "peer: ['any'] is unkn"),
+        ("POST /disks/b/peer", {"peer": "any"}, 404, "no disk 'b'"),
+        ("POST /disks/a/peer", {"peer_label": ""}, 400, "peer_label: not the label"),
+        ("POST /disks/a/peer", {"peer_label": "a" * 513}, 400, "peer_label: not the label"),
+        ("POST /disks/a/peer", {"peer_label": "\x1b[2J"}, 400, "peer_label: not the label"),
+        ("POST /disks/a/peer", {"peer_label": 7}, 400, "peer_label: not the label"),
+        ("POST /disks/a/peer", {"peer_user": -1}, 400, "peer_user: not the number of a user"),
+        ("POST /disks/a/peer", {"peer_user": (1 << 32) - 1}, 400, "peer_user: not the number"),
+        ("POST /disks/a/peer", {"peer_user": True}, 400, "peer_user: not the number of a user"),
+        ("POST /disks/a/peer", {"peer_user": "0"}, 400, "peer_user: not the number of a user"),
         ("POST /disks", {"name": "a", "image": "i"}, 409, "'a' is attached already: detach it"),
         ("DELETE /disks/a?forse=1", None, 400, "forse: unknown (did you mean 'force'?)"),
         ("POST /disks/a/mode", {}, 400, "mode: is required"),

@@ -72,6 +72,7 @@ def attach(arguments: Arguments) -> int:
         "preload": arguments.preload,
         "read_only": arguments.read_only,
         "overlay": arguments.overlay,
+        **_peer_arguments(arguments),
     }
     client = daemon(arguments)
     if arguments.wait is None:
@@ -87,6 +88,35 @@ def attach(arguments: Arguments) -> int:
         from forebay.libvirt.version import installed_version
 
         _warn_of_old_libvirt(installed_version())
+    return 0
+
+
+def _peer_arguments(arguments: Arguments) -> dict[str, object]:
+    """Which processes may use the disk, as the daemon is told. Raises ForebayError for a user that is not there."""
+    user = arguments.user
+    return {
+        "peer": arguments.peer,
+        "peer_label": arguments.label,
+        "peer_user": None if user is None else _uid(user),
+    }
+
+
+def _uid(user: str) -> int:
+    """The number of a user, by name or number. Raises ForebayError."""
+    import pwd
+
+    try:
+        return int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise ForebayError(f"no user '{user}' on this host: see 'getent passwd'") from None
+
+
+def peer(arguments: Arguments) -> int:
+    """`forebay peer`: say which processes may use a disk from now on."""
+    content = {**_peer_arguments(arguments), "evict": arguments.evict}
+    status = daemon(arguments).post(f"/disks/{arguments.name}/peer", content)
+    holder = status["peer_process"]
+    print(f"{arguments.name}: {status['peer']}" + (f", process {holder} has it" if holder else ""))
     return 0
 
 
@@ -269,6 +299,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "stats": stats,
     "flush": flush,
     "mode": mode,
+    "peer": peer,
     "preload": preload,
     "xml": xml,
     "libvirt-hook": libvirt_hook,

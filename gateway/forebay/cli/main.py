@@ -203,6 +203,9 @@ def _attach(parser: Parser) -> None:
     add("--preload", metavar="SIZE|all", type=PRELOAD, help="what to bring in at once")
     add("--read-only", action="store_true", help="refuse writes")
     add("--overlay", action="store_true", help="keep writes private and drop them at detach")
+    text = "who may use it: the process that is first (until it ends), those with the label, any"
+    add("--peer", choices=("first", "label", "any"), help=text)
+    _of_vm(parser)
     text = "while another host has the image, wait until it is free, or for as long as this says"
     add(
         "--wait", metavar="TIME", type=_checked(_patience), nargs="?", const=float("inf"), help=text
@@ -235,6 +238,23 @@ def _flush(parser: Parser) -> None:
     which.add_argument("--all", action="store_true", help="all disks")
     parser.add_argument("--timeout", metavar="TIME", type=DURATION, help="give up after 30s, 2m")
     _json(parser)
+
+
+def _of_vm(parser: Parser) -> None:
+    text = "the security label that the VM's processes have"
+    parser.add_argument("--label", metavar="LABEL", help=text)
+    parser.add_argument("--user", metavar="USER", help="the user that the VM's processes have")
+
+
+def _peer(parser: Parser) -> None:
+    _name(parser)
+    text = "first: the next process to connect has it until it ends; label: those with the label; any: all"
+    parser.add_argument(
+        "peer", metavar="first|label|any", choices=("first", "label", "any"), help=text
+    )
+    _of_vm(parser)
+    text = "hang up on who is connected now, but for root, the daemon's user and door_group"
+    parser.add_argument("--evict", action="store_true", help=text)
 
 
 def _mode(parser: Parser) -> None:
@@ -327,6 +347,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "stats": ("rates, one line an interval", _stats),
     "flush": ("write back until nothing is dirty", _flush),
     "mode": ("change how a disk reads and writes", _mode),
+    "peer": ("say which processes may use a disk", _peer),
     "preload": ("bring part of an image into the cache", _preload),
     "xml": ("the libvirt <disk> element of a disk", _xml),
     "libvirt-hook": ("what libvirt's hook calls, with the domain's XML on stdin", _libvirt_hook),

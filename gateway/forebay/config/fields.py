@@ -28,6 +28,9 @@ from forebay.units import (
 KVM = "kvm"
 """The default group of sockets: QEMU runs in it on Debian and Fedora."""
 
+DOORS = "forebay-doors"
+"""The default group of programs that may use a disk beside its VM."""
+
 
 def _absolute(path: Path) -> Path:
     """An absolute path, without `..` and the like."""
@@ -68,11 +71,11 @@ def _known_group(name: str) -> str:
 
 
 def socket_group(name: str) -> str | None:
-    """A group of this host. KVM may be missing, written or not, and is None then: one file fits all hosts."""
+    """A group of this host. KVM and DOORS may be missing, written or not, and are None then: a file fits all hosts."""
     try:
         return _known_group(name)
     except ValueError:
-        if name != KVM:
+        if name not in (KVM, DOORS):
             raise
         return None
 
@@ -118,6 +121,7 @@ FileMode = Annotated[
     int, BeforeValidator(_octal), PlainSerializer(lambda mode: f"{mode:04o}", when_used="json")
 ]
 OnChange = Literal["refresh", "refuse"]
+PeerRule = Literal["first", "label", "any"]
 User = Annotated[str, AfterValidator(_known_user)]
 Group = Annotated[str, AfterValidator(_known_group)]
 SocketGroup = Annotated[str, AfterValidator(socket_group)]

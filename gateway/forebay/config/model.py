@@ -24,6 +24,7 @@ from pydantic import (
 from forebay.config.client import DEFAULT_RUN, config_path, read_toml
 from forebay.config.faults import dotted, faults_of, told
 from forebay.config.fields import (
+    DOORS,
     KVM,
     Directory,
     Duration,
@@ -31,6 +32,7 @@ from forebay.config.fields import (
     Group,
     ModeName,
     OnChange,
+    PeerRule,
     Preload,
     Size,
     SocketGroup,
@@ -74,9 +76,12 @@ class GatewaySection(_Section):
     socket_mode: FileMode = 0o660
     """File mode of the disks' sockets; connecting needs write permission."""
     socket_peers: list[SocketPeer] | None = None
-    """Users, and groups as "@name", whose processes may use the disks' sockets, asked of the kernel at each connection;
-    without it those whom owner, group and mode let in. Root and the daemon's own user always may.
+    """Users, and groups as "@name", whose processes may use the disks' sockets, asked of the kernel at each connection.
+    Without it the user that libvirt runs QEMU as, where /etc/libvirt/qemu.conf can be read and owner, group and mode
+    are left as they are; else those whom owner, group and mode let in. Root and the daemon's own user always may.
     """
+    door_group: SocketGroup | None = Field(default_factory=lambda: socket_group(DOORS))
+    """Group whose processes may use a disk beside the VM that has it: the nbdkit door, backup programs."""
     control_group: Group | None = None
     """Group that may use the control API (mode 0660); without it only the daemon's own user may (0600)."""
 
@@ -140,6 +145,11 @@ class DiskSettings(_Section):
     on with what is there now, or `refuse`, serve nothing until it is attached anew. With data in the cache that belongs
     on the image as it was, it is always the latter.
     """
+    peer: PeerRule = "first"
+    """Which processes may use the disk, of those that may connect at all. `first`: the one that connects first has it
+    until it ends, and where libvirt's hook has told user and label of the VM, only such a process. `label`: all with
+    that label, and no others. `any`: all. Root, the daemon's user and `gateway.door_group` always may.
+    """
     require_locks: bool = True
     """True: an image is refused for writing where its file system has no locks that other hosts see."""
 
@@ -156,6 +166,7 @@ class Store(_Section):
     max_dirty: Size | None = None
     origin_timeout: Duration | None = None
     on_change: OnChange | None = None
+    peer: PeerRule | None = None
     require_locks: bool | None = None
 
 

@@ -4,17 +4,25 @@
 """What a request to the control API may carry, checked as the command checks its arguments."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, get_args
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from forebay.config.fields import PeerRule
 from forebay.units import Mode, did_you_mean, parse_duration, parse_name, parse_preload, parse_size
 
 LONGEST_BODY = 64 << 10
 """Bytes of a request's body. The largest sensible one, an attach, has a few hundred."""
+
+LONGEST_LABEL = 512
+"""Bytes of a label of a process. Those of domains have 60."""
+
+NO_USER = (1 << 32) - 1
+"""The number that no user has."""
 
 Parse = Callable[[Any], Any]
 """Makes of a value, as JSON or the query has it, what it means. Raises ValueError, which says what is accepted."""
@@ -52,6 +60,27 @@ def _names(value: Any) -> list[str]:
     raise ValueError(f"{value!r} is not a list of names")
 
 
+def _peer(value: Any) -> str:
+    """Which processes may use a disk."""
+    if isinstance(value, str) and value in get_args(PeerRule):
+        return str(value)
+    raise ValueError(f"{value!r} is unknown: use {', '.join(get_args(PeerRule))}")
+
+
+def _label(value: Any) -> str:
+    """A security label, as SELinux or AppArmor has it."""
+    if isinstance(value, str) and re.fullmatch(f"[!-~][ -~]{{0,{LONGEST_LABEL - 1}}}", value):
+        return value
+    raise ValueError(f"not the label of a process: at most {LONGEST_LABEL} printable characters")
+
+
+def _uid(value: Any) -> int:
+    """The number of a user."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < NO_USER:
+        return value
+    raise ValueError("not the number of a user")
+
+
 ATTACH: dict[str, Parse] = {
     "name": parse_name,
     "image": _text,
@@ -60,12 +89,21 @@ ATTACH: dict[str, Parse] = {
     "preload": parse_preload,
     "read_only": _flag,
     "overlay": _flag,
+    "peer": _peer,
+    "peer_label": _label,
+    "peer_user": _uid,
 }
 DETACH: dict[str, Parse] = {"discard": _flag, "force": _flag}
 EXTEND: dict[str, Parse] = {"size": parse_size}
 FLUSH: dict[str, Parse] = {"timeout": parse_duration}
 FLUSH_MANY: dict[str, Parse] = {"names": _names, "timeout": parse_duration}
 MODE: dict[str, Parse] = {"mode": Mode.parse}
+PEER: dict[str, Parse] = {
+    "peer": _peer,
+    "peer_label": _label,
+    "peer_user": _uid,
+    "evict": _flag,
+}
 PRELOAD: dict[str, Parse] = {"amount": parse_preload}
 
 

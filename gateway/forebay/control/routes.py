@@ -9,7 +9,7 @@ answered as every other error: a 4xx or 5xx status with `{"error": text}`. If a 
 for any more; no data is lost by that. The routes stand in gateway/README.md.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -26,10 +26,12 @@ from forebay.control.arguments import (
     FLUSH,
     FLUSH_MANY,
     MODE,
+    PEER,
     PRELOAD,
     arguments,
 )
 from forebay.control.work import Operation, Progress, error, failure
+from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
 from forebay.units import Mode
 
@@ -61,6 +63,7 @@ class Answers(Protocol):
         preload: int | str | None,
         read_only: bool,
         overlay: bool,
+        rule: Rule,
     ) -> Status:
         """Serve an image; None stands for what the store says."""
 
@@ -77,6 +80,9 @@ class Answers(Protocol):
 
     async def set_mode(self, name: str, mode: Mode, progress: Progress) -> Status:
         """Change how a disk reads and writes."""
+
+    async def set_peer(self, name: str, rule: Rule, *, evict: bool) -> Status:
+        """Change which processes may use a disk; `evict`: hang up on those that do, but for doors."""
 
     async def preload(self, name: str, amount: int | str, progress: Progress) -> None:
         """Bring in bytes from the start, or `trace`, or `all`."""
@@ -137,6 +143,7 @@ class Control:
             ("DELETE", "/disks/{name}", self.detach),
             ("POST", "/disks/{name}/flush", self.flush),
             ("POST", "/disks/{name}/mode", self.mode),
+            ("POST", "/disks/{name}/peer", self.peer),
             ("POST", "/disks/{name}/preload", self.preload),
             ("POST", "/flush", self.flush_many),
             ("GET", "/cache", self.cache),
@@ -188,6 +195,7 @@ class Control:
             preload=given.get("preload"),
             read_only=given.get("read_only", False),
             overlay=given.get("overlay", False),
+            rule=_rule(given),
         )
         return JSONResponse(status, 201)
 
@@ -248,6 +256,12 @@ class Control:
         name, given = self._name(request), await arguments(request, MODE, ("mode",))
         return Operation(lambda progress: self._gateway.set_mode(name, given["mode"], progress))
 
+    async def peer(self, request: Request) -> Response:
+        """Change which processes may use the disk; answers with the disk's status."""
+        name, given = self._name(request), await arguments(request, PEER)
+        evict = given.get("evict", False)
+        return JSONResponse(await self._gateway.set_peer(name, _rule(given), evict=evict))
+
     async def preload(self, request: Request) -> Operation:
         """Bring part of the image in; answers with the disk's status."""
         name, given = self._name(request), await arguments(request, PRELOAD, ("amount",))
@@ -278,6 +292,11 @@ class Control:
     async def repair(self, _: Request) -> Operation:
         """Use a cache device again that has failed, then do the same."""
         return Operation(self._gateway.repair_cache)
+
+
+def _rule(given: Mapping[str, Any]) -> Rule:
+    """Which processes may use a disk, as a request says."""
+    return Rule(given.get("peer"), given.get("peer_label"), given.get("peer_user"))
 
 
 def _method(route: Route) -> str:

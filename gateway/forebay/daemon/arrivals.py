@@ -20,6 +20,7 @@ from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.disk import Disk
 from forebay.doors.listener import Listener, socket_path
 from forebay.doors.restart import EarlierSockets
+from forebay.doors.tenant import Rule, Tenant
 from forebay.errors import ForebayError
 from forebay.image.boundary import breaks_the_cache, in_short
 from forebay.image.registry import Images
@@ -74,6 +75,7 @@ class Arrivals:
             self._disks.check_alone(source)
             record = wanted.of_image(source.key, source.size)
             attached = await self._opened(record, source, settings, path)
+            attached.listener.tenant.forget()
             await self._put_to_use(attached)
         log.info("%s: %s attached, %s", name, source.key, settings.mode)
         return attached
@@ -149,8 +151,20 @@ class Arrivals:
                 "give the store its old name and path, or detach the disk"
             )
         attached = await self._opened(record, source, settings, path)
+        attached.listener.tenant.recall()
         await attached.start(self._nursery, earlier.take(name))
         self._disks.add(attached)
+
+    async def set_rule(self, attached: Attached, rule: Rule) -> None:
+        """Have the disk be for the processes that `rule` names, and put that on record. Raises ForebayError."""
+        record = attached.record.with_rule(rule)
+        image = resolve(self._config, record.image)
+        tenant = attached.listener.tenant
+        tenant.rule = record.rule(record.settings(self._config, image.store))
+        tenant.release()
+        attached.record = record
+        self._records.put(attached.name, record)
+        await self._records.commit()
 
     # -- both
 
@@ -192,9 +206,10 @@ class Arrivals:
         self, record: DiskRecord, source: Source, settings: DiskSettings, path: Path
     ) -> Attached:
         disk = await Disk.open(self._images, source, settings)
-        return Attached(
-            record, source, disk, Listener(disk, path, self._config.gateway, self._memory)
-        )
+        gateway = self._config.gateway
+        tenant = Tenant(source.use.disk, gateway.run, record.rule(settings))
+        listener = Listener(disk, path, gateway, tenant, self._memory)
+        return Attached(record, source, disk, listener)
 
 
 @contextlib.asynccontextmanager

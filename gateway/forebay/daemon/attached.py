@@ -210,6 +210,7 @@ class Attached:
             **self.record.limits(),
             "clients": self.listener.clients,
             "socket": str(self.listener.path),
+            **self.listener.tenant.status(),
         }
         if self.fault is not None:
             told |= {"state": DiskState.STOPPED.value, "reason": self.reason}

@@ -93,6 +93,7 @@ class Departures:
             raise
         self._disks.remove(attached)
         attached.leave()
+        attached.listener.tenant.forget()
         self._records.put(attached.name, None)
         await self._records.commit()
         try:

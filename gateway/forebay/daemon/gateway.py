@@ -23,6 +23,7 @@ from forebay.daemon.parallel import Progress, Shares, run_all
 from forebay.daemon.process import run_process
 from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.doors.restart import EarlierSockets
+from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
 from forebay.image.registry import Images
 from forebay.storage.state import index_path
@@ -40,6 +41,10 @@ Status = dict[str, Any]
 CLIENT_MEMORY = 256 << 20
 """Bytes that the clients of all disks together may hold: payloads and replies of requests that wait, replies that they
 do not take, block status. Each disk may hold a little beside it (`Limits.own_bytes`), and none more than a quarter."""
+
+
+BY_SETTINGS = Rule()
+"""Which processes may use a disk, where only the store's settings say so."""
 
 
 class Gateway:
@@ -72,11 +77,12 @@ class Gateway:
         preload: int | str | None = None,
         read_only: bool = False,
         overlay: bool = False,
+        rule: Rule = BY_SETTINGS,
     ) -> Status:
         """Serve an image as a disk; None stands for what the store says. The disk's status."""
         chosen = mode.value if mode else None
         wanted = DiskRecord(image, "", 0, read_only, overlay, chosen, cache_size, preload)
-        attached = await self._arrivals.attach(name, wanted)
+        attached = await self._arrivals.attach(name, wanted.with_rule(rule))
         return attached.status()
 
     async def resume(self, earlier: EarlierSockets) -> None:
@@ -135,6 +141,20 @@ class Gateway:
             attached.record = attached.record.with_mode(mode)
             self._records.put(name, attached.record)
             await self._records.commit()
+        return attached.status()
+
+    async def set_peer(self, name: str, rule: Rule, *, evict: bool = False) -> Status:
+        """Change which processes may use a disk. Whoever has it loses it, unless connected; `evict`: in any case.
+
+        The disk's status.
+        """
+        attached = self._disks.attached(name)
+        async with attached.busy:
+            if self._disks.attached(name) is not attached:
+                raise ForebayError(f"'{name}' was detached by somebody else, and attached again")
+            if evict:
+                attached.listener.evict()
+            await self._arrivals.set_rule(attached, rule)
         return attached.status()
 
     async def preload(self, name: str, amount: int | str, progress: Progress) -> None:

@@ -9,7 +9,9 @@ from typing import Any, Self
 
 import lmdb
 
+from forebay.config.fields import PeerRule
 from forebay.config.model import Config, DiskSettings
+from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
 from forebay.units import Mode
 from forebay_cache import Cache, CacheError
@@ -22,8 +24,8 @@ KIND = "disk"
 class DiskRecord:
     """What the index keeps of a disk: what the operator asked for, not what the configuration adds to it.
 
-    `size` in bytes, as found at attach: a disk comes up without its origin. `mode`, `cache_size` and `preload` are None
-    where the store's settings hold.
+    `size` in bytes, as found at attach: a disk comes up without its origin. `mode`, `cache_size`, `preload`
+    and `peer` are None where the store's settings hold; `peer_label` and `peer_user` where nobody told.
     """
 
     image: str
@@ -34,6 +36,9 @@ class DiskRecord:
     mode: str | None = None
     cache_size: int | None = None
     preload: int | str | None = None
+    peer: PeerRule | None = None
+    peer_label: str | None = None
+    peer_user: int | None = None
 
     @classmethod
     def read(cls, found: dict[str, Any]) -> Self:
@@ -46,12 +51,25 @@ class DiskRecord:
 
     def settings(self, config: Config, store: str | None) -> DiskSettings:
         """The settings of the disk, with what the configuration says now. Raises ForebayError."""
-        overrides = {"mode": self.mode, "cache_size": self.cache_size, "preload": self.preload}
+        overrides = {
+            "mode": self.mode,
+            "cache_size": self.cache_size,
+            "preload": self.preload,
+            "peer": self.peer,
+        }
         return config.disk_settings(store, overrides)
 
     def limits(self) -> dict[str, Any]:
         """What the operator asked for, as keys of the disk's status; None where the store's settings hold."""
         return {"cache_size": self.cache_size, "preload": self.preload}
+
+    def rule(self, settings: DiskSettings) -> Rule:
+        """Which processes may use the disk, by its settings."""
+        return Rule(settings.peer, self.peer_label, self.peer_user)
+
+    def with_rule(self, rule: Rule) -> Self:
+        """The same for the processes that the rule names."""
+        return replace(self, peer=rule.peer, peer_label=rule.label, peer_user=rule.user)
 
     def of_image(self, key: str, size: int) -> Self:
         """The same of the image that was found; `size` in bytes."""

@@ -15,6 +15,7 @@ import trio
 from forebay.config.model import GatewaySection
 from forebay.doors.peers import Admission
 from forebay.doors.restart import Client, Sockets
+from forebay.doors.tenant import Rule, Tenant
 from forebay.errors import ForebayError
 from forebay.image.boundary import Boundary
 from forebay_nbd import Budget, Connection, Export, Phase, Server
@@ -81,21 +82,28 @@ class Listener:
     """
 
     def __init__(
-        self, export: Export, path: Path, section: GatewaySection, memory: Budget | None = None
+        self,
+        export: Export,
+        path: Path,
+        section: GatewaySection,
+        tenant: Tenant | None = None,
+        memory: Budget | None = None,
     ) -> None:
         """`path` is where the socket is to lie; nothing is there before `open`.
+
+        `tenant` says which process may use the disk, of those that may connect; without it all of them.
 
         `memory` is what the clients of all disks together may hold; without it this disk's have a budget of their own.
         """
         self.path = path
         self._export = export
         self._section = section
-        self._admission = Admission()
-        """Who may connect. Made anew by `open`: users and groups that the configuration names have to exist by then."""
+        self.tenant = tenant or Tenant(export.name, section.run, Rule("any"))
+        """Who may connect. `open` gives it the users and groups that the configuration names: they exist by then."""
         self._server = Server(
             lambda name: export if name in ("", export.name) else None,
             lambda: [export.name],
-            may_connect=self._may_connect,
+            may_connect=self.tenant.may_connect,
             budget=memory,
         )
         self._scope: trio.CancelScope | None = None
@@ -106,15 +114,6 @@ class Listener:
         """The listening socket's descriptor, while it is open."""
         self._leaving = False
         """True if the path stays for another process, after `suspend`."""
-
-    def _may_connect(self, sock: socket.socket) -> bool:
-        try:
-            refused = self._admission.refused(sock)
-        except OSError:  # gone already
-            return False
-        if refused is not None:
-            log.info("%s: %s is refused: see gateway.socket_peers", self._export.name, refused)
-        return refused is None
 
     # -- who is there
 
@@ -143,7 +142,7 @@ class Listener:
         """
         sockets = earlier or Sockets()
         try:
-            self._admission = Admission.to_disks(self._section)
+            self.tenant.admission = Admission.to_disks(self._section)
             listener = self._socket(sockets)
         except (OSError, KeyError) as fault:
             sockets.hang_up()
@@ -196,6 +195,7 @@ class Listener:
     def _go_on(self, client: Client, nursery: trio.Nursery) -> None:
         """Serve a client of the process before, if the disk still is what it was told."""
         if (client.size, client.read_only) == (self._export.size, self._export.read_only):
+            self.tenant.go_on(client.sock)
             nursery.start_soon(self._server.resume, client.sock, client.session)
         else:
             log.error(
@@ -228,6 +228,13 @@ class Listener:
     def _abort(self) -> None:
         for connection in list(self._server.connections):
             connection.abort()
+
+    def evict(self) -> None:
+        """Hang up on everybody but doors, and have nobody have the disk: its VM is about to start."""
+        for connection in list(self._server.connections):
+            if not self.tenant.is_door(connection.sock):
+                connection.abort()
+        self.tenant.forget()
 
     async def suspend(self, seconds: float) -> Sockets:
         """Stop serving and leave the sockets as they are, for another process: listener, clients, the path.

@@ -12,9 +12,11 @@ import errno
 import grp
 import os
 import pwd
+import re
 import socket
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, Self
 
 from forebay.config.model import GatewaySection
@@ -30,6 +32,21 @@ _SO_PEERGROUPS = 59
 
 _GROUPS_BYTES = 1024
 """The most that getsockopt() of Python reads: 256 groups."""
+
+QEMU_CONF = Path("/etc/libvirt/qemu.conf")
+"""Where libvirt says which user runs QEMU."""
+
+QEMU_USERS = ("libvirt-qemu", "qemu")
+"""Which user does where that file names none: on Debian and its like, on Fedora and its like."""
+
+_SO_PEERSEC = 31
+"""asm-generic/socket.h."""
+
+_LABEL_BYTES = 1024
+"""The most that getsockopt() of Python reads. Labels of domains have 60."""
+
+_MODE_BEHIND = re.compile(r" \((enforce|complain|kill|prompt|user|mixed)\)\Z")
+"""What AppArmor puts behind a label."""
 
 _GROUP_MAY, _OTHERS_MAY = 0o020, 0o002
 
@@ -74,6 +91,28 @@ def _groups(sock: Connected, uid: int, gid: int) -> list[int]:
     return [group for (group,) in struct.iter_unpack("I", raw)]
 
 
+def qemu_user(configuration: Path = QEMU_CONF) -> int | None:
+    """The user that libvirt runs QEMU as; None where it cannot be known: libvirt's file is absent, or root's alone."""
+    try:
+        text = configuration.read_text(errors="replace")
+    except OSError:
+        return None
+    named = re.findall(r'^\s*user\s*=\s*"\+?([^"]*)"', text, re.MULTILINE)
+    if named and named[-1].isdecimal():
+        return int(named[-1])
+    known = [one.pw_uid for one in pwd.getpwall() if one.pw_name in (named[-1:] or QEMU_USERS)]
+    return known[0] if len(known) == 1 else None
+
+
+def label_of(sock: Connected) -> str | None:
+    """The security label of the process that connected; None where the kernel has none, or does not tell."""
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERSEC, _LABEL_BYTES)
+    except OSError:
+        return None
+    return _MODE_BEHIND.sub("", raw.rstrip(b"\0").decode(errors="replace")) or None
+
+
 @dataclass(frozen=True)
 class Admission:
     """Who may connect to a socket. Root and the daemon's own user always may: they could do as they like anyway."""
@@ -81,41 +120,72 @@ class Admission:
     users: frozenset[int] = frozenset()
     groups: frozenset[int] = frozenset()
     everybody: bool = False
+    doors: int | None = None
+    """The group of programs that may use a disk beside the VM that has it."""
 
     @classmethod
     def to_disks(cls, section: GatewaySection) -> Self:
-        """Those whom `socket_peers` names; without it, those whom owner, group and mode of the sockets let in.
+        """Those whom `socket_peers` names; without it QEMU's user, if the configuration says nothing of the sockets and
+        libvirt's can be read; else those whom owner, group and mode of the sockets let in.
 
         Raises KeyError for a user or group that this host does not have.
         """
+        doors = _group(section.door_group) if section.door_group else None
         if section.socket_peers is not None:
+            names = section.socket_peers
             return cls(
+                frozenset(_user(name) for name in names if not name.startswith(GROUP_MARK)),
                 frozenset(
-                    pwd.getpwnam(name).pw_uid
-                    for name in section.socket_peers
-                    if not name.startswith(GROUP_MARK)
-                ),
-                frozenset(
-                    grp.getgrnam(name.removeprefix(GROUP_MARK)).gr_gid
-                    for name in section.socket_peers
+                    _group(name.removeprefix(GROUP_MARK))
+                    for name in names
                     if name.startswith(GROUP_MARK)
                 ),
+                doors=doors,
             )
+        if not section.model_fields_set & {"socket_owner", "socket_group", "socket_mode"}:
+            user = qemu_user()
+            if user is not None:
+                return cls(frozenset([user]), doors=doors)
         owner, group = section.socket_owner, section.socket_group
-        group_id = grp.getgrnam(group).gr_gid if group else os.getegid()
         return cls(
-            frozenset([pwd.getpwnam(owner).pw_uid] if owner else []),
-            frozenset([group_id] if section.socket_mode & _GROUP_MAY else []),
+            frozenset([_user(owner)] if owner else []),
+            frozenset(
+                [_group(group) if group else os.getegid()]
+                if section.socket_mode & _GROUP_MAY
+                else []
+            ),
             bool(section.socket_mode & _OTHERS_MAY),
+            doors,
         )
 
     @classmethod
     def to_control(cls, group: str | None) -> Self:
         """The members of `control_group`. Raises KeyError for a group that this host does not have."""
-        return cls(groups=frozenset([grp.getgrnam(group).gr_gid] if group else []))
+        return cls(groups=frozenset([_group(group)] if group else []))
 
     def refused(self, sock: Connected) -> Peer | None:
         """The peer of a connection, if it may not be connected; None if it may. Raises OSError."""
         peer = Peer.of(sock)
-        known = peer.uid in (0, os.geteuid()) or peer.uid in self.users
-        return None if self.everybody or known or peer.groups & self.groups else peer
+        return None if self.admits(peer) else peer
+
+    def admits(self, peer: Peer) -> bool:
+        """True if the process may be connected."""
+        known = peer.uid in self.users or peer.groups & self.groups
+        return bool(self.everybody or known or _may_always(peer))
+
+    def is_door(self, peer: Peer) -> bool:
+        """True if the process may use a disk beside the VM that has it: a door, or one that could read it anyway."""
+        return _may_always(peer) or self.doors in peer.groups
+
+
+def _may_always(peer: Peer) -> bool:
+    """True for root and the daemon's own user, who can read the cache and the images as well."""
+    return peer.uid in (0, os.geteuid())
+
+
+def _user(name: str) -> int:
+    return pwd.getpwnam(name).pw_uid
+
+
+def _group(name: str) -> int:
+    return grp.getgrnam(name).gr_gid

@@ -9,17 +9,27 @@
       </disks>
     </metadata>
 
-The attributes are the arguments of `forebay attach`: name, image, mode, cache-size, preload, read-only, overlay; and
-instance, for a disk of `forebay@INSTANCE` instead of `forebay`.
+The attributes are the arguments of `forebay attach`: name, image, mode, cache-size, preload, read-only, overlay, peer;
+and instance, for a disk of `forebay@INSTANCE` instead of `forebay`.
 libvirt keeps one element for each namespace (formatdomain.rst, "General metadata"), hence the one around them.
 """
 
+import pwd
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forebay.errors import ForebayError
 from forebay.units import Mode, did_you_mean, parse_name, parse_preload, parse_size
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
+
+PEER_RULES = ("first", "label", "any")
+"""As `forebay.config.fields` has them, which takes longer to import."""
+
+LABELS = ("selinux", "apparmor")
+"""Models of security whose labels the kernel tells of a connection."""
 
 NAMESPACE = "urn:forebay:libvirt:1"
 """Of our elements. It never changes: domains have it in their XML."""
@@ -36,16 +46,22 @@ class WantedDisk:
     preload: int | str | None = None
     read_only: bool = False
     overlay: bool = False
+    peer: str | None = None
     instance: str | None = None
 
 
 @dataclass(frozen=True)
 class Domain:
-    """A domain's name, its UUID, and the Forebay disks that its metadata names."""
+    """A domain's name, its UUID, and the Forebay disks that its metadata names.
+
+    `label` and `user` (a uid) are those of its processes; None where libvirt has not said.
+    """
 
     name: str
     uuid: str
     disks: tuple[WantedDisk, ...]
+    label: str | None = None
+    user: int | None = None
 
 
 def _yes_or_no(text: str) -> bool:
@@ -61,6 +77,12 @@ def _image(text: str) -> str:
     raise ValueError(f"{text!r} is no image: write STORE:PATH, an absolute path or an NBD URI")
 
 
+def _peer(text: str) -> str:
+    if text in PEER_RULES:
+        return text
+    raise ValueError(f"{text!r} is unknown: use {', '.join(PEER_RULES)}")
+
+
 ATTRIBUTES: dict[str, Callable[[str], Any]] = {
     "name": parse_name,
     "image": _image,
@@ -69,6 +91,7 @@ ATTRIBUTES: dict[str, Callable[[str], Any]] = {
     "preload": parse_preload,
     "read-only": _yes_or_no,
     "overlay": _yes_or_no,
+    "peer": _peer,
     "instance": parse_name,
 }
 """Of <disk>, with what checks each; the checks raise ValueError."""
@@ -88,7 +111,25 @@ def read_domain(xml: str) -> Domain:
     names = [disk.name for disk in disks]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ForebayError(f"metadata: <disk name='{min(twice)}'> stands there twice: remove one")
-    return Domain(root.findtext("name", ""), root.findtext("uuid", ""), disks)
+    label = next((found for model in LABELS if (found := _seclabel(root, model))), None)
+    user = _uid(_seclabel(root, "dac").partition(":")[0])
+    return Domain(root.findtext("name", ""), root.findtext("uuid", ""), disks, label, user)
+
+
+def _seclabel(root: "Element", model: str) -> str:
+    """The label that the domain's processes have by that model, which libvirt knows when it starts them; else empty."""
+    return (root.findtext(f"seclabel[@model='{model}']/label") or "").strip()
+
+
+def _uid(owner: str) -> int | None:
+    """The number of the user that libvirt writes as `+64055`, `64055` or `qemu`; None where it is no user."""
+    number = owner.removeprefix("+")
+    if number.isascii() and number.isdecimal() and len(number) <= len("4294967294"):
+        return int(number)
+    try:
+        return pwd.getpwnam(owner).pw_uid if owner else None
+    except (KeyError, ValueError):
+        return None
 
 
 def _wanted(attributes: dict[str, str]) -> WantedDisk:

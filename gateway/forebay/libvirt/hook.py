@@ -94,6 +94,8 @@ def run(domain: str, operation: str, sub_operation: str, extra: str, config: str
     match operation, sub_operation:
         case "prepare", "begin":
             _start(domain, config)
+        case "start", "begin":
+            _bind(domain, config)
         case "release", "end":
             _end(domain, extra, config)
         case "migrate", "begin":
@@ -148,6 +150,26 @@ def _attach(daemon: Daemon, domain: Domain, disk: WantedDisk) -> bool:
         return found is None
     except ForebayError as fault:
         raise ForebayError(f"disk '{disk.name}': {fault}") from None
+
+
+def _bind(name: str, config: str | None) -> None:
+    """Have each disk of the domain be for its processes alone. QEMU is about to run: what is connected is another's.
+
+    Now libvirt knows label and user of the domain, which it did not when the disks were attached. Raises ForebayError.
+    """
+    try:
+        with _at_most(PREPARE_SECONDS):
+            domain = read_domain(sys.stdin.read())
+            for disk in domain.disks:
+                content = {
+                    "peer": disk.peer,
+                    "peer_label": domain.label,
+                    "peer_user": domain.user,
+                    "evict": True,
+                }
+                Daemon(config, disk.instance).client.post(f"/disks/{disk.name}/peer", content)
+    except (ForebayError, OSError) as fault:
+        raise ForebayError(f"domain '{name}' cannot start: {fault}") from None
 
 
 def _check_free(hold: Hold, domain: Domain) -> None:

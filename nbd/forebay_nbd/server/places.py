@@ -1,13 +1,21 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which connections there is room for: clients in transmission, clients in the handshake, and the one that was first.
+"""Which connections there is room for, and which process is at the other end of each.
 
 Whoever may connect to a disk's socket could keep the disk's own VM out by taking all places. So some are kept for the
 process that had the disk first, as long as it lives, and clients that do not get on with the handshake take no place
 from anybody: the oldest of them is dropped when there are many.
+
+The kernel is asked for the process, by a descriptor of it (pidfd_open(2)): /proc may show nothing of other users'
+processes, as in a unit with `ProtectProc=invisible`. A number alone says little, since another process may get it
+later. What tells the two apart is the inode of the descriptor, since Linux 6.9; before, the time at which the process
+started, where /proc shows that.
 """
 
+import errno
+import os
+import select
 import socket
 import struct
 from pathlib import Path
@@ -21,7 +29,12 @@ KEPT_MOST: Final = 4
 HANDSHAKES: Final = 64
 """Connections in the handshake at one time, beside those in transmission. It takes real clients a millisecond."""
 
-_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+_CREDENTIALS = struct.Struct("3i")
+"""struct ucred: pid, uid, gid."""
+
+_SO_PEERPIDFD = 77
+"""asm-generic/socket.h, since Linux 6.5."""
+
 _START_TIME = 19  # of the fields of /proc/PID/stat behind the name: see proc(5)
 
 
@@ -29,8 +42,9 @@ class Process(NamedTuple):
     """A process of this host. Another one that gets its number later is not equal to it."""
 
     pid: int
-    started: str
-    """When, as /proc tells."""
+    """0 for one of a container whose numbers this process does not see."""
+    mark: str
+    """What tells it from another of that number; empty where this kernel has nothing that does."""
 
     @classmethod
     def at(cls, sock: socket.socket) -> "Process | None":
@@ -39,20 +53,82 @@ class Process(NamedTuple):
             return None
         try:
             raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            pid: int = _CREDENTIALS.unpack(raw)[0]
+            descriptor = _descriptor_of_peer(sock, pid)
         except OSError:
             return None
-        pid: int = _CREDENTIALS.unpack(raw)[0]
-        started = _started(pid)
-        return cls(pid, started) if started else None
+        try:
+            found = cls(pid, _mark(descriptor, pid))
+            return None if _has_ended(descriptor) or not (pid or found.mark) else found
+        finally:
+            os.close(descriptor)
+
+    @classmethod
+    def of(cls, pid: int) -> "Process | None":
+        """The one with that number; None if there is none. Raises OSError where the kernel cannot tell."""
+        try:
+            descriptor = os.pidfd_open(pid)
+        except (ProcessLookupError, ValueError):
+            return None
+        except OSError as fault:
+            if fault.errno == errno.EINVAL:  # the number of a thread
+                return None
+            raise
+        try:
+            found = cls(pid, _mark(descriptor, pid))
+            return None if _has_ended(descriptor) else found
+        finally:
+            os.close(descriptor)
 
     @property
     def is_alive(self) -> bool:
-        """True until it has ended."""
-        return _started(self.pid) == self.started
+        """True until it has ended, whether or not somebody has waited for it; True where the kernel cannot tell."""
+        try:
+            return self.of(self.pid) == self
+        except OSError:
+            return True
+
+
+def _descriptor_of_peer(sock: socket.socket, pid: int) -> int:
+    """A descriptor of the process that connected the socket, to be closed. Raises OSError if it is gone."""
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except ProcessLookupError:
+        raise
+    except OSError:  # an older kernel
+        return os.pidfd_open(pid)
+
+
+def _has_ended(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _are_inodes_unique() -> bool:
+    """True if each process has an inode of its own. Before Linux 6.9 all such descriptors share one."""
+    try:
+        descriptor = os.pidfd_open(os.getpid())
+    except OSError:  # not allowed here
+        return False
+    other = os.eventfd(0)
+    try:
+        return os.fstat(descriptor).st_ino != os.fstat(other).st_ino
+    finally:
+        os.close(descriptor)
+        os.close(other)
+
+
+_UNIQUE = _are_inodes_unique()
+
+
+def _mark(descriptor: int, pid: int) -> str:
+    """What tells the process from others that get its number; empty if there is nothing."""
+    return f"i{os.fstat(descriptor).st_ino}" if _UNIQUE else _started(pid)
 
 
 def _started(pid: int) -> str:
-    """When the process with this number started; empty if there is none, or /proc does not tell."""
+    """When the process with this number started, in ticks; empty if there is none, or /proc does not tell."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
