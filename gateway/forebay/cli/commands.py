@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from forebay.cli.asking import Arguments, daemon, print_json, progress_shown
+from forebay.cli.peer import rule
 from forebay.errors import ForebayError
 from forebay.units import format_size
 
@@ -72,7 +73,7 @@ def attach(arguments: Arguments) -> int:
         "preload": arguments.preload,
         "read_only": arguments.read_only,
         "overlay": arguments.overlay,
-        **_peer_arguments(arguments),
+        **rule(arguments),
     }
     client = daemon(arguments)
     if arguments.wait is None:
@@ -91,29 +92,9 @@ def attach(arguments: Arguments) -> int:
     return 0
 
 
-def _peer_arguments(arguments: Arguments) -> dict[str, object]:
-    """Which processes may use the disk, as the daemon is told. Raises ForebayError for a user that is not there."""
-    user = arguments.user
-    return {
-        "peer": arguments.peer,
-        "peer_label": arguments.label,
-        "peer_user": None if user is None else _uid(user),
-    }
-
-
-def _uid(user: str) -> int:
-    """The number of a user, by name or number. Raises ForebayError."""
-    import pwd
-
-    try:
-        return int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
-    except KeyError:
-        raise ForebayError(f"no user '{user}' on this host: see 'getent passwd'") from None
-
-
 def peer(arguments: Arguments) -> int:
     """`forebay peer`: say which processes may use a disk from now on."""
-    content = {**_peer_arguments(arguments), "evict": arguments.evict}
+    content = {**rule(arguments), "evict": arguments.evict}
     status = daemon(arguments).post(f"/disks/{arguments.name}/peer", content)
     holder = status["peer_process"]
     print(f"{arguments.name}: {status['peer']}" + (f", process {holder} has it" if holder else ""))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from forebay import __version__
+from forebay.cli.peer import add_change, add_rule
 from forebay.errors import ForebayError
 from forebay.units import (
     Mode,
@@ -203,9 +204,7 @@ def _attach(parser: Parser) -> None:
     add("--preload", metavar="SIZE|all", type=PRELOAD, help="what to bring in at once")
     add("--read-only", action="store_true", help="refuse writes")
     add("--overlay", action="store_true", help="keep writes private and drop them at detach")
-    text = "who may use it: the process that is first (until it ends), those with the label, any"
-    add("--peer", choices=("first", "label", "any"), help=text)
-    _of_vm(parser)
+    add_rule(parser)
     text = "while another host has the image, wait until it is free, or for as long as this says"
     add(
         "--wait", metavar="TIME", type=_checked(_patience), nargs="?", const=float("inf"), help=text
@@ -240,21 +239,9 @@ def _flush(parser: Parser) -> None:
     _json(parser)
 
 
-def _of_vm(parser: Parser) -> None:
-    text = "the security label that the VM's processes have"
-    parser.add_argument("--label", metavar="LABEL", help=text)
-    parser.add_argument("--user", metavar="USER", help="the user that the VM's processes have")
-
-
 def _peer(parser: Parser) -> None:
     _name(parser)
-    text = "first: the next process to connect has it until it ends; label: those with the label; any: all"
-    parser.add_argument(
-        "peer", metavar="first|label|any", choices=("first", "label", "any"), help=text
-    )
-    _of_vm(parser)
-    text = "hang up on who is connected now, but for root, the daemon's user and door_group"
-    parser.add_argument("--evict", action="store_true", help=text)
+    add_change(parser)
 
 
 def _mode(parser: Parser) -> None:
