@@ -146,8 +146,9 @@ class Host:
     def put_image(self, state: State) -> None:
         """Only the image and what lies beside it."""
         shutil.rmtree(self.directory / SIDECAR, ignore_errors=True)
-        if SIDECAR.rstrip("/") in state.directories:
-            (self.directory / SIDECAR).mkdir()
+        for name in state.directories:  # a directory comes before what lies in it
+            if f"{name}/".startswith(SIDECAR):
+                (self.directory / name).mkdir()
         for name, content in state.files.items():
             if name.startswith(f"{STORE}/"):
                 self._put_file(name, content)

@@ -136,7 +136,9 @@ POINTS = (
     Point("redo remove", f"{GATEWAY}.sidecar.redo:remove"),
     Point("redo apply", f"{GATEWAY}.sidecar.redo:apply"),
     # the owner marker
-    Point("owner marker", f"{GATEWAY}.sidecar.files:Sidecar.write_owner"),
+    Point("owner marker", f"{GATEWAY}.sidecar.tenure:Tenure.write"),
+    Point("owner token", f"{GATEWAY}.sidecar.files:Sidecar._take_token"),
+    Point("owner swept", f"{GATEWAY}.sidecar.tenure:sweep"),
     Point("owner rename", "os:rename", _renamed("owner.new")),
     Point("owner claim", f"{GATEWAY}.sidecar.marker:Marker._begin"),
     Point("owner removal", f"{GATEWAY}.sidecar.files:Sidecar.remove"),

@@ -43,6 +43,8 @@ AT_START = (
     "start: journal of the image",
     "redo apply",
     "owner claim",
+    "owner token",
+    "owner swept",
 )
 """Points that a start passes: they count from its beginning."""
 

@@ -76,7 +76,7 @@ def test_dirty_data_that_is_given_up_in_the_middle_of_a_pass(
     side = dirty(gateway, connect)
     if when == "before the commit":
         flush = flushing(gateway)
-        while not (side / "redo.new").exists():
+        while not list(side.glob("*/redo.new")):
             time.sleep(0.001)
     else:
         flush = begin_pass(gateway, side)

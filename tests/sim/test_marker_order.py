@@ -32,20 +32,21 @@ def test_while_the_journal_goes_the_marker_names_the_instant_already(
     me = Owner.of_this_process("a gateway", "d")
     marker = Marker.take(image, file, me)
     sidecar = tmp_path / "a.raw.forebay"
-    seen: list[tuple[str, bool]] = []
-    remove = redo.remove
+    seen: list[str] = []
+    unlink = os.unlink
 
-    def watched(directory: int) -> None:
-        named = json.loads((sidecar / "owner").read_text())["as_of"]
-        seen.append((named, (sidecar / redo.NAME).exists()))
-        remove(directory)
+    def watched(name: str, **where: int) -> None:
+        path = Path(f"/proc/self/fd/{where['dir_fd']}") / name
+        if name == redo.NAME and path.is_file() and not path.is_symlink():
+            seen.append(json.loads((sidecar / "owner").read_text())["as_of"])
+        unlink(name, **where)
 
     try:
         marker.set_state("dirty")
         journal = marker.begin_redo(AS_OF)
         journal.add(0, 4096, [b"1" * 4096])
         marker.commit_redo(journal)
-        with mock.patch.object(redo, "remove", watched):
+        with mock.patch.object(os, "unlink", watched):
             if ended == "by itself":
                 marker.end_redo(AS_OF)
             elif ended == "at the next start":
@@ -54,8 +55,8 @@ def test_while_the_journal_goes_the_marker_names_the_instant_already(
             else:
                 marker.close()
                 recover_image(image, file)
-        assert seen == [(AS_OF, True)]
-        assert not (sidecar / redo.NAME).exists()
+        assert seen == [AS_OF]
+        assert not list(sidecar.rglob(redo.NAME))
         owner = read_owner(image)
         assert owner is not None
         assert (owner.as_of, owner.state) == (AS_OF, "dirty")

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
@@ -21,7 +20,7 @@ from forebay.origin.addresses import FileAddress
 from forebay.origin.opening import OpenImage, open_image
 from forebay.origin.threads import StoreThreads
 from forebay.sidecar.claim import Claim
-from forebay.sidecar.files import read_owner
+from forebay.sidecar.files import Sidecar, read_owner
 from forebay.sidecar.locks import WRITES, set_lock, take_locks
 from forebay.sidecar.marker import Marker
 from forebay.sidecar.record import Owner, State, TakenOver
@@ -47,8 +46,8 @@ def file(image: FileAddress) -> Iterator[OpenImage]:
 def take(image: FileAddress, file: OpenImage) -> Iterator[Callable[..., Marker]]:
     taken: list[Marker] = []
 
-    def taker(gateway: str = US, disk: str = "d") -> Marker:
-        marker = Marker.take(image, file, Owner.of_this_process(gateway, disk))
+    def taker(gateway: str = US, disk: str = "d", by: OpenImage = file) -> Marker:
+        marker = Marker.take(image, by, Owner.of_this_process(gateway, disk))
         taken.append(marker)
         return marker
 
@@ -59,6 +58,11 @@ def take(image: FileAddress, file: OpenImage) -> Iterator[Callable[..., Marker]]
 
 def sidecar(image: FileAddress) -> Path:
     return image.root / "vm.img.forebay"
+
+
+def own(image: FileAddress) -> Path:
+    """The directory of the owner, to whose marker the link leads."""
+    return sidecar(image) / os.path.dirname(os.readlink(sidecar(image) / "owner"))
 
 
 def test_the_marker_says_who(image: FileAddress, take: Callable[..., Marker]) -> None:
@@ -95,11 +99,13 @@ def test_a_held_lock_keeps_everybody_out(image: FileAddress, take: Callable[...,
     marker = take(disk="web1")
     marker.set_state("dirty")
     host = Owner.of_this_process(US, "").host
+    other = open_image(image, read_only=False)
     for gateway in (US, THEM):  # also a copy of our own state directory on another host
         with pytest.raises(ForebayError, match="in use by") as refused:
-            take(gateway)
+            take(gateway, by=other)
         for part in (f"host {host}", "disk 'web1'", "dirty", "since 20", "detach it there"):
             assert part in str(refused.value)
+    os.close(other.fd)
 
 
 @pytest.mark.parametrize("state", ["clean", "dirty"])
@@ -132,7 +138,7 @@ def test_the_token_grows_although_a_clean_release_removed_it(
     take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 2_000_000_000.0
-    monkeypatch.setattr("forebay.sidecar.marker.time.time", lambda: now)
+    monkeypatch.setattr("forebay.sidecar.tenure.time.time", lambda: now)
     first = take()
     assert first.owner is not None
     token = first.owner.token
@@ -208,27 +214,42 @@ def test_a_marker_that_was_not_written_at_all_is_what_it_was(
     assert marker.is_dirty
 
 
-def test_a_lock_file_that_its_holder_removes_meanwhile_is_not_trusted(
+def test_a_directory_that_its_last_owner_removes_meanwhile_is_made_again(
     image: FileAddress, take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The race: we open the lock file, its holder unlinks it and leaves, we get a lock on nothing."""
+    real, removed = Sidecar.make, 0
+
+    def make(self: Sidecar) -> None:
+        nonlocal removed
+        real(self)
+        removed += 1
+        if removed == 1:
+            sidecar(image).rmdir()
+
+    monkeypatch.setattr(Sidecar, "make", make)
+    take(US)
+    assert removed == 2
+    assert read_owner(image) is not None
+
+
+def test_whoever_comes_after_an_owner_who_just_left_looks_again(
+    image: FileAddress, take: Callable[..., Marker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it knew of the image, and of its journal, is not to be believed any more."""
     first = take()
-    real = set_lock
-    tries = 0
+    real = Sidecar.make
 
-    def locked(*arguments: Any) -> None:
-        nonlocal tries
-        tries += 1
-        if tries == 1:
+    def make(self: Sidecar) -> None:
+        real(self)
+        if first.owner is not None:
             first.release()
-        real(*arguments)
 
-    monkeypatch.setattr("forebay.sidecar.files.set_lock", locked)
+    with monkeypatch.context() as patched:
+        patched.setattr(Sidecar, "make", make)
+        with pytest.raises(ForebayError, match="just changing: try again"):
+            take(US)
+    assert os.listdir(image.root) == ["vm.img"]
     take(THEM)
-    assert tries == 2
-    monkeypatch.undo()
-    with pytest.raises(ForebayError, match="in use by"):
-        take(US)
 
 
 def test_lost_ownership_is_noticed(image: FileAddress, take: Callable[..., Marker]) -> None:
@@ -236,13 +257,26 @@ def test_lost_ownership_is_noticed(image: FileAddress, take: Callable[..., Marke
     marker.check()
     assert marker.owner is not None
     other = replace(marker.owner, gateway=THEM, host="elsewhere", token=marker.owner.token + 1)
-    path = sidecar(image) / "owner"
+    path = own(image) / "owner"
     path.write_text(json.dumps(asdict(other)))
     with pytest.raises(ForebayError, match="taken over by host elsewhere"):
         marker.check()
     path.unlink()
     with pytest.raises(ForebayError, match="was taken over$"):
         marker.check()
+
+
+@pytest.mark.parametrize("gone", ["removed", "leads elsewhere"])
+def test_the_link_to_the_marker_counts_for_nothing_and_is_made_again(
+    image: FileAddress, take: Callable[..., Marker], gone: str
+) -> None:
+    marker = take()
+    there = own(image)
+    (sidecar(image) / "owner").unlink()
+    if gone != "removed":
+        (sidecar(image) / "owner").symlink_to("17/owner")
+    marker.check()
+    assert own(image) == there
 
 
 @pytest.mark.parametrize(
@@ -276,10 +310,11 @@ def test_links_in_the_place_of_our_files_are_not_followed(
         take()
     sidecar(image).unlink()
     sidecar(image).mkdir()
-    (sidecar(image) / "lock").symlink_to(victim / "file")
-    with pytest.raises(ForebayError, match="lock, is not a file: remove it"):
-        take()
+    for name in ("lock", "redo.new", "owner.new"):
+        (sidecar(image) / name).symlink_to(victim / "file")
+    take().release()
     assert os.listdir(victim) == []
+    assert os.listdir(tmp_path) == ["vm.img", "victim"] or not sidecar(image).exists()
 
 
 def test_the_marker_belongs_to_the_file_that_is_open(
@@ -299,12 +334,6 @@ def test_nothing_stays_open(image: FileAddress, take: Callable[..., Marker]) -> 
         take(THEM)
     marker.close()
     assert sorted(os.listdir("/proc/self/fd")) == before
-
-
-def test_the_lock_is_not_inherited(image: FileAddress, take: Callable[..., Marker]) -> None:
-    """A child that outlives us (a helper, a hook) must not keep the image locked."""
-    marker = take()
-    assert not os.get_inheritable(marker._sidecar.lock)
 
 
 def test_what_is_dirty_stands_in_the_marker_and_in_the_refusal(
@@ -346,12 +375,16 @@ def test_a_marker_that_is_not_ours_any_more_is_left_as_it_is(
     marker.set_state("dirty")
     journal = marker.begin_redo("")
     assert marker.owner is not None
-    path = sidecar(image) / "owner"
-    path.unlink()
+    (own(image) / "owner").unlink()
     if theirs:
         other = replace(marker.owner, gateway=THEM, token=marker.owner.token + 1)
-        path.write_text(json.dumps(asdict(other)))
-    before = {x.name: x.read_bytes() for x in sidecar(image).iterdir()}
+        (sidecar(image) / str(other.token)).mkdir()
+        (sidecar(image) / str(other.token) / "owner").write_text(json.dumps(asdict(other)))
+
+    def files() -> dict[Path, bytes]:
+        return {x: x.read_bytes() for x in sidecar(image).rglob("*") if x.is_file()}
+
+    before = files()
     for change in (
         marker.check,
         lambda: marker.set_state("clean"),
@@ -361,12 +394,12 @@ def test_a_marker_that_is_not_ours_any_more_is_left_as_it_is(
     ):
         with pytest.raises(TakenOver):
             change()
-    assert {x.name: x.read_bytes() for x in sidecar(image).iterdir()} == before
+    assert files() == before
     journal.close()
     marker.owner = replace(marker.owner, state="clean")
     with pytest.raises(TakenOver):
         marker.release()
-    assert {x.name: x.read_bytes() for x in sidecar(image).iterdir()} == before
+    assert files() == before
 
 
 @pytest.mark.parametrize("how", ["replaced", "deleted", "cut"])
@@ -391,7 +424,7 @@ def test_no_checkpoint_is_committed_for_another_file(
     with pytest.raises(TakenOver, match=said[how]):
         marker.commit_redo(journal)
     journal.drop()
-    assert "redo" not in os.listdir(sidecar(image))
+    assert "redo" not in os.listdir(own(image))
 
 
 @pytest.mark.expect_log("has no file locks: only the marker")
@@ -427,6 +460,7 @@ def test_qemu_is_seen_before_anything_is_changed(
     marker.commit_redo(marker.begin_redo(""))
     marker.close()
     set_lock(file.fd, fcntl.F_UNLCK)
+    journal = own(image) / "redo"
     marker_before = (sidecar(image) / "owner").read_bytes()
     fd = os.open(image.root / "vm.img", os.O_RDWR)
     take_locks(fd, WRITES)
@@ -441,7 +475,7 @@ def test_qemu_is_seen_before_anything_is_changed(
         with pytest.raises(InUseError, match="is being written by"):
             attempt()
     assert (sidecar(image) / "owner").read_bytes() == marker_before
-    assert (sidecar(image) / "redo").exists()
+    assert journal.exists()
     os.close(fd)
     os.close(ours.fd)
 

@@ -1,23 +1,23 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""The directory beside an image, `IMAGE.forebay/`, and the files in it, opened without following any link.
+"""The directory beside an image, `IMAGE.forebay/`, and what lies in it, opened without following any link.
 
-- `lock`, held with an OFD write lock (fcntl(2)) for as long as a disk that writes the image is attached. It ends with
-  the process that holds it, however that ends; on NFSv4 and GPFS it is seen by every host.
-- `owner`, the owner marker (record.py), replaced by a rename of `owner.new`.
-- `redo` and `redo.new`, the redo journal (redo.py).
+- `TOKEN/`, the directory of the owner with that token (tenure.py), in which its marker and its redo journal lie.
+- `owner` and `redo`, links to them, for people. Older versions stop at them.
+
+The lock of a gateway that writes the image is on the image itself (locks.py): a file that is locked beside it could be
+removed by a host that was cut off.
 
 Everything here blocks, raises OSError, and belongs in a thread.
 """
 
 import contextlib
 import errno
-import fcntl
-import json
 import logging
 import os
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Self
 
 from forebay.errors import ForebayError
@@ -25,25 +25,33 @@ from forebay.origin.addresses import SIDECAR, FileAddress
 from forebay.origin.calls import SystemCalls
 from forebay.origin.opening import OpenImage, open_folder
 from forebay.origin.worker import syscalls
-from forebay.sidecar import own_files, redo
-from forebay.sidecar.locks import WRITES, InUse, NoLocks, set_lock, take_locks
-from forebay.sidecar.own_files import DoesNotCountError
-from forebay.sidecar.record import NOBODY, Owner, UnreadableError, in_use_by_program, taken_over
+from forebay.sidecar import own_files, redo, tenure
+from forebay.sidecar.locks import WRITES, InUse, NoLocks, take_locks
+from forebay.sidecar.record import (
+    LARGEST,
+    NOBODY,
+    Owner,
+    UnreadableError,
+    in_use_by_gateway,
+    in_use_by_program,
+    taken_over,
+)
+from forebay.sidecar.tenure import Tenure
 
 log = logging.getLogger("forebay.origin")
 
 LONGEST_NAME = 255
 """Bytes of a file's name (NAME_MAX of limits.h)."""
 
-LONGEST_OWNER = 64 << 10
-"""Bytes of an owner marker that are read: what is longer was not written by a gateway."""
+TRIES = 8
+"""How often the next token may be taken, or the directory be gone, before we give up."""
 
 
 class Sidecar:
-    """The directory beside one image: descriptors of the folder that both lie in, of the directory, and of its lock.
+    """The directory beside one image: descriptors of the folder of both, of the directory, and of our own one in it.
 
-    At first only the folder is open. `open` or `make` opens the directory, `try_lock` the lock in it; `close`, or the
-    end of a `with` block, closes all of them, which lets the lock go.
+    At first only the folder is open. `open` or `make` opens the directory, `begin` makes and opens our own; `close`, or
+    the end of a `with` block, closes all of them.
     """
 
     def __init__(self, address: FileAddress) -> None:
@@ -51,8 +59,8 @@ class Sidecar:
         self.address = address
         self.fd = -1
         """The directory, once it is open."""
-        self.lock = -1
-        """The lock file, once `try_lock` was called."""
+        self.own: Tenure | None = None
+        """The directory of our own token, once `begin` was called."""
         self.is_marker_unsure = False
         """True if writing the owner marker failed so late that nobody knows whether the old or the new is durable."""
         self._name = os.path.basename(address.path) + SIDECAR
@@ -73,7 +81,7 @@ class Sidecar:
         return fd
 
     def close(self) -> None:
-        """Close all descriptors, and with that let the lock go. The second call does nothing."""
+        """Close all descriptors. The second call does nothing."""
         self._descriptors.close()
 
     # ----------------------------------------------------------------------------------------------------- opening
@@ -87,7 +95,9 @@ class Sidecar:
         try:
             return syscalls.open(self._name, flags, dir_fd=self._folder)
         except NotADirectoryError:
-            raise UnreadableError(self.address, f"{self._name} is not a directory") from None
+            raise UnreadableError(
+                self.address, tenure.MARKER, f"{self._name} is not a directory"
+            ) from None
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise
@@ -124,10 +134,6 @@ class Sidecar:
                 "attach it with --read-only or --overlay"
             ) from None
 
-    def names(self) -> list[str]:
-        """The names of the files in the directory. Raises OSError."""
-        return syscalls.listdir(self.fd)
-
     def check_beside(self, file: OpenImage) -> None:
         """Raise ForebayError unless the image's name leads to the open `file`: it can be moved before we look."""
         calls = SystemCalls()
@@ -147,131 +153,166 @@ class Sidecar:
             return syscalls.stat(name, dir_fd=self._folder, follow_symlinks=False)
         return None
 
-    # ---------------------------------------------------------------------------------------------------- the lock
-
-    def try_lock(self, *, need_locks: bool) -> bool:
-        """Open the lock file and lock it. False if somebody else has it; True if we do, or it has no locks to give.
-
-        Raises ForebayError for a lock file that does not count and, if `need_locks`, for a file system without locks;
-        and OSError.
-        """
-        try:
-            self.lock = self._keep(own_files.open_lock(self.fd, "lock", self.look_beside()))
-        except DoesNotCountError as why:
-            raise ForebayError(
-                f"{self.address.key}: the lock beside it, {self.address.path}{SIDECAR}/lock, is {why}: remove it"
-            ) from None
-        try:
-            set_lock(self.lock, fcntl.F_WRLCK)
-        except BlockingIOError:
-            return False
-        except NoLocks as error:
-            _do_without(self.address, error, need_locks)
-        return True
-
-    def is_lock_named(self) -> bool:
-        """True if the open lock file is still the one in the directory.
-
-        A lock on a file that its last holder has just removed keeps nobody out.
-        """
-        try:
-            named = syscalls.stat("lock", dir_fd=self.fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return named.st_ino == syscalls.fstat(self.lock).st_ino
-
     # --------------------------------------------------------------------------------------------- the owner marker
 
-    def read_owner(self) -> Owner | None:
-        """What the owner marker says; None if there is none. Raises UnreadableError and OSError."""
-        return self._read_owner(self.fd)
+    def find(self) -> Tenure | None:
+        """What the owner with the highest token left, read, which the caller closes; None if nothing is there.
 
-    def check_left_by(self, me: Owner) -> None:
-        """Raise TakenOver unless the marker that lies there is of my gateway, as it left it.
-
-        Raises UnreadableError and OSError as well. Whoever takes an image over replaces or removes the marker. The
-        directory need not be open.
+        The directory need not be open: it is opened anew, for only then does an NFS client ask whether it has changed.
+        Raises UnreadableError and OSError.
         """
         try:
             fd = self._open_directory()
         except FileNotFoundError:
-            raise taken_over(self.address, None) from None
+            return None
         try:
-            found = self._read_owner(fd)
+            SystemCalls().status(fd)  # asks the server, whatever the client has in its memory
+            return tenure.find(fd, self.address, self.look_beside())
         finally:
             syscalls.close(fd)
+
+    def read_owner(self) -> Owner | None:
+        """What the owner marker says; None if there is none. Raises UnreadableError and OSError."""
+        with self.find() or contextlib.nullcontext() as found:
+            return found.owner if found is not None else None
+
+    def check_left_by(self, me: Owner) -> None:
+        """Raise TakenOver unless the marker that lies there is of my gateway, as it left it.
+
+        Raises UnreadableError and OSError as well. Whoever takes an image over has a higher token.
+        """
+        found = self.read_owner()
         if found is None or found.gateway != me.gateway:
             raise taken_over(self.address, found)
 
-    def _read_owner(self, folder: int) -> Owner | None:
-        """What the owner marker in the open directory says; None if there is none."""
+    def check_ours(self, me: Owner) -> None:
+        """Raise TakenOver unless the marker that counts is mine; the link to it is made anew where it is gone.
+
+        Raises UnreadableError and OSError as well.
+        """
+        found = self.read_owner()
+        if found is None or (found.gateway, found.token) != (me.gateway, me.token):
+            raise taken_over(self.address, found)
+        tenure.point(self.fd, me.token)
+
+    def begin(self, me: Owner, before: Tenure | None) -> Owner:
+        """Become the owner that comes after `before`, durably, with the next token. What the marker says then.
+
+        Raises ForebayError, with nothing changed, where somebody else came first; and OSError.
+        """
+        self.own = Tenure(*self._take_token(before), self.address, self.look_beside())
+        self._descriptors.callback(self.own.close)
+        mine = replace(me, token=self.own.token)
         try:
-            fd = own_files.open_existing(folder, "owner", self.look_beside())
-        except FileNotFoundError:
-            return None
-        except DoesNotCountError as why:
-            raise UnreadableError(self.address, str(why)) from None
-        try:
-            return Owner.parse(syscalls.read(fd, LONGEST_OWNER))
-        except ValueError as why:
-            raise UnreadableError(self.address, str(why)) from why
-        finally:
-            syscalls.close(fd)
+            self.own.write(mine)
+            self._check_next(before)
+            self.own.show(mine)
+            self._check_next(before)
+        except BaseException as fault:
+            with contextlib.suppress(OSError):
+                self._remove_own()
+            if isinstance(fault, FileNotFoundError):  # whoever came later removed it
+                raise self._just_changing() from fault
+            raise
+        tenure.point(self.fd, mine.token)
+        tenure.sweep(self.fd, self.address, mine.token, self.look_beside())
+        return mine
+
+    def _take_token(self, before: Tenure | None) -> tuple[int, int]:
+        """The next token, which nobody else can have, and a descriptor of the directory of that name."""
+        image = self.look_beside()
+        known = max([before.highest if before is not None else 0, *self._later(before)])
+        token = tenure.next_token(known)
+        for planted in range(TRIES):
+            if token + planted > LARGEST:
+                break
+            name = str(token + planted)
+            try:
+                syscalls.mkdir(name, 0o755, dir_fd=self.fd)
+            except FileExistsError:
+                fd = own_files.open_directory(self.fd, name, image)
+                if fd is not None:
+                    syscalls.close(fd)
+                    raise self._just_changing() from None
+                continue
+            except FileNotFoundError:  # the last owner has just left, and removed the directory
+                self.make()
+                continue
+            syscalls.fsync(self.fd)
+            fd = own_files.open_directory(self.fd, name, image)
+            if fd is None:
+                raise self._just_changing()
+            return token + planted, fd
+        raise ForebayError(
+            f"{self.address.key}: there is no token after {token - 1}, and no gateway ever had that: remove "
+            f"what says so from {self.address.path}{SIDECAR}"
+        )
+
+    def _later(self, before: Tenure | None) -> list[int]:
+        """The tokens after `before` with which somebody began. Raises ForebayError where one came to be the owner."""
+        found, image = [], self.look_beside()
+        for number in tenure.numbers(self.fd, self.address):
+            if before is not None and number <= before.highest:
+                break
+            fd = own_files.open_directory(self.fd, str(number), image)
+            if fd is not None:
+                with Tenure(number, fd, self.address, image) as later:
+                    is_mine = self.own is not None and number == self.own.token
+                    if not is_mine and (later.has(tenure.MARKER) or later.has(redo.NAME)):
+                        raise self._just_changing()
+                found.append(number)
+        return found
+
+    def _check_next(self, before: Tenure | None) -> None:
+        """Raise ForebayError unless ours is the highest token, and `before` what it comes after.
+
+        A call that hung may come back when others have had the image long since.
+        """
+        assert self.own is not None
+        if max(self._later(before)) != self.own.token:
+            raise self._just_changing()
+        if before is not None and before.token:
+            try:
+                found = syscalls.stat(str(before.token), dir_fd=self.fd, follow_symlinks=False)
+            except FileNotFoundError:
+                raise self._just_changing() from None
+            if not os.path.samestat(found, syscalls.fstat(before.fd)):
+                raise self._just_changing()
+
+    def _just_changing(self) -> ForebayError:
+        return ForebayError(f"{self.address.key}: its owner is just changing: try again")
 
     def write_owner(self, owner: Owner) -> None:
-        """Replace the owner marker, durably: temporary name, fsync, rename, fsync of the directory. Raises OSError."""
-        text = json.dumps(asdict(owner), indent=1) + "\n"
-        fd = own_files.make(self.fd, "owner.new", 0o644)
-        try:
-            syscalls.pwrite_all(fd, text.encode(), 0)
-            syscalls.fsync(fd)
-        finally:
-            syscalls.close(fd)
+        """Have our marker say that, durably. Raises OSError."""
+        assert self.own is not None, "begin comes first"
+        self.own.write(owner)
         self.is_marker_unsure = True
-        syscalls.rename("owner.new", "owner", src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        syscalls.fsync(self.fd)
+        self.own.show(owner)
         self.is_marker_unsure = False
-
-    # ---------------------------------------------------------------------------------------------- the redo journal
-
-    def finish_checkpoint(
-        self, owner: Owner | None, file: OpenImage, *, sure: bool = False
-    ) -> redo.Checkpoint | None:
-        """Apply a committed redo journal to the open image and remove it; drop one that was not committed.
-
-        `owner` is what the marker says. It is made to name the instant of the checkpoint before the journal goes, for
-        nothing else says then which instant the image shows. The checkpoint; None if no journal was committed. Raises
-        ForebayError for a journal that cannot be applied, with the image unchanged; ChangedError, unless the operator
-        is `sure`, where the image is not what it was at the commit; and OSError.
-        """
-
-        def name_instant(finished: redo.Checkpoint) -> None:
-            if owner is not None:
-                self.write_owner(replace(owner, as_of=finished.as_of))
-
-        return redo.recover(
-            self.fd, file.fd, self.address.key, SystemCalls(), name_instant, sure=sure
-        )
 
     # ------------------------------------------------------------------------------------------------------- the end
 
     def remove(self) -> None:
-        """Remove our files, the marker first and durably, and the directory if nothing else lies in it."""
-        with contextlib.suppress(FileNotFoundError):
-            syscalls.unlink("owner", dir_fd=self.fd)
-        syscalls.fsync(self.fd)
-        for name in ("lock", "owner.new", redo.UNFINISHED):
-            with contextlib.suppress(FileNotFoundError):
-                syscalls.unlink(name, dir_fd=self.fd)
-        with contextlib.suppress(OSError):  # a boot trace may stay in it
-            syscalls.rmdir(self._name, dir_fd=self._folder)
+        """Remove what is ours, the marker first and durably, and the directory if nothing else lies in it.
 
-    def remove_if_unused(self) -> None:
-        """Leave nothing beside an image that was refused, if only we made it. For whoever has the lock."""
-        with contextlib.suppress(OSError):
-            if self.lock >= 0 and self.names() == ["lock"]:
-                syscalls.unlink("lock", dir_fd=self.fd)
-                syscalls.rmdir(self._name, dir_fd=self._folder)
+        What those before us left goes before that: without us it would count again.
+        """
+        if self.own is not None:
+            tenure.sweep(self.fd, self.address, self.own.token, self.look_beside())
+            tenure.unpoint(self.fd, self.own.token)
+            self._remove_own()
+        self.remove_if_empty()
+
+    def _remove_own(self) -> None:
+        assert self.own is not None
+        self.own.empty()
+        syscalls.rmdir(str(self.own.token), dir_fd=self.fd)
+        syscalls.fsync(self.fd)
+
+    def remove_if_empty(self) -> None:
+        """Remove the directory, if nothing lies in it."""
+        with contextlib.suppress(OSError):  # a boot trace may stay in it, or somebody else's marker
+            syscalls.rmdir(self._name, dir_fd=self._folder)
 
 
 def read_owner(address: FileAddress) -> Owner | None:
@@ -280,30 +321,31 @@ def read_owner(address: FileAddress) -> Owner | None:
     Raises OSError, UnreadableError for a marker that cannot be read, and ForebayError for an image that nobody holds
     and that holds part of a checkpoint.
     """
-    with Sidecar(address) as sidecar:
-        try:
-            sidecar.open()
-        except FileNotFoundError:
+    with Sidecar(address) as sidecar, sidecar.find() or contextlib.nullcontext() as found:
+        if found is None:
             return None
-        owner = sidecar.read_owner()
-        if owner is not None and owner.gateway != NOBODY:
-            return owner
-        if redo.NAME in sidecar.names():
+        if found.owner is not None and found.owner.gateway != NOBODY:
+            return found.owner
+        if found.has(redo.NAME):
             raise ForebayError(
                 f"{address.key} holds part of a checkpoint: run 'forebay recover {address.key}' first"
             )
         return None
 
 
-def lock_image(address: FileAddress, file: OpenImage, *, need_locks: bool) -> None:
-    """Take QEMU's locks for writing on the open image itself, for as long as its descriptor is open.
+def lock_image(
+    address: FileAddress, file: OpenImage, owner: Callable[[], Owner | None], *, need_locks: bool
+) -> None:
+    """Take the locks of a gateway that writes the open image, for as long as its descriptor is open.
 
-    Raises InUseError where somebody has it open without a gateway; ForebayError, if `need_locks`, for a file system
-    without locks; and OSError.
+    Raises InUseError where a gateway has it, which `owner` tells, or somebody without one; ForebayError, if
+    `need_locks`, for a file system without locks; and OSError.
     """
     try:
-        take_locks(file.fd, WRITES)
+        take_locks(file.fd, WRITES, gateway=True)
     except InUse as fault:
+        if fault.is_gateway:
+            raise in_use_by_gateway(address, owner()) from None
         raise in_use_by_program(address.key, fault) from None
     except NoLocks as error:
         _do_without(address, error, need_locks)

@@ -24,6 +24,8 @@ from forebay.origin import mounts
 from forebay.origin.worker import syscalls
 
 _DOES, _BARS = 100, 200
+_GATEWAY = 400
+"""The byte that the gateway which writes the image has a write lock on. QEMU uses none beyond 263."""
 _READ, _WRITE, _RESIZE = 0, 1, 3
 
 # struct flock of fcntl(2): type, whence, start, length, pid (0 for OFD locks)
@@ -57,21 +59,42 @@ class InUse(Exception):
     """Somebody's locks speak against ours.
 
     `written`: True if that one writes the image. `by`: the programs that have it open on this host, as far as we see.
+    `is_gateway`: True if it is a gateway.
     """
 
-    def __init__(self, *, written: bool, by: list[str]) -> None:
+    def __init__(self, *, written: bool, by: list[str], is_gateway: bool = False) -> None:
         super().__init__()
         self.written = written
         self.by = by
+        self.is_gateway = is_gateway
 
 
-def take_locks(fd: int, access: Access) -> None:
+def take_locks(fd: int, access: Access, *, gateway: bool = False) -> None:
     """Take the locks of that access, which last until the descriptor is closed. It may have some of them already.
 
+    With `gateway`, which needs a descriptor for writing, that of the one gateway that writes the image comes first.
     Raises InUse, with no lock taken, where somebody's locks speak against it; NoLocks; OSError.
     """
     if mounts.has_local_locks(mounts.of_this_process(), syscalls.fstat(fd).st_dev):
         raise NoLocks(errno.ENOLCK, "mounted so that locks stay on this host")
+    if gateway:
+        _take_gateways(fd)
+    try:
+        _take(fd, access)
+    except BaseException:
+        if gateway:
+            set_lock(fd, fcntl.F_UNLCK, _GATEWAY, 1)
+        raise
+
+
+def _take_gateways(fd: int) -> None:
+    try:
+        set_lock(fd, fcntl.F_WRLCK, _GATEWAY, 1)
+    except BlockingIOError:
+        raise InUse(written=True, by=_who(fd), is_gateway=True) from None
+
+
+def _take(fd: int, access: Access) -> None:
     try:
         for byte in _bytes(access):
             set_lock(fd, fcntl.F_RDLCK, byte, 1)

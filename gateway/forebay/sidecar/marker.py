@@ -1,18 +1,18 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""One writer: the marker and the lock beside an image that a gateway may write (promise 6).
+"""One writer: the marker beside an image that a gateway may write, and the lock on it (promise 6).
 
-Whoever is to write an image takes the lock beside it (files.py has the list of what lies there), then QEMU's locks on
-the image itself (locks.py), then reads the owner marker, then replaces it. The same gateway takes its own marker back
-after a crash; a clean release removes marker and lock. The marker outlives the process: it says who has data for this
-image, and keeps others out until that data is in the image.
+Whoever is to write an image takes the locks on the image itself (locks.py), then reads the owner marker, then becomes
+the next owner, with a directory and a marker of its own beside the image (files.py, tenure.py). The same gateway comes
+after itself after a crash; a clean release removes directory and marker. The marker outlives the process: it says who
+has data for this image, and keeps others out until that data is in the image.
 
-While a checkpoint is written back a redo journal lies there as well: see redo.py. Whoever takes the marker applies or
-drops a journal that was left behind, before anything else is done with the image.
+While a checkpoint is written back a redo journal lies there as well: see redo.py. Whoever becomes the owner applies the
+one of the owner before, before anything else is done with the image.
 
-Before the marker is changed, and before a checkpoint is committed, it is read again: one that is not ours any more is
-left as it is, for somebody else has the image now.
+Before the marker is changed, and before a checkpoint is committed, it is looked at again: once there is a marker with a
+higher token, or ours is gone, nothing more is done, for somebody else has the image now.
 
 Everything here blocks and belongs in a thread; `Claim` (claim.py) does that.
 """
@@ -29,22 +29,10 @@ from forebay.origin.calls import Status, SystemCalls
 from forebay.origin.opening import OpenImage, look
 from forebay.sidecar import redo
 from forebay.sidecar.files import Sidecar, lock_image
-from forebay.sidecar.record import (
-    NOBODY,
-    Owner,
-    State,
-    TakenOver,
-    in_use_by_gateway,
-    left_behind,
-    next_token,
-    now,
-    taken_over,
-)
+from forebay.sidecar.record import NOBODY, Owner, State, TakenOver, left_behind, now
+from forebay.sidecar.tenure import Tenure
 
 log = logging.getLogger("forebay.origin")
-
-LOCK_TRIES = 8
-"""How often the lock file may vanish under us (its holder is just leaving) before we give up."""
 
 COUNT_SECONDS = 15.0
 """How often, at most, the marker is written anew only to say how much is dirty."""
@@ -54,7 +42,7 @@ class Marker:
     """The owner marker of one image, held by this process. Every method blocks, and raises OSError."""
 
     def __init__(self, sidecar: Sidecar, file: OpenImage) -> None:
-        """Take over `sidecar`, which is locked. `file` is the open image, which stays the caller's. See `take`."""
+        """Use `sidecar` from now on. `file` is the open, locked image, which stays the caller's. See `take`."""
         self.address = sidecar.address
         self.owner: Owner | None = None
         """What the marker says, or was last told to say; None before it was written, and after the release."""
@@ -82,58 +70,57 @@ class Marker:
         ChangedError where a checkpoint of before cannot be finished, for the image was changed since; with
         `drop_checkpoint` it is dropped instead, as it was given up.
         """
-        for _ in range(LOCK_TRIES):
-            with contextlib.ExitStack() as undo:
-                sidecar = undo.enter_context(Sidecar(address))
-                sidecar.check_beside(file)
-                if again:
-                    sidecar.check_left_by(me)
-                sidecar.make()
-                marker = cls._take(sidecar, file, me, need_locks, drop_checkpoint)
-                if marker is not None:
-                    undo.pop_all()
-                    return marker
-        raise ForebayError(f"{address.key}: its owner is just changing: try again")
-
-    @classmethod
-    def _take(
-        cls, sidecar: Sidecar, file: OpenImage, me: Owner, need_locks: bool, drop_checkpoint: bool
-    ) -> Self | None:
-        """One attempt of `take`, in the directory beside the image. None: the lock's last holder was just leaving."""
-        try:
-            locked = sidecar.try_lock(need_locks=need_locks)
-            if locked and sidecar.is_lock_named():
-                lock_image(sidecar.address, file, need_locks=need_locks)
-                marker = cls(sidecar, file)
-                marker._begin(me, file, drop_checkpoint)
-                return marker
-        except ForebayError:
-            sidecar.remove_if_unused()
-            raise
-        if not locked:
-            raise in_use_by_gateway(sidecar.address, _read_leniently(sidecar))
-        return None
+        with contextlib.ExitStack() as undo:
+            sidecar = undo.enter_context(Sidecar(address))
+            sidecar.check_beside(file)
+            if again:
+                sidecar.check_left_by(me)
+            lock_image(address, file, lambda: _read_leniently(sidecar), need_locks=need_locks)
+            marker = cls(sidecar, file)
+            marker._begin(me, file, drop_checkpoint)
+            undo.pop_all()
+            return marker
 
     def _begin(self, me: Owner, file: OpenImage, drop_checkpoint: bool) -> None:
-        """Finish what was left behind, and write the marker. Raises InUseError where it is another gateway's."""
-        before = self._sidecar.read_owner()
-        if before is not None and before.gateway not in (me.gateway, NOBODY):
-            raise left_behind(self.address, before)
-        if drop_checkpoint:
-            redo.remove(self._sidecar.fd)
-        found = self._sidecar.finish_checkpoint(before, file)
+        """Finish what was left behind, and become the owner. Raises InUseError where it is another gateway's."""
+        with self._sidecar.find() or contextlib.nullcontext() as before:
+            mine = me
+            if before is not None:
+                mine = self._after(before, me, file, drop_checkpoint)
+            self._sidecar.make()
+            try:
+                self.owner = self._sidecar.begin(mine, before)
+            except ForebayError:
+                self._sidecar.remove_if_empty()
+                raise
+        self._counted = time.monotonic()
+
+    def _after(self, before: Tenure, me: Owner, file: OpenImage, drop_checkpoint: bool) -> Owner:
+        """What our marker is to say, once what the owner before left is finished. The directory of that one stays."""
+        owner = before.owner
+        if owner is not None and owner.gateway not in (me.gateway, NOBODY):
+            raise left_behind(self.address, owner)
+        found = None
+        if not drop_checkpoint:
+            found = finish_checkpoint(self.address, before, file)
         if found is not None:
             log.info("%s: a checkpoint of '%s' was finished", self.address.key, found.disk)
-        as_of = found.as_of if found else before.as_of if before else ""
-        mine = replace(me, token=next_token(before), as_of=as_of)
-        if before is not None:
-            mine = replace(
-                mine,
-                state=before.state,
-                dirty_since=before.dirty_since,
-                dirty_bytes=before.dirty_bytes,
-            )
-        self._write(mine)
+        as_of = found.as_of if found else owner.as_of if owner else ""
+        if owner is None:
+            return replace(me, as_of=as_of)
+        return replace(
+            me,
+            as_of=as_of,
+            state=owner.state,
+            dirty_since=owner.dirty_since,
+            dirty_bytes=owner.dirty_bytes,
+        )
+
+    @property
+    def _own(self) -> Tenure:
+        """Our directory beside the image."""
+        assert self._sidecar.own is not None, "take makes it"
+        return self._sidecar.own
 
     def _write(self, owner: Owner) -> None:
         self._sidecar.write_owner(owner)
@@ -146,7 +133,7 @@ class Marker:
         Raises as `take` and `check` do.
         """
         self.check()
-        lock_image(self.address, file, need_locks=need_locks)
+        lock_image(self.address, file, lambda: self.owner, need_locks=need_locks)
 
     # ------------------------------------------------------------------------------------------- what the image lacks
 
@@ -182,8 +169,10 @@ class Marker:
         me, file = self.owner, self._file
         self.check()
         return redo.RedoFile(
-            self._sidecar.fd,
-            redo.Checkpoint(me.gateway, me.host, me.disk, file.size, file.inode, as_of),
+            self._own.fd,
+            redo.Checkpoint(
+                me.gateway, me.host, me.disk, file.size, file.inode, as_of, token=me.token
+            ),
         )
 
     def commit_redo(self, journal: redo.RedoFile) -> None:
@@ -204,7 +193,7 @@ class Marker:
         since = as_of or self.owner.dirty_since
         # The marker first: once the journal is gone nothing else says which instant the image shows.
         self._write(replace(self.owner, as_of=as_of, dirty_since=since, dirty_bytes=dirty_bytes))
-        redo.remove(self._sidecar.fd)
+        redo.remove(self._own.fd)
 
     # --------------------------------------------------------------------------------------------- whose the image is
 
@@ -227,14 +216,12 @@ class Marker:
         return found
 
     def _check_ours(self) -> None:
-        """Raise TakenOver unless the marker bears our gateway and our token."""
-        found = self._sidecar.read_owner()
+        """Raise TakenOver unless the marker that counts bears our gateway and our token."""
         assert self.owner is not None, "released"
-        if found is None or (found.gateway, found.token) != (self.owner.gateway, self.owner.token):
-            raise taken_over(self.address, found)
+        self._sidecar.check_ours(self.owner)
 
     def release(self) -> None:
-        """Remove marker and lock. With state dirty the marker stays, for only this gateway can bring that data home.
+        """Remove the marker. With state dirty it stays, for only this gateway can bring that data home.
 
         Raises TakenOver: the marker is somebody else's, and stays. Raises ForebayError where a committed journal lies
         there, without which nobody could tell what the image holds: both stay.
@@ -249,7 +236,7 @@ class Marker:
             self.close()
 
     def _check_no_checkpoint(self) -> None:
-        if redo.NAME in self._sidecar.names():
+        if self._own.has(redo.NAME):
             key = self.address.key
             raise ForebayError(
                 f"{key} holds part of a checkpoint, which 'forebay recover {key}' finishes, as the next attach does"
@@ -258,10 +245,10 @@ class Marker:
     def drop_checkpoint(self) -> None:
         """Remove a committed journal that the image is not to get: it was given up. Raises TakenOver."""
         self._check_ours()
-        redo.remove(self._sidecar.fd)
+        redo.remove(self._own.fd)
 
     def close(self) -> None:
-        """Let the lock go and leave the marker where it is, as a crash would. The second call does nothing."""
+        """Leave the marker where it is, as a crash would. The second call does nothing."""
         self.owner = None
         self._sidecar.close()
 
@@ -272,3 +259,23 @@ def _read_leniently(sidecar: Sidecar) -> Owner | None:
         return sidecar.read_owner()
     except (OSError, ForebayError):
         return None
+
+
+def finish_checkpoint(
+    address: FileAddress, left: Tenure, file: OpenImage, *, sure: bool = False
+) -> redo.Checkpoint | None:
+    """Apply the committed redo journal that an owner left to the open image; it stays until there is the next owner.
+
+    The checkpoint; None if none was committed, or the journal is of another owner than the marker. Raises ForebayError
+    for a journal that cannot be applied, with the image unchanged; ChangedError, unless the operator is `sure`, where
+    the image is not what it was at the commit; and OSError.
+    """
+    return redo.recover(
+        left.fd,
+        file.fd,
+        address.key,
+        SystemCalls(),
+        left.owner,
+        sure=sure,
+        place=left.place(redo.NAME),
+    )

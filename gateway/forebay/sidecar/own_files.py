@@ -19,7 +19,7 @@ import stat
 from forebay.origin.worker import syscalls
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_OPEN_LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -32,12 +32,30 @@ def open_existing(folder: int, name: str, image: os.stat_result | None) -> int:
 
     `image` is what lies beside it; None if that is gone. Raises FileNotFoundError, DoesNotCountError and OSError.
     """
-    return _checked(folder, name, _READ, image)
+    try:
+        fd = syscalls.open(name, _READ, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise DoesNotCountError("not a file") from None
+        raise
+    return _checked(fd, image)
 
 
-def open_lock(folder: int, name: str, image: os.stat_result | None) -> int:
-    """The same for a lock file, for reading and writing, made if it is not there. Raises as `open_existing`."""
-    return _checked(folder, name, _OPEN_LOCK, image)
+def open_directory(folder: int, name: str, image: os.stat_result | None) -> int | None:
+    """A new descriptor of a directory in the open one, which the caller closes. Raises OSError.
+
+    None for what does not count, or is gone.
+    """
+    try:
+        fd = syscalls.open(name, _DIRECTORY, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENOENT):
+            return None
+        raise
+    if may_write(syscalls.fstat(fd).st_uid, image):
+        return fd
+    syscalls.close(fd)
+    return None
 
 
 def make(folder: int, name: str, mode: int) -> int:
@@ -50,13 +68,7 @@ def make(folder: int, name: str, mode: int) -> int:
     return syscalls.open(name, _NEW, mode, dir_fd=folder)
 
 
-def _checked(folder: int, name: str, flags: int, image: os.stat_result | None) -> int:
-    try:
-        fd = syscalls.open(name, flags, 0o600, dir_fd=folder)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise DoesNotCountError("not a file") from None
-        raise
+def _checked(fd: int, image: os.stat_result | None) -> int:
     try:
         _check(syscalls.fstat(fd), image)
     except BaseException:
@@ -71,13 +83,13 @@ def _check(found: os.stat_result, image: os.stat_result | None) -> None:
         raise DoesNotCountError("not a file")
     if found.st_nlink > 1:
         raise DoesNotCountError(f"a file with {found.st_nlink} names")
-    if not _may_write(found.st_uid, image):
+    if not may_write(found.st_uid, image):
         raise DoesNotCountError(
             f"a file of user {found.st_uid}, who is neither this user nor may write the image"
         )
 
 
-def _may_write(user: int, image: os.stat_result | None) -> bool:
+def may_write(user: int, image: os.stat_result | None) -> bool:
     """True if that user is this process's, or may write the image, as far as owner, group and mode tell."""
     if user in (os.geteuid(), 0):
         return True

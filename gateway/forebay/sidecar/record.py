@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import socket
-import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,9 +42,10 @@ class ChangedError(TakenOver):
 class UnreadableError(ForebayError):
     """An owner marker that cannot be read, or does not count: nobody knows whose the image is."""
 
-    def __init__(self, address: FileAddress, why: str) -> None:
+    def __init__(self, address: FileAddress, name: str, why: str) -> None:
+        """`name` is where it lies in the directory beside the image."""
         self.what = (
-            f"{address.key}: its owner marker {address.path}{SIDECAR}/owner cannot be read ({why})"
+            f"{address.key}: its owner marker {address.path}{SIDECAR}/{name} cannot be read ({why})"
         )
         """What is wrong, without what to do about it."""
         super().__init__(
@@ -194,16 +194,6 @@ def check_number(name: str, value: object, most: int) -> None:
     """Raise ValueError unless the value of that field is a number from 0 to `most`."""
     if type(value) is not int or not 0 <= value <= most:
         raise ValueError(f"'{name}' is not a number from 0 to {most}")
-
-
-def next_token(before: Owner | None) -> int:
-    """The token of the owner that comes after `before`; None where no marker is there.
-
-    A removed marker takes its token along; the clock keeps the next one larger.
-    """
-    least = before.token + 1 if before is not None else 1
-    clock = int(time.time())
-    return max(clock, least) if least <= LARGEST else clock  # only what was planted has such a one
 
 
 def now() -> str:

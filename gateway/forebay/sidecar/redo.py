@@ -3,10 +3,10 @@
 
 r"""The redo journal beside an image: a checkpoint, whole and durable, before any of it goes into the image (promise 5).
 
-It is written as `IMAGE.forebay/redo.new`. Made durable, it is renamed to `redo`: with that the checkpoint is committed.
-Then it is applied to the image, the image is made durable, and the journal is removed. Whoever comes later, on
-whatever host, applies a `redo` that is found (as often as need be: the result is the same) and drops a `redo.new`;
-either way the image is as it was at one instant.
+It is written as `redo.new` in the directory of its owner (tenure.py). Made durable, it is renamed to `redo`: with that
+the checkpoint is committed. Then it is applied to the image, the image is made durable, and the journal is removed.
+Whoever comes after that owner, on whatever host, applies a `redo` that is found (as often as need be: the result is the
+same) and drops a `redo.new`; either way the image is as it was at one instant.
 
 The file, little endian::
 
@@ -15,7 +15,8 @@ The file, little endian::
 
 Kinds: DATA; ZEROS, a range that reads as zeros; END, whose offset and length are the number of records before it and
 the sum of the lengths of their data. A record's checksum is XXH3-64 of the 24 bytes before it and its data. Behind END
-stands how far it is applied (applying.py), once that was begun. Format 1 had neither that nor the image's times.
+stands how far it is applied (applying.py), once that was begun. Format 1 had neither that nor the image's times,
+format 2 no token.
 
 Everything here blocks, raises OSError, and belongs in a thread.
 """
@@ -26,7 +27,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from xxhash import xxh3_64, xxh3_64_intdigest
@@ -39,7 +40,9 @@ from forebay.sidecar import own_files
 from forebay.sidecar.applying import BEGUN, apply, has_changed, write_all, write_note
 from forebay.sidecar.own_files import DoesNotCountError
 from forebay.sidecar.record import (
+    LARGEST,
     ChangedError,
+    Owner,
     check_instant,
     check_number,
     check_text,
@@ -48,7 +51,7 @@ from forebay.sidecar.record import (
 from forebay_cache.blocks.frozen import Range
 from forebay_cache.format.geometry import Buffer
 
-FORMAT = 2
+FORMAT = 3
 """The format of the journal. One with a larger number was written by a newer version: refused."""
 NAME, UNFINISHED = "redo", "redo.new"
 DATA, ZEROS, END = 1, 2, 3
@@ -84,7 +87,13 @@ class Checkpoint:
     """The image's when the journal was committed, nanoseconds since the epoch; 0 in journals of format 1."""
     ctime_ns: int = 0
     """The same of its last change of status."""
+    token: int = 0
+    """The token of the owner whose checkpoint it is; 0 in journals of formats 1 and 2."""
     format: int = FORMAT
+
+    def is_of(self, owner: Owner) -> bool:
+        """True if it is a checkpoint of that owner, and not of one before it."""
+        return self.gateway == owner.gateway and self.token in (0, owner.token)
 
 
 class RedoFile:
@@ -172,9 +181,9 @@ class RedoFile:
 
     def drop(self) -> None:
         """Remove it: it is not to be committed."""
+        self.close()  # first: what is removed while it is open stays in its directory, on NFS
         with contextlib.suppress(OSError):
             syscalls.unlink(UNFINISHED, dir_fd=self._sidecar)
-        self.close()
 
     def close(self) -> None:
         """Close the file. The second call does nothing."""
@@ -196,19 +205,18 @@ def recover(
     image: int,
     label: str,
     calls: SystemCalls,
-    applied: Callable[[Checkpoint], None] | None = None,
+    owner: Owner | None = None,
     *,
     sure: bool = False,
+    place: str = NAME,
 ) -> Checkpoint | None:
-    """Apply a committed journal in the open directory `sidecar` to the open `image` and remove it; drop another one.
+    """Apply a committed journal in the open directory `sidecar` to the open `image`; it stays, for `remove`.
 
-    What the journal said; None if no committed one was there. `applied` is called when the image has it, durably, and
-    before the journal goes. Nothing is written unless all of the journal is good: raises ForebayError, which names the
-    image by `label`, for one that is not; ChangedError, unless the operator is `sure`, where the image is another file
-    than the one at the commit, or was changed since.
+    What the journal said; None if no committed one was there, or it is not the `owner`'s: then it is no checkpoint of
+    this image. Nothing is written unless all of the journal is good: raises ForebayError, which names the image by
+    `label` and the journal by its `place` beside it, for one that is not; ChangedError, unless the operator is `sure`,
+    where the image is another file than the one at the commit, or was changed since.
     """
-    with contextlib.suppress(FileNotFoundError):
-        syscalls.unlink(UNFINISHED, dir_fd=sidecar)
     try:
         fd = own_files.open_existing(sidecar, NAME, syscalls.fstat(image))
     except FileNotFoundError:
@@ -216,13 +224,15 @@ def recover(
     except DoesNotCountError as why:
         raise ForebayError(
             f"{label}: its redo journal is {why}: if a gateway wrote it, have it belong to the image's owner; else "
-            f"remove {NAME} from the directory beside it"
+            f"remove {place} from the directory beside it"
         ) from None
     try:
-        checkpoint, end = _checked(fd, label)
+        checkpoint, end = _checked(fd, label, place)
+        if owner is not None and not checkpoint.is_of(owner):
+            return None
         if not sure:
-            _check_image(fd, end, checkpoint, image, label)
-        _check_size(checkpoint, image, label)
+            _check_image(fd, end, checkpoint, image, label, place)
+        _check_size(checkpoint, image, label, place)
         note = _open_to_note(sidecar)
         try:
             write_note(note, end, BEGUN, durable=True)
@@ -233,9 +243,6 @@ def recover(
         syscalls.fsync(image)
     finally:
         syscalls.close(fd)
-    if applied is not None:
-        applied(checkpoint)
-    remove(sidecar)
     return checkpoint
 
 
@@ -244,7 +251,7 @@ def _open_to_note(sidecar: int) -> int:
     return syscalls.open(NAME, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=sidecar)
 
 
-def _checked(fd: int, label: str) -> tuple[Checkpoint, int]:
+def _checked(fd: int, label: str, place: str) -> tuple[Checkpoint, int]:
     """What the header of a journal says, all of which is good, and the byte behind its last record.
 
     Raises ForebayError for one that is not good.
@@ -257,12 +264,14 @@ def _checked(fd: int, label: str) -> tuple[Checkpoint, int]:
     except ValueError as fault:
         raise ForebayError(
             f"{label}: its redo journal cannot be read ({fault}), so the image may hold part of a checkpoint: "
-            f"bring the gateway that wrote it back, or remove {NAME} from the directory beside it"
+            f"bring the gateway that wrote it back, or remove {place} from the directory beside it"
         ) from None
     return checkpoint, end + _HEAD
 
 
-def _check_image(fd: int, end: int, checkpoint: Checkpoint, image: int, label: str) -> None:
+def _check_image(
+    fd: int, end: int, checkpoint: Checkpoint, image: int, label: str, place: str
+) -> None:
     """Raise ChangedError unless the open image is the file that it was at the commit, and nobody changed it since.
 
     `fd` is the journal, `end` the byte behind its last record.
@@ -281,7 +290,7 @@ def _check_image(fd: int, end: int, checkpoint: Checkpoint, image: int, label: s
         return
     raise ChangedError(
         f"{label} {what}: if it is a copy of that image, 'forebay recover {label} --yes' finishes the checkpoint; if "
-        f"it was restored, whole, 'forebay detach DISK --discard' drops it, or remove {NAME} beside it",
+        f"it was restored, whole, 'forebay detach DISK --discard' drops it, or remove {place} beside it",
         f"{label} {what}",
     )
 
@@ -293,13 +302,13 @@ def _data_of(fd: int, image_size: int) -> Iterator[tuple[int, int, int]]:
             yield offset, length, at
 
 
-def _check_size(checkpoint: Checkpoint, image: int, label: str) -> None:
+def _check_size(checkpoint: Checkpoint, image: int, label: str, place: str) -> None:
     """Raise ForebayError where the image has another size than the one of the checkpoint, however sure one is."""
     size = syscalls.fstat(image).st_size
     if size != checkpoint.size:
         raise ForebayError(
             f"{label} has {size} bytes, and the redo journal beside it belongs to a file of {checkpoint.size}: put "
-            f"that file back, or remove {NAME} from the directory beside it"
+            f"that file back, or remove {place} from the directory beside it"
         )
 
 
@@ -330,11 +339,12 @@ def _parse_header(text: bytes) -> Checkpoint:
     """What the JSON of a header says. Raises ValueError."""
     fields = parse_object(text)
     version = fields.get("format")
-    if type(version) is not int or version not in (1, FORMAT):
+    if type(version) is not int or version not in range(1, FORMAT + 1):
         known = f"this version knows only 1 to {FORMAT}"
         raise ValueError(f"format {version}, {known}" if type(version) is int else known)
-    for name in ("mtime_ns", "ctime_ns"):
+    for name in ("mtime_ns", "ctime_ns", "token"):
         fields.setdefault(name, 0)
+    check_number("token", fields["token"], LARGEST)
     for name in ("gateway", "host", "disk"):
         check_text(name, fields.get(name), LONGEST_NAME)
     check_instant("as_of", fields.get("as_of"))

@@ -6,14 +6,17 @@
 This needs no daemon: `forebay recover` and `forebay takeover` (recover.py) call it, on any host that sees the image.
 """
 
+import contextlib
 from dataclasses import dataclass, replace
 
-from forebay.errors import ForebayError
+from forebay.errors import ForebayError, InUseError
 from forebay.origin.addresses import FileAddress
 from forebay.origin.opening import OpenImage
 from forebay.sidecar import redo
 from forebay.sidecar.files import Sidecar, lock_image
-from forebay.sidecar.record import NOBODY, Owner, next_token
+from forebay.sidecar.marker import finish_checkpoint
+from forebay.sidecar.record import NOBODY, Owner
+from forebay.sidecar.tenure import Tenure
 
 
 @dataclass(frozen=True)
@@ -57,29 +60,40 @@ def recover_image(
     """
     with Sidecar(address) as sidecar:
         sidecar.check_beside(file)
-        try:
-            sidecar.open()
-        except FileNotFoundError:
-            return Recovered(None, dropped=False, owner=None)
-        owner = sidecar.read_owner()
-        if not sidecar.try_lock(need_locks=need_locks):
-            raise ForebayError(
-                f"{address.key} is in use by {owner or 'another gateway'}, which serves it now: detach it there"
-            )
-        lock_image(address, file, need_locks=need_locks)
-        return _finish(sidecar, owner, file, take_over=take_over, sure=sure)
+        with sidecar.find() or contextlib.nullcontext() as left:
+            if left is None:
+                return Recovered(None, dropped=False, owner=None)
+            owner = left.owner
+            try:
+                lock_image(address, file, lambda: owner, need_locks=need_locks)
+            except InUseError as fault:
+                if "gateway" not in fault.holder:
+                    raise
+                raise ForebayError(
+                    f"{address.key} is in use by {owner or 'another gateway'}, which serves it now: detach it there"
+                ) from None
+            return _finish(sidecar, left, file, take_over=take_over, sure=sure)
 
 
 def _finish(
-    sidecar: Sidecar, owner: Owner | None, file: OpenImage, *, take_over: bool, sure: bool
+    sidecar: Sidecar, left: Tenure, file: OpenImage, *, take_over: bool, sure: bool
 ) -> Recovered:
-    """The same once the image is locked. `owner` is what the marker says."""
-    dropped = redo.UNFINISHED in sidecar.names()
-    finished = sidecar.finish_checkpoint(owner, file, sure=sure)
-    found = Recovered(finished, dropped, owner)
+    """The same once the image is locked. `left` is what the last owner left.
+
+    Where something is changed there is a next owner, which is that gateway still, or nobody: so that one that is only
+    cut off, and comes back, learns that it was.
+    """
+    dropped, found = left.has(redo.UNFINISHED), left.has(redo.NAME)
+    finished = finish_checkpoint(sidecar.address, left, file, sure=sure)
+    recovered, owner = Recovered(finished, dropped, left.owner), left.owner
+    if not (take_over or dropped or found):
+        return recovered
+    sidecar.make()
     if owner is None:
-        sidecar.remove()
+        owner = Owner.of_this_process(NOBODY, finished.disk if finished else "")
     elif take_over:
-        me = Owner.of_this_process(NOBODY, owner.disk)
-        sidecar.write_owner(replace(me, token=next_token(owner), as_of=found.as_of))
-    return found
+        owner = Owner.of_this_process(NOBODY, owner.disk)
+    sidecar.begin(replace(owner, as_of=recovered.as_of), left)
+    if recovered.owner is None:
+        sidecar.remove()
+    return recovered

@@ -118,6 +118,16 @@ def link(src: str, dst: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
     _call_at("link", src_dir_fd, src, dst, **how)
 
 
+def symlink(target: str, name: str, *, dir_fd: int) -> None:
+    """As os.symlink."""
+    _call_at("symlink", dir_fd, target, name, dir_fd=dir_fd)
+
+
+def readlink(name: str, *, dir_fd: int) -> str:
+    """As os.readlink."""
+    return cast("str", _call_at("readlink", dir_fd, name, dir_fd=dir_fd))
+
+
 def listdir(fd: int) -> list[str]:
     """As os.listdir, of an open directory."""
     return cast("list[str]", _call("listdir", fd))
