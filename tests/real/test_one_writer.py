@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -160,9 +161,7 @@ class Case:
             (sidecar / "owner").unlink()
             (sidecar / "owner").mkdir()
         elif self.name == "removed":
-            for file in sidecar.iterdir():
-                file.unlink()
-            sidecar.rmdir()
+            shutil.rmtree(sidecar)
         elif self.name == "replaced":
             other = path.with_name("other")
             other.write_bytes(b"n" * SIZE)
