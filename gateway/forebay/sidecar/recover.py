@@ -6,6 +6,8 @@
 They need no daemon.
 """
 
+import contextlib
+import errno
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +19,7 @@ from forebay.origin.opening import open_image
 from forebay.origin.worker import syscalls
 from forebay.sidecar.record import NOBODY
 from forebay.sidecar.takeover import Recovered, recover_image
+from forebay.sidecar.user import as_owner, name_of_daemon
 from forebay.units import format_size
 
 
@@ -42,11 +45,43 @@ def run(config: Config, text: str, *, take_over: bool = False, sure: bool = True
 
     Raises ForebayError, also where taking it over would lose data and the operator is not `sure`. Blocks.
     """
-    address = find(config, text)
     try:
-        file = open_image(address, read_only=False, any_format=True)
+        with as_owner(config, _path(config, text)):
+            return _run(config, text, take_over=take_over, sure=sure)
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise ForebayError(_as_whom(config, text, error.strerror or "")) from None
         raise ForebayError(f"{text}: {error.strerror}") from None
+    except ForebayError as fault:
+        if isinstance(fault.__cause__, PermissionError):
+            raise ForebayError(_as_whom(config, text, "Permission denied")) from None
+        raise
+
+
+def _as_whom(config: Config, text: str, why: str) -> str:
+    """What to do where this user may not."""
+    return (
+        f"{text}: {why}: run it as the user whose the files beside it are, such as the daemon's "
+        f"(sudo -u {name_of_daemon(config)} forebay ...)"
+    )
+
+
+def _path(config: Config, text: str) -> Path:
+    """Where the image lies, as far as the name tells. Raises ForebayError."""
+    if "/" in text.partition(":")[0]:
+        with contextlib.suppress(ForebayError):
+            found = resolve(config, text)
+            if isinstance(found, FileAddress):
+                return found.root / found.path
+        return Path(os.path.realpath(text))
+    found = resolve(config, text)
+    return found.root / found.path if isinstance(found, FileAddress) else Path(os.devnull)
+
+
+def _run(config: Config, text: str, *, take_over: bool, sure: bool) -> "Report":
+    """The same as the user that we are. Raises ForebayError, and OSError."""
+    address = find(config, text)
+    file = open_image(address, read_only=False, any_format=True)
     try:
         need_locks = config.disk_settings(address.store or None).require_locks
         found = recover_image(address, file, need_locks=need_locks, sure=sure and not take_over)
@@ -56,8 +91,6 @@ def run(config: Config, text: str, *, take_over: bool = False, sure: bool = True
                     f"{text}: {_later(found)} would be given up{_instant(found)}: bring that gateway back, or say --yes"
                 )
             recover_image(address, file, take_over=True, need_locks=need_locks)
-    except OSError as error:
-        raise ForebayError(f"{text}: {error.strerror}") from None
     finally:
         syscalls.close(file.fd)
     return Report(text, found, taken=take_over and found.owner is not None)
