@@ -132,7 +132,9 @@ class Image:
                 await self._take_note(origin)
         except OSError as error:
             if error.errno == errno.ESTALE:
-                self.stop(error.strerror or f"{self.key} is another file now")
+                why = error.strerror or ""
+                named = self.key in why or self.sources.latest.label in why
+                self.stop(why if named else f"{self.key} is gone, or another file now ({why})")
 
     async def _take_note(self, origin: Origin) -> None:
         """Compare what the image looks like with what is on record, or put it there after our own writes.

@@ -7,6 +7,7 @@ Everything here touches storage, blocks, and belongs in a thread. Paths in a sto
 without following any link, so that whoever may create files there cannot point a disk at something else.
 """
 
+import contextlib
 import errno
 import os
 import stat
@@ -59,7 +60,11 @@ def open_image(
     calls = calls or SystemCalls()
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        fd = _open_in_store(address, address.path, flags)
+        try:
+            fd = _open_in_store(address, address.path, flags)
+        except FileNotFoundError:  # it may have been made at the server just now
+            ask_server(address, calls)
+            fd = _open_in_store(address, address.path, flags)
     except OSError as error:
         raise _file_refusal(address, error, read_only) from error
     try:
@@ -85,8 +90,25 @@ def open_folder(address: FileAddress) -> int:
         return _open_in_store(address, folder, os.O_PATH | os.O_DIRECTORY)
 
 
+def ask_server(address: FileAddress, calls: SystemCalls) -> None:
+    """Have the server asked what the directories on the way to the image are now.
+
+    Only then does an NFS client look names in them up anew, instead of believing for up to a minute what it knew.
+    """
+    parts = os.path.dirname(address.path).split("/")
+    with contextlib.suppress(OSError):
+        for depth in range(len(parts) + 1):
+            path = "/".join(parts[:depth]) or "."
+            fd = _open_in_store(address, path, os.O_PATH | os.O_DIRECTORY)
+            try:
+                calls.status(fd)
+            finally:
+                syscalls.close(fd)
+
+
 def look(address: FileAddress, calls: SystemCalls) -> Status:
-    """What the name of the image leads to now. Raises OSError."""
+    """What the name of the image leads to now, at the server. Raises OSError."""
+    ask_server(address, calls)
     fd = _open_in_store(address, address.path, os.O_PATH | os.O_NOFOLLOW)
     try:
         return calls.status(fd)
