@@ -512,8 +512,9 @@ async def test_a_mark_that_hangs_is_not_overtaken(
     image: FileAddress, file: OpenImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`dirty` hangs and is given up; `clean` after it must not be undone by `dirty` ending late."""
-    claim = claim_of(image, 0.1)
+    claim = claim_of(image, 10)
     await claim.take(file)
+    claim._timeout = 0.1
     hang = threading.Event()
     real = Marker.set_state
     order: list[str] = []
