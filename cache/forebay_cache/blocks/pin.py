@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import trio
+
 from forebay_cache.cache import Cache
 from forebay_cache.format.entry import block_key, slots_in
 from forebay_cache.format.geometry import PAGE_BLOCKS
@@ -22,6 +24,7 @@ async def pin_layer(cache: Cache, layer: Layer, pinned: bool) -> None:
     change = slots.placement.hold if pinned else slots.placement.unhold
     for number in await layer.pages.numbers():
         await layer.pages.load([number])
+        await trio.lowlevel.checkpoint()  # a page that is loaded already awaits nothing
         if layer.pinned != pinned:
             return
         for i, slot in slots_in(layer.pages.page(number)):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Protocol, TypeAlias
 
 import trio
@@ -207,7 +208,7 @@ class PageTable:
 
     def shed(self, most: int) -> int:
         """Forget up to ``most`` pages that the index has as they are. Returns how many. Not during a commit."""
-        numbers = [n for n in self.by_number if n not in self.dirty][:most]
+        numbers = list(islice((n for n in self.by_number if n not in self.dirty), most))
         for number in numbers:
             del self.by_number[number]
         return len(numbers)

@@ -25,6 +25,7 @@ from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.doors.restart import EarlierSockets
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
+from forebay.image.gone import GoneImages
 from forebay.image.registry import Images
 from forebay.storage.state import index_path
 from forebay.storage.upkeep import Upkeep
@@ -61,6 +62,9 @@ class Gateway:
         self._arrivals = Arrivals(
             config, cache, nursery, images, self._disks, self._records, self._memory
         )
+        self._gone = GoneImages(config, cache, partial(self._is_in_use, images))
+        images.on_unused = self._gone.note_unused
+        self._nursery = nursery
         self._departures = Departures(images, self._disks, self._records)
         self._extending = trio.Lock()
         self._upkeep = Upkeep(cache, lambda: [one.disk.image for one in self.attached()])
@@ -88,6 +92,13 @@ class Gateway:
     async def resume(self, earlier: EarlierSockets) -> None:
         """Bring back the disks on record, each whether or not its origin can be reached, and their clients."""
         await self._arrivals.resume(earlier)
+        self._nursery.start_soon(self._gone.run)
+
+    def _is_in_use(self, images: Images, key: str) -> bool:
+        """True if a disk is on the image with that key, served or only on record, or the cache has data for it."""
+        if images.is_open(key) or any(one.key == key for one in self._records.all().values()):
+            return True
+        return any(x.private and x.name.image == key and not x.is_dead for x in self._cache.layers)
 
     async def detach(
         self, name: str, *, discard: bool = False, force: bool = False, progress: Progress
@@ -174,7 +185,7 @@ class Gateway:
 
     def cache_info(self) -> dict[str, Any]:
         """The cache device and what it holds."""
-        return self._cache.info()
+        return self._cache.info() | {"reclaimed_images": self._gone.reclaimed}
 
     async def extend_cache(self, size: int | None, progress: Progress) -> dict[str, Any]:
         """Use all of the cache device, after making it `size` bytes where it is a file. What the cache is then."""

@@ -3,6 +3,7 @@
 
 """The images that are in use on this host, each once however many disks lie on it."""
 
+from collections.abc import Callable
 from functools import partial
 
 import trio
@@ -21,6 +22,12 @@ class Images:
         self._cache = cache
         self._nursery = nursery
         self._open: dict[str, Image] = {}
+        self.on_unused: Callable[[str], None] = lambda _key: None
+        """Told of each image that no disk is on any more, by its key, when it is closed."""
+
+    def is_open(self, key: str) -> bool:
+        """True if a disk is on the image with that key."""
+        return key in self._open
 
     async def acquire(self, source: Source) -> Image:
         """The image of a source, with one disk more on it; reached now if it can be. `Image.leave` ends that.
@@ -62,3 +69,4 @@ class Images:
         if self._open.get(image.key) is image:
             del self._open[image.key]
         await image.close()
+        self.on_unused(image.key)

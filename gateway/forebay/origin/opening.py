@@ -116,6 +116,31 @@ def look(address: FileAddress, calls: SystemCalls) -> Status:
         syscalls.close(fd)
 
 
+def look_in_store(address: FileAddress, calls: SystemCalls) -> tuple[Status | None, Status]:
+    """What the name of the image leads to now, None where it leads nowhere; and the directory of its store.
+
+    Raises OSError.
+    """
+    root = syscalls.open(str(address.root), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        store = calls.status(root)
+        return _named(root, address.path, calls), store
+    finally:
+        syscalls.close(root)
+
+
+def _named(root: int, path: str, calls: SystemCalls) -> Status | None:
+    """What a path below the directory `root` leads to; None where it leads nowhere. Raises OSError."""
+    try:
+        fd = open_beneath(root, path, os.O_PATH | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        return calls.status(fd)
+    finally:
+        syscalls.close(fd)
+
+
 def _open_in_store(address: FileAddress, path: str, flags: int) -> int:
     """A new descriptor of `path` in the store of the address. Raises OSError."""
     root = syscalls.open(str(address.root), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
