@@ -35,6 +35,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make lab", description=__doc__)
     parser.add_argument("cases", nargs="*", help="words of cases' names, or 'all' (the short form)")
     parser.add_argument("--list", action="store_true", help="say which cases there are")
+    parser.add_argument("--seconds", type=float, help="begin no case after so long")
     parser.add_argument("--rounds", type=int, default=1, help="do it all so often (1)")
     parser.add_argument(
         "--place",
@@ -75,15 +76,21 @@ def run(given: argparse.Namespace) -> int:
     parts, builder = build(place, told)
     saved = ready(parts, builder)
     told(f"{len(cases)} cases, machines ready after {time.monotonic() - began:.0f} s")
-    failed = [
-        case.name
-        for _ in range(given.rounds)
-        for case in cases
-        if not tried(case, parts, saved, place)
-    ]
-    total = len(cases) * given.rounds
-    told(f"make lab: {total - len(failed)} of {total} hold, {time.monotonic() - began:.0f} s")
-    return len(failed)
+    failed = left = done = 0
+    for case in cases * given.rounds:
+        if given.seconds is not None and time.monotonic() - began > given.seconds:
+            told(f"left out: {case.name}")
+            left += 1
+        else:
+            done += 1
+            failed += not tried(case, parts, saved, place)
+    total = (
+        f"{done - failed} of {done} hold, {left} left out"
+        if left
+        else f"{done - failed} of {done} hold"
+    )
+    told(f"make lab: {total}, {time.monotonic() - began:.0f} s")
+    return failed
 
 
 def main() -> int:

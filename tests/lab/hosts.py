@@ -202,15 +202,9 @@ class Host(Computer):
         return Writer(self, disk, seed, words)
 
     def status(self, disk: str, seconds: float = 30.0) -> dict[str, Any]:
-        """What `forebay status --json` says of a disk; nothing where it does not answer."""
-        answer = self.run(f"forebay status {disk} --json", seconds)
-        try:
-            found = json.loads(answer.output)
-        except ValueError:
-            return {}
-        if isinstance(found, dict):
-            found = found.get("disks", [found])
-        return dict(found[0]) if found else {}
+        """The keys of `forebay status --json` for a disk; none where the daemon does not answer."""
+        answer = self.console.get(f"/disks/{disk}", seconds)
+        return dict(json.loads(answer.output)) if answer else {}
 
     def state(self, disk: str) -> str:
         """In which state a disk is, by `forebay status`."""

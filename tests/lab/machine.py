@@ -138,7 +138,9 @@ class Machine:
 
     def _command(self) -> list[str]:
         words = f"{KERNEL_WORDS} systemd.hostname={self.name} systemd.machine_id={self._identity()}"
-        command = [
+        # it ends with the process that started it, however that ends
+        command = ["setpriv", "--pdeathsig", "KILL"]
+        command += [
             "qemu-system-x86_64",
             "-accel",
             "tcg,thread=single,tb-size=256",

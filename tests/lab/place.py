@@ -26,6 +26,14 @@ SETUP = (HERE / "machine.py", HERE / "models.py", HERE / "setup.py")
 """What the saved state follows from, beside the images."""
 
 
+LOOK = """\
+for d in /run/forebay/disks/*.sock; do echo "$d"; done; ls -laR /srv/store/images /mnt/nfs/images 2>/dev/null
+ps -eo pid,user,stat,wchan:24,args | grep -v ' \\[' ; grep -H . /proc/[0-9]*/stack 2>/dev/null | grep -E 'nfs|rpc'
+journalctl -b --no-pager -o short-monotonic | tail -n 400
+"""
+"""What a failure leaves to be read of each machine."""
+
+
 class Lab:
     """Running machines: what a case works with."""
 
@@ -47,13 +55,11 @@ class Lab:
         return self.hosts[1]
 
     def keep_logs(self, into: Path) -> None:
-        """What a failure leaves to be read: journals and consoles."""
+        """Keep what LOOK shows of each machine; nothing of one that hangs."""
         into.mkdir(parents=True, exist_ok=True)
         for machine in self.machines.values():
-            answer = machine.console and machine.console.run(
-                "journalctl -b --no-pager -o short-monotonic | tail -n 400", 30.0
-            )
-            (into / f"{machine.name}.journal").write_text(answer.output if answer else "")
+            answer = machine.console and machine.console.run(LOOK, 30.0)
+            (into / f"{machine.name}.log").write_text(answer.output if answer else "")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from lab.hosts import Host, Writer, until
 from lab.outcome import demand
 from lab.place import Lab
 
-SERVED = 40.0
+SERVED = 120.0
 """Seconds in which the next daemon has to answer. It takes a few on a real host."""
 
 STOPPED = 400.0
@@ -49,7 +49,7 @@ def served_by_another(host: Host, old: int) -> float:
     """Seconds until another daemon than `old` answers and serves what is cached."""
     began = time.monotonic()
     until("another daemon", lambda: pid(host) not in {0, old}, SERVED)
-    until("an answer of it", lambda: host.status("a", 5.0), SERVED)
+    until("an answer of it", lambda: host.status("a", 10.0), SERVED)
     read = f"nbdsh -u 'nbd+unix:///?socket={host.socket('a')}' -c 'h.pread(4096, {{}})'"
     until("a cached read", lambda: host.run(read.format(0), 10.0), SERVED)
     return time.monotonic() - began
@@ -59,10 +59,10 @@ def afterwards(lab: Lab, running: list[Writer]) -> None:
     """The server comes back: clients go on, and everything is written back."""
     lab.server.machine.go_on()
     for writer in running:
-        writer.until_flushed(8, 120.0)
+        writer.until_flushed(8, 300.0)
     lab.host.flush_beside(running)
     for disk, writer in zip("ab", running, strict=True):
-        lab.host.until_state(disk, "ready", 120.0)
+        lab.host.until_state(disk, "ready", 300.0)
         done = writer.stop()
         lab.host.flush(disk)
         found = lab.server.check(lab.server.path(f"{disk}.raw"), SEED + 1, done.flushed)

@@ -12,7 +12,7 @@ from lab.place import Lab
 
 SEEDS = {"back": 7, "through": 8}
 MODES = {"back": "write-back", "through": "write-through"}
-AGAIN = 90.0
+AGAIN = 200.0
 """Seconds after which all has to work again by itself."""
 
 

@@ -20,7 +20,7 @@ def recover_and_take_over(lab: Lab) -> None:
     writer.until_flushed(8)
     host.machine.stand_still()
     other.run("ls /mnt/nfs/images")
-    seconds = 3 * LEASE_SECONDS + 30.0
+    seconds = 3 * LEASE_SECONDS + 200.0
     until("recovered", lambda: other.run("forebay recover images:a.raw"), seconds, 3.0)
     plain = other.run("forebay takeover images:a.raw")
     demand(plain.code == 1 and "--yes" in plain.output, f"takeover without --yes: {plain}")

@@ -18,7 +18,7 @@ from lab.place import Lab
 OLD, NEW = 7, 77
 """Seeds of what the first host's clients write, and the second's."""
 
-EXPIRED = 3 * LEASE_SECONDS + 30.0
+EXPIRED = 3 * LEASE_SECONDS + 200.0
 AT_LEAST = 24
 """Steps that a writer has flushed before anything happens to it."""
 
@@ -35,11 +35,15 @@ def comes_back(share: float, lab: Lab) -> str:
     """The whole story."""
     old = [started(lab, disk) for disk in DISKS]
     where = cut_in_passes(lab, old, share)
+    for writer in old:
+        writer.pause()
     for disk in DISKS:
         take_over(lab, disk)
     new = [lab.other.writer(disk, NEW, "--pause 0.1") for disk in DISKS]
     some_steps(new)
     lab.other.flush_beside(new)
+    for writer in old:
+        writer.go_on()
     lab.wires["h1"].mend()
     for disk in DISKS:
         gives_way(lab.host, disk)
@@ -76,7 +80,7 @@ def cut_in_passes(lab: Lab, writers: Sequence[Writer], share: float) -> str:
     number = 1 + round(share * (usual - 1))
     cut = wire.cut_after("h1", number)
     lab.host.console.start("forebay flush --all")
-    demand(cut.wait(120.0), f"passes made fewer than {number} NFS calls: {wire.calls}")
+    demand(cut.wait(300.0), f"passes made fewer than {number} NFS calls: {wire.calls}")
     return f"call {number} of about {usual}, {wire.calls[-1][1]}"
 
 
@@ -102,7 +106,7 @@ def take_over(lab: Lab, disk: str) -> None:
 
 def gives_way(host: Host, disk: str) -> None:
     """The host that comes back sees that the image is another's: it serves nothing of it, and keeps what it has."""
-    host.until_state(disk, "conflict", 120.0)
+    host.until_state(disk, "conflict", 300.0)
     demand(host.status(disk).get("dirty_bytes"), f"{host.name} dropped its dirty data of {disk}")
     ask = f"nbdsh -u 'nbd+unix:///?socket={host.socket(disk)}' -c 'h.pread(4096, 0)'"
     demand(host.run(ask, 60.0).code != 0, f"{host.name} still serves {disk}")
@@ -122,7 +126,7 @@ def give_back(lab: Lab, disk: str, new: Writer) -> None:
     """Both detach, and `recover` finds nothing that it would do to the new owner's data."""
     lab.host.do(f"forebay detach {disk} --discard --force")
     in_the_image(lab, disk, new, "after the first host's detach")
-    until("detached", partial(lab.other.run, f"forebay detach {disk}"), 60.0)
+    until("detached", partial(lab.other.run, f"forebay detach {disk}"), 300.0)
     lab.other.do(f"forebay recover images:{disk}.raw")
     in_the_image(lab, disk, new, "after recover")
 
