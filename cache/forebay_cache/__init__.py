@@ -12,6 +12,7 @@ from forebay_cache.blocks.settle import settle
 from forebay_cache.cache import Cache
 from forebay_cache.errors import CacheError, CacheFull
 from forebay_cache.format.records import LayerName
+from forebay_cache.layers.in_flight import UNSTORED
 from forebay_cache.layers.layer import Layer
 from forebay_cache.offline.check import check
 from forebay_cache.offline.formatting import format_device
@@ -29,6 +30,7 @@ from forebay_cache.upkeep.revive import Revived, come_back, revive
 from forebay_cache.upkeep.scrub import Damage, Found, scrub
 
 __all__ = [
+    "UNSTORED",
     "Cache",
     "CacheError",
     "CacheFull",

@@ -5,7 +5,7 @@
 
 from forebay_nbd.client.client import Client
 from forebay_nbd.protocol.wire import Buffer, ProtocolError, RequestError
-from forebay_nbd.server.budget import Budget
+from forebay_nbd.server.budget import Budget, Budgets
 from forebay_nbd.server.connection import Connection
 from forebay_nbd.server.export import Export
 from forebay_nbd.server.limits import Limits
@@ -16,6 +16,7 @@ from forebay_nbd.server.session import Session
 
 __all__ = [
     "Budget",
+    "Budgets",
     "Buffer",
     "Client",
     "Connection",

@@ -48,7 +48,7 @@ from forebay_cache.format.entry import entry_at
 from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, PAGE_SHIFT, SECTORS, Buffer
 from forebay_cache.layers.layer import Layer
 from forebay_cache.read.check import read_slots
-from forebay_nbd import Budget
+from forebay_nbd import Budgets
 from real.crash_ledger import SECTOR, Ledger
 from real.crash_log import WHOLE, Content, File, State
 from sim.fake_host import Listener, check_cache, nothing
@@ -351,7 +351,7 @@ class Oracle:
                 return
             config, images = self._host.config, Images(cache, nursery)
             records = DiskRecords(cache, config.gateway.state)
-            arrivals = Arrivals(config, cache, nursery, images, Disks(), records, Budget(0))
+            arrivals = Arrivals(config, cache, nursery, images, Disks(), records, Budgets())
             record = DiskRecord.read(known)
             source, settings = arrivals.source(DISK, record, record.size)
             disk = await Disk.open(images, source, settings)

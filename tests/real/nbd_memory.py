@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trio
 
-from forebay_nbd import Budget, Buffer, Export, Limits, Server
+from forebay_nbd import Budgets, Buffer, Export, Limits, Server
 
 HOLE_AND_ZERO = 3
 
@@ -183,7 +183,7 @@ async def serving(
     directory: Path,
     export: MemoryExport | None = None,
     limits: Limits | None = None,
-    budget: Budget | None = None,
+    budgets: Budgets | None = None,
 ) -> AsyncIterator[Running]:
     """Our server with one export, named and as the default. Whatever the test left waiting is let go at the end."""
     export = export or MemoryExport()
@@ -192,7 +192,7 @@ async def serving(
         lambda name: checked if name in ("", checked.name) else None,
         lambda: [checked.name],
         limits,
-        budget=budget,
+        budgets=budgets,
     )
     scope, ended = trio.CancelScope(), trio.Event()
     path = directory / "disk.sock"

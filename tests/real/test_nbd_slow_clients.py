@@ -14,7 +14,7 @@ from typing import cast
 import pytest
 import trio
 
-from forebay_nbd import Budget, Connection, Limits
+from forebay_nbd import Budget, Budgets, Connection, Limits
 from forebay_nbd.server.budget import Share
 from forebay_nbd.server.places import Places, Process, _started
 from real.nbd_memory import MemoryExport, serving
@@ -173,7 +173,7 @@ async def test_silent_clients_of_many_disks_share_one_budget(short_path: Path) -
                 await trio.sleep_forever()
 
         async def disk(directory: Path, task_status: trio.TaskStatus[str]) -> None:
-            async with serving(directory, None, limits, budget) as running:
+            async with serving(directory, None, limits, Budgets(budget)) as running:
                 task_status.started(running.path)
                 await trio.sleep_forever()
 
@@ -258,7 +258,7 @@ async def test_block_status_is_in_the_budget_and_takes_turns(short_path: Path) -
         await until(lambda: export.waiting == 2)
         await trio.sleep(0.05)
         assert export.waiting == 2
-        assert 0 < running.server._budget.used <= 2 << 20
+        assert 0 < running.server._status.used <= 2 << 20
         export.slow = False
         await client.send(request(0, 0, 8, cookie=2))
         assert await client.receive(20 + 8 + 8)
@@ -268,29 +268,34 @@ async def test_block_status_is_in_the_budget_and_takes_turns(short_path: Path) -
         await until(lambda: running.server._budget.used == 0)
 
 
+class Fragmented(MemoryExport):
+    """Each sector is an extent of its own."""
+
+    async def extents(
+        self, context: str, offset: int, length: int, one: bool
+    ) -> list[tuple[int, int]]:
+        return [(512, n % 2) for n in range(offset // 512, (offset + length) // 512)]
+
+
 async def test_block_status_waits_for_memory_and_not_for_ever(short_path: Path) -> None:
-    """Others hold all there is: clients that do not read, which are dropped."""
-    limits = Limits(stall_seconds=0.2, server_bytes=4 * MIB, own_bytes=0, send_buffer=64 << 10)
+    """Another client that takes no replies holds all there is, and is dropped."""
+    limits = Limits(stall_seconds=0.2, own_bytes=0, send_buffer=64 << 10)
+    budgets = Budgets(status=Budget(MIB))
     async with (
-        serving(short_path, None, limits) as running,
+        serving(short_path, Fragmented(), limits, budgets) as running,
         Raw(running.path) as silent,
         Raw(running.path, 5) as client,
     ):
-        await silent.enter()
-        await silent.send(request(0, 0, 5 * MIB))
-        await until(lambda: running.server._budget.used > 4 * MIB)
+        await with_contexts(silent)
         await with_contexts(client)
+        await silent.send(request(7, 0, running.export.size) * 60)
+        await until(lambda: running.server._status.used >= MIB)
         await client.send(request(7, 0, running.export.size))
-        assert sum(await status(client)) == running.export.size
+        assert len(await status(client)) == limits.status_extents
+    assert budgets.status.used == 0
 
 
 async def test_a_reply_has_so_many_extents_and_the_client_asks_on(short_path: Path) -> None:
-    class Fragmented(MemoryExport):
-        async def extents(
-            self, context: str, offset: int, length: int, one: bool
-        ) -> list[tuple[int, int]]:
-            return [(512, n % 2) for n in range(offset // 512, (offset + length) // 512)]
-
     limits = Limits(status_extents=100)
     async with serving(short_path, Fragmented(), limits) as running, Raw(running.path) as client:
         await with_contexts(client)

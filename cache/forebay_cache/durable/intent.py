@@ -72,6 +72,13 @@ class Intent:
         self._slack = _SLACK + journal.size // _KEPT_FREE
         self._late: list[_Late] = []
 
+    @property
+    def noted_bytes(self) -> int:
+        """Bytes of the records that wait to be published. Whoever notes many asks :meth:`has_room` first, so that they
+        are never more than the journal holds.
+        """
+        return self._ops_bytes
+
     # -- noting -----------------------------------------------------------------------------------------------
 
     def has_room(self, length: int) -> bool:

@@ -21,12 +21,19 @@ Cells = dict[int, list[int]]
 """By number of the block: a list of one mask, that of the sectors which were overtaken."""
 
 
+UNSTORED = 64 << 20
+"""Bytes that were fetched and wait to be stored, at most, of all images together; beyond this data is served and not
+kept."""
+
+
 class InFlight:
     """The fills, origin writes and writes of clean slots of one cache that are under way."""
 
     def __init__(self) -> None:
         self.storing: set[int] = set()
         """Slots of clean blocks that a thread is writing to. Nobody else does: the later write could come first."""
+        self.unstored = 0
+        """Bytes that were fetched and wait to be stored."""
         self._fills: dict[int, list[list[int]]] = {}  # key of the block -> masks
         self._overwriting: list[
             tuple[int, int, int]

@@ -27,15 +27,15 @@ from forebay_cache.blocks.store import store
 from forebay_cache.cache import Cache
 from forebay_cache.errors import IndexFault
 from forebay_cache.format.geometry import BLOCK, BLOCK_SHIFT, FULL, PAGE_BLOCKS, SECTOR, Buffer
-from forebay_cache.layers.in_flight import Cells
+from forebay_cache.layers.in_flight import UNSTORED, Cells
 from forebay_cache.layers.layer import Layer
 
 CHUNK = 1 << 20
 """Bytes of one origin read at most: enough for a slow link, short enough to spread over several."""
 _PAGES_AT_ONCE = 32
 """So many pages are looked through between two turns of others."""
-UNSTORED = 64 << 20
-"""Bytes that have landed and wait to be stored, at most; beyond this data is served and not kept."""
+_SMALL_PART = 2
+"""Who takes less than one part of so many of a flight gets a copy: its reply would keep all of the flight in memory."""
 FAILED_SECONDS = 60.0
 """So long a block that could not be read as a whole is read by what guests ask of it, and not tried as a whole: a
 medium may take seconds for each attempt to read a bad place."""
@@ -106,7 +106,6 @@ class Filler:
         self._flights: dict[int, Flight] = {}
         self._failed: dict[int, float] = {}  # blocks that could not be read as a whole: until when
         self._exact: dict[int, Flight] = {}  # the last one of each block that was read exactly
-        self._unstored = 0
         self.waiting = 0
         """How many guests wait for a miss: background work looks at it and stands aside."""
 
@@ -126,7 +125,7 @@ class Filler:
             await flight.landed.wait()
             start, stop = _overlap(flight, offset, length)
             if flight.error is None:
-                parts.append(flight.data[start - flight.offset : stop - flight.offset])
+                parts.append(_part(flight, start, stop))
             else:
                 parts += await self._fetch_again(flight, start, stop - start, tally)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -151,7 +150,7 @@ class Filler:
                 if shared.error.errno in _FINAL:
                     raise _same(shared.error)
                 flight = await self.read_exactly(start, stop - start, tally)
-            parts.append(flight.data[start - flight.offset : stop - flight.offset])
+            parts.append(_part(flight, start, stop))
         return parts
 
     async def read_exactly(
@@ -224,7 +223,7 @@ class Filler:
                 flight.landed.set()
                 for other in before:
                     await other.stored.wait()
-                if flight.error is None and self._unstored < UNSTORED:
+                if flight.error is None and self.cache.in_flight.unstored < UNSTORED:
                     await self._store(flight, cells)
         finally:
             if not flight.landed.is_set():
@@ -244,11 +243,12 @@ class Filler:
             data = data[: len(data) // SECTOR * SECTOR]
         if not len(data):
             return
-        self._unstored += len(data)
+        in_flight = self.cache.in_flight
+        in_flight.unstored += len(data)
         try:
             await store(self.cache, self.layer, flight.offset + skip, data, cells)
         finally:
-            self._unstored -= len(data)
+            in_flight.unstored -= len(data)
 
     def _note_failed(self, flight: Flight, error: OSError) -> None:
         """Remember a block that could not be read as a whole."""
@@ -357,6 +357,13 @@ def needed_of(left: int) -> int:
 def _overlap(flight: Flight, offset: int, length: int) -> tuple[int, int]:
     """From where to where in the image a flight brings bytes of a range."""
     return max(offset, flight.offset), min(offset + length, flight.offset + flight.length)
+
+
+def _part(flight: Flight, start: int, stop: int) -> memoryview:
+    """What a flight has brought of a range, which it covers."""
+    part = flight.data[start - flight.offset : stop - flight.offset]
+    is_small = len(part) * _SMALL_PART < len(flight.data)
+    return memoryview(bytes(part)) if is_small else part
 
 
 def _same(error: OSError) -> OSError:

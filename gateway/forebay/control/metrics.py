@@ -86,14 +86,19 @@ CACHE_METRICS = (
 )
 
 
-GATEWAY_METRICS = (
-    _one("client_memory_bytes", "gauge", "Memory that clients hold.", "client_memory_bytes"),
-    _one(
-        "client_memory_limit_bytes",
-        "gauge",
-        "Memory that all of them together may hold.",
-        "client_memory_limit_bytes",
-    ),
+MEMORY = {
+    "client_memory": "requests and replies of clients hold",
+    "block_status_memory": "requests for block status hold",
+    "connection_memory": "connections hold for buffers",
+    "fill_memory": "data holds that was fetched and is not stored yet",
+    "record_memory": "records hold that are not in the journal yet",
+}
+"""By budget, who holds it."""
+
+GATEWAY_METRICS = tuple(
+    _one(f"{name}{part}_bytes", "gauge", f"Memory that {who}{said}.", f"{name}{part}_bytes")
+    for name, who in MEMORY.items()
+    for part, said in (("", ""), ("_limit", ", at most"))
 )
 
 

@@ -30,7 +30,7 @@ from forebay.origin.addresses import resolve
 from forebay.origin.threads import StoreThreads
 from forebay.units import parse_name
 from forebay_cache import Cache, CacheError
-from forebay_nbd import Budget
+from forebay_nbd import Budgets
 
 log = logging.getLogger("forebay.daemon")
 
@@ -46,7 +46,7 @@ class Arrivals:
         images: Images,
         disks: Disks,
         records: DiskRecords,
-        memory: Budget,
+        memory: Budgets,
     ) -> None:
         """`nursery` is the one long-lived nursery of the process: the tasks of disks and of connections live in it.
 

@@ -13,6 +13,7 @@ import trio
 
 from forebay.config.model import Config
 from forebay.control.metrics import metrics_text
+from forebay.daemon import memory
 from forebay.daemon.arrivals import Arrivals
 from forebay.daemon.attached import Attached
 from forebay.daemon.departures import Departures
@@ -31,17 +32,11 @@ from forebay.storage.state import index_path
 from forebay.storage.upkeep import Upkeep
 from forebay.units import Mode, format_size
 from forebay_cache import Cache, CacheError, extend
-from forebay_nbd import Budget
 
 log = logging.getLogger("forebay.daemon")
 
 Status = dict[str, Any]
 """What is told about one disk: the keys of `forebay status --json`."""
-
-
-CLIENT_MEMORY = 256 << 20
-"""Bytes that the clients of all disks together may hold: payloads and replies of requests that wait, replies that they
-do not take, block status. Each disk may hold a little beside it (`Limits.own_bytes`), and none more than a quarter."""
 
 
 BY_SETTINGS = Rule()
@@ -58,7 +53,7 @@ class Gateway:
         images = Images(cache, nursery)
         self._disks = Disks()
         self._records = DiskRecords(cache, index_path(config))
-        self._memory = Budget(CLIENT_MEMORY)
+        self._memory = memory.budgets()
         self._arrivals = Arrivals(
             config, cache, nursery, images, self._disks, self._records, self._memory
         )
@@ -122,8 +117,10 @@ class Gateway:
         return self._disks.all_attached()
 
     def status(self, name: str | None = None) -> list[Status]:
-        """All disks by name, or the one."""
-        return [one.status() for one in (self._disks if name is None else [self._disks.find(name)])]
+        """All disks by name, or the one; each with `gateway`, what `info` tells."""
+        disks = self._disks if name is None else [self._disks.find(name)]
+        info = self.info()
+        return [{**one.status(), "gateway": info} for one in disks]
 
     async def flush(
         self, names: list[str] | None, *, timeout: float | None = None, progress: Progress
@@ -175,11 +172,8 @@ class Gateway:
         await attached.disk.preload(amount, progress)
 
     def info(self) -> dict[str, Any]:
-        """What belongs to no disk, and not to the cache: how much memory clients hold, in bytes, and may hold."""
-        return {
-            "client_memory_bytes": self._memory.used + self._memory.own,
-            "client_memory_limit_bytes": self._memory.limit,
-        }
+        """What belongs to no disk, and not to the cache: how much of its memory is used, see `memory.figures`."""
+        return memory.figures(self._memory, self._cache)
 
     # -- the cache
 

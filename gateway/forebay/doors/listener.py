@@ -18,7 +18,7 @@ from forebay.doors.restart import Client, Sockets
 from forebay.doors.tenant import Rule, Tenant
 from forebay.errors import ForebayError
 from forebay.image.boundary import Boundary
-from forebay_nbd import Budget, Connection, Export, Phase, Server
+from forebay_nbd import Budgets, Connection, Export, Phase, Server
 
 log = logging.getLogger("forebay.daemon")
 
@@ -87,13 +87,13 @@ class Listener:
         path: Path,
         section: GatewaySection,
         tenant: Tenant | None = None,
-        memory: Budget | None = None,
+        memory: Budgets | None = None,
     ) -> None:
         """`path` is where the socket is to lie; nothing is there before `open`.
 
         `tenant` says which process may use the disk, of those that may connect; without it all of them.
 
-        `memory` is what the clients of all disks together may hold; without it this disk's have a budget of their own.
+        `memory` is what the clients of all disks together may hold; without it this disk's have budgets of their own.
         """
         self.path = path
         self._export = export
@@ -104,7 +104,7 @@ class Listener:
             lambda name: export if name in ("", export.name) else None,
             lambda: [export.name],
             may_connect=self.tenant.may_connect,
-            budget=memory,
+            budgets=memory,
         )
         self._scope: trio.CancelScope | None = None
         """Of accepting; None while the socket is shut."""

@@ -217,11 +217,17 @@ class Image:
             await self._on_unused(self)
 
     async def close(self) -> None:
-        """Take note of what the image looks like, if that can be done, and let the origin go. Raises OSError."""
+        """Take note of what the image looks like, if that can be done, and let the origin go.
+
+        A store that fails now keeps no disk from being detached: what was acknowledged was flushed before.
+        """
         origin = self.origin
         if origin is not None and self.conflict is None:
             try:
                 await self._take_note(origin)
             except OSError as error:
                 log.warning("%s: %s", self.key, error.strerror)
-        await self.reach.close()
+        try:
+            await self.reach.close()
+        except OSError as error:
+            log.warning("%s: closing it: %s", self.key, error.strerror)

@@ -3,14 +3,18 @@
 
 """The memory that clients may hold: requests in flight, replies that they do not take, and block status.
 
-A `Budget` is what all connections of a process may hold together. Each server has a `Share` of it: a small part that
-is its own, so that it goes on whatever others hold, and a most, so that no server takes all. Only counts are kept here.
+A `Budget` is what all connections of a process may hold together, one for each kind of memory (`Budgets`). Each server
+has a `Share` of it: a small part that is its own, so that it goes on whatever others hold, and a most, so that no
+server takes all. Only counts are kept here.
 """
 
 import weakref
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
+
+from forebay_nbd.server.limits import CONNECTION_BYTES, PROCESS_BYTES, STATUS_BYTES
 
 
 class Holder(Protocol):
@@ -94,6 +98,18 @@ class Budget:
         await self.waiting.park()
 
 
+@dataclass(frozen=True)
+class Budgets:
+    """What all servers of a process share."""
+
+    requests: Budget = field(default_factory=lambda: Budget(PROCESS_BYTES))
+    """Requests in flight, and replies that are not taken."""
+    status: Budget = field(default_factory=lambda: Budget(STATUS_BYTES))
+    """BLOCK_STATUS, from when it is carried out until its reply is sent."""
+    connections: Budget = field(default_factory=lambda: Budget(CONNECTION_BYTES))
+    """Buffers that a connection has as long as it is there, in this process and in the kernel."""
+
+
 class Share:
     """What the connections of one server hold. `own` bytes count against nothing, more than `most` it never gets."""
 
@@ -101,6 +117,8 @@ class Share:
         self.budget = budget
         self.holders: set[Holder] = set()
         """The connections of the server."""
+        self.requests = 0
+        """How many requests of them are waiting in tasks of their own."""
         self.used = 0
         """Bytes that are reserved now."""
         self._own = own
@@ -127,6 +145,13 @@ class Share:
             return False
         self.budget.own += count - beyond
         self.used = after
+        return True
+
+    def has_room(self, count: int) -> bool:
+        """True if reserve() would reserve `count` bytes now."""
+        if not self.reserve(count):
+            return False
+        self.release(count)
         return True
 
     def release(self, count: int) -> None:

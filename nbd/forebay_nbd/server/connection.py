@@ -40,7 +40,8 @@ class _Turn:
 class Connection:
     """A connected client. run() or resume() serves it; stop(), suspend() and abort() end that from outside.
 
-    The socket must not block. `budget` is the share of the server that the connection belongs to.
+    The socket must not block. `budget` and `status` are the shares of the server that the connection belongs to: of the
+    memory for requests, and for BLOCK_STATUS.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Connection:
         sock: socket.socket,
         limits: Limits,
         budget: Share,
+        status: Share | None = None,
     ) -> None:
         self.sock = sock
         self.limits = limits
@@ -65,7 +67,7 @@ class Connection:
         self._working = trio.CancelScope()
         """Transmission with the tasks of requests that wait; cancelled by cancel_requests()."""
         self._out = Outbox(sock, limits, budget, self.abort)
-        self._slow = SlowRequests(self._out, limits, budget)
+        self._slow = SlowRequests(self._out, limits, budget, status or budget)
         self._reader = RequestReader(limits.receive_buffer, limits.in_place_bytes)
         self._poll_pays = False
         """The last request for which this connection slept came so soon that polling would have been quicker."""

@@ -9,9 +9,21 @@ from typing import Final
 from forebay_nbd.protocol.wire import MAX_STRING
 
 PROCESS_BYTES: Final = 256 << 20
-"""Memory that all servers of a process share, where it has no Budget that says otherwise."""
+"""Memory that the requests and replies of all servers of a process share, where no Budgets say otherwise."""
+STATUS_BYTES: Final = 32 << 20
+"""The same for BLOCK_STATUS: so many replies of the most extents are made, or wait to be taken, at one time."""
+CONNECTION_BYTES: Final = 256 << 20
+"""The same for connections: their receive buffers, and what the kernel may hold of their replies. Some 380 of them."""
 STALL_BYTES: Final = 256 << 10
 """A client that moves fewer bytes than this in `stall_seconds` counts as one that does not move."""
+_WMEM_MAX: Final = 208 << 10
+OWN_CONNECTIONS: Final = 4
+"""Connections of a server whose memory counts against nothing that others share: its VM gets in whatever clients of
+other disks do."""
+SERVER_REQUESTS: Final = 128
+"""Requests of all connections of a server that may wait at one time, but for one of each connection, which always may.
+What they wait for may come for all of them at once, a flush say, and other servers have no turn until each of them was
+answered."""
 STATUS_REQUESTS: Final = 2
 """BLOCK_STATUS requests of one connection that are carried out, or whose replies are sent, at one time. Others wait
 their turn, and cost next to nothing meanwhile."""
@@ -40,12 +52,13 @@ class Limits:
     inflight_bytes: int = 64 << 20
     """Payloads and read data of those requests: two of the largest requests."""
     server_bytes: int = 64 << 20
-    """The same for all connections of a server, with the copies of replies that clients do not take, and block status:
-    a quarter of what all servers of a process share (`PROCESS_BYTES`), so that one disk cannot take all. If it is used
-    up, the connection that has stalled for longest is dropped, so that silent clients cannot starve a live one."""
+    """The same for all connections of a server, with the copies of replies that clients do not take: a quarter of what
+    all servers of a process share (`PROCESS_BYTES`), so that one disk cannot take all. If it is used up, the connection
+    that has stalled for longest is dropped, so that silent clients cannot starve a live one. A server gets no more than
+    a quarter of what all share for BLOCK_STATUS (`STATUS_BYTES`) and connections (`CONNECTION_BYTES`), too."""
     own_bytes: int = 1 << 20
     """Part of that which counts against nothing that others share: a disk goes on, with small requests, while those of
-    a store that hangs hold all there is."""
+    a store that hangs hold all there is. Of the memory for BLOCK_STATUS a server has as much of its own."""
     status_extents: int = 4096
     """Extents of one reply. A client asks on from where a reply ends."""
     batch_bytes: int = 8 << 20
@@ -67,3 +80,11 @@ class Limits:
     """How long a busy connection may keep other tasks from running."""
     shutdown_seconds: float = 30.0
     """How long requests in flight may take after stop(); then the connection is aborted."""
+
+    @property
+    def connection_bytes(self) -> int:
+        """Bytes that a connection counts as: its receive buffer, and as much as the kernel holds of replies at most.
+
+        The kernel takes twice what was asked for, of at most net.core.wmem_max, whose default is 208 KiB.
+        """
+        return self.receive_buffer + 2 * min(self.send_buffer, _WMEM_MAX)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Coroutine
 import trio
 
 from forebay_nbd.protocol.wire import ProtocolError
-from forebay_nbd.server.budget import Budget, Share
+from forebay_nbd.server.budget import Budgets, Share
 from forebay_nbd.server.connection import Connection
 from forebay_nbd.server.export import Export
-from forebay_nbd.server.limits import PROCESS_BYTES, Limits
+from forebay_nbd.server.limits import OWN_CONNECTIONS, Limits
 from forebay_nbd.server.places import Places, Process
 from forebay_nbd.server.session import Session
 
@@ -31,8 +31,8 @@ class Server:
 
     `resolve` returns the export of a name, or None; resolve("") is the default export. `names` returns the names that
     LIST shows. `may_connect` is given each new connection before a byte is sent; it is closed if that returns False.
-    All three are called in the event loop, and must not take long. `budget` is the memory that all servers of the
-    process share; without it the server has one of its own.
+    All three are called in the event loop, and must not take long. `budgets` are the memory that all servers of the
+    process share; without them the server has some of its own.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Server:
         names: Callable[[], list[str]],
         limits: Limits | None = None,
         may_connect: Callable[[socket.socket], bool] = lambda _sock: True,
-        budget: Budget | None = None,
+        budgets: Budgets | None = None,
     ) -> None:
         self._may_connect = may_connect
         self._resolve = resolve
@@ -49,11 +49,15 @@ class Server:
         self.limits = limits or Limits()
         self.connections: set[Connection] = set()
         self._places = Places(self.limits.connections)
-        self._budget = Share(
-            budget or Budget(PROCESS_BYTES),
-            self.limits.own_bytes,
-            self.limits.server_bytes,
-        )
+        budgets = budgets or Budgets()
+        own = self.limits.own_bytes
+        self._budget = Share(budgets.requests, own, self.limits.server_bytes)
+        self._status = Share(budgets.status, own, own + budgets.status.limit // 4)
+        self._status.holders = self._budget.holders
+        own = OWN_CONNECTIONS * self.limits.connection_bytes
+        self._memory = Share(budgets.connections, own, own + budgets.connections.limit // 4)
+        self._held: dict[Connection, int] = {}
+        """Bytes of the memory for connections that each of them has."""
 
     async def serve(
         self,
@@ -95,10 +99,15 @@ class Server:
         await self._supervise(connection, connection.resume(session, export))
 
     def _add(self, sock: socket.socket) -> Connection:
-        """A new connection on a connected socket, counted as one of this server's. The caller has to run it."""
+        """A new connection on a connected socket, counted as one of this server's. The caller has to run it.
+
+        One that another process has suspended is not refused: where there is no memory for it, it has it uncounted.
+        """
         sock.setblocking(False)
         _set_options(sock, self.limits.send_buffer)
-        connection = Connection(sock, self.limits, self._budget)
+        connection = Connection(sock, self.limits, self._budget, self._status)
+        size = self.limits.connection_bytes
+        self._held[connection] = size if self._memory.reserve(size) else 0
         self.connections.add(connection)
         self._places.add(connection, Process.at(sock))
         self._budget.holders.add(connection)
@@ -108,6 +117,7 @@ class Server:
         self.connections.discard(connection)
         self._places.remove(connection)
         self._budget.holders.discard(connection)
+        self._memory.release(self._held.pop(connection))
 
     async def _accept(self, listener: trio.SocketListener) -> socket.socket | None:
         """The socket of the next client; None if it may not connect, or something was exhausted. Raises OSError."""
@@ -125,6 +135,10 @@ class Server:
             return None
         if not self._places.has_room_for(Process.at(sock)):
             log.info("as many as %d connections: one refused", self.limits.connections)
+            sock.close()
+            return None
+        if not self._memory.has_room(self.limits.connection_bytes):
+            log.info("no memory is left for connections: one refused")
             sock.close()
             return None
         return sock

@@ -14,7 +14,7 @@ from forebay_nbd.protocol.wire import Buffer, Cmd, CmdFlag
 from forebay_nbd.server.answers import clip_extents, data_header, error_reply, success_reply
 from forebay_nbd.server.budget import Pace, Share
 from forebay_nbd.server.export import Export
-from forebay_nbd.server.limits import STALL_BYTES, STATUS_REQUESTS, Limits
+from forebay_nbd.server.limits import SERVER_REQUESTS, STALL_BYTES, STATUS_REQUESTS, Limits
 from forebay_nbd.server.outbox import Outbox
 
 log = logging.getLogger(__name__)
@@ -34,10 +34,12 @@ class SlowRequests:
     that is received into memory of its own is counted from reserve_payload() on, before it has arrived.
     """
 
-    def __init__(self, out: Outbox, limits: Limits, budget: Share) -> None:
+    def __init__(self, out: Outbox, limits: Limits, budget: Share, status: Share) -> None:
+        """`status` is what BLOCK_STATUS is counted in, `budget` all else."""
         self._out = out
         self._limits = limits
         self._budget = budget
+        self._status = status
         self._ended = trio.lowlevel.ParkingLot()
         """Where wait_for_room() waits until a task of this connection ends."""
         self._nursery: trio.Nursery | None = None
@@ -97,9 +99,9 @@ class SlowRequests:
             else:
                 await self._budget.released()
 
-    def drop_stalled(self) -> None:
+    def drop_stalled(self, budget: Share | None = None) -> None:
         """Called when memory could not be reserved: ends the connection that has stalled for longest, if any has."""
-        if self._budget.drop_stalled(self._limits.stall_seconds):
+        if (budget or self._budget).drop_stalled(self._limits.stall_seconds):
             log.info("connection dropped: it holds memory and does not move")
 
     def reserve_payload(self, size: int) -> bool:
@@ -129,7 +131,7 @@ class SlowRequests:
         A payload that is not `owned` is copied. The memory of one that is has been reserved by reserve_payload().
         """
         assert self._nursery is not None
-        if self.count >= self._limits.inflight_requests:
+        if self.count and self._are_too_many():
             return False
         if request.owned:
             size = self._take_payload()
@@ -139,9 +141,15 @@ class SlowRequests:
                 return False
             request.payload = bytes(request.payload)
         self.count += 1
+        self._budget.requests += 1
         self._unanswered[id(request)] = (request, trio.current_time())
         self._nursery.start_soon(self._run, request, size)
         return True
+
+    def _are_too_many(self) -> bool:
+        """True if this connection, or all of the server, have as many tasks as they may."""
+        limits = self._limits
+        return self.count >= limits.inflight_requests or self._budget.requests >= SERVER_REQUESTS
 
     def unanswered(self) -> list[Request]:
         """The requests that have a task, or had one that was cancelled, and no reply; oldest first."""
@@ -162,20 +170,21 @@ class SlowRequests:
                 await self._run_reserved(request)
         finally:
             self.count -= 1
+            self._budget.requests -= 1
             self._release(size)
 
     async def _run_status(self, request: Request) -> None:
         """As `_run_reserved`, once memory is reserved for as many extents as the reply can have."""
         most = min(self._limits.status_extents, request.length // _LEAST_EXTENT + 2)
         size = most * _EXTENT_BYTES
-        while not self._reserve(size):
-            self.drop_stalled()
+        while not self._status.reserve(size):
+            self.drop_stalled(self._status)
             with trio.move_on_after(self._limits.stall_seconds):
-                await self._budget.released()
+                await self._status.released()
         try:
             await self._run_reserved(request)
         finally:
-            self._release(size)
+            self._status.release(size)
 
     async def _run_reserved(self, request: Request) -> None:
         """Carries a request out and sends the reply, for which memory is reserved."""
