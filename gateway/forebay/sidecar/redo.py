@@ -230,9 +230,9 @@ def recover(
         checkpoint, end = _checked(fd, label, place)
         if owner is not None and not checkpoint.is_of(owner):
             return None
+        _check_size(checkpoint, image, label, place)
         if not sure:
             _check_image(fd, end, checkpoint, image, label, place)
-        _check_size(checkpoint, image, label, place)
         note = _open_to_note(sidecar)
         try:
             write_note(note, end, BEGUN, durable=True)
@@ -303,12 +303,14 @@ def _data_of(fd: int, image_size: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _check_size(checkpoint: Checkpoint, image: int, label: str, place: str) -> None:
-    """Raise ForebayError where the image has another size than the one of the checkpoint, however sure one is."""
+    """Raise ChangedError where the image has another size than the one of the checkpoint, however sure one is."""
     size = syscalls.fstat(image).st_size
     if size != checkpoint.size:
-        raise ForebayError(
-            f"{label} has {size} bytes, and the redo journal beside it belongs to a file of {checkpoint.size}: put "
-            f"that file back, or remove {place} from the directory beside it"
+        what = f"has {size} bytes, and the redo journal beside it belongs to a file of {checkpoint.size}"
+        raise ChangedError(
+            f"{label} {what}: put that file back, or give the checkpoint up: 'forebay detach DISK --discard' drops "
+            f"it, or remove {place} from the directory beside it",
+            f"{label} {what}",
         )
 
 
