@@ -161,7 +161,7 @@ def test_another_files_journal_is_refused(beside: Beside) -> None:
     fill(journal)
     journal.commit()
     os.ftruncate(beside.image, SIZE * 2)
-    with pytest.raises(ForebayError, match="belongs to another file"):
+    with pytest.raises(ForebayError, match="beside it belongs to a file of"):
         beside.recover()
     assert beside.names() == {"redo"}
 
