@@ -8,18 +8,30 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import trio
 
+import forebay_cache.layers.registry
 from forebay.checkpoint.counters import Counters
 from forebay.disk.private_writes import PrivateWrites
 from forebay.disk.ranges import Ranges
-from forebay_cache import Cache, Filler, Layer, invalidate, mark_hot, open_cache
+from forebay_cache import (
+    Cache,
+    Filler,
+    Layer,
+    invalidate,
+    mark_hot,
+    open_cache,
+    pin_layer,
+)
+from forebay_cache.blocks.store import store
 from forebay_cache.format.entry import block_key, pack
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS
 from forebay_cache.format.records import LayerName
 from forebay_cache.read.fill import Flight
+from forebay_cache.slots.placement import TOUCHED
 
 IMAGE = 4 << 40
 SLOTS = 100_000
@@ -137,9 +149,50 @@ async def _changed(cache: Cache, layer: Layer) -> None:
     await _reclaimed(cache, layer)
 
 
+async def _looked_through(cache: Cache, layer: Layer) -> None:
+    """What a full copy asks of all of an image: where it ends, nothing is missing but what was never there."""
+    size = 16 << 30
+    filler = Filler(cache, layer, cast("Any", SimpleNamespace(size=size)), cast("Any", None))
+    gaps = await filler.missing(0, size)
+    assert sum(part for _, part in gaps) == size, "of each block there is one sector"
+
+
+async def _pinned(cache: Cache, layer: Layer) -> None:
+    await pin_layer(cache, layer, pinned=True)
+    assert not cache.slots.placement.evictable()
+    await pin_layer(cache, layer, pinned=False)
+    assert cache.slots.placement.evictable() == SLOTS
+
+
+async def _at_its_cap(cache: Cache, layer: Layer) -> None:
+    """A block is to be kept of an image that has all that it may have, and each of them was asked for."""
+    layer.cap = SLOTS
+    state = cache.slots.placement.state
+    for slot in range(SLOTS):
+        state[slot] |= TOUCHED
+    block = 5 * SLOTS
+    await trio.lowlevel.checkpoint()
+    with cache.in_flight.filling(layer, [block]) as cells:
+        await store(cache, layer, block * BLOCK, b"x" * BLOCK, cells)
+    assert layer.pages.page(block // PAGE_BLOCKS)[block % PAGE_BLOCKS] & 0xFFFF == 0xFFFF
+    assert layer.slots == SLOTS
+
+
+async def _shed(cache: Cache, layer: Layer) -> None:
+    """A commit with more pages in memory than are kept."""
+    with mock.patch.object(forebay_cache.layers.registry, "PAGES_KEPT", 16):
+        layer.changed = True
+        await cache.commit()
+    assert len(layer.pages) <= 16
+
+
 @pytest.mark.parametrize(
     ("do", "private"),
     [
+        (_looked_through, False),
+        (_pinned, False),
+        (_shed, False),
+        (_at_its_cap, False),
         (_reclaimed, True),
         (_reclaimed, False),
         (_zeroed, True),

@@ -44,6 +44,8 @@ Run = tuple[int, int, int]
 
 _GROUP = 16
 """Blocks that are written by one job of a thread."""
+_PAGES_AT_ONCE = 128
+"""Pages that are looked through for blocks to evict in one go: a millisecond."""
 _ROOM_SECONDS = 5
 """How long a fill waits for slots; after that less is stored."""
 
@@ -246,17 +248,20 @@ def _make_room_in(cache: Cache, layer: Layer, count: int) -> None:
 
 
 def _candidates(cache: Cache, layer: Layer, count: int) -> list[tuple[int, int, int]]:
-    """Up to ``count`` blocks of a layer that may be evicted: (slot, number of the page, place in it)."""
+    """Up to ``count`` blocks of a layer that may be evicted: (slot, number of the page, place in it).
+
+    Fewer if there are fewer in the pages that are looked through; the next call goes on behind these.
+    """
     untouched: list[tuple[int, int, int]] = []
     touched: list[tuple[int, int, int]] = []
     numbers = layer.pages.loaded()
-    for n in range(len(numbers)):
-        number = numbers[(layer.hand + n) % len(numbers)]
+    for _ in range(min(len(numbers), _PAGES_AT_ONCE)):
+        layer.hand += 1
+        number = numbers[layer.hand % len(numbers)]
         for i, slot in slots_in(layer.pages.page(number)):
             if not cache.slots.is_evicting(slot) and not layer.pinned:
                 (touched if cache.slots.clear_touch(slot) else untouched).append((slot, number, i))
         if len(untouched) >= count:
-            layer.hand += n
             break
     return (untouched + touched)[:count]
 
