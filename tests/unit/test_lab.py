@@ -12,7 +12,16 @@ import pytest
 
 from lab.case import Case, chosen
 from lab.debian import closure
-from lab.guest.stamps import BLOCK, SECTOR, content, newest, place, steps_of, survey
+from lab.guest.stamps import (
+    BLOCK,
+    SECTOR,
+    content,
+    newest,
+    place,
+    steps_of,
+    survey,
+    verdict,
+)
 from lab.nfs_calls import call_of
 from lab.steps import Builder, Step
 from lab.wire import Wire
@@ -100,6 +109,28 @@ def test_stamps_show_what_is_lost_torn_or_foreign() -> None:
     assert survey(read, seed, blocks)[written] == {0, want[written]}
     assert steps_of(bytes(image[at : at + BLOCK]), seed, written + 1) == {0, -1}
     assert steps_of(bytes(image[at : at + BLOCK]), seed + 1, written) == {0, -1}
+
+
+def counted(found: list[set[int]], flushed: int) -> dict[str, int]:
+    told = verdict(found, 7, flushed, flushed + 1)
+    return {what: count for what, count in told.items() if what != "examples" and count}
+
+
+def test_the_verdict_counts_what_was_flushed_and_is_not_there() -> None:
+    want = newest(7, 40, 32)
+    never, once = want.index(0), next(block for block, step in enumerate(want) if step)
+    whole = [{step} for step in want]
+    assert counted(whole, 40) == {"instant": 40}
+
+    def changed(block: int, steps: set[int]) -> dict[str, int]:
+        return counted([*whole[:block], steps, *whole[block + 1 :]], 40)
+
+    assert changed(once, {0}) == {"lost": 1, "unfit": 1, "instant": 40}
+    assert changed(once, {-1}) == {"lost": 1, "foreign": 1, "unfit": 1, "instant": 40}
+    assert changed(once, {0, want[once]}) == {"lost": 1, "torn": 1, "unfit": 1, "instant": 40}
+    # the block was another's before, and is still
+    assert changed(never, {-1}) == {"foreign": 1, "unfit": 1, "instant": 40}
+    assert changed(never, {50})["future"] == 1
 
 
 def test_a_step_is_made_again_when_its_inputs_or_those_before_change(tmp_path: Path) -> None:

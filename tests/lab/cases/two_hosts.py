@@ -37,8 +37,7 @@ def comes_back(share: float, lab: Lab) -> str:
     where = cut_in_passes(lab, old, share)
     for writer in old:
         writer.pause()
-    for disk in DISKS:
-        take_over(lab, disk)
+    taken = {disk: take_over(lab, disk) for disk in DISKS}
     new = [lab.other.writer(disk, NEW, "--pause 0.1") for disk in DISKS]
     some_steps(new)
     lab.other.flush_beside(new)
@@ -52,8 +51,8 @@ def comes_back(share: float, lab: Lab) -> str:
         writer.stop()
     try:
         for disk, writer in zip(DISKS, new, strict=True):
-            keeps_all(lab, disk, writer)
-            give_back(lab, disk, writer)
+            keeps_all(lab, disk, writer, taken[disk])
+            give_back(lab, disk, writer, taken[disk])
     except Failure as failure:
         raise Failure(f"cut after {where}: {failure}") from failure
     return where
@@ -89,10 +88,10 @@ def some_steps(writers: Sequence[Writer]) -> None:
         writer.until_flushed(AT_LEAST)
 
 
-def take_over(lab: Lab, disk: str) -> None:
+def take_over(lab: Lab, disk: str) -> int:
     """What an operator does on the second host, as root, until the server has given the first one's lock up.
 
-    The image is then as it was at one instant of the first host's writes.
+    The image is then as it was at one instant of the first host's writes: after which step is returned.
     """
     command = f"ls /mnt/nfs/images; forebay takeover images:{disk}.raw --yes"
     until(f"{disk} taken over", partial(lab.other.run, command), EXPIRED, 3.0)
@@ -102,6 +101,7 @@ def take_over(lab: Lab, disk: str) -> None:
         found["instant"] and not found["unfit"] and not found["torn"],
         f"after the takeover the image is of no one instant: {found}",
     )
+    return int(found["instant"])
 
 
 def gives_way(host: Host, disk: str) -> None:
@@ -112,28 +112,34 @@ def gives_way(host: Host, disk: str) -> None:
     demand(host.run(ask, 60.0).code != 0, f"{host.name} still serves {disk}")
 
 
-def keeps_all(lab: Lab, disk: str, new: Writer) -> None:
+def keeps_all(lab: Lab, disk: str, new: Writer, taken: int) -> None:
     """On the second host's disk and in its image nothing of what it flushed is lost."""
     done = new.now
     demand(not done.errors, f"the new owner's client of {disk} had errors: {done.errors[:3]}")
     lab.other.flush(disk)
     seen = lab.other.checked(disk, new)
     demand(not seen["lost"], f"blocks of the new owner are lost on {disk}: {seen}")
-    in_the_image(lab, disk, new, "after a flush")
+    in_the_image(lab, disk, new, taken, "after a flush")
 
 
-def give_back(lab: Lab, disk: str, new: Writer) -> None:
+def give_back(lab: Lab, disk: str, new: Writer, taken: int) -> None:
     """Both detach, and `recover` finds nothing that it would do to the new owner's data."""
     lab.host.do(f"forebay detach {disk} --discard --force")
-    in_the_image(lab, disk, new, "after the first host's detach")
+    in_the_image(lab, disk, new, taken, "after the first host's detach")
     until("detached", partial(lab.other.run, f"forebay detach {disk}"), 300.0)
     lab.other.do(f"forebay recover images:{disk}.raw")
-    in_the_image(lab, disk, new, "after recover")
+    in_the_image(lab, disk, new, taken, "after recover")
 
 
-def in_the_image(lab: Lab, disk: str, new: Writer, when: str) -> None:
+def in_the_image(lab: Lab, disk: str, new: Writer, taken: int, when: str) -> None:
+    """What the second host flushed is there, and of the first one nothing that is newer than what was taken over."""
     found = lab.server.check(lab.server.path(f"{disk}.raw"), NEW, new.now.flushed)
     demand(not found["lost"], f"blocks of the new owner are lost in {disk}.raw {when}: {found}")
+    late = lab.server.check(lab.server.path(f"{disk}.raw"), OLD)
+    demand(
+        late["instant"] <= taken,
+        f"the first host wrote to {disk}.raw after step {taken}, {when}: {late}",
+    )
 
 
 def refused(lab: Lab) -> None:

@@ -1,19 +1,14 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""What an image or a disk has of a writer's steps (stamps.py), as one JSON object.
-
-`lost`: blocks that are older than what was flushed. `future`: newer than what was asked for. `foreign`: with something
-else in them. `torn`: sectors of more than one step. `instant`: the newest step; `unfit`: blocks that are not as they
-were right after that step.
-"""
+"""What an image or a disk has of a writer's steps, as one JSON object: see `verdict` in stamps.py."""
 
 import argparse
 import json
 from pathlib import Path
 
 from lab.guest.disk import Disk
-from lab.guest.stamps import BLOCK, newest, survey
+from lab.guest.stamps import BLOCK, survey, verdict
 
 
 def arguments() -> argparse.Namespace:
@@ -42,23 +37,7 @@ def surveyed(where: Path, seed: int) -> list[set[int]]:
 def main() -> None:
     given = arguments()
     found = surveyed(given.where, given.seed)
-    want = newest(given.seed, given.flushed, len(found))
-    instant = max((max(steps) for steps in found), default=0)
-    fit = newest(given.seed, max(instant, 0), len(found))
-    lost = [block for block, steps in enumerate(found) if want[block] > min(steps)]
-    print(
-        json.dumps(
-            {
-                "lost": len(lost),
-                "examples": [(block, sorted(found[block]), want[block]) for block in lost[:4]],
-                "future": sum(max(steps) > given.asked for steps in found),
-                "foreign": sum(-1 in steps for steps in found),
-                "torn": sum(len(steps) > 1 for steps in found),
-                "instant": max(instant, 0),
-                "unfit": sum(steps != {fit[block]} for block, steps in enumerate(found)),
-            }
-        )
-    )
+    print(json.dumps(verdict(found, given.seed, given.flushed, given.asked)))
 
 
 if __name__ == "__main__":

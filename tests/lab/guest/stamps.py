@@ -9,6 +9,7 @@ So whoever reads a block knows which write it shows, whether it is whole, and wh
 import random
 import struct
 from collections.abc import Callable
+from typing import Any
 
 BLOCK = 4096
 SECTOR = 512
@@ -68,3 +69,25 @@ def survey(read: Callable[[int, int], bytes], seed: int, blocks: int) -> list[se
             steps_of(data[i * BLOCK : (i + 1) * BLOCK], seed, first + i) for i in range(count)
         ]
     return found
+
+
+def verdict(found: list[set[int]], seed: int, flushed: int, asked: int) -> dict[str, Any]:
+    """What a survey shows, where steps up to `flushed` were flushed, and up to `asked` begun.
+
+    `lost`: blocks that were flushed, and are older, or another's; `examples` of them are block, steps found, step
+    wanted. `future`: blocks newer than what was begun. `foreign`: with something else in them. `torn`: of more than one
+    step. `instant`: the newest step; `unfit`: blocks that are not as they were right after that step.
+    """
+    want = newest(seed, flushed, len(found))
+    instant = max((max(steps) for steps in found), default=0)
+    fit = newest(seed, max(instant, 0), len(found))
+    lost = [block for block, steps in enumerate(found) if want[block] and want[block] > min(steps)]
+    return {
+        "lost": len(lost),
+        "examples": [(block, sorted(found[block]), want[block]) for block in lost[:4]],
+        "future": sum(max(steps) > asked for steps in found),
+        "foreign": sum(-1 in steps for steps in found),
+        "torn": sum(len(steps) > 1 for steps in found),
+        "instant": max(instant, 0),
+        "unfit": sum(steps != {fit[block]} for block, steps in enumerate(found)),
+    }
