@@ -13,7 +13,7 @@ import pytest
 from forebay.errors import ForebayError
 from forebay.origin import opening
 from forebay.origin.addresses import FileAddress
-from forebay.origin.calls import Status, SystemCalls
+from forebay.origin.calls import Status, SystemCalls, open_beneath
 from forebay.origin.opening import look, open_image
 from forebay.origin.worker import syscalls
 
@@ -64,7 +64,7 @@ def make_client(monkeypatch: pytest.MonkeyPatch, path: Path) -> Callable[[], Cli
         client = Client(path.parent)
         status = SystemCalls.status
         monkeypatch.setattr(SystemCalls, "status", lambda self, fd: client.status(status(self, fd)))
-        monkeypatch.setattr(opening, "open_beneath", client.opening(opening.open_beneath))
+        monkeypatch.setattr(opening, "open_beneath", client.opening(open_beneath))
         return client
 
     return make
