@@ -22,8 +22,10 @@ SERVER = Path(__file__).with_name("fault_server.py")
 class FaultFs:
     """`path` is a directory whose content lies in `backing`, which nothing fails in."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *how: str) -> None:
+        """`how` are further arguments of fault_server.py."""
         need_fuse()
+        self._how = how
         self.path, self.backing = directory / "faulty", directory / "backing"
         self.path.mkdir(parents=True)
         self.backing.mkdir()
@@ -41,6 +43,7 @@ class FaultFs:
             str(self.path),
             str(self.backing),
             str(self._address),
+            *self._how,
         ]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(

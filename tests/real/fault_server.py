@@ -3,17 +3,19 @@
 
 """A file system that fails on command: a directory seen through FUSE, in a process of its own.
 
-    python fault_server.py MOUNTPOINT DIRECTORY SOCKET
+    python fault_server.py MOUNTPOINT DIRECTORY SOCKET [writeback]
 
 Each line on the Unix socket is a command, a JSON object; each gets one line back. `fail` adds a rule, `lift` removes
 all and lets go what hangs, `forget` has the kernel read everything anew, `counts` tells how many calls there were.
 
-The fault model. A rule names a call (`read`, `write`, `fsync`, `open`, `getattr`), a pattern for the file's name, and
-what happens to so many calls, or (-1) to all, after so many that go well, and, if `end` is given, only to those of
+The fault model. A rule names a call (`read`, `write`, `fsync`, `open`, `getattr`, and `flush`, which every close of a
+descriptor waits for), a pattern for the file's name, and what happens to so many calls, or (-1) to all, after so many that go well, and, if `end` is given, only to those of
 bytes from `start` to `end`: an error, a delay in seconds, no answer until the rules are lifted, half of a write. A
 write is visible at once, to everybody. It is durable with the next fsync of its file that succeeds. An fsync that
 fails with `lose` takes back what was not durable, as a server does that has thrown it away; later ones succeed, and
 say nothing about it. What the kernel of this host has in memory of the file stays as it was written, until `forget`.
+With `writeback` the kernel keeps what is written, as that of an NFS client does, until somebody asks for it: fsync,
+close, or time.
 """
 
 import errno
@@ -250,7 +252,7 @@ class FaultFs(pyfuse3.Operations):  # type: ignore[misc]
             raise pyfuse3.FUSEError(error.errno) from None
 
     async def flush(self, fh: int) -> None:
-        pass
+        await self._faults.meet("flush", self._open[fh])
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         rule = await self._faults.meet("fsync", self._open[fh])
@@ -297,9 +299,11 @@ async def _serve(stream: trio.SocketStream, fs: FaultFs, faults: Faults) -> None
             await stream.send_all(json.dumps(answer).encode() + b"\n")
 
 
-async def _main(mountpoint: str, root: str, address: str) -> None:
+async def _main(*arguments: str) -> None:
+    mountpoint, root, address, *how = arguments
     faults = Faults()
     fs = FaultFs(root, faults)
+    fs.enable_writeback_cache = "writeback" in how
     options = {*pyfuse3.default_options, "fsname=forebay-faults", "default_permissions"}
     pyfuse3.init(fs, mountpoint, options)
     with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as sock:
@@ -316,4 +320,4 @@ async def _main(mountpoint: str, root: str, address: str) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(_main, sys.argv[1], sys.argv[2], sys.argv[3])
+    trio.run(_main, *sys.argv[1:])

@@ -27,7 +27,9 @@ from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.image.use import Use
 from forebay.origin.addresses import resolve
+from forebay.origin.mounts import is_local
 from forebay.origin.threads import StoreThreads
+from forebay.origin.worker.process import StoreProcess
 from forebay.units import parse_name
 from forebay_cache import Cache, CacheError
 from forebay_nbd import Budgets
@@ -177,7 +179,6 @@ class Arrivals:
         """
         image = resolve(self._config, record.image)
         settings = record.settings(self._config, image.store)
-        place = image.store or image.key
         use = Use(
             name,
             self._cache.uuid,
@@ -190,13 +191,20 @@ class Arrivals:
             image,
             record.image,
             use,
-            threads=self._threads.setdefault(place, StoreThreads(place)),
+            threads=self._threads_of(image.store or image.key),
             timeout=settings.origin_timeout,
             nursery=self._nursery,
             size=size,
             left_by=self._left_by,
         )
         return source, settings
+
+    def _threads_of(self, store: str) -> StoreThreads:
+        """The threads of a store, or of a device, and its process."""
+        if store not in self._threads:
+            process = StoreProcess(store, self._config.gateway.run, is_local)
+            self._threads[store] = StoreThreads(store, process=process)
+        return self._threads[store]
 
     def _left_by(self, disk: str) -> int:
         """Bytes that the cache has of a disk of that name which is not attached."""

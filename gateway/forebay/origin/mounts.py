@@ -12,6 +12,7 @@ what the store does not have yet is refused. The file that says all this is /pro
 
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,11 @@ _FOR_LOCKS = (
         "with vers=4.2, or set require_locks = false where nobody else can have its images",
     ),
 )
+_LOCAL = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "vfat", "xfs", "zfs", "bcachefs"}
+_LOCAL |= {"devtmpfs", "ramfs", "rootfs", "tmpfs", "erofs", "squashfs", "overlay"}
+"""Types of file systems whose calls wait for a device of this host and for nothing else."""
+_MOST_LINKS = 40
+"""Symbolic links that a path may go through, as for the kernel (path_resolution(7))."""
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
@@ -81,6 +87,37 @@ def of_this_process() -> list[Mount]:
 def _latest(mounts: list[Mount], device: int) -> Mount | None:
     """The latest mount of the file system with that device number."""
     return next((mount for mount in reversed(mounts) if mount.device == device), None)
+
+
+def is_local(path: str) -> bool:
+    """True if no call on a file below the absolute path waits for a server, by the types of the mounts on its way.
+
+    Touches no file system that is not local.
+    """
+    kinds = {mount.point: mount.kind for mount in of_this_process()}
+    here, rest, links = "/", [part for part in path.split("/") if part], 0
+    if kinds.get(here, "rootfs") not in _LOCAL:
+        return False
+    while rest:
+        here = os.path.normpath(os.path.join(here, rest.pop(0)))
+        if kinds.get(here, "rootfs") not in _LOCAL:
+            return False
+        target = _link_at(here)
+        if target is not None:
+            links += 1
+            if links > _MOST_LINKS:
+                return True  # and it cannot be opened
+            rest = [part for part in target.split("/") if part] + rest
+            here = "/" if target.startswith("/") else os.path.dirname(here)
+    return True
+
+
+def _link_at(path: str) -> str | None:
+    """Where the symbolic link leads; None if that is none, or nothing is there."""
+    try:
+        return os.readlink(path) if stat.S_ISLNK(os.lstat(path).st_mode) else None
+    except OSError:
+        return None
 
 
 def has_local_locks(mounts: list[Mount], device: int) -> bool:

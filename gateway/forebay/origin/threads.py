@@ -5,7 +5,8 @@
 
 A call that hangs in the kernel (an NFS server that is down) cannot be stopped. It is given up: whoever asked gets an
 error in time, the thread stays where it is and keeps its place in the limit, so that at most `FOREGROUND_THREADS`
-threads of one store ever hang. Other stores have limits of their own and do not notice.
+threads of one store ever hang. Other stores have limits of their own and do not notice. What hangs in the kernel is the
+store's process (worker/process.py): the thread waits for its answer, and that wait ends when the daemon ends.
 
 A thread touches what it was handed: an open descriptor (`Descriptor` keeps its number from being reused) and buffers
 that nobody changes any more.
@@ -21,6 +22,7 @@ from typing import Generic, TypeVar, cast
 import trio
 
 from forebay.origin.worker import syscalls
+from forebay.origin.worker.process import StoreProcess, here
 
 T = TypeVar("T")
 
@@ -292,8 +294,11 @@ class StoreThreads:
         name: str,
         foreground: int = FOREGROUND_THREADS,
         background: int = BACKGROUND_THREADS,
+        process: StoreProcess | None = None,
     ) -> None:
+        """`process` makes the calls on file systems that may hang; without one the threads make all of them."""
         self.name = name
+        self._process = process
         self._lanes = Lanes(foreground, background)
 
     @property
@@ -320,7 +325,8 @@ class StoreThreads:
         try:
             with self._lanes.queue(background) as place:
                 result = await trio.to_thread.run_sync(
-                    call.in_thread,
+                    self._in_thread,
+                    call,
                     abandon_on_cancel=True,
                     limiter=cast("trio.CapacityLimiter", place),  # anything with its two methods
                 )
@@ -328,3 +334,11 @@ class StoreThreads:
             return result
         finally:
             call.stop_waiting(taken=taken)
+
+    def _in_thread(self, call: Call[T]) -> T:
+        """Make the call, in the thread, with the process of this store at hand."""
+        here.process = self._process
+        try:
+            return call.in_thread()
+        finally:
+            here.process = None

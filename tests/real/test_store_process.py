@@ -1,0 +1,148 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""A store that hangs while the daemon ends: the process that hangs with it is the store's, and not the daemon."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from real.disk_fixture import OneDisk, wait_for
+from real.fault_fs import FaultFs
+from real.gateway_process import GatewayProcess
+from real.processes import MIB, random_image
+
+Connect = Callable[..., Any]
+
+SIZE = 8 * MIB
+CALLS = ("read", "write", "fsync", "flush", "getattr", "open")
+STOP_SECONDS = 30
+"""How long a stop may take while a store hangs: 20 s for its clients' requests, 2 s for its disks, and some."""
+
+LOG = "cannot be reached|can be reached again|cut short|still|write-back failed|given up|hung up|could not be"
+
+
+@pytest.fixture
+def faulty(short_path: Path, request: pytest.FixtureRequest) -> Iterator[FaultFs]:
+    """With dirty pages of this host, where the test asks for them."""
+    fs = FaultFs(short_path / "fs", *getattr(request, "param", ()))
+    try:
+        yield fs
+    finally:
+        fs.remove()
+
+
+@pytest.fixture
+def bed(make_gateway: Callable[..., GatewayProcess], faulty: FaultFs) -> Iterator[GatewayProcess]:
+    gateway = make_gateway(
+        {
+            "defaults": {"origin_timeout": "2s"},
+            "stores.images": {"path": str(faulty.path)},
+            "cache": {"size": "64 MiB"},
+        }
+    )
+    gateway.allow_log(LOG)
+    yield gateway
+    faulty.lift()
+    gateway.kill()
+
+
+@pytest.fixture
+def local(make_gateway: Callable[..., GatewayProcess]) -> GatewayProcess:
+    """A daemon whose store lies on a file system of this host."""
+    return make_gateway()
+
+
+def workers(gateway: GatewayProcess) -> list[int]:
+    """Those that make calls for stores of this daemon: they hold its lock files."""
+    locks = {(one.stat().st_dev, one.stat().st_ino) for one in (gateway.run / "stores").iterdir()}
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            fds = [os.stat(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        except OSError:
+            continue
+        if any((one.st_dev, one.st_ino) in locks for one in fds):
+            found.append(int(pid))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("faulty", "number", "mode"),
+    [
+        (("writeback",), signal.SIGKILL, "write-through"),
+        (("writeback",), signal.SIGTERM, "write-through"),
+        ((), signal.SIGKILL, "write-back"),
+        ((), signal.SIGTERM, "write-back"),
+    ],
+    indirect=["faulty"],
+    ids=[
+        "killed with dirty pages",
+        "stopped with dirty pages",
+        "killed in a pass",
+        "stopped in a pass",
+    ],
+)
+def test_the_daemon_ends_and_comes_back_while_the_store_hangs(
+    bed: GatewayProcess, faulty: FaultFs, connect: Connect, number: signal.Signals, mode: str
+) -> None:
+    import nbd
+
+    random_image(faulty.backing / "d.raw", SIZE, 7)
+    bed.attach("d", "d.raw", mode=mode)
+    client = connect(bed.uri("d"))
+    warm = bytes(client.pread(MIB, 0))
+    client.pwrite(b"w" * MIB, 4 * MIB)
+    bed.cli("flush", "d")
+    OneDisk(bed, "d", faulty.backing / "d.raw", b"").commit()  # what was read is in the index
+    for call in CALLS:
+        faulty.fail(call, hang=True)
+    client.aio_pread(nbd.Buffer(65536), 6 * MIB)
+    client.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"x" * MIB)), 2 * MIB)
+    client.poll(500)
+    client.aio_flush()
+    client.poll(500)
+    assert bed.process is not None
+    bed.process.send_signal(number)
+    bed.process.wait(STOP_SECONDS if number == signal.SIGTERM else 2)
+    bed.start()
+    began = time.monotonic()
+    again = connect(bed.uri("d"))
+    assert bytes(again.pread(MIB, 0)) == warm
+    assert time.monotonic() - began < 10, "hits wait for the store"
+    assert bed.status("d")["state"] == "degraded"
+    faulty.lift()
+    wait_for(lambda: bed.status("d")["state"] == "ready", f"{bed.status('d')}", 60)
+    again.pwrite(b"y" * MIB, 4 * MIB)
+    again.flush()
+    bed.cli("flush", "d")
+    assert (faulty.backing / "d.raw").read_bytes()[4 * MIB :][:MIB] == b"y" * MIB
+    assert len(workers(bed)) == 1, "that of the daemon before has ended"
+
+
+def test_a_store_of_this_host_needs_no_process(local: GatewayProcess) -> None:
+    random_image(local.images / "d.raw", MIB, 7)
+    local.attach("d", "d.raw")
+    assert not (local.run / "stores").exists()
+
+
+def test_a_process_that_was_killed_is_started_again(
+    bed: GatewayProcess, faulty: FaultFs, connect: Connect
+) -> None:
+    """Its calls fail with EIO; the image is opened anew, and nothing has to be restarted."""
+    content = random_image(faulty.backing / "d.raw", SIZE, 7)
+    bed.attach("d", "d.raw", mode="write-back")
+    client = connect(bed.uri("d"))
+    client.pwrite(b"w" * MIB, 0)
+    [worker] = workers(bed)
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: workers(bed) not in ([], [worker]), "no other one was started", 60)
+    wait_for(lambda: bed.status("d")["state"] == "ready", f"{bed.status('d')}", 60)
+    assert bytes(client.pread(MIB, 4 * MIB)) == content[4 * MIB : 5 * MIB]
+    bed.cli("flush", "d")
+    assert (faulty.backing / "d.raw").read_bytes() == b"w" * MIB + content[MIB:]
