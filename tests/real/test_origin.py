@@ -469,6 +469,26 @@ async def test_a_late_write_never_lands_on_a_newer_one(path: Path, content: byte
         assert await origin.read(4096, 3000) == b"new" * 1000
 
 
+async def test_writes_that_were_given_up_keep_others_from_what_they_change_and_from_nothing_else(
+    path: Path, content: bytearray
+) -> None:
+    calls = Faulty()
+    back = calls.hang["pwritev"] = threading.Event()
+    ranges = [(8192, b"a" * 4096), (65536, b"b" * 100), (SIZE - 4096, b"c" * 4096)]
+    async with origin_of(opened(path), calls=calls, timeout=SHORT) as origin:
+        with pytest.raises(TimeoutError, match="writing images:"):
+            await origin.write_ranges(ranges)
+        for at in (0, 8191 - 4095, 12288, 65536 - 1, 65636, SIZE - 8192):
+            await origin.read(at, 1)
+        for at in (8192, 12287, 65536, 65635, SIZE - 1):
+            with pytest.raises(TimeoutError):
+                await origin.read(at, 1)
+        origin.timeout = PATIENT
+        back.set()
+        await origin.quiesce()
+        assert await origin.read(65536, 100) == b"b" * 100
+
+
 async def test_a_late_write_has_what_it_was_given(path: Path, content: bytearray) -> None:
     """The cache hands out slices of its memory, which soon hold another block."""
     calls = Faulty()

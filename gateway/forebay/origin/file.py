@@ -129,8 +129,9 @@ class FileOrigin:
             for offset, data in ranges:
                 self._file.write(offset, [data])
 
-        start, end = min(o for o, _ in ranges), max(o + len(data) for o, data in ranges)
-        await self._change(f"writing {self.label}", write, start, end, background)
+        changed = [(offset, offset + len(data)) for offset, data in ranges]
+        with bounded(self.timeout, f"writing {self.label}"):
+            await self._changes.make(write, changed, background)
 
     async def trim(self, offset: int, length: int) -> None:
         """Give space back where the file system can; zeros either way. Raises OSError."""
@@ -175,7 +176,7 @@ class FileOrigin:
     ) -> None:
         """Call `do`, which changes the range, in a thread, in its turn. `what` names it in the error of a time-out."""
         with bounded(self.timeout, what):
-            await self._changes.make(do, offset, offset + length, background)
+            await self._changes.make(do, [(offset, offset + length)], background)
 
     # ---------------------------------------------------------------------------------------------- durability, end
 

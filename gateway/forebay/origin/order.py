@@ -7,8 +7,9 @@ The head of file.py says why. Everything here runs on the event loop.
 """
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from forebay.origin.pieces import joined, overlap
 from forebay.origin.threads import Call, StoreThreads, bounded
 
 
@@ -17,33 +18,40 @@ class ChangeOrder:
 
     def __init__(self, threads: StoreThreads) -> None:
         self._threads = threads
-        self._given_up: dict[Call[None], tuple[int, int]] = {}
-        """Calls that were given up and have not ended, with the bytes that they change: from, to (exclusive)."""
+        self._given_up: dict[Call[None], list[tuple[int, int]]] = {}
+        """Calls that were given up and have not ended, with the ranges that they change."""
 
     async def make(
-        self, do: Callable[[], None], start: int, end: int, background: bool = False
+        self, do: Callable[[], None], ranges: Iterable[tuple[int, int]], background: bool = False
     ) -> None:
-        """Call `do`, which changes the bytes from `start` to `end` (exclusive), in a thread. Raises OSError.
+        """Call `do`, which changes the `ranges`, each (first byte, byte behind the last), in a thread. Raises OSError.
 
         Waits first for changes of the same bytes that were given up. Cancellation gives this one up, too.
         """
-        await self.wait_for_range(start, end)
+        changed = joined(ranges)
+        while under_way := self._that_touch(changed):
+            await under_way.ended.wait()
         call = Call(do, on_end=self._ended)
         try:
             await self._threads.wait_for(call, background=background)
         finally:
             if call.given_up:
-                self._given_up[call] = (start, end)
+                self._given_up[call] = changed
 
     def _ended(self, call: Call[None]) -> None:
         self._given_up.pop(call, None)
 
     async def wait_for_range(self, start: int, end: int) -> None:
         """Return when no change that was given up can touch the bytes from `start` to `end` (exclusive) any more."""
-        while under_way := [
-            call for call, (first, last) in self._given_up.items() if first < end and start < last
-        ]:
-            await under_way[0].ended.wait()
+        while under_way := self._that_touch([(start, end)]):
+            await under_way.ended.wait()
+
+    def _that_touch(self, ranges: list[tuple[int, int]]) -> Call[None] | None:
+        """A change that was given up, and can change a byte of these ranges; None if there is none."""
+        for call, changed in self._given_up.items():
+            if overlap(changed, ranges):
+                return call
+        return None
 
 
 class SyncOrder:

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""Cutting what is to be written into calls of a bounded size, and the check of a range that all origins make."""
+"""Cutting what is to be written into calls of a bounded size; ranges of bytes, and the check that all origins make."""
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from forebay.origin.calls import IOV_MAX, Buffer
 
@@ -49,3 +49,27 @@ def views_after(views: list[memoryview], count: int) -> list[memoryview]:
             return [view[count:], *views[index + 1 :]]
         count -= len(view)
     return []
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranges, each (first byte, byte behind the last), in order, those that touch made one; no empty ones."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        elif start < end:
+            found.append((start, end))
+    return found
+
+
+def overlap(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> bool:
+    """True if a byte lies in ranges of both lists, each as `joined` returns them."""
+    i = j = 0
+    while i < len(one) and j < len(other):
+        if one[i][1] <= other[j][0]:
+            i += 1
+        elif other[j][1] <= one[i][0]:
+            j += 1
+        else:
+            return True
+    return False
