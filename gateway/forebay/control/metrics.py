@@ -91,6 +91,7 @@ MEMORY = {
     "block_status_memory": "requests for block status hold",
     "connection_memory": "connections hold for buffers",
     "fill_memory": "data holds that was fetched and is not stored yet",
+    "kept_write_memory": "writes hold that may not be durable in their image yet",
     "record_memory": "records hold that are not in the journal yet",
 }
 """By budget, who holds it."""

@@ -27,6 +27,7 @@ from forebay.doors.restart import EarlierSockets
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
 from forebay.image.gone import GoneImages
+from forebay.image.kept import MOST_IN_ALL
 from forebay.image.registry import Images
 from forebay.storage.state import index_path
 from forebay.storage.upkeep import Upkeep
@@ -50,7 +51,7 @@ class Gateway:
         """`nursery` is the one long-lived nursery of the process; `cache` is running in it."""
         self.config = config
         self._cache = cache
-        images = Images(cache, nursery)
+        self._images = images = Images(cache, nursery)
         self._disks = Disks()
         self._records = DiskRecords(cache, index_path(config))
         self._memory = memory.budgets()
@@ -173,7 +174,11 @@ class Gateway:
 
     def info(self) -> dict[str, Any]:
         """What belongs to no disk, and not to the cache: how much of its memory is used, see `memory.figures`."""
-        return memory.figures(self._memory, self._cache)
+        kept = {
+            "kept_write_memory_bytes": self._images.kept.used,
+            "kept_write_memory_limit_bytes": MOST_IN_ALL,
+        }
+        return memory.figures(self._memory, self._cache) | kept
 
     # -- the cache
 

@@ -7,7 +7,6 @@ The order is what promise 2 asks for: the region is marked hot, durably, and the
 image is written. After a power loss the clean blocks of hot regions are dropped, whatever the image has of the write.
 """
 
-import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -32,8 +31,6 @@ class OriginWrites:
         self._ranges = ranges
         self._counters = counters
         self._keep = keep
-        self._failures = image.sync_failures
-        """How many of the image's flushes had failed when the guest last asked for one."""
 
     def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
         """Returns 0: it takes none, for the image is not on this host."""
@@ -55,13 +52,14 @@ class OriginWrites:
 
     async def _write(self, offset: int, data: memoryview, *, only_if: Callable[[], bool]) -> bool:
         start, end = sectors_touched(offset, len(data))
+        await self._image.writes.make_room()
         async with self._ranges.hold(start, end), self._image.writing():
             if not only_if():
                 return False
             self._counters.write_misses += 1
             with self._counters.errors_counted(), self._overwriting(start, end):
                 await self._announce(start, end)
-                await self._image.require_origin().write(offset, [data])
+                await self._image.writes.write(offset, data)
             self._counters.origin_written_bytes += len(data)
             if self._keep:
                 await self._store(offset, data)
@@ -106,13 +104,14 @@ class OriginWrites:
         self, offset: int, length: int, may_trim: bool, *, only_if: Callable[[], bool]
     ) -> bool:
         start, end = sectors_touched(offset, length)
+        await self._image.writes.make_room()
         async with self._ranges.hold(start, end), self._image.writing():
             if not only_if():
                 return False
             self._counters.write_misses += 1
             with self._counters.errors_counted(), self._overwriting(start, end):
                 await self._announce(start, end)
-                await self._image.require_origin().zero(offset, length, may_trim)
+                await self._image.writes.zero(offset, length, may_trim)
         return True
 
     def flush_now(self) -> bool:
@@ -120,20 +119,8 @@ class OriginWrites:
         return False
 
     async def flush(self) -> None:
-        """Return when the image has everything durably.
-
-        Raises OSError, also once for each flush that failed before and that somebody else had asked for: what this
-        guest wrote may be lost by it.
-        """
-        image = self._image
-        try:
-            await image.flush()
-            if image.sync_failures != self._failures:
-                raise OSError(
-                    errno.EIO, "a flush of the image failed: what was written may be lost"
-                )
-        finally:
-            self._failures = image.sync_failures
+        """Return when the image has everything durably. Raises OSError, each time until that is so."""
+        await self._image.flush()
 
 
 def _always() -> bool:

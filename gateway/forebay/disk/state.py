@@ -29,7 +29,7 @@ class DiskState(StrEnum):
     DEGRADED = "degraded"
     """The image cannot be reached."""
     LAGGING = "lagging"
-    """The last checkpoint failed."""
+    """The last checkpoint failed, or the last flush of an image that is written to directly."""
     COPYING = "copying"
     """A full copy is not complete."""
     INCOMPLETE = "incomplete"
@@ -50,6 +50,7 @@ class Facts:
     is_away: bool
     """Whether the image cannot be reached."""
     has_failed_pass: bool
+    """Whether the last checkpoint failed, or the last flush of what went to the image directly."""
     is_copying: bool
     is_incomplete: bool
     """Whether a full copy lacks only what cannot be read."""
@@ -78,7 +79,7 @@ _BECAUSE = {
     DiskState.BROKEN: "the cache device fails, and has data that is nowhere else",
     DiskState.PASS_THROUGH: "the cache device fails, and the image has everything",
     DiskState.DEGRADED: "the image cannot be reached",
-    DiskState.LAGGING: "a checkpoint fails",
+    DiskState.LAGGING: "a checkpoint fails, or a flush of the image",
     DiskState.COPYING: "a full copy is under way",
     DiskState.INCOMPLETE: "part of the image cannot be read for a full copy",
     DiskState.READY: "nothing is wrong any more",

@@ -53,7 +53,8 @@ class Status:
             cache_has_failed=self._cache.failed is not None,
             has_private=self._dirty.private_bytes > 0,
             is_away=self._image.origin is None,
-            has_failed_pass=self._writeback.error is not None,
+            has_failed_pass=self._writeback.error is not None
+            or self._image.writes.trouble is not None,
             is_copying=copied is not None and copied < 1,
             is_incomplete=self._modes.copy.is_incomplete,
         )
@@ -84,6 +85,11 @@ class Status:
             return f"write-back failed: {self._writeback.error}; tried again by itself"
         if self._modes.copy.paused:
             return f"copying pauses: {self._modes.copy.paused}; tried again by itself"
+        if self._image.writes.trouble is not None:
+            return (
+                f"a flush of {self._image.key} failed: {self._image.writes.trouble}; what it may have lost is kept, "
+                "and written again by itself"
+            )
         return None
 
     def keys(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import trio
 from forebay.image.boundary import Boundary
 from forebay.image.clean import CleanBlocks
 from forebay.image.identity import KnownIdentity
+from forebay.image.kept import KeptInAll
 from forebay.image.reach import Reach
 from forebay.image.source import Source
 from forebay.image.sources import Sources
@@ -39,8 +40,12 @@ class Image:
         nursery: trio.Nursery,
         source: Source,
         on_unused: Callable[["Image"], Awaitable[None]],
+        in_all: KeptInAll,
     ) -> None:
-        """`source` is that of the first disk. `nursery` runs fetches; `on_unused` is called when the last disk left."""
+        """`source` is that of the first disk. `nursery` runs fetches; `on_unused` is called when the last disk left.
+
+        `in_all` counts what is kept of all images together.
+        """
         self.key = source.key
         self.size = source.size
         self.cache = cache
@@ -52,8 +57,14 @@ class Image:
         self.clean = CleanBlocks(cache, self.key, self, fetches)
         self.filler = self.clean.filler
         """What fetches missing blocks from the origin."""
-        self._writes = OwnWrites(
-            cache, self.identity, self.reach, self.clean, self.sources.has_private
+        self.writes = OwnWrites(
+            cache,
+            self.key,
+            self.identity,
+            self.reach,
+            self.clean,
+            self.sources.has_private,
+            in_all,
         )
         self._on_unused = on_unused
 
@@ -101,16 +112,16 @@ class Image:
 
     def writing(self) -> AbstractAsyncContextManager[None]:
         """Around each write to the origin and its announcement to the cache: as `OwnWrites.writing`. Raises OSError."""
-        return self._writes.writing()
+        return self.writes.writing()
 
     async def flush(self, *, times: bool = False) -> None:
         """Make durable what was written, with the image's times if asked: see `OwnWrites.flush`. Raises OSError."""
-        await self._writes.flush(times=times)
+        await self.writes.flush(times=times)
 
     @property
     def sync_failures(self) -> int:
         """How many flushes of the origin failed, whoever asked for them: each time something may be lost."""
-        return self._writes.sync_failures
+        return self.writes.sync_failures
 
     def is_all_durable(self) -> bool:
         """True if no write is under way, and the image has all that were made, durably."""
@@ -145,7 +156,7 @@ class Image:
         await origin.quiesce()  # a write that was given up can still change it
         if not self.identity.is_being_written():
             await self.flush(times=not self.identity.is_noted(ended))
-        await self._writes.drop_lost()
+        await self.writes.drop_lost()
         found = await origin.identity()
         # no await until self._compare: what was found would be noted for a write that ended after it
         if found.size != self.size:
@@ -227,6 +238,7 @@ class Image:
                 await self._take_note(origin)
             except OSError as error:
                 log.warning("%s: %s", self.key, error.strerror)
+        self.writes.kept.forget(self.writes.kept.position)
         try:
             await self.reach.close()
         except OSError as error:

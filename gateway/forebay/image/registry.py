@@ -10,6 +10,7 @@ import trio
 
 from forebay.errors import ForebayError
 from forebay.image.image import Image
+from forebay.image.kept import KeptInAll
 from forebay.image.source import Source
 from forebay_cache import Cache
 
@@ -22,6 +23,8 @@ class Images:
         self._cache = cache
         self._nursery = nursery
         self._open: dict[str, Image] = {}
+        self.kept = KeptInAll()
+        """What was written to images and is not known to be durable there, in memory."""
         self.on_unused: Callable[[str], None] = lambda _key: None
         """Told of each image that no disk is on any more, by its key, when it is closed."""
 
@@ -39,7 +42,8 @@ class Images:
         if image is not None and image.conflict is not None and not source.resumed:
             raise ForebayError(f"{image.conflict}, on every disk of it")
         if image is None:
-            image = self._open[source.key] = Image(self._cache, self._nursery, source, self._close)
+            image = Image(self._cache, self._nursery, source, self._close, self.kept)
+            self._open[source.key] = image
         image.sources.add(source)
         source.bind(on_lost=image.stop, dirty_bytes=partial(image.sources.lacks, source))
         # At a start no disk waits for what another one of the image is waiting for already.

@@ -4,15 +4,21 @@
 """Our own writes to an image: what comes before the first, what makes them durable, and what a failed flush costs."""
 
 import contextlib
+import errno
+import logging
 from collections.abc import AsyncIterator, Callable
 
 import trio
 
 from forebay.image.clean import CleanBlocks
 from forebay.image.identity import KnownIdentity
+from forebay.image.kept import Change, KeptInAll, KeptWrites
 from forebay.image.reach import Reach
+from forebay.origin.protocol import Origin
 from forebay_cache import Cache
 from forebay_cache.errors import IndexFault
+
+log = logging.getLogger("forebay.image")
 
 
 class OwnWrites:
@@ -21,18 +27,29 @@ class OwnWrites:
     def __init__(
         self,
         cache: Cache,
+        key: str,
         identity: KnownIdentity,
         reach: Reach,
         clean: CleanBlocks,
         has_private: Callable[[], bool],
+        in_all: KeptInAll,
     ) -> None:
-        """`has_private` returns True if the cache has data that belongs on the image as it is."""
+        """`key` names the image in messages. `has_private` returns True if the cache has data that belongs on the image
+        as it is.
+        """
         self._cache = cache
         self._identity = identity
         self._reach = reach
         self._clean = clean
         self._has_private = has_private
         self._withdrawing = trio.Lock()
+        self.kept = KeptWrites(in_all)
+        """What was written past write-back, until it is durable."""
+        self.trouble: str | None = None
+        """Why the last flush failed, where that may have lost something; None once one went well."""
+        self._key = key
+        self._sound: tuple[Origin | None, int] = (None, 0)
+        """The origin, and its `sync_failures`, of which nothing that is kept can have been lost."""
         self._failures_handled = 0
         """After how many of `sync_failures` the blocks were dropped that may be lost."""
 
@@ -71,19 +88,93 @@ class OwnWrites:
                 # Killed now, the next start takes our writes for somebody else's, and forgets clean blocks.
             self._identity.note_withdrawn()
 
+    # ---------------------------------------------------------------------------------- writes that are kept meanwhile
+
+    async def make_room(self) -> None:
+        """Flush, where no more can be kept of what is not durable. Raises OSError: then no write may come."""
+        if self.kept.is_full:
+            await self.flush()
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write to the origin, and keep what was written until it is durable. In `writing`. Raises OSError."""
+        copy = bytes(data)
+        async with self.kept.passing():
+            await self._reach.require_origin().write(offset, [copy])
+            self.kept.add(Change(offset, len(copy), copy))
+
+    async def zero(self, offset: int, length: int, may_trim: bool) -> None:
+        """Zero in the origin what `write` would write. Raises OSError."""
+        async with self.kept.passing():
+            await self._reach.require_origin().zero(offset, length, may_trim)
+            self.kept.add(Change(offset, length, None, may_trim))
+
+    # ------------------------------------------------------------------------------------------------------ durability
+
     async def flush(self, *, times: bool = False) -> None:
         """Make durable what was written, with the image's times if asked. Does nothing if all is durable.
 
         That is what the writes that have ended wrote, and those under way so far: a pass, which counts as one, consists
-        of many. Raises OSError.
+        of many. After a flush that failed, whoever asked for it, what is kept is written again first. Raises OSError,
+        each time until that went well.
         """
         ended = self._identity.writes_ended
         if self._identity.needs_flush() or times:
             try:
-                await self._reach.require_origin().flush(times=times)
+                await self._sync(times)
+            except OSError as error:
+                self._failed(error)
+                raise
             finally:
                 await self.drop_lost()
+            self.trouble = None
             self._identity.note_durable(ended)
+
+    def _failed(self, error: OSError) -> None:
+        if self.kept.is_empty:
+            return
+        if self.trouble is None:
+            log.warning("%s: a flush failed: %s", self._key, error.strerror or error)
+        self.trouble = error.strerror or str(error)
+
+    async def _sync(self, times: bool) -> None:
+        """One flush of the origin that counts. Raises OSError."""
+        origin, position = self._reach.require_origin(), self.kept.position
+        try:
+            await origin.flush(times=times)
+        except TimeoutError:
+            raise
+        except OSError:
+            if self.kept.is_empty:
+                raise
+        else:
+            if self.kept.is_empty:
+                self._sound = (origin, origin.sync_failures)
+            if self._sound == (origin, origin.sync_failures):
+                self.kept.forget(position)
+                return
+        await self._sync_again(times)
+
+    async def _sync_again(self, times: bool) -> None:
+        """Write again what may be lost, and flush. Raises OSError."""
+        async with self.kept.alone():
+            origin, position = self._reach.require_origin(), self.kept.position
+            failures = origin.sync_failures
+            self._overtake()
+            try:
+                await self.kept.write_again(origin)
+            finally:
+                self._overtake()
+            await origin.flush(times=times)
+            if origin.sync_failures != failures:
+                raise OSError(errno.EIO, "a flush of the image failed meanwhile")
+            self._sound = (origin, failures)
+            self.kept.forget(position)
+            await self._clean.drop_hot()  # what was read meanwhile may be what was there before
+
+    def _overtake(self) -> None:
+        """What fetches have read by now is neither kept nor given to whoever asks later."""
+        for offset, length in self.kept.ranges():
+            self._clean.filler.overtaken(offset, length)
 
     async def drop_lost(self) -> None:
         """Drop the clean blocks that were written since a flush went well, if one failed: the image may have lost them.

@@ -1,0 +1,166 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""What was written to an image and is not known to be durable there: kept, so that it can be written again.
+
+A kernel reports a write-out that failed once, to one flush, and forgets the data. So a write of the modes that write to
+the image is kept in memory until a flush that began after its end went well. After one that failed, all of it is
+written again, in its order, before the next one counts. There is a bound for each image and one for all together: what
+would go beyond is preceded by a flush, and fails where that fails.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import trio
+
+from forebay.origin.protocol import Origin
+
+MOST = 32 << 20
+"""Bytes that are kept of one image: what a store of 1 Gbit/s takes in a third of a second."""
+
+MOST_IN_ALL = 256 << 20
+"""Bytes that are kept of all images together; beyond that each keeps what it needs for one write."""
+
+MOST_CHANGES = 8192
+"""Changes that are kept of one image: as many writes of a sector as make 32 MiB."""
+
+OVERHEAD = 256
+"""Bytes that a change counts for beside its data."""
+
+TOGETHER = 1 << 20
+"""Bytes of changes that are written again in one call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Something that was written to an image: data, or zeros where that is None."""
+
+    offset: int
+    length: int
+    data: bytes | None
+    may_trim: bool = False
+
+    @property
+    def cost(self) -> int:
+        """The bytes that it takes in memory."""
+        return OVERHEAD + (len(self.data) if self.data is not None else 0)
+
+
+@dataclass(slots=True)
+class KeptInAll:
+    """How much is kept of all images of a gateway together."""
+
+    used: int = 0
+    """Bytes."""
+
+
+class KeptWrites:
+    """The changes of one image, in the order of their ends. Writers pass a gate, which `alone` closes."""
+
+    def __init__(self, in_all: KeptInAll) -> None:
+        self._in_all = in_all
+        self._changes: deque[Change] = deque()
+        self._forgotten = 0
+        """How many were forgotten so far."""
+        self.bytes = 0
+        """What they take in memory."""
+        self._passing = 0
+        self._closed = False
+        self._moved = trio.Event()
+        """Set, and replaced, when the gate opens or the last writer has passed."""
+        self._one = trio.Lock()
+
+    @property
+    def is_empty(self) -> bool:
+        """True if everything that was written is durable, and nothing is being written."""
+        return not self._changes and not self._passing
+
+    @property
+    def is_full(self) -> bool:
+        """True if a flush has to come before the next write."""
+        if len(self._changes) >= MOST_CHANGES or self.bytes >= MOST:
+            return True
+        return bool(self._changes) and self._in_all.used >= MOST_IN_ALL
+
+    @property
+    def position(self) -> int:
+        """How many changes have ended so far: `forget` takes it."""
+        return self._forgotten + len(self._changes)
+
+    def add(self, change: Change) -> None:
+        """Keep a change that has ended well."""
+        self._changes.append(change)
+        self._count(change.cost)
+
+    def forget(self, position: int) -> None:
+        """Let go the changes that had ended by then: they are durable."""
+        while self._forgotten < position and self._changes:
+            self._count(-self._changes.popleft().cost)
+            self._forgotten += 1
+
+    def _count(self, cost: int) -> None:
+        self.bytes += cost
+        self._in_all.used += cost
+
+    # ------------------------------------------------------------------------------------------------------- the gate
+
+    @contextlib.asynccontextmanager
+    async def passing(self) -> AsyncIterator[None]:
+        """Around each write, from before it begins until it is kept."""
+        while self._closed:
+            await self._moved.wait()
+        self._passing += 1
+        try:
+            yield
+        finally:
+            self._passing -= 1
+            if not self._passing:
+                self._move()
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Keep writers away, once those under way have ended. One at a time."""
+        async with self._one:
+            self._closed = True
+            try:
+                while self._passing:
+                    await self._moved.wait()
+                yield
+            finally:
+                self._closed = False
+                self._move()
+
+    def _move(self) -> None:
+        moved, self._moved = self._moved, trio.Event()
+        moved.set()
+
+    # -------------------------------------------------------------------------------------------------- writing again
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """(offset, length) of all changes."""
+        return [(change.offset, change.length) for change in self._changes]
+
+    async def write_again(self, origin: Origin) -> None:
+        """Make all changes again, in their order. For whoever is alone. Raises OSError."""
+        batch: list[tuple[int, bytes]] = []
+        size = 0
+        for change in list(self._changes):
+            if change.data is not None and size + change.length <= TOGETHER:
+                batch.append((change.offset, change.data))
+                size += change.length
+                continue
+            await _write(origin, batch)
+            batch, size = [], 0
+            if change.data is None:
+                await origin.zero(change.offset, change.length, change.may_trim)
+            else:
+                batch, size = [(change.offset, change.data)], change.length
+        await _write(origin, batch)
+
+
+async def _write(origin: Origin, batch: list[tuple[int, bytes]]) -> None:
+    if batch:
+        await origin.write_ranges(batch)
