@@ -9,13 +9,13 @@ Each line on the Unix socket is a command, a JSON object; each gets one line bac
 all and lets go what hangs, `forget` has the kernel read everything anew, `counts` tells how many calls there were.
 
 The fault model. A rule names a call (`read`, `write`, `fsync`, `open`, `getattr`, and `flush`, which every close of a
-descriptor waits for), a pattern for the file's name, and what happens to so many calls, or (-1) to all, after so many that go well, and, if `end` is given, only to those of
-bytes from `start` to `end`: an error, a delay in seconds, no answer until the rules are lifted, half of a write. A
-write is visible at once, to everybody. It is durable with the next fsync of its file that succeeds. An fsync that
-fails with `lose` takes back what was not durable, as a server does that has thrown it away; later ones succeed, and
-say nothing about it. What the kernel of this host has in memory of the file stays as it was written, until `forget`.
-With `writeback` the kernel keeps what is written, as that of an NFS client does, until somebody asks for it: fsync,
-close, or time.
+descriptor waits for), a pattern for the file's name, and what happens to so many calls, or (-1) to all, after so many
+that go well, and, if `end` is given, only to those of bytes from `start` to `end`: an error, a delay in seconds, no
+answer until the rules are lifted, half of a write. A write is visible at once, to everybody. It is durable with the
+next fsync of its file that succeeds. An fsync that fails with `lose` takes back what was not durable, as a server
+does that has thrown it away; later ones succeed, and say nothing about it. What the kernel of this host has in memory
+of the file stays as it was written, until `forget`. With `writeback` the kernel keeps what is written, as that of an
+NFS client does, until somebody asks for it: fsync, close, or time.
 """
 
 import errno
