@@ -11,7 +11,7 @@ would go beyond is preceded by a flush, and fails where that fails.
 
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import trio
@@ -48,6 +48,16 @@ class Change:
         """The bytes that it takes in memory."""
         return OVERHEAD + (len(self.data) if self.data is not None else 0)
 
+    def without(self, start: int, end: int) -> Iterator["Change"]:
+        """What is left of it without the bytes from `start` to `end` (exclusive)."""
+        last = self.offset + self.length
+        for first, behind in ((self.offset, min(last, start)), (max(self.offset, end), last)):
+            if first < behind:
+                data = self.data
+                if data is not None and behind - first < self.length:
+                    data = data[first - self.offset : behind - self.offset]
+                yield Change(first, behind - first, data, self.may_trim)
+
 
 @dataclass(slots=True)
 class KeptInAll:
@@ -62,9 +72,10 @@ class KeptWrites:
 
     def __init__(self, in_all: KeptInAll) -> None:
         self._in_all = in_all
-        self._changes: deque[Change] = deque()
-        self._forgotten = 0
-        """How many were forgotten so far."""
+        self._changes: deque[tuple[int, Change]] = deque()
+        """Each with how many had ended before it."""
+        self.position = 0
+        """How many changes have ended so far: `forget` takes it."""
         self.bytes = 0
         """What they take in memory."""
         self._passing = 0
@@ -85,21 +96,24 @@ class KeptWrites:
             return True
         return bool(self._changes) and self._in_all.used >= MOST_IN_ALL
 
-    @property
-    def position(self) -> int:
-        """How many changes have ended so far: `forget` takes it."""
-        return self._forgotten + len(self._changes)
-
     def add(self, change: Change) -> None:
         """Keep a change that has ended well."""
-        self._changes.append(change)
+        self._changes.append((self.position, change))
+        self.position += 1
         self._count(change.cost)
 
     def forget(self, position: int) -> None:
         """Let go the changes that had ended by then: they are durable."""
-        while self._forgotten < position and self._changes:
-            self._count(-self._changes.popleft().cost)
-            self._forgotten += 1
+        while self._changes and self._changes[0][0] < position:
+            self._count(-self._changes.popleft()[1].cost)
+
+    def leave_out(self, offset: int, length: int) -> None:
+        """Never write that range again: a write of it has failed, and what it holds now is not to change by itself."""
+        before, self._changes = self._changes, deque()
+        for number, change in before:
+            parts = list(change.without(offset, offset + length))
+            self._count(sum(part.cost for part in parts) - change.cost)
+            self._changes.extend((number, part) for part in parts)
 
     def _count(self, cost: int) -> None:
         self.bytes += cost
@@ -141,13 +155,13 @@ class KeptWrites:
 
     def ranges(self) -> list[tuple[int, int]]:
         """(offset, length) of all changes."""
-        return [(change.offset, change.length) for change in self._changes]
+        return [(change.offset, change.length) for _, change in self._changes]
 
     async def write_again(self, origin: Origin) -> None:
         """Make all changes again, in their order. For whoever is alone. Raises OSError."""
         batch: list[tuple[int, bytes]] = []
         size = 0
-        for change in list(self._changes):
+        for _, change in list(self._changes):
             if change.data is not None and size + change.length <= TOGETHER:
                 batch.append((change.offset, change.data))
                 size += change.length
@@ -163,4 +177,4 @@ class KeptWrites:
 
 async def _write(origin: Origin, batch: list[tuple[int, bytes]]) -> None:
     if batch:
-        await origin.write_ranges(batch)
+        await origin.write_ranges(batch, background=True)

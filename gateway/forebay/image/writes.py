@@ -98,15 +98,24 @@ class OwnWrites:
     async def write(self, offset: int, data: memoryview) -> None:
         """Write to the origin, and keep what was written until it is durable. In `writing`. Raises OSError."""
         copy = bytes(data)
-        async with self.kept.passing():
+        async with self._changing(Change(offset, len(copy), copy)):
             await self._reach.require_origin().write(offset, [copy])
-            self.kept.add(Change(offset, len(copy), copy))
 
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
         """Zero in the origin what `write` would write. Raises OSError."""
-        async with self.kept.passing():
+        async with self._changing(Change(offset, length, None, may_trim)):
             await self._reach.require_origin().zero(offset, length, may_trim)
-            self.kept.add(Change(offset, length, None, may_trim))
+
+    @contextlib.asynccontextmanager
+    async def _changing(self, change: Change) -> AsyncIterator[None]:
+        """Around the change itself, which is kept if that went well."""
+        async with self.kept.passing():
+            try:
+                yield
+            except BaseException:
+                self.kept.leave_out(change.offset, change.length)
+                raise
+            self.kept.add(change)
 
     # ------------------------------------------------------------------------------------------------------ durability
 
