@@ -32,7 +32,7 @@ CACHE = {
 
 
 GATEWAY = {"client_memory_bytes": 5 * MIB, "client_memory_limit_bytes": 256 * MIB}
-GATEWAY |= {"kept_write_bytes": 3 * MIB, "kept_write_limit_bytes": 256 * MIB}
+GATEWAY |= {"kept_write_memory_bytes": 3 * MIB, "kept_write_memory_limit_bytes": 256 * MIB}
 
 
 def disk(name: str, **differs: Any) -> dict[str, Any]:
