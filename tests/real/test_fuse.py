@@ -100,7 +100,8 @@ def test_disks_and_images_are_files(
     socket = gateway.sock("d").stat()
     assert found.st_size == SIZE
     assert stat.S_ISREG(found.st_mode)
-    assert stat.S_IMODE(found.st_mode) == stat.S_IMODE(socket.st_mode) & 0o666
+    mode = stat.S_IMODE(socket.st_mode) & 0o600
+    assert stat.S_IMODE(found.st_mode) == mode, "for others the directories above are shut"
     assert (found.st_uid, found.st_gid) == (socket.st_uid, socket.st_gid)
     assert found.st_blocks * 512 == SIZE
     assert abs(found.st_mtime - time.time()) < 60
@@ -716,6 +717,7 @@ def test_allow_other_lets_others_in_as_far_as_modes_say(
     (gateway.images / "a.raw").write_bytes(bytes(MIB))
     (gateway.images / "a.raw").chmod(0o644)
     gateway.attach("d", "a.raw", "--read-only")
+    gateway.configure({"fuse": {"mode": "0444"}})
     mount = FuseMount(gateway, "--allow-other")
     try:
         run(*as_nobody, "cmp", mount.image("a.raw"), gateway.images / "a.raw")

@@ -170,13 +170,21 @@ def test_shipped_file_shows_every_key_with_its_default(file: Path) -> None:
         "device ",
         "nbd",
         "devices",
+        "owner",
+        "group",
     )
     for key in (*examples, "path", 'mode = "write-back', 'max_lag = "10s'):
         shown = re.sub(rf"(?m)^{key}.*$", "", shown)
     shown = re.sub(r"\[stores.*\]", "", shown)
     assert load(file, shown).to_toml() == Config().to_toml()
     keys = set(re.findall(r"(?m)^#?([a-z_]+) = ", shipped))
-    sections = (Config().gateway, Config().cache, Config().defaults, Config().origins)
+    sections = (
+        Config().gateway,
+        Config().cache,
+        Config().defaults,
+        Config().origins,
+        Config().fuse,
+    )
     assert keys == {"path"}.union(*(type(section).model_fields for section in sections))
 
 

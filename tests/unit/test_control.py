@@ -97,7 +97,7 @@ async def test_attach_hands_checked_values_on() -> None:
         assert (await ask(run, "POST /disks", plain)).status == 201
     settings = {"mode": Mode.WRITE_BACK, "cache_size": 1 << 30, "preload": "trace"}
     nothing = dict.fromkeys(settings)
-    flags = {"read_only": False, "overlay": False, "rule": Rule()}
+    flags = {"read_only": False, "overlay": False, "rule": Rule(), "gives_way": False}
     rule = Rule("label", "libvirt-1", 107)
     assert gateway.calls == [
         ("attach", "vm1", "images:a.raw", settings | flags | {"overlay": True, "rule": rule}),

@@ -27,12 +27,15 @@ def format_device(
     size: int | None = None,
     force: bool = False,
     ident: uuid.UUID | None = None,
+    opened: int | None = None,
 ) -> None:
     """Make an empty cache, device and index, with that uuid or one of its own.
 
+    ``opened`` is the descriptor that ``open_device`` returned, for a caller who may open more; it is closed.
+
     Raises :class:`CacheError` when something would be lost, unless forced.
     """
-    fd = open_device(path, create_size=size or DEFAULT_SIZE)
+    fd = open_device(path, create_size=size or DEFAULT_SIZE) if opened is None else opened
     try:
         if not force:
             _refuse_loss(fd, path, index)

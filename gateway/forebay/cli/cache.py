@@ -222,12 +222,10 @@ def remove(arguments: Arguments, client: Daemon) -> int:
 def format_(arguments: Arguments, _: Daemon) -> int:
     """`forebay cache format`: make it empty."""
     from forebay.config.model import Config
-    from forebay.storage.record import locate
     from forebay.storage.volumes import format_again
 
-    config = Config.load(arguments.config)
-    format_again(config, force=arguments.force)
-    print(f"{locate(config)}: formatted")
+    path = format_again(Config.load(arguments.config), force=arguments.force)
+    print(f"{path}: formatted")
     return 0
 
 

@@ -179,6 +179,16 @@ class OriginsSection(_Section):
     """Block devices, as `/dev/vg1/vm-*`."""
 
 
+class FuseSection(_Section):
+    """`[fuse]`: who may read images through `forebay fuse --allow-other`, beside root."""
+
+    owner: User | None = None
+    group: Group | None = None
+    """Where one of the two is set, they may read all images of all stores, as `mode` says, whatever the stores say."""
+    mode: FileMode = 0o440
+    """Otherwise who may read an image in its store, but at most so: by default nobody but its owner and its group."""
+
+
 # ----------------------------------------------------------------------------------- the whole file
 
 
@@ -190,6 +200,7 @@ class Config(_Section):
     defaults: DiskSettings = Field(default_factory=DiskSettings)
     stores: dict[StoreName, Store] = Field(default_factory=dict)
     origins: OriginsSection = Field(default_factory=OriginsSection)
+    fuse: FuseSection = Field(default_factory=FuseSection)
 
     _source: Path | None = PrivateAttr(None)
 
@@ -302,4 +313,5 @@ def _sections() -> dict[str, type[BaseModel]]:
         "defaults": DiskSettings,
         "stores.NAME": Store,
         "origins": OriginsSection,
+        "fuse": FuseSection,
     }

@@ -89,6 +89,7 @@ ATTACH: dict[str, Parse] = {
     "preload": parse_preload,
     "read_only": _flag,
     "overlay": _flag,
+    "gives_way": _flag,
     "peer": _peer,
     "peer_label": _label,
     "peer_user": _uid,

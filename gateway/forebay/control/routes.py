@@ -64,8 +64,9 @@ class Answers(Protocol):
         read_only: bool,
         overlay: bool,
         rule: Rule,
+        gives_way: bool,
     ) -> Status:
-        """Serve an image; None stands for what the store says."""
+        """Serve an image; None stands for what the store says. `gives_way`: to a disk that writes the image."""
 
     async def detach(self, name: str, *, discard: bool, force: bool, progress: Progress) -> None:
         """Drain, or drop what is dirty, and stop serving."""
@@ -196,6 +197,7 @@ class Control:
             read_only=given.get("read_only", False),
             overlay=given.get("overlay", False),
             rule=_rule(given),
+            gives_way=given.get("gives_way", False),
         )
         return JSONResponse(status, 201)
 

@@ -5,6 +5,7 @@
 
 import contextlib
 import logging
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ from forebay_nbd import Budgets
 log = logging.getLogger("forebay.daemon")
 
 
+async def _nobody_gives_way(_disk: Attached) -> None:
+    """What a gateway does that detaches nothing: the attach is refused."""
+
+
 class Arrivals:
     """Makes disks, and adds them to `disks`."""
 
@@ -49,10 +54,12 @@ class Arrivals:
         disks: Disks,
         records: DiskRecords,
         memory: Budgets,
+        give_way: Callable[[Attached], Awaitable[None]] = _nobody_gives_way,
     ) -> None:
         """`nursery` is the one long-lived nursery of the process: the tasks of disks and of connections live in it.
 
-        `memory` is what the clients of all disks together may hold.
+        `memory` is what the clients of all disks together may hold. `give_way` detaches a disk that is to keep no other
+        out of its image.
         """
         self._config = config
         self._cache = cache
@@ -61,6 +68,7 @@ class Arrivals:
         self._disks = disks
         self._records = records
         self._memory = memory
+        self._give_way = give_way
         self._threads: dict[str, StoreThreads] = {}
         """By store, or by image where that lies in none."""
 
@@ -71,7 +79,7 @@ class Arrivals:
         self._check_new(name, wanted)
         path = socket_path(self._config.gateway.run, name)
         source, settings = self.source(name, wanted, None)
-        async with self._disks.arriving(name, source), _abandoned_on_fault(source):
+        async with self._disks.arriving(name, source, self._give_way), _abandoned_on_fault(source):
             await _prepared(source)
             source.check_safe(settings.mode)
             self._disks.check_alone(source)

@@ -3,6 +3,7 @@
 
 """How a disk goes: what is dirty is written back, or dropped on purpose, and the disk is forgotten."""
 
+import contextlib
 import logging
 
 import trio
@@ -52,6 +53,14 @@ class Departures:
             with trio.CancelScope(shield=True):
                 await self._forget(disk, discard)
         log.info("%s: detached", name)
+
+    async def give_way(self, disk: Attached) -> None:
+        """Detach a disk whose readers are to keep no writer out, whether or not they are connected."""
+        log.info("%s: gives way to a disk that writes its image", disk.name)
+        with contextlib.suppress(ForebayError):  # it may go by itself at this moment
+            await self.detach(
+                disk.name, discard=False, force=True, progress=lambda _done, _total: None
+            )
 
     async def _empty(
         self, attached: Attached, discard: bool, force: bool, progress: Progress

@@ -4,7 +4,7 @@
 """Which disks there are: those that are served, those on record that are not, and those on their way."""
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 import trio
@@ -86,17 +86,23 @@ class Disks:
             )
 
     @contextlib.asynccontextmanager
-    async def arriving(self, name: str, source: Source) -> AsyncIterator[None]:
+    async def arriving(
+        self, name: str, source: Source, give_way: Callable[[Attached], Awaitable[None]]
+    ) -> AsyncIterator[None]:
         """Hold name and image against another attach meanwhile. Raises ForebayError where either is taken.
 
-        Another one that is on its way to the same image has to come to its end first: it may fail.
+        Another one that is on its way to the same image has to come to its end first: it may fail. `give_way` detaches
+        a reader's disk that is not to keep this one out.
         """
         while others := [one for one in self._coming.values() if _exclude(one.source, source)]:
             await others[0].ended.wait()
         self.check_name_free(name)
-        self.check_alone(source)
         coming = self._coming[name] = _Coming(source)
         try:
+            for reader in self.all_attached():
+                if reader.record.gives_way and _exclude(reader.source, source):
+                    await give_way(reader)
+            self.check_alone(source)
             yield
         finally:
             del self._coming[name]

@@ -5,6 +5,7 @@
 
 import logging
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,20 @@ class Gateway:
         self._disks = Disks()
         self._records = DiskRecords(cache, index_path(config))
         self._memory = memory.budgets()
-        self._arrivals = Arrivals(
-            config, cache, nursery, images, self._disks, self._records, self._memory
-        )
         self._gone = GoneImages(config, cache, partial(self._is_in_use, images))
         images.on_unused = self._gone.note_unused
         self._nursery = nursery
         self._departures = Departures(images, self._disks, self._records)
+        self._arrivals = Arrivals(
+            config,
+            cache,
+            nursery,
+            images,
+            self._disks,
+            self._records,
+            self._memory,
+            self._departures.give_way,
+        )
         self._extending = trio.Lock()
         self._upkeep = Upkeep(cache, lambda: [one.disk.image for one in self.attached()])
 
@@ -78,10 +86,14 @@ class Gateway:
         read_only: bool = False,
         overlay: bool = False,
         rule: Rule = BY_SETTINGS,
+        gives_way: bool = False,
     ) -> Status:
         """Serve an image as a disk; None stands for what the store says. The disk's status."""
         chosen = mode.value if mode else None
+        if gives_way and not read_only:
+            raise ForebayError("a disk that gives way is read-only: leave one of the two out")
         wanted = DiskRecord(image, "", 0, read_only, overlay, chosen, cache_size, preload)
+        wanted = replace(wanted, gives_way=gives_way)
         attached = await self._arrivals.attach(name, wanted.with_rule(rule))
         return attached.status()
 

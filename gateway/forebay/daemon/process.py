@@ -23,6 +23,7 @@ from forebay.daemon.loop_meter import METER
 from forebay.daemon.watchdog import feed
 from forebay.doors.restart import EarlierSockets
 from forebay.errors import ForebayError
+from forebay.storage.owner import check_not_roots
 from forebay.storage.state import FAULTS, STATE_MODE, held, one_line, open_cache
 from forebay.systemd import notify
 from forebay_cache import Cache
@@ -69,6 +70,7 @@ def run_process(config: Config, state: Path | None, run: Path | None, make: Make
     _raise_limits()
     earlier = EarlierSockets.find()
     try:
+        check_not_roots(config.gateway.state)
         with (
             held(config.gateway.state, "--state", STATE_MODE),
             held(config.gateway.run, "--run", RUN_MODE),

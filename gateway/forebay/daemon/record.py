@@ -39,6 +39,7 @@ class DiskRecord:
     peer: PeerRule | None = None
     peer_label: str | None = None
     peer_user: int | None = None
+    gives_way: bool = False
 
     @classmethod
     def read(cls, found: dict[str, Any]) -> Self:

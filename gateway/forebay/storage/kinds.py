@@ -9,6 +9,7 @@ it larger as far as that is not the cache's own work; `drop` gives it back, is c
 leaves alone what is not this cache's any more.
 """
 
+import contextlib
 import os
 import stat
 from dataclasses import dataclass, replace
@@ -17,11 +18,11 @@ from typing import Protocol
 
 from forebay.errors import ForebayError
 from forebay.storage import lvm
+from forebay.storage.owner import as_root, is_roots
 from forebay.storage.record import (
     Kind,
     VolumeRecord,
     find_volume,
-    give_to_owner,
     sync_directory,
 )
 from forebay.units import format_size
@@ -101,7 +102,8 @@ class OnVolume:
         for volume in lvm.caches():
             if volume.cache == self.record.uuid or volume.uuid == self.record.volume:
                 if volume.active:
-                    _erase(Path(volume.path), self.record.uuid)
+                    with as_root():  # LVM says that this is a cache
+                        _erase(Path(volume.path), self.record.uuid)
                 lvm.remove(volume)
 
 
@@ -115,14 +117,15 @@ class InFile:
         """Raises ForebayError unless the path is free, and the file system has room."""
         del force
         path = Path(self.record.path)
-        if os.path.lexists(path):
-            raise ForebayError(f"{path}: is there already: remove it, or choose another path")
         try:
-            room = os.statvfs(path.parent)
+            with _in_roots_place(path):
+                taken, room = os.path.lexists(path), os.statvfs(path.parent)
         except OSError as fault:
             raise ForebayError(
                 f"{path.parent}: {fault.strerror}: make the directory first"
             ) from None
+        if taken:
+            raise ForebayError(f"{path}: is there already: remove it, or choose another path")
         free = room.f_bavail * room.f_frsize
         if (size or 0) > free:
             raise ForebayError(
@@ -131,15 +134,18 @@ class InFile:
             )
 
     def make(self, size: int | None, state: Path, progress: Progress) -> VolumeRecord:
-        """Make it under its own name: the record says that it is not ready."""
+        """Make it under its own name, for the owner of STATE: the record says that it is not ready."""
+        del state
         path = Path(self.record.path)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        uid, gid = os.geteuid(), os.getegid()
+        with _in_roots_place(path):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            os.fchown(fd, uid, gid)
+            sync_directory(path.parent)
         try:
             reserve(fd, path, size or 0, progress)
         finally:
             os.close(fd)
-        give_to_owner(state, path)
-        sync_directory(path.parent)
         return self.record
 
     def enlarge(self, size: int | None) -> int | None:
@@ -150,8 +156,11 @@ class InFile:
         """Remove it, unless somebody put another file there."""
         path = Path(self.record.path)
         if path.exists() and _erase(path, self.record.uuid):
-            path.unlink()
-            sync_directory(path.parent)
+            uid = os.geteuid()
+            with _in_roots_place(path):
+                if path.lstat().st_uid == uid or os.geteuid() == uid:
+                    path.unlink()
+                    sync_directory(path.parent)
 
 
 @dataclass
@@ -188,6 +197,13 @@ class OnDevice:
     def drop(self) -> None:
         """Erase the superblock."""
         _erase(Path(self.record.path), self.record.uuid)
+
+
+def _in_roots_place(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Root, where none but root can change what the path stands for: what is made or removed is what was named."""
+    with as_root():
+        found = is_roots(path.parent)
+    return as_root() if found else contextlib.nullcontext()
 
 
 def _shrinks(what: str, size: int) -> ForebayError:

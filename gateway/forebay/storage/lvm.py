@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forebay.errors import ForebayError
+from forebay.storage.owner import as_root
 from forebay.units import format_size
 
 CACHE_TAG = "forebay.cache"
@@ -220,15 +221,16 @@ def _run(command: str, *words: str, timeout: float | None = None) -> str:
     """What the command prints. Raises ForebayError with its first complaint."""
     environment = {**os.environ, "LC_ALL": "C", "LVM_SUPPRESS_FD_WARNINGS": "1"}
     try:
-        done = subprocess.run(
-            ["lvm", command, *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            timeout=timeout,
-        )
+        with as_root():
+            done = subprocess.run(
+                ["lvm", command, *words],
+                capture_output=True,
+                text=True,
+                check=False,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                timeout=timeout,
+            )
     except FileNotFoundError:
         raise ForebayError(
             "lvm is not installed: install lvm2, or use a block device (--device) or a file (--file)"

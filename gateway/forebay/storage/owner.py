@@ -113,8 +113,9 @@ def _made(state: Path) -> Path:
 def _owner(path: Path) -> tuple[int, int]:
     """User and group of a directory. Raises ForebayError where others could put another into its place."""
     found = path.stat()
-    above = {one.stat().st_uid for one in path.resolve().parents} - {0}
-    if above - {found.st_uid} or any(_is_writable_by_all(one) for one in path.resolve().parents):
+    above = _on_the_way(path)
+    others = {one.stat().st_uid for one in above} - {0, found.st_uid}
+    if others or any(_is_writable(one, 0o002) for one in above):
         raise ForebayError(
             f"{path} lies below a directory of another user, who could put another there: run this as "
             f"user {user_name(found.st_uid)}"
@@ -122,17 +123,24 @@ def _owner(path: Path) -> tuple[int, int]:
     return found.st_uid, found.st_gid
 
 
-def _is_writable_by_all(directory: Path) -> bool:
+def _on_the_way(path: Path) -> set[Path]:
+    """The directories above, both of the path as it is written and of where its links lead."""
+    return {*Path(os.path.abspath(path)).parents, *path.resolve().parents}
+
+
+def _is_writable(directory: Path, whose: int) -> bool:
+    """True if the mode lets these change names in the directory that are not theirs."""
     mode = directory.stat().st_mode
-    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
+    return bool(mode & whose) and not mode & stat.S_ISVTX
 
 
 def is_roots(directory: Path) -> bool:
     """True if nobody but root can change what the names on the way to a directory, and in it, stand for."""
-    place = directory.resolve()
-    return all(
-        one.stat().st_uid == 0 and not one.stat().st_mode & 0o022 for one in (place, *place.parents)
-    )
+    found = directory.stat()
+    if found.st_uid or found.st_mode & 0o022:
+        return False
+    above = _on_the_way(directory)
+    return not any(one.stat().st_uid or _is_writable(one, 0o022) for one in above)
 
 
 # ------------------------------------------------------------------------------------------- what may be planted

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 from forebay.config.model import Config
 from forebay.storage import lvm
+from forebay.storage.owner import read_small
 from forebay_cache import CacheError
 from forebay_cache.states import Machine, Table
 
@@ -98,10 +99,10 @@ def read_record(state: Path) -> VolumeRecord | None:
     """The record in STATE; None where there is none. Raises CacheError for one that cannot be understood."""
     path = record_path(state)
     try:
-        return VolumeRecord.read(json.loads(path.read_text()))
+        return VolumeRecord.read(json.loads(read_small(path)))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise CacheError(
             f"{path}: cannot be understood: remove it, and let [cache] device name the device"
         ) from None
@@ -119,12 +120,12 @@ def write_record(state: Path, record: VolumeRecord | None) -> None:
         path.unlink(missing_ok=True)
     else:
         partial = path.with_name(path.name + ".new")
-        with partial.open("w") as file:
+        partial.unlink(missing_ok=True)
+        with partial.open("x") as file:
             json.dump(asdict(record), file, indent=2)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
-        give_to_owner(state, partial)
         partial.rename(path)
     sync_directory(state)
 
@@ -143,14 +144,6 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def give_to_owner(state: Path, *paths: Path) -> None:
-    """What root has made for the daemon's user is given to whoever owns STATE, who has to open it."""
-    if os.geteuid() == 0:
-        owner = state.stat()
-        for path in paths:
-            os.chown(path, owner.st_uid, owner.st_gid)
 
 
 # ------------------------------------------------------------------------------------------ finding

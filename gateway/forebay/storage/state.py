@@ -20,7 +20,8 @@ import lmdb
 import forebay_cache
 from forebay.config.model import Config
 from forebay.errors import ForebayError
-from forebay.storage.record import locate
+from forebay.storage.owner import as_owner, check_access, check_is_file
+from forebay.storage.record import locate, record_path
 from forebay_cache import Cache, CacheError
 
 FAULTS = (CacheError, OSError, lmdb.Error)
@@ -37,15 +38,25 @@ def index_path(config: Config) -> Path:
 
 def open_cache(config: Config) -> Cache:
     """The cache on its device, opened for use; whoever calls this holds STATE. Raises CacheError and OSError."""
-    section = config.cache
+    section, index = config.cache, index_path(config)
+    check_access(config.gateway.state, _needed(config))
     cache = forebay_cache.open_cache(
         locate(config),
-        index_path(config),
+        index,
         size=section.size,
         block_size=section.block_size,
     )
     cache.index.reserve.keep()
     return cache
+
+
+def _needed(config: Config) -> Iterator[Path]:
+    """What the daemon has to be able to read and write."""
+    state, index = config.gateway.state, index_path(config)
+    yield from (state, record_path(state), index)
+    if os.access(index, os.R_OK | os.X_OK, effective_ids=True):
+        yield from sorted(index.iterdir())
+    yield locate(config)
 
 
 def format_cache(config: Config, force: bool) -> None:
@@ -61,8 +72,12 @@ def format_cache(config: Config, force: bool) -> None:
 
 @contextlib.contextmanager
 def offline(config: Config) -> Iterator[None]:
-    """Hold STATE, so that no daemon runs on it meanwhile. Raises ForebayError, also for faults of the cache."""
-    with held(config.gateway.state, None, STATE_MODE), in_one_line():
+    """Hold STATE, as its owner, so that no daemon runs on it meanwhile.
+
+    Raises ForebayError, also for faults of the cache.
+    """
+    state = config.gateway.state
+    with as_owner(state), held(state, None, STATE_MODE), in_one_line():
         yield
 
 
@@ -72,21 +87,23 @@ def untouched(config: Config) -> Iterator[None]:
 
     Several processes may do so at once. Raises ForebayError where a daemon runs, or STATE cannot be read.
     """
-    path = config.gateway.state / "lock"
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield  # no daemon has run here yet
-        return
-    except OSError as fault:
-        raise ForebayError(
-            f"{path}: {fault.strerror}: run this as root, or as the daemon's user"
-        ) from None
-    try:
-        _lock_shared(fd, config.gateway.state)
-        yield
-    finally:
-        os.close(fd)
+    state = config.gateway.state
+    path = state / "lock"
+    with as_owner(state) if state.exists() else contextlib.nullcontext():
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            yield  # no daemon has run here yet
+            return
+        except OSError as fault:
+            raise ForebayError(
+                f"{path}: {fault.strerror}: run this as root, or as the daemon's user"
+            ) from None
+        try:
+            _lock_shared(fd, state)
+            yield
+        finally:
+            os.close(fd)
 
 
 def _lock_shared(fd: int, state: Path) -> None:
@@ -123,14 +140,22 @@ def held(directory: Path, option: str | None, mode: int) -> Iterator[None]:
 def _open_lock(directory: Path, option: str | None, mode: int) -> int:
     try:
         directory.mkdir(mode=mode, parents=True, exist_ok=True)
-        return os.open(
-            directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        path = directory / "lock"
+        fd = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
         )
     except OSError as fault:
+        check_access(directory, [directory, directory / "lock"])
         other = f", or choose another {option}" if option else ""
         raise ForebayError(
             f"{directory}: {fault.strerror}: let the daemon's user write there{other}"
         ) from fault
+    try:
+        check_is_file(fd, path)
+    except OSError as fault:
+        os.close(fd)
+        raise ForebayError(f"{path}: {fault.strerror}") from None
+    return fd
 
 
 def _lock(fd: int, directory: Path, option: str | None) -> None:

@@ -24,11 +24,11 @@ from forebay.config.model import Config
 from forebay.errors import ForebayError
 from forebay.storage import lvm
 from forebay.storage.kinds import storage_of
+from forebay.storage.owner import as_owner, as_root
 from forebay.storage.record import (
     Kind,
     VolumeRecord,
     VolumeState,
-    give_to_owner,
     locate,
     read_record,
     sync_directory,
@@ -37,6 +37,7 @@ from forebay.storage.record import (
 from forebay.storage.state import format_cache, in_one_line, offline
 from forebay.units import format_size
 from forebay_cache import CacheError, extend_device, format_device, open_cache
+from forebay_cache.device.files import open_device
 from forebay_cache.format.geometry import SECTOR
 from forebay_cache.format.superblock import SMALLEST
 from forebay_cache.index.index import Index
@@ -86,17 +87,24 @@ def create(config: Config, wanted: Wanted, progress: Progress) -> VolumeRecord:
         write_record(state, record)
         try:
             record = storage.make(wanted.size, state, progress)
-            index = state / "index"
-            format_device(
-                Path(record.path), index, force=wanted.force, ident=uuid.UUID(record.uuid)
-            )
-            give_to_owner(state, index, *index.iterdir(), state / "lock")
+            _format(record, state / "index", force=wanted.force)
             record = replace(record, state=VolumeState.READY)
             write_record(state, record)
         except BaseException:
             _undo(state, record)
             raise
     return record
+
+
+def _format(record: VolumeRecord, index: Path, *, force: bool) -> None:
+    """Make the cache on storage that was named by who runs this, or was just made. Raises CacheError and OSError."""
+    path, opened = Path(record.path), None
+    if (
+        record.kind is not Kind.FILE
+    ):  # a device is the daemon's user's only after udev has seen what is on it
+        with as_root():
+            opened = open_device(path)
+    format_device(path, index, force=force, ident=uuid.UUID(record.uuid), opened=opened)
 
 
 def _planned(config: Config, wanted: Wanted) -> VolumeRecord:
@@ -180,14 +188,15 @@ def extend(config: Config, daemon: Daemon, size: int | None, progress: Progress)
 
     Raises ForebayError.
     """
-    with in_one_line(), _daemon_or_lock(config, daemon) as running:
+    with in_one_line(), as_owner(config.gateway.state), _daemon_or_lock(config, daemon) as running:
         record = _record(config)
         if record.state is not VolumeState.READY:
             locate(config)  # says what to do
         rest = storage_of(record).enlarge(size)
         if running:
             content = {"size": rest}
-            found: dict[str, Any] = daemon.follow("POST", "/cache/extend", content, progress)
+            with as_root():
+                found: dict[str, Any] = daemon.follow("POST", "/cache/extend", content, progress)
             return found
         path = locate(config)
         layout = extend_device(path, config.gateway.state / "index", rest, progress)
@@ -198,7 +207,8 @@ def extend(config: Config, daemon: Daemon, size: int | None, progress: Progress)
 def _daemon_or_lock(config: Config, daemon: Daemon) -> Iterator[bool]:
     """The body is given True if a daemon runs; else its STATE is held while the body runs."""
     try:
-        daemon.get("/cache")
+        with as_root():
+            daemon.get("/cache")
     except NoDaemonError:
         with offline(config):
             yield False
@@ -232,7 +242,7 @@ def remove(config: Config, daemon: Daemon, progress: Progress) -> VolumeRecord:
     Raises ForebayError while a disk is attached, or when anything is dirty still.
     """
     state = config.gateway.state
-    _end_daemon(daemon, progress)
+    _end_daemon(daemon, state, progress)
     with offline(config):
         record = _record(config)
         if record.state is VolumeState.READY:
@@ -245,8 +255,10 @@ def remove(config: Config, daemon: Daemon, progress: Progress) -> VolumeRecord:
     return record
 
 
-def _end_daemon(daemon: Daemon, progress: Progress) -> None:
+def _end_daemon(daemon: Daemon, state: Path, progress: Progress) -> None:
     """Have the daemon write back what is dirty, then end it. Nothing happens where none runs.
+
+    It says itself which process it is: that is ended with the rights of its user, who owns STATE, and not with root's.
 
     Raises ForebayError, also while there are disks, which it refuses.
     """
@@ -259,7 +271,8 @@ def _end_daemon(daemon: Daemon, progress: Progress) -> None:
     except ProcessLookupError:
         return
     try:
-        _terminate(process, pid)
+        with as_owner(state):
+            _terminate(process, pid)
     finally:
         os.close(process)
 
@@ -269,9 +282,7 @@ def _terminate(process: int, pid: int) -> None:
     try:
         signal.pidfd_send_signal(process, signal.SIGTERM)
     except PermissionError:
-        raise ForebayError(
-            f"the daemon (pid {pid}) is another user's: run this as root, or stop it first"
-        ) from None
+        raise ForebayError(f"the daemon (pid {pid}) is another user's: stop it first") from None
     except ProcessLookupError:
         return
     if not select.select([process], [], [], STOP_SECONDS)[0]:
@@ -307,10 +318,16 @@ def _checked_empty(config: Config) -> str:
 # --------------------------------------------------------------------------------------- formatting
 
 
-def format_again(config: Config, *, force: bool) -> None:
-    """`forebay cache format`: an empty cache on the same device. Raises ForebayError."""
-    state = config.gateway.state
-    format_cache(config, force)
+def format_again(config: Config, *, force: bool) -> Path:
+    """`forebay cache format`: an empty cache on the same device, whose path is returned. Raises ForebayError."""
+    with as_owner(config.gateway.state), in_one_line():
+        format_cache(config, force)
+        _record_format(config.gateway.state)
+        return locate(config)
+
+
+def _record_format(state: Path) -> None:
+    """Note in STATE, and on a logical volume, which cache is on the device now."""
     record = read_record(state)
     if record is None:
         return

@@ -6,6 +6,7 @@
 import errno
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,17 @@ class Served:
     image: str
     socket: str
     clients: int
+    peer: str = "any"
+    peer_user: int | None = None
+    peer_process: int | None = None
+
+    def is_for(self, uid: int, pid: int) -> bool:
+        """True if the daemon would let a process of that user, which has that thread or is it, use the disk."""
+        if self.peer == "any" or uid in (0, os.geteuid()):
+            return True
+        if self.peer == "label" or self.peer_user not in (None, uid):
+            return False  # no label is known of who opens a file
+        return self.peer_process in (None, pid, _process_of(pid))
 
 
 class Daemon:
@@ -87,6 +99,7 @@ class Daemon:
             "mode": "write-through",  # for one who only reads: cached, and nothing is brought in unasked
             "preload": 0,
             "read_only": True,
+            "gives_way": True,
         }
         try:
             await self._ask(ATTACH_SECONDS, lambda: self._client.post("/disks", content))
@@ -130,6 +143,15 @@ def disk_for(image: str) -> str:
     return f"{PREFIX}{name}-{hashlib.sha256(image.encode()).hexdigest()[:10]}"
 
 
+def _process_of(thread: int) -> int | None:
+    """The process that a thread is of; None if it is gone, or /proc does not tell."""
+    try:
+        with open(f"/proc/{thread}/status", encoding="ascii", errors="replace") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("Tgid:"))
+    except (OSError, StopIteration):
+        return None
+
+
 def _served(found: dict[str, Any]) -> Served:
     """A disk, from its object in the daemon's answer."""
     return Served(
@@ -140,4 +162,7 @@ def _served(found: dict[str, Any]) -> Served:
         image=found["image"],
         socket=found["socket"],
         clients=found["clients"],
+        peer=found.get("peer", "any"),
+        peer_user=found.get("peer_user"),
+        peer_process=found.get("peer_process"),
     )

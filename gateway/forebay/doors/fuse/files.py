@@ -17,7 +17,7 @@ import pyfuse3
 
 from forebay.doors.fuse.daemon import Daemon
 from forebay.doors.fuse.open_files import OpenFile, OpenFiles
-from forebay.doors.fuse.places import Found, Path, Place
+from forebay.doors.fuse.places import DISKS, Found, Path, Place
 
 log = logging.getLogger("forebay.fuse")
 
@@ -244,8 +244,8 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
 
     # ------------------------------------------------------------------------------------------------------- files
 
-    async def open(self, inode: int, flags: int, _ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        """Open a file. EROFS for writing to what is read-only, EPERM for cutting it off.
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        """Open a file. EROFS for writing to what is read-only, EPERM for cutting it off, EACCES for another's disk.
 
         The kernel's copies of a disk's pages are dropped, those of an image, which does not change, are kept: it drops
         them itself when the image's time or size changes.
@@ -255,6 +255,10 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
             if flags & os.O_TRUNC:
                 raise OSError(errno.EPERM, os.strerror(errno.EPERM))
             writable = flags & os.O_ACCMODE != os.O_RDONLY
+            if path[0] == DISKS:
+                disk = (await self._daemon.disks(fresh=True)).get(path[1])
+                if disk is not None and not disk.is_for(ctx.uid, ctx.pid):
+                    raise OSError(errno.EACCES, os.strerror(errno.EACCES))
             file = await self._files.open(path)
             if writable and not file.found.mode & 0o222:
                 await self._files.close(file)

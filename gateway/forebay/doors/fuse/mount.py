@@ -7,22 +7,26 @@ import contextlib
 import ctypes
 import errno
 import gc
+import grp
 import logging
 import os
+import pwd
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import trio
 
-from forebay.config.model import Config
+from forebay.config.model import Config, FuseSection
 from forebay.doors.fuse.awake import kept_awake
 from forebay.doors.fuse.daemon import Daemon
 from forebay.doors.fuse.open_files import OpenFiles
-from forebay.doors.fuse.places import DISKS, IMAGES, DisksPlace, ImagesPlace, Place
+from forebay.doors.fuse.places import DISKS, IMAGES, DisksPlace, ImagesPlace, Place, Shown
+from forebay.doors.fuse.rights import Keeper, drop, may_mount
 from forebay.errors import ForebayError
 from forebay.origin.addresses import resolve
 from forebay.systemd import keep_alive, notify
@@ -78,11 +82,12 @@ def mount(config: Config, where: Path, settings: Settings) -> int:
     _log_to_stderr()
     _keep_memory()
     where = _mount_point(where)
+    keeper = Keeper(where, partial(_tune, where)) if may_mount() else None
     options = set(pyfuse3.default_options) | {"fsname=forebay", "subtype=forebay"}
     if settings.allow_other:
         options.add("allow_other")
     try:
-        trio.run(_main, config, where, options, settings)
+        trio.run(_main, config, where, options, settings, keeper)
     except BaseExceptionGroup as group:
         fault: BaseException = group
         while isinstance(fault, BaseExceptionGroup) and len(fault.exceptions) == 1:
@@ -93,11 +98,17 @@ def mount(config: Config, where: Path, settings: Settings) -> int:
     return 0
 
 
-async def _main(config: Config, where: Path, options: set[str], settings: Settings) -> None:
-    """Mount, serve until it is unmounted, and give back what the mount had attached."""
+async def _main(
+    config: Config, where: Path, options: set[str], settings: Settings, keeper: Keeper | None
+) -> None:
+    """Mount, serve until it is unmounted, and give back what the mount had attached.
+
+    `keeper` keeps the right to mount, which this process gives up; None for an ordinary user, who has fusermount3.
+    """
     started = time.time_ns()
     daemon = Daemon(str(config.gateway.run / "control.sock"))
-    images = ImagesPlace({name: store.path for name, store in config.stores.items()}, started)
+    stores = {name: store.path for name, store in config.stores.items()}
+    images = ImagesPlace(stores, started, _shown(config.fuse))
     places: dict[str, Place] = {DISKS: DisksPlace(daemon, started), IMAGES: images}
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
@@ -111,9 +122,11 @@ async def _main(config: Config, where: Path, options: set[str], settings: Settin
             )
             Turns.install()
             _mount(Files(places, files, daemon), where, options)
+            if keeper is not None:
+                drop(config.gateway.run)
             nursery.start_soon(files.tidy)
-            nursery.start_soon(_ready, where)
-            nursery.start_soon(_unmount_on, signals, where)
+            nursery.start_soon(_ready, where, keeper)
+            nursery.start_soon(_unmount_on, signals, where, keeper)
             nursery.start_soon(keep_alive)
             try:
                 async with kept_awake():
@@ -125,6 +138,15 @@ async def _main(config: Config, where: Path, options: set[str], settings: Settin
                     await files.shut()
                 nursery.cancel_scope.cancel()
     log.info("%s: unmounted", where)
+
+
+def _shown(section: FuseSection) -> Shown:
+    """Who may read images. The configuration has found user and group to exist."""
+    return Shown(
+        section.mode,
+        pwd.getpwnam(section.owner).pw_uid if section.owner else None,
+        grp.getgrnam(section.group).gr_gid if section.group else None,
+    )
 
 
 def _keys(config: Config) -> Callable[[str], str | None]:
@@ -178,17 +200,20 @@ def _mount(files: "Files", where: Path, options: set[str]) -> None:
         raise ForebayError(f"{where} cannot be mounted: {hint}") from None
 
 
-async def _ready(where: Path) -> None:
+async def _ready(where: Path, keeper: Keeper | None) -> None:
     """Tell the service manager once the mount answers; then let the kernel ask for more at once."""
-    found = await trio.to_thread.run_sync(os.stat, where, abandon_on_cancel=True)
-    _tune(os.minor(found.st_dev))
+    if keeper is not None:
+        await trio.to_thread.run_sync(keeper.wait_mounted, abandon_on_cancel=True)
+    else:
+        await trio.to_thread.run_sync(os.stat, where, abandon_on_cancel=True)
     log.info("%s: mounted", where)
     notify("READY=1")
     gc.freeze()  # what is there now stays: requests do not wait for a look through it
 
 
-def _tune(minor: int) -> None:
+def _tune(where: Path) -> None:
     """Let the kernel ask for more at once. Root may; without it the mount is as right and somewhat slower."""
+    minor = os.minor(os.stat(where).st_dev)
     for path, value in (
         (f"/sys/class/bdi/0:{minor}/read_ahead_kb", READ_AHEAD_KB),
         (f"/sys/fs/fuse/connections/{minor}/max_background", IN_FLIGHT),
@@ -198,17 +223,19 @@ def _tune(minor: int) -> None:
             Path(path).write_text(str(value))
 
 
-async def _unmount_on(signals: AsyncIterator[int], where: Path) -> None:
+async def _unmount_on(signals: AsyncIterator[int], where: Path, keeper: Keeper | None) -> None:
     """At a signal, unmount while requests are still answered, so that what is mapped and dirty arrives.
 
     If files are open, the mount is cut off after UNMOUNT_SECONDS.
     """
     await anext(signals)
     with trio.move_on_after(UNMOUNT_SECONDS):
-        done = await trio.to_thread.run_sync(_fusermount, "-u", str(where), abandon_on_cancel=True)
-        if done:
+        unmount = keeper.unmount if keeper is not None else partial(_fusermount, "-u", str(where))
+        if await trio.to_thread.run_sync(unmount, abandon_on_cancel=True):
             return
     log.warning("%s: in use: those who have files open there get errors from now on", where)
+    if keeper is not None:
+        await trio.to_thread.run_sync(keeper.cut_off, abandon_on_cancel=True)
     pyfuse3.terminate()
 
 

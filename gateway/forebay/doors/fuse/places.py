@@ -5,9 +5,10 @@
 
 import errno
 import os
+import pwd
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Protocol, TypeVar
 
@@ -79,10 +80,31 @@ class DisksPlace:
         return [disk.name for disk in disks.values() if not _ours(disk)]
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Who may read images: at most `mode`. Where `uid` or `gid` is not None, those have `mode`, whatever stores say."""
+
+    mode: int = 0o440
+    uid: int | None = None
+    gid: int | None = None
+
+    def of(self, found: Found) -> Found:
+        """What lies in a store, as the mount shows it."""
+        mode = self.mode & 0o444
+        if found.folder:
+            mode |= mode >> 2
+        if self.uid is None and self.gid is None:
+            return replace(found, mode=found.mode & mode)
+        return replace(found, mode=mode, uid=self.uid or 0, gid=self.gid or 0)
+
+
 class ImagesPlace:
     """`images/`: the stores, and in them what is a regular file or a directory. Nobody writes here."""
 
-    def __init__(self, stores: Mapping[str, FilePath], started_ns: int) -> None:
+    def __init__(
+        self, stores: Mapping[str, FilePath], started_ns: int, shown: Shown | None = None
+    ) -> None:
+        self._shown = shown or Shown()
         self._stores = stores
         self._started_ns = started_ns
         self._limits = {name: trio.CapacityLimiter(STORE_THREADS) for name in stores}
@@ -91,7 +113,7 @@ class ImagesPlace:
         """The directory of stores, a directory in a store, or an image."""
         if not path:
             return Found(folder=True, mode=0o555, mtime_ns=self._started_ns)
-        return await self._in_store(path, _look)
+        return self._shown.of(await self._in_store(path, _look))
 
     async def names(self, path: Path) -> list[str]:
         """Stores, or the directories and images there."""
@@ -113,12 +135,54 @@ class ImagesPlace:
 
 
 def found_disk(disk: Served) -> Found:
-    """A disk as a file. Raises OSError when its socket is gone."""
-    socket = os.stat(disk.socket)  # in memory: it lies below /run
+    """A disk as a file, for those who could reach its socket. Raises OSError when its socket is gone."""
+    path = FilePath(disk.socket)
+    socket = os.lstat(path)  # in memory: it lies below /run
     mode = stat.S_IMODE(socket.st_mode) & (0o444 if disk.read_only else 0o666)
-    return Found(
-        False, mode, socket.st_uid, socket.st_gid, size=disk.size, mtime_ns=socket.st_mtime_ns
-    )
+    uid, gid = socket.st_uid, socket.st_gid
+    mode &= passable(path, uid, gid, mode)
+    return Found(False, mode, uid, gid, size=disk.size, mtime_ns=socket.st_mtime_ns)
+
+
+def passable(path: FilePath, uid: int, gid: int, mode: int) -> int:
+    """What is left of `mode`, of a file or directory of these, if all directories above have to be passed as well.
+
+    In the mount they are missing, so what they keep out has to be kept out here: as far as one owner, one group and all
+    others can say it, and no more than is allowed in the place itself. Blocks.
+    """
+    for above in {*path.parents, *path.resolve().parents}:
+        try:
+            found, listed = above.stat(), has_access_list(above)
+        except OSError:
+            return mode & 0o700
+        through = found.st_mode & (0o101 if listed else 0o111)
+        if through == 0o111:
+            continue
+        mode &= 0o770  # who is kept out may be among the others
+        mine = found.st_uid == uid
+        group = through & 0o010 and (found.st_gid == gid or through & 0o001)
+        if not (group and (mine or through & 0o100)):
+            mode &= 0o707
+        bit = 0o100 if mine else 0o010 if _is_member(uid, found.st_gid) else 0o001
+        if not through & bit:
+            mode &= 0o077
+    return mode
+
+
+def _is_member(uid: int, gid: int) -> bool:
+    try:
+        user = pwd.getpwuid(uid)
+        return gid in os.getgrouplist(user.pw_name, user.pw_gid)
+    except KeyError:
+        return False
+
+
+def has_access_list(path: FilePath | int) -> bool:
+    """True if there is an access list: then the mode says what its group may at most, and not what it may."""
+    try:
+        return bool(os.getxattr(path, "system.posix_acl_access"))
+    except OSError:
+        return False
 
 
 def _ours(disk: Served) -> bool:
@@ -131,12 +195,17 @@ def _look(root: FilePath, inside: str) -> Found:
     descriptor = _open(root, inside, os.O_PATH | os.O_NOFOLLOW)
     try:
         seen = os.fstat(descriptor)
+        listed = has_access_list(FilePath(f"/proc/self/fd/{descriptor}"))
     finally:
         os.close(descriptor)
     folder = stat.S_ISDIR(seen.st_mode)
     if not folder and not stat.S_ISREG(seen.st_mode):
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     allowed = stat.S_IMODE(seen.st_mode) & (0o555 if folder else 0o444)
+    if listed:
+        allowed &= 0o505  # nobody knows what the group may
+    if inside == ".":
+        allowed = passable(root, seen.st_uid, seen.st_gid, allowed)
     return Found(
         folder, allowed, seen.st_uid, seen.st_gid, 0 if folder else seen.st_size, seen.st_mtime_ns
     )

@@ -1,0 +1,108 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""Who may read what through the mount: no more than who could reach it without."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from forebay.doors.fuse.daemon import Served
+from forebay.doors.fuse.places import Found, Shown, passable
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give directories away")
+
+DAEMON, MAIL, OTHER = 1, 8, 4242
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "left"),
+    [
+        (0, 0, 0o755, 0o555),
+        (0, 0, 0o711, 0o555),
+        (0, 0, 0o700, 0o000),
+        (OTHER, 0, 0o700, 0o500),  # of the store's owner alone
+        (0, MAIL, 0o750, 0o050),  # of the store's group
+        (0, DAEMON, 0o750, 0o000),
+        (OTHER, MAIL, 0o750, 0o550),
+        (OTHER, MAIL, 0o705, 0o500),  # the group is kept out, and others may be of it
+        (0, MAIL, 0o701, 0o500),
+        (OTHER, MAIL, 0o071, 0o050),  # the owner is kept out
+        (0, MAIL, 0o755, 0o555),
+    ],
+)
+def test_directories_above_keep_out_whom_they_did(
+    tmp_path: Path, owner: int, group: int, mode: int, left: int
+) -> None:
+    above = tmp_path / "above"
+    store = above / "store"
+    store.mkdir(parents=True)
+    for one in (tmp_path, *tmp_path.parents):
+        if not one.stat().st_mode & stat.S_IXOTH:
+            one.chmod(0o755)
+    os.chown(above, owner, group)
+    above.chmod(mode)
+    assert passable(store, OTHER, MAIL, 0o555) == left
+
+
+@needs_root
+def test_a_link_on_the_way_counts_where_it_lies_and_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "real" / "store").mkdir(parents=True)
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "store"
+    link.symlink_to(tmp_path / "real" / "store")
+    for one in (tmp_path, *tmp_path.parents):
+        if not one.stat().st_mode & stat.S_IXOTH:
+            one.chmod(0o755)
+    assert passable(link, OTHER, MAIL, 0o555) == 0o555
+    for closed in ("real", "links"):
+        (tmp_path / closed).chmod(0o700)
+        assert passable(link, OTHER, MAIL, 0o555) == 0
+        (tmp_path / closed).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("shown", "folder", "found", "mode"),
+    [
+        (Shown(), False, 0o444, 0o440),
+        (Shown(), True, 0o555, 0o550),
+        (Shown(0o444), False, 0o444, 0o444),
+        (Shown(0o444), True, 0o555, 0o555),
+        (Shown(0o444), False, 0o400, 0o400),
+        (Shown(0o777), False, 0o644, 0o444),
+        (Shown(0o440, gid=7), False, 0o400, 0o440),
+        (Shown(0o440, uid=7), True, 0o000, 0o550),
+    ],
+)
+def test_what_the_configuration_shows(shown: Shown, folder: bool, found: int, mode: int) -> None:
+    told = shown.of(Found(folder, found, 1, 2))
+    assert told.mode == mode
+    if shown.uid is None and shown.gid is None:
+        assert (told.uid, told.gid) == (1, 2)
+    else:
+        assert (told.uid, told.gid) == (shown.uid or 0, shown.gid or 0)
+
+
+@pytest.mark.parametrize(
+    ("peer", "user", "process", "uid", "pid", "may"),
+    [
+        ("any", None, 99999999, OTHER, 5, True),
+        ("first", None, None, OTHER, 5, True),
+        ("first", None, 5, OTHER, 5, True),
+        ("first", None, 6, OTHER, 99999999, False),
+        ("first", None, os.getpid(), OTHER, os.getpid(), True),
+        ("first", 7, None, OTHER, 5, False),
+        ("first", OTHER, None, OTHER, 5, True),
+        ("label", None, None, OTHER, 5, False),
+        ("label", None, 6, 0, 5, True),
+        ("first", 7, 6, 0, 5, True),
+    ],
+)
+def test_a_disk_of_another_is_not_opened(
+    peer: str, user: int | None, process: int | None, uid: int, pid: int, may: bool
+) -> None:
+    disk = Served("d", 1, False, False, "images:a", "/s", 1, peer, user, process)
+    assert disk.is_for(uid, pid) is may
