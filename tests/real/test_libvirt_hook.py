@@ -244,7 +244,7 @@ def test_a_domain_does_not_start_where_its_disk_cannot_be_given_to_it(
     assert said.startswith("no disk 'd'")
 
 
-def test_what_release_could_not_do_the_next_start_finds_as_it_is(
+def test_what_release_could_not_do_is_tried_until_it_is_done(
     gateway: GatewayProcess, hook: Hook, connect: Callable[..., object]
 ) -> None:
     xml = domain("name='a' image='images:a.raw' mode='write-back'")
@@ -252,16 +252,77 @@ def test_what_release_could_not_do_the_next_start_finds_as_it_is(
     gateway.stop()
     hook.release(xml)
     gateway.start()
-    assert names(gateway) == ["a"]
+    until(lambda: names(gateway) == [], 40)
     hook.prepare(xml)
     client = connect(gateway.uri("a"))
     hook.release(xml)  # somebody is still connected
     assert names(gateway) == ["a"]
+    hook.prepare(xml)  # found as it is, and not detached any more
     client.shutdown()  # type: ignore[attr-defined]
     until(lambda: gateway.status("a")["clients"] == 0)
-    hook.prepare(xml)
     hook.release(xml)
-    assert names(gateway) == []
+    until(lambda: names(gateway) == [], 40)
+
+
+@pytest.fixture
+def slow_overlay(
+    make_gateway: Callable[..., GatewayProcess],
+    start_nbdkit: Callable[..., NbdServer],
+) -> tuple[GatewayProcess, str]:
+    """A gateway, and the XML of a domain with an overlay on an image whose reads take 4 s."""
+    gateway = make_gateway()
+    origin = start_nbdkit("memory", "4M", "rdelay=4", filters=["delay"])
+    uri = origin.uri.replace("&", "&amp;")
+    return gateway, domain(f"name='a' image='{uri}' overlay='yes'")
+
+
+KILLED = """
+import nbd, sys, time
+client = nbd.NBD()
+client.connect_uri(sys.argv[1])
+client.zero(4096, 0)
+client.pwrite(b"S" * 4096, 0)
+client.aio_pread(nbd.Buffer(4096), 1 << 20)
+client.poll(1)
+print("reads", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_a_killed_vm_with_a_read_under_way_keeps_no_disk_attached(
+    slow_overlay: tuple[GatewayProcess, str], tmp_path: Path, connect: Callable[..., object]
+) -> None:
+    gateway, xml = slow_overlay
+    hook = Hook(gateway, tmp_path)
+    hook.prepare(xml)
+    with subprocess.Popen(
+        ["/usr/bin/python3", "-c", KILLED, gateway.uri("a")], stdout=subprocess.PIPE
+    ) as vm:
+        assert vm.stdout is not None
+        assert vm.stdout.readline() == b"reads\n"
+        assert gateway.status("a")["clients"] == 1
+        vm.kill()
+    until(lambda: gateway.status("a")["clients"] == 0, 3)
+    hook.release(xml, extra="destroyed")
+    until(lambda: names(gateway) == [], 3)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_overlay_that_a_run_left_behind_is_empty_unless_it_was_saved(
+    gateway: GatewayProcess, hook: Hook, connect: Callable[..., object], kept: bool
+) -> None:
+    xml = domain("name='a' image='images:a.raw' overlay='yes'")
+    hook.prepare(xml)
+    client = connect(gateway.uri("a"))
+    client.pwrite(b"S" * 4096, 0)  # type: ignore[attr-defined]
+    client.shutdown()  # type: ignore[attr-defined]
+    until(lambda: gateway.status("a")["clients"] == 0)
+    if kept:
+        hook.release(xml, extra="saved")
+        assert hook("restore", "begin", xml).returncode == 0
+    hook.prepare(xml)  # without it, as where the host's libvirtd was killed
+    data = connect(gateway.uri("a")).pread(4096, 0)  # type: ignore[attr-defined]
+    assert data == (b"S" if kept else b"\0") * 4096
 
 
 def test_a_store_that_hangs_does_not_hold_up_the_end_nor_the_next_start(

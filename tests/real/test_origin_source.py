@@ -111,7 +111,7 @@ async def test_an_image_of_another_size_is_not_opened_under_a_disk(image: FileAd
     descriptors = len(os.listdir("/proc/self/fd"))
     async with sources(image) as make:
         source = make(size=SIZE // 2, read_only=True)
-        with pytest.raises(OSError, match="1048576 bytes and had 524288: detach the disk"):
+        with pytest.raises(TakenOver, match="1048576 bytes and had 524288"):
             await source.open()
     assert len(os.listdir("/proc/self/fd")) == descriptors
 

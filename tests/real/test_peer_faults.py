@@ -497,7 +497,7 @@ def test_an_origin_that_changes_under_a_disk_is_noticed(
     """Never a mixture: either all of a read is old or all of it is new, and soon it is new, or an error."""
     import nbd
 
-    gateway.allow_log("changed by somebody else|attach it again")
+    gateway.allow_log("changed by somebody else|forebay resolve")
     disk = attach(gateway, 4 * MIB, "write-through", "--read-only")
     client = connect(disk.uri)
     assert client.pread(4 * MIB, 0) == disk.content

@@ -12,6 +12,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -281,7 +282,16 @@ def test_the_image_changed(host: GatewayProcess, player: Make) -> None:
     host.stop()
     path.write_bytes(b"n" * SIZE)
     host.start()
-    page.play("forebay status", "forebay detach", "forebay attach")
+    page.play("forebay status", "forebay resolve", "forebay resolve")
+    assert (host.images / "rescued.raw").read_bytes() == b"\2" * 65536 + bytes(SIZE - 65536)
+    page.play("forebay resolve", "forebay resolve", "forebay status")
+    reads(host, 2)
+    assert path.read_bytes() == b"\2" * 65536 + b"n" * (SIZE - 65536)
+    write(host, 3)
+    time.sleep(0.01)
+    path.write_bytes(b"n" * SIZE)
+    wait_for(lambda: ask(host, "/disks/vm1")["state"] == "conflict", "not noticed", 60)
+    page.play("forebay resolve", "forebay resolve")
     reads(host, ord("n"))
     # The second half: another file in its place.
     dirty(host, attach=False)

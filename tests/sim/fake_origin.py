@@ -319,7 +319,13 @@ class FakeSource:
     """Implements what Disk and Image use of forebay.image.source.Source."""
 
     def __init__(
-        self, origin: FakeOrigin, disk: str, *, overlay: bool, key: str = "images:fake.raw"
+        self,
+        origin: FakeOrigin,
+        disk: str,
+        *,
+        overlay: bool,
+        key: str = "images:fake.raw",
+        resumed: bool = True,
     ) -> None:
         self.origin = origin
         self.dice = origin.dice
@@ -328,7 +334,7 @@ class FakeSource:
         self.size = origin.size
         self.discarding = False  # the operator gives up what the image lacks
         self.claim = FakeClaim(self) if self.use.writes else None
-        self.resumed = True
+        self.resumed = resumed
         self.opened = False
 
     def bind(self, **_: object) -> None:

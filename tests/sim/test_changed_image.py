@@ -98,9 +98,9 @@ def test_a_disk_that_stopped_reads_nothing_from_the_cache_either(tmp_path: Path)
         assert disk.dirty_bytes == BLOCK
         for at in (0, BLOCK):
             assert disk.read_now(at, BLOCK) is None
-            with pytest.raises(OSError, match="--discard to give that data up"):
+            with pytest.raises(OSError, match="'forebay resolve d' keeps that data"):
                 await disk.read(at, BLOCK)
-        with pytest.raises(OSError, match="--discard"):
+        with pytest.raises(OSError, match="forebay resolve"):
             await disk.writeback.checkpoint()
         assert origin.visible == NEW * COUNT
         assert origin.journal is None

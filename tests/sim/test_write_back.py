@@ -594,7 +594,7 @@ def test_a_full_copy_that_is_not_allowed_so_much_is_refused(tmp_path: Path) -> N
     async def story(host: Host, store: Store) -> None:
         del store
         with pytest.raises(ForebayError, match="leave cache_size out"):
-            await host.attach("d", settings(Mode.FULL_COPY, cache_size=MIB))
+            await host.attach("d", settings(Mode.FULL_COPY, cache_size=MIB), resumed=False)
         disk = await host.attach("d", settings(Mode.WRITE_BACK, cache_size=MIB))
         with pytest.raises(ForebayError, match="leave cache_size out"):
             await disk.set_mode(Mode.FULL_COPY, nothing)

@@ -142,6 +142,32 @@ class FakeGateway:
         self.calls.append(("preload", name, amount))
         await self._work("preload", progress)
 
+    async def resolve(
+        self, name: str, keeps: str, *, sure: bool, progress: Progress
+    ) -> dict[str, Any]:
+        self.calls.append(("resolve", name, keeps, sure))
+        await self._work("resolve", progress)
+        if not sure:
+            raise ForebayError(
+                f"8.0M that only the cache has of '{name}' would be given up: say --yes"
+            )
+        return self.disks[name]
+
+    async def save(
+        self, name: str, to: str, *, partial: bool, progress: Progress
+    ) -> dict[str, Any]:
+        self.calls.append(("save", name, to, partial))
+        await self._work("save", progress)
+        missing = [[4096, 8192]] if partial else []
+        return {
+            "name": name,
+            "image": to,
+            "size": 20 * GIB,
+            "saved_bytes": 3 * MIB,
+            "missing_bytes": sum(length for _, length in missing),
+            "missing": missing,
+        }
+
     def info(self) -> dict[str, Any]:
         self._called("info")
         return GATEWAY

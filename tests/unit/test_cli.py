@@ -355,6 +355,42 @@ async def test_flush_is_done_only_when_nothing_is_dirty(capsys: Capture) -> None
         assert capsys.readouterr() == ("", "forebay: 12M are dirty after 2s: wait longer\n")
 
 
+async def test_resolve_asks_before_data_is_given_up_and_tells_what_is_missing(
+    capsys: Capture,
+) -> None:
+    gateway = FakeGateway("a")
+    async with served(gateway) as run:
+        said = "8.0M that only the cache has of 'a' would be given up: say --yes"
+        assert await forebay(run, *["resolve", "a", "--keep-image"]) == 1
+        assert said in capsys.readouterr().err
+        assert await forebay(run, *["resolve", "a", "--keep-image", "--yes"]) == 0
+        assert capsys.readouterr().out == "a: goes on with the image as it is now\n"
+        assert await forebay(run, *["resolve", "a", "--keep-mine", "--yes", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["name"] == "a"
+        assert await forebay(run, *["resolve", "a", "--save", "images:new.raw"]) == 0
+        assert capsys.readouterr() == ("a: saved as images:new.raw, 3.0M of data\n", "")
+        assert await forebay(run, *["resolve", "a", "--save", "images:new.raw", "--partial"]) == 0
+        told = capsys.readouterr()
+        assert told.err == (
+            "a: missing, zeros now: 8192 bytes at 4096\na: 8.0K are missing in images:new.raw\n"
+        )
+    assert gateway.calls == [
+        ("resolve", "a", "image", False),
+        ("resolve", "a", "image", True),
+        ("resolve", "a", "mine", True),
+        ("save", "a", "images:new.raw", False),
+        ("save", "a", "images:new.raw", True),
+    ]
+
+
+@pytest.mark.parametrize("words", ["", "--keep-mine --keep-image", "--save images:x --keep-mine"])
+def test_resolve_takes_one_way(words: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["resolve", "a", *words.split()])
+    assert ended.value.code == 2
+    assert "--keep-mine" in capsys.readouterr().err
+
+
 async def test_flush_is_not_done_while_a_disk_is_not_served(capsys: Capture) -> None:
     gateway = FakeGateway("a", "b")
     gateway.disks["b"]["state"] = "failed"
@@ -547,7 +583,7 @@ async def test_stats_waits_for_a_daemon_that_is_restarted(
 def test_every_command_of_the_contract_is_there() -> None:
     contract = (
         "serve attach detach status stats flush mode peer preload xml cache check-config dump-config demo "
-        "fuse libvirt-hook recover takeover"
+        "fuse libvirt-hook recover resolve takeover"
     )
     assert set(COMMANDS) == set(RUN) == set(contract.split())
 

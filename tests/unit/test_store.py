@@ -263,7 +263,7 @@ def test_raw_content_that_looks_like_qcow2_is_served_where_that_is_meant(root: P
         (root / "images" / name).write_bytes(b"QFI\xfb" + bytes(508))
     os.close(open_image(file_image(root, "x.raw"), read_only=False).fd)
     # it was attached before: what the guest wrote there since is its own business
-    os.close(open_image(file_image(root, "x.img"), read_only=False, any_format=True).fd)
+    os.close(open_image(file_image(root, "x.img"), read_only=False, admitted=True).fd)
 
 
 def test_without_openat2_links_are_refused_all_the_same(

@@ -32,6 +32,7 @@ class Dirty:
         self._max_dirty = max_dirty
         self._generation = 0
         self.overlay = source.use.overlay
+        self._begins_empty = source.use.overlay and not source.resumed
         self.ages = Ages(image.cache, self._disk, kept=not self.overlay)
         self.mark = DirtyMark(source, image, lambda: self.bytes)
         self.frozen_sectors = 0
@@ -42,9 +43,14 @@ class Dirty:
     def recall(self) -> None:
         """Take over what the cache holds of the disk from an earlier life. For a view without private layers.
 
-        Raises ForebayError where that was written for another image.
+        An overlay that is just being attached begins empty, whatever was left. Raises ForebayError where that was
+        written for another image.
         """
         layers = self._cache.layers.private_of(self._disk)
+        if self._begins_empty:
+            for layer in layers:
+                self._cache.layers.drop(layer)
+            layers = []
         for layer in layers:
             self._check_image(layer)
         for layer in layers[:-1]:

@@ -78,8 +78,8 @@ class WriteBack:
         """Why the last checkpoint failed; None: it did not."""
         self.failure: int | None = None
         """The error number that belongs to `error`."""
-        self._is_given_up = False
-        """True once what is dirty is to be dropped."""
+        self.is_given_up = False
+        """True once what is dirty is to be dropped; whoever decides otherwise takes it back."""
         self.moved_at = 0.0
         """Trio time at which write-back was seen to go on last."""
 
@@ -278,7 +278,7 @@ class WriteBack:
 
         For a disk whose dirty data is about to be dropped: from now on no other checkpoint is committed.
         """
-        self._is_given_up = True
+        self.is_given_up = True
         with self._hurry():
             async with self._lock:
                 pass  # a pass that is under way, whoever asked for it, has ended
@@ -287,7 +287,7 @@ class WriteBack:
 
     def _check_not_given_up(self) -> None:
         """Raise OSError where what is dirty is being dropped, unless a committed checkpoint is to be finished."""
-        if self._is_given_up and not self._image.identity.has_checkpoint:
+        if self.is_given_up and not self._image.identity.has_checkpoint:
             raise OSError(errno.ECANCELED, "what is dirty was given up")
 
     @property

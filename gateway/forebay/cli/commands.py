@@ -192,6 +192,15 @@ def preload(arguments: Arguments) -> int:
     return 0
 
 
+def resolve(arguments: Arguments) -> int:
+    """`forebay resolve`: end a conflict, with the cache's data or with the image's; or save what the disk shows."""
+    from forebay.cli.resolve import keep, save
+
+    if arguments.save:
+        return save(arguments, daemon(arguments), _image(arguments.save))
+    return keep(arguments, daemon(arguments), "mine" if arguments.keep_mine else "image")
+
+
 def xml(arguments: Arguments) -> int:
     """`forebay xml`: print the <disk> element, or the metadata for the hook."""
     from forebay.libvirt.disk_xml import disk_element, metadata_element
@@ -282,6 +291,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "mode": mode,
     "peer": peer,
     "preload": preload,
+    "resolve": resolve,
     "xml": xml,
     "libvirt-hook": libvirt_hook,
     "cache": cache,

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from forebay import __version__
@@ -70,16 +71,15 @@ def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return check
 
 
+def _imported(module: str, parse: str) -> Callable[[str], Any]:
+    """The function `parse` of a module that is imported only where it is called."""
+    return _checked(lambda text: getattr(__import__(module, fromlist=[parse]), parse)(text))  # noqa: PLW0108 (later)
+
+
 def _some_text(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty: write STORE:PATH, a path in a store, or an nbd:// URI")
     return text
-
-
-def _target(text: str) -> str:
-    from forebay.libvirt.disk_xml import parse_target
-
-    return parse_target(text)
 
 
 def _patience(text: str) -> float:
@@ -92,18 +92,6 @@ def _path(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty: write a path")
     return os.path.abspath(text)
-
-
-def _group(text: str) -> str:
-    from forebay.storage.lvm import parse_group
-
-    return parse_group(text)
-
-
-def _tag(text: str) -> str:
-    from forebay.storage.lvm import parse_tag
-
-    return parse_tag(text)
 
 
 def _preload_amount(text: str) -> int | str:
@@ -255,20 +243,23 @@ def _preload(parser: Parser) -> None:
     parser.add_argument("amount", metavar="SIZE|all", type=PRELOAD, help=text)
 
 
+def _resolve(parser: Parser) -> None:
+    __import__("forebay.cli.resolve", fromlist=["add_all"]).add_all(parser, NAME, IMAGE)
+
+
 def _xml(parser: Parser) -> None:
     _name(parser)
-    target = _checked(_target)
+    target = _imported("forebay.libvirt.disk_xml", "parse_target")
     parser.add_argument("--target", metavar="DEV", type=target, default="vda", help="default: vda")
     text = "for this version of libvirt (default: the one on this host)"
-    parser.add_argument("--libvirt", metavar="VERSION", type=_checked(_libvirt_version), help=text)
+    parser.add_argument(
+        "--libvirt",
+        metavar="VERSION",
+        type=_imported("forebay.libvirt.version", "parse_version"),
+        help=text,
+    )
     text = "the <metadata> element from which libvirt's hook attaches it"
     parser.add_argument("--metadata", action="store_true", help=text)
-
-
-def _libvirt_version(text: str) -> Any:
-    from forebay.libvirt.version import parse_version
-
-    return parse_version(text)
 
 
 def _libvirt_hook(parser: Parser) -> None:
@@ -287,8 +278,18 @@ def _cache(parser: Parser) -> None:
         default="info",
         help="info, create, extend, format, remove, scrub (beside guests), check (without a daemon) or repair",
     )
-    add("--vg", metavar="VG", type=_checked(_group), help="create: a logical volume, in this group")
-    add("--tag", metavar="@TAG", type=_checked(_tag), help="create: on disks with this tag of LVM")
+    add(
+        "--vg",
+        metavar="VG",
+        type=_imported("forebay.storage.lvm", "parse_group"),
+        help="create: a logical volume, in this group",
+    )
+    add(
+        "--tag",
+        metavar="@TAG",
+        type=_imported("forebay.storage.lvm", "parse_tag"),
+        help="create: on disks with this tag of LVM",
+    )
     add("--device", metavar="PATH", type=PATH, help="create: on this block device")
     add("--file", metavar="PATH", type=PATH, help="create: in this file, which is not there yet")
     add("--size", metavar="SIZE", type=SIZE, help="create, extend: how large it is to be")
@@ -299,21 +300,14 @@ def _cache(parser: Parser) -> None:
     _json(parser)
 
 
-def _beside(parser: Parser) -> None:
+def _beside(parser: Parser, sure: str) -> None:
     parser.add_argument("image", metavar="IMAGE", type=IMAGE, help="STORE:PATH, or any path")
+    parser.add_argument("--yes", action="store_true", help=sure)
     _json(parser)
 
 
-def _recover(parser: Parser) -> None:
-    _beside(parser)
-    text = "finish a checkpoint although the image was changed since it began, or is a copy"
-    parser.add_argument("--yes", action="store_true", help=text)
-
-
-def _takeover(parser: Parser) -> None:
-    _beside(parser)
-    text = "give up what the other gateway has and the image lacks"
-    parser.add_argument("--yes", action="store_true", help=text)
+_ANYWAY = "finish a checkpoint although the image was changed since it began, or is a copy"
+_GIVE_UP = "give up what the other gateway has and the image lacks"
 
 
 def _fuse(parser: Parser) -> None:
@@ -336,11 +330,18 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "mode": ("change how a disk reads and writes", _mode),
     "peer": ("say which processes may use a disk", _peer),
     "preload": ("bring part of an image into the cache", _preload),
+    "resolve": ("go on after somebody else changed an image, with its data kept", _resolve),
     "xml": ("the libvirt <disk> element of a disk", _xml),
     "libvirt-hook": ("what libvirt's hook calls, with the domain's XML on stdin", _libvirt_hook),
     "cache": ("look at, make, extend, check or remove the cache device", _cache),
-    "recover": ("finish what a gateway that is gone had begun with an image", _recover),
-    "takeover": ("take an image from a gateway that is gone for good", _takeover),
+    "recover": (
+        "finish what a gateway that is gone had begun with an image",
+        partial(_beside, sure=_ANYWAY),
+    ),
+    "takeover": (
+        "take an image from a gateway that is gone for good",
+        partial(_beside, sure=_GIVE_UP),
+    ),
     "fuse": ("mount disks and images as files, in the foreground", _fuse),
     "check-config": ("say what is wrong with the configuration", _nothing),
     "dump-config": ("print the effective configuration", _json),

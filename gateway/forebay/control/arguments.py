@@ -81,6 +81,13 @@ def _uid(value: Any) -> int:
     raise ValueError("not the number of a user")
 
 
+def _keep(value: Any) -> str:
+    """Whose data is kept in a conflict."""
+    if value in ("mine", "image"):
+        return str(value)
+    raise ValueError(f"{value!r} is neither mine nor image")
+
+
 ATTACH: dict[str, Parse] = {
     "name": parse_name,
     "image": _text,
@@ -105,6 +112,8 @@ PEER: dict[str, Parse] = {
     "peer_user": _uid,
     "evict": _flag,
 }
+RESOLVE: dict[str, Parse] = {"keep": _keep, "yes": _flag}
+SAVE: dict[str, Parse] = {"to": _text, "partial": _flag}
 PRELOAD: dict[str, Parse] = {"amount": parse_preload}
 
 

@@ -10,7 +10,7 @@ for any more; no data is lost by that. The routes stand in gateway/README.md.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,6 +28,8 @@ from forebay.control.arguments import (
     MODE,
     PEER,
     PRELOAD,
+    RESOLVE,
+    SAVE,
     arguments,
 )
 from forebay.control.work import Operation, Progress, error, failure
@@ -84,6 +86,14 @@ class Answers(Protocol):
 
     async def set_peer(self, name: str, rule: Rule, *, evict: bool) -> Status:
         """Change which processes may use a disk; `evict`: hang up on those that do, but for doors."""
+
+    async def resolve(
+        self, name: str, keeps: Literal["mine", "image"], *, sure: bool, progress: Progress
+    ) -> Status:
+        """Go on with an image that was changed, with the disk's own data or without it."""
+
+    async def save(self, name: str, to: str, *, partial: bool, progress: Progress) -> Status:
+        """Make a new image of what the disk shows."""
 
     async def preload(self, name: str, amount: int | str, progress: Progress) -> None:
         """Bring in bytes from the start, or `trace`, or `all`."""
@@ -146,6 +156,8 @@ class Control:
             ("POST", "/disks/{name}/mode", self.mode),
             ("POST", "/disks/{name}/peer", self.peer),
             ("POST", "/disks/{name}/preload", self.preload),
+            ("POST", "/disks/{name}/resolve", self.resolve),
+            ("POST", "/disks/{name}/save", self.save),
             ("POST", "/flush", self.flush_many),
             ("GET", "/cache", self.cache),
             ("POST", "/cache/extend", self.extend),
@@ -273,6 +285,26 @@ class Control:
             return self._gateway.status(name)[0]
 
         return Operation(work)
+
+    async def resolve(self, request: Request) -> Operation:
+        """Go on with an image that was changed; answers with the disk's status."""
+        name, given = self._name(request), await arguments(request, RESOLVE, ("keep",))
+        sure = given.get("yes", False)
+        return Operation(
+            lambda progress: self._gateway.resolve(
+                name, given["keep"], sure=sure, progress=progress
+            )
+        )
+
+    async def save(self, request: Request) -> Operation:
+        """Make a new image of what the disk shows; answers with what was saved."""
+        name, given = self._name(request), await arguments(request, SAVE, ("to",))
+        partial = given.get("partial", False)
+        return Operation(
+            lambda progress: self._gateway.save(
+                name, given["to"], partial=partial, progress=progress
+            )
+        )
 
     async def cache(self, _: Request) -> Response:
         """What the cache device is and holds."""

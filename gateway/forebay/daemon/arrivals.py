@@ -21,13 +21,15 @@ from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.disk import Disk
 from forebay.doors.listener import Listener, socket_path
 from forebay.doors.restart import EarlierSockets
+from forebay.doors.returns import Returns
 from forebay.doors.tenant import Rule, Tenant
 from forebay.errors import ForebayError
 from forebay.image.boundary import breaks_the_cache, in_short
+from forebay.image.formats import Formats
 from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.image.use import Use
-from forebay.origin.addresses import resolve
+from forebay.origin.addresses import FileAddress, resolve
 from forebay.origin.mounts import is_local
 from forebay.origin.threads import StoreThreads
 from forebay.origin.worker.process import StoreProcess
@@ -54,6 +56,7 @@ class Arrivals:
         disks: Disks,
         records: DiskRecords,
         memory: Budgets,
+        returns: Returns,
         give_way: Callable[[Attached], Awaitable[None]] = _nobody_gives_way,
     ) -> None:
         """`nursery` is the one long-lived nursery of the process: the tasks of disks and of connections live in it.
@@ -69,6 +72,8 @@ class Arrivals:
         self._records = records
         self._memory = memory
         self._give_way = give_way
+        self._returns = returns
+        self._formats = Formats(cache)
         self._threads: dict[str, StoreThreads] = {}
         """By store, or by image where that lies in none."""
 
@@ -80,6 +85,7 @@ class Arrivals:
         path = socket_path(self._config.gateway.run, name)
         source, settings = self.source(name, wanted, None)
         async with self._disks.arriving(name, source, self._give_way), _abandoned_on_fault(source):
+            await self._returns.call_off(source)
             await _prepared(source)
             source.check_safe(settings.mode)
             self._disks.check_alone(source)
@@ -102,6 +108,10 @@ class Arrivals:
     async def _put_to_use(self, attached: Attached) -> None:
         """Put the disk on record, durably, then serve it. If that fails, nothing of it is left."""
         self._disks.add(attached)
+        async with attached.busy:  # whoever wants to change it waits until it is there
+            await self._served_first(attached)
+
+    async def _served_first(self, attached: Attached) -> None:
         try:
             await attached.source.close_prepared()
             self._records.put(attached.name, attached.record)
@@ -121,8 +131,9 @@ class Arrivals:
     async def _undo(self, attached: Attached) -> None:
         self._disks.remove(attached)
         self._records.put(attached.name, None)
-        with contextlib.suppress(OSError, CacheError, ForebayError):
+        with contextlib.suppress(OSError, CacheError):
             await attached.disk.close(discard=True)
+        with contextlib.suppress(ForebayError):
             await self._records.commit()
 
     # -- a disk on record
@@ -130,13 +141,57 @@ class Arrivals:
     async def resume(self, earlier: EarlierSockets) -> None:
         """Bring back the disks on record, each whether or not its origin can be reached, and their clients."""
         known = self._records.all()
-        await run_all(
-            partial(self._resume, name, record, earlier) for name, record in known.items()
-        )
+        left = {name: record for name, record in known.items() if record.leaving}
+        await self._finish_leaving(left)
+        for name in left:
+            del known[name]
+        for name, record in known.items():
+            if record.keeps:
+                await self.follow(name, record)
+                known[name] = record.followed()
+        await run_all(partial(self._resume, *one, earlier) for one in known.items())
         earlier.drop_rest("it is not served")
+
+    async def bring_back(self, name: str, record: DiskRecord) -> None:
+        """Bring back a disk that was taken down. One that cannot be, or whose conflict stands, is shown as such."""
+        await self._resume(name, record, EarlierSockets())
+
+    async def follow(self, name: str, record: DiskRecord) -> None:
+        """Have the cache follow what was decided about a conflict, and is on record.
+
+        No disk is on the image, unless others have gone on with it before.
+        """
+        drops_own, has_moved = record.keeps == "image", not record.is_behind
+        self._images.follow(name, record.key, drops_own=drops_own, has_moved=has_moved)
+        self._records.put(name, record.followed())
+        try:
+            await self._records.commit()
+        except ForebayError as fault:
+            log.warning("%s: what was resolved is not on record yet: %s", name, fault)
+
+    async def _finish_leaving(self, left: dict[str, DiskRecord]) -> None:
+        """Forget the disks whose detach was decided before the process before this one ended."""
+        for name, record in left.items():
+            log.info("%s: detached, as was begun before", name)
+            self._images.drop_disk(name, record.key)
+            self._records.put(name, None)
+        if not left:
+            return
+        try:
+            await self._records.commit()
+        except ForebayError as fault:
+            log.warning("the disks that were detached are still on record: %s", fault)
+        for name, record in left.items():
+            if record.read_only or record.overlay:
+                continue
+            with contextlib.suppress(ForebayError):  # of a store that is no longer configured
+                self._returns.give_back_later(self.source_of(name, record))
 
     async def _resume(self, name: str, record: DiskRecord, earlier: EarlierSockets) -> None:
         """A disk that cannot be brought back is shown as such; the others are not kept from coming."""
+        if record.conflict:
+            self._disks.add(self._absent(name, record, record.conflict))
+            return
         try:
             await self._bring_back(name, record, earlier)
         except (ForebayError, OSError, CacheError) as fault:
@@ -160,6 +215,8 @@ class Arrivals:
                 f"{record.image} now means {source.key} and meant {record.key}: "
                 "give the store its old name and path, or detach the disk"
             )
+        if isinstance(source.address, FileAddress):
+            self._formats.remember(source.key, source.size)
         attached = await self._opened(record, source, settings, path)
         attached.listener.tenant.recall()
         await attached.start(self._nursery, earlier.take(name))
@@ -169,12 +226,11 @@ class Arrivals:
         """Have the disk be for the processes that `rule` names, and put that on record. Raises ForebayError."""
         record = attached.record.with_rule(rule)
         image = resolve(self._config, record.image)
+        await self._records.change(attached.name, attached.record, record)
         tenant = attached.listener.tenant
         tenant.rule = record.rule(record.settings(self._config, image.store))
         tenant.release()
         attached.record = record
-        self._records.put(attached.name, record)
-        await self._records.commit()
 
     # -- both
 
@@ -199,20 +255,25 @@ class Arrivals:
             image,
             record.image,
             use,
-            threads=self._threads_of(image.store or image.key),
+            threads=self.threads_of(image.store or image.key),
             timeout=settings.origin_timeout,
             nursery=self._nursery,
             size=size,
             left_by=self._left_by,
+            formats=self._formats,
         )
         return source, settings
 
-    def _threads_of(self, store: str) -> StoreThreads:
+    def threads_of(self, store: str) -> StoreThreads:
         """The threads of a store, or of a device, and its process."""
         if store not in self._threads:
             process = StoreProcess(store, self._config.gateway.run, is_local)
             self._threads[store] = StoreThreads(store, process=process)
         return self._threads[store]
+
+    def source_of(self, name: str, record: DiskRecord) -> Source:
+        """The source of a disk on record. Raises ForebayError."""
+        return self.source(name, record, record.size)[0]
 
     def _left_by(self, disk: str) -> int:
         """Bytes that the cache has of a disk of that name which is not attached."""

@@ -3,7 +3,8 @@
 
 """One attached disk: its source, what serves it, its socket, and where a fault of its tasks ends."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any
 
@@ -45,7 +46,7 @@ LIFE: Table[Life] = {
     Life.SERVING: {
         Life.DETACHING: "the operator detaches it",
         Life.STOPPED: "one of its tasks failed",
-        Life.GONE: "the daemon ends",
+        Life.GONE: "the daemon ends, or a conflict is resolved",
     },
     Life.DETACHING: {
         Life.SERVING: "it cannot be detached now",
@@ -69,7 +70,7 @@ class Attached:
         self.disk = disk
         self.listener = listener
         self.busy = trio.Lock()
-        """Held by detach and by changes of mode: one of them at a time."""
+        """Held by what changes the disk as a whole: see `Disks.turn`."""
         self._life = Machine(LIFE, Life.ATTACHING, f"disk '{source.use.disk}'")
         self.fault: Exception | None = None
         """What a task of the disk ended with first; the disk is stopped since."""
@@ -77,6 +78,8 @@ class Attached:
         source.stop_disk = self.stop
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
+        self._uses: set[trio.CancelScope] = set()
+        """Of commands that work on the disk, and end with it."""
 
     @property
     def name(self) -> str:
@@ -149,11 +152,38 @@ class Attached:
         if self.fault is None and self._life.state is not Life.GONE:
             await self.listener.open(self._boundary)
 
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Around each command that works on the disk beside others: it ends with the disk. Raises ForebayError then."""
+        with trio.CancelScope() as scope:
+            self._uses.add(scope)
+            try:
+                yield
+            finally:
+                self._uses.discard(scope)
+        if scope.cancelled_caught:
+            raise ForebayError(f"'{self.name}' was detached meanwhile: see forebay status")
+
     async def rest(self) -> None:
-        """End background work, and wait until it has ended."""
+        """End background work and what commands do with the disk, and wait until background work has ended."""
+        for scope in list(self._uses):
+            scope.cancel()
         self._scope.cancel()
         if self._boundary is not None:  # else it was not begun
             await self._ended.wait()
+
+    async def take_down(self, seconds: float) -> None:
+        """End everything, and let the image go, but keep all data: the disk is brought back as another object.
+
+        Requests in flight have so many seconds.
+        """
+        await self.listener.shut(seconds)
+        await self.rest()
+        with contextlib.suppress(OSError):
+            await self.disk.image.leave(self.source, self.disk.view)
+        with contextlib.suppress(OSError, ForebayError):
+            await self.source.leave()
+        self.leave()
 
     async def end(self) -> None:
         """Hang up on everybody, and end everything."""
@@ -224,10 +254,19 @@ class Absent:
         self, name: str, record: DiskRecord, why: str, lag: Callable[[], tuple[int, float]]
     ) -> None:
         """`why` it is not served, in one line. `lag` says what its image lacks: bytes, and seconds."""
+        self.busy = trio.Lock()
+        """As that of an attached disk."""
         self.name = name
         self.record = record
         self.why = why
         self._lag = lag
+        self.clean_counts = not record.is_behind
+        """True if the clean blocks of its image are of what it was served from."""
+
+    @property
+    def private_bytes(self) -> int:
+        """Bytes that only the cache has of it."""
+        return self._lag()[0]
 
     def status(self) -> dict[str, Any]:
         """The same keys as those of a disk that does nothing."""
@@ -240,7 +279,7 @@ class Absent:
             "name": self.name,
             "image": self.record.image,
             "mode": self.record.mode or "",
-            "state": DiskState.FAILED.value,
+            "state": (DiskState.CONFLICT if self.record.conflict else DiskState.FAILED).value,
             "read_only": self.record.read_only,
             "overlay": self.record.overlay,
             "size": self.record.size,
@@ -249,6 +288,7 @@ class Absent:
             "dirty_bytes": dirty,
             "lag_seconds": round(age, 3),
             "lag_bytes": dirty,
+            "private_bytes": self.private_bytes,
             "socket": "",
             "reason": self.why,
         }

@@ -1,21 +1,28 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""How a disk goes: what is dirty is written back, or dropped on purpose, and the disk is forgotten."""
+"""How a disk goes: what is dirty is written back, or dropped on purpose, and the disk is forgotten.
+
+The moment at which it is decided is one commit of the index, which notes that the disk is leaving. Whatever fails
+before it refuses the detach, and the disk goes on as before; whatever fails after it is said in the log, and done
+later.
+"""
 
 import contextlib
 import logging
+from collections.abc import Callable
 
 import trio
 
 from forebay.daemon.attached import Absent, Attached
 from forebay.daemon.disks import Disks
 from forebay.daemon.parallel import Progress
-from forebay.daemon.record import DiskRecords
+from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.detach import finish_checkpoint
+from forebay.doors.returns import Returns
 from forebay.errors import ForebayError
 from forebay.image.registry import Images
-from forebay.origin.threads import bounded
+from forebay.image.source import Source
 
 log = logging.getLogger("forebay.daemon")
 
@@ -30,10 +37,20 @@ RELEASE_SECONDS = 10.0
 class Departures:
     """Detaches disks, and removes them from `disks`."""
 
-    def __init__(self, images: Images, disks: Disks, records: DiskRecords) -> None:
+    def __init__(
+        self,
+        images: Images,
+        disks: Disks,
+        records: DiskRecords,
+        returns: Returns,
+        source_of: Callable[[str, DiskRecord], Source],
+    ) -> None:
+        """`source_of` makes the source of a disk on record. It raises ForebayError."""
         self._images = images
         self._disks = disks
         self._records = records
+        self._returns = returns
+        self._source_of = source_of
 
     async def detach(self, name: str, *, discard: bool, force: bool, progress: Progress) -> None:
         """Write back what is dirty (or drop it, `discard`), stop serving, forget the disk.
@@ -41,13 +58,10 @@ class Departures:
         A disk that a fault has stopped is written back here all the same. Raises ForebayError and OSError; then the
         disk goes on as before.
         """
-        disk = self._disks.find(name)
-        if isinstance(disk, Absent):
-            await self._forget_absent(disk, discard)
-            return
-        async with disk.busy:
-            if self._disks.find(name) is not disk:
-                raise ForebayError(f"'{name}' was detached by somebody else, and attached again")
+        async with self._disks.turn(name) as disk:
+            if isinstance(disk, Absent):
+                await self._forget_absent(disk, discard)
+                return
             _check_unused(disk, force)
             await self._empty(disk, discard, force, progress)
             with trio.CancelScope(shield=True):
@@ -65,7 +79,7 @@ class Departures:
     async def _empty(
         self, attached: Attached, discard: bool, force: bool, progress: Progress
     ) -> None:
-        """Write back, and hang up. If that fails the disk stays."""
+        """Write back, hang up, and note that the disk is leaving. If that fails the disk stays."""
         attached.begin_detach()
         try:
             if not discard:
@@ -77,22 +91,29 @@ class Departures:
             raise
 
     async def _shut(self, attached: Attached, discard: bool) -> None:
-        """Hang up, and write back what came until then. If that fails, clients are accepted again."""
+        """Hang up, write back what came until then, and decide. If that fails, clients are accepted again."""
         try:
             with trio.CancelScope(shield=True):
                 await attached.listener.shut(CLIENTS_SECONDS)
             if not discard and attached.disk.status()["dirty_bytes"]:
                 await attached.drain(lambda _done, _total: None)
+            with trio.CancelScope(shield=True):
+                await self._decide(attached, discard)
         except BaseException:
+            attached.disk.writeback.is_given_up = False
             with trio.CancelScope(shield=True):
                 await attached.accept_again()
             raise
 
+    async def _decide(self, attached: Attached, discard: bool) -> None:
+        """Note, durably, that the disk is leaving: a start goes on with that. Raises ForebayError."""
+        disk, record = attached.disk, attached.record
+        if discard:
+            await finish_checkpoint(disk.image, attached.source, disk.writeback)
+        await self._records.change(attached.name, record, record.as_leaving())
+
     async def _forget(self, attached: Attached, discard: bool) -> None:
         """Drop what the cache has of the disk alone, take it off the record, and give the image back."""
-        if discard:
-            disk = attached.disk
-            await finish_checkpoint(disk.image, attached.source, disk.writeback)
         await attached.rest()
         given_up = discard and attached.disk.image.conflict is not None
         try:
@@ -103,13 +124,16 @@ class Departures:
         self._disks.remove(attached)
         attached.leave()
         attached.listener.tenant.forget()
-        self._records.put(attached.name, None)
-        await self._records.commit()
+        await self._take_off_record(attached.name)
+        await self._returns.give_back(attached.source, drop_checkpoint=given_up)
+
+    async def _take_off_record(self, name: str) -> None:
+        """Have no record of the disk any more. Where the index cannot be written, a later commit has that."""
+        self._records.put(name, None)
         try:
-            with bounded(RELEASE_SECONDS, "giving the image back"):
-                await attached.source.release(drop_checkpoint=given_up)
-        except (OSError, ForebayError) as fault:
-            log.warning("%s: its owner marker stays: %s", attached.name, fault)
+            await self._records.commit()
+        except ForebayError as fault:
+            log.warning("%s: it is detached, which is not on record yet: %s", name, fault)
 
     async def _forget_absent(self, disk: Absent, discard: bool) -> None:
         if not discard:
@@ -117,10 +141,15 @@ class Departures:
                 f"'{disk.name}' is not served ({disk.why}): put that right and restart, "
                 "or detach it with --discard and lose what only the cache has"
             )
+        record = disk.record
+        await self._records.change(disk.name, record, record.as_leaving())
         self._disks.remove(disk)
-        self._images.drop_disk(disk.name, disk.record.key)
-        self._records.put(disk.name, None)
-        await self._records.commit()
+        self._images.drop_disk(disk.name, record.key)
+        await self._take_off_record(disk.name)
+        if not (record.read_only or record.overlay):
+            with contextlib.suppress(ForebayError):  # its store is not configured any more
+                source = self._source_of(disk.name, record)
+                self._returns.give_back_later(source, drop_checkpoint=bool(record.conflict))
 
 
 def _check_unused(attached: Attached, force: bool) -> None:

@@ -75,8 +75,30 @@ class Disks:
         self._known[disk.name] = disk
 
     def remove(self, disk: Attached | Absent) -> None:
-        """Have it be none any more."""
-        del self._known[disk.name]
+        """Have it be none any more. Another one that has its name by now stays."""
+        if self._known.get(disk.name) is disk:
+            del self._known[disk.name]
+
+    @contextlib.asynccontextmanager
+    async def turn(self, name: str) -> AsyncIterator[Attached | Absent]:
+        """Around each command that changes a disk: the disk of that name, which no other one changes meanwhile.
+
+        Raises ForebayError where there is none, and where it went while this waited for its turn: what was said of one
+        disk is never done to another one that has the name by then.
+        """
+        found = self.find(name)
+        async with found.busy:
+            if self._known.get(name) is not found:
+                raise ForebayError(
+                    f"'{name}' was detached while this waited, and nothing was done: see forebay status"
+                )
+            yield found
+
+    @contextlib.asynccontextmanager
+    async def turn_attached(self, name: str) -> AsyncIterator[Attached]:
+        """The same for a disk that has to be attached."""
+        async with self.turn(name):
+            yield self.attached(name)
 
     def check_name_free(self, name: str) -> None:
         """Raises ForebayError where a disk has that name, or is about to have it."""

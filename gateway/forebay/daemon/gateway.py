@@ -3,6 +3,7 @@
 
 """The gateway: all disks over one cache, as the control API asks for them."""
 
+import contextlib
 import logging
 import os
 from dataclasses import replace
@@ -24,12 +25,16 @@ from forebay.daemon.loop_meter import METER
 from forebay.daemon.parallel import Progress, Shares, run_all
 from forebay.daemon.process import run_process
 from forebay.daemon.record import DiskRecord, DiskRecords
+from forebay.daemon.resolving import Keeps, Resolving
+from forebay.daemon.saving import Saving
 from forebay.doors.restart import EarlierSockets
+from forebay.doors.returns import Returns
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
 from forebay.image.gone import GoneImages
 from forebay.image.kept import MOST_IN_ALL
 from forebay.image.registry import Images
+from forebay.image.source import Source
 from forebay.storage.state import index_path
 from forebay.storage.upkeep import Upkeep
 from forebay.units import Mode, format_size
@@ -53,13 +58,20 @@ class Gateway:
         self.config = config
         self._cache = cache
         self._images = images = Images(cache, nursery)
+        self._nursery = nursery
+        returns = Returns(nursery)
         self._disks = Disks()
         self._records = DiskRecords(cache, index_path(config))
         self._memory = memory.budgets()
         self._gone = GoneImages(config, cache, partial(self._is_in_use, images))
         images.on_unused = self._gone.note_unused
-        self._nursery = nursery
-        self._departures = Departures(images, self._disks, self._records)
+        self._departures = Departures(
+            images,
+            self._disks,
+            self._records,
+            returns,
+            self._source_of,
+        )
         self._arrivals = Arrivals(
             config,
             cache,
@@ -68,10 +80,16 @@ class Gateway:
             self._disks,
             self._records,
             self._memory,
+            returns,
             self._departures.give_way,
         )
+        self._resolving = Resolving(self._arrivals, self._disks, self._records)
+        self._saving = Saving(config, cache, self._disks, self._arrivals.threads_of)
         self._extending = trio.Lock()
         self._upkeep = Upkeep(cache, lambda: [one.disk.image for one in self.attached()])
+
+    def _source_of(self, name: str, record: DiskRecord) -> Source:
+        return self._arrivals.source_of(name, record)
 
     # -- disks come and go
 
@@ -100,6 +118,7 @@ class Gateway:
     async def resume(self, earlier: EarlierSockets) -> None:
         """Bring back the disks on record, each whether or not its origin can be reached, and their clients."""
         await self._arrivals.resume(earlier)
+        self._nursery.start_soon(self._saving.remove_left)
         self._nursery.start_soon(self._gone.run)
 
     def _is_in_use(self, images: Images, key: str) -> bool:
@@ -145,7 +164,7 @@ class Gateway:
             disks = [self._disks.attached(name) for name in names]
         shares = Shares(len(disks), progress)
         with trio.move_on_after(timeout if timeout is not None else float("inf")) as scope:
-            await run_all(partial(one.drain, shares.of(i)) for i, one in enumerate(disks))
+            await run_all(partial(_drain, one, shares.of(i)) for i, one in enumerate(disks))
         if scope.cancelled_caught:
             left = sum(one.disk.status()["dirty_bytes"] for one in disks)
             raise ForebayError(
@@ -153,15 +172,23 @@ class Gateway:
             )
 
     async def set_mode(self, name: str, mode: Mode, progress: Progress) -> Status:
-        """Change how a disk reads and writes, also while clients are connected. The disk's status."""
-        attached = self._disks.attached(name)
-        async with attached.busy:
-            self._disks.attached(name)
+        """Change how a disk reads and writes, also while clients are connected. The disk's status.
+
+        The index has it first: a start that finds another mode there than the data in the cache asks for leaves that
+        mode in its own time, and what is refused has changed nothing.
+        """
+        async with self._disks.turn_attached(name) as attached:
             attached.check_serves()
-            await attached.disk.set_mode(mode, progress)
-            attached.record = attached.record.with_mode(mode)
-            self._records.put(name, attached.record)
-            await self._records.commit()
+            attached.disk.modes.check_may_enter(mode)
+            was, now = attached.record, attached.record.with_mode(mode)
+            await self._records.change(name, was, now)
+            try:
+                await attached.disk.set_mode(mode, progress)
+            except BaseException:
+                with trio.CancelScope(shield=True), contextlib.suppress(ForebayError):
+                    await self._records.change(name, was, was)
+                raise
+            attached.record = now
         return attached.status()
 
     async def set_peer(self, name: str, rule: Rule, *, evict: bool = False) -> Status:
@@ -169,20 +196,26 @@ class Gateway:
 
         The disk's status.
         """
-        attached = self._disks.attached(name)
-        async with attached.busy:
-            if self._disks.attached(name) is not attached:
-                raise ForebayError(f"'{name}' was detached by somebody else, and attached again")
+        async with self._disks.turn_attached(name) as attached:
             if evict:
                 attached.listener.evict()
             await self._arrivals.set_rule(attached, rule)
         return attached.status()
 
+    async def resolve(self, name: str, keeps: Keeps, *, sure: bool, progress: Progress) -> Status:
+        """Go on with an image that was changed, with the disk's own data or without it. The disk's status."""
+        return await self._resolving.keep(name, keeps, sure=sure, progress=progress)
+
+    async def save(self, name: str, to: str, *, partial: bool, progress: Progress) -> Status:
+        """Make a new image of what the disk shows; what was saved."""
+        return await self._saving.save(name, to, partial=partial, progress=progress)
+
     async def preload(self, name: str, amount: int | str, progress: Progress) -> None:
         """Bring in bytes from the start, `trace`, or `all`."""
         attached = self._disks.attached(name)
         attached.check_serves()
-        await attached.disk.preload(amount, progress)
+        with attached.used():
+            await attached.disk.preload(amount, progress)
 
     def info(self) -> dict[str, Any]:
         """What belongs to no disk, and not to the cache: how much of its memory is used, see `memory.figures`."""
@@ -232,6 +265,11 @@ class Gateway:
     def metrics(self) -> str:
         """Prometheus text."""
         return metrics_text(self.status(), self.cache_info() | METER.figures(), self.info())
+
+
+async def _drain(attached: Attached, progress: Progress) -> None:
+    with attached.used():
+        await attached.drain(progress)
 
 
 def serve(config: Config, state: Path | None = None, run: Path | None = None) -> int:

@@ -40,11 +40,20 @@ class DiskRecord:
     peer_label: str | None = None
     peer_user: int | None = None
     gives_way: bool = False
+    leaving: bool = False
+    """True once the disk is being forgotten, whatever comes: a start goes on with that."""
+    keeps: str = ""
+    """How a conflict was just resolved, `mine` or `image`: until the cache has followed, which a start goes on with."""
+    conflict: str = ""
+    """Why the disk is kept in conflict, whatever its image looks like: until it is resolved."""
+    is_behind: bool = False
+    """True if other disks have gone on with the image since: what the cache has of that is not this disk's."""
 
     @classmethod
     def read(cls, found: dict[str, Any]) -> Self:
-        """The record that the index has as `found`. Keys of newer versions are left out."""
-        return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
+        """The record that the index has as `found`. Keys of newer versions are left out, what is missing is empty."""
+        known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
+        return cls(**{"image": "", "key": "", "size": 0, **known})
 
     def write(self) -> dict[str, Any]:
         """What the index is to keep."""
@@ -80,6 +89,22 @@ class DiskRecord:
         """The same in another mode."""
         return replace(self, mode=mode.value)
 
+    def resolved(self, keeps: str, size: int) -> Self:
+        """The same of a disk that goes on with its image as it is now, which has `size` bytes."""
+        return replace(self, keeps=keeps, size=size, conflict="")
+
+    def followed(self) -> Self:
+        """The same once the cache has followed."""
+        return replace(self, keeps="", is_behind=False)
+
+    def in_conflict(self, why: str, *, behind: bool = False) -> Self:
+        """The same of a disk that is to stay in conflict."""
+        return replace(self, conflict=why, is_behind=self.is_behind or behind)
+
+    def as_leaving(self) -> Self:
+        """The same of a disk that is being forgotten."""
+        return replace(self, leaving=True)
+
 
 class DiskRecords:
     """The records of all disks. A change is in memory at once, and durable after `commit`."""
@@ -97,6 +122,15 @@ class DiskRecords:
     def put(self, name: str, record: DiskRecord | None) -> None:
         """Keep a record, or (None) remove that of the disk."""
         self._cache.records.put(KIND, name, None if record is None else record.write())
+
+    async def change(self, name: str, was: DiskRecord, now: DiskRecord) -> None:
+        """Have `now` on record, durably, in the place of `was`. Raises ForebayError; `was` is on record then."""
+        self.put(name, now)
+        try:
+            await self.commit()
+        except BaseException:
+            self.put(name, was)
+            raise
 
     async def commit(self) -> None:
         """Make all changes durable. Raises ForebayError where the index cannot be written."""

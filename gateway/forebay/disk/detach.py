@@ -3,7 +3,9 @@
 
 """The end of a disk's private data, when the disk is detached."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 from forebay.checkpoint.dirty import Dirty
 from forebay.checkpoint.schedule import WriteBack
@@ -11,6 +13,15 @@ from forebay.image.image import Image
 from forebay.image.source import Source
 
 log = logging.getLogger("forebay.disk")
+
+
+@contextlib.contextmanager
+def in_any_case(disk: str) -> Iterator[None]:
+    """Around each step of an end that is decided: an OSError is said in the log, and the next step follows."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s: while it was detached: %s", disk, error.strerror or error)
 
 
 async def finish_checkpoint(image: Image, source: Source, writeback: WriteBack) -> None:

@@ -16,7 +16,7 @@ from forebay.checkpoint.steps import Progress
 from forebay.config.model import DiskSettings
 from forebay.disk.block_status import CACHED_CONTEXT, OLD_CACHED_CONTEXT
 from forebay.disk.copy import preload_range
-from forebay.disk.detach import clear_mark, drop_private
+from forebay.disk.detach import clear_mark, drop_private, in_any_case
 from forebay.disk.modes import Modes
 from forebay.disk.ranges import sectors_within
 from forebay.disk.reads import Reads, arrive, check_conflict
@@ -97,7 +97,8 @@ class Disk:
 
     def _bring_up(self) -> None:
         """Make what the cache holds of the disk its own, and be in the mode that follows. Raises ForebayError."""
-        self.modes.check_fits(self.mode)
+        if not self.source.resumed:  # a cache that has shrunk since has the copy pause
+            self.modes.check_fits(self.mode)
         self.dirty.recall()
         self._watch.choose_mode()
         self.modes.choose()
@@ -122,6 +123,7 @@ class Disk:
     async def set_mode(self, mode: Mode, progress: Progress) -> None:
         """See :meth:`Modes.change`. Raises ForebayError or OSError; the mode is the old one then."""
         await self.modes.change(mode, progress)
+        self._watch.target = None
 
     # -- what the daemon asks ---------------------------------------------------------------------------------
 
@@ -255,18 +257,21 @@ class Disk:
     async def close(self, *, discard: bool) -> None:
         """At detach, when nobody uses the disk any more: drop what is private, and leave the image.
 
-        `discard` says that what is dirty is meant to be lost; without it nothing may be dirty. Raises OSError.
+        `discard` says that what is dirty is meant to be lost; without it nothing may be dirty. What fails is said in
+        the log: it goes in any case.
         """
         dirty = self.dirty.bytes
         assert discard or not dirty, "drain first"
         if dirty:
             log.warning("%s: %d dirty bytes are dropped as asked", self.name, dirty)
         drop_private(self.image, self.dirty, discard=discard)
-        await self.modes.copy.release()
+        with in_any_case(self.name):
+            await self.modes.copy.release()
         self.image.clean.set_cap(self.name, None)
         if discard and self.dirty.mark.is_set:
             await clear_mark(self.image, self.dirty, self.name)
-        await self.image.leave(self.source, self.view)
+        with in_any_case(self.name):
+            await self.image.leave(self.source, self.view)
 
 
 def _silent(done: int, total: int) -> None:

@@ -85,6 +85,8 @@ class Modes:
         self.copy = FullCopy(image, counters, source.use.disk)
         self._nursery: trio.Nursery | None = None
         """For the full copy; None while the disk does not run."""
+        self._changing = trio.Lock()
+        """Held by whoever changes the mode, the operator or :class:`forebay.disk.watch.Watch`."""
         self.mode = Mode(settings.mode)
         self.policy: Policy = self._to_origin(keep=False)
         self.on_choice: Callable[[], None] = _nothing
@@ -163,10 +165,18 @@ class Modes:
         `progress` is told of what has to be written back first. Raises ForebayError where the disk cannot be in that
         mode, OSError where what is dirty cannot be taken to the image; the mode is the old one then.
         """
-        if mode is self.mode:
-            return
-        self.check_fits(mode)
-        self._source.check_safe(mode)
+        async with self._changing:
+            if mode is not self.mode:
+                await self._change(mode, progress)
+
+    def check_may_enter(self, mode: Mode) -> None:
+        """Raise ForebayError where the disk cannot be in that mode, unless it is in it."""
+        if mode is not self.mode:
+            self.check_fits(mode)
+            self._source.check_safe(mode)
+
+    async def _change(self, mode: Mode, progress: Progress) -> None:
+        self.check_may_enter(mode)
         leaves_private = self.writes_private and not self._overlay and mode not in PRIVATE_MODES
         if leaves_private and self._dirty.bytes:
             await self._writeback.catch_up()  # most of it, while the VM goes on writing

@@ -31,18 +31,18 @@ class Watch:
         self._disk = source.use.disk
         self._dirty = dirty
         self._modes = modes
-        self._target: Mode | None = None
-        """The mode that was asked for, where the disk comes up in write-back first; else None."""
+        self.target: Mode | None = None
+        """The mode that was asked for, where the disk comes up in write-back first; None once it was told another."""
 
     def choose_mode(self) -> None:
         """Choose the mode in which a disk comes up, after its dirty layers were found and before they are used."""
         modes = self._modes
         if self._dirty.mark.is_set and not modes.writes_private and self._source.use.writes:
             # The mode was changed, or the configuration, and we ended before the data had gone to the image.
-            self._target, modes.mode = modes.mode, Mode.WRITE_BACK
+            self.target, modes.mode = modes.mode, Mode.WRITE_BACK
         if self._is_unsafe():
             if self._dirty.mark.is_set:
-                self._target, modes.mode = Mode.WRITE_THROUGH, Mode.WRITE_BACK
+                self.target, modes.mode = Mode.WRITE_THROUGH, Mode.WRITE_BACK
             else:
                 modes.mode = Mode.WRITE_THROUGH
 
@@ -61,8 +61,8 @@ class Watch:
     def start(self, nursery: trio.Nursery) -> None:
         """Begin to look after the image, and the change of mode if one is to be made."""
         nursery.start_soon(self._watch, nursery)
-        if self._target is not None:
-            nursery.start_soon(self._change_over, self._target)
+        if self.target is not None:
+            nursery.start_soon(self._change_over, self.target)
 
     async def _watch(self, nursery: trio.Nursery) -> None:
         image = self._image
@@ -71,17 +71,18 @@ class Watch:
             await trio.sleep(image.reach.seconds_to_look())
             await image.reach.attempt()
             has_come = was_away and image.origin is not None
-            if has_come and self._target is None and self._is_unsafe():
+            if has_come and self.target is None and self._is_unsafe():
+                self.target = Mode.WRITE_THROUGH
                 nursery.start_soon(self._change_over, Mode.WRITE_THROUGH)
             if image.reach.is_look_due():
                 await image.look()
 
     async def _change_over(self, target: Mode) -> None:
-        """Change to that mode, however long it takes until what is dirty is in the image."""
+        """Change to that mode, however long it takes until what is dirty is in the image, unless told otherwise."""
         log.info(
             "%s: dirty data is written back before the mode becomes %s", self._disk, target.value
         )
-        while self._modes.mode in PRIVATE_MODES:
+        while self._modes.mode in PRIVATE_MODES and self.target is target:
             try:
                 await self._modes.change(target, _silent)
             except OSError as error:

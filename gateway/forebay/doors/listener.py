@@ -7,7 +7,9 @@ import grp
 import logging
 import os
 import pwd
+import select
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 import trio
@@ -75,6 +77,17 @@ def _give(path: Path, section: GatewaySection) -> None:
     path.chmod(section.socket_mode)
 
 
+def _gone(connections: Iterable[Connection]) -> list[Connection]:
+    """Those of the connections whose client has closed both directions of its socket, as the end of a process does."""
+    poll = select.poll()
+    found = {one.sock.fileno(): one for one in connections}
+    for descriptor in found:
+        if descriptor >= 0:
+            poll.register(descriptor, 0)
+    ended = {descriptor for descriptor, event in poll.poll(0) if event & select.POLLHUP}
+    return [one for descriptor, one in found.items() if descriptor < 0 or descriptor in ended]
+
+
 class Listener:
     """The NBD socket of one disk: accepts clients while it is open, and serves them.
 
@@ -119,8 +132,11 @@ class Listener:
 
     @property
     def clients(self) -> int:
-        """How many connections are past the handshake."""
-        return sum(one.session is not None for one in self._server.connections)
+        """How many connections are past the handshake, without those whose client is gone: that has closed its end, or
+        was killed, and what it asked for last is still under way.
+        """
+        past = [one for one in self._server.connections if one.session is not None]
+        return len(past) - len(_gone(past))
 
     @property
     def unanswered_since(self) -> float | None:
@@ -213,6 +229,8 @@ class Listener:
         if self._scope is None:
             return
         self._scope.cancel()
+        for connection in _gone(self._server.connections):
+            connection.abort()  # nobody is there to hear what it waits for
         with trio.move_on_after(seconds):
             await self._shut.wait()
             return

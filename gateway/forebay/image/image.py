@@ -15,7 +15,7 @@ from forebay.image.clean import CleanBlocks
 from forebay.image.identity import KnownIdentity
 from forebay.image.kept import KeptInAll
 from forebay.image.reach import Reach
-from forebay.image.source import Source
+from forebay.image.source import ResizedError, Source
 from forebay.image.sources import Sources
 from forebay.image.writes import OwnWrites
 from forebay.origin.protocol import Identity, Origin
@@ -99,7 +99,10 @@ class Image:
         try:
             return await source.open()
         except TakenOver as fault:
-            self._note_change(str(fault))
+            if isinstance(fault, ResizedError):
+                self.stop(str(fault))
+            else:
+                self._note_change(str(fault))
             if self.conflict is not None:
                 return None
         await source.begin_anew()
@@ -201,10 +204,12 @@ class Image:
     def stop(self, why: str) -> None:
         """From now on nothing of the image is read or written, not even from the cache. What is dirty is kept."""
         if self.conflict is None:
-            gives = (
-                " to give that data up" if self.sources.has_private() else ", and attach it again"
-            )
-            self.reach.stop(f"{why}: detach with --discard{gives}")
+            disk = self.sources.name_of_one() or "DISK"
+            if self.sources.has_private():
+                what = f"'forebay resolve {disk}' keeps that data, or the image, or saves the data elsewhere"
+            else:
+                what = f"'forebay resolve {disk} --keep-image' goes on with it as it is now"
+            self.reach.stop(f"{why}: {what}")
         self.clean.stop_reading_ahead()
 
     def begin_anew(self) -> None:

@@ -9,20 +9,22 @@ from collections.abc import Callable
 import trio
 
 from forebay.errors import ForebayError
+from forebay.image.formats import Formats, is_marked, mark
 from forebay.image.use import Use
 from forebay.origin.addresses import Address, DeviceAddress, FileAddress
 from forebay.origin.block import BlockOrigin
+from forebay.origin.calls import SystemCalls
 from forebay.origin.file import FileOrigin
 from forebay.origin.mounts import why_unsafe
 from forebay.origin.nbd import NbdOrigin
-from forebay.origin.opening import OpenImage, open_device, open_image
+from forebay.origin.opening import OpenImage, look, open_device, open_image
 from forebay.origin.protocol import Origin, close_quietly
 from forebay.origin.threads import Descriptor, StoreThreads, bounded
 from forebay.origin.worker import syscalls
 from forebay.sidecar.claim import Claim
 from forebay.sidecar.files import read_owner
 from forebay.sidecar.locks import LOOKS, READS, WRITES, Access, InUse, NoLocks, take_locks
-from forebay.sidecar.record import Owner, in_use_by_program
+from forebay.sidecar.record import NOBODY, Owner, in_use_by_program, left_behind
 
 log = logging.getLogger("forebay.origin")
 
@@ -41,9 +43,11 @@ class Opener:
         timeout: float,
         nursery: trio.Nursery,
         left_by: Callable[[str], int],
+        formats: Formats | None = None,
     ) -> None:
         """`claim` is that of a disk that writes to a file. `left_by` returns how many bytes the cache has of a disk of
         that name which is not served. `nursery` is for the connections to an NBD server; `timeout` is in seconds.
+        `formats` remembers which images are raw disks.
         """
         self.file_id: tuple[int, int] | None = None
         """Device and inode of the image, once it was opened, if it is a file."""
@@ -58,6 +62,7 @@ class Opener:
         self._timeout = timeout
         self._nursery = nursery
         self._left_by = left_by
+        self._formats = formats
 
     async def open(self, *, first: bool) -> Origin:
         """An origin, which the caller closes. `first`: the disk is just being attached, so its format is looked at.
@@ -78,10 +83,9 @@ class Opener:
         )
 
     async def _open_file(self, address: FileAddress, first: bool) -> FileOrigin:
-        read_only = not self._use.writes
-        file = await self._in_thread(
-            lambda: open_image(address, read_only=read_only, any_format=not first)
-        )
+        file = await self._in_thread(lambda: self._open_image(address, first))
+        if first and self._formats is not None:
+            self._formats.remember(self._key, file.size)
         origin = FileOrigin(file, self._label, threads=self._threads, timeout=self._timeout)
         try:
             await self._look_at_mount(file)
@@ -93,6 +97,23 @@ class Opener:
             await close_quietly(origin)
             raise
         return origin
+
+    def _open_image(self, address: FileAddress, first: bool) -> OpenImage:
+        """In a thread: the open file. One that is attached as a disk that writes bears the mark of a raw disk."""
+        read_only = not self._use.writes
+        file = open_image(
+            address,
+            read_only=read_only,
+            admitted=not first,
+            was_raw=self._was_raw if first else None,
+        )
+        if first and not read_only:
+            mark(file.fd, file.size)
+        return file
+
+    def _was_raw(self, fd: int, size: int) -> bool:
+        known = self._formats is not None and self._formats.is_raw(self._key, size)
+        return known or is_marked(fd, size)
 
     async def _open_device(self, address: DeviceAddress) -> BlockOrigin:
         read_only = not self._use.writes
@@ -155,6 +176,17 @@ class Opener:
         """What the owner marker beside the image says. Raises ForebayError and OSError."""
         with bounded(self._timeout, f"looking for the owner of {self._label}"):
             return await self._threads.run(lambda: read_owner(address))
+
+    async def look_for_owner(self) -> None:
+        """Raise ForebayError where the image to be written is another gateway's, OSError where it is gone."""
+        address = self._address
+        if not isinstance(address, FileAddress):
+            return
+        with bounded(self._timeout, f"looking at {self._label}"):
+            await self._threads.run(lambda: look(address, SystemCalls()))
+        owner = await self._owner(address) if self._claim is not None else None
+        if owner is not None and owner.gateway not in (self._use.gateway, NOBODY):
+            raise left_behind(address, owner)
 
     def _check_left(self, owner: Owner | None) -> None:
         """Raise ForebayError where a disk of this gateway that is not served now has data that the image lacks."""

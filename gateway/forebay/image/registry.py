@@ -68,6 +68,19 @@ class Images:
             elif clean is not None:
                 self._cache.layers.drop(clean)
 
+    def follow(self, disk: str, key: str, *, drops_own: bool, has_moved: bool) -> None:
+        """Forget what does not belong on the image as it is now, from the next commit on. No disk is on it.
+
+        `drops_own`: what the cache has of the disk alone is given up. `has_moved`: its clean blocks are of before.
+        """
+        if drops_own:
+            self.drop_disk(disk, key)
+        if has_moved:
+            clean = self._cache.layers.clean_of(key)
+            if clean is not None:
+                self._cache.layers.drop(clean)
+            self._cache.records.put("image", key, None)
+
     async def _close(self, image: Image) -> None:
         """Close an image that no disk uses any more. Raises OSError."""
         if self._open.get(image.key) is image:

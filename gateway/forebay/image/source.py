@@ -9,6 +9,7 @@ from collections.abc import Callable
 import trio
 
 from forebay.errors import ForebayError
+from forebay.image.formats import Formats
 from forebay.image.opener import Opener
 from forebay.image.use import Use
 from forebay.origin.addresses import Address, DeviceAddress, FileAddress
@@ -21,6 +22,10 @@ from forebay.units import Mode
 START_SECONDS = 2.0
 """What a store may take at the daemon's start before its disks come up without it. Local ones need milliseconds, and
 QEMU's reconnect-delay is tens of seconds."""
+
+
+class ResizedError(TakenOver):
+    """The image has another size than the disk."""
 
 
 def _nothing(_disk: str) -> int:
@@ -41,6 +46,7 @@ class Source:
         nursery: trio.Nursery,
         size: int | None = None,
         left_by: Callable[[str], int] = _nothing,
+        formats: Formats | None = None,
     ) -> None:
         """`size`: bytes as recorded when the disk was attached, None when it is just being attached. The rest is as
         `Opener` and `Claim` have it.
@@ -67,6 +73,7 @@ class Source:
             timeout=timeout,
             nursery=nursery,
             left_by=left_by,
+            formats=formats,
         )
         self._origin: Origin | None = None
         """The last one that was handed out."""
@@ -139,6 +146,14 @@ class Source:
         """
         self._prepared = await self._open(first=True)
 
+    async def look_for_owner(self) -> None:
+        """Raise ForebayError where the image to be written is another gateway's, OSError where it is gone."""
+        await self._opener.look_for_owner()
+
+    async def prepare_again(self) -> None:
+        """The same for an image that a disk of ours has used: what keeps others from being attached does not count."""
+        self._prepared = await self._open(first=False)
+
     async def open(self) -> Origin:
         """An origin, claimed if the disk writes, which the caller closes.
 
@@ -184,12 +199,15 @@ class Source:
             self._size = origin.size
         if origin.size != self._size:
             await close_quietly(origin)
-            raise ForebayError(
-                f"{self.label} has {origin.size} bytes and had {self._size}: detach the disk and attach it again"
-            )
+            raise ResizedError(f"{self.key} has {origin.size} bytes and had {self._size}")
         return origin
 
     # ------------------------------------------------------------------------------------------------------- the end
+
+    @property
+    def prepared(self) -> Origin | None:
+        """What `prepare` opened, until `open` has handed it out."""
+        return self._prepared
 
     async def close_prepared(self) -> None:
         """Close an origin that `prepare` opened and nobody took: another disk's one serves the image already."""

@@ -33,6 +33,10 @@ class Sources:
         """That of the disk which came last: it opens the image for all of them."""
         return self._sources[-1]
 
+    def name_of_one(self) -> str | None:
+        """The name of the disk, if there is but one."""
+        return self._sources[0].use.disk if len(self._sources) == 1 else None
+
     def lacks(self, source: Source) -> int:
         """Bytes that only the cache has of the disk with that source."""
         layers = self._cache.layers.private_of(source.use.disk)

@@ -31,6 +31,7 @@ class Hold:
     def __init__(self, run: str, disk: str) -> None:
         beside = Path(run)
         self.path = beside.with_name(f"libvirt-{beside.name}") / disk
+        self._kept = self.path.with_name(f".{disk}.kept")
 
     def domain(self) -> tuple[str, str] | None:
         """UUID and name of the domain that the disk was attached for; None where it is nobody's."""
@@ -46,10 +47,21 @@ class Hold:
         new = self.path.with_name(f".{self.path.name}.new")
         new.write_text(f"{uuid} {name}\n")
         new.rename(self.path)
+        self._kept.unlink(missing_ok=True)
 
     def drop(self) -> None:
         """Note that the disk is attached for no domain."""
         self.path.unlink(missing_ok=True)
+        self._kept.unlink(missing_ok=True)
+
+    def keep(self) -> None:
+        """Note that what the domain wrote to the disk is for its next run, too: until `take` or `drop`."""
+        self.path.parent.mkdir(mode=0o700, exist_ok=True)
+        self._kept.touch()
+
+    def is_kept(self) -> bool:
+        """True after `keep`."""
+        return self._kept.exists()
 
     @contextlib.contextmanager
     def detaching(self) -> Iterator[bool]:

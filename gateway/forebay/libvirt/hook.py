@@ -15,12 +15,14 @@ import syslog
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from types import FrameType
 from typing import Any
 
 from forebay.client import Client
 from forebay.config.client import DEFAULT_CONFIG, config_path, run_directory
 from forebay.errors import ForebayError
+from forebay.libvirt.behind import detach_all
 from forebay.libvirt.domain import Domain, WantedDisk, read_domain
 from forebay.libvirt.hold import Hold
 
@@ -140,6 +142,10 @@ def _attach(daemon: Daemon, domain: Domain, disk: WantedDisk) -> bool:
             _check_free(hold, domain)
             if hold.call_off():
                 found = _settled(daemon, found)
+        if found is not None and found["overlay"] and hold.domain() and not hold.is_kept():
+            # left by a run whose end was not heard of, or whose detach failed
+            daemon.client.follow("DELETE", f"/disks/{disk.name}", None, _silent)
+            found = None
         if found is None:
             daemon.client.post("/disks", _arguments(disk))
         else:
@@ -230,6 +236,8 @@ def _restore(domain: Domain, config: str | None) -> None:
                 f"domain '{domain.name}' cannot be restored: what it wrote to overlay '{disk.name}' "
                 "is gone; start it afresh with 'virsh start --force-boot'"
             )
+        if disk.overlay:
+            Daemon(config, disk.instance).hold(disk.name).keep()
 
 
 # ---------------------------------------------------------------------------------------------------------------- end
@@ -259,8 +267,11 @@ def _to_release(domain: Domain, extra: str, config: str | None) -> list[Held]:
         except (ForebayError, OSError) as fault:
             _log(f"disk '{disk.name}' stays attached: {fault}")
             continue
-        ours = holder is not None and holder[0] == domain.uuid
-        if ours and not (disk.overlay and keep_overlays):
+        if holder is None or holder[0] != domain.uuid:
+            continue
+        if disk.overlay and keep_overlays:
+            hold.keep()
+        else:
             held.append((daemon, hold))
     return held
 
@@ -295,24 +306,17 @@ def _detach_behind(held: Sequence[Held]) -> int:
         nothing = os.open(os.devnull, os.O_RDWR)
         for descriptor in range(3):  # libvirt waits until its pipes are closed
             os.dup2(nothing, descriptor)
-        for daemon, hold in held:
-            _detach(daemon, hold)
+        detach_all(
+            [(partial(_detach, daemon, hold.path.name), hold) for daemon, hold in held], _log
+        )
     finally:
         os._exit(0)
 
 
-def _detach(daemon: Daemon, hold: Hold) -> None:
-    """Drain and detach the disk, and give up the hold. What fails goes to the log."""
-    name = hold.path.name
-    try:
-        with hold.detaching() as ours:
-            if not ours:
-                return
-            if daemon.disk(name) is not None:
-                daemon.client.follow("DELETE", f"/disks/{name}", None, _silent)
-            hold.drop()
-    except (ForebayError, OSError) as fault:
-        _log(f"disk '{name}' stays attached: {fault}")
+def _detach(daemon: Daemon, name: str) -> None:
+    """Drain and detach the disk, if it is there. Raises ForebayError."""
+    if daemon.disk(name) is not None:
+        daemon.client.follow("DELETE", f"/disks/{name}", None, _silent)
 
 
 def _wait(child: int) -> None:

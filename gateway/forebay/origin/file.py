@@ -12,6 +12,8 @@ import errno
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import trio
+
 from forebay.origin.blocking import BlockingFile
 from forebay.origin.calls import PUNCH_HOLE, ZERO_RANGE, Buffer, SystemCalls
 from forebay.origin.opening import OpenImage
@@ -19,11 +21,16 @@ from forebay.origin.order import ChangeOrder, SyncOrder
 from forebay.origin.pieces import ZERO_PIECE, check_range, pieces
 from forebay.origin.protocol import Identity
 from forebay.origin.threads import Background, Descriptor, StoreThreads, bounded
+from forebay.origin.worker import syscalls
 
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, 524}
 """What fallocate says where it cannot do a mode. 524 is the kernel's own ENOTSUPP, which some NFS versions leak."""
 
 _zeros = bytes(ZERO_PIECE)
+
+
+def _pass_over(_outcome: object) -> None:
+    """For a thread whose outcome nobody waits for."""
 
 
 class FileOrigin:
@@ -198,15 +205,36 @@ class FileOrigin:
         times, self._with_times = self._with_times, False
         self._file.sync(times=times)
 
+    async def extend(self, size: int) -> None:
+        """Make the file `size` bytes long, where it is shorter; what is new reads as zeros. Raises OSError."""
+
+        def extend() -> None:
+            with self._file.descriptor as fd:
+                if syscalls.fstat(fd).st_size < size:
+                    syscalls.ftruncate(fd, size)
+                syscalls.fsync(fd)
+
+        with bounded(self.timeout, f"extending {self.label}"):
+            await self._threads.run(extend)
+        self.size = max(self.size, size)
+
     async def quiesce(self) -> None:
         """Wait until no call that was given up can change the image any more. ETIMEDOUT: one still can."""
         with bounded(self.timeout, f"waiting for a hung write to {self.label}"):
             await self._changes.wait_for_range(0, self.size)
 
     async def close(self) -> None:
-        """Close the descriptor, in the thread that uses it last if one hangs. Implies no flush."""
-        with bounded(self.timeout, f"closing {self.label}"):
-            await self._threads.run(self._file.descriptor.close)
+        """Close the descriptor, in the thread that uses it last if one hangs. Implies no flush.
+
+        Where its store has no thread to spare it gets one of its own: the image's locks are on the descriptor.
+        """
+        close = self._file.descriptor.close
+        try:
+            with bounded(self.timeout, f"closing {self.label}"):
+                await self._threads.run(close)
+        except BaseException:
+            trio.lowlevel.start_thread_soon(close, _pass_over)
+            raise
 
     # -------------------------------------------------------------------------------------------------------- checks
 

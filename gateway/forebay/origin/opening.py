@@ -48,14 +48,16 @@ def open_image(
     address: FileAddress,
     *,
     read_only: bool,
-    any_format: bool = False,
+    admitted: bool = False,
+    was_raw: Callable[[int, int], bool] | None = None,
     calls: SystemCalls | None = None,
 ) -> OpenImage:
     """Open an image file. Raises ForebayError for what the operator has to change, OSError for failing storage.
 
-    With `any_format` a file that begins like a qcow2 image or the like is not refused. That is for images that were
-    attached before: a guest may write whatever it likes to the start of its disk, and must find it again after a
-    restart.
+    `admitted`: the image is in use already, and comes back after a restart or an outage. What would keep it from being
+    attached does not keep it from going on: a second name, or the first bytes of another format. `was_raw` is asked
+    about a file that begins like a qcow2 image or the like, with its descriptor and its size, and returns True if it
+    was a raw disk before: a guest may write whatever it likes to the start of its disk.
     """
     calls = calls or SystemCalls()
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NONBLOCK | os.O_NOCTTY
@@ -69,9 +71,9 @@ def open_image(
         raise _file_refusal(address, error, read_only) from error
     try:
         found = calls.status(fd)
-        _check_kind(address, found, read_only)
-        if not any_format:
-            _check_format(address, fd)
+        _check_kind(address, found, read_only or admitted)
+        if not admitted:
+            _check_format(address, fd, lambda: was_raw is not None and was_raw(fd, found.size))
     except BaseException:
         syscalls.close(fd)
         raise
@@ -150,8 +152,8 @@ def _open_in_store(address: FileAddress, path: str, flags: int) -> int:
         syscalls.close(root)
 
 
-def _check_kind(address: FileAddress, found: Status, read_only: bool) -> None:
-    """Raise ForebayError unless the file is a regular one with a size and, if it is to be written, with one name."""
+def _check_kind(address: FileAddress, found: Status, any_names: bool) -> None:
+    """Raise ForebayError unless the file is a regular one with a size and, unless it may have `any_names`, with one."""
     if stat.S_ISDIR(found.mode):
         raise ForebayError(f"{address.key} is a directory: name an image in it")
     if not stat.S_ISREG(found.mode):
@@ -160,18 +162,18 @@ def _check_kind(address: FileAddress, found: Status, read_only: bool) -> None:
         raise ForebayError(
             f"{address.key} is empty: give it a size with truncate, or copy an image to it"
         )
-    if found.links > 1 and not read_only:
+    if found.links > 1 and not any_names:
         raise ForebayError(
             f"{address.key} has {found.links} names (hard links), and writing would change it under all of them: "
             "copy it, or attach it with --overlay or --read-only"
         )
 
 
-def _check_format(address: FileAddress, fd: int) -> None:
-    """Raise ForebayError for an image that is not raw, unless its name says that it is."""
+def _check_format(address: FileAddress, fd: int, was_raw: Callable[[], bool]) -> None:
+    """Raise ForebayError for an image that is not raw, unless its name says that it is, or it was."""
     start = syscalls.pread(fd, _LONGEST_MAGIC, 0)
     for magic, name in _FORMATS.items():
-        if start.startswith(magic) and not address.path.endswith(".raw"):
+        if start.startswith(magic) and not address.path.endswith(".raw") and not was_raw():
             raise ForebayError(
                 f"{address.key} is in {name} format, and a guest would see that format's tables: convert it with "
                 "qemu-img convert -O raw, or give it a name that ends in .raw if that is meant"

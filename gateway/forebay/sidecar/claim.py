@@ -3,6 +3,7 @@
 
 """The claim of a disk on the image file that it writes, off the event loop: its marker, locks and redo journals."""
 
+import contextlib
 import errno
 import logging
 from collections.abc import Callable, Iterator
@@ -224,13 +225,28 @@ class Claim:
         """
         marker, self._marker = self._marker, None
         if marker is not None:
-            await self._in_turn("releasing", marker.release)
+            await self._finally("releasing", marker.release, marker)
 
     async def leave(self) -> None:
         """Let the locks go and leave the marker, as a crash would: at a restart. Raises OSError."""
         marker, self._marker = self._marker, None
         if marker is not None:
-            await self._in_turn("unlocking", marker.close)
+            await self._finally("unlocking", marker.close, marker)
+
+    async def _finally(self, what: str, do: Callable[[], None], marker: Marker) -> None:
+        """Call `do`, the last call of a marker, which closes it. If that fails it is closed as soon as it can be."""
+        try:
+            await self._in_turn(what, do)
+        except BaseException:
+            trio.lowlevel.spawn_system_task(self._close_late, marker)
+            raise
+
+    async def _close_late(self, marker: Marker) -> None:
+        """Close a marker whose last call failed, or was never made, in a thread of its own: it has the lock."""
+        if self._last is not None:
+            await self._last.wait()
+        with contextlib.suppress(OSError):
+            await trio.to_thread.run_sync(marker.close, abandon_on_cancel=True)
 
     # ------------------------------------------------------------------------------------------------- how it is done
 

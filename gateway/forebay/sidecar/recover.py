@@ -81,7 +81,7 @@ def _path(config: Config, text: str) -> Path:
 def _run(config: Config, text: str, *, take_over: bool, sure: bool) -> "Report":
     """The same as the user that we are. Raises ForebayError, and OSError."""
     address = find(config, text)
-    file = open_image(address, read_only=False, any_format=True)
+    file = open_image(address, read_only=False, admitted=True)
     try:
         need_locks = config.disk_settings(address.store or None).require_locks
         found = recover_image(address, file, need_locks=need_locks, sure=sure and not take_over)

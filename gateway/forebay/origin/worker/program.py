@@ -159,7 +159,8 @@ def _ioctl(fd: int, request: int, argument: bytes) -> bytes:
 
 
 OF_OS = {"close", "fdatasync", "fsync", "ftruncate", "link", "listdir", "lseek", "mkdir", "open"}
-OF_OS |= {"posix_fadvise", "read", "readlink", "rename", "rmdir", "symlink", "unlink"}
+OF_OS |= {"getxattr", "posix_fadvise", "read", "readlink", "rename", "rmdir", "setxattr"}
+OF_OS |= {"symlink", "unlink"}
 """Calls that are functions of `os`."""
 
 OTHERS: dict[str, Callable[..., Any]] = {

@@ -231,6 +231,16 @@ def ioctl(fd: int, request: int, argument: bytes) -> bytes:
     return cast("bytes", _call("ioctl", fd, request, argument))
 
 
+def getxattr(fd: int, attribute: str) -> bytes:
+    """As os.getxattr, of an open file."""
+    return cast("bytes", _call("getxattr", fd, attribute))
+
+
+def setxattr(fd: int, attribute: str, value: bytes) -> None:
+    """As os.setxattr, of an open file."""
+    _call("setxattr", fd, attribute, value)
+
+
 def holders(fd: int, programs: tuple[str, ...]) -> list[tuple[str, int]]:
     """See `program.holders`."""
     return cast("list[tuple[str, int]]", _call("holders", fd, programs))

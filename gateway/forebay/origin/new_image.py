@@ -1,0 +1,111 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""A new image in a store: it is written under a name of our own, and gets its name when it is whole and durable.
+
+No file is ever written over. What a kill leaves is one file under our own name for each image that was to be made; the
+next start removes it, and so does the next attempt. Everything here blocks, raises OSError, and belongs in a thread.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+
+from forebay.errors import ForebayError
+from forebay.origin.addresses import SIDECAR, FileAddress
+from forebay.origin.opening import open_folder
+from forebay.origin.worker import syscalls
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+def temporary_name(address: FileAddress, gateway: str) -> str:
+    """The name of the file that this gateway writes first. Attach refuses it, as all of our own files."""
+    digest = hashlib.sha256(f"{gateway}\0{address.path}".encode()).hexdigest()[:32]
+    return f".{digest}{SIDECAR}"
+
+
+class NewImage:
+    """One that is being written. `publish` or `drop` ends it."""
+
+    def __init__(self, address: FileAddress, size: int, gateway: str) -> None:
+        """Begin an image of `size` bytes, all zeros. Raises ForebayError where the name is taken, or cannot be used."""
+        self._address = address
+        self._name = os.path.basename(address.path)
+        self._temporary = temporary_name(address, gateway)
+        try:
+            self._folder = open_folder(address)
+        except OSError as error:
+            raise ForebayError(
+                f"{address.key}: {os.path.dirname(address.path) or address.root}: {os.strerror(error.errno or 0)}: "
+                "name a place in a folder that is there"
+            ) from error
+        try:
+            self._check_free()
+            self._unlink()
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._fd = syscalls.open(self._temporary, flags, 0o600, dir_fd=self._folder)
+        except BaseException:
+            syscalls.close(self._folder)
+            raise
+        try:
+            syscalls.ftruncate(self._fd, size)
+        except BaseException:
+            self.drop()
+            raise
+
+    def _check_free(self) -> None:
+        try:
+            syscalls.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        raise ForebayError(f"{self._address.key} is there already: choose another name")
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write some of it."""
+        syscalls.pwrite_all(self._fd, data, offset)
+
+    def publish(self) -> None:
+        """Give it its name, when it is durable; it is closed then. Raises ForebayError where the name was taken."""
+        syscalls.fsync(self._fd)
+        folders = {"src_dir_fd": self._folder, "dst_dir_fd": self._folder}
+        try:
+            syscalls.link(self._temporary, self._name, **folders)
+        except FileExistsError:
+            raise ForebayError(
+                f"{self._address.key} is there by now, and not written over: choose another name"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            self._check_free()
+            syscalls.rename(self._temporary, self._name, **folders)
+        self._unlink()
+        syscalls.fsync(self._folder)
+        self._close()
+
+    def drop(self) -> None:
+        """Remove what was written so far. Raises nothing."""
+        with contextlib.suppress(OSError):
+            self._unlink()
+        self._close()
+
+    def _unlink(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            syscalls.unlink(self._temporary, dir_fd=self._folder)
+
+    def _close(self) -> None:
+        for descriptor in (self._fd, self._folder):
+            with contextlib.suppress(OSError):
+                syscalls.close(descriptor)
+
+
+def remove_left(address: FileAddress, gateway: str) -> None:
+    """Remove what a kill left of an image that was to be made."""
+    folder = open_folder(address)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            syscalls.unlink(temporary_name(address, gateway), dir_fd=folder)
+    finally:
+        syscalls.close(folder)
