@@ -284,6 +284,7 @@ async def test_attach_sends_what_was_asked_for(capsys: Capture, tmp_path: Path) 
         "read_only": True,
         "overlay": True,
         "rule": Rule("label", "libvirt-1", 65534),
+        "gives_way": False,
     }
     images = [call[2] for call in gateway.calls]
     assert images[1:3] == [str(Path.cwd() / "a:b.raw"), "nbd+unix:///x?socket=/s"]
