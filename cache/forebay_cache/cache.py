@@ -18,11 +18,16 @@ import trio
 
 from forebay_cache.device.device import Device
 from forebay_cache.device.failure import Failure
+from forebay_cache.device.files import is_kept_in_memory
+from forebay_cache.device.lanes import DeviceThreads
+from forebay_cache.device.pace import Pace
 from forebay_cache.device.syncer import Syncer
+from forebay_cache.device.worker import TIMEOUT
 from forebay_cache.durable.commit import Committer
 from forebay_cache.durable.hot import HotRegions
 from forebay_cache.durable.intent import Intent
 from forebay_cache.durable.journal import Journal, JournalFull
+from forebay_cache.durable.publish import Publisher
 from forebay_cache.durable.records import Records
 from forebay_cache.durable.sync import DeviceSync
 from forebay_cache.durable.wakeup import Wakeup
@@ -61,14 +66,23 @@ class Cache:
     """
 
     def __init__(
-        self, device: Device, index: Index, journal: Journal, placement: Placement
+        self,
+        device: Device,
+        index: Index,
+        journal: Journal,
+        placement: Placement,
+        timeout: float = TIMEOUT,
     ) -> None:
+        """``timeout``: after how many seconds a call to the device, or to the index, counts as failed."""
+        pace = Pace(always_slow=not is_kept_in_memory(device.fd))
         commit_wanted, eviction_wanted = Wakeup(), Wakeup()
         self.device = device
         self.index = index
         self.failure = Failure(device.path)
+        self.threads = DeviceThreads(pace, self.failure, timeout)
         self.sums = Sums(device.slots, index.sums)
         self.ready = ReadyMap(device.slots, self.failure)
+        pace.on_suspicion = self.ready.forget
         self.quarantine = Quarantine(placement)
         self.slots = SlotPool(
             placement,
@@ -80,12 +94,14 @@ class Cache:
             want_eviction=eviction_wanted.call,
         )
         self.intent = Intent(
-            device, journal, self.failure, self.sums, self.ready, commit_wanted.call
+            device, journal, self.failure, pace, self.sums, self.ready, commit_wanted.call
         )
+        self.publish = Publisher(self.intent, self.failure, self.threads)
         self.hot = HotRegions(self.intent, self.failure)
         self.records = Records()
         self.layers = Layers(index, self.intent, self.hot)
-        self.sync = DeviceSync(Syncer(device.fd, device.sync), self.intent, self.failure)
+        syncer = Syncer(device.fd, device.sync, pace, timeout)
+        self.sync = DeviceSync(syncer, self.intent, self.publish, self.failure)
         self.commit = Committer(
             index,
             self.sync,
@@ -105,7 +121,7 @@ class Cache:
             self.failure,
             eviction_wanted,
         )
-        self.in_flight = InFlight()
+        self.in_flight = InFlight(self.failure)
         self.views: weakref.WeakSet[Follower] = weakref.WeakSet()
         """All that read from the map of the device."""
 
@@ -146,6 +162,8 @@ class Cache:
             "journal_bytes": self.intent.journal.used,
             "evicted_blocks": self.slots.evicted_blocks,
             "damaged_slots": self.slots.damaged_slots,
+            "slow": self.threads.pace.is_slow,
+            "slow_writes": self.threads.pace.slow_writes,
             "state": self._state(),
             "error": failed.strerror if failed else self.commit.error,
         }
@@ -186,6 +204,7 @@ class Cache:
         """Commit, evict and reclaim until cancelled."""
         reclaimer = Reclaimer(self.index, self.layers, self.removal, self.commit, self.failure)
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.threads.pace.watch)
             nursery.start_soon(self.commit.run)
             nursery.start_soon(self.evictor.run)
             nursery.start_soon(self.quarantine.run)
@@ -224,9 +243,11 @@ class Cache:
 
     def release(self) -> None:
         """Let go of device and index without a commit, as a crash would."""
+        hangs = self.threads.lost or self.sync.hangs
         self.sync.close()
         self.index.close()
-        self.device.close()
+        if not hangs:  # else its threads still use the descriptor, and closing it may wait for them
+            self.device.close()
 
 
 def boot_id() -> str:

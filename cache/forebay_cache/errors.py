@@ -18,7 +18,10 @@ class CacheFull(Exception):
 
 
 class IndexFault(OSError):
-    """The index cannot be read or written now. ENOSPC: its file system, or the room it was given, is full; else EIO."""
+    """The index cannot be read or written now.
+
+    ENOSPC: its file system, or the room it was given, is full. ETIMEDOUT: it has not answered. Else EIO.
+    """
 
 
 _ADVICE = {

@@ -96,7 +96,7 @@ CACHE, GATEWAY = "forebay_cache", "forebay"
 POINTS = (
     # the cache device
     Point("data pwrite", f"{CACHE}.device.device:Device.write", _slots),
-    Point("intent record append", f"{CACHE}.durable.journal:Journal.append"),
+    Point("intent record append", f"{CACHE}.durable.journal:Journal.write"),
     Point("publish", f"{CACHE}.durable.intent:Intent.publish"),
     Point("fdatasync begun", f"{CACHE}.device.syncer:Syncer._begin"),
     Point("fdatasync ended", f"{CACHE}.device.syncer:Syncer._done_with"),
@@ -253,13 +253,13 @@ def install(plant: Mapping[str, Any]) -> None:
 def _no_intent_records() -> None:
     """A write is answered when only its data was written: nobody can say after a kill what it was."""
 
-    def make(append: Callable[..., Any]) -> Callable[..., Any]:
-        def skip(journal: Any, payload: bytes) -> None:
-            del journal, payload
+    def make(write: Callable[..., Any]) -> Callable[..., Any]:
+        def skip(journal: Any, frame: Any) -> None:
+            del journal, frame
 
         return skip
 
-    replace("forebay_cache.durable.journal:Journal.append", make)
+    replace("forebay_cache.durable.journal:Journal.write", make)
 
 
 def _journal_truncated_early() -> None:

@@ -4,13 +4,21 @@
 """Bugs of the cache that lose data at a power cut, planted in a simulation and in a real daemon alike."""
 
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import trio
 
 import forebay.disk.origin_writes
 import forebay_cache.blocks.private
 from forebay.image.image import Image
+from forebay_cache import Cache, Layer
+from forebay_cache.blocks import slow_writes
+from forebay_cache.device.lanes import DeviceThreads, Lane
 from forebay_cache.durable.commit import Committer
+from forebay_cache.durable.publish import Publisher
+from forebay_cache.format.checksum import checksums
+from forebay_cache.layers.layer import LayerState
 from forebay_cache.slots.quarantine import Quarantine
 
 Replace = Callable[[object, str, object], None]
@@ -49,6 +57,7 @@ def overwritten_in_place(replace: Replace) -> None:
         return second & mask & word
 
     replace(forebay_cache.blocks.private, "_target", target)
+    replace(slow_writes, "_target", target)
 
 
 def image_not_synced(replace: Replace) -> None:
@@ -65,3 +74,71 @@ def no_region_log(replace: Replace) -> None:
         await trio.lowlevel.checkpoint()
 
     replace(forebay.disk.origin_writes, "mark_hot", mark_hot)
+
+
+# -- while the device is slow, and threads write ---------------------------------------------------------------
+
+
+def words_before_data(replace: Replace) -> None:
+    """The page names a place before anything is there."""
+
+    async def write(
+        cache: Cache, layer: Layer, offset: int, data: memoryview, may_store: Callable[[], bool]
+    ) -> slow_writes.Grown | None:
+        parts = slow_writes._plan(cache, layer, offset, data)
+        if parts is None:
+            return None
+        sums = [checksums(part.data) for part in parts]
+        grown = slow_writes._store(cache, layer, parts, sums, cache.ready.forgotten)
+        await cache.threads.writes.run(slow_writes._write, cache, parts)
+        return grown
+
+    replace(slow_writes, "write", write)
+
+
+def sync_before_records(replace: Replace) -> None:
+    """A sync makes sectors durable whose records are still to be written."""
+
+    async def begin_sync(self: Publisher) -> None:
+        self._intent.begin_sync()
+        await trio.lowlevel.checkpoint()
+
+    replace(Publisher, "begin_sync", begin_sync)
+
+
+def opened_is_overwritten(replace: Replace) -> None:
+    """What was written since the last sync goes to the other side, which durable state names."""
+    part = slow_writes._part
+
+    def any_part(cache: Cache, *others: Any) -> Any:
+        opened, cache.intent.open_sectors = cache.intent.open_sectors, {}
+        try:
+            return part(cache, *others)
+        finally:
+            cache.intent.open_sectors = opened
+
+    replace(slow_writes, "_part", any_part)
+    replace(slow_writes, "_is_as_planned", lambda cache, layer, part: True)
+
+
+def frozen_is_written(replace: Replace) -> None:
+    """A write that has begun gets into its layer although that was frozen meanwhile."""
+    store = slow_writes._store
+
+    def store_anyhow(cache: Cache, layer: Layer, *others: Any) -> slow_writes.Grown | None:
+        with mock.patch.object(Layer, "state", LayerState.OPEN):
+            return store(cache, layer, *others)
+
+    replace(slow_writes, "_store", store_anyhow)
+
+
+def hung_threads_forgotten(replace: Replace) -> None:
+    """Whatever a thread may still write to is given to others as if it had ended."""
+    replace(Lane, "when_ended", lambda self, do: do())
+    replace(DeviceThreads, "lost", 0)
+
+    async def place(self: Lane) -> None:
+        await trio.lowlevel.checkpoint()
+        self._free -= 1
+
+    replace(Lane, "_place", place)

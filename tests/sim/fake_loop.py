@@ -10,9 +10,11 @@ bring can come up, time costs nothing, and a seed replays to the byte.
 
 import contextlib
 import gc
+import math
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 from unittest import mock
 
@@ -22,10 +24,12 @@ from trio.testing import MockClock
 
 import forebay.checkpoint.ages
 import forebay_cache.cache
+import forebay_cache.device.pace
 import forebay_cache.index.index
 import forebay_cache.layers.registry
 import forebay_cache.slots.ready
 import forebay_cache.upkeep.medium
+from forebay_cache.device.worker import timed_out
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -39,6 +43,12 @@ class Dice:
 
     def __init__(self, seed: object) -> None:
         self.random = random.Random(repr(seed))
+        self.device_scale = 1.0
+        """How slow the threads are that read and write a cache device."""
+        self.hang: trio.Event | None = None
+        """What they hang in before they do anything, until it is set; None: in nothing."""
+        self.index_hang: trio.Event | None = None
+        """The same of the thread that commits."""
 
     async def pause(self, scale: float = 1.0) -> None:
         """Let some time pass, or none; others may run in any case."""
@@ -51,16 +61,40 @@ class FakeWorker:
     dice: Dice
 
     def __init__(self, name: str) -> None:
-        self._lock = trio.Lock()
+        self._last = trio.Event()
+        self._last.set()
+        self._lost = 0
 
-    async def run(self, job: Callable[[], None]) -> None:
-        with trio.CancelScope(shield=True):
-            async with self._lock:
-                await self.dice.pause()
-                try:
-                    job()
-                finally:
-                    await self.dice.pause()
+    @property
+    def is_hanging(self) -> bool:
+        return self._lost > 0
+
+    async def run(self, job: Callable[[], None], limit: float = math.inf) -> None:
+        if self.is_hanging:
+            raise timed_out(limit)
+        got: list[outcome.Outcome[None]] = []
+        before, self._last = self._last, trio.Event()
+        done = self._last
+        given_up = False
+
+        async def thread() -> None:
+            await before.wait()  # in the order of the calls
+            await self.dice.pause()
+            if self.dice.index_hang is not None:
+                await self.dice.index_hang.wait()
+            got.append(outcome.capture(job))
+            await self.dice.pause()
+            done.set()
+            self._lost -= given_up
+
+        trio.lowlevel.spawn_system_task(thread)
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + limit):
+            await done.wait()
+        if not done.is_set():
+            given_up = True
+            self._lost += 1
+            raise timed_out(limit)
+        got[0].unwrap()
 
     def run_now(self, job: Callable[[], None]) -> None:
         job()
@@ -78,10 +112,13 @@ class FakeSyncer:
 
     dice: Dice
     begin: Callable[[], None] | None = None
-    pending = False
+    pending = hangs = False
 
-    def __init__(self, fd: int, sync: Callable[[], None]) -> None:
+    def __init__(self, fd: int, sync: Callable[[], None], *_: object) -> None:
         self._sync = sync
+
+    def look(self) -> None:
+        pass
 
     @property
     def quick(self) -> bool:
@@ -110,9 +147,30 @@ class FakeSyncer:
         pass
 
 
+async def _in_thread(dice: Dice, job: Callable[[], T]) -> T:
+    """A call that goes on when whoever waits for it is cancelled: those of a cache device."""
+    got: list[outcome.Outcome[T]] = []
+    done = trio.Event()
+
+    async def thread() -> None:
+        await dice.pause(dice.device_scale)
+        while dice.hang is not None and not dice.hang.is_set():
+            await dice.hang.wait()
+        got.append(outcome.capture(job))
+        await dice.pause(dice.device_scale)
+        done.set()
+
+    trio.lowlevel.spawn_system_task(thread)
+    await done.wait()
+    return got[0].unwrap()
+
+
 @contextlib.contextmanager
-def simulated(dice: Dice) -> Iterator[type[FakeSyncer]]:
-    """Within it, threads are fake and trio's scheduler follows the dice. Gives the class of the fake syncers."""
+def simulated(dice: Dice, *, slow: bool = False) -> Iterator[type[FakeSyncer]]:
+    """Within it, threads are fake and trio's scheduler follows the dice. Gives the class of the fake syncers.
+
+    ``slow``: cache devices are such that only threads may write to them.
+    """
     gc.collect()  # devices and images of the last one, which cycles of tasks hold: a hundred megabytes at times
 
     async def run_sync(
@@ -121,6 +179,8 @@ def simulated(dice: Dice) -> Iterator[type[FakeSyncer]]:
         abandon_on_cancel: bool = False,
         limiter: trio.CapacityLimiter | None = None,
     ) -> T:
+        if abandon_on_cancel:
+            return await _in_thread(dice, partial(job, *args))
         await dice.pause()
         result = job(*args)
         with trio.CancelScope(shield=True):
@@ -134,7 +194,10 @@ def simulated(dice: Dice) -> Iterator[type[FakeSyncer]]:
         for target, name, value in (
             (trio.to_thread, "run_sync", run_sync),
             (forebay.checkpoint.ages, "wall_clock", trio.current_time),
+            (forebay_cache.device.pace, "clock", trio.current_time),
+            (forebay_cache.device.pace, "waited", lambda: 0.0),
             (forebay_cache.cache, "Syncer", syncer),
+            (forebay_cache.cache, "is_kept_in_memory", lambda fd: not slow),
             (forebay_cache.index.index, "Worker", worker),
             (forebay_cache.upkeep.medium, "Worker", worker),
             (forebay_cache.slots.ready, "RESIDENCY_SECONDS", 1e9),

@@ -133,9 +133,13 @@ class Broken(AssertionError):
 class History:
     """One life of one host, from a seed, and the moments of it that are looked at."""
 
-    def __init__(self, seed: str, directory: Path, modes: Sequence[Mode]) -> None:
+    def __init__(
+        self, seed: str, directory: Path, modes: Sequence[Mode], *, slow: bool = False
+    ) -> None:
+        """`slow`: the device is one that only threads may write to; else it is now and then."""
         self.seed = seed
         self.modes = modes
+        self._slow = slow
         self.dice = Dice(seed)
         self.random = self.dice.random
         self.directory = directory
@@ -148,7 +152,9 @@ class History:
 
     def run(self) -> None:
         """Raises Broken, or whatever the code under test raises."""
-        with simulated(self.dice) as syncer:
+        slow = self._slow or self.random.random() < 0.3
+        self.dice.device_scale = self.random.choice((1.0, 1.0, 20.0))
+        with simulated(self.dice, slow=slow) as syncer:
             with self.recorder.recording(syncer):
                 trio.run(self._live, clock=_clock())
             for moment in self.moments:
@@ -291,7 +297,7 @@ class History:
         assert self._disk is not None
         for _ in range(self.random.randrange(8)):
             await trio.sleep(self.random.choice((0.001, 0.01, 0.1, 1.0)))
-            what = self.random.randrange(6)
+            what = self.random.randrange(7)
             if what == 0:
                 await self._disk.drain(nothing)
             elif what == 1:
@@ -300,6 +306,8 @@ class History:
                 await self._disk.image.look()
             elif what == 3:
                 self.host.cache.ready.forget()
+            elif what == 6:
+                self.host.cache.threads.pace.note_write(1.0)
             elif what == 4 and not self.overlay:
                 mode = self.random.choice(self.modes)
                 self._only_back &= mode is Mode.WRITE_BACK
@@ -451,10 +459,10 @@ def _directory() -> Iterator[Path]:
         yield Path(name)
 
 
-def run_history(seed: str, modes: Sequence[Mode] = MODES) -> int:
+def run_history(seed: str, modes: Sequence[Mode] = MODES, *, slow: bool = False) -> int:
     """How many states were looked at. Raises Broken."""
     with _directory() as directory:
-        history = History(seed, directory, modes)
+        history = History(seed, directory, modes, slow=slow)
         try:
             history.run()
         except Broken:
@@ -534,6 +542,7 @@ PLANTED: dict[str, tuple[Callable[[ExitStack], None], Sequence[Mode]]] = {
     "replay takes torn data": (_unchecked_replay, BACK),
     "no redo journal": (_no_redo_journal, BACK),
     "redo journal removed before the image is durable": (_journal_removed_early, BACK),
+    "slow device: words before the data": (_shared(bugs.words_before_data), BACK),
 }
 
 
@@ -545,7 +554,7 @@ def test_planted_bug_is_found(bug: str, seed: int) -> None:
         with ExitStack() as stack:
             plant(stack)
             try:
-                run_history(f"{seed}.planted.{number}", modes)
+                run_history(f"{seed}.planted.{number}", modes, slow="slow device" in bug)
             except Broken as found:
                 print(f"found in history {number}: {found}")
                 return

@@ -714,7 +714,7 @@ def test_a_change_of_which_no_record_can_be_kept_goes_to_the_image(
         def full(*_: object) -> None:
             raise OSError(errno.ENOSPC, "injected")
 
-        with mock.patch.object(host.cache.intent.journal, "append", full):
+        with mock.patch.object(host.cache.intent.journal, "write", full):
             if zeros:
                 await disk.zero(0, BLOCK, False, True, False)
             else:
@@ -897,6 +897,7 @@ def test_eviction_goes_on_when_the_index_can_be_read_again(tmp_path: Path) -> No
         disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
         cache, layer = host.cache, disk.image.layer
         await read(disk, 0, SIZE)
+        await trio.sleep(1)  # what was read is stored behind the reader's back
         await cache.commit()
         env = cache.index._env = cast("Any", FailingEnvironment(cache.index._env))
         env.fails = {False}

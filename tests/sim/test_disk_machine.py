@@ -117,9 +117,13 @@ class DiskMachine(RuleBasedStateMachine):
         mode=modes,
         cap=st.sampled_from((0, 0, 12 * BLOCK)),
         max_dirty=st.sampled_from((1 << 30, 512 << 10)),
+        device=st.sampled_from(("quick", "quick", "slow", "slower")),
     )
-    def begin(self, seed: int, size: int, mode: Mode, cap: int, max_dirty: int) -> None:
+    def begin(
+        self, seed: int, size: int, mode: Mode, cap: int, max_dirty: int, device: str
+    ) -> None:
         self.dice = Dice(seed)
+        self.dice.device_scale = 50.0 if device == "slower" else 1.0
         self.size = size
         self.limits: dict[str, Any] = {"cache_size": cap, "max_dirty": max_dirty, "max_lag": 2.0}
         self.counter = 0
@@ -130,7 +134,7 @@ class DiskMachine(RuleBasedStateMachine):
         handler = Listener(self.records)
         logging.getLogger().addHandler(handler)
         self.stack.callback(logging.getLogger().removeHandler, handler)
-        self.stack.enter_context(simulated(self.dice))
+        self.stack.enter_context(simulated(self.dice, slow=device != "quick"))
         content = bytearray(self.dice.random.randbytes(size))
         for start, length in ((200_000, 300_000), (BLOCK * 30, BLOCK * 3), (size - 9000, 5000)):
             content[start : start + length] = bytes(min(length, max(0, size - start)))
@@ -211,6 +215,14 @@ class DiskMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from((0.01, 1.0, 3.0, 11.0)))
     def idle(self, seconds: float) -> None:
         self.run_op(trio.sleep, seconds)
+
+    @rule()
+    def a_write_of_the_device_takes_long(self) -> None:
+        """From here on threads write to it, for a while."""
+        self.run_op(self._slow_down)
+
+    async def _slow_down(self) -> None:
+        self.host.cache.threads.pace.note_write(1.0)
 
     @rule()
     def forget_ready(self) -> None:

@@ -152,7 +152,7 @@ def test_dump_reads_back_equal(file: Path, text: str) -> None:
 
 def test_dump_tells_the_defaults() -> None:
     dumped = tomllib.loads(Config().to_toml())
-    assert dumped["cache"] == {"size": "20 GiB", "block_size": "64 KiB"}
+    assert dumped["cache"] == {"size": "20 GiB", "block_size": "64 KiB", "timeout": "30s"}
     assert dumped["defaults"]["max_lag"] == "30s"
     assert dumped["gateway"]["socket_mode"] == "0660"
 
@@ -219,6 +219,8 @@ def test_warnings_name_what_is_missing(file: Path, tmp_path: Path) -> None:
         ("[cache]\nsize = '20 GB'", "2: cache.size: '20 GB' is not a size: units are binary"),
         ("[cache]\nsize = 1.5", "2: cache.size: 1.5 is not a size: write 64K"),
         ("[cache]\nsize = '1K'", "2: cache.size: 1 KiB is too small: use at least 4 MiB"),
+        ("[cache]\ntimeout = '0.5s'", "2: cache.timeout: 0.5s is not possible: use 1s to 600s"),
+        ("[cache]\ntimeout = '11m'", "2: cache.timeout: 660s is not possible: use 1s to 600s"),
         ("[cache]\nblock_size = '12K'", "2: cache.block_size: 12 KiB is not supported: use 64 K"),
         ("[defaults]\nmode = 'writebck'", "2: defaults.mode: 'writebck' is not a mode (did you "),
         ("[defaults]\nmode = 5", "2: defaults.mode: 5 is not a mode: use one of none, write-"),

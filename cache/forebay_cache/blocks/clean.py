@@ -72,7 +72,7 @@ async def invalidate(cache: Cache, layer: Layer, offset: int, length: int) -> No
         for block, start, part in runs:
             drop(cache, layer, block, covered(start, part))
         with past_failure(cache):
-            cache.intent.publish()
+            await cache.publish()
     await cache.invalidations.invalidate(layer)
 
 
@@ -91,7 +91,7 @@ async def uncover(cache: Cache, frozen: Layer, filler: Filler) -> None:
         for i in range(PAGE_BLOCKS):
             drop(cache, layer, number * PAGE_BLOCKS + i, valid_of(page[i]))
         with past_failure(cache):
-            cache.intent.publish()
+            await cache.publish()
     await cache.invalidations.invalidate(layer)
 
 

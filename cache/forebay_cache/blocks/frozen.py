@@ -12,8 +12,6 @@ from __future__ import annotations
 from array import array
 from typing import NamedTuple, Protocol
 
-import trio
-
 from forebay_cache.cache import Cache
 from forebay_cache.device.device import Device
 from forebay_cache.format.checksum import checksums
@@ -80,7 +78,7 @@ async def read_blocks(
         sums[slot] = cache.sums.get(slot) or b""
     token = cache.quarantine.pin()
     try:
-        return await trio.to_thread.run_sync(_read, cache.device, blocks, parts, sums, size)
+        return await cache.threads.reads.run(_read, cache.device, blocks, parts, sums, size)
     except (_Doubtful, OSError):
         for slot in slots:
             cache.ready.masks[slot] = 0  # it is not what was checked once

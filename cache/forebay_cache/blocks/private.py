@@ -5,7 +5,7 @@
 
 Where a sector goes decides what a power cut can do to it, so the rule is in one place, ``entry.moved``: a place that
 durable state may name is never overwritten. Nothing here awaits but :func:`prepare`: what would have to wait is not
-done, and the caller is told so.
+done, and the caller is told so. This is for a device that is quick; see ``slow_writes`` for one that is not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import NamedTuple
 from xxhash import xxh3_64_intdigest
 
 from forebay_cache.cache import Cache
+from forebay_cache.device import pace as timing
+from forebay_cache.device.pace import SLOW_SECONDS
 from forebay_cache.format import ops
 from forebay_cache.format.checksum import SUM_BITS, checksums
 from forebay_cache.format.entry import (
@@ -101,13 +103,18 @@ def write(cache: Cache, layer: Layer, offset: int, data: memoryview) -> bool:
 def write_run(cache: Cache, layer: Layer, writes: list[tuple[int, memoryview]]) -> int:
     """Do as many of some writes, each (offset, data), as can be done at once, in order. Returns how many were done.
 
-    Each is done as by :func:`write`. One that is not of whole sectors cannot be. Raises OSError if the first one fails;
+    None is while the device is slow, nor the next one after one that shows that it is: see ``device.pace``. Each is
+    done as by :func:`write`. One that is not of whole sectors cannot be. Raises OSError if the first one fails;
     a later one that fails is left to be tried again.
     """
     cache.failure.check()
+    pace, clock = cache.threads.pace, timing.clock
+    if pace.is_slow and cache.publish.needs_thread:
+        return 0
     if not cache.intent.has_room(sum([len(data) for _, data in writes])):
         return 0
     taken = 0
+    began = clock()
     try:
         for offset, data in writes:
             length = len(data)
@@ -121,6 +128,10 @@ def write_run(cache: Cache, layer: Layer, writes: list[tuple[int, memoryview]]) 
             if not done:
                 break
             taken += 1
+            now = clock()
+            if now - began > SLOW_SECONDS and pace.note_write_of_loop(now - began):
+                break
+            began = now
     except OSError as error:
         cache.failure.fail(error)
         if not taken:

@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-import trio
-
 from forebay_cache.blocks.clean import Filler, drop
 from forebay_cache.cache import Cache
 from forebay_cache.format.checksum import checksums
@@ -60,6 +58,7 @@ async def settle(
     of a millisecond. Interrupted, it can be called again; what was moved already is clean. Raises OSError.
     """
     clean = filler.layer
+    await cache.in_flight.no_writes(frozen)
     for number in await frozen.pages.numbers():
         for start in range(0, PAGE_BLOCKS, _STRETCH):
             await frozen.pages.load([number])
@@ -77,9 +76,7 @@ async def _settle(
     await cache.journal_room(_DROPS)
     offset = (number << PAGE_SHIFT) + blocks.start * BLOCK
     filler.overtaken(offset, len(blocks) * BLOCK)
-    jobs = _jobs(cache, frozen, clean, number, blocks)
-    _drop_shadowed(cache, clean, number, jobs)
-    copied = await _copy(cache, jobs)
+    copied = await _copy(cache, clean, number, _jobs(cache, frozen, clean, number, blocks))
     for i in blocks:
         _hand_over(cache, frozen, clean, number, i, copied.get(i, (NO_SLOT, 0)))
 
@@ -119,31 +116,40 @@ def _jobs(cache: Cache, frozen: Layer, clean: Layer, number: int, blocks: range)
 
 
 def _drop_shadowed(cache: Cache, clean: Layer, number: int, jobs: list[_Job]) -> None:
-    """Forget clean sectors before others are copied over them: a copy that is not finished damages nothing then."""
+    """Forget clean sectors before others are copied over them: a copy that is not finished damages nothing then.
+
+    The records that are noted here still have to be published.
+    """
     page = clean.pages.page(number)
     for job in jobs:
         if slot_of(page[job.i]) == job.to:
             drop(cache, clean, number * PAGE_BLOCKS + job.i, job.mask)
-    cache.intent.publish()
 
 
 def _major(data: tuple[int, int]) -> int:
     return 1 if data[1].bit_count() > data[0].bit_count() else 0
 
 
-async def _copy(cache: Cache, jobs: list[_Job]) -> _Copied:
+async def _copy(cache: Cache, clean: Layer, number: int, jobs: list[_Job]) -> _Copied:
     """Do the jobs. Nobody looks at the places written: the frozen layer names others, and lies above the clean one."""
     copied: _Copied = {}
+    _drop_shadowed(cache, clean, number, jobs)
     if not jobs:
         return copied
     token = cache.quarantine.pin()
     storing = {job.to for job in jobs}
     cache.in_flight.storing |= storing
+
+    def let_go() -> None:
+        cache.in_flight.storing -= storing
+        cache.quarantine.unpin(token)
+
     try:
         for job in jobs:
             cache.ready.masks[job.to] &= ~job.mask
         since = cache.ready.forgotten
-        crcs = await trio.to_thread.run_sync(_copy_sectors, cache, jobs)
+        await cache.publish()
+        crcs = await cache.threads.writes.run(_copy_sectors, cache, jobs)
         await cache.sums.load([slot for job in jobs for slot in (job.source, job.to)])
         for job in jobs:
             good = _take_sums(cache, job, crcs[job])
@@ -152,8 +158,7 @@ async def _copy(cache: Cache, jobs: list[_Job]) -> _Copied:
             slot, mask = copied.get(job.i, (job.to, 0))
             copied[job.i] = (slot, mask | job.mask)
     finally:
-        cache.in_flight.storing -= storing
-        cache.quarantine.unpin(token)
+        cache.threads.writes.when_ended(let_go)
     return copied
 
 

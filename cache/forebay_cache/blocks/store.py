@@ -109,19 +109,23 @@ async def _store_group(
     cache.in_flight.storing |= storing
     sums: list[dict[int, int]] = [{} for _ in parts]
     written, since = False, cache.ready.forgotten
+
+    def let_go() -> None:
+        cache.in_flight.storing -= storing
+        cache.quarantine.unpin(token)
+
     try:
-        await trio.to_thread.run_sync(_write, cache, parts, sums)
+        await cache.threads.writes.run(_write, cache, parts, sums)
         written = True
     except OSError as error:
         cache.failure.fail(error)
     finally:  # also when cancelled
-        cache.in_flight.storing -= storing
         for part, crcs in zip(parts, sums, strict=True):
             if written:
                 _publish(cache, layer, part, crcs, cells, since)
             elif part.fresh:
                 cache.slots.abandon(part.slot)
-        cache.quarantine.unpin(token)
+        cache.threads.writes.when_ended(let_go)
 
 
 def _prepare(

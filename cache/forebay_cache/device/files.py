@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -18,6 +19,32 @@ _BLKGETSIZE64 = 0x80081272
 _LOCK_SECONDS = 5.0
 """udev holds a block device locked for a moment while it looks what is on it, as after each time it was written."""
 _LOCK_STEP = 0.05
+
+_IN_MEMORY = {
+    0xEF53,  # ext2, ext3, ext4
+    0x58465342,  # xfs
+    0x9123683E,  # btrfs
+    0xF2F52010,  # f2fs
+    0xCA451A4E,  # bcachefs
+    0x2FC12FC1,  # zfs
+    0x01021994,  # tmpfs
+    0x858458F6,  # ramfs
+    0x794C7630,  # overlayfs
+}
+"""File systems, by the number that statfs(2) gives, in which a write is a copy into the kernel's cache."""
+
+
+def is_kept_in_memory(fd: int) -> bool:
+    """True if a write usually ends when the kernel has it in memory: on a block device, and a local file system.
+
+    Else it ends when somebody else has it, who may be slow, or hang: a server, or the program behind FUSE.
+    """
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        return True
+    found = (ctypes.c_long * 64)()  # struct statfs, which begins with its type
+    if ctypes.CDLL(None).fstatfs(fd, found) < 0:
+        return False
+    return ctypes.c_uint32(found[0]).value in _IN_MEMORY
 
 
 def size_of(fd: int) -> int:

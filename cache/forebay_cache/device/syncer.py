@@ -6,12 +6,13 @@
 A guest's flush waits for one fdatasync, which a good device does in less time than it takes to wake a thread and be
 woken by it. So the kernel's asynchronous I/O does it (IOCB_CMD_FDSYNC, linux/aio_abi.h, since Linux 4.18): the loop
 looks on for a moment, bounded, and if the device is slower than that it goes on with other work and an eventfd tells it
-when it is done. A device that hangs stops nobody but those who wait for it. Where the kernel or a sandbox refuses, a
-thread does the same.
+when it is done. A device that hangs stops nobody but those who wait for it, and these only for so long. Where the
+kernel or a sandbox refuses, a thread does the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -21,7 +22,8 @@ from collections.abc import Callable
 
 import trio
 
-from forebay_cache.device.worker import Worker
+from forebay_cache.device.pace import Pace
+from forebay_cache.device.worker import TIMEOUT, Worker, timed_out
 
 LOOK_ON_SECONDS = 150e-6
 """The loop looks on for so long, and only while the device is that quick."""
@@ -43,9 +45,21 @@ _TIMESPEC = struct.Struct("<qq")
 class Syncer:
     """Makes what was written to one descriptor durable. One call at a time."""
 
-    def __init__(self, fd: int, sync: Callable[[], None]) -> None:
-        """``sync`` does the same in a thread, where the kernel's way is not to be had. May raise OSError."""
+    def __init__(
+        self,
+        fd: int,
+        sync: Callable[[], None],
+        pace: Pace | None = None,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        """``sync`` does the same in a thread, where the kernel's way is not to be had. May raise OSError.
+
+        After ``timeout`` seconds a sync is given up. There is no other until it has ended all the same.
+        """
         self._sync = sync
+        self._pace = pace or Pace()
+        self._timeout = timeout
+        self._number = 0
         self._worker: Worker | None = None
         self._quick = True
         self.pending = False
@@ -74,6 +88,11 @@ class Syncer:
         self._worker = Worker("device-sync")
 
     @property
+    def hangs(self) -> bool:
+        """True while a sync is under way that was given up, or was begun by :meth:`now`."""
+        return self.pending or (self._worker is not None and self._worker.is_hanging)
+
+    @property
     def quick(self) -> bool:
         """True if :meth:`now` is worth a try: the last sync was quick, and needed no thread."""
         return self._quick and self._worker is None
@@ -85,7 +104,6 @@ class Syncer:
         """
         if not self._begin():
             return False
-        self.pending = True
         if not self._get(self._moment):
             return False
         self._drain()
@@ -97,18 +115,31 @@ class Syncer:
         if self.pending:
             await self._wait()
 
+    def look(self) -> None:
+        """See whether a sync that was given up has ended. How is of no interest: the device has failed by it."""
+        if self.pending and self._worker is None and self._get(self._no_time):
+            self._drain()
+            with contextlib.suppress(OSError):
+                self._done_with()
+
     async def __call__(self) -> None:
         """Sync, and return when it is done. Raises OSError: then nothing may be assumed durable. Not cancellable."""
         if self._begin():
-            self.pending = True
             if self._quick and self._get(self._moment):
                 self._drain()
                 self._done_with()
             else:
                 await self._wait()
         else:
-            assert self._worker is not None
-            await self._worker.run(self._sync)
+            await self._sync_in_thread()
+
+    async def _sync_in_thread(self) -> None:
+        assert self._worker is not None
+        self._number = self._pace.begin()
+        try:
+            await self._worker.run(self._sync, self._timeout)
+        finally:
+            self._pace.end(self._number)
 
     def _begin(self) -> bool:
         """Begin a sync. Returns False if the kernel does not do it: from now on a thread has to. Raises OSError."""
@@ -116,6 +147,8 @@ class Syncer:
         if self._worker is not None:
             return False
         if self._call(2, self._context, 1, self._list) == 1:
+            self.pending = True
+            self._number = self._pace.begin()
             return True
         if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EAGAIN):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -123,12 +156,14 @@ class Syncer:
         return False
 
     async def _wait(self) -> None:
-        """Wait for the sync that was begun, and raise what it ended with."""
-        with trio.CancelScope(shield=True):
-            began = trio.current_time()
+        """Wait for the sync that was begun, and raise what it ended with, or OSError(ETIMEDOUT)."""
+        began = trio.current_time()
+        with trio.CancelScope(shield=True, deadline=began + self._timeout) as scope:
             while not self._get(self._no_time):
                 await trio.lowlevel.wait_readable(self._event)
                 self._drain()
+        if scope.cancelled_caught:
+            raise timed_out(self._timeout)
         self._drain()
         self._quick = trio.current_time() - began < QUICK_SECONDS
         self._done_with()
@@ -144,14 +179,16 @@ class Syncer:
 
     def _done_with(self) -> None:
         self.pending = False
+        self._pace.end(self._number)
         result = int(_EVENT.unpack(self._done)[2])
         if result < 0:
             raise OSError(-result, os.strerror(-result))
 
     def close(self) -> None:
-        """Give the kernel's context, the eventfd or the thread back. No call may be under way."""
+        """Give the kernel's context, the eventfd or the thread back. A sync that hangs keeps what it has."""
         if self._worker is not None:
             self._worker.close()
-        elif self._numbers is not None:
+        elif self._numbers is not None and not self.pending:
             self._call(1, self._context)
-        os.close(self._event)
+        if not self.pending:
+            os.close(self._event)

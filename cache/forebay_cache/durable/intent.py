@@ -17,9 +17,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from forebay_cache.device import pace as timing
 from forebay_cache.device.device import Device
 from forebay_cache.device.failure import Failure
-from forebay_cache.durable.journal import Journal, JournalFull, Position
+from forebay_cache.device.pace import Pace
+from forebay_cache.durable.journal import Frame, Journal, JournalFull, Position
 from forebay_cache.format.checksum import checksums
 from forebay_cache.format.geometry import SECTOR, SECTORS
 from forebay_cache.index.changes import Changes, Share
@@ -50,6 +52,7 @@ class Intent:
         device: Device,
         journal: Journal,
         failure: Failure,
+        pace: Pace,
         sums: Sums,
         ready: ReadyMap,
         want_commit: Callable[[], None],
@@ -61,6 +64,7 @@ class Intent:
         """The same of sectors that a sync under way makes durable. They must not be touched."""
         self._device = device
         self._failure = failure
+        self._pace = pace
         self._sums = sums
         self._ready = ready
         self._want_commit = want_commit
@@ -102,8 +106,16 @@ class Intent:
 
     # -- publishing -------------------------------------------------------------------------------------------
 
+    @property
+    def has_unpublished(self) -> bool:
+        """True if there are records that were noted and not published."""
+        return bool(self._ops)
+
     def publish(self) -> None:
         """Hand the records, then the late data, to the kernel: from now on a killed daemon has them.
+
+        The loop does that itself: only for a device that is quick, or was so when the records were noted. Who can wait
+        uses ``publish.Publisher``.
 
         Raises OSError. The records are dropped if the device has failed by it. If the journal is full (JournalFull)
         they are kept, and wait for a commit, which stores what they say and is asked for here; no record that is
@@ -112,26 +124,53 @@ class Intent:
         if not self._ops:
             return
         late, self._late = self._late, []
-        journal = self.journal
+        began = timing.clock()
         try:
-            if self._failure.error is not None:
-                self._failure.check()
-            journal.append(b"".join(self._ops))
-            self._forget_records()
+            frame = self._next_frame()
+            self.journal.write(frame)
             for one in late:
                 self._device.write(one.at, one.data)
         except JournalFull:
             self._undo(late)
-            self._want_commit()
             raise
         except OSError as error:
             self._undo(late)
             self._failure.fail(error, taken=True)
+            raise
+        took = timing.clock() - began
+        if took > timing.SLOW_SECONDS:
+            self._pace.note_write_of_loop(took)
+
+    def take_frame(self) -> Frame | None:
+        """The frame of all records that were noted, for a thread to write before any other; None: there are none.
+
+        Raises OSError as :meth:`publish`. If the frame cannot be written the device has failed.
+        """
+        if not self._ops:
+            return None
+        assert not self._late, "late data is published by the loop, with no await before"
+        return self._next_frame()
+
+    def _next_frame(self) -> Frame:
+        """The frame of the records. Raises OSError: they are dropped if the device has failed, and kept where the
+        journal is full.
+        """
+        journal = self.journal
+        try:
+            if self._failure.error is not None:
+                self._failure.check()
+            frame = journal.place(b"".join(self._ops))
+        except JournalFull:
+            self._want_commit()
+            raise
+        except OSError:
             # What they say is in memory, for whoever takes the device back.
             self._forget_records()
             raise
+        self._forget_records()
         if journal.used * 2 > journal.size:
             self._want_commit()
+        return frame
 
     def _forget_records(self) -> None:
         self._ops.clear()
@@ -182,10 +221,14 @@ class Intent:
 
         Has to be the first participant that is asked: publishing may fail the device, which changes other parts.
         Records that have no room in the journal stay noted: this commit stores what they say, so that they are
-        superfluous when it has succeeded, and wait for the next one when it has not.
+        superfluous when it has succeeded, and wait for the next one when it has not. So do those that were noted since
+        a thread was last given a frame, where the device is slow.
         """
         try:
-            self.publish()
+            if self._pace.is_slow and self._failure.error is None:
+                self._in_commit = len(self._ops)
+            else:
+                self.publish()
         except JournalFull:
             self._in_commit = len(self._ops)
         except OSError:

@@ -42,6 +42,10 @@ class Position:
     sequence: int
 
 
+Frame = list[tuple[int, bytes]]
+"""One frame that has its place: what is to be written where on the device, in this order."""
+
+
 class JournalFull(OSError):
     """The ring has no room for a frame until a commit has trimmed it. An ENOSPC for whoever does not tell it apart."""
 
@@ -71,22 +75,36 @@ class Journal:
 
     def append(self, payload: bytes) -> None:
         """Write one frame. Raises JournalFull, or OSError when the device refuses it."""
+        self.write(self.place(payload))
+
+    def place(self, payload: bytes) -> Frame:
+        """The next frame, to be written at once, and before the one after it. Raises JournalFull.
+
+        It counts from now on: where writing it fails the device has failed, and nothing is appended any more.
+        """
         if not self.fits(len(payload)):
             raise JournalFull
         offset, sequence = self.head.offset, self.head.sequence
         body = payload + bytes(-len(payload) % 8)
         length = _HEADER.size + len(body)
         skipped = 0
+        frame: Frame = []
         if offset + length > self.size:
             skipped = self.size - offset
             if skipped >= _HEADER.size:
-                self._device.write(JOURNAL_OFFSET + offset, _HEADER.pack(_WRAP, 0, sequence, 0, 0))
+                frame = [(JOURNAL_OFFSET + offset, _HEADER.pack(_WRAP, 0, sequence, 0, 0))]
             offset = 0
         crc = zlib.crc32(body, zlib.crc32(_COVERED.pack(sequence, len(payload)), self._seed))
-        frame = _HEADER.pack(_MAGIC, len(payload), sequence, crc, 0) + body
-        self._device.write(JOURNAL_OFFSET + offset, frame)
+        header = _HEADER.pack(_MAGIC, len(payload), sequence, crc, 0)
+        frame.append((JOURNAL_OFFSET + offset, header + body))
         self._total += skipped + length
         self.head = Position(offset + length, sequence + 1)
+        return frame
+
+    def write(self, frame: Frame) -> None:
+        """Hand a frame to the kernel. Raises OSError. Threads call it as well."""
+        for offset, data in frame:
+            self._device.write(offset, data)
 
     def mark(self) -> tuple[Position, int]:
         """The end of the journal now, to be given to :meth:`trim` once the index holds all before it."""

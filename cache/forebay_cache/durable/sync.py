@@ -13,6 +13,7 @@ from forebay_cache.device.syncer import Syncer
 from forebay_cache.durable.group_commit import GroupCommit
 from forebay_cache.durable.intent import Intent
 from forebay_cache.durable.journal import JournalFull
+from forebay_cache.durable.publish import Publisher
 
 
 class DeviceSync(GroupCommit):
@@ -22,24 +23,27 @@ class DeviceSync(GroupCommit):
     JournalFull raised then. A sync that fails is a failure of the device.
     """
 
-    def __init__(self, syncer: Syncer, intent: Intent, failure: Failure) -> None:
+    def __init__(
+        self, syncer: Syncer, intent: Intent, publish: Publisher, failure: Failure
+    ) -> None:
         super().__init__(self._run)
         self._syncer = syncer
         self._intent = intent
+        self._publish = publish
         self._failure = failure
 
     async def _run(self) -> None:
         unpublished: JournalFull | None = None
-        try:
-            self._intent.publish()
-        except JournalFull as error:
-            unpublished = error
-        self._failure.check()
         if self._syncer.pending:
+            self._failure.check()
             with self._watched():
                 await self._syncer.finish()
-        self._intent.begin_sync()
         with self._watched():
+            try:
+                await self._publish.begin_sync()
+            except JournalFull as error:
+                unpublished = error
+            self._failure.check()
             await self._syncer()
         if unpublished is not None:
             raise unpublished
@@ -59,7 +63,7 @@ class DeviceSync(GroupCommit):
     def now(self) -> bool:
         """Sync, if the device is done in a moment. Returns False if it is not: then await a sync. Raises OSError."""
         syncer = self._syncer
-        if self.is_running or not syncer.quick or syncer.pending:
+        if self.is_running or not syncer.quick or syncer.pending or self._publish.needs_thread:
             return False
         try:
             self._intent.publish()
@@ -77,6 +81,12 @@ class DeviceSync(GroupCommit):
     async def again(self) -> None:
         """Sync once more after a failure, while this is suspended. Raises OSError; the device stays failed then."""
         await self._syncer()
+
+    @property
+    def hangs(self) -> bool:
+        """True if a sync is under way although nobody waits for it. For while the device has failed."""
+        self._syncer.look()
+        return self._syncer.hangs and not self.is_running
 
     async def quiet(self) -> None:
         """While this is suspended: wait until nothing is under way that :meth:`now` began, however that ends."""

@@ -28,7 +28,7 @@ from typing import Any
 import lmdb
 
 from forebay_cache.device.files import sync_directory
-from forebay_cache.device.worker import Worker
+from forebay_cache.device.worker import TIMEOUT, Worker
 from forebay_cache.errors import CacheError, IndexFault, index_advice
 from forebay_cache.format.checksum import GROUP, SIZE, sums_in_group
 from forebay_cache.format.records import (
@@ -159,6 +159,8 @@ class Index:
         self._idle = threading.Condition()
         self._panicked = False
         self._writer = Worker("index-writer")
+        self.timeout = TIMEOUT
+        """After how many seconds a commit is given up."""
 
     def _open(self, path: Path, slots: int) -> None:
         self._env = _open(path, slots)
@@ -323,9 +325,17 @@ class Index:
     async def commit(self, changes: Changes) -> None:
         """Make the changes durable, all or none. Raises IndexFault or OSError; then neither may be assumed.
 
-        Not cancellable: a commit that was begun is waited for.
+        Not cancellable: a commit that was begun is waited for, up to :attr:`timeout`. One that is given up may be done
+        later; until it has ended every commit fails at once.
         """
-        await self._writer.run(lambda: self.reserve.serve(lambda: self._commit(changes)))
+        try:
+            await self._writer.run(
+                lambda: self.reserve.serve(lambda: self._commit(changes)), self.timeout
+            )
+        except OSError as error:
+            if error.errno != errno.ETIMEDOUT:
+                raise
+            raise IndexFault(errno.ETIMEDOUT, f"the index: {error.strerror}") from None
 
     def _commit(self, changes: Changes) -> None:
         with self._transaction(write=True) as txn:
@@ -362,9 +372,10 @@ class Index:
         txn.put(b"state", json.dumps(state).encode(), db=self._db["meta"])
 
     def close(self) -> None:
-        """End the writer thread and close the environment."""
+        """End the writer thread and close the environment, unless a commit hangs."""
         self._writer.close()
-        self._env.close()
+        if not self._writer.is_hanging:
+            self._env.close()
 
 
 def _put(txn: lmdb.Transaction[bytes], db: Any, key: bytes, value: bytes | None) -> None:

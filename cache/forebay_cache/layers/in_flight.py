@@ -13,6 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import trio
+
+from forebay_cache.device.failure import Failure
 from forebay_cache.format.entry import block_key, block_of_key
 from forebay_cache.format.geometry import BLOCK_SHIFT, covered_in
 from forebay_cache.layers.layer import Layer
@@ -29,15 +32,45 @@ kept."""
 class InFlight:
     """The fills, origin writes and writes of clean slots of one cache that are under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, failure: Failure) -> None:
+        self._failure = failure
+        failure.listen(self._look_again)
         self.storing: set[int] = set()
         """Slots of clean blocks that a thread is writing to. Nobody else does: the later write could come first."""
         self.unstored = 0
         """Bytes that were fetched and wait to be stored."""
+        self.taking: dict[int, trio.Event] = {}
+        """By key of the block: a thread writes to slots that were taken for it, of which its page knows nothing yet."""
+        self._writes: dict[int, int] = {}  # number of a private layer -> writes of threads
+        self._no_writes = trio.Event()  # set when one has ended; another one each time
         self._fills: dict[int, list[list[int]]] = {}  # key of the block -> masks
         self._overwriting: list[
             tuple[int, int, int]
         ] = []  # (layer, start, end) of origin writes, bytes
+
+    def begin_write(self, layer: Layer) -> None:
+        """A thread is going to write to slots that are, or become, those of a private layer."""
+        self._writes[layer.id] = self._writes.get(layer.id, 0) + 1
+
+    def end_write(self, layer: Layer) -> None:
+        """It has ended."""
+        self._writes[layer.id] -= 1
+        if not self._writes[layer.id]:
+            del self._writes[layer.id]
+        self._look_again()
+
+    def _look_again(self) -> None:
+        event, self._no_writes = self._no_writes, trio.Event()
+        event.set()
+
+    async def no_writes(self, layer: Layer) -> None:
+        """Return when no thread writes to slots of a private layer. None begins to, once it is frozen.
+
+        Raises OSError if the device fails: then one may go on for as long as it likes.
+        """
+        while layer.id in self._writes:
+            self._failure.check()
+            await self._no_writes.wait()
 
     @property
     def is_filling(self) -> bool:

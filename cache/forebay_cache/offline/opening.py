@@ -16,6 +16,7 @@ from forebay_cache.cache import Cache, boot_id
 from forebay_cache.device.device import Device
 from forebay_cache.device.files import open_device, size_of
 from forebay_cache.device.superblock import format_was_cut, is_blank, read_superblock, write_format
+from forebay_cache.device.worker import TIMEOUT
 from forebay_cache.errors import CacheError
 from forebay_cache.format.geometry import BLOCK
 from forebay_cache.format.superblock import Superblock
@@ -31,10 +32,12 @@ def open_cache(
     size: int | None = None,
     block_size: int = BLOCK,
     boot: str | None = None,
+    timeout: float = TIMEOUT,
 ) -> Cache:
     """Open, create or recover a cache.
 
     ``size`` (bytes) is for a device that is a file and does not exist yet. ``boot`` stands for the kernel's boot id.
+    ``timeout`` (seconds): when a call to the device, or to the index, that has not ended counts as failed.
     Raises :class:`CacheError` when that is not possible without losing something: the text says what to do.
     """
     if block_size != BLOCK:
@@ -50,7 +53,8 @@ def open_cache(
             opened = Index(index, layout.slots if layout else size_of(fd) // BLOCK)
             undo.callback(opened.close)
             found = Device(fd, device, _match(fd, device, layout, opened))
-            cache = recover(found, opened, boot or boot_id())
+            opened.timeout = timeout
+            cache = recover(found, opened, boot or boot_id(), timeout)
         except (ValueError, TypeError, LookupError, struct.error) as fault:
             raise CacheError(
                 f"{device}: what it or its index says makes no sense ({fault}): see 'forebay cache check'"

@@ -13,6 +13,7 @@ from functools import partial
 
 from forebay_cache.cache import Cache
 from forebay_cache.device.device import Device
+from forebay_cache.device.worker import TIMEOUT
 from forebay_cache.durable.journal import Journal, Position
 from forebay_cache.format.geometry import FULL, PAGE_BLOCKS
 from forebay_cache.index.index import Index
@@ -29,9 +30,10 @@ SEQUENCE_GAP = 1 << 20
 """After a replay sequence numbers go on so much higher: frames behind a torn one are never taken for new ones."""
 
 
-def recover(device: Device, index: Index, boot: str) -> Cache:
-    """The cache as the index and the journal have it, durable as it is now. ``boot``: the running kernel's boot id.
+def recover(device: Device, index: Index, boot: str, timeout: float = TIMEOUT) -> Cache:
+    """The cache as the index and the journal have it, durable as it is now.
 
+    ``boot`` is the running kernel's boot id; for ``timeout`` see :class:`Cache`.
     Raises OSError, and ValueError and its like where index or journal make no sense.
     """
     meta = index.meta
@@ -42,7 +44,8 @@ def recover(device: Device, index: Index, boot: str) -> Cache:
     device.read_nothing_ahead()
     survived = meta.boot_id == boot
     meta.frontier = max(meta.frontier, claims.frontier)
-    cache = Cache(device, index, journal, Placement(device.slots, frontier=meta.frontier))
+    placement = Placement(device.slots, frontier=meta.frontier)
+    cache = Cache(device, index, journal, placement, timeout)
     cache.records.recover(index.records())
     _recover_layers(cache, claims)
     apply(cache, claims, survived=survived)

@@ -10,8 +10,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import trio
-
 from forebay_cache.cache import Cache
 from forebay_cache.format.checksum import SIZE, UNREADABLE, checksums, matching
 from forebay_cache.format.geometry import (
@@ -40,13 +38,18 @@ class Checked(NamedTuple):
 async def check(cache: Cache, pieces: Sequence[Piece]) -> list[Checked]:
     """Read the slots of some pieces from the device. What fits its checksum becomes ready; what does not is so no more.
 
-    Raises IndexFault.
+    What the device does not give in time counts as clean data that does not fit, and has failed the device. Raises
+    IndexFault, and OSError where that is private data.
     """
     slots = {piece.slot for piece in pieces}
     before = {slot: cache.sums.get(slot) for slot in slots}
     token = cache.quarantine.pin()
     try:
-        read = await trio.to_thread.run_sync(read_slots, cache, slots)
+        read = await cache.threads.reads.run(read_slots, cache, slots)
+    except OSError as error:
+        if error.errno != errno.ETIMEDOUT or any(piece.private for piece in pieces):
+            raise
+        return [Checked(None, steady=True) for _ in pieces]
     finally:
         cache.quarantine.unpin(token)
     for _, found, _ in read.values():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import mmap
 import os
 import platform
@@ -76,15 +77,25 @@ class IdlePriorityReader:
     of the processor: guests may be waiting for what it holds while it reads, the interpreter's lock and a pin.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, limit: float = math.inf) -> None:
+        """``limit``: after how many seconds a job is given up."""
+        self._limit = limit
         self._worker = Worker(name)
         self._worker.run_now(_stand_back)
 
     async def ask(self, job: Callable[[], T]) -> T:
-        """Run ``job`` in the thread; return what it returns, raise what it raises. Not cancellable."""
+        """Run ``job`` in the thread; return what it returns, raise what it raises, or OSError(ETIMEDOUT).
+
+        Not cancellable.
+        """
         found: list[T] = []
-        await self._worker.run(lambda: found.append(job()))
+        await self._worker.run(lambda: found.append(job()), self._limit)
         return found[0]
+
+    @property
+    def hangs(self) -> bool:
+        """True while a job is under way that was given up."""
+        return self._worker.is_hanging
 
     def close(self) -> None:
         """End the thread."""

@@ -11,9 +11,11 @@ checksum. What does not: a clean block is dropped, private data stays damaged, w
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -60,6 +62,8 @@ async def revive(cache: Cache) -> Revived:
         cache.invalidations.revoke()  # no await from here to the snapshot
 
     if cache.failure.error is not None:
+        if cache.threads.lost or cache.sync.hangs:  # it may write at any time, over what is newer
+            raise OSError(errno.ETIMEDOUT, "it has not answered yet")
         if not await trio.to_thread.run_sync(cache.index.place.is_kept):
             raise CacheError(f"the index at {cache.index.path} is not the one that was there")
         await cache.commit.revive(rewrite)
@@ -92,7 +96,7 @@ async def _find(cache: Cache) -> None:
     Raises OSError and CacheError.
     """
     device = cache.device
-    if await trio.to_thread.run_sync(_found, device):
+    if await cache.threads.writes.run(_found, device):
         device.adopt(device.layout)
         device.read_nothing_ahead()
         cache.follow()
@@ -155,9 +159,9 @@ async def _rewrite(cache: Cache, layer: Layer, block: int, slot: int, done: Revi
     stored = cache.sums.get(slot) or bytes(SIZE)
     token = cache.quarantine.pin()
     try:
-        good = await trio.to_thread.run_sync(_write_again, cache, slot, mask, stored)
+        good = await cache.threads.writes.run(_write_again, cache, slot, mask, stored)
     finally:
-        cache.quarantine.unpin(token)
+        cache.threads.writes.when_ended(partial(cache.quarantine.unpin, token))
     done.rewritten_bytes += good.bit_count() * SECTOR
     bad = mask & ~good
     if not bad:

@@ -108,13 +108,13 @@ async def scrub(
     """Check all slots. Damaged clean blocks are taken out of the cache and, with ``refetch``, fetched again.
 
     ``progress`` is called with (bytes done, bytes in all); ``busy`` says whether guests wait for something. Raises
-    IndexFault. Cancelled, it has checked and mended what it came to.
+    IndexFault, and OSError where the device does not answer. Cancelled, it has checked and mended what it came to.
     """
     found = Found()
     layers = [x for x in cache.layers if not x.is_dead]
     total = sum(x.slots for x in layers) * BLOCK
     progress(0, total)
-    reader = IdlePriorityReader("scrub")
+    reader = IdlePriorityReader("scrub", cache.threads.timeout)
     medium = Medium(cache.device.fd, cache.device.at)
     try:
         scrubber = _Scrubber(cache, medium, reader, found, busy, refetch)
@@ -126,7 +126,8 @@ async def scrub(
                     await _check(scrubber, layer, number, i)
                 progress(min(found.checked_bytes, total), total)
     finally:
-        medium.close()
+        if not reader.hangs:
+            medium.close()
         reader.close()
     progress(total, total)
     return found

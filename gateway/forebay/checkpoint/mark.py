@@ -29,6 +29,10 @@ class DirtyMark:
         self._changing = trio.Lock()
         self.is_set = False
 
+    def is_kept(self) -> bool:
+        """True if what :meth:`set` promises holds at this instant."""
+        return self.is_set or self._overlay
+
     async def set(self) -> None:
         """Return when it is durably on record that the image lacks data. Raises OSError where that cannot be written.
 

@@ -43,13 +43,16 @@ from forebay.config.fields import (
 )
 from forebay.config.toml_text import toml_lines
 from forebay.errors import ConfigError, ForebayError
-from forebay.units import GIB, KIB, Mode, did_you_mean, exact_size
+from forebay.units import GIB, KIB, Mode, did_you_mean, exact_duration, exact_size
 from forebay_cache.format.superblock import SMALLEST
 
 __all__ = ["Config", "ConfigError", "DiskSettings", "Mode", "Store"]
 
 BLOCK_SIZES = (64 * KIB,)
 """What the cache's on-disk format knows, bytes."""
+
+SHORTEST_TIMEOUT, LONGEST_TIMEOUT = 1.0, 600.0
+"""Seconds. A disk that wakes up, or is busy with what others want of it, takes seconds to answer."""
 
 LONGEST_RUN = 107 - len("/disks/d.sock.new")
 """Bytes of path. The address of a Unix socket holds 107 (unix(7)); a disk's name is checked at attach."""
@@ -105,6 +108,18 @@ class CacheSection(_Section):
     """Size of the file, where the device is one; a block device is used as a whole."""
     block_size: Size = BLOCK_SIZES[0]
     """Unit of placement on the device."""
+    timeout: Duration = 30.0
+    """After how many seconds a device, or an index, that does not answer counts as failed."""
+
+    @field_validator("timeout")
+    @classmethod
+    def _within_bounds(cls, seconds: float) -> float:
+        if not SHORTEST_TIMEOUT <= seconds <= LONGEST_TIMEOUT:
+            raise ValueError(
+                f"{exact_duration(seconds)} is not possible: use "
+                f"{exact_duration(SHORTEST_TIMEOUT)} to {exact_duration(LONGEST_TIMEOUT)}"
+            )
+        return seconds
 
     @field_validator("size")
     @classmethod

@@ -3,7 +3,10 @@
 
 """What a private write has to wait for: the gate, the mark beside the image, the pace of write-back, and room."""
 
+import contextlib
 import errno
+import math
+from collections.abc import Iterator
 
 import trio
 
@@ -167,6 +170,17 @@ class Admission:
     def patience(self) -> trio.CancelScope:
         """A scope that ends `origin_timeout` seconds from now; :meth:`extend` it as long as write-back goes on."""
         return trio.move_on_after(self._settings.origin_timeout)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def paused(patience: trio.CancelScope) -> Iterator[None]:
+        """Within it that scope does not end: a slow device is waited for, which has a limit of its own."""
+        left = patience.deadline - trio.current_time()
+        patience.deadline = math.inf
+        try:
+            yield
+        finally:
+            patience.deadline = trio.current_time() + left
 
     def extend(self, patience: trio.CancelScope) -> None:
         """Have it end no sooner than `origin_timeout` seconds after write-back was last seen to go on."""

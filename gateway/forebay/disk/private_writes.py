@@ -5,7 +5,8 @@
 
 They are durable with the next sync of the cache device. How a write gets from `write` to a reply: it waits until it is
 let in (:class:`forebay.disk.admission.Admission`), then the mark beside the image is set, and from there to the
-record's way into the kernel (`Intent.publish`) nothing awaits.
+record's way into the kernel (`Intent.publish`) nothing awaits. While the cache device is slow a thread writes, and when
+the data is there it is looked once more whether all that still holds (:mod:`forebay_cache.blocks.slow_writes`).
 """
 
 import errno
@@ -17,7 +18,7 @@ from forebay.checkpoint.dirty import Dirty
 from forebay.disk.admission import Admission
 from forebay.disk.ranges import Ranges, sectors_touched, sectors_within
 from forebay_cache import CacheFull, Layer, View
-from forebay_cache.blocks import private
+from forebay_cache.blocks import private, slow_writes
 from forebay_cache.format.geometry import BLOCK, SECTOR
 
 PIECE = 1 << 20
@@ -110,10 +111,15 @@ class PrivateWrites:
         with admission.patience() as patience:
             while True:
                 await self._mark.set()  # a pass may have ended meanwhile, and cleared it
-                if self._try_to_store(offset, data):
+                if self._cache.publish.needs_thread:
+                    with admission.paused(patience):
+                        stored = await self._store_slowly(offset, data)
+                else:
+                    stored = self._try_to_store(offset, data)
+                if stored:
                     return
                 try:
-                    await private.prepare(self._cache, self._open_layer, offset, len(data))
+                    await self._prepare(offset, len(data))
                 except CacheFull:
                     await admission.make_room(began)
                 admission.extend(patience)
@@ -125,6 +131,16 @@ class PrivateWrites:
         """Where writes go at this instant; another one after each await, if it was frozen meanwhile."""
         return self._view.private[0]
 
+    async def _store_slowly(self, offset: int, data: memoryview) -> bool:
+        """What :meth:`_try_to_store` does, while only threads may write to the device."""
+        layer = self._open_layer
+        grown = await slow_writes.write(self._cache, layer, offset, data, self._mark.is_kept)
+        if grown is None:
+            return False
+        self._note_written(layer, grown.sectors, grown.slots)
+        await self._cache.publish()
+        return True
+
     def _try_to_store(self, offset: int, data: memoryview) -> bool:
         """Store whole sectors and have their records with the kernel, or return False. Raises OSError."""
         layer = self._open_layer
@@ -134,6 +150,12 @@ class PrivateWrites:
         self._note_written(layer, layer.sectors - sectors, layer.slots - slots)
         self._cache.intent.publish()
         return True
+
+    async def _prepare(self, offset: int, length: int) -> None:
+        """Wait for what kept data from being stored. Raises CacheFull or OSError."""
+        slow = self._cache.publish.needs_thread
+        prepare = slow_writes.prepare if slow else private.prepare
+        await prepare(self._cache, self._open_layer, offset, length)
 
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
         """Make whole sectors zeros, of which nothing is stored; parts of sectors are written. Raises OSError."""
@@ -160,19 +182,19 @@ class PrivateWrites:
             part = min(ZERO_STEP, offset + length - at)
             while True:
                 await self._mark.set()  # a pass may have ended meanwhile, and cleared it
-                if self._try_to_zero(at, part):
+                if self._is_zeroed(at, part):
+                    await self._cache.publish()
                     break
                 await private.prepare(self._cache, self._open_layer, at, part, zeros=True)
             await trio.lowlevel.checkpoint()
 
-    def _try_to_zero(self, offset: int, length: int) -> bool:
-        """What :meth:`_try_to_store` is to data."""
+    def _is_zeroed(self, offset: int, length: int) -> bool:
+        """Make whole sectors zeros, or return False. The records still have to be published. Raises OSError."""
         layer = self._open_layer
         sectors, slots = layer.sectors, layer.slots
         if not private.zero(self._cache, layer, offset, length):
             return False
         self._note_written(layer, layer.sectors - sectors, layer.slots - slots)
-        self._cache.intent.publish()
         return True
 
     def flush_now(self) -> bool:

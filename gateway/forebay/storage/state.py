@@ -45,6 +45,7 @@ def open_cache(config: Config) -> Cache:
         index,
         size=section.size,
         block_size=section.block_size,
+        timeout=section.timeout,
     )
     cache.index.reserve.keep()
     return cache
