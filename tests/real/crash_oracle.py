@@ -38,6 +38,7 @@ from forebay.daemon.arrivals import Arrivals
 from forebay.daemon.disks import Disks
 from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.disk import Disk
+from forebay.doors.returns import Returns
 from forebay.image.registry import Images
 from forebay.origin.calls import Status, SystemCalls
 from forebay.sidecar import applying, recover
@@ -351,7 +352,10 @@ class Oracle:
                 return
             config, images = self._host.config, Images(cache, nursery)
             records = DiskRecords(cache, config.gateway.state)
-            arrivals = Arrivals(config, cache, nursery, images, Disks(), records, Budgets())
+            returns = Returns(nursery)
+            arrivals = Arrivals(
+                config, cache, nursery, images, Disks(), records, Budgets(), returns
+            )
             record = DiskRecord.read(known)
             source, settings = arrivals.source(DISK, record, record.size)
             disk = await Disk.open(images, source, settings)

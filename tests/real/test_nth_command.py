@@ -36,11 +36,13 @@ async def attach_overlay(bed: Bed) -> object:
 
 
 async def detach(bed: Bed) -> object:
-    return await bed.gateway.detach("d", progress=nothing)
+    await bed.gateway.detach("d", progress=nothing)
+    return None
 
 
 async def discard(bed: Bed) -> object:
-    return await bed.gateway.detach("d", discard=True, progress=nothing)
+    await bed.gateway.detach("d", discard=True, progress=nothing)
+    return None
 
 
 async def write_through(bed: Bed) -> object:

@@ -63,7 +63,7 @@ def planted(bug: Plant | None) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as stack:
-        bug(lambda *args: stack.enter_context(mock.patch.object(*args)))  # type: ignore[arg-type]
+        bug(lambda *args: stack.enter_context(mock.patch.object(*args)))
         with pytest.raises((AssertionError, BaseExceptionGroup, ValueError)):
             yield
 
@@ -294,7 +294,8 @@ def test_a_sync_that_hangs_makes_the_device_slow_before_it_fails(tmp_path: Path)
         forgotten = host.cache.ready.forgotten
         number = pace.begin()
         await trio.sleep(0.9)
-        assert not pace.is_slow
+        before = pace.is_slow
+        assert not before
         await trio.sleep(1)
         assert pace.is_slow
         assert host.cache.ready.forgotten == forgotten
@@ -329,7 +330,8 @@ def test_what_a_hung_thread_writes_late_lands_on_nothing(tmp_path: Path, bug: Pl
             await trio.sleep(1)
             dice.hang = None  # the others do not
             await trio.sleep(TIMEOUT / 2)
-            assert cache.failed is None
+            before = cache.failed
+            assert before is None
         assert cache.failed is not None
         assert host.origin.visible[: 2 * BLOCK] == NEW + NEWER, "what only it had, and past it"
         await trio.sleep(300)
