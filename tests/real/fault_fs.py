@@ -87,6 +87,10 @@ class FaultFs:
         """Nothing fails any more, and what hangs goes on."""
         self._ask("lift")
 
+    def lose_locks(self) -> None:
+        """As after a lease was lost: each call of a descriptor that is open now fails with EIO for ever."""
+        self._ask("lose_locks")
+
     def forget(self) -> None:
         """What the kernel has of the files in memory is read anew."""
         self._ask("forget")

@@ -6,7 +6,8 @@
     python fault_server.py MOUNTPOINT DIRECTORY SOCKET [writeback]
 
 Each line on the Unix socket is a command, a JSON object; each gets one line back. `fail` adds a rule, `lift` removes
-all and lets go what hangs, `forget` has the kernel read everything anew, `counts` tells how many calls there were.
+all and lets go what hangs, `lose_locks` has every descriptor that is open fail for ever, `forget` has the kernel read
+everything anew, `counts` tells how many calls there were.
 
 The fault model. A rule names a call (`read`, `write`, `fsync`, `open`, `getattr`, and `flush`, which every close of a
 descriptor waits for), a pattern for the file's name, and what happens to so many calls, or (-1) to all, after so many
@@ -92,6 +93,7 @@ class FaultFs(pyfuse3.Operations):  # type: ignore[misc]
         self._faults = faults
         self._paths = {pyfuse3.ROOT_INODE: root}
         self._open: dict[int, str] = {}  # descriptors, with their path
+        self._dead: set[int] = set()
         self._undone: dict[int, list[tuple[int, bytes]]] = {}  # by inode: what was there before
 
     # -- names
@@ -237,10 +239,12 @@ class FaultFs(pyfuse3.Operations):  # type: ignore[misc]
         return info, self._look(path)
 
     async def read(self, fh: int, offset: int, size: int) -> bytes:
+        self._check_alive(fh)
         await self._faults.meet("read", self._open[fh], offset, size)
         return os.pread(fh, size, offset)
 
     async def write(self, fh: int, offset: int, data: bytes) -> int:
+        self._check_alive(fh)
         rule = await self._faults.meet("write", self._open[fh])
         if rule is not None and rule.short:
             data = data[: max(1, len(data) // 2)]
@@ -251,10 +255,22 @@ class FaultFs(pyfuse3.Operations):  # type: ignore[misc]
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno) from None
 
+    def lose_locks(self) -> None:
+        """What is open now gives EIO for ever, and has lost what was not durable."""
+        for fd in self._open:
+            for offset, data in reversed(self._undone.pop(os.fstat(fd).st_ino, [])):
+                os.pwrite(fd, data, offset)
+        self._dead |= set(self._open)
+
+    def _check_alive(self, fh: int) -> None:
+        if fh in self._dead:
+            raise pyfuse3.FUSEError(errno.EIO)
+
     async def flush(self, fh: int) -> None:
         await self._faults.meet("flush", self._open[fh])
 
     async def fsync(self, fh: int, datasync: bool) -> None:
+        self._check_alive(fh)
         rule = await self._faults.meet("fsync", self._open[fh])
         undone = self._undone.pop(os.fstat(fh).st_ino, [])
         if rule is not None and rule.lose:
@@ -270,6 +286,7 @@ class FaultFs(pyfuse3.Operations):  # type: ignore[misc]
 
     async def release(self, fh: int) -> None:
         del self._open[fh]
+        self._dead.discard(fh)
         os.close(fh)
 
     def forget_pages(self) -> None:
@@ -292,6 +309,8 @@ async def _serve(stream: trio.SocketStream, fs: FaultFs, faults: Faults) -> None
                 faults.rules.append(Rule(**command))
             elif what == "lift":
                 faults.lift()
+            elif what == "lose_locks":
+                fs.lose_locks()
             elif what == "forget":
                 await trio.to_thread.run_sync(fs.forget_pages)
             elif what == "counts":

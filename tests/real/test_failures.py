@@ -9,6 +9,7 @@ than the errors of its own calls.
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,6 +27,8 @@ from real.processes import MIB, random_image
 
 Connect = Callable[..., Any]
 MakeGateway = Callable[..., GatewayProcess]
+
+LOST = "its descriptor fails|cannot be reached|can be reached again|a flush failed|write-back failed|looked at"
 
 SIZE = 8 * MIB
 ORIGIN = {"defaults": {"origin_timeout": "2s", "max_dirty": "2 MiB", "max_lag": "1h"}}
@@ -146,6 +149,45 @@ def test_a_store_that_does_not_take_one_write_of_many(
     it.gateway.cli("flush", "d")
     assert it.image.read_bytes() == it.content
     it.is_well()
+
+
+@pytest.mark.parametrize("mode", ["write-back", "write-through", "none"])
+def test_locks_that_were_lost_are_taken_again(bed: Callable[..., Bed], mode: str) -> None:
+    """Each call of the descriptor fails for ever, and what was not durable is gone. No restart is needed."""
+    it = bed(mode)
+    it.gateway.allow_log(LOST)
+    it.write(MIB, b"a" * 65536)
+    it.fs.lose_locks()
+    assert it.client.pread(4096, 5 * MIB) == it.content[5 * MIB :][:4096]
+    it.write(2 * MIB, b"b" * 65536)
+    it.client.flush()
+    it.fs.lose_locks()
+    it.write(3 * MIB, b"c" * 65536)
+    it.client.flush()
+    it.is_well()
+
+
+@pytest.mark.parametrize("mode", ["write-back", "write-through"])
+def test_locks_that_were_lost_to_another_owner(bed: Callable[..., Bed], mode: str) -> None:
+    """Somebody else has the image by then: nothing is written to it, and what is dirty is kept."""
+    it = bed(mode)
+    it.gateway.allow_log(f"{LOST}|conflict|taken over|taken by|belongs|detach with --discard")
+    it.write(MIB, b"a" * 65536)
+    beside = it.fs.backing / "image.raw.forebay"
+    [ours] = beside.glob("*/owner")
+    owner = json.loads(ours.read_text())
+    owner.update(gateway="00000000-0000-4000-8000-000000000000", token=owner["token"] + 1)
+    own = beside / str(owner["token"])
+    own.mkdir()
+    (own / "owner").write_text(json.dumps(owner))
+    it.fs.lose_locks()
+    before = it.image.read_bytes()
+    fails(it.client, "pread", 4096, 5 * MIB)
+    assert it.status()["state"] == "conflict"
+    if mode == "write-back":
+        assert it.status()["dirty_bytes"] == 65536
+    fails(it.client, "flush")
+    assert it.image.read_bytes() == before
 
 
 def test_a_store_that_takes_no_writes_of_a_disk_that_writes_through(

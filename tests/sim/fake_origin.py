@@ -167,6 +167,9 @@ class FakeOrigin:
         self._fault("identity")
         return Identity(self.size, mtime_ns=self.changes, ctime_ns=self.changes, inode=1)
 
+    async def is_dead(self) -> bool:
+        return False
+
     async def forget(self) -> None:
         pass
 

@@ -41,7 +41,7 @@ class DirtyMark:
         while not (self.is_set or self._overlay):
             async with self._changing:
                 if self._source.claim is not None and not self.is_set:
-                    await self._source.claim.mark_dirty()
+                    await self._image.reach.made_again(self._source.claim.mark_dirty)
                 self.is_set = True
 
     async def clear(self) -> None:

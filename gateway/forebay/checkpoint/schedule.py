@@ -146,7 +146,7 @@ class WriteBack:
         async with self._lock:
             self._check_not_given_up()
             try:
-                await self._checkpoint(progress)
+                await self._image.reach.made_again(lambda: self._checkpoint(progress))
                 self.error = self.failure = None
             except OSError as error:
                 self._note_failure(error)

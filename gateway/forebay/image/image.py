@@ -52,7 +52,7 @@ class Image:
         self.sources = Sources(cache)
         """Those of the disks on it."""
         self.identity = KnownIdentity(cache, self.key)
-        self.reach = Reach(self.key, self._open, self._compare_now)
+        self.reach = Reach(self.key, self._open, self._compare_now, self.sources.let_go)
         fetches = Boundary(nursery, f"image {self.key}", self.sources.stop_disks)
         self.clean = CleanBlocks(cache, self.key, self, fetches)
         self.filler = self.clean.filler
@@ -91,7 +91,9 @@ class Image:
 
     async def read(self, offset: int, length: int, background: Background = False) -> Buffer:
         """Exactly `length` bytes of the image, from `offset` on. Raises OSError."""
-        return await self.reach.require_origin().read(offset, length, background)
+        return await self.reach.made_again(
+            lambda: self.reach.require_origin().read(offset, length, background)
+        )
 
     async def _open(self) -> Origin | None:
         """A new origin; None where the image was taken over while the cache has data that it lacks. Raises OSError."""
@@ -149,6 +151,8 @@ class Image:
                 why = error.strerror or ""
                 named = self.key in why or self.sources.latest.label in why
                 self.stop(why if named else f"{self.key} is gone, or another file now ({why})")
+            elif error.errno == errno.EIO:
+                await self.reach.renew(origin)
 
     async def _take_note(self, origin: Origin) -> None:
         """Compare what the image looks like with what is on record, or put it there after our own writes.
@@ -194,6 +198,8 @@ class Image:
         """Stop, or go on with an image that somebody else has changed, and nothing of what the cache had of it."""
         if self.sources.has_private():
             self.stop(f"{what} while the cache holds data of a disk on it")
+        elif not self.writes.kept.is_empty:
+            self.stop(f"{what} before all that was written to it was durable")
         elif not self.sources.may_refresh(is_reached=self.origin is not None):
             self.stop(f"{what}, and on_change is refuse")
         else:

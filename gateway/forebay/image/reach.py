@@ -4,7 +4,8 @@
 """Reaching an image: its origin is opened, tried again when it cannot be, and waited for; or it must not be touched.
 
 The states are in `MOVES`, and in gateway/README.md. The origin of an image that was reached stays open until the image
-is closed: a store that fails later shows in the errors of its calls, and its own time-outs and connections go on.
+is closed, or turns out to be dead: a store that fails later shows in the errors of its calls, and its own time-outs and
+connections go on.
 """
 
 import errno
@@ -12,6 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from math import inf
+from typing import TypeVar
 
 import trio
 
@@ -19,6 +21,8 @@ from forebay.origin.protocol import Origin, close_quietly
 from forebay_cache.states import Machine, Table
 
 log = logging.getLogger("forebay.image")
+
+T = TypeVar("T")
 
 RETRY_SECONDS = 1.0
 """How soon an origin that could not be reached is tried again; doubled each time, up to RETRY_MOST."""
@@ -50,6 +54,7 @@ MOVES: Table[ImageState] = {
         ImageState.CLOSED: "the last disk on it was detached",
     },
     ImageState.REACHED: {
+        ImageState.AWAY: "its descriptor fails for ever, as after its locks were lost; it is opened anew",
         ImageState.CONFLICT: "somebody else has it, or changed it, and it must not be gone on with",
         ImageState.CLOSED: "the last disk on it was detached",
     },
@@ -69,9 +74,11 @@ class Reach:
         key: str,
         open_origin: Callable[[], Awaitable[Origin | None]],
         compare: Callable[[Origin], Awaitable[None]],
+        let_go: Callable[[], Awaitable[None]],
     ) -> None:
         """`open_origin` opens it, or returns None for an image that must not be touched; `compare` looks whether it is
-        what it was. Both may call `stop`, and raise OSError where the image cannot be reached now.
+        what it was. Both may call `stop`, and raise OSError where the image cannot be reached now. `let_go` lets go
+        what holds the image beside the origin, and raises nothing.
         """
         self.unreachable: str | None = None
         """Why the last attempt failed; None once one went well."""
@@ -80,6 +87,7 @@ class Reach:
         self._key = key
         self._open = open_origin
         self._compare = compare
+        self._let_go = let_go
         self._machine = Machine(MOVES, ImageState.AWAY, f"image {key}")
         self._origin: Origin | None = None
         self._attempting = trio.Lock()
@@ -131,6 +139,46 @@ class Reach:
             else:
                 if origin is not None:
                     self._succeeded(origin)
+
+    async def made_again(self, call: Callable[[], Awaitable[T]]) -> T:
+        """What the call returns, which is made once more where it failed by an origin that was dead, and is replaced.
+
+        Raises OSError.
+        """
+        origin = self._origin if self.conflict is None else None
+        try:
+            return await call()
+        except OSError as error:
+            if error.errno != errno.EIO or origin is None or not await self.renew(origin):
+                raise
+        return await call()
+
+    async def renew(self, origin: Origin) -> bool:
+        """Open the image anew where that origin, of which a call has failed, is dead. True if it has another one now.
+
+        It is locked and compared again as at the first time.
+        """
+        async with self._attempting:
+            if self._origin is origin and self.conflict is None and await self._is_dead(origin):
+                log.warning("%s: its descriptor fails: it is opened anew", self._key)
+                self._origin = None
+                self._machine.become(ImageState.AWAY)
+                self.unreachable = "its descriptor fails"
+                self._next_attempt, self._pause = 0.0, RETRY_SECONDS
+                await close_quietly(origin)
+                await self._let_go()
+        await self.attempt()
+        return self.conflict is None and self._origin not in (None, origin)
+
+    async def _is_dead(self, origin: Origin) -> bool:
+        """True if the origin is dead, and nothing that was given up can change the image by it any more."""
+        try:
+            if not await origin.is_dead():
+                return False
+            await origin.quiesce()
+        except OSError:
+            return False
+        return True
 
     async def _open_compared(self) -> Origin | None:
         """An open origin of an image that is what it was; None for one that must not be touched. Raises OSError."""

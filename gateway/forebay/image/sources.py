@@ -3,6 +3,8 @@
 
 """The sources of all disks on one image: what they have in common, asked of all of them."""
 
+import contextlib
+
 from forebay.image.source import Source
 from forebay_cache import Cache
 from forebay_cache.format.geometry import SECTOR
@@ -30,8 +32,8 @@ class Sources:
 
     @property
     def latest(self) -> Source:
-        """That of the disk which came last: it opens the image for all of them."""
-        return self._sources[-1]
+        """That of the disk which writes the image, or else of the one that came last: it opens it for all of them."""
+        return next((s for s in self._sources if s.use.writes), self._sources[-1])
 
     def name_of_one(self) -> str | None:
         """The name of the disk, if there is but one."""
@@ -57,6 +59,12 @@ class Sources:
         """See that the image is still ours to write, where it was. Raises OSError."""
         for source in list(self._sources):
             await source.check()
+
+    async def let_go(self) -> None:
+        """Let go the claims on the image; the markers stay, and say whose it is. Raises nothing."""
+        for source in list(self._sources):
+            with contextlib.suppress(OSError):
+                await source.leave()
 
     def stop_disks(self, fault: Exception) -> None:
         """Stop all disks, with a fault of Forebay itself as their reason."""

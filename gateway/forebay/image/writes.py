@@ -50,8 +50,8 @@ class OwnWrites:
         self._key = key
         self._sound: tuple[Origin | None, int] = (None, 0)
         """The origin, and its `sync_failures`, of which nothing that is kept can have been lost."""
-        self._failures_handled = 0
-        """After how many of `sync_failures` the blocks were dropped that may be lost."""
+        self._handled: tuple[Origin, int] | None = None
+        """The origin, and after how many of its `sync_failures` the blocks were dropped that may be lost."""
 
     @property
     def sync_failures(self) -> int:
@@ -99,12 +99,14 @@ class OwnWrites:
         """Write to the origin, and keep what was written until it is durable. In `writing`. Raises OSError."""
         copy = bytes(data)
         async with self._changing(Change(offset, len(copy), copy)):
-            await self._reach.require_origin().write(offset, [copy])
+            await self._reach.made_again(lambda: self._reach.require_origin().write(offset, [copy]))
 
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
         """Zero in the origin what `write` would write. Raises OSError."""
         async with self._changing(Change(offset, length, None, may_trim)):
-            await self._reach.require_origin().zero(offset, length, may_trim)
+            await self._reach.made_again(
+                lambda: self._reach.require_origin().zero(offset, length, may_trim)
+            )
 
     @contextlib.asynccontextmanager
     async def _changing(self, change: Change) -> AsyncIterator[None]:
@@ -152,7 +154,9 @@ class OwnWrites:
             await origin.flush(times=times)
         except TimeoutError:
             raise
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.EIO:
+                await self._reach.renew(origin)
             if self.kept.is_empty:
                 raise
         else:
@@ -190,7 +194,12 @@ class OwnWrites:
 
         It can read as written for a while, from its host's memory, and no later flush says that it is gone.
         """
-        while self._failures_handled != self.sync_failures:
-            failures = self.sync_failures
-            await self._clean.drop_hot()
-            self._failures_handled = failures
+        while (now := self._told()) != self._handled:
+            if self._handled is not None or (now is not None and now[1]):
+                await self._clean.drop_hot()
+            self._handled = now
+
+    def _told(self) -> tuple[Origin, int] | None:
+        """The origin, and how many of its flushes have failed; None while there is none."""
+        origin = self._reach.origin
+        return self._handled if origin is None else (origin, origin.sync_failures)

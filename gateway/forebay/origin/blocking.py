@@ -17,6 +17,7 @@ from forebay.origin.opening import OpenImage
 from forebay.origin.pieces import views_after
 from forebay.origin.protocol import HOLE, MOST_EXTENTS, ZERO, Identity
 from forebay.origin.threads import Descriptor
+from forebay.origin.worker import syscalls
 
 
 class BlockingFile:
@@ -100,6 +101,35 @@ class BlockingFile:
         """Have the kernel read anew what it kept of the file in memory."""
         with self.descriptor as fd:
             self._calls.forget(fd)
+
+    def is_dead(self) -> bool:
+        """True if reads by this descriptor fail where those by a fresh one do not.
+
+        So it is on NFS after the locks of the descriptor were lost with its lease, and where the store's process, which
+        has it, has ended.
+        """
+        if self._image.fresh is None:
+            return False
+        at = self._first_unreadable()
+        if at is None:
+            return False
+        fd = self._image.fresh()
+        try:
+            return self._calls.preadv(fd, [bytearray(1)], at) == 1
+        finally:
+            syscalls.close(fd)
+
+    def _first_unreadable(self) -> int | None:
+        """One of three bytes that cannot be read from the server by this descriptor; None if all can."""
+        with self.descriptor as fd:
+            with contextlib.suppress(OSError):
+                self._calls.forget(fd)
+            for at in (0, self._image.size // 2, self._image.size - 1):
+                try:
+                    self._calls.preadv(fd, [bytearray(1)], at)
+                except OSError:
+                    return at
+        return None
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Write the buffers one after the other, all of them."""

@@ -105,6 +105,11 @@ class FileOrigin:
         with bounded(self.timeout, f"looking at {self.label}"):
             return await self._threads.run(self._file.identity)
 
+    async def is_dead(self) -> bool:
+        """True if the descriptor fails for ever where a fresh one works. Raises OSError: nobody knows."""
+        with bounded(self.timeout, f"looking whether {self.label} can be read"):
+            return await self._threads.run(self._file.is_dead)
+
     async def forget(self) -> None:
         """Read anew from now on what this host's kernel kept of the image in memory. Raises OSError."""
         with bounded(self.timeout, f"reading {self.label} anew"):

@@ -208,6 +208,10 @@ class NbdOrigin:
         del times  # an image behind NBD shows none
         await self._requests.flush()
 
+    async def is_dead(self) -> bool:
+        """False: a connection that breaks is made again."""
+        return False
+
     async def forget(self) -> None:
         """Nothing to do: nothing of the image is kept on this side."""
 

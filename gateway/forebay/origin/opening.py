@@ -23,6 +23,8 @@ _FORMATS = {b"QFI\xfb": "qcow2", b"QED\0": "qed", b"KDMV": "vmdk", b"vhdxfile": 
 """The first bytes of files in formats that a guest must not see as a disk."""
 _LONGEST_MAGIC = 8
 
+_FRESH = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -42,6 +44,8 @@ class OpenImage:
     """Bytes of the smallest unit that can be written: a device's logical sector, 1 for a file."""
     status: Status | None = None
     """What the file was when it was opened; None for a device."""
+    fresh: Callable[[], int] | None = None
+    """Returns a new descriptor of what the name of the image leads to now, for reading, which the caller closes."""
 
 
 def open_image(
@@ -77,7 +81,14 @@ def open_image(
     except BaseException:
         syscalls.close(fd)
         raise
-    return OpenImage(fd, found.size, read_only, lambda: look(address, calls), status=found)
+    return OpenImage(
+        fd,
+        found.size,
+        read_only,
+        lambda: look(address, calls),
+        status=found,
+        fresh=lambda: _open_in_store(address, address.path, _FRESH),
+    )
 
 
 def open_folder(address: FileAddress) -> int:

@@ -109,6 +109,10 @@ class Origin(Protocol):
         """What the image looks like now. ESTALE: it was deleted, or its name leads to another file now."""
         ...
 
+    async def is_dead(self) -> bool:
+        """True if all that is asked of this origin fails, and opening the image anew would help."""
+        ...
+
     async def forget(self) -> None:
         """From now on read what is there now, and nothing that was kept in memory here: somebody else changed it."""
         ...

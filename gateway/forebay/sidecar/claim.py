@@ -174,21 +174,21 @@ class Claim:
                 lambda: marker.begin_redo(as_of),
                 drop=lambda late: late.drop(),
             )
-        return RedoJournal(self, file, as_of, self._threads, self._timeout)
+        return RedoJournal(self, marker, file, as_of, self._threads, self._timeout)
 
-    async def commit_redo(self, file: RedoFile) -> None:
+    async def commit_redo(self, made_by: Marker, file: RedoFile) -> None:
         """See `RedoJournal.commit`, which calls this."""
-        with self._held() as marker:
+        with self._held(made_by) as marker:
             await self._in_turn("committing a checkpoint of", lambda: marker.commit_redo(file))
 
-    async def drop_redo(self, file: RedoFile) -> None:
+    async def drop_redo(self, made_by: Marker, file: RedoFile) -> None:
         """See `RedoJournal.drop`, which calls this."""
-        self._check_held()
+        self._check_held(made_by)
         await self._in_turn("dropping a checkpoint of", file.drop)
 
-    async def end_redo(self, as_of: str, dirty_bytes: int) -> None:
+    async def end_redo(self, made_by: Marker, as_of: str, dirty_bytes: int) -> None:
         """See `RedoJournal.end`, which calls this."""
-        with self._held() as marker:
+        with self._held(made_by) as marker:
             await self._in_turn(
                 "ending a checkpoint of", lambda: marker.end_redo(as_of, dirty_bytes)
             )
@@ -251,12 +251,15 @@ class Claim:
     # ------------------------------------------------------------------------------------------------- how it is done
 
     @contextmanager
-    def _held(self) -> Iterator[Marker]:
-        """The marker, for the body. Raises OSError where the claim is not held, is lost, or is lost in the body."""
+    def _held(self, made_by: Marker | None = None) -> Iterator[Marker]:
+        """The marker, for the body. Raises OSError where the claim is not held, is lost, or is lost in the body.
+
+        `made_by` is the marker that made the journal which the body is about: OSError, too, where it is another by now.
+        """
         if self._lost is not None:
             raise OSError(errno.EIO, self._lost)
         try:
-            yield self._check_held()
+            yield self._check_held(made_by)
         except TakenOver as fault:
             self._lose(str(fault), fault)
         except UnreadableError as fault:
@@ -268,11 +271,13 @@ class Claim:
         self.on_lost(why)
         raise OSError(errno.EIO, why) from fault
 
-    def _check_held(self) -> Marker:
+    def _check_held(self, made_by: Marker | None = None) -> Marker:
         if self._marker is None:
             raise OSError(
                 errno.EIO, f"{self._label} was not reached yet, so it is not ours to write"
             )
+        if made_by not in (None, self._marker):  # the directory of its journal is closed
+            raise OSError(errno.EIO, f"{self._label} was opened anew during a checkpoint")
         return self._marker
 
     async def _in_turn(
@@ -299,10 +304,18 @@ class RedoJournal:
     """
 
     def __init__(
-        self, claim: Claim, file: RedoFile, as_of: str, threads: StoreThreads, timeout: float
+        self,
+        claim: Claim,
+        made_by: Marker,
+        file: RedoFile,
+        as_of: str,
+        threads: StoreThreads,
+        timeout: float,
     ) -> None:
         """`as_of` is the instant of the checkpoint. `timeout`: seconds that each call of `add` may take."""
         self._claim = claim
+        self._made_by = made_by
+        """The marker in whose directory it lies."""
         self._file = file
         self._as_of = as_of
         self._threads = threads
@@ -321,7 +334,7 @@ class RedoJournal:
 
         After an error it may be committed or not, and the next checkpoint's journal takes its place.
         """
-        await self._claim.commit_redo(self._file)
+        await self._claim.commit_redo(self._made_by, self._file)
 
     async def note_applied(self, below: int) -> None:
         """Note, not durably, that the image has all of the checkpoint below that byte, which it need not keep."""
@@ -330,9 +343,9 @@ class RedoJournal:
 
     async def drop(self) -> None:
         """Remove it: it was not committed, and never will be."""
-        await self._claim.drop_redo(self._file)
+        await self._claim.drop_redo(self._made_by, self._file)
 
     async def end(self) -> None:
         """Remove it: the image has all of the checkpoint, durably."""
         left = max(0, self._claim.dirty_bytes() - self._length)
-        await self._claim.end_redo(self._as_of, left)
+        await self._claim.end_redo(self._made_by, self._as_of, left)
