@@ -37,7 +37,7 @@ class Plant:
 PLANTS = {
     "write-back": Plant("forebay.checkpoint.schedule:WriteBack.checkpoint"),
     "watch": Plant("forebay.image.image:Image.look"),
-    "copy": Plant("forebay.disk.copy:preload_range"),
+    "copy": Plant("forebay.disk.copy:bring_in"),
     "preload": Plant("forebay.disk.disk:Disk.preload"),
     "change of mode": Plant("forebay.disk.modes:Modes.change"),
     "at once": Plant("forebay.disk.disk:Disk.run"),

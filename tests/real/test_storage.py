@@ -295,7 +295,7 @@ def test_a_second_cache_is_refused(lvm: Lvm, make_gateway: MakeGateway, tmp_path
     file = str(tmp_path / "file")
     refused(gateway, "create", "--file", file, "--size", "16M", said="has a cache already on /")
     embedded = make_gateway()
-    refused(embedded, "create", "--file", file, "--size", "16M", said="in use by another daemon")
+    refused(embedded, "create", "--file", file, "--size", "16M", said="in use by a daemon")
     embedded.stop()
     refused(embedded, "create", "--file", file, "--size", "16M", said="has a cache already: ")
     assert not Path(file).exists()
