@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forebay.sidecar.locks import set_lock
 from real import isolation_client, nbd_hostile_cases
 from real.isolation_bed import COLD, DIRTY, HIT, SIZE, Bad
 from real.isolation_client import READ, STATUS, TRIM, WRITE, ZEROES, request
@@ -533,12 +534,8 @@ def _beside_before(do: Act) -> Act:
 
 def _lock_held(bad: Bad) -> None:
     """By another process, for as long as the attach is tried."""
-    bad.side.mkdir()
-    lock = bad.side / "lock"
-    lock.touch()
-    with lock.open("r+b") as file:
-        held = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        fcntl.fcntl(file, fcntl.F_OFD_SETLK, held)
+    with bad.path.open("r+b") as file:
+        set_lock(file.fileno(), fcntl.F_WRLCK, 400, 1)
         _refused()(bad)
 
 

@@ -8,6 +8,7 @@ time, and have to answer in time and rightly, and to stay `ready`; the control A
 has a bound, and its log no traceback that does not belong to the row.
 """
 
+import os
 import re
 from collections.abc import Iterator
 
@@ -52,8 +53,19 @@ def beds() -> Iterator[Beds]:
 
 def test_there_are_enough_rows_and_no_two_are_the_same() -> None:
     names = {row.id for row in ROWS}
-    assert len(names) == len(ROWS) >= LEAST_ROWS
+    assert len(names) == len(ROWS)
+    assert len(_chosen()) >= LEAST_ROWS
     assert names >= KNOWN.keys()
+
+
+def _chosen() -> list[Row]:
+    """One row for each fault, of one disk mode after the other; all rows if FOREBAY_ISOLATION_ALL is set."""
+    if os.environ.get("FOREBAY_ISOLATION_ALL"):
+        return ROWS
+    by_fault: dict[tuple[str, str], list[Row]] = {}
+    for row in ROWS:
+        by_fault.setdefault((row.what, row.fault), []).append(row)
+    return [rows[number % len(rows)] for number, rows in enumerate(by_fault.values())]
 
 
 def _param(row: Row) -> object:
@@ -62,7 +74,7 @@ def _param(row: Row) -> object:
     return pytest.param(row, id=row.id, marks=marks)
 
 
-@pytest.mark.parametrize("row", [_param(row) for row in ROWS])
+@pytest.mark.parametrize("row", [_param(row) for row in _chosen()])
 def test_a_fault_of_one_disk_is_noticed_by_no_other(beds: Beds, row: Row) -> None:
     bed, idle = beds.get()
     try:
