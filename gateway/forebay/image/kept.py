@@ -5,13 +5,15 @@
 
 A kernel reports a write-out that failed once, to one flush, and forgets the data. So a write of the modes that write to
 the image is kept in memory until a flush that began after its end went well. After one that failed, all of it is
-written again, in its order, before the next one counts. There is a bound for each image and one for all together: what
-would go beyond is preceded by a flush, and fails where that fails.
+written again before the next one counts: of each byte only what was written last, so that a kill in the middle of it
+leaves what was there, and older data never takes the place of newer. There is a bound for each image and one for all
+together: what would go beyond is preceded by a flush, and fails where that fails.
 """
 
 import contextlib
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -158,10 +160,10 @@ class KeptWrites:
         return [(change.offset, change.length) for _, change in self._changes]
 
     async def write_again(self, origin: Origin) -> None:
-        """Make all changes again, in their order. For whoever is alone. Raises OSError."""
+        """Write again what all changes together have made. For whoever is alone. Raises OSError."""
         batch: list[tuple[int, bytes]] = []
         size = 0
-        for _, change in list(self._changes):
+        for change in newest_only([change for _, change in self._changes]):
             if change.data is not None and size + change.length <= TOGETHER:
                 batch.append((change.offset, change.data))
                 size += change.length
@@ -173,6 +175,25 @@ class KeptWrites:
             else:
                 batch, size = [(change.offset, change.data)], change.length
         await _write(origin, batch)
+
+
+def newest_only(changes: Sequence[Change]) -> list[Change]:
+    """What is left of the changes, given in their order, without what later ones have written over; none overlap."""
+    left: list[Change] = []
+    starts: list[int] = []
+    ends: list[int] = []  # of the ranges that later changes cover, in order, none of which touch
+    for change in reversed(changes):
+        start, end = change.offset, change.offset + change.length
+        first = bisect_left(ends, start)
+        behind = bisect_right(starts, end)
+        parts = [change]
+        for low, high in zip(starts[first:behind], ends[first:behind], strict=True):
+            parts = [piece for part in parts for piece in part.without(low, high)]
+        left += parts
+        if first < behind:
+            start, end = min(start, starts[first]), max(end, ends[behind - 1])
+        starts[first:behind], ends[first:behind] = [start], [end]
+    return left
 
 
 async def _write(origin: Origin, batch: list[tuple[int, bytes]]) -> None:

@@ -111,6 +111,8 @@ class OwnWrites:
     @contextlib.asynccontextmanager
     async def _changing(self, change: Change) -> AsyncIterator[None]:
         """Around the change itself, which is kept if that went well."""
+        if self.kept.is_empty and (origin := self._reach.origin) is not None:
+            self._sound = (origin, origin.sync_failures)  # nothing was there that could be lost
         async with self.kept.passing():
             try:
                 yield
