@@ -22,7 +22,7 @@ from forebay_cache.blocks import store
 from forebay_cache.format.entry import slot_of
 from forebay_cache.format.geometry import PAGE_BLOCKS
 from forebay_cache.format.records import LayerName
-from real.disk_fixture import MODES
+from real.disk_fixture import MODES, wait_for
 from real.kill_checker import Tally
 from real.kill_daemon import KillableGateway
 from real.kill_hunt import Ground, hunt
@@ -109,6 +109,8 @@ def test_fio_verifies_what_was_written_before_a_kill(bug: str | None, rng: rando
             random_image(gateway.images / f"{mode}.raw", 8 * MIB, rng.getrandbits(32))
             gateway.attach_disk(mode, f"images:{mode}.raw", mode=mode)
             jobs += [f"--name={mode}", f"--uri={gateway.uri(mode)}"]
+        # fio's record is of use only of a job that is well under way when the kill comes
+        wait_for(lambda: gateway.status("full-copy")["state"] == "ready", "not copied", 30)
         options = ["--verify_state_save=1", "--do_verify=0", "--rate_iops=500"]
         options += ["--trigger-timeout=1", f"--trigger=kill -9 {gateway.pid}"]
         fio(gateway.directory, [*options, *jobs])
