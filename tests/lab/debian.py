@@ -59,7 +59,7 @@ def install_needed(told: Callable[[str], None]) -> None:
 
 
 def mirror() -> str:
-    """Where this host takes its packages from; Debian's own where it does not say."""
+    """Where this host takes its packages from; Lacking where apt's sources do not say."""
     for path in (Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list")):
         lines = path.read_text().splitlines() if path.exists() else []
         for line in lines:
@@ -67,7 +67,7 @@ def mirror() -> str:
             found = [word for word in rest if word.startswith(("http://", "https://"))]
             if first in {"URIs:", "deb"} and found:
                 return found[0]
-    return "http://deb.debian.org/debian"
+    raise Lacking("apt's sources name no mirror that debootstrap could use (http or https)")
 
 
 def make_system(into: Path) -> None:
