@@ -35,6 +35,9 @@ OVERHEAD = 256
 TOGETHER = 1 << 20
 """Bytes of changes that are written again in one call."""
 
+SLICE = 512
+"""Changes that are looked at between two turns of others: 2 ms."""
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -163,7 +166,7 @@ class KeptWrites:
         """Write again what all changes together have made. For whoever is alone. Raises OSError."""
         batch: list[tuple[int, bytes]] = []
         size = 0
-        for change in newest_only([change for _, change in self._changes]):
+        for change in await newest_only([change for _, change in self._changes]):
             if change.data is not None and size + change.length <= TOGETHER:
                 batch.append((change.offset, change.data))
                 size += change.length
@@ -177,12 +180,14 @@ class KeptWrites:
         await _write(origin, batch)
 
 
-def newest_only(changes: Sequence[Change]) -> list[Change]:
+async def newest_only(changes: Sequence[Change]) -> list[Change]:
     """What is left of the changes, given in their order, without what later ones have written over; none overlap."""
     left: list[Change] = []
     starts: list[int] = []
     ends: list[int] = []  # of the ranges that later changes cover, in order, none of which touch
-    for change in reversed(changes):
+    for number, change in enumerate(reversed(changes)):
+        if number % SLICE == 0:
+            await trio.lowlevel.checkpoint()
         start, end = change.offset, change.offset + change.length
         first = bisect_left(ends, start)
         behind = bisect_right(starts, end)
