@@ -74,9 +74,9 @@ class Faulty(SystemCalls):
         self._before("fsync")
         super().fsync(fd)
 
-    def forget(self, fd: int) -> None:
+    def forget(self, fd: int, offset: int = 0, length: int = 0) -> None:
         self._before("forget")
-        super().forget(fd)
+        super().forget(fd, offset, length)
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         self._before(f"fallocate {mode}")

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from forebay.origin.threads import StoreThreads
+from forebay.origin.worker.process import StoreProcess, here
+
 ROOMS = ("origin", "sidecar", "image")
 GATEWAY = Path(__file__).resolve().parents[2] / "gateway" / "forebay"
 
@@ -90,3 +93,19 @@ def test_what_touches_a_file_is_found(source: str) -> None:
 )
 def test_what_touches_none_is_not(source: str) -> None:
     assert not touching(ast.parse(source))
+
+
+def test_every_call_on_a_store_goes_to_its_process() -> None:
+    """Threads of a store that have no process would hang in the kernel themselves, and the daemon could not end."""
+    made = {
+        str(path.relative_to(GATEWAY))
+        for path in GATEWAY.rglob("*.py")
+        if "StoreThreads(" in path.read_text().replace("class StoreThreads", "")
+    }
+    assert made == {"daemon/arrivals.py", "origin/threads.py"}, "use StoreThreads.apart"
+
+
+async def test_threads_with_limits_of_their_own_have_the_same_process(tmp_path: Path) -> None:
+    process = StoreProcess("s", tmp_path, lambda _: True)
+    apart = StoreThreads("s", process=process).apart(1, 1)
+    assert await apart.run(lambda: here.process) is process

@@ -35,6 +35,7 @@ from forebay.image.gone import GoneImages
 from forebay.image.kept import MOST_IN_ALL
 from forebay.image.registry import Images
 from forebay.image.source import Source
+from forebay.origin.threads import StoreThreads
 from forebay.storage.state import index_path
 from forebay.storage.upkeep import Upkeep
 from forebay.units import Mode, format_size
@@ -63,7 +64,12 @@ class Gateway:
         self._disks = Disks()
         self._records = DiskRecords(cache, index_path(config))
         self._memory = memory.budgets()
-        self._gone = GoneImages(config, cache, partial(self._is_in_use, images))
+        self._gone = GoneImages(
+            config,
+            cache,
+            partial(self._is_in_use, images),
+            self._threads_of,
+        )
         images.on_unused = self._gone.note_unused
         self._departures = Departures(
             images,
@@ -120,6 +126,9 @@ class Gateway:
         await self._arrivals.resume(earlier)
         self._nursery.start_soon(self._saving.remove_left)
         self._nursery.start_soon(self._gone.run)
+
+    def _threads_of(self, store: str) -> StoreThreads:
+        return self._arrivals.threads_of(store)
 
     def _is_in_use(self, images: Images, key: str) -> bool:
         """True if a disk is on the image with that key, served or only on record, or the cache has data for it."""

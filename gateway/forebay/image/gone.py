@@ -62,11 +62,20 @@ class _Watched:
 class GoneImages:
     """Looks for images that no disk is on, and drops the clean blocks of those that are gone."""
 
-    def __init__(self, config: Config, cache: Cache, is_in_use: Callable[[str], bool]) -> None:
-        """`is_in_use` says of an image, by its key, whether any disk is on it, served or only on record."""
+    def __init__(
+        self,
+        config: Config,
+        cache: Cache,
+        is_in_use: Callable[[str], bool],
+        threads_of: Callable[[str], StoreThreads],
+    ) -> None:
+        """`is_in_use` says of an image, by its key, whether any disk is on it, served or only on record. `threads_of`
+        returns the threads of a store, of which looks are kept apart: they take no place from a guest's calls.
+        """
         self._config = config
         self._cache = cache
         self._is_in_use = is_in_use
+        self._threads_of = threads_of
         self._watched: list[_Watched] = []
         self._latest: dict[str, _Watched] = {}
         """Those that are to be looked for, by key; what else `_watched` has is not any more."""
@@ -153,7 +162,9 @@ class GoneImages:
             return False
         if self._away_until.get(address.store, 0.0) > trio.current_time():
             return False
-        threads = self._threads.setdefault(address.store, StoreThreads(address.store, 1, 1))
+        if address.store not in self._threads:
+            self._threads[address.store] = self._threads_of(address.store).apart(1, 1)
+        threads = self._threads[address.store]
         try:
             with bounded(TIMEOUT_SECONDS, f"looking for {key}"):
                 look = partial(look_in_store, address, SystemCalls())

@@ -19,6 +19,9 @@ from forebay.origin.protocol import HOLE, MOST_EXTENTS, ZERO, Identity
 from forebay.origin.threads import Descriptor
 from forebay.origin.worker import syscalls
 
+PAGE = 4096
+"""Bytes of the kernel's page cache that are forgotten where one byte is to be read from the server."""
+
 
 class BlockingFile:
     """The calls on one open image file. Every method blocks, raises OSError, and runs in a thread.
@@ -122,9 +125,11 @@ class BlockingFile:
     def _first_unreadable(self) -> int | None:
         """One of three bytes that cannot be read from the server by this descriptor; None if all can."""
         with self.descriptor as fd:
-            with contextlib.suppress(OSError):
-                self._calls.forget(fd)
             for at in (0, self._image.size // 2, self._image.size - 1):
+                with contextlib.suppress(
+                    OSError
+                ):  # of these pages alone: others may be reading the image
+                    self._calls.forget(fd, at // PAGE * PAGE, PAGE)
                 try:
                     self._calls.preadv(fd, [bytearray(1)], at)
                 except OSError:

@@ -84,9 +84,12 @@ class SystemCalls:
         """Make durable what this descriptor wrote, and the file's times."""
         syscalls.fsync(fd)
 
-    def forget(self, fd: int) -> None:
-        """Have what the kernel keeps of the file in memory, and need not write, read again when it is asked for."""
-        syscalls.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    def forget(self, fd: int, offset: int = 0, length: int = 0) -> None:
+        """Have what the kernel keeps of the range in memory, and need not write, read again when it is asked for.
+
+        A length of 0 means to the end of the file.
+        """
+        syscalls.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def seek_data(self, fd: int, offset: int) -> int:
         """The offset at which the next data at or after `offset` begins. ENXIO: there is none."""

@@ -301,6 +301,10 @@ class StoreThreads:
         self._process = process
         self._lanes = Lanes(foreground, background)
 
+    def apart(self, foreground: int, background: int) -> "StoreThreads":
+        """Threads with limits of their own, whose calls are made by the same process."""
+        return StoreThreads(self.name, foreground, background, self._process)
+
     @property
     def busy(self) -> tuple[int, int]:
         """How many threads are at work or hung: (foreground, background)."""
