@@ -97,9 +97,8 @@ async def write(
     parts = _plan(cache, layer, offset, data)
     if parts is None:
         return None
-    token = (
-        cache.quarantine.pin()
-    )  # nobody else gets the slots that are written to, if these are given up meanwhile
+    # Nobody else gets the slots that are written to, if these are given up meanwhile.
+    token = cache.quarantine.pin()
     cache.in_flight.begin_write(layer)
     keys = [block_key(layer.id, part.block) for part in parts if part.fresh]
     cache.in_flight.taking |= {key: trio.Event() for key in keys}

@@ -92,9 +92,8 @@ class Pass:
         Raises OSError, also where a flush that somebody else asked for failed meanwhile: it may have lost some of this.
         """
         if not self._image.writes.kept.is_empty:
-            await (
-                self._image.flush()
-            )  # what went past the cache before is never written again over this
+            # What went past the cache before is durable then: it is never written again over what follows.
+            await self._image.flush()
         failures = self._image.sync_failures
         async with self._image.writing():
             await IntoImage(

@@ -27,8 +27,10 @@ log = logging.getLogger("forebay.daemon")
 LONGEST_ADDRESS = 107
 """Bytes of a Unix socket's address (unix(7))."""
 
-BACKLOG = 64
-"""Connections that may wait to be accepted: QEMU opens a few per disk, copying tools up to sixteen."""
+BACKLOG = 4096
+"""Connections that may wait to be accepted, and as many as Linux allows at first (net.core.somaxconn). QEMU opens a few
+per disk; but where the queue is full, a client that does not block hears EAGAIN, and a stranger can fill a short one.
+"""
 
 HANDSHAKE_SECONDS = 0.2
 """How long who is just connecting may take before a planned restart; clients need a millisecond."""
