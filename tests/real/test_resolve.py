@@ -5,15 +5,18 @@
 
 import os
 import random
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 import trio.testing
 
 from forebay.errors import ForebayError
+from forebay.origin.worker import syscalls
 from forebay.units import Mode
 from real.commands_bed import NEW, OLD, SIZE, Bed, Faults, nothing, outcome
 from real.test_nth_command import SHARE
@@ -320,3 +323,33 @@ async def test_a_save_that_fails_or_is_killed_leaves_nothing(
         if not faults.hit:
             assert found
             return
+
+
+@pytest.mark.parametrize("call", ["open", "ftruncate", "pwrite_all", "fsync", "link", "unlink"])
+async def test_a_store_that_hangs_ends_a_save_and_not_the_disk(
+    call: str, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk's writes wait for a save, but for no longer than a call to a store may take."""
+    bed, hung = Bed(short_path), threading.Event()
+    real, armed = getattr(syscalls, call), False
+
+    def hang(*args: Any, **how: Any) -> Any:
+        if armed:
+            hung.wait(30)
+        return real(*args, **how)
+
+    monkeypatch.setattr(f"forebay.origin.new_image.syscalls.{call}", hang)
+    async with bed.life() as gateway:
+        bed.image("a.raw")
+        await gateway.attach("d", "images:a.raw", mode=Mode.WRITE_BACK)
+        await bed.write("d")
+        monkeypatch.setattr(gateway._saving, "_patience", lambda _: 0.3)
+        armed = True
+        with pytest.raises(OSError, match="no answer within"):
+            await gateway.save("d", "images:new.raw", partial=False, progress=nothing)
+        with trio.fail_after(5):
+            await bed.write("d")
+        armed = False
+        hung.set()
+        await gateway.flush(["d"], progress=nothing)
+        assert (bed.images / "a.raw").read_bytes()[:OWN] == NEW * OWN

@@ -14,7 +14,7 @@ import functools
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -31,6 +31,8 @@ from forebay.units import format_size
 from forebay_cache import Cache, View
 from forebay_cache.format.geometry import BLOCK, SECTOR, Buffer
 from forebay_cache.read.survey import Holding, survey
+
+T = TypeVar("T")
 
 log = logging.getLogger("forebay.daemon")
 
@@ -161,21 +163,19 @@ class Saving:
             )
         async with self._disks.turn(name) as disk, self._alone(target), _still(disk):
             reader, size = self._reader(disk)
-            threads = self._threads_of(target.store)
-            with bounded(self._patience(target), f"making {target.key}"):
-                new = await threads.run(
-                    lambda: NewImage(target, size, self._cache.uuid), drop=lambda late: late.drop()
-                )
+            store = _Target(self._threads_of(target.store), target.key, self._patience(target))
+            new = await store.run(
+                lambda: NewImage(target, size, self._cache.uuid), drop=lambda late: late.drop()
+            )
             try:
-                saved = await self._fill(new, threads, reader, size, progress)
+                saved = await self._fill(new, store, reader, size, progress)
                 if reader.missing.bytes and not partial:
                     raise ForebayError(
                         f"{reader.missing}: nothing was saved; --partial saves the rest, with zeros there"
                     )
-                await threads.run(new.publish)
+                await store.run(new.publish)
             except BaseException:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(new.drop, abandon_on_cancel=True)
+                await store.drop(new)
                 raise
         if reader.missing.bytes:
             log.warning("%s: saved as %s, but for this: %s", name, target.key, reader.missing)
@@ -222,7 +222,7 @@ class Saving:
         return Reader(view, disk.record.size, has_image=False), disk.record.size
 
     async def _fill(
-        self, new: NewImage, threads: StoreThreads, reader: Reader, size: int, progress: Progress
+        self, new: NewImage, store: "_Target", reader: Reader, size: int, progress: Progress
     ) -> int:
         """Write all that there is; how many bytes."""
         saved = 0
@@ -230,7 +230,7 @@ class Saving:
         for start in range(0, size, STEP):
             parts = _without_zeros(await reader.read(start, min(STEP, size - start)))
             if parts:
-                await threads.run(lambda parts=parts: _write_all(new, parts))  # type: ignore[misc]
+                await store.run(functools.partial(new.write, parts))
                 saved += sum(len(data) for _, data in parts)
             progress(min(start + STEP, size), size)
         return saved
@@ -248,6 +248,25 @@ class Saving:
                 log.info("%s: what is left of it stays for now: %s", key, fault)
             else:
                 self._cache.records.put(KIND, key, None)
+
+
+class _Target:
+    """The store that gets the new image. The disk's writes wait for its calls, so none takes longer than `timeout`."""
+
+    def __init__(self, threads: StoreThreads, key: str, timeout: float) -> None:
+        self._threads = threads
+        self._key = key
+        self._timeout = timeout
+
+    async def run(self, do: Callable[[], T], drop: Callable[[T], object] | None = None) -> T:
+        """As `StoreThreads.run`; raises OSError(ETIMEDOUT) for a call that takes too long."""
+        with bounded(self._timeout, f"writing {self._key}"):
+            return await self._threads.run(do, drop=drop)
+
+    async def drop(self, new: NewImage) -> None:
+        """Remove what was written, in so much time; a start removes it otherwise. Raises nothing."""
+        with trio.CancelScope(shield=True), contextlib.suppress(OSError):
+            await self.run(new.drop)
 
 
 @contextlib.asynccontextmanager
@@ -273,8 +292,3 @@ def _without_zeros(parts: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
             if block.count(0) != len(block):
                 found.append((offset + at, block))
     return found
-
-
-def _write_all(new: NewImage, parts: list[tuple[int, bytes]]) -> None:
-    for offset, data in parts:
-        new.write(offset, data)

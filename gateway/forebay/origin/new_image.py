@@ -11,10 +11,12 @@ import contextlib
 import errno
 import hashlib
 import os
+from collections.abc import Sequence
 
 from forebay.errors import ForebayError
 from forebay.origin.addresses import SIDECAR, FileAddress
 from forebay.origin.opening import open_folder
+from forebay.origin.threads import Descriptor
 from forebay.origin.worker import syscalls
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -35,41 +37,52 @@ class NewImage:
         self._name = os.path.basename(address.path)
         self._temporary = temporary_name(address, gateway)
         try:
-            self._folder = open_folder(address)
+            folder = open_folder(address)
         except OSError as error:
             raise ForebayError(
                 f"{address.key}: {os.path.dirname(address.path) or address.root}: {os.strerror(error.errno or 0)}: "
                 "name a place in a folder that is there"
             ) from error
+        self._folder = Descriptor(folder)
         try:
-            self._check_free()
-            self._unlink()
+            self._check_free(folder)
+            self._unlink(folder)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._fd = syscalls.open(self._temporary, flags, 0o600, dir_fd=self._folder)
+            fd = syscalls.open(self._temporary, flags, 0o600, dir_fd=folder)
         except BaseException:
-            syscalls.close(self._folder)
+            self._folder.close()
             raise
+        self._file = Descriptor(fd)
         try:
-            syscalls.ftruncate(self._fd, size)
+            syscalls.ftruncate(fd, size)
         except BaseException:
             self.drop()
             raise
 
-    def _check_free(self) -> None:
+    def _check_free(self, folder: int) -> None:
         try:
-            syscalls.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
+            syscalls.stat(self._name, dir_fd=folder, follow_symlinks=False)
         except FileNotFoundError:
             return
         raise ForebayError(f"{self._address.key} is there already: choose another name")
 
-    def write(self, offset: int, data: bytes) -> None:
-        """Write some of it."""
-        syscalls.pwrite_all(self._fd, data, offset)
+    def write(self, parts: Sequence[tuple[int, bytes]]) -> None:
+        """Write some of it: (offset, data) each."""
+        with self._file as fd:
+            for offset, data in parts:
+                syscalls.pwrite_all(fd, data, offset)
 
     def publish(self) -> None:
         """Give it its name, when it is durable; it is closed then. Raises ForebayError where the name was taken."""
-        syscalls.fsync(self._fd)
-        folders = {"src_dir_fd": self._folder, "dst_dir_fd": self._folder}
+        with self._file as fd, self._folder as folder:
+            syscalls.fsync(fd)
+            self._name_it(folder)
+            self._unlink(folder)
+            syscalls.fsync(folder)
+        self._close()
+
+    def _name_it(self, folder: int) -> None:
+        folders = {"src_dir_fd": folder, "dst_dir_fd": folder}
         try:
             syscalls.link(self._temporary, self._name, **folders)
         except FileExistsError:
@@ -79,26 +92,23 @@ class NewImage:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            self._check_free()
+            self._check_free(folder)
             syscalls.rename(self._temporary, self._name, **folders)
-        self._unlink()
-        syscalls.fsync(self._folder)
-        self._close()
 
     def drop(self) -> None:
-        """Remove what was written so far. Raises nothing."""
-        with contextlib.suppress(OSError):
-            self._unlink()
+        """Remove what was written so far. Raises nothing. A call that still hangs is not disturbed by it."""
+        with contextlib.suppress(OSError), self._folder as folder:
+            self._unlink(folder)
         self._close()
 
-    def _unlink(self) -> None:
+    def _unlink(self, folder: int) -> None:
         with contextlib.suppress(FileNotFoundError):
-            syscalls.unlink(self._temporary, dir_fd=self._folder)
+            syscalls.unlink(self._temporary, dir_fd=folder)
 
     def _close(self) -> None:
-        for descriptor in (self._fd, self._folder):
+        for descriptor in (self._file, self._folder):
             with contextlib.suppress(OSError):
-                syscalls.close(descriptor)
+                descriptor.close()
 
 
 def remove_left(address: FileAddress, gateway: str) -> None:
