@@ -537,7 +537,7 @@ def test_an_origin_that_changed_under_dirty_data_is_a_conflict_and_told(
         with pytest.raises(nbd.Error):
             connect(disk.uri).pread(4096, MIB)
         assert disk.status()["state"] == "conflict"
-        assert "--discard" in disk.status()["reason"]
+        assert "forebay resolve d" in disk.status()["reason"]
         assert gateway.cli("flush", "d", check=False).returncode == 1
         assert disk.path.read_bytes() == content
         gateway.restart(kill=True)  # and it is not forgotten
