@@ -14,6 +14,7 @@ from typing import Any
 import lmdb
 import trio
 
+from forebay.origin.worker import syscalls
 from forebay.sidecar import redo
 from forebay.sidecar.applying import write_all
 from forebay.sidecar.marker import Marker
@@ -37,10 +38,11 @@ def _journal_committed_early(replace: bugs.Replace) -> None:
     def commit(self: redo.RedoFile) -> None:
         with self._file as fd:
             write_all(fd, redo._record(redo.END, self._records, self._bytes, []), self._end)
-        os.rename(redo.UNFINISHED, redo.NAME, src_dir_fd=self._sidecar, dst_dir_fd=self._sidecar)
-        os.fsync(self._sidecar)
+        there = self._sidecar
+        syscalls.rename(redo.UNFINISHED, redo.NAME, src_dir_fd=there, dst_dir_fd=there)
+        syscalls.fsync(there)
         with self._file as fd:
-            os.fsync(fd)
+            syscalls.fsync(fd)
         self.close()
 
     replace(redo.RedoFile, "commit", commit)
@@ -51,10 +53,10 @@ def _journal_removed_early(replace: bugs.Replace) -> None:
     commit = redo.RedoFile.commit
 
     def commit_and_remove(self: redo.RedoFile) -> None:
-        sidecar = os.dup(self._sidecar)
+        sidecar = syscalls.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._sidecar)
         commit(self)
         redo.remove(sidecar)
-        os.close(sidecar)
+        syscalls.close(sidecar)
 
     replace(redo.RedoFile, "commit", commit_and_remove)
     replace(redo.RedoFile, "note_applied", lambda self, below, durable=False: None)  # nowhere to

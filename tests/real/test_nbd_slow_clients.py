@@ -16,7 +16,7 @@ import trio
 
 from forebay_nbd import Budget, Budgets, Connection, Limits
 from forebay_nbd.server.budget import Share
-from forebay_nbd.server.places import Places, Process, _started
+from forebay_nbd.server.places import Places, Process
 from real.nbd_memory import MemoryExport, serving
 from real.nbd_raw import Raw, go, option, request, still_serves, until
 
@@ -316,12 +316,16 @@ class Connected:
 
 
 def process_of(pid: int) -> Process:
+    found = Process.of(pid)
+    assert found is not None
+    assert found.is_alive
+    return found
+
+
+def test_the_process_at_a_socket_is_the_one_of_its_number() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        mine = Process.at(ours)
-    assert mine is not None
-    assert mine.is_alive
-    return mine if pid == os.getpid() else Process(pid, _started(pid))
+        assert Process.at(ours) == process_of(os.getpid())
 
 
 def test_places_are_kept_for_the_process_that_was_first() -> None:

@@ -206,7 +206,8 @@ def test_a_daemon_goes_on_with_an_old_cache(
     kind: str, make_gateway: Callable[..., GatewayProcess], connect: Callable[..., Any]
 ) -> None:
     """Disks are there, warm; what is dirty is read, and comes home."""
-    gateway = make_gateway(SETTINGS, start=False)
+    settings = SETTINGS | {"defaults": {"max_lag": "3650d", "mode": "write-back"}}  # they are old
+    gateway = make_gateway(settings, start=False)
     unpack(kind, gateway.directory, boot_id())
     assert index_format(gateway.directory) == NAMES_ARE_TEXT
     gateway.start()
