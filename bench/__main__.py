@@ -4,7 +4,6 @@
 """`make bench`: Forebay against nbdkit and qemu-nbd, the same work on the same image, in interleaved rounds."""
 
 import argparse
-import contextlib
 import importlib.util
 import os
 import platform
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from bench import measure, report
@@ -90,7 +90,7 @@ class Run:
         for group in dict.fromkeys(row.group for row in rows):
             mine = [row for row in rows if row.group == group]
             try:
-                with contextlib.ExitStack() as stack:
+                with ExitStack() as stack:
                     bed = Bed(self.memory, self.options.disk, self.options.size * MIB, stack)
                     getattr(self, f"_run_{group}")(bed, mine)
             except (RuntimeError, AssertionError, OSError, subprocess.CalledProcessError) as fault:
@@ -116,8 +116,9 @@ class Run:
         for row in rows:
             print(row.title, flush=True)
             for number, name in self._rounds(list(targets)):
-                target = targets[name]
-                sample = measure.fio(target.uri, row.fio, self.options.seconds, size, target.pid)
+                target, seconds = targets[name], self.options.seconds
+                with measure.one_processor(target.pid) if row.one_processor else nullcontext():
+                    sample = measure.fio(target.uri, row.fio, seconds, size, target.pid)
                 target.settle()
                 self._note(row, number, name, sample)
 

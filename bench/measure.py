@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,22 @@ def cpu_of(pid: int | None) -> Iterator[CpuMeter]:
     before = cpu_seconds(pid) if pid else 0.0
     yield meter
     meter.used = cpu_seconds(pid) - before if pid else 0.0
+
+
+@contextmanager
+def one_processor(pid: int) -> Iterator[None]:
+    """Inside `with`, all threads of `pid`, and whatever this process starts, are on the same processor."""
+    threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+    before = {thread: os.sched_getaffinity(thread) for thread in (0, *threads)}
+    one = {max(before[0])}
+    try:
+        for thread in before:
+            os.sched_setaffinity(thread, one)
+        yield
+    finally:
+        for thread, processors in before.items():
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(thread, processors)
 
 
 def fio(uri: str, options: dict[str, Any], seconds: float, size: int, pid: int | None) -> Sample:

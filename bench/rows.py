@@ -30,7 +30,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of work. `group` says which servers of the bed do it; `fio` holds fio's options."""
+    """One kind of work. `group` says which servers of the bed do it; `fio` holds fio's options.
+
+    In a row of `one_processor`, client and server share one, as on a host whose processors are all busy.
+    """
 
     key: str
     title: str
@@ -38,6 +41,7 @@ class Row:
     measures: Field
     bars: tuple[Bar, ...]
     fio: dict[str, Any] = field(default_factory=dict)
+    one_processor: bool = False
 
 
 def _random_read(depth: int, *bars: Bar, measures: Field = "iops") -> Row:
@@ -55,6 +59,15 @@ AHEAD_OF_BOTH = (Bar("nbdkit cache", "at least", 3.0), Bar("nbdkit file", "at le
 
 ROWS = (
     _random_read(1, Bar("nbdkit file", "at most", 0.8), measures="mean_us"),
+    Row(
+        "read-shared",
+        "cached 4 KiB random read, depth 1, client and server on one processor",
+        "read",
+        "mean_us",
+        (Bar("nbdkit file", "at most", 0.8),),
+        {"rw": "randread", "bs": "4k", "iodepth": 1},
+        one_processor=True,
+    ),
     _random_read(16, *AHEAD_OF_BOTH),
     _random_read(64, *AHEAD_OF_BOTH),
     Row(

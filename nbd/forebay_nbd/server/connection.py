@@ -30,11 +30,53 @@ from forebay_nbd.server.phase import MOVES, Phase
 from forebay_nbd.server.session import Session
 from forebay_nbd.server.slow import SlowRequests
 
+LOST_IN_A_ROW = 3
+"""Polls without a request after which there are none for a while."""
+
+WAITS_WITHOUT = 200
+"""How long that is, in waits. Then it is tried again: the client may have a processor of its own by now."""
+
 
 class _Turn:
     """Which connection of this process was served last: one that shares the event loop with others must not poll."""
 
     last: "Connection | None" = None
+
+
+class Polling:
+    """Whether it pays for one connection to poll its socket before it sleeps on it.
+
+    It does where a client that answers at once has a processor of its own: to be woken takes longer than its next
+    request. Where the two share one a poll may keep the client from sending, since sched_yield() need not let it run.
+    """
+
+    def __init__(self) -> None:
+        self._soon = False
+        """The last wait was so short that a poll would have been quicker."""
+        self._lost = 0
+        self._without = 0
+
+    def pays(self) -> bool:
+        """Asked once before each wait: True if it is to begin with a poll; say `won` or `lost` then."""
+        if self._without:
+            self._without -= 1
+            return False
+        return self._soon
+
+    def won(self) -> None:
+        """A request came during the poll."""
+        self._lost = 0
+
+    def lost(self) -> None:
+        """None came."""
+        self._lost += 1
+        if self._lost == LOST_IN_A_ROW:
+            self._lost = 0
+            self._without = WAITS_WITHOUT
+
+    def slept(self, *, soon: bool) -> None:
+        """The connection has slept, and only a short time if `soon`."""
+        self._soon = soon
 
 
 class Connection:
@@ -69,8 +111,7 @@ class Connection:
         self._out = Outbox(sock, limits, budget, self.abort)
         self._slow = SlowRequests(self._out, limits, budget, status or budget)
         self._reader = RequestReader(limits.receive_buffer, limits.in_place_bytes)
-        self._poll_pays = False
-        """The last request for which this connection slept came so soon that polling would have been quicker."""
+        self._polling = Polling()
         self._alone = False
         """No other connection of this process was served during the last wait."""
         self._turn_ends = 0.0
@@ -301,8 +342,8 @@ class Connection:
     async def _receive(self, space: memoryview) -> int:
         """Receives into `space` and returns how many bytes; 0 if the client is gone. Awaits only if nothing is there.
 
-        Before it sleeps it polls, for as long as waking up would take, if the last request came that soon and nobody
-        else is kept waiting by that.
+        Before it sleeps it polls, for as long as waking up would take, if the last request came that soon, nobody else
+        is kept waiting by that, and polls have not been in vain.
         """
         recv_into = self.sock.recv_into
         try:
@@ -311,19 +352,22 @@ class Connection:
             except BlockingIOError:
                 pass
             asleep = perf_counter()
-            if self._poll_pays and self._alone and not self._slow.count:
+            if self._alone and not self._slow.count and self._polling.pays():
                 limit = asleep + self.limits.poll_seconds
                 while perf_counter() < limit:
                     sched_yield()  # the client may be waiting for this very core
                     try:
-                        return recv_into(space)
+                        count = recv_into(space)
                     except BlockingIOError:
-                        pass
+                        continue
+                    self._polling.won()
+                    return count
+                self._polling.lost()
             _Turn.last = self
             while True:
                 await trio.lowlevel.wait_readable(self.sock)
                 now = perf_counter()
-                self._poll_pays = now - asleep < 4 * self.limits.poll_seconds
+                self._polling.slept(soon=now - asleep < 4 * self.limits.poll_seconds)
                 self._alone = _Turn.last is self
                 self._turn_ends = now + self.limits.turn_seconds
                 try:
