@@ -15,7 +15,7 @@ import pytest
 from real.disk_fixture import OneDisk, wait_for
 from real.fault_fs import FaultFs
 from real.gateway_process import GatewayProcess
-from real.processes import MIB, random_image
+from real.processes import MIB, loop_device, random_image
 
 Connect = Callable[..., Any]
 
@@ -151,3 +151,39 @@ def test_a_process_that_was_killed_is_started_again(
     client.pwrite(b"v" * MIB, MIB)  # the marker has to say so first
     bed.cli("flush", "d")
     assert (faulty.backing / "d.raw").read_bytes() == b"w" * MIB + b"v" * MIB + content[2 * MIB :]
+
+
+@pytest.mark.parametrize("mode", ["write-through", "write-back"])
+def test_a_block_device_comes_back_after_its_process_was_killed(
+    local: GatewayProcess, connect: Connect, tmp_path: Path, mode: str
+) -> None:
+    content = random_image(tmp_path / "device", SIZE, 7)
+    local.allow_log(LOG)
+    with loop_device(tmp_path / "device", 512) as device:
+        local.attach("d", device, mode=mode)
+        client = connect(local.uri("d"))
+        client.pwrite(b"w" * MIB, 0)
+        [worker] = workers(local)
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: readable(client, 4 * MIB), f"{local.status('d')}", 60)
+        assert bytes(client.pread(MIB, 4 * MIB)) == content[4 * MIB : 5 * MIB]
+        assert workers(local) not in ([], [worker])
+        client.pwrite(b"v" * MIB, MIB)
+        client.flush()
+        local.cli("flush", "d")
+        assert local.status("d")["state"] == "ready"
+        client.shutdown()
+        local.cli("detach", "d")
+        local.stop()
+    assert (tmp_path / "device").read_bytes() == b"w" * MIB + b"v" * MIB + content[2 * MIB :]
+
+
+def readable(client: Any, offset: int) -> bool:
+    """Whether a byte there is answered with data."""
+    import nbd
+
+    try:
+        client.pread(1, offset)
+    except nbd.Error:
+        return False
+    return True

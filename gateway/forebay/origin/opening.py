@@ -24,6 +24,7 @@ _FORMATS = {b"QFI\xfb": "qcow2", b"QED\0": "qed", b"KDMV": "vmdk", b"vhdxfile": 
 _LONGEST_MAGIC = 8
 
 _FRESH = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+_DEVICE = os.O_NONBLOCK | os.O_CLOEXEC
 
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -231,7 +232,7 @@ def open_device(
     path = address.path
     flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_EXCL
     try:
-        fd = syscalls.open_device(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = syscalls.open_device(path, flags | _DEVICE)
     except OSError as error:
         raise _device_refusal(path, error) from error
     try:
@@ -240,7 +241,14 @@ def open_device(
         size, sector = calls.device_size(fd), calls.sector_size(fd)
         if size == 0:
             raise ForebayError(f"{path} has no size: activate or connect it first")
-        return OpenImage(fd, size, read_only, lambda: Status.of(syscalls.stat_device(path)), sector)
+        return OpenImage(
+            fd,
+            size,
+            read_only,
+            lambda: Status.of(syscalls.stat_device(path)),
+            sector,
+            fresh=lambda: syscalls.open_device(path, os.O_RDONLY | _DEVICE),
+        )
     except BaseException:
         syscalls.close(fd)
         raise
