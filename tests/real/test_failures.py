@@ -280,6 +280,7 @@ def test_a_store_that_is_full_at_the_flush(bed: Callable[..., Bed], mode: str, e
         fails(it.client, "flush", why="ENOSPC" if error != "EIO" else "EIO")
         assert it.status()["state"] == "lagging"
         assert os.strerror(getattr(errno, error)) in it.status()["reason"]
+    assert it.status()["origin_errors"] >= 2
     it.fs.lift()
     it.client.flush()
     it.fs.forget()

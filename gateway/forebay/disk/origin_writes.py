@@ -120,7 +120,8 @@ class OriginWrites:
 
     async def flush(self) -> None:
         """Return when the image has everything durably. Raises OSError, each time until that is so."""
-        await self._image.flush()
+        with self._counters.errors_counted():
+            await self._image.flush()
 
 
 def _always() -> bool:
