@@ -52,6 +52,7 @@ class FakeOrigin:
         self.durable = bytearray(content)
         self.pending: list[Piece] = []
         self.lost: list[Piece] = []
+        self.inode = 1
         self.changes = 0
         self.durable_changes = 0  # what its times say after a power cut of its host
         self.written = 0
@@ -165,7 +166,7 @@ class FakeOrigin:
     async def identity(self) -> Identity:
         await self.dice.pause(self.scale)
         self._fault("identity")
-        return Identity(self.size, mtime_ns=self.changes, ctime_ns=self.changes, inode=1)
+        return Identity(self.size, mtime_ns=self.changes, ctime_ns=self.changes, inode=self.inode)
 
     async def is_dead(self) -> bool:
         return False

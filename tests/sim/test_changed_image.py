@@ -133,3 +133,31 @@ def test_many_disks_look_at_their_image_no_more_often_than_one(tmp_path: Path) -
     play(tmp_path, story)
     assert len(looks) <= 2 + 60 / LOOK_SHARED_SECONDS
     assert max(b - a for a, b in pairwise(looks)) <= WATCH_SECONDS + LOOK_SHARED_SECONDS
+
+
+@pytest.mark.expect_log("was replaced by another file")
+@pytest.mark.parametrize("mode", [Mode.WRITE_THROUGH, Mode.WRITE_BACK])
+def test_a_file_put_in_the_place_of_one_that_was_being_written_is_noticed(
+    tmp_path: Path, mode: Mode
+) -> None:
+    """As a backup after the host was lost: what the image looked like last is not on record then, but which it was."""
+
+    async def story(host: Host, origin: KeptPages) -> None:
+        disk = await host.attach("d", settings(mode))
+        await disk.read(0, 2 * BLOCK)
+        await trio.sleep(10)
+        await disk.write(2 * BLOCK, memoryview(b"w" * BLOCK), True)
+        disk.image.identity.withdraw()  # as before a pass
+        await host.cache.commit()
+        await host.kill(host.snapshot())
+        origin.change()
+        origin.inode += 1
+        await host.start()
+        disk = await host.attach("d", settings(mode))
+        if mode is Mode.WRITE_BACK:
+            assert disk.image.conflict is not None
+            assert origin.visible == NEW * COUNT
+        else:
+            assert b"".join(map(bytes, await disk.read(0, 3 * BLOCK))) == NEW * 3
+
+    play(tmp_path, story)

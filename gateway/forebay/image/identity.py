@@ -6,7 +6,7 @@
 The cache keeps clean blocks of an image over restarts, and trusts them as long as the image looks as it did when its
 identity was last put on record in the index. Our own writes change the image's times, too. So the identity on record is
 withdrawn, durably, before the first of them, and put there anew when all of them are durable. In between the owner
-marker keeps others out, and another identity at a start is taken for ours.
+marker keeps others out, and other times at a start are taken for ours. Which file it is stays on record all the time.
 
 Nothing here awaits: each method is a critical section.
 """
@@ -66,6 +66,21 @@ class KnownIdentity:
             return False
         return Identity(*known["identity"]).content != identity.content
 
+    def is_of_another_file(self, identity: Identity) -> bool:
+        """True if the image is another file than the one on record, which a backup that was put in its place is."""
+        file = self._inode()
+        return file not in (0, identity.inode)
+
+    def _inode(self) -> int:
+        """The inode of the file on record; 0 where none is."""
+        known = self._record()
+        if known is None:
+            return 0
+        if known["identity"] is not None:
+            return Identity(*known["identity"]).inode
+        inode: int = known.get("inode", 0)
+        return inode
+
     def remember(self, identity: Identity) -> None:
         """Put on record what the image looks like, from the next commit on."""
         self._put(list(astuple(identity)))
@@ -77,6 +92,8 @@ class KnownIdentity:
     def _put(self, identity: list[int] | None) -> None:
         self._is_withdrawn_durably = False
         value: dict[str, Any] = {"identity": identity}
+        if identity is None:
+            value["inode"] = self._inode()
         if self._record() != value:
             self._cache.records.put("image", self._key, value)
 

@@ -183,11 +183,14 @@ class Image:
 
     async def _compare(self, origin: Origin, found: Identity) -> None:
         """Forget what the cache has of an image that somebody else has changed since. Raises OSError."""
-        if self.identity.is_withdrawn():
+        if self.identity.is_of_another_file(found):
+            await origin.forget()
+            self._note_change(f"{self.key} was replaced by another file")
+        elif self.identity.is_withdrawn():
             # We were writing it when we ended unexpectedly; the owner marker kept others out since. What it looks like
             # is noted when it is durable.
             return
-        if self.identity.differs_from(found):
+        elif self.identity.differs_from(found):
             await origin.forget()
             self._note_change(f"{self.key} was changed by somebody else")
         # With a conflict the one we know stays on record: it is a conflict after a restart too.
