@@ -170,9 +170,12 @@ class Guest(threading.Thread):
             first, count = first // 16 * 16, 16
             if not all(self._is_ours(sector) for sector in range(first, first + count)):
                 first, count = self._own()
-        trim = self._random.random() < 0.5
+        if self._random.random() < 0.2:  # changes nothing: the recorder cannot punch holes
+            self._client.trim(count * SECTOR, first * SECTOR)
+            return
+        no_hole = self._nbd.CMD_FLAG_NO_HOLE if self._random.random() < 0.5 else 0
         with self._change(first * 8, count * 8, zero=True):
-            (self._client.trim if trim else self._client.zero)(count * SECTOR, first * SECTOR)
+            self._client.zero(count * SECTOR, first * SECTOR, no_hole)
 
     def _is_ours(self, sector: int) -> bool:
         return sector // OWN % GUESTS == self._number

@@ -19,7 +19,7 @@ The log is a row of tuples, each as `marshal.dump` writes it; `crash_log.py` rea
 
 A node is what the file system says of the file: its inode number, which is that of the file in BACKING. A sync takes
 a random while, so that things happen beside it. Not passed on, because pyfuse3 does not offer them: fallocate (the
-kernel answers EOPNOTSUPP, and who wanted a hole writes zeros) and SEEK_HOLE (all is data).
+kernel answers EOPNOTSUPP, so that trims are ignored, and zeros written) and SEEK_HOLE (all is data).
 """
 
 import errno

@@ -275,6 +275,105 @@ async def test_a_badly_fragmented_image_is_covered(
     assert found == [(4096, 0), (61440, HOLE | ZERO), (4096, 0), (MIB - 69632, 0)]
 
 
+class NoHoles(Faulty):
+    """A file system on which no hole can be punched; it tells those that there are."""
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        self.made.append(f"fallocate {mode}")
+        raise OSError(errno.EOPNOTSUPP, "no fallocate here")
+
+
+class AllData(NoHoles):
+    """One that tells no holes either: `how` it says so."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self._how = how
+
+    def seek_data(self, fd: int, offset: int) -> int:
+        if self._how == "refuses":
+            raise OSError(errno.EINVAL, "no such whence")
+        return offset
+
+    def seek_hole(self, fd: int, offset: int) -> int:
+        del offset
+        return os.fstat(fd).st_size
+
+
+def sparse(path: Path) -> int:
+    """Make it 16 MiB with 16 runs of data of 64 KiB; the bytes that it occupies."""
+    with path.open("wb") as made:
+        made.truncate(16 * MIB)
+        for index in range(16):
+            os.pwrite(made.fileno(), b"x" * 65536, index * MIB)
+    return path.stat().st_blocks * 512
+
+
+@pytest.mark.parametrize("most", [4096, 3])
+async def test_zeros_leave_holes_alone_where_none_can_be_punched(
+    path: Path, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forebay.origin.blocking.MOST_EXTENTS", most)
+    before = sparse(path)
+    calls = NoHoles()
+    async with origin_of(opened(path), calls=calls) as origin:
+        assert not await origin.ask_punches()
+        assert origin.punches is False
+        await origin.zero(1000, 16 * MIB - 1000, may_trim=True)
+        assert calls.made.count(f"fallocate {PUNCH_HOLE}") == 1, "asked once"
+        assert calls.made.count("pwritev") == 16
+        assert path.read_bytes() == b"x" * 1000 + bytes(16 * MIB - 1000)
+        assert path.stat().st_blocks * 512 == before
+        await origin.zero(5 * MIB + 65536, MIB, may_trim=False)
+    assert path.stat().st_blocks * 512 >= before + MIB - 65536, "provisioned"
+
+
+@pytest.mark.parametrize("how", ["all is data", "refuses"])
+async def test_zeros_are_written_where_no_hole_is_told(path: Path, how: str) -> None:
+    sparse(path)
+    async with origin_of(opened(path), calls=AllData(how)) as origin:
+        await origin.zero(0, 16 * MIB, may_trim=True)
+    assert path.read_bytes() == bytes(16 * MIB)
+    assert path.stat().st_blocks * 512 >= 16 * MIB
+
+
+@pytest.mark.parametrize("size", [16 * MIB, 16 * MIB - 5])
+async def test_asking_for_holes_changes_nothing(path: Path, size: int) -> None:
+    before = sparse(path)
+    os.truncate(path, size)
+    content = path.read_bytes()
+    async with origin_of(opened(path)) as origin:
+        assert await origin.ask_punches()
+        assert origin.punches
+    assert path.read_bytes() == content
+    assert path.stat().st_blocks * 512 == before
+
+
+async def test_a_store_that_does_not_answer_is_not_known_to_have_no_holes(
+    path: Path, content: bytearray
+) -> None:
+    calls = Faulty()
+    calls.fail[f"fallocate {PUNCH_HOLE}"] = [errno.EIO]
+    async with origin_of(opened(path), calls=calls) as origin:
+        with pytest.raises(OSError, match="Input/output"):
+            await origin.ask_punches()
+        assert origin.punches is None
+        assert await origin.ask_punches()
+
+
+@pytest.mark.parametrize("sector", [512, 4096])
+async def test_a_device_says_whether_it_can_zero_without_being_written(
+    path: Path, content: bytearray, sector: int
+) -> None:
+    """A loop device on a file system with holes can."""
+    async with kinds(str(sector), path) as origin:
+        assert await origin.ask_punches()
+        await origin.zero(MIB, 4 * MIB, may_trim=True)
+        await origin.flush()
+        content[MIB : 5 * MIB] = bytes(4 * MIB)
+        assert await origin.read(0, SIZE) == content
+
+
 @pytest.mark.parametrize("sector", [512, 4096])
 async def test_a_device_is_all_data(path: Path, content: bytearray, sector: int) -> None:
     async with kinds(str(sector), path) as origin:

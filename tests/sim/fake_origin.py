@@ -53,6 +53,9 @@ class FakeOrigin:
         self.pending: list[Piece] = []
         self.lost: list[Piece] = []
         self.inode = 1
+        #: whether space can be given back, and what is known of that
+        self.punchable = True
+        self.punches: bool | None = None
         self.changes = 0
         self.durable_changes = 0  # what its times say after a power cut of its host
         self.written = 0
@@ -107,11 +110,22 @@ class FakeOrigin:
 
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
         self._check(offset, length)
-        await self._change(offset, bytes(length), "zero", allocate=not may_trim)
+        await self._change(offset, bytes(length), "zero", allocate=self._space(may_trim))
+
+    async def ask_punches(self) -> bool:
+        await self.dice.pause(self.scale)
+        self._fault("punch")
+        self.punches = self.punchable
+        self.changes += 1
+        return self.punches
 
     async def trim(self, offset: int, length: int) -> None:
         self._check(offset, length)
-        await self._change(offset, bytes(length), "zero", allocate=False)
+        await self._change(offset, bytes(length), "zero", allocate=self._space(may_trim=True))
+
+    def _space(self, may_trim: bool) -> bool | None:
+        """What becomes of the space of zeros: True if all of them get some, None if they keep what they have."""
+        return not may_trim if self.punchable or not may_trim else None
 
     async def flush(self, *, times: bool = False) -> None:
         changes = self.changes
@@ -185,7 +199,7 @@ class FakeOrigin:
     def _check(self, offset: int, length: int) -> None:
         assert 0 <= offset < offset + length <= self.size, (offset, length, self.size)
 
-    async def _change(self, offset: int, data: bytes, call: str, *, allocate: bool) -> None:
+    async def _change(self, offset: int, data: bytes, call: str, *, allocate: bool | None) -> None:
         await self.dice.pause(self.scale)
         random = self.dice.random
         pieces: list[Piece] = []
@@ -208,14 +222,14 @@ class FakeOrigin:
                 piece.returned = True
         self.written += len(data)
 
-    def _land(self, offset: int, data: bytes, *, allocate: bool) -> Piece:
+    def _land(self, offset: int, data: bytes, *, allocate: bool | None) -> Piece:
         self.visible[offset : offset + len(data)] = data
         end = offset + len(data)
         for sector in range(offset // SECTOR, -(-end // SECTOR)):
             whole = offset <= sector * SECTOR and min((sector + 1) * SECTOR, self.size) <= end
             if allocate:
                 self.allocated[sector] = 1
-            elif whole:
+            elif whole and allocate is False:
                 self.allocated[sector] = 0
         self.changes += 1
         piece = Piece(offset, data)
@@ -284,9 +298,10 @@ class FakeJournal:
 
     async def add(self, ranges: list[Range]) -> None:
         await self._origin.dice.pause()
-        for offset, length, data in ranges:
+        for part in ranges:
             self._origin._fault("journal")
-            self._records.append((offset, bytes(length) if data is None else bytes(data)))
+            data = bytes(part.length) if part.data is None else bytes(part.data)
+            self._records.append((part.offset, data))
 
     async def commit(self) -> None:
         origin = self._origin

@@ -118,9 +118,17 @@ class DiskMachine(RuleBasedStateMachine):
         cap=st.sampled_from((0, 0, 12 * BLOCK)),
         max_dirty=st.sampled_from((1 << 30, 512 << 10)),
         device=st.sampled_from(("quick", "quick", "slow", "slower")),
+        punches=st.booleans(),
     )
     def begin(
-        self, seed: int, size: int, mode: Mode, cap: int, max_dirty: int, device: str
+        self,
+        seed: int,
+        size: int,
+        mode: Mode,
+        cap: int,
+        max_dirty: int,
+        device: str,
+        punches: bool,
     ) -> None:
         self.dice = Dice(seed)
         self.dice.device_scale = 50.0 if device == "slower" else 1.0
@@ -139,6 +147,8 @@ class DiskMachine(RuleBasedStateMachine):
         for start, length in ((200_000, 300_000), (BLOCK * 30, BLOCK * 3), (size - 9000, 5000)):
             content[start : start + length] = bytes(min(length, max(0, size - start)))
         self.origin = FakeOrigin(self.dice, bytes(content[:size]))
+        self.origin.punchable = punches
+        self.trimming = trio.Lock()
         self.model = {"d": bytearray(self.origin.visible)}
         self.loop = Loop()
         self.host = Host(self.directory, self.origin, self.loop.nursery)
@@ -251,7 +261,9 @@ class DiskMachine(RuleBasedStateMachine):
         self.run_op(self._to_direct, mode)
 
     @rule(
-        call=st.sampled_from(("read", "write", "zero", "flush", "flush", "identity", "extents")),
+        call=st.sampled_from(
+            ("read", "write", "zero", "flush", "flush", "identity", "extents", "punch")
+        ),
         times=st.sampled_from((1, 2, -1)),
         lose=st.booleans(),
     )
@@ -387,11 +399,22 @@ class DiskMachine(RuleBasedStateMachine):
             fast = op[3] and disk.modes.writes_private
             await disk.zero(offset, len(new), False, op[3], fast)
         elif op[0] == "trim":
-            await disk.trim(offset, len(new), op[3])
+            await self._trim(disk, change, op[3])
         elif not op[3] and disk.write_now([(offset, memoryview(new))]):
             disk.publish()
         else:
             await disk.write(offset, memoryview(new), op[3])
+
+    async def _trim(self, disk: Disk, change: Change, fua: bool) -> None:
+        """One that is ignored, which is counted, changes nothing."""
+        async with self.trimming:
+            ignored = disk.counters.trims_ignored
+            await disk.trim(change.offset, len(change.new), fua)
+            if disk.counters.trims_ignored != ignored:
+                assert not disk.overlay
+                change.new = change.old
+            elif change.new != change.old:
+                assert disk.overlay or self.origin.punchable, "zeros for a store without holes"
 
     async def _read(self, name: str, offset: int, length: int, changes: list[Change]) -> None:
         disk = self.host.disks[name]

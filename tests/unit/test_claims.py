@@ -75,6 +75,13 @@ def test_a_block_that_was_zeroed_as_a_whole_has_no_slots_of_before() -> None:
     assert block.mask == FULL
 
 
+def test_zeros_that_keep_their_space_are_told_from_others() -> None:
+    claims = read([ops.zero(0b11, LAYER, 3, 0, provisioned=True)], [ops.zero(0b10, LAYER, 3, 0)])
+    first, second = claims.blocks[KEY].sectors[0][-1], claims.blocks[KEY].sectors[1][-1]
+    assert (first.is_zeros, first.is_provisioned) == (True, True)
+    assert (second.is_zeros, second.is_provisioned) == (True, False)
+
+
 def test_only_what_the_last_frame_says_was_not_answered() -> None:
     first = [ops.write(0, 0b11, LAYER, 3, 5, [50, 51])]
     last = [ops.write_one(1, 0b10, LAYER, 3, 6, 61), ops.hot(2, 1)]

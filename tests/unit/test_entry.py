@@ -23,6 +23,7 @@ from forebay_cache.format.entry import (
     moved,
     pack,
     pack_second,
+    provisioned_of,
     put_entry,
     side_of,
     slot_of,
@@ -32,6 +33,7 @@ from forebay_cache.format.entry import (
     whole_slot,
     with_data,
     with_slot,
+    with_zero_places,
     with_zeros,
     without_slot,
     written,
@@ -64,7 +66,7 @@ def entries(draw: st.DrawFn, *, private: bool = True) -> Entry:
         draw(slots.filter(lambda s: s >= 0) if mask else slots)
         for mask in (data & ~side, data & side)
     )
-    return Entry(pack(first, zero, valid), pack_second(second, side))
+    return Entry(pack(first, zero, valid), pack_second(second, side, draw(masks)))
 
 
 def bits(mask: int) -> list[int]:
@@ -90,14 +92,29 @@ def test_a_first_word_says_what_was_packed(slot: int, zero: int, valid: int) -> 
     assert word & FULL == valid
 
 
-@given(slots, masks)
-def test_a_second_word_says_what_was_packed(slot: int, side: int) -> None:
-    second = pack_second(slot, side)
+@given(slots, masks, masks)
+def test_a_second_word_says_what_was_packed(slot: int, side: int, provisioned: int) -> None:
+    second = pack_second(slot, side, provisioned)
     assert 0 <= second < 2**64
     assert (slot_of(second), side_of(second)) == (slot, side)
+    assert provisioned_of(second) == provisioned
     assert has_slot(second) == (slot >= 0)
     assert second & FULL == side
-    assert not zero_of(second)
+
+
+@given(entries(), masks, masks, st.booleans())
+def test_zeros_keep_their_space_or_do_not_as_they_were_made_last(
+    entry: Entry, mask: int, sides: int, provisioned: bool
+) -> None:
+    before = Entry(entry.word, pack_second(slot_of(entry.second), side_of(entry.second), FULL))
+    second = with_zero_places(before.second, mask, sides & mask, provisioned=provisioned)
+    after = Entry(with_zeros(before.word, mask), second)
+    assert after.provisioned & ~mask == before.provisioned & ~mask
+    assert after.provisioned & mask == (mask if provisioned else 0)
+    assert side_of(second) == side_of(before.second) & ~mask | sides & mask
+    assert slot_of(second) == slot_of(before.second)
+    word, second = written(*after, mask, 0)
+    assert not Entry(word, second).provisioned & mask, "it is data"
 
 
 def test_an_empty_word_names_nothing() -> None:
@@ -211,7 +228,6 @@ def test_an_entry_says_what_its_words_say(entry: Entry) -> None:
 
 def test_an_entry_that_cannot_be_says_why() -> None:
     assert Entry(pack(3, 2, 1)).fault() == "zeros that are not valid"
-    assert Entry(pack(3, 0, 1), with_zeros(0, 4)).fault() == "bits that have no meaning"
     assert Entry(pack(NO_SLOT, 0, 5)).fault() == "sectors 0x0005 lie in no slot"
     lost = Entry(pack(3, 0, 5), pack_second(NO_SLOT, 4))
     assert lost.fault() == "sectors 0x0004 lie in no slot"

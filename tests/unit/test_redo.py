@@ -3,6 +3,7 @@
 
 """The redo journal: applied whole or not at all."""
 
+import errno
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from forebay.origin.calls import SystemCalls
 from forebay.sidecar import applying, redo
 from forebay.sidecar.record import ChangedError
 from forebay.sidecar.tenure import Tenure
+from forebay_cache.blocks.frozen import Range
 
 SIZE = 1 << 20
 OLD = b"o" * SIZE
@@ -86,6 +88,42 @@ def test_a_committed_checkpoint_is_applied_and_removed(beside: Beside) -> None:
     assert beside.path.read_bytes() == new
     assert beside.names() == set()
     assert beside.recover() is None
+
+
+class NoHoles(SystemCalls):
+    """A file system on which no hole can be punched."""
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no fallocate here")
+
+
+@pytest.mark.parametrize("calls", [SystemCalls(), NoHoles()])
+def test_zeros_that_keep_their_space_are_told_from_holes(
+    beside: Beside, calls: SystemCalls
+) -> None:
+    os.truncate(beside.image, 0)
+    os.truncate(beside.image, SIZE)
+    journal = beside.begin()
+    journal.add_all([Range(0, 65536, None), Range(65536, 65536, None, is_provisioned=True)])
+    found = beside.path.stat()
+    journal.note_times(found.st_mtime_ns, found.st_ctime_ns)
+    journal.commit()
+    checkpoint = redo.recover(beside.sidecar, beside.image, "images:i.raw", calls)
+    assert checkpoint is not None
+    assert checkpoint.format == redo.FORMAT, "an older version refuses it"
+    assert 65536 <= beside.path.stat().st_blocks * 512 < 2 * 65536
+    assert beside.path.read_bytes() == bytes(SIZE)
+
+
+def test_a_journal_without_such_zeros_is_one_that_older_versions_know(beside: Beside) -> None:
+    journal = beside.begin()
+    fill(journal)
+    found = beside.path.stat()
+    journal.note_times(found.st_mtime_ns, found.st_ctime_ns)
+    journal.commit()
+    checkpoint = beside.recover()
+    assert checkpoint is not None
+    assert checkpoint.format == redo.PLAIN == 3
 
 
 def test_applied_again_after_half_of_it_the_result_is_the_same(beside: Beside) -> None:

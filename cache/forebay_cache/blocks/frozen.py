@@ -18,7 +18,8 @@ from forebay_cache.format.checksum import checksums
 from forebay_cache.format.entry import Entry, entry_at, valid_of
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, Buffer, sector_runs
 
-_ZEROS = -1
+_DATA, _ZEROS, _PROVISIONED = 0, -1, -2
+"""What a range holds; zeros stand in the place of a slot as well."""
 
 _Parts = list[tuple[int, int, int]]
 """Of one block: (first sector, count, slot)."""
@@ -42,6 +43,8 @@ class Range(NamedTuple):
     offset: int
     length: int
     data: Buffer | None
+    is_provisioned: bool = False
+    """Of zeros: True if the image has to keep space for them."""
 
 
 class LayerReader(Protocol):
@@ -87,8 +90,9 @@ async def read_blocks(
         cache.quarantine.unpin(token)
 
 
-async def _read_again(reader: LayerReader, offset: int, length: int, zeros: bool) -> Range:
-    return Range(offset, length, None if zeros else b"".join(await reader.read(offset, length)))
+async def _read_again(reader: LayerReader, offset: int, length: int, kind: int) -> Range:
+    data = b"".join(await reader.read(offset, length)) if kind == _DATA else None
+    return Range(offset, length, data, kind == _PROVISIONED)
 
 
 def _read(
@@ -108,34 +112,37 @@ def _read(
                 at += count * SECTOR
     found: list[Range] = []
     at = 0
-    for offset, length, zeros in _ranges(blocks, parts, size):
-        found.append(Range(offset, length, None if zeros else buffer[at : at + length]))
-        at += 0 if zeros else length
+    for offset, length, kind in _ranges(blocks, parts, size):
+        data = buffer[at : at + length] if kind == _DATA else None
+        found.append(Range(offset, length, data, kind == _PROVISIONED))
+        at += length if kind == _DATA else 0
     return found
 
 
 def _parts(block: Block) -> _Parts:
-    """(first sector, count, slot) of a block's data and zeros, in order; _ZEROS stands for the slot of zeros."""
+    """(first sector, count, slot) of a block's data and zeros, in order; of zeros, their kind in place of a slot."""
     entry = block.entry
     (first, second), (data, side) = entry.slots, entry.sides
     zero = entry.zero & entry.valid
+    provisioned = entry.provisioned & zero
     parts = [(*run, first) for run in sector_runs(data)]
     if side:
         parts += [(*run, second) for run in sector_runs(side)]
     if zero:
-        parts += [(*run, _ZEROS) for run in sector_runs(zero)]
+        parts += [(*run, _ZEROS) for run in sector_runs(zero & ~provisioned)]
+        parts += [(*run, _PROVISIONED) for run in sector_runs(provisioned)]
     return sorted(parts) if side or zero else parts
 
 
-def _ranges(blocks: list[Block], parts: list[_Parts], size: int) -> list[tuple[int, int, bool]]:
-    """(offset, length, whether it is zeros) of what the blocks hold up to ``size``, in bytes, neighbours joined."""
-    found: list[tuple[int, int, bool]] = []
+def _ranges(blocks: list[Block], parts: list[_Parts], size: int) -> list[tuple[int, int, int]]:
+    """(offset, length, kind) of what the blocks hold up to ``size``, in bytes, neighbours joined."""
+    found: list[tuple[int, int, int]] = []
     for block, of_block in zip(blocks, parts, strict=True):
         for first, count, slot in of_block:
-            offset, zeros = block.number * BLOCK + first * SECTOR, slot < 0
+            offset, kind = block.number * BLOCK + first * SECTOR, min(slot, _DATA)
             length = min(count * SECTOR, size - offset)  # an image may end inside a sector
-            if found and found[-1][2] == zeros and found[-1][0] + found[-1][1] == offset:
-                found[-1] = (found[-1][0], found[-1][1] + length, zeros)
+            if found and found[-1][2] == kind and found[-1][0] + found[-1][1] == offset:
+                found[-1] = (found[-1][0], found[-1][1] + length, kind)
             else:
-                found.append((offset, length, zeros))
+                found.append((offset, length, kind))
     return found

@@ -30,8 +30,10 @@ from forebay_cache.format.entry import (
     has_slot,
     moved,
     put_entry,
+    side_of,
     slot_of,
     with_slot,
+    with_zero_places,
     with_zeros,
     written,
 )
@@ -304,8 +306,11 @@ def _put(
     cache.ready.masks[place.slot] |= part
 
 
-def zero(cache: Cache, layer: Layer, offset: int, length: int) -> bool:
-    """Make whole sectors read as zeros without storing any. Returns and raises as :func:`write`."""
+def zero(cache: Cache, layer: Layer, offset: int, length: int, provisioned: bool = False) -> bool:
+    """Make whole sectors read as zeros without storing any. Returns and raises as :func:`write`.
+
+    ``provisioned``: the image has to keep space for them, until something else is written there.
+    """
     cache.failure.check()
     if not cache.intent.has_room(length // 16):
         return False
@@ -317,30 +322,34 @@ def zero(cache: Cache, layer: Layer, offset: int, length: int) -> bool:
         mask = MASKS[start >> SECTOR_SHIFT][(start + part - 1) >> SECTOR_SHIFT]
         if cache.intent.syncing and cache.intent.syncing.get(key, 0) & mask:
             return False
-        _zero_block(cache, layer, number, i, mask, key)
+        _zero_block(cache, layer, number, i, mask, key, provisioned=provisioned)
     if len(layer.pages.dirty) > _DIRTY_PAGES:
         cache.commit.want()
     return True
 
 
-def _zero_block(cache: Cache, layer: Layer, number: int, i: int, mask: int, key: int) -> None:
+def _zero_block(
+    cache: Cache, layer: Layer, number: int, i: int, mask: int, key: int, *, provisioned: bool
+) -> None:
     """Make the sectors ``mask`` of one block zeros. Its slots come free if these are all of it."""
     page = layer.pages.writable(number)
     if mask == FULL:
         cache.removal.clear(layer, page, i)
         page[i] = ZEROS
+        page[PAGE_BLOCKS + i] = with_zero_places(0, FULL, 0, provisioned=provisioned)
         layer.sectors += FULL.bit_count()
         cache.intent.open_sectors.pop(key, None)
-        cache.intent.note(ops.zero(FULL, layer.id, block_of_key(key), 0))
+        cache.intent.note(ops.zero(FULL, layer.id, block_of_key(key), 0, provisioned=provisioned))
         return
     word, second = page[i], page[PAGE_BLOCKS + i]
     opened = cache.intent.open_sectors.get(key, 0)
     target = _target(word, second, mask, opened)
     layer.sectors += (mask & ~word).bit_count()
     page[i] = with_zeros(word, mask)
-    page[PAGE_BLOCKS + i] = second & ~mask | target
+    page[PAGE_BLOCKS + i] = with_zero_places(second, mask, target, provisioned=provisioned)
     cache.intent.open_sectors[key] = opened | mask
-    cache.intent.note(ops.zero(mask, layer.id, block_of_key(key), (second & ~mask | target) & FULL))
+    sides = side_of(page[PAGE_BLOCKS + i])
+    cache.intent.note(ops.zero(mask, layer.id, block_of_key(key), sides, provisioned=provisioned))
 
 
 async def prepare(

@@ -12,6 +12,7 @@ A page is an array of 64-bit words, one for each of its 64 blocks::
 A page of a private layer has a second array of 64 words behind the first::
 
     bits 63..32   second slot + 1, 0: none
+    bits 31..16   provisioned: of the sectors that are zeros, those for which the image has to keep space
     bits 15..0    side: sectors whose data lies in the second slot
 
 The two slots of a private block are what makes overwriting safe: a sector whose place is named by durable state is
@@ -70,9 +71,11 @@ def pack(slot: int, zero: int, valid: int) -> int:
     return (slot + 1) << _SLOT_SHIFT | zero << _ZERO_SHIFT | valid
 
 
-def pack_second(slot: int, side: int) -> int:
-    """A second word, from a slot's number (or NO_SLOT) and the mask of the sectors whose data lies there."""
-    return (slot + 1) << _SLOT_SHIFT | side
+def pack_second(slot: int, side: int, provisioned: int = 0) -> int:
+    """A second word, from a slot's number (or NO_SLOT), the mask of the sectors whose data lies there, and that of the
+    zeros for which the image has to keep space.
+    """
+    return (slot + 1) << _SLOT_SHIFT | provisioned << _ZERO_SHIFT | side
 
 
 def slot_of(word: int) -> int:
@@ -105,6 +108,11 @@ def side_of(second: int) -> int:
     return second & FULL
 
 
+def provisioned_of(second: int) -> int:
+    """Mask of the provisioned sectors, from a second word. Bits of sectors that are not zeros mean nothing."""
+    return second >> _ZERO_SHIFT & FULL
+
+
 def with_slot(word: int, slot: int) -> int:
     """A first or second word with its masks, and that slot (or NO_SLOT) in place of its own."""
     return word & _MASKS | (slot + 1) << _SLOT_SHIFT
@@ -123,6 +131,12 @@ def with_data(word: int, mask: int) -> int:
 def with_zeros(word: int, mask: int) -> int:
     """A first word once the sectors of ``mask`` are zeros. Its slot stays, though nothing may lie there any more."""
     return word | mask * _ZERO_AND_VALID
+
+
+def with_zero_places(second: int, mask: int, sides: int, *, provisioned: bool) -> int:
+    """A second word once the sectors of ``mask`` are zeros, ``sides`` of them on the second side."""
+    kept = second & ~(mask * _ZERO_AND_VALID) | sides
+    return kept | mask << _ZERO_SHIFT if provisioned else kept
 
 
 def zeros_only(word: int) -> int:
@@ -206,6 +220,11 @@ class Entry(NamedTuple):
         return self.second & data_of(self.word)
 
     @property
+    def provisioned(self) -> int:
+        """Mask of the zeros for which the image has to keep space."""
+        return provisioned_of(self.second) & zero_of(self.word)
+
+    @property
     def slots(self) -> tuple[int, int]:
         """First and second slot; NO_SLOT where there is none."""
         return slot_of(self.word), slot_of(self.second)
@@ -228,8 +247,6 @@ class Entry(NamedTuple):
         """What about the words cannot be, whichever slots there are; empty if they are sound."""
         if self.zero & ~self.valid:
             return "zeros that are not valid"
-        if zero_of(self.second):
-            return "bits that have no meaning"
         for slot, mask in self.places():
             if slot < 0:
                 return f"sectors {mask:#06x} lie in no slot"

@@ -10,7 +10,8 @@ kind       what it says                                     a, b               w
 =========  ===============================================  =================  ============================
 WRITE      private sectors have data in a slot, which is    block, slot        checksum u32 of each sector
            the block's first (side 0) or second (side 1)
-ZERO       private sectors are all zeros                    block, side bits   nothing
+ZERO       private sectors are all zeros; side: 1 if the    block, side bits   nothing
+           image has to keep space for them
 DROP       clean sectors are not valid any more             block, 0           nothing
 HOT        the origin of a region may be written            region, 0          nothing
 LAYER      a layer was made; side: 1 if it is private;      0, 0               its name, JSON
@@ -64,9 +65,12 @@ def write_one(side: int, mask: int, layer: int, block: int, slot: int, value: in
     return _WRITE_ONE.pack(WRITE, side, mask, layer, block, slot, value)
 
 
-def zero(mask: int, layer: int, block: int, sides: int) -> bytes:
-    """Sectors of a private block are all zeros. With all bits in ``mask`` the block has no slots any more."""
-    return HEAD.pack(ZERO, 0, mask, layer, block, sides)
+def zero(mask: int, layer: int, block: int, sides: int, *, provisioned: bool = False) -> bytes:
+    """Sectors of a private block are all zeros. With all bits in ``mask`` the block has no slots any more.
+
+    ``provisioned``: the image has to keep space for them.
+    """
+    return HEAD.pack(ZERO, provisioned, mask, layer, block, sides)
 
 
 def drop(mask: int, layer: int, block: int) -> bytes:

@@ -13,8 +13,9 @@ Tables (keys big endian so that they sort, values little endian)::
     records  kind NUL name     -> JSON          what the layers above keep here (disks, images)
              kind NUL 0xFF sha256 -> JSON {"name", "value"}   the same where the name is too long for a key
 
-In format 2 a layer had one text for a name, which was taken apart by whoever had to know whose it is. An index of that
-format is read as it is; the first commit makes one of format 3 of it, all at once.
+In format 2 a layer had one text for a name, which was taken apart by whoever had to know whose it is. In format 3 the
+pages did not tell zeros for which the image has to keep space from others. An index of these formats is read as it is;
+the first commit makes one of today's format of it, all at once.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from typing import Any, Final, Self
 
 from forebay_cache.format.checksum import GROUP
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 """The format of an index that is written."""
 NAMES_ARE_TEXT: Final = 2
-"""The format before, which is read, too."""
+"""The oldest format that is read."""
+FORMATS: Final = range(NAMES_ARE_TEXT, FORMAT + 1)
+"""Those that are read."""
 
 TABLES: Final = ("meta", "pages", "sums", "layers", "hot", "records")
 

@@ -34,6 +34,7 @@ from forebay_cache.format.checksum import GROUP, SIZE, sums_in_group
 from forebay_cache.format.records import (
     ALL_OF_GROUP,
     FORMAT,
+    FORMATS,
     GROUP_KEY,
     LAYER_KEY,
     NAMES_ARE_TEXT,
@@ -140,11 +141,11 @@ class Index:
             raise CacheError(
                 f"{path}: cannot open the index: {error}; {index_advice(str(error))}"
             ) from None
-        if state["format"] not in (FORMAT, NAMES_ARE_TEXT):
+        if state["format"] not in FORMATS:
             self._env.close()
             raise CacheError(
                 f"{path}: index format {state['format']}, this version knows only "
-                f"{NAMES_ARE_TEXT} and {FORMAT}; "
+                f"{NAMES_ARE_TEXT} to {FORMAT}; "
                 "drain it with the version that wrote it"
             )
         self.path = path
@@ -365,7 +366,7 @@ class Index:
         self._is_current = True
 
     def _bring_up_to_date(self, txn: lmdb.Transaction[bytes]) -> None:
-        """Make an index of format 3 of one of format 2, within the first commit: there is never half of each."""
+        """Make an index of today's format of an older one, within the first commit: there is never half of each."""
         for key, record in self._layers(txn):
             txn.put(key, record.pack(), db=self._db["layers"])
         state = self._state(txn) | {"format": FORMAT}

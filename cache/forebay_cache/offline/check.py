@@ -26,7 +26,7 @@ from forebay_cache.device.extend import Progress
 from forebay_cache.device.files import size_of
 from forebay_cache.device.superblock import read_superblock
 from forebay_cache.errors import CacheError
-from forebay_cache.format.records import FORMAT, NAMES_ARE_TEXT, TABLES, Meta
+from forebay_cache.format.records import FORMATS, TABLES, Meta
 from forebay_cache.format.superblock import COPY_OFFSET, SUPERBLOCK, Superblock
 from forebay_cache.offline.report import Report
 from forebay_cache.offline.tables import Tables
@@ -127,7 +127,7 @@ def _meta(tables: Tables, layout: Superblock, report: Report) -> Meta | None:
         if tables.missing:
             raise ValueError(f"no table '{tables.missing[0]}'")
         state = json.loads(tables.get("meta", b"state") or b"null")
-        if not isinstance(state, dict) or state.get("format") not in (FORMAT, NAMES_ARE_TEXT):
+        if not isinstance(state, dict) or state.get("format") not in FORMATS:
             raise ValueError("its state is of no format known here")
         meta = Meta(**state)
     except (TypeError, ValueError) as fault:

@@ -37,6 +37,8 @@ class Claim(NamedTuple):
     side: int = 0
     """0 if that is the block's first slot, 1 if it is the second."""
     checksum: int = 0
+    is_provisioned: bool = False
+    """Of zeros: True if the image has to keep space for them."""
 
     @property
     def is_zeros(self) -> bool:
@@ -127,7 +129,7 @@ class Claims:
             case ops.WRITE:
                 self._written(key, op)
             case ops.ZERO:
-                self._zeroed(key, op.mask)
+                self._zeroed(key, op.mask, is_provisioned=bool(op.side))
 
     def _written(self, key: int, op: ops.Op) -> None:
         block = self.blocks.setdefault(key, Claimed())
@@ -137,9 +139,10 @@ class Claims:
         self._last.append(block)
         self.slots[op.b] = key
 
-    def _zeroed(self, key: int, mask: int) -> None:
+    def _zeroed(self, key: int, mask: int, *, is_provisioned: bool) -> None:
         block = self.blocks.setdefault(key, Claimed())
-        block.add(mask, [Claim(NO_SLOT)] * mask.bit_count())
+        claim = Claim(NO_SLOT, is_provisioned=is_provisioned)
+        block.add(mask, [claim] * mask.bit_count())
         if mask == FULL:
             block.slots = [NO_SLOT, NO_SLOT]
             block.is_replaced = True

@@ -180,7 +180,8 @@ def _without(entry: Entry, sectors: int) -> Entry:
     )
     valid = entry.valid & ~sectors
     side = side_of(entry.second) if second >= 0 else 0
-    return Entry(pack(first, entry.zero & valid, valid), pack_second(second, side))
+    second = pack_second(second, side, entry.provisioned & valid)
+    return Entry(pack(first, entry.zero & valid, valid), second)
 
 
 def _counted(index: Index, changed: dict[bytes, bytes]) -> dict[int, LayerRecord | None]:

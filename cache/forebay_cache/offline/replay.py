@@ -84,6 +84,7 @@ def _merged(cache: Cache, before: Entry, claimed: Claimed, judge: Judge) -> Entr
     """The entry with what the claims say of it; the checksums of the sectors that they name are taken as well."""
     entry = Entry(0) if claimed.is_replaced else before
     valid, zero, side = entry.valid, entry.zero, side_of(entry.second)
+    provisioned = entry.provisioned
     for sector in claimed.sectors:
         claim = judge.verdict(claimed, sector, before).claim
         if claim is None:
@@ -92,6 +93,7 @@ def _merged(cache: Cache, before: Entry, claimed: Claimed, judge: Judge) -> Entr
         valid |= bit
         if claim.is_zeros:
             zero |= bit
+            provisioned = provisioned | bit if claim.is_provisioned else provisioned & ~bit
         else:
             zero &= ~bit
             side = side | bit if claim.side else side & ~bit
@@ -100,7 +102,7 @@ def _merged(cache: Cache, before: Entry, claimed: Claimed, judge: Judge) -> Entr
     data = valid & ~zero
     used = (data & ~side, data & side)
     first, second = (slot if mask else NO_SLOT for slot, mask in zip(slots, used, strict=True))
-    return Entry(pack(first, zero, valid), pack_second(second, side))
+    return Entry(pack(first, zero, valid), pack_second(second, side, provisioned))
 
 
 def _take_sum(cache: Cache, slot: int, sector: int, value: int) -> None:

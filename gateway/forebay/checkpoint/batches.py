@@ -150,15 +150,16 @@ class IntoImage(Batches):
         async with self._beginning:
             if not self._noted:
                 await journal.note_applied(BEGUN)
+                self._image.identity.is_committing = False
                 self._noted = BEGUN
 
     async def _put(self, ranges: list[Range]) -> None:
         if self._journal is not None and not self._noted:
             await self._note_begin(self._journal)
         origin = self._image.require_origin()
-        for offset, length, data in ranges:
-            if data is None:
-                await origin.zero(offset, length, may_trim=True)
+        for part in ranges:
+            if part.data is None:
+                await origin.zero(part.offset, part.length, may_trim=not part.is_provisioned)
         writes = [(r.offset, r.data) for r in ranges if r.data is not None]
         if not writes:
             return

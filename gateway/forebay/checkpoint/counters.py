@@ -27,6 +27,8 @@ class Counters:
     """Bytes written to the image, by guests or by write-back."""
     journal_written_bytes: int = 0
     """Bytes written to the redo journal beside the image."""
+    trims_ignored: int = 0
+    """TRIM requests that were passed over, as the image's store cannot give space back."""
     origin_errors: int = 0
     """Reads, writes, flushes and checkpoints that the image or its store failed, or that could not be asked of it."""
 

@@ -76,13 +76,14 @@ class Pass:
                 self._image, self._layer, self._steps, self._counters, journal
             ).put_all()
             # The journal names the image's times as of its commit: after a power cut these must not be older ones.
-            await self._image.flush(times=True)
-            self._check_wanted()
+            async with self._image.writes.times:
+                await self._image.flush(times=True)
+                self._check_wanted()
+                self._image.identity.begin_checkpoint()
         except BaseException:
             with trio.CancelScope(shield=True), contextlib.suppress(OSError):
                 await journal.drop()
             raise
-        self._image.identity.begin_checkpoint()
         await journal.commit()
         return journal
 

@@ -204,10 +204,7 @@ def stats(words: Sequence[str], client: Daemon, *, json_lines: bool) -> int:
     if wanted.interval is None:
         disks = sample(client, wanted.name)
         if json_lines:
-            totals = [
-                {"name": d["name"], **_counters(d), "dirty_bytes": d["dirty_bytes"]} for d in disks
-            ]
-            print(json.dumps(totals, indent=2))
+            print(json.dumps([_totals(disk) for disk in disks], indent=2))
         else:
             print("\n".join(table(TOTAL_COLUMNS, map(total_row, disks))))
         return 0
@@ -222,6 +219,12 @@ def stats(words: Sequence[str], client: Daemon, *, json_lines: bool) -> int:
     except KeyboardInterrupt:
         pass  # the way to end it
     return 0
+
+
+def _totals(disk: Disk) -> dict[str, Any]:
+    """The totals of a disk as JSON tells them."""
+    also = {"trims_ignored": disk.get("trims_ignored", 0), "dirty_bytes": disk["dirty_bytes"]}
+    return {"name": disk["name"], **_counters(disk), **also}
 
 
 def sample(client: Daemon, name: str | None) -> list[Disk]:

@@ -53,6 +53,12 @@ DISK_METRICS = (
         "Bytes written to the image.",
         "origin_written_bytes",
     ),
+    _one(
+        "trims_ignored_total",
+        "counter",
+        "TRIM requests passed over, as the store cannot give space back.",
+        "trims_ignored",
+    ),
     _one("origin_errors_total", "counter", "Requests that the image failed.", "origin_errors"),
     _one("disk_size_bytes", "gauge", "Size of the disk.", "size"),
     _one("cached_bytes", "gauge", "Bytes of the disk that the cache holds.", "cached_bytes"),

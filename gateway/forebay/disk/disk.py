@@ -194,10 +194,18 @@ class Disk:
             await self.modes.policy.flush()
 
     async def trim(self, offset: int, length: int, fua: bool) -> None:
-        """Implements Export: whole sectors become zeros, so that they never change by themselves."""
+        """Implements Export: whole sectors become zeros, so that they never change by themselves.
+
+        Nothing happens where the image is to have them as zeros, and cannot give space back: see `OwnWrites.may_trim`.
+        """
+        check_conflict(self.image)
         start, end = sectors_within(offset, length)
-        if start < end:
+        if start >= end:
+            return
+        if self.overlay or await self.image.writes.may_trim():
             await self.zero(start, end - start, fua, no_hole=False, fast=False)
+        else:
+            self.counters.trims_ignored += 1
 
     async def drain(self, progress: Progress) -> None:
         """Write back everything that is dirty, in whatever mode. Raises OSError.

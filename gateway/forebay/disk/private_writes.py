@@ -158,8 +158,10 @@ class PrivateWrites:
         await prepare(self._cache, self._open_layer, offset, length)
 
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
-        """Make whole sectors zeros, of which nothing is stored; parts of sectors are written. Raises OSError."""
-        del may_trim  # nothing is allocated for zeros anyway
+        """Make whole sectors zeros, of which nothing is stored; parts of sectors are written. Raises OSError.
+
+        Unless `may_trim` the image has to keep space for them: a pass provides it.
+        """
         first, last = sectors_within(offset, length)
         if offset + length == self._size:
             last = -(-self._size // SECTOR) * SECTOR
@@ -173,26 +175,26 @@ class PrivateWrites:
         self._counters.write_hits += 1
         async with self._ranges.hold(first, last):
             for at in range(first, last, ZERO_PIECE):
-                await self._zero(at, min(ZERO_PIECE, last - at))
+                await self._zero(at, min(ZERO_PIECE, last - at), provisioned=not may_trim)
 
-    async def _zero(self, offset: int, length: int) -> None:
+    async def _zero(self, offset: int, length: int, *, provisioned: bool) -> None:
         """Make whole sectors zeros, at most ZERO_PIECE. Raises OSError."""
         await self._admission.admit(0)
         for at in range(offset, offset + length, ZERO_STEP):
             part = min(ZERO_STEP, offset + length - at)
             while True:
                 await self._mark.set()  # a pass may have ended meanwhile, and cleared it
-                if self._is_zeroed(at, part):
+                if self._is_zeroed(at, part, provisioned=provisioned):
                     await self._cache.publish()
                     break
                 await private.prepare(self._cache, self._open_layer, at, part, zeros=True)
             await trio.lowlevel.checkpoint()
 
-    def _is_zeroed(self, offset: int, length: int) -> bool:
+    def _is_zeroed(self, offset: int, length: int, *, provisioned: bool) -> bool:
         """Make whole sectors zeros, or return False. The records still have to be published. Raises OSError."""
         layer = self._open_layer
         sectors, slots = layer.sectors, layer.slots
-        if not private.zero(self._cache, layer, offset, length):
+        if not private.zero(self._cache, layer, offset, length, provisioned):
             return False
         self._note_written(layer, layer.sectors - sectors, layer.slots - slots)
         return True

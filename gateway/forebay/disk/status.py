@@ -139,5 +139,6 @@ class Status:
             "origin_read_bytes": counters.origin_read_bytes,
             "origin_written_bytes": counters.origin_written_bytes,
             "journal_written_bytes": counters.journal_written_bytes,
+            "trims_ignored": counters.trims_ignored,
             "origin_errors": counters.origin_errors,
         }

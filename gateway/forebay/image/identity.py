@@ -39,6 +39,10 @@ class KnownIdentity:
         self._is_withdrawn_durably = False
         self._has_checkpoint = False
         """True while a checkpoint may be committed beside the image, and not all of it in the image."""
+        self.is_committing = False
+        """True while a start after a crash would take other times than those in the redo journal for somebody else's
+        change. A pass sets it to False when the journal says, durably, that the image is being written.
+        """
 
     # ------------------------------------------------------------------------------------------------------ the record
 
@@ -128,6 +132,7 @@ class KnownIdentity:
     def begin_checkpoint(self) -> None:
         """Say that a redo journal is about to be committed beside the image: a start after a crash writes the image."""
         self._has_checkpoint = True
+        self.is_committing = True
 
     @property
     def has_checkpoint(self) -> bool:
@@ -136,7 +141,7 @@ class KnownIdentity:
 
     def end_checkpoint(self) -> None:
         """Say that no redo journal lies beside the image any more."""
-        self._has_checkpoint = False
+        self._has_checkpoint = self.is_committing = False
 
     def needs_flush(self) -> bool:
         """True if the image may lack, durably, something that was written."""

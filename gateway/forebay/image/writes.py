@@ -6,6 +6,7 @@
 import contextlib
 import errno
 import logging
+import math
 from collections.abc import AsyncIterator, Callable
 
 import trio
@@ -19,6 +20,13 @@ from forebay_cache import Cache
 from forebay_cache.errors import IndexFault
 
 log = logging.getLogger("forebay.image")
+
+ASK_SECONDS, ASK_STEP = 2.0, 0.01
+"""How long a TRIM waits for what the origin says to the question whether it can give space back, and for the moment to
+ask it."""
+
+ASK_AGAIN_SECONDS = 15.0
+"""How soon it is asked again where it did not say."""
 
 
 class OwnWrites:
@@ -47,6 +55,13 @@ class OwnWrites:
         """What was written past write-back, until it is durable."""
         self.trouble: str | None = None
         """Why the last flush failed, where that may have lost something; None once one went well."""
+        self.times = trio.Lock()
+        """Held by a pass around the flush before its commit, from which on times are compared, and by whoever changes
+        them without writing.
+        """
+        self._asking = trio.Lock()
+        self._ask_after = -math.inf
+        """When the origin may be asked whether it can give space back, if nobody knows."""
         self._key = key
         self._sound: tuple[Origin | None, int] = (None, 0)
         """The origin, and its `sync_failures`, of which nothing that is kept can have been lost."""
@@ -107,6 +122,35 @@ class OwnWrites:
             await self._reach.made_again(
                 lambda: self._reach.require_origin().zero(offset, length, may_trim)
             )
+
+    async def may_trim(self) -> bool:
+        """True if the origin can give space back: then a TRIM may make zeros of what it names. It is a hint, and passed
+        over otherwise, and where nobody knows now.
+
+        The first to ask has the origin asked. That counts as a write: it may change the image's times.
+        """
+        async with self._asking:
+            origin = self._reach.origin
+            if origin is None or self._reach.conflict is not None:
+                return False
+            if origin.punches is None and trio.current_time() >= self._ask_after:
+                self._ask_after = trio.current_time() + ASK_AGAIN_SECONDS
+                with trio.move_on_after(ASK_SECONDS), contextlib.suppress(OSError):
+                    while not await self._asked(origin):  # noqa: ASYNC110  (a pass is just beginning)
+                        await trio.sleep(ASK_STEP)
+            return bool(origin.punches)
+
+    async def _asked(self, origin: Origin) -> bool:
+        """Ask the origin whether it can give space back, and return True, unless its times must not change now.
+
+        Raises OSError.
+        """
+        async with self.times:
+            if self._identity.is_committing:
+                return False
+            async with self.writing():
+                await origin.ask_punches()
+            return True
 
     @contextlib.asynccontextmanager
     async def _changing(self, change: Change) -> AsyncIterator[None]:

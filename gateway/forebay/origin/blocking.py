@@ -10,9 +10,18 @@ pieces in `pieces`, and nothing else.
 
 import contextlib
 import errno
+import os
 from collections.abc import Sequence
+from itertools import islice
 
-from forebay.origin.calls import Buffer, Status, SystemCalls
+from forebay.origin.calls import (
+    PUNCH_HOLE,
+    UNSUPPORTED,
+    Buffer,
+    Status,
+    SystemCalls,
+    data_runs,
+)
 from forebay.origin.opening import OpenImage
 from forebay.origin.pieces import views_after
 from forebay.origin.protocol import HOLE, MOST_EXTENTS, ZERO, Identity
@@ -72,6 +81,12 @@ class BlockingFile:
                     found.append((hole - data, 0))
                 at = hole
         return [*found, (end - at, 0)] if at < end else found
+
+    def data(self, offset: int, end: int) -> tuple[list[tuple[int, int]], int]:
+        """(first byte, byte behind the last) of what is no hole, in order, and up to which byte that is all of it."""
+        with self.descriptor as fd:
+            runs = list(islice(data_runs(self._calls, fd, offset, end), MOST_EXTENTS))
+        return runs, runs[-1][1] if len(runs) == MOST_EXTENTS else end
 
     def _next_data(self, fd: int, at: int) -> int:
         """Where the next data at or after `at` begins; the size of the image where there is none."""
@@ -152,6 +167,17 @@ class BlockingFile:
         with self.descriptor as fd:
             self._calls.fallocate(fd, mode, offset, length)
 
+    def can_punch(self) -> bool:
+        """True if holes can be punched in the file. That is tried behind its end, where nothing can be lost."""
+        behind = -(-self._image.size // PAGE) * PAGE
+        try:
+            self.allocate(PUNCH_HOLE, behind, PAGE)
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                return False
+            raise
+        return True
+
     def sync(self, *, times: bool) -> None:
         """Make durable what this descriptor wrote; with `times`, the file's times as well."""
         with self.descriptor as fd:
@@ -174,3 +200,17 @@ class BlockingDevice(BlockingFile):
     def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
         """One extent of data: nobody can say which part of a device was never written."""
         return [(length, 0)] if length and offset >= 0 else []
+
+    def data(self, offset: int, end: int) -> tuple[list[tuple[int, int]], int]:
+        """All of the range."""
+        return [(offset, end)], end
+
+    def can_punch(self) -> bool:
+        """True if the device can zero without being sent the zeros: the kernel punches no holes in any other."""
+        with self.descriptor as fd:
+            device = syscalls.fstat(fd).st_rdev
+        place = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+        if os.path.exists(f"{place}/partition"):
+            place += "/.."
+        with open(f"{place}/queue/write_zeroes_max_bytes", encoding="ascii") as limit:
+            return int(limit.read()) > 0

@@ -9,7 +9,7 @@ They are made as `worker/syscalls.py` says. Sources: fallocate(2), statx(2), ope
 import errno
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from forebay.origin.worker import syscalls
@@ -21,6 +21,10 @@ PUNCH_HOLE = 0x03
 
 ZERO_RANGE = 0x11
 """FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE: the range reads as zeros and keeps its space."""
+
+UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, 524}
+"""What a file system says that cannot do a mode of fallocate, or tell holes. 524 is the kernel's own ENOTSUPP, which
+some NFS versions leak."""
 
 IOV_MAX = 1024
 """Buffers that one preadv or pwritev takes (limits.h)."""
@@ -125,6 +129,29 @@ class SystemCalls:
         """Bytes of a block device's logical sector (BLKSSZGET)."""
         answer = syscalls.ioctl(fd, _BLKSSZGET, bytes(4))
         return int(struct.unpack("=i", answer)[0])
+
+
+def data_runs(calls: SystemCalls, fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
+    """What is no hole of the bytes from `offset` to `end`, in order: (first byte, byte behind the last) of each run.
+
+    Where the file system cannot tell, all is. Raises OSError.
+    """
+    while offset < end:
+        try:
+            first = calls.seek_data(fd, offset)
+            behind = min(end, calls.seek_hole(fd, first)) if first < end else end
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return  # holes only
+            if error.errno not in UNSUPPORTED:
+                raise
+            first, behind = offset, end
+        if first >= end:
+            return
+        if behind <= first:
+            behind = end  # it moved while we looked
+        yield first, behind
+        offset = behind
 
 
 def _unpack_statx(raw: bytes) -> Status:

@@ -15,7 +15,7 @@ from functools import partial
 import trio
 
 from forebay.origin.blocking import BlockingFile
-from forebay.origin.calls import PUNCH_HOLE, ZERO_RANGE, Buffer, SystemCalls
+from forebay.origin.calls import PUNCH_HOLE, UNSUPPORTED, ZERO_RANGE, Buffer, SystemCalls
 from forebay.origin.opening import OpenImage
 from forebay.origin.order import ChangeOrder, SyncOrder
 from forebay.origin.pieces import ZERO_PIECE, check_range, pieces
@@ -23,8 +23,8 @@ from forebay.origin.protocol import Identity
 from forebay.origin.threads import Background, Descriptor, StoreThreads, bounded
 from forebay.origin.worker import syscalls
 
-_UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, 524}
-"""What fallocate says where it cannot do a mode. 524 is the kernel's own ENOTSUPP, which some NFS versions leak."""
+_LAST = (1 << 63) - 1
+"""No byte of a file lies behind that one."""
 
 _zeros = bytes(ZERO_PIECE)
 
@@ -66,6 +66,8 @@ class FileOrigin:
         """True if somebody asked that the next sync make the file's times durable as well."""
         self._refused: set[int] = set()
         """The modes of fallocate that this file turned out not to have."""
+        self._asked = False
+        """True once it is known whether holes can be punched."""
 
     @property
     def descriptor(self) -> Descriptor:
@@ -79,7 +81,7 @@ class FileOrigin:
 
         Raises OSError: EIO when the file ends before `size`, ETIMEDOUT, or what the file system says.
         """
-        self._check(offset, min(length, max(0, self.size - offset)))
+        check_range(self.label, self.size, offset, min(length, max(0, self.size - offset)))
         with bounded(self.timeout, f"reading {self.label}"):
             await self._changes.wait_for_range(offset, offset + length)
             return await self._threads.run(
@@ -90,7 +92,7 @@ class FileOrigin:
         self, offset: int, length: int, background: Background = False
     ) -> list[tuple[int, int]]:
         """(length, HOLE | ZERO or 0) of the extents one after the other, covering the range. Raises OSError."""
-        self._check(offset, length)
+        check_range(self.label, self.size, offset, length)
         with bounded(self.timeout, f"asking for the holes of {self.label}"):
             await self._changes.wait_for_range(offset, offset + length)
             return await self._threads.run(
@@ -145,19 +147,54 @@ class FileOrigin:
         with bounded(self.timeout, f"writing {self.label}"):
             await self._changes.make(write, changed, background)
 
+    @property
+    def punches(self) -> bool | None:
+        """Whether holes can be punched in the file; None until that is known."""
+        if PUNCH_HOLE in self._refused:
+            return False
+        return True if self._asked else None
+
+    async def ask_punches(self) -> bool:
+        """The same, once it was asked. That may change the file's times, and nothing else. Raises OSError."""
+
+        def ask() -> None:
+            if not self._file.can_punch():
+                self._refused.add(PUNCH_HOLE)
+            self._asked = True
+
+        await self._change(f"asking {self.label} for a hole", ask, self.size, _LAST - self.size)
+        return bool(self.punches)
+
     async def trim(self, offset: int, length: int) -> None:
         """Give space back where the file system can; zeros either way. Raises OSError."""
         await self.zero(offset, length, may_trim=True)
 
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
-        """Make the range read as zeros, by punching a hole, zeroing it in place, or writing. Raises OSError."""
+        """Make the range read as zeros. All of it has space then, or, with `may_trim`, none that can do without.
+
+        Where no hole can be punched, `may_trim` leaves holes alone, and zeroes the rest in its place. Raises OSError.
+        """
         self._check_change(offset, length)
         if length == 0:
             return
-        for mode in (PUNCH_HOLE, ZERO_RANGE) if may_trim else (ZERO_RANGE,):
-            if mode not in self._refused and await self._allocate(mode, offset, length):
-                return
-        await self._write_zeros(offset, length)
+        if not may_trim:
+            await self._zero_in_place(offset, length)
+        elif PUNCH_HOLE in self._refused or not await self._allocate(PUNCH_HOLE, offset, length):
+            await self._zero_data(offset, offset + length)
+
+    async def _zero_data(self, offset: int, end: int) -> None:
+        """Zero what is no hole."""
+        while offset < end:
+            with bounded(self.timeout, f"asking for the holes of {self.label}"):
+                await self._changes.wait_for_range(offset, end)
+                runs, offset = await self._threads.run(partial(self._file.data, offset, end))
+            for first, behind in runs:
+                await self._zero_in_place(first, behind - first)
+
+    async def _zero_in_place(self, offset: int, length: int) -> None:
+        """Zero the range, by fallocate or by writing; all of it has space then."""
+        if ZERO_RANGE in self._refused or not await self._allocate(ZERO_RANGE, offset, length):
+            await self._write_zeros(offset, length)
 
     async def _allocate(self, mode: int, offset: int, length: int) -> bool:
         """Zero the range by fallocate. False, with nothing done, if the file system does not have that mode."""
@@ -165,7 +202,7 @@ class FileOrigin:
         try:
             await self._change(f"zeroing {self.label}", allocate, offset, length)
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
+            if error.errno not in UNSUPPORTED:
                 raise
             self._refused.add(mode)
             return False
@@ -226,7 +263,7 @@ class FileOrigin:
     async def quiesce(self) -> None:
         """Wait until no call that was given up can change the image any more. ETIMEDOUT: one still can."""
         with bounded(self.timeout, f"waiting for a hung write to {self.label}"):
-            await self._changes.wait_for_range(0, self.size)
+            await self._changes.wait_for_range(0, _LAST)
 
     async def close(self) -> None:
         """Close the descriptor, in the thread that uses it last if one hangs. Implies no flush.
@@ -243,12 +280,8 @@ class FileOrigin:
 
     # -------------------------------------------------------------------------------------------------------- checks
 
-    def _check(self, offset: int, length: int) -> None:
-        """Raise OSError(EINVAL) unless the range lies in the image."""
-        check_range(self.label, self.size, offset, length)
-
     def _check_change(self, offset: int, length: int) -> None:
         """Raise OSError unless the image is open for writing and the range lies in it."""
         if self.read_only:
             raise OSError(errno.EROFS, f"{self.label} is open for reading only")
-        self._check(offset, length)
+        check_range(self.label, self.size, offset, length)

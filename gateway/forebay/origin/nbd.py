@@ -22,6 +22,9 @@ from forebay.origin.pieces import ZERO_PIECE, check_range, pieces
 from forebay.origin.protocol import HOLE, MOST_EXTENTS, ZERO, Identity
 from forebay.origin.threads import Background, bounded
 from forebay_nbd.client.client import Client
+from forebay_nbd.protocol.wire import Flag
+
+_TRIMS = Flag.SEND_TRIM | Flag.SEND_WRITE_ZEROES
 
 
 class NbdOrigin:
@@ -44,6 +47,8 @@ class NbdOrigin:
         self._requests = Requests(
             nursery, address, label, client, read_only=read_only, timeout=timeout
         )
+        self._refused = False
+        """True once the server refused to zero without writing."""
 
     @classmethod
     async def open(
@@ -78,7 +83,7 @@ class NbdOrigin:
     async def read(self, offset: int, length: int, background: Background = False) -> Buffer:
         """Exactly `length` bytes. What lies beyond the end of the image is zeros. Raises OSError."""
         wanted = min(length, max(0, self.size - offset))
-        self._check(offset, wanted)
+        check_range(self.label, self.size, offset, wanted)
         found: bytearray = await self._requests.ask(
             f"reading {self.label}",
             lambda client: client.pread(offset, wanted),
@@ -92,7 +97,7 @@ class NbdOrigin:
         self, offset: int, length: int, background: Background = False
     ) -> list[tuple[int, int]]:
         """(length, HOLE | ZERO or 0) of the extents one after the other, covering the range. Raises OSError."""
-        self._check(offset, length)
+        check_range(self.label, self.size, offset, length)
         found: list[tuple[int, int]] = []
         at, end = offset, offset + length
         while at < end and len(found) < MOST_EXTENTS:
@@ -165,30 +170,76 @@ class NbdOrigin:
             f"writing {self.label}", write, first, last - first, background, kind="change"
         )
 
+    @property
+    def punches(self) -> bool | None:
+        """True if the server knows TRIM and WRITE_ZEROES, and has not refused yet to zero without writing."""
+        return self._requests.flags & _TRIMS == _TRIMS and not self._refused
+
+    async def ask_punches(self) -> bool:
+        """The same: there is nothing to ask."""
+        return bool(self.punches)
+
     async def trim(self, offset: int, length: int) -> None:
         """Give space back where the server can; zeros either way, which NBD's TRIM does not promise. Raises OSError."""
         await self.zero(offset, length, may_trim=True)
 
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
-        """Make the range read as zeros. Raises OSError."""
+        """Make the range read as zeros; with `may_trim` no hole of it gets space. Raises OSError.
+
+        With `may_trim` the server is asked to zero only if that is faster than writing, which it is where it can give
+        space back. Where it refuses, what is a hole already is left alone.
+        """
         self._check_change(offset, length)
-        first = min(offset + length, -(-offset // self._requests.sector) * self._requests.sector)
-        last = max(first, (offset + length) // self._requests.sector * self._requests.sector)
+        end, sector = offset + length, self._requests.sector
+        first = min(end, -(-offset // sector) * sector)
+        last = max(first, end // sector * sector)
+        if not may_trim:
+            await self._zero_in_place(first, last)
+        elif not await self._zero_fast(first, last):
+            await self._zero_data(first, last)
+        await self._write_zeros(offset, first)
+        await self._write_zeros(last, end)
+
+    async def _zero_fast(self, first: int, last: int) -> bool:
+        """Zero whole sectors and return True; False where the server would have to write zeros. Raises OSError."""
+        if self._refused or not self._requests.flags & Flag.SEND_FAST_ZERO:
+            return False
+        self._refused = not await self._zero(first, last, no_hole=False, fast=True)
+        return not self._refused
+
+    async def _zero_data(self, first: int, last: int) -> None:
+        """Zero what is no hole of whole sectors. Raises OSError."""
+        sector, done = self._requests.sector, first
+        while done < last:
+            parts = await self.extents(done, last - done)
+            for size, flags in parts[:MOST_EXTENTS]:
+                if not flags & HOLE:
+                    at, behind = done // sector * sector, -(-(done + size) // sector) * sector
+                    await self._zero_in_place(max(first, at), min(last, behind), no_hole=False)
+                done += size
+
+    async def _zero_in_place(self, first: int, last: int, *, no_hole: bool = True) -> None:
+        """Zero whole sectors, by the server or by writing. Raises OSError."""
+        if not await self._zero(first, last, no_hole=no_hole, fast=False):
+            await self._write_zeros(first, last)
+
+    async def _zero(self, first: int, last: int, *, no_hole: bool, fast: bool) -> bool:
+        """Have the server zero whole sectors; False, with nothing done, if it does not do that so. Raises OSError."""
+        if last == first:
+            return True
         try:
-            if last > first:
-                await self._requests.ask(
-                    f"zeroing {self.label}",
-                    lambda client: client.zero(first, last - first, no_hole=not may_trim),
-                    first,
-                    last - first,
-                    kind="change",
-                )
+            await self._requests.ask(
+                f"zeroing {self.label}",
+                lambda client: client.zero(first, last - first, no_hole=no_hole, fast=fast),
+                first,
+                last - first,
+                kind="change",
+            )
         except OSError as error:
             if error.errno != errno.ENOTSUP:
                 raise
-            await self._write_zeros(first, last)
-        await self._write_zeros(offset, first)
-        await self._write_zeros(last, offset + length)
+            return False
+        return True
 
     async def _write_zeros(self, offset: int, end: int) -> None:
         while offset < end:
@@ -224,15 +275,11 @@ class NbdOrigin:
         """Disconnect from the server. Implies no flush."""
         await self._requests.close()
 
-    def _check(self, offset: int, length: int) -> None:
-        """Raise OSError(EINVAL) unless the range lies in the image."""
-        check_range(self.label, self.size, offset, length)
-
     def _check_change(self, offset: int, length: int) -> None:
         """Raise OSError unless the image is open for writing and the range lies in it."""
         if self.read_only:
             raise OSError(errno.EROFS, f"{self.label} is open for reading only")
-        self._check(offset, length)
+        check_range(self.label, self.size, offset, length)
 
 
 def _append(found: list[tuple[int, int]], size: int, flags: int) -> None:

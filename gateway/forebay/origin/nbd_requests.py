@@ -94,6 +94,8 @@ class Requests:
         self.timeout = timeout
         self.sector = client.negotiated.minimum_block
         """Bytes of the smallest unit that the server reads and writes."""
+        self.flags = client.negotiated.flags
+        """What the server said that it can do."""
         self._size = client.size
         self._read_only = read_only
         self._label = label

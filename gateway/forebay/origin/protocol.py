@@ -91,8 +91,20 @@ class Origin(Protocol):
         """
         ...
 
+    @property
+    def punches(self) -> bool | None:
+        """Whether space can be given back; None until `ask_punches` was called. A refusal that comes later counts."""
+        ...
+
+    async def ask_punches(self) -> bool:
+        """Whether space can be given back. To find out may change the times of the image, and nothing else of it."""
+        ...
+
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
-        """Make a range read as zeros. It keeps its space unless `may_trim`."""
+        """Make a range read as zeros. All of it has space then; with `may_trim` none of it that can do without.
+
+        Where space cannot be given back, `may_trim` leaves holes alone, and the rest keeps the space that it has.
+        """
         ...
 
     async def trim(self, offset: int, length: int) -> None:

@@ -19,7 +19,14 @@ from dataclasses import dataclass
 
 from xxhash import xxh3_64_intdigest
 
-from forebay.origin.calls import IOV_MAX, PUNCH_HOLE, SystemCalls
+from forebay.origin.calls import (
+    IOV_MAX,
+    PUNCH_HOLE,
+    UNSUPPORTED,
+    ZERO_RANGE,
+    SystemCalls,
+    data_runs,
+)
 from forebay.origin.worker import syscalls
 from forebay.sidecar.record import boot_id
 from forebay_cache.format.geometry import Buffer
@@ -108,11 +115,17 @@ def _is_same(journal: int, image: int, offset: int, length: int, data: int) -> b
 
 
 def apply(
-    fd: int, image: int, calls: SystemCalls, offset: int, length: int, at: int | None
+    fd: int,
+    image: int,
+    calls: SystemCalls,
+    offset: int,
+    length: int,
+    at: int | None,
+    may_trim: bool = True,
 ) -> None:
-    """Write one record, whose data lies at byte `at` of the journal `fd`, to the image; None: zeros."""
+    """Write one record, whose data lies at byte `at` of the journal `fd`, to the image; None: zeros, see `_zero`."""
     if at is None:
-        _zero(image, calls, offset, length)
+        _zero(image, calls, offset, length, may_trim=may_trim)
         return
     while length:
         data = syscalls.pread(fd, min(_PIECE, length), at)
@@ -120,17 +133,17 @@ def apply(
         at, offset, length = at + len(data), offset + len(data), length - len(data)
 
 
-def _zero(image: int, calls: SystemCalls, offset: int, length: int) -> None:
-    """Make a range of the image read as zeros, by a hole or by writing them."""
+def _zero(image: int, calls: SystemCalls, offset: int, length: int, *, may_trim: bool) -> None:
+    """Make a range of the image read as zeros. All of it has space then; with `may_trim` none that can do without."""
     try:
-        calls.fallocate(image, PUNCH_HOLE, offset, length)
+        calls.fallocate(image, PUNCH_HOLE if may_trim else ZERO_RANGE, offset, length)
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV):
+        if error.errno not in UNSUPPORTED:
             raise
-        while length:
-            part = min(len(_zeros), length)
-            write_all(image, [_zeros[:part]], offset)
-            offset, length = offset + part, length - part
+        end = offset + length
+        for first, behind in data_runs(calls, image, offset, end) if may_trim else [(offset, end)]:
+            for at in range(first, behind, len(_zeros)):
+                write_all(image, [_zeros[: min(len(_zeros), behind - at)]], at)
 
 
 def write_all(fd: int, buffers: Sequence[Buffer], offset: int) -> None:

@@ -13,10 +13,10 @@ The file, little endian::
     header   4096 bytes: b"FBREDO\0\0", JSON padded with zeros, XXH3-64 of what comes before in the last 8 bytes
     records  magic u32 | kind u32 | offset u64 | length u64 | checksum u64 | data, where kind is DATA
 
-Kinds: DATA; ZEROS, a range that reads as zeros; END, whose offset and length are the number of records before it and
-the sum of the lengths of their data. A record's checksum is XXH3-64 of the 24 bytes before it and its data. Behind END
-stands how far it is applied (applying.py), once that was begun. Format 1 had neither that nor the image's times,
-format 2 no token.
+Kinds: DATA; ZEROS, a range that reads as zeros and may be a hole; PROVISIONED, one that must not; END, whose offset and
+length are the number of records before it and the sum of the lengths of their data. A record's checksum is XXH3-64 of
+the 24 bytes before it and its data. Behind END stands how far it is applied (applying.py), once that was begun.
+Format 1 had neither that nor the image's times, format 2 no token. A journal without PROVISIONED is of format 3.
 
 Everything here blocks, raises OSError, and belongs in a thread.
 """
@@ -51,10 +51,10 @@ from forebay.sidecar.record import (
 from forebay_cache.blocks.frozen import Range
 from forebay_cache.format.geometry import Buffer
 
-FORMAT = 3
-"""The format of the journal. One with a larger number was written by a newer version: refused."""
+FORMAT, PLAIN = 4, 3
+"""The format of a journal, with PROVISIONED and without. One of a larger number is a newer version's: refused."""
 NAME, UNFINISHED = "redo", "redo.new"
-DATA, ZEROS, END = 1, 2, 3
+DATA, ZEROS, END, PROVISIONED = 1, 2, 3, 4
 
 LONGEST_NAME = 255
 """Characters of each name in a header, at most."""
@@ -89,7 +89,7 @@ class Checkpoint:
     """The same of its last change of status."""
     token: int = 0
     """The token of the owner whose checkpoint it is; 0 in journals of formats 1 and 2."""
-    format: int = FORMAT
+    format: int = PLAIN
 
     def is_of(self, owner: Owner) -> bool:
         """True if it is a checkpoint of that owner, and not of one before it."""
@@ -110,6 +110,7 @@ class RedoFile:
         self._records = 0
         self._bytes = 0
         self._unsynced = 0
+        self._provisions = False
         try:
             with self._file as fd:
                 write_all(fd, [_header(checkpoint)], 0)
@@ -123,42 +124,37 @@ class RedoFile:
         return self._bytes
 
     def add(self, offset: int, length: int, data: Sequence[Buffer] | None) -> None:
-        """Add one range of the image; with `data` None it reads as zeros."""
-        stored = 0 if data is None else length
-        kind = ZEROS if data is None else DATA
-        self._append(_record(kind, offset, length, data or []), 1, stored)
+        """Add one range of the image; with `data` None it reads as zeros, and may be a hole."""
+        self.add_all([Range(offset, length, None if data is None else b"".join(data))])
 
     def add_all(self, ranges: Sequence[Range]) -> None:
         """Add several ranges at once."""
         records: list[Buffer] = []
-        stored = 0
-        for offset, length, data in ranges:
-            if data is None:
-                records += _record(ZEROS, offset, length, [])
-            else:
-                records += _record(DATA, offset, length, [data])
-                stored += length
-        self._append(records, len(ranges), stored)
-
-    def _append(self, buffers: list[Buffer], records: int, stored: int) -> None:
-        """Write `records` records, which are in `buffers` and have `stored` bytes of data, at the end of the file."""
+        for part in ranges:
+            zeros = PROVISIONED if part.is_provisioned else ZEROS
+            kind, data = (zeros, []) if part.data is None else (DATA, [part.data])
+            records += _record(kind, part.offset, part.length, data)
+        stored = sum(part.length for part in ranges if part.data is not None)
         with self._lock:
             at = self._end
-            self._end += records * _HEAD + stored
-            self._records += records
+            self._end += len(ranges) * _HEAD + stored
+            self._records += len(ranges)
             self._bytes += stored
             self._unsynced += stored
+            self._provisions |= any(part.is_provisioned for part in ranges)
             sync = self._unsynced >= _SYNC_EVERY
             if sync:
                 self._unsynced = 0
         with self._file as fd:
-            write_all(fd, buffers, at)
+            write_all(fd, records, at)
             if sync:
                 syscalls.fdatasync(fd)
 
     def note_times(self, mtime_ns: int, ctime_ns: int) -> None:
         """Say in the header what the image's times are; before `commit`."""
-        self._checkpoint = replace(self._checkpoint, mtime_ns=mtime_ns, ctime_ns=ctime_ns)
+        version = FORMAT if self._provisions else PLAIN
+        found = replace(self._checkpoint, mtime_ns=mtime_ns, ctime_ns=ctime_ns, format=version)
+        self._checkpoint = found
         with self._file as fd:
             write_all(fd, [_header(self._checkpoint)], 0)
 
@@ -239,7 +235,8 @@ def recover(
         finally:
             syscalls.close(note)
         for kind, offset, length, at in _records(fd, checkpoint.size):
-            apply(fd, image, calls, offset, length, None if kind == ZEROS else at)
+            found = at if kind == DATA else None
+            apply(fd, image, calls, offset, length, found, kind == ZEROS)
         syscalls.fsync(image)
     finally:
         syscalls.close(fd)
@@ -379,7 +376,7 @@ def _records(fd: int, image_size: int) -> Iterator[tuple[int, int, int, int]]:
         (found,) = _SUM.unpack_from(raw, _RECORD.size)
         at += _HEAD
         total = xxh3_64(raw[: _RECORD.size])
-        if magic != _RECORD_MAGIC or kind not in (DATA, ZEROS, END):
+        if magic != _RECORD_MAGIC or kind not in (DATA, ZEROS, END, PROVISIONED):
             raise ValueError(f"no record at byte {at - _HEAD}")
         if kind != END and offset + length > image_size:
             raise ValueError(f"a record beyond the end of the image, at byte {at - _HEAD}")
