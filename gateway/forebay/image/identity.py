@@ -37,7 +37,7 @@ class KnownIdentity:
         self._noted = 0
         """How many of them the identity on record covers."""
         self._is_withdrawn_durably = False
-        self._has_checkpoint = False
+        self.has_checkpoint = False
         """True while a checkpoint may be committed beside the image, and not all of it in the image."""
         self.is_committing = False
         """True while a start after a crash would take other times than those in the redo journal for somebody else's
@@ -131,17 +131,11 @@ class KnownIdentity:
 
     def begin_checkpoint(self) -> None:
         """Say that a redo journal is about to be committed beside the image: a start after a crash writes the image."""
-        self._has_checkpoint = True
-        self.is_committing = True
-
-    @property
-    def has_checkpoint(self) -> bool:
-        """True while a redo journal may be committed beside the image that the image has not all of."""
-        return self._has_checkpoint
+        self.has_checkpoint = self.is_committing = True
 
     def end_checkpoint(self) -> None:
         """Say that no redo journal lies beside the image any more."""
-        self._has_checkpoint = self.is_committing = False
+        self.has_checkpoint = self.is_committing = False
 
     def needs_flush(self) -> bool:
         """True if the image may lack, durably, something that was written."""
@@ -161,7 +155,7 @@ class KnownIdentity:
 
     def is_at_rest(self) -> bool:
         """True if all writes are durable, none is under way, and the next start makes none: an identity can last."""
-        return self.is_all_durable() and not self._has_checkpoint
+        return self.is_all_durable() and not self.has_checkpoint
 
     def is_noted(self, ended: int) -> bool:
         """True if the identity on record covers the first `ended` writes and no others."""
