@@ -55,6 +55,8 @@ class Pass:
         Raises OSError. Then, and when it is cancelled, the layer is still there, with all that was not settled, for
         another pass.
         """
+        # A device that has failed may not have the layer durably, to lie over the clean blocks after a crash.
+        await self._cache.invalidations.invalidate(self._image.layer)
         # As long as there may be a committed journal, a start after a crash writes the image: its identity is not on
         # record in all that time, or those writes would be taken for somebody else's.
         async with self._image.writing():

@@ -3,6 +3,7 @@
 
 """An image on this host, which all disks on it share: whether it can be touched, its clean blocks, our writes to it."""
 
+import contextlib
 import errno
 import logging
 from collections.abc import Awaitable, Callable
@@ -183,19 +184,27 @@ class Image:
 
     async def _compare(self, origin: Origin, found: Identity) -> None:
         """Forget what the cache has of an image that somebody else has changed since. Raises OSError."""
+        what = ""
         if self.identity.is_of_another_file(found):
-            await origin.forget()
-            self._note_change(f"{self.key} was replaced by another file")
+            what = "was replaced by another file"
         elif self.identity.is_withdrawn():
             # We were writing it when we ended unexpectedly; the owner marker kept others out since. What it looks like
             # is noted when it is durable.
             return
         elif self.identity.differs_from(found):
+            what = "was changed by somebody else"
+        if what:
             await origin.forget()
-            self._note_change(f"{self.key} was changed by somebody else")
+            self._note_change(f"{self.key} {what}")
         # With a conflict the one we know stays on record: it is a conflict after a restart too.
-        if self.conflict is None:
-            self.identity.remember(found)
+        if self.conflict is not None:
+            return
+        self.identity.remember(found)
+        if what:
+            # What is written from here on is for the image as it is now. Were the other one still on record after a
+            # crash, there would be a conflict about it.
+            with contextlib.suppress(OSError):
+                await self.cache.commit.records()
 
     def _note_change(self, what: str) -> None:
         """Stop, or go on with an image that somebody else has changed, and nothing of what the cache had of it."""

@@ -1,0 +1,75 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""What test_power_cuts.py has found by chance, each at its moment and without chance."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from forebay.checkpoint.passes import Pass
+from forebay.errors import ForebayError
+from forebay.units import Mode
+from real.commands_bed import NEW, OLD, SIZE, Bed, nothing
+
+OWN = 65536
+
+
+@pytest.fixture(autouse=True)
+def _may_say_so(expect_log: Callable[[str], None]) -> None:
+    expect_log("(?s).*")
+
+
+async def test_what_a_pass_takes_past_a_failed_device_does_not_come_to_lie_under_old_blocks(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device had the old data, clean and durably, and never got the new: the image got it, and power fails."""
+    bed = Bed(short_path)
+    device = short_path / "state" / "cache.img"
+    async with bed.life() as gateway:
+        bed.image("a.raw")
+        await gateway.attach("d", "images:a.raw", mode=Mode.WRITE_BACK)
+        disk = bed.disk("d").disk
+        await gateway.preload("d", SIZE, nothing)
+        await gateway._cache.commit()
+        durable = device.read_bytes()
+        await disk.write(0, memoryview(NEW * OWN), False)
+        gateway._cache.failure.fail(OSError(errno.EIO, "planted"))
+
+        async def cut(_: Pass) -> None:
+            raise OSError(errno.EIO, "planted: the power is cut")
+
+        monkeypatch.setattr(Pass, "_settle", cut)
+        with pytest.raises((OSError, ForebayError)):
+            await disk.writeback.catch_up()
+        assert (bed.images / "a.raw").read_bytes()[:OWN] == NEW * OWN
+    monkeypatch.undo()
+    device.write_bytes(durable)
+    async with bed.life():
+        assert bed.told()["d"][1] == "ready"
+        await bed.starts_with("d", NEW)
+
+
+async def test_a_change_that_was_noticed_is_no_conflict_after_a_crash(short_path: Path) -> None:
+    """The disk had nothing dirty, went on with the image as it is now, and wrote."""
+    bed = Bed(short_path)
+    async with bed.life() as gateway:
+        path = bed.image("a.raw")
+        await gateway.attach("d", "images:a.raw", mode=Mode.WRITE_BACK)
+        await bed.starts_with("d", OLD)
+        await bed.disk("d").disk.image.look()
+        await gateway._cache.commit()
+    with path.open("r+b") as file:
+        file.write(b"x" * OWN)
+    os.utime(path, ns=(path.stat().st_mtime_ns + 10**9,) * 2)
+    async with bed.life():
+        await bed.starts_with("d", b"x")
+        await bed.write("d")
+    async with bed.life() as gateway:
+        assert bed.told()["d"][1] == "ready"
+        await bed.starts_with("d", NEW)
+        await gateway.flush(["d"], progress=nothing)
+        assert path.read_bytes()[:OWN] == NEW * OWN
