@@ -8,8 +8,7 @@ sent, and after its answer has come.
 """
 
 import contextlib
-import itertools
-import marshal
+import math
 import os
 import random
 import subprocess
@@ -19,12 +18,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from forebay.client import Client
 from forebay.errors import ForebayError
 from real.crash_ledger import CELL, SECTOR, content, image_content
+from real.crash_marks import Marks
 from real.crash_oracle import CACHE_SIZE, DISK, IMAGE, STORE
+from real.crash_steps import LOG, Steps, nothing
 from real.gateway_process import GatewayProcess
 from real.processes import START_TIMEOUT, end
 
@@ -34,6 +34,12 @@ OWN = 8
 """Of each GUESTS * OWN sectors that many are one guest's: what a guest writes nobody else does."""
 
 PERIODS = SIZE // SECTOR // (GUESTS * OWN)
+TIMEOUT = "1s"
+"""After which a cache device that hangs counts as failed."""
+
+DEVICE_LOG = "cache device .* failed|works again|is damaged|are damaged|write-back failed|index|slow|no answer"
+"""What a daemon may say loudly about a device that hangs."""
+
 HOT = (0, 1, PERIODS - 1)
 """Places that are written again and again."""
 
@@ -66,29 +72,12 @@ class RecorderProcess:
             self.process.stdout.close()
 
 
-class Marks:
-    """The file that marks are written to. From any thread."""
-
-    def __init__(self, mount: Path) -> None:
-        self._fd = os.open(mount / "marks", os.O_WRONLY | os.O_CLOEXEC)
-        self._numbers = itertools.count(1)
-        self._lock = threading.Lock()
-
-    def say(self, *mark: Any) -> None:
-        os.pwrite(self._fd, marshal.dumps(mark), 0)
-
-    def number(self) -> int:
-        with self._lock:
-            return next(self._numbers)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
 @dataclass
 class Known:
     """What a guest's cells have to read as; `unsure` are those of an operation that was not answered."""
 
+    base: bytes
+    """What the disk held at its beginning."""
     holds: dict[int, bytes] = field(default_factory=dict)
     unsure: set[int] = field(default_factory=set)
 
@@ -196,7 +185,7 @@ class Guest(threading.Thread):
         first, count = self._own()
         data = self._client.pread(count * SECTOR, first * SECTOR)
         for n, cell in enumerate(range(first * 8, (first + count) * 8)):
-            known = self._known.holds.get(cell, content(cell, 0))
+            known = self._known.holds.get(cell, self._known.base[cell * CELL : (cell + 1) * CELL])
             if cell not in self._known.unsure and bytes(data[n * CELL : (n + 1) * CELL]) != known:
                 self.wrong = f"cell {cell} does not read as it was written"
 
@@ -215,6 +204,10 @@ class Life:
     """Seconds between two things that the operator does."""
     restarts: bool = True
     """Whether the daemon may be killed in the middle, and come back."""
+    step: str = ""
+    """One of `crash_steps.STEPS`, in the middle."""
+    device: str = ""
+    """Of the cache: `slow`, or `hangs` for longer than `cache.timeout`."""
     bug: str | None = None
     """One of `planted.BUGS`."""
 
@@ -233,7 +226,10 @@ class Living:
         self._directory = directory
         self.log = directory / "record"
         self.wrong: list[str] = []
-        self._known = [Known() for _ in range(GUESTS)]
+        self._begin_anew(image_content(SIZE))
+
+    def _begin_anew(self, base: bytes) -> None:
+        self._known = [Known(base) for _ in range(GUESTS)]
 
     def run(self, gateway: GatewayProcess) -> None:
         """Live, until the daemon is killed or stopped; `gateway` is not started yet, and removed by the caller."""
@@ -242,18 +238,20 @@ class Living:
             self._configure(gateway, recorder.mount)
             marks = Marks(recorder.mount)
             try:
-                self._live(gateway, marks)
+                self._live(gateway, marks, recorder.mount)
             finally:
+                marks.say("order", "device", 0.0)
                 marks.close()
                 gateway.kill()
         finally:
             recorder.stop()
 
     def _configure(self, gateway: GatewayProcess, mount: Path) -> None:
+        timeout = TIMEOUT if self.life.device == "hangs" else "30s"
         gateway.configure(
             {
                 "gateway": {"state": str(mount / "state")},
-                "cache": {"size": str(CACHE_SIZE)},
+                "cache": {"size": str(CACHE_SIZE), "timeout": timeout},
                 "defaults": {
                     "max_lag": self.random.choice(("100ms", "300ms", "30s")),
                     "max_dirty": self.random.choice(("256 KiB", "1 MiB")),
@@ -265,12 +263,30 @@ class Living:
     def _start(self, gateway: GatewayProcess) -> None:
         gateway.start(["-m", "real.planted", self.life.bug] if self.life.bug else [])
 
-    def _live(self, gateway: GatewayProcess, marks: Marks) -> None:
+    def _live(self, gateway: GatewayProcess, marks: Marks, mount: Path) -> None:
         self._start(gateway)
-        client = Client(str(gateway.control))
+        self._attach(gateway, marks)
+        if self.life.device:
+            gateway.allow_log(DEVICE_LOG)
+        restarts = self.life.restarts and self.random.random() < 0.5
+        if restarts:
+            killer = threading.Timer(self.random.uniform(0.05, 0.4), gateway.kill)
+            killer.start()
+            self._work(gateway, marks, self.life.operations)
+            killer.join()
+            gateway.kill()
+            self._start(gateway)
+        if self.life.step:
+            self._step(gateway, marks, mount)
+        self._work(gateway, marks, self.life.operations // (2 if restarts else 1))
+        if self.life.bug is None:
+            self._end(gateway, marks)
+
+    def _attach(self, gateway: GatewayProcess, marks: Marks) -> None:
         marks.say("change", self.life.mode)
         full = "full-copy" in (self.life.mode, *self.life.modes)  # it takes what it takes
-        client.post(
+        marks.say("say", "attaching")
+        Client(str(gateway.control)).post(
             "/disks",
             {
                 "name": DISK,
@@ -280,19 +296,38 @@ class Living:
             },
         )
         marks.say("say", "attached")
-        restarts = self.life.restarts and self.random.random() < 0.5
-        if restarts:
-            killer = threading.Timer(self.random.uniform(0.05, 0.4), gateway.kill)
-            killer.start()
-            self._work(gateway, marks, self.life.operations)
-            killer.join()
-            gateway.kill()
-            self._start(gateway)
-        self._work(gateway, marks, self.life.operations // (2 if restarts else 1))
-        if self.life.bug is None:
-            self._end(gateway, marks)
 
-    def _work(self, gateway: GatewayProcess, marks: Marks, operations: int) -> None:
+    def _step(self, gateway: GatewayProcess, marks: Marks, mount: Path) -> None:
+        """Guests at work, whom the life's step interrupts."""
+        gateway.allow_log(LOG)
+        steps = Steps(
+            gateway,
+            marks,
+            mount,
+            self.image,
+            random.Random(self.random.getrandbits(32)),
+            start=lambda: self._start(gateway),
+            attach=lambda: self._attach(gateway, marks),
+        )
+        self._work(gateway, marks, self.life.operations, lambda: steps.begin(self.life.step))
+        held = {
+            cell: data
+            for known in self._known
+            for cell, data in known.holds.items()
+            if cell not in known.unsure
+        }
+        found = steps.end(self.life.step, held)
+        self.wrong += steps.wrong
+        if found is not None:
+            self._begin_anew(found)
+
+    def _work(
+        self,
+        gateway: GatewayProcess,
+        marks: Marks,
+        operations: int,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
         """Guests at work, an operator beside them. The daemon may be killed under them."""
         uri = gateway.uri(DISK)
         guests = [
@@ -303,12 +338,26 @@ class Living:
         operator = threading.Thread(target=self._operate, args=(gateway, marks, done))
         for thread in (*guests, operator):
             thread.start()
-        for guest in guests:
-            guest.join()
-            if guest.wrong is not None:
-                self.wrong.append(guest.wrong)
-        done.set()
-        operator.join()
+        try:
+            self._trouble(marks)
+            meanwhile()
+        finally:
+            for guest in guests:
+                guest.join()
+                if guest.wrong is not None:
+                    self.wrong.append(guest.wrong)
+            done.set()
+            operator.join()
+
+    def _trouble(self, marks: Marks) -> None:
+        """What the cache device does to those at work."""
+        if self.life.device == "slow":
+            marks.say("order", "device", self.random.choice((0.001, 0.005, 0.03)))
+        elif self.life.device == "hangs":
+            time.sleep(self.random.uniform(0.02, 0.2))
+            marks.say("order", "device", math.inf)
+            time.sleep(self.random.uniform(1.0, 2.5))
+            marks.say("order", "device", 0.0)
 
     def _operate(self, gateway: GatewayProcess, marks: Marks, done: threading.Event) -> None:
         client = Client(str(gateway.control))
@@ -317,14 +366,14 @@ class Living:
                 if self.life.modes and self.random.random() < 0.4:
                     mode = self.random.choice(self.life.modes)
                     marks.say("change", mode)
-                    client.follow("POST", f"/disks/{DISK}/mode", {"mode": mode}, _nothing)
+                    client.follow("POST", f"/disks/{DISK}/mode", {"mode": mode}, nothing)
                 else:
                     self._drain(client, marks)
 
     def _drain(self, client: Client, marks: Marks) -> None:
         number = marks.number()
         marks.say("drain", number)
-        client.follow("POST", f"/disks/{DISK}/flush", {}, _nothing)
+        client.follow("POST", f"/disks/{DISK}/flush", {}, nothing)
         marks.say("drained", number)
 
     def _end(self, gateway: GatewayProcess, marks: Marks) -> None:
@@ -332,11 +381,7 @@ class Living:
         if how < 0.2:
             marks.say("say", "detaching")
             client = Client(str(gateway.control))
-            client.follow("DELETE", f"/disks/{DISK}?force=true", None, _nothing)
+            client.follow("DELETE", f"/disks/{DISK}?force=true", None, nothing)
             marks.say("say", "detached")
         if how < 0.5:
             gateway.stop()
-
-
-def _nothing(done: int, total: int) -> None:
-    pass

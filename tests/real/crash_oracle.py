@@ -14,6 +14,8 @@ another one: nothing of what the page cache held counts.
   all that was answered.
 * The index is honest: no slot is named twice, every checksum fits, clean blocks show what the image has.
 * It stays so: a second reading, and after what is dirty was written back the image, are the same.
+* What the operator gave up is gone from the disk, and from nothing else. A backup that was put over the image is
+  not written by anybody before the operator has said whose data is kept; until then the cache has what only it had.
 """
 
 import logging
@@ -39,6 +41,7 @@ from forebay.daemon.disks import Disks
 from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.disk import Disk
 from forebay.doors.returns import Returns
+from forebay.errors import ForebayError
 from forebay.image.registry import Images
 from forebay.origin.calls import Status, SystemCalls
 from forebay.sidecar import applying, recover
@@ -50,7 +53,7 @@ from forebay_cache.format.geometry import BLOCK, FULL, PAGE_BLOCKS, PAGE_SHIFT, 
 from forebay_cache.layers.layer import Layer
 from forebay_cache.read.check import read_slots
 from forebay_nbd import Budgets
-from real.crash_ledger import SECTOR, Ledger
+from real.crash_ledger import SECTOR, Ledger, Phase
 from real.crash_log import WHOLE, Content, File, State
 from sim.fake_host import Listener, check_cache, nothing
 from sim.fake_loop import Dice, simulated
@@ -70,6 +73,9 @@ DRAINED = 0.5
 
 EXPECTED = re.compile("copying paused|is damaged")
 """What may be logged: a full copy does not fit beside dirty data; scrub says what it finds below a private layer."""
+
+GOING = {"detaching", "detached"}
+BEHIND_A_BACKUP = (Phase.RESTORED, Phase.RESOLVING)
 
 CLOCKS = 0.01
 """Seconds by which an instant may be named wrongly: it is given in milliseconds."""
@@ -153,6 +159,9 @@ class Host:
         for name, content in state.files.items():
             if name.startswith(f"{STORE}/"):
                 self._put_file(name, content)
+            if name.startswith(SIDECAR) and name in state.times:
+                mtime, _ = state.times[name]
+                os.utime(self.directory / name, ns=(mtime, mtime))
         found = os.stat(self.directory / IMAGE_PATH)
         self._fresh = found.st_ino, found.st_ctime_ns
         self._times = state.times[IMAGE_PATH]
@@ -226,7 +235,14 @@ class Oracle:
         self.boot = _BOOT if killed else "another"
         self._host.put(state)
         floor = ledger.answered() if killed else ledger.floor
-        self._without_cache(ledger, floor)
+        for name, saved in ledger.saved.items():
+            found = state.files.get(f"{STORE}/{name}")
+            if found is None or found.whole() != saved:
+                raise Broken(f"{name}, which was made of the disk, is not what it was")
+        if ledger.phase in BEHIND_A_BACKUP:
+            self._backup_stays(ledger, floor)
+        else:
+            self._without_cache(ledger, floor)
         deep = self._random.random() < DEEP
         if deep and self._random.random() < 0.5:  # else the next daemon finds it recovered
             self._host.put_image(state)
@@ -241,14 +257,20 @@ class Oracle:
         try:
             known = cache.records.get("disk", DISK)
             self._check_known(ledger, known)
-            if deep or known is None:
+            if ledger.phase is Phase.RESOLVING or (known is not None and known["leaving"]):
+                if ledger.keeps == "mine" and known is not None:
+                    self._check_own(cache, DiskRecord.read(known), ledger, floor)
+            elif deep or known is None:
                 await self._with_disk(cache, known, ledger, floor)
+            elif ledger.phase is Phase.RESTORED:
+                self._check_own(cache, DiskRecord.read(known), ledger, floor)
             else:
                 self._check_cache(cache, DiskRecord.read(known), ledger, floor)
         finally:
             cache.release()
         said = [record.getMessage() for record in self._logged]
-        if loud := [text for text in said if not EXPECTED.search(text)]:
+        loud = [text for text in said if not EXPECTED.search(text)]
+        if loud and ledger.phase not in BEHIND_A_BACKUP:
             raise Broken(f"said: {loud[0]}")
 
     def _verify_index(self) -> None:
@@ -275,13 +297,14 @@ class Oracle:
         if found.finished is not None:
             self._host.changed(IMAGE_PATH)
         image = self._host.image()
+        discarding = ledger.phase is Phase.DISCARDING
         if "detached" in ledger.said:
-            floor = ledger.answered()
+            floor = ledger.home if discarding else ledger.answered()
             if found.owner is not None:
                 raise Broken("the disk was detached, and the image belongs to somebody")
             if why := ledger.wrong(image, floor):
                 raise Broken(f"after detach the image lacks something: {why}")
-        if not self._one_instant:
+        if not self._one_instant or ledger.is_past_cache:
             return
         try:
             spans = ledger.instants(image)
@@ -289,7 +312,7 @@ class Oracle:
             raise Broken(f"without its cache the image is of no instant: {fault}") from None
         if why := ledger.wrong(image, ledger.home):
             raise Broken(f"without its cache the image is older than the last flush: {why}")
-        if not found.lacks_data and (why := ledger.wrong(image, floor)):
+        if not (found.lacks_data or discarding) and (why := ledger.wrong(image, floor)):
             raise Broken(f"the image lacks something, and its marker does not say so: {why}")
         if found.as_of:
             named = datetime.fromisoformat(found.as_of).timestamp()
@@ -297,10 +320,28 @@ class Oracle:
             if named > max(b for _, b in seconds) + CLOCKS:
                 raise Broken(f"the image is said to be of {named}, and is of {seconds}")
 
+    def _backup_stays(self, ledger: Ledger, floor: dict[int, int]) -> None:
+        """Nothing is written over a backup but, all of it, what the operator has said is to be."""
+        try:
+            found = recover.run(self._host.config, f"{STORE}:{IMAGE}", sure=False)._found
+        except ForebayError:
+            pass  # it says that the image was changed
+        else:
+            if found.finished is not None:
+                self._host.changed(IMAGE_PATH)
+        image = self._host.image()
+        if image == ledger.backup:
+            return
+        if ledger.phase is not Phase.RESOLVING or ledger.keeps != "mine":
+            raise Broken(f"a backup was written over: {ledger.lacks(image, floor)}")
+        if why := ledger.is_torn_over_backup(image):
+            raise Broken(f"the disk's own data is in the image in part: {why}")
+
     # -- the cache and its index ------------------------------------------------------------------------------
 
     def _check_known(self, ledger: Ledger, known: object) -> None:
-        if known is None and "attached" in ledger.said and "detaching" not in ledger.said:
+        given_up = ledger.phase is Phase.RESOLVING and ledger.keeps == "image"
+        if known is None and "attached" in ledger.said and not (ledger.said & GOING or given_up):
             raise Broken("the disk was attached, and is not known")
         if known is not None and "detached" in ledger.said:
             raise Broken("the disk was detached, and is back")
@@ -309,9 +350,20 @@ class Oracle:
         self, cache: Cache, record: DiskRecord, ledger: Ledger, floor: dict[int, int]
     ) -> None:
         """What the disk would read, as the index has it: from the medium, past everything that is kept in memory."""
+        if why := ledger.wrong(self._shown(cache, record), floor):
+            raise Broken(f"in mode {record.mode}: {why}")
+
+    def _check_own(
+        self, cache: Cache, record: DiskRecord, ledger: Ledger, floor: dict[int, int]
+    ) -> None:
+        """The disk's own data over a backup: nothing is lacking that only the cache had."""
+        if why := ledger.lacks(self._shown(cache, record, only_private=True), floor):
+            raise Broken(f"behind a backup, in mode {record.mode}: {why}")
+
+    def _shown(self, cache: Cache, record: DiskRecord, *, only_private: bool = False) -> bytes:
         image = self._host.image()
         private = cache.layers.private_of(DISK)[::-1]
-        clean = cache.layers.clean_of(record.key)
+        clean = None if only_private else cache.layers.clean_of(record.key)
         for layer in (*private, *([clean] if clean else ())):
             for number in range(-(-record.size >> PAGE_SHIFT)):
                 layer.pages.adopt(number, cache.index.page(layer.id, number))
@@ -332,8 +384,7 @@ class Oracle:
             if not part.private and data != image[part.offset : part.offset + SECTOR]:
                 raise Broken(f"mode {record.mode}: {part}, clean, is not what the image has")
             found[part.offset : part.offset + SECTOR] = data
-        if why := ledger.wrong(bytes(found), floor):
-            raise Broken(f"in mode {record.mode}: {why}")
+        return bytes(found)
 
     # -- all of it --------------------------------------------------------------------------------------------
 
@@ -360,6 +411,10 @@ class Oracle:
             source, settings = arrivals.source(DISK, record, record.size)
             disk = await Disk.open(images, source, settings)
             stack.push_async_callback(_let_go, disk)
+            if ledger.phase is Phase.RESTORED and (disk.image.conflict or disk.dirty.private_bytes):
+                if disk.image.conflict is None:
+                    raise Broken("what is dirty would be written over a backup")
+                return
             if disk.image.origin is None or disk.image.conflict is not None:
                 raise Broken(f"{disk.image.reach.unreachable or disk.image.conflict}")
             work = await stack.enter_async_context(trio.open_nursery())
@@ -370,7 +425,10 @@ class Oracle:
     async def _contents(self, disk: Disk, ledger: Ledger, floor: dict[int, int]) -> None:
         cache = disk.image.cache
         found = await _read(disk)
-        if why := ledger.wrong(found, floor):
+        if ledger.phase is Phase.RESTORED:
+            if found != ledger.backup:
+                raise Broken("blocks of before a backup are shown")
+        elif why := ledger.wrong(found, floor):
             raise Broken(f"in mode {disk.mode}: {why}")
         await check_cache(cache)
         await _clean_is_clean(disk, self._host.image())

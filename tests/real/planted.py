@@ -76,23 +76,29 @@ def _index_not_synced(replace: bugs.Replace) -> None:
     replace(lmdb, "open", unsynced)
 
 
+def _written_over_a_backup(replace: bugs.Replace) -> None:
+    """A committed journal is applied whatever has become of the image."""
+    replace(redo, "has_changed", lambda *_: False)
+
+
 def _replace(target: object, name: str, value: object) -> None:
     assert hasattr(target, name), f"{target!r} has no {name} any more: this plants nothing"
     setattr(target, name, value)
 
 
-#: The bug, and the mode in which it does harm.
-BUGS: dict[str, tuple[Callable[[bugs.Replace], None], str]] = {
-    "index-before-data": (bugs.index_before_data, "write-back"),
-    "slots-reused-early": (bugs.slots_reused_early, "write-back"),
-    "no-data-sync": (_no_data_sync, "write-back"),
-    "overwritten-in-place": (bugs.overwritten_in_place, "write-back"),
-    "journal-committed-early": (_journal_committed_early, "write-back"),
-    "journal-removed-early": (_journal_removed_early, "write-back"),
-    "image-not-synced": (bugs.image_not_synced, "write-back"),
-    "marked-late": (_marked_late, "write-back"),
-    "no-region-log": (bugs.no_region_log, "write-through"),
-    "index-not-synced": (_index_not_synced, "write-back"),
+#: The bug, the mode in which it does harm, and the step (crash_steps.STEPS) that is needed for that.
+BUGS: dict[str, tuple[Callable[[bugs.Replace], None], str, str]] = {
+    "index-before-data": (bugs.index_before_data, "write-back", ""),
+    "slots-reused-early": (bugs.slots_reused_early, "write-back", ""),
+    "no-data-sync": (_no_data_sync, "write-back", ""),
+    "overwritten-in-place": (bugs.overwritten_in_place, "write-back", ""),
+    "journal-committed-early": (_journal_committed_early, "write-back", ""),
+    "journal-removed-early": (_journal_removed_early, "write-back", ""),
+    "image-not-synced": (bugs.image_not_synced, "write-back", ""),
+    "marked-late": (_marked_late, "write-back", ""),
+    "no-region-log": (bugs.no_region_log, "write-through", ""),
+    "index-not-synced": (_index_not_synced, "write-back", ""),
+    "written-over-a-backup": (_written_over_a_backup, "write-back", "restore under a journal"),
 }
 
 

@@ -18,16 +18,22 @@ The log is a row of tuples, each as `marshal.dump` writes it; `crash_log.py` rea
     ("begin",)                            what comes before was there when the recorder started: it is durable
 
 A node is what the file system says of the file: its inode number, which is that of the file in BACKING. A sync takes
-a random while, so that things happen beside it. Not passed on, because pyfuse3 does not offer them: fallocate (the
+a random while, so that things happen beside it. The times of files are by a clock of this file system's own.
+
+A mark that is an order, as `marshal.dumps(("order", name, value))`, is obeyed: `clock` goes on by so many seconds,
+`device` makes every write and sync of the cache device take so many seconds, or, infinite, until the next such order,
+and `sync` makes all durable that was written so far. Not passed on, because pyfuse3 does not offer them: fallocate (the
 kernel answers EOPNOTSUPP, so that trims are ignored, and zeros written) and SEEK_HOLE (all is data).
 """
 
 import errno
 import marshal
+import math
 import os
 import random
 import stat
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +46,7 @@ from forebay.doors.fuse.awake import kept_awake
 ROOT = pyfuse3.ROOT_INODE
 MARKS = 2
 MARKS_NAME = b"marks"
+DEVICE_NAME = b"cache.img"
 DIRECTORIES = 1 << 40
 """Numbers of directories begin here: files have those of the backing file system."""
 
@@ -58,6 +65,7 @@ class Node:
         self.fd = fd
         self.links = 1
         self.mode = 0o755
+        self.times = (time.time_ns(),) * 2  # mtime and ctime
         self.children: dict[bytes, Node] = {}
 
     @property
@@ -77,6 +85,9 @@ class Recorder(pyfuse3.Operations):  # type: ignore[misc]
         self._random = random.Random(seed)
         self._made = 0
         self._syncs = 0
+        self._ahead = 0  # ns by which our clock goes before the host's
+        self._slowness = 0.0
+        self._changed = trio.Event()  # the slowness of the device was
         self._nodes: dict[int, Node] = {ROOT: Node(ROOT)}
         self._take_in(self._nodes[ROOT], backing)
         marks = Node(MARKS, os.open(os.devnull, os.O_RDWR))
@@ -90,7 +101,7 @@ class Recorder(pyfuse3.Operations):  # type: ignore[misc]
         for entry in sorted(path.iterdir()):
             node = self._add(directory, os.fsencode(entry.name), entry if entry.is_file() else None)
             if entry.is_file():
-                self._note("write", node.number, 0, entry.read_bytes(), *self._times(node))
+                self._note("write", node.number, 0, entry.read_bytes(), *node.times)
             else:
                 self._take_in(node, entry)
 
@@ -103,14 +114,44 @@ class Recorder(pyfuse3.Operations):  # type: ignore[misc]
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             node = Node(os.fstat(fd).st_ino, fd)
             node.mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        self._times(node)
         self._nodes[node.number] = directory.children[name] = node
         self._note("create", directory.number, name, node.number, path is None)
         return node
 
-    @staticmethod
-    def _times(node: Node) -> tuple[int, int]:
-        found = os.fstat(node.fd)
-        return found.st_mtime_ns, found.st_ctime_ns
+    def _times(self, node: Node) -> tuple[int, int]:
+        """Those of a file that has changed just now."""
+        now = time.time_ns() + self._ahead
+        node.times = now, now
+        return node.times
+
+    # -- orders -----------------------------------------------------------------------------------------------
+
+    def _obey(self, name: str, value: float) -> None:
+        if name == "clock":
+            self._ahead += int(value * 1e9)
+        elif name == "device":
+            self._slowness = value
+            self._changed.set()
+            self._changed = trio.Event()
+        else:
+            for number, node in self._nodes.items():
+                if number != MARKS:
+                    self._syncs += 1
+                    self._note("sync", self._syncs, node.number, False)
+                    self._note("synced", self._syncs)
+
+    async def _be_slow(self, fh: int) -> None:
+        """Before a write or a sync is made."""
+        if self._slowness and self._nodes[fh] is self._device():
+            if math.isinf(self._slowness):
+                await self._changed.wait()
+            else:
+                await trio.sleep(self._slowness * 2 * self._random.random())
+
+    def _device(self) -> Node | None:
+        state = self._nodes[ROOT].children.get(b"state")
+        return state.children.get(DEVICE_NAME) if state else None
 
     # -- names ------------------------------------------------------------------------------------------------
 
@@ -138,8 +179,8 @@ class Recorder(pyfuse3.Operations):  # type: ignore[misc]
         entry.st_size = found.st_size if stat.S_ISREG(found.st_mode) else 0
         entry.st_blocks = found.st_blocks
         entry.st_blksize = 4096
-        entry.st_atime_ns = found.st_atime_ns
-        entry.st_mtime_ns, entry.st_ctime_ns = found.st_mtime_ns, found.st_ctime_ns
+        entry.st_atime_ns = entry.st_mtime_ns = node.times[0]
+        entry.st_ctime_ns = node.times[1]
         entry.entry_timeout, entry.attr_timeout = NAMES_STAY, 0
         return entry
 
@@ -229,7 +270,11 @@ class Recorder(pyfuse3.Operations):  # type: ignore[misc]
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         if fh == MARKS:
             self._note("mark", bytes(buf))
+            kind, *order = marshal.loads(buf)
+            if kind == "order":
+                self._obey(*order)
             return len(buf)
+        await self._be_slow(fh)
         node = self._nodes[fh]
         done = os.pwrite(node.fd, buf, off)
         self._note("write", fh, off, bytes(buf[:done]), *self._times(node))
@@ -239,6 +284,7 @@ class Recorder(pyfuse3.Operations):  # type: ignore[misc]
         self._syncs += 1
         number = self._syncs
         self._note("sync", number, fh, bool(datasync))
+        await self._be_slow(fh)
         await trio.sleep(self._random.choice(SYNC_SECONDS))
         self._note("synced", number)
 
