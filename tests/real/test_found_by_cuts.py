@@ -5,13 +5,15 @@
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from forebay.checkpoint.passes import Pass
 from forebay.errors import ForebayError
+from forebay.origin.file import FileOrigin
 from forebay.units import Mode
 from real.commands_bed import NEW, OLD, SIZE, Bed, nothing
 
@@ -73,3 +75,54 @@ async def test_a_change_that_was_noticed_is_no_conflict_after_a_crash(short_path
         await bed.starts_with("d", NEW)
         await gateway.flush(["d"], progress=nothing)
         assert path.read_bytes()[:OWN] == NEW * OWN
+
+
+async def _written_and_detached(bed: Bed, how: Callable[[], Awaitable[None]]) -> Path:
+    """An image that was written, whose last look then failed; `how` the disk goes."""
+    path = bed.image("a.raw")
+    await bed.gateway.attach("d", "images:a.raw", mode=Mode.WRITE_THROUGH)
+    await bed.starts_with("d", OLD)
+    await bed.write("d")
+    await bed.gateway._cache.commit()
+    await how()
+    return path
+
+
+def _put_a_backup_over(path: Path) -> None:
+    path.write_bytes(b"x" * SIZE)
+
+
+async def test_what_is_restored_after_a_detach_whose_last_look_failed_is_what_is_read(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not known then what the image looks like after our own writes."""
+    bed = Bed(short_path)
+    async with bed.life() as gateway:
+
+        async def detach() -> None:
+            with monkeypatch.context() as patch:
+                failing = mock.AsyncMock(side_effect=OSError(errno.EIO, "planted"))
+                patch.setattr(FileOrigin, "identity", failing)
+                await gateway.detach("d", progress=nothing)
+
+        _put_a_backup_over(await _written_and_detached(bed, detach))
+        await gateway.attach("d", "images:a.raw", mode=Mode.WRITE_THROUGH)
+        await bed.starts_with("d", b"x")
+
+
+async def test_what_is_restored_after_a_detach_that_a_start_finished_is_what_is_read(
+    short_path: Path,
+) -> None:
+    bed = Bed(short_path)
+    async with bed.life() as gateway:
+
+        async def detach() -> None:
+            records, record = gateway._records, bed.disk("d").record
+            await records.change("d", record, record.as_leaving())  # killed right behind that
+
+        path = await _written_and_detached(bed, detach)
+    async with bed.life() as gateway:
+        assert bed.told() == {}
+        _put_a_backup_over(path)
+        await gateway.attach("d", "images:a.raw", mode=Mode.WRITE_THROUGH)
+        await bed.starts_with("d", b"x")

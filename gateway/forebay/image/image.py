@@ -261,6 +261,9 @@ class Image:
                 await self._take_note(origin)
             except OSError as error:
                 log.warning("%s: %s", self.key, error.strerror)
+        if self.identity.is_withdrawn() and self.conflict is None:
+            # From now on no marker keeps others out, and nothing could tell what they write from what we wrote.
+            self.begin_anew()
         self.writes.kept.forget(self.writes.kept.position)
         try:
             await self.reach.close()

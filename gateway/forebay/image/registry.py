@@ -60,13 +60,16 @@ class Images:
         for layer in layers:
             self._cache.layers.drop(layer)
         self._cache.records.put("dirty", disk, None)
-        if len(layers) > 1:  # a pass may have written to the image under its clean blocks
-            image = self._open.get(key)
-            clean = self._cache.layers.clean_of(key)
-            if image is not None:
-                image.clean.refresh()
-            elif clean is not None:
-                self._cache.layers.drop(clean)
+        image, clean = self._open.get(key), self._cache.layers.clean_of(key)
+        if len(layers) > 1 and image is not None:
+            image.clean.refresh()  # a pass may have written to the image under its clean blocks
+        if image is not None or clean is None:
+            return
+        known = self._cache.records.get("image", key)
+        # ... or we were writing it when we ended, and whatever it looks like from now on would be taken for ours.
+        if len(layers) > 1 or known is None or known["identity"] is None:
+            self._cache.layers.drop(clean)
+            self._cache.records.put("image", key, None)
 
     def follow(self, disk: str, key: str, *, drops_own: bool, has_moved: bool) -> None:
         """Forget what does not belong on the image as it is now, from the next commit on. No disk is on it.
