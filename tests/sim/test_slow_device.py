@@ -7,6 +7,7 @@ Each story about what must not be half of something is also told with a bug, and
 """
 
 import contextlib
+import errno
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from sim.fake_loop import Dice, FakeSyncer, simulated
 from sim.fake_origin import FakeOrigin
 from sim.test_data_safety import NEW, OLD, SIZE, read
 
+ExpectLog = Callable[[str], None]
 Story = Callable[[Host, Dice], Awaitable[None]]
 Plant = Callable[[bugs.Replace], None]
 
@@ -214,6 +216,40 @@ def test_a_sync_covers_no_sector_whose_record_is_under_way(
         mock.patch.object(FakeSyncer, "begin", staticmethod(partial(syncs.append, 1))),
     ):
         play(tmp_path, story)
+
+
+def test_who_waits_while_a_frame_fails_is_told(tmp_path: Path, expect_log: ExpectLog) -> None:
+    """A sync that came first drops the records that nobody can write any more: without them nothing is answered."""
+    expect_log("cache device .* failed")
+    outcomes: list[str] = []
+
+    async def story(host: Host, dice: Dice) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, **STILL), overlay=True)
+
+        async def outcome(what: str, do: Callable[[], Awaitable[None]]) -> None:
+            try:
+                await do()
+            except OSError:
+                outcomes.append(f"{what}: an error")
+            else:
+                outcomes.append(f"{what}: done")
+
+        held, write = Held(host.cache, FRAME), partial(disk.write, data=memoryview(NEW), fua=False)
+        async with trio.open_nursery() as guests:
+            with held.within():
+                guests.start_soon(outcome, "write", partial(write, 0))
+                await held.reached.wait()
+                guests.start_soon(outcome, "flush", disk.flush)
+                await trio.sleep(1)
+                guests.start_soon(outcome, "write", partial(write, BLOCK))
+                await trio.sleep(1)
+                fails = mock.Mock(side_effect=OSError(errno.EIO, "planted"))
+                with mock.patch.object(host.cache.intent.journal, "write", fails):
+                    held.go.set()
+                    await trio.sleep(1)
+
+    play(tmp_path, story)
+    assert sorted(outcomes) == ["flush: an error", "write: an error", "write: an error"]
 
 
 @pytest.mark.parametrize("bug", [None, bugs.frozen_is_written])

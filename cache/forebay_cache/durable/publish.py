@@ -72,6 +72,7 @@ class Publisher(GroupCommit):
         """Have a thread write what was noted. Raises OSError: JournalFull, or the device has failed."""
         frame = self._intent.take_frame()
         if frame is None:
+            self._failure.check()  # another took it, a sync perhaps, and could not write it
             return
         try:
             took = await self._threads.writes.run(self._write, frame)
