@@ -21,7 +21,7 @@ from pathlib import Path
 
 from forebay.client import Client
 from forebay.errors import ForebayError
-from real.crash_ledger import CELL, SECTOR, content, image_content
+from real.crash_ledger import CELL, SECTOR, content, image_content, told
 from real.crash_marks import Marks
 from real.crash_oracle import CACHE_SIZE, DISK, IMAGE, STORE
 from real.crash_steps import LOG, Steps, nothing
@@ -186,8 +186,10 @@ class Guest(threading.Thread):
         data = self._client.pread(count * SECTOR, first * SECTOR)
         for n, cell in enumerate(range(first * 8, (first + count) * 8)):
             known = self._known.holds.get(cell, self._known.base[cell * CELL : (cell + 1) * CELL])
-            if cell not in self._known.unsure and bytes(data[n * CELL : (n + 1) * CELL]) != known:
-                self.wrong = f"cell {cell} does not read as it was written"
+            found = bytes(data[n * CELL : (n + 1) * CELL])
+            if cell not in self._known.unsure and found != known:
+                self.wrong = f"cell {cell} holds {told(found, cell)}, not {told(known, cell)}"
+                self._marks.say("wrong", self.wrong)
 
 
 @dataclass

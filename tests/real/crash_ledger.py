@@ -195,6 +195,9 @@ class Ledger:
     def _order(self, _: int, name: str, value: float) -> None:
         self.is_past_cache |= name == "device" and value == float("inf")
 
+    def _wrong(self, _: int, what: str) -> None:
+        """For who reads the log: the life has failed already."""
+
     # -- what the operator gives up ---------------------------------------------------------------------------
 
     def _discarding(self, _: int) -> None:

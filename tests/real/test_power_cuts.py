@@ -196,6 +196,8 @@ def live(life: Life, directory: Path) -> Living:
         except Exception:
             print(gateway.log_text())
             raise
+        if KEEP and living.wrong:
+            shutil.copy(living.log, Path(KEEP) / life.seed)
         if life.bug is None:
             assert not living.wrong, f"life {life.seed}: {living.wrong}"
             assert not gateway.unexpected_log(), f"life {life.seed}: {gateway.log_text()}"
