@@ -3,7 +3,7 @@
 #
 # make setup    leaves .venv/bin/forebay (system packages through root or sudo, only those missing)
 # make setup-libvirt   what the tests under a real libvirt need as well, 300 MB; make test runs them then
-# make test     all levels but the lab        PYTEST_ARGS='-k name' narrows it
+# make test     all levels but the lab        PYTEST_ARGS='-k name' narrows it   WORKERS=2: files side by side
 # make demo     everything on a throw-away directory
 # make bench    against nbdkit and qemu-nbd   ROUNDS=5  QUICK=1  BENCH_ARGS="--only qd16"
 # make bench-doors   socket, FUSE file, nbdfuse, sshfs, plain file     QUICK=1  BENCH_ARGS="--only read"
@@ -19,6 +19,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 ROUNDS ?= 5
+WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 # only what exists: a source root may be empty in an early checkout
@@ -37,7 +38,7 @@ setup-libvirt: setup
 	@tools/setup-libvirt.sh
 
 test: setup
-	@start=$$SECONDS; $(BIN)/python -m pytest --durations=5 $(PYTEST_ARGS); rc=$$?; \
+	@start=$$SECONDS; $(BIN)/python -m pytest --durations=5 --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS); rc=$$?; \
 	echo "make test: $$((SECONDS - start)) s"; exit $$rc
 
 test-unit test-sim test-real: test-%: setup
