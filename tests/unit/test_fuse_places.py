@@ -106,6 +106,6 @@ def test_what_the_configuration_shows(shown: Shown, folder: bool, found: int, mo
 def test_a_disk_of_another_is_not_opened(
     peer: str, user: int | None, process: int | None, uid: int, pid: int, may: bool
 ) -> None:
-    process, pid = (os.getpid() if one == OURS else one for one in (process, pid))
-    disk = Served("d", 1, False, False, "images:a", "/s", 1, peer, user, process)
-    assert disk.is_for(uid, pid) is may
+    holder = os.getpid() if process == OURS else process
+    disk = Served("d", 1, False, False, "images:a", "/s", 1, peer, user, holder)
+    assert disk.is_for(uid, os.getpid() if pid == OURS else pid) is may
