@@ -134,6 +134,10 @@ class RedoFile:
             zeros = PROVISIONED if part.is_provisioned else ZEROS
             kind, data = (zeros, []) if part.data is None else (DATA, [part.data])
             records += _record(kind, part.offset, part.length, data)
+        self._append(records, ranges)
+
+    def _append(self, records: list[Buffer], ranges: Sequence[Range]) -> None:
+        """Write the records of the ranges at the end of the file."""
         stored = sum(part.length for part in ranges if part.data is not None)
         with self._lock:
             at = self._end
@@ -142,8 +146,7 @@ class RedoFile:
             self._bytes += stored
             self._unsynced += stored
             self._provisions |= any(part.is_provisioned for part in ranges)
-            sync = self._unsynced >= _SYNC_EVERY
-            if sync:
+            if sync := self._unsynced >= _SYNC_EVERY:
                 self._unsynced = 0
         with self._file as fd:
             write_all(fd, records, at)
