@@ -188,6 +188,25 @@ def test_a_commit_that_names_no_layer_and_no_state_makes_all_of_it_new(
     reopened.close()
 
 
+def test_an_index_of_the_format_before_is_taken_over(old: tuple[str, Path]) -> None:
+    """Format 3 differs in what its pages do not say yet."""
+    _, root = old
+    open_cache(device(root), index(root), boot=OLD_BOOT).release()
+    opened = Index(index(root), 44)
+    layers = opened.layers()
+    opened.meta.format = FORMAT - 1
+    opened.commit_now(Changes(opened.meta))
+    opened.close()
+    assert index_format(root) == FORMAT - 1
+    assert not check(device(root), index(root), nothing, OLD_BOOT).hopeless
+    assert index_format(root) == FORMAT - 1, "a check changes nothing"
+    reopened = Index(index(root), 44)
+    assert reopened.layers() == layers
+    reopened.commit_now(Changes(None))
+    reopened.close()
+    assert index_format(root) == FORMAT
+
+
 def test_an_index_of_a_later_format_is_refused(old: tuple[str, Path]) -> None:
     _, root = old
     opened = Index(index(root), 44)
