@@ -41,6 +41,7 @@ from forebay_cache.layers.invalidation import Invalidations
 from forebay_cache.layers.reclaim import Reclaimer
 from forebay_cache.layers.registry import Layers
 from forebay_cache.layers.removal import Removal
+from forebay_cache.layers.shedding import shed_pages
 from forebay_cache.slots.placement import Placement
 from forebay_cache.slots.pool import SlotPool
 from forebay_cache.slots.quarantine import Quarantine
@@ -93,13 +94,21 @@ class Cache:
             want_commit=commit_wanted.call,
             want_eviction=eviction_wanted.call,
         )
+        dirty_pages: set[int] = set()
         self.intent = Intent(
-            device, journal, self.failure, pace, self.sums, self.ready, commit_wanted.call
+            device,
+            journal,
+            self.failure,
+            pace,
+            self.sums,
+            self.ready,
+            dirty_pages,
+            commit_wanted.call,
         )
         self.publish = Publisher(self.intent, self.failure, self.threads)
         self.hot = HotRegions(self.intent, self.failure)
         self.records = Records()
-        self.layers = Layers(index, self.intent, self.hot)
+        self.layers = Layers(index, self.intent, self.hot, dirty_pages)
         syncer = Syncer(device.fd, device.sync, pace, timeout)
         self.sync = DeviceSync(syncer, self.intent, self.publish, self.failure)
         self.commit = Committer(
@@ -188,13 +197,14 @@ class Cache:
             await self.commit()
 
     async def journal_room(self, length: int) -> None:
-        """Return when the journal has room for the records of a write of ``length`` bytes: note them without an await.
+        """Return when the journal has room for the records of a write of ``length`` bytes, and the next commit for what
+        it changes: note them, and change it, without an await.
 
         At once where the device has failed, for nothing is noted then. Raises OSError: JournalFull for more than the
         journal ever holds, else because commits, which make room, fail.
         """
         while self.failure.error is None and not self.intent.has_room(length):
-            if not self.intent.has_changes():
+            if not (self.intent.has_changes() or self.intent.is_crowded()):
                 raise JournalFull
             await self.commit()
 
@@ -210,6 +220,7 @@ class Cache:
             nursery.start_soon(self.quarantine.run)
             nursery.start_soon(self.ready.watch)
             nursery.start_soon(reclaimer.run)
+            nursery.start_soon(shed_pages, self.layers, self.commit)
             nursery.start_soon(self.slots.find_free)
             task_status.started()
 
@@ -236,6 +247,8 @@ class Cache:
         """Commit, mark the end as clean, let go of device and index."""
         self.index.meta.clean = True
         try:
+            while self.failure.error is None and self.hot.has_changes():  # each commit takes some
+                await self.commit()
             await self.commit.close()
         except OSError as error:
             log.error("the last commit failed, the next start will recover: %s", error)

@@ -1084,10 +1084,11 @@ def test_no_region_of_a_dropped_layer_stays_hot(tmp_path: Path) -> None:
         disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
         await disk.write(0, memoryview(NEW), True)
         await host.cache.commit()
-        assert host.cache.hot.regions
+        dropped = disk.image.layer
+        assert host.cache.hot.of(dropped.id)
         assert host.cache.index.hot()
         disk.image.clean.refresh()
-        assert not host.cache.hot.regions
+        assert not host.cache.hot.of(dropped.id)
         await host.cache.commit()
         assert not host.cache.index.hot()
 

@@ -64,7 +64,7 @@ def layer_of(
 ) -> tuple[Layer, FakeIndex]:
     """A layer that has these pages, in the index or, `loaded`, in memory alone."""
     index = FakeIndex()
-    table = PageTable(index, 1, private=private, complete=loaded)
+    table = PageTable(index, 1, set(), private=private, complete=loaded)
     for number, masks in pages.items():
         raw = words(masks, private=private).tobytes()
         if loaded:

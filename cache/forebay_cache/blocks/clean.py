@@ -82,8 +82,10 @@ async def uncover(cache: Cache, frozen: Layer, filler: Filler) -> None:
     When this returns, the private layer can be dropped without anything stale coming to light. Raises OSError.
     """
     layer = filler.layer
-    for number, page in list(frozen.pages.held()):
+    for number in await frozen.pages.numbers():
         await trio.lowlevel.checkpoint()
+        await frozen.pages.load([number])
+        page = frozen.pages.page(number)
         await layer.pages.load([number])
         with past_failure(cache):
             await cache.journal_room(PAGE_BLOCKS * SECTOR)
@@ -124,25 +126,31 @@ async def mark_hot(cache: Cache, layer: Layer, offset: int, length: int) -> None
     """
     first, end = offset >> REGION_SHIFT, (offset + length - 1 >> REGION_SHIFT) + 1
     for start in range(first, end, _REGIONS_AT_ONCE):
+        if start > first:
+            await trio.lowlevel.checkpoint()  # a sync that is quick awaits nothing
         await _mark_hot(cache, layer, range(start, min(start + _REGIONS_AT_ONCE, end)))
 
 
 async def _mark_hot(cache: Cache, layer: Layer, regions: range) -> None:
     """The same for some regions, given by their numbers."""
     hot = cache.hot
-    if all((layer.id, r) in hot.regions for r in regions):
+    known = hot.of(layer.id)
+    if all(r in known for r in regions):
         return
     with past_failure(cache):
         await cache.journal_room(SECTOR * len(regions))
-    new = [(layer.id, r) for r in regions if (layer.id, r) not in hot.regions]
-    hot.heat(new)
+        if hot.is_crowded():
+            await cache.commit()
+    known = hot.of(layer.id)
+    new = [r for r in regions if r not in known]
+    hot.heat(layer.id, new)
     told = False
     with past_failure(cache):
         cache.failure.check()
         await cache.make_durable()
         told = True
         if not layer.is_dead:
-            hot.regions.update(new)
+            hot.of(layer.id).update(new)
     if not told:
         await cache.invalidations.invalidate(layer)
     if not told and cache.failure.error is None:  # it works again, and knows nothing of this

@@ -12,6 +12,11 @@ from forebay_cache.format.entry import block_key, slots_in
 from forebay_cache.format.geometry import PAGE_BLOCKS
 from forebay_cache.layers.layer import Layer
 
+_LOADED_AT_ONCE = 64
+"""Pages that are brought into memory by one call of a thread."""
+_PAGES_AT_ONCE = 16
+"""Pages whose slots are held, or are not any more, between two turns of others."""
+
 
 async def pin_layer(cache: Cache, layer: Layer, pinned: bool) -> None:
     """Keep all of a clean layer from being evicted, or no longer. Raises IndexFault; it can be called again then.
@@ -22,9 +27,12 @@ async def pin_layer(cache: Cache, layer: Layer, pinned: bool) -> None:
     layer.changed = True
     slots = cache.slots
     change = slots.placement.hold if pinned else slots.placement.unhold
-    for number in await layer.pages.numbers():
-        await layer.pages.load([number])
-        await trio.lowlevel.checkpoint()  # a page that is loaded already awaits nothing
+    numbers = await layer.pages.numbers()
+    for n, number in enumerate(numbers):
+        if n % _LOADED_AT_ONCE == 0:
+            await layer.pages.load_all(numbers[n : n + _LOADED_AT_ONCE])
+        if n % _PAGES_AT_ONCE == 0:
+            await trio.lowlevel.checkpoint()  # a page that is loaded already awaits nothing
         if layer.pinned != pinned:
             return
         for i, slot in slots_in(layer.pages.page(number)):

@@ -64,13 +64,6 @@ that the layer answers for moves to the other side. A sector new to the layer go
 """
 
 
-_DIRTY_PAGES = 512
-"""More pages than this are made dirty by zeros alone, which can be many in a short time: then a commit is due.
-
-A commit takes in all that is dirty in one go, while nothing else runs.
-"""
-
-
 def write(cache: Cache, layer: Layer, offset: int, data: memoryview) -> bool:
     """Store whole sectors; ``offset`` and ``len(data)`` are multiples of a sector.
 
@@ -210,7 +203,7 @@ def _write_simply(  # noqa: C901  (calls cost more than what they would hide)
             word = with_slot(word, slot)
     layer.sectors += (mask & ~word).bit_count()
     page[i], page[PAGE_BLOCKS + i] = written(word, second, mask, target)
-    pages.dirty.add(number)
+    pages.dirty.add(pages.first_key | number)
     intent.open_sectors[key] = opened | mask
     return True
 
@@ -323,8 +316,6 @@ def zero(cache: Cache, layer: Layer, offset: int, length: int, provisioned: bool
         if cache.intent.syncing and cache.intent.syncing.get(key, 0) & mask:
             return False
         _zero_block(cache, layer, number, i, mask, key, provisioned=provisioned)
-    if len(layer.pages.dirty) > _DIRTY_PAGES:
-        cache.commit.want()
     return True
 
 
@@ -357,7 +348,7 @@ async def prepare(
 ) -> None:
     """Wait for what kept :func:`write` (with ``zeros``: :func:`zero`) from being done; then it can be tried again.
 
-    That is pages, checksums, slots, the end of a sync, or room in the journal. Raises CacheFull or OSError.
+    That is pages, checksums, slots, the end of a sync, or room in journal and commit. Raises CacheFull or OSError.
     """
     runs = block_runs(offset, length)
     await layer.pages.load({block // PAGE_BLOCKS for block, _, _ in runs})

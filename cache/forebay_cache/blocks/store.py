@@ -100,6 +100,10 @@ async def _store_group(
                 await cache.evictor.room(min(len(runs), max(1, cache.device.slots // 4)))
         except CacheFull:
             pass
+    try:
+        await cache.journal_room(0)  # for the sake of commits: nothing of this is in the journal
+    except OSError:
+        return
     if layer.cap and layer.slots + len(runs) > layer.cap:
         _make_room_in(cache, layer, layer.slots + len(runs) - layer.cap)
     # Nobody else gets the slots that are written to here, even if they are given up meanwhile.
@@ -278,7 +282,7 @@ def mark_zero(layer: Layer, offset: int, length: int, cells: Cells) -> None:
     for block, start, part in block_runs(offset, length):
         number, i = divmod(block, PAGE_BLOCKS)
         page = layer.pages.look(number)
-        if page is None:
+        if page is None or layer.is_dead:
             continue
         word = page[i]
         mask = covered(start, part) & ~word & ~cells[block][0]

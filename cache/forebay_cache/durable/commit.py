@@ -56,7 +56,7 @@ class Committer(GroupCommit):
     """``await commit()`` returns after a commit that began after the call. Raises OSError; nothing is lost by that.
 
     The order of ``participants`` counts: first the journal's, whose publishing may change the other parts; and each is
-    told the outcome after those before it, so that the journal is trimmed before slots are released, and pages are
+    told the outcome after those before it, so that the journal is trimmed before slots are released, and checksums are
     shed after that.
     """
 

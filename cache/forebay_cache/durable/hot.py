@@ -6,6 +6,9 @@
 A region is 4 MiB of a clean layer. It is made hot, durably, before its origin is written for the first time, and cools
 when everything that was written to the origin is durable. After a crash of the host the clean blocks of hot regions
 are dropped, because nobody knows which of the writes to their origin have arrived.
+
+That a region has cooled may be stored at any later time: until then more is dropped than has to be. So a commit takes
+in some of them only.
 """
 
 from __future__ import annotations
@@ -21,51 +24,94 @@ from forebay_cache.index.changes import Changes, Share, nothing
 Region = tuple[int, int]
 """(number of the layer, number of the region in it)."""
 
+MOST_NEW = 4096
+"""With so many that were made hot a commit has to come before the next ones are."""
+_GONE_AT_ONCE = 4096
+"""So many that have cooled are stored by one commit."""
+
 
 class HotRegions:
     """The hot regions of all layers. A participant of each commit."""
 
     def __init__(self, intent: Intent, failure: Failure) -> None:
-        self.regions: set[Region] = set()
-        """Those that are hot durably: their origin may be written."""
         self._intent = intent
         self._failure = failure
+        self._regions: dict[int, set[int]] = {}  # by layer: those that are hot durably
         self._new: set[Region] = set()  # to be put into the index
-        self._gone: set[Region] = set()  # to be taken out of it
+        self._gone: dict[int, set[int]] = {}  # by layer: to be taken out of it
 
-    def heat(self, regions: Iterable[Region]) -> None:
-        """Put regions on record as hot: that is durable after the next sync, and in the index with the next commit."""
-        regions = list(regions)
-        if self._failure.error is None:
-            for layer, region in regions:
+    def of(self, layer: int) -> set[int]:
+        """The numbers of the regions of a layer that are hot durably: their origin may be written.
+
+        Whoever has made another one durable adds it.
+        """
+        return self._regions.setdefault(layer, set())
+
+    def is_crowded(self) -> bool:
+        """True if a commit should come before more is made hot."""
+        return len(self._new) >= MOST_NEW
+
+    def heat(self, layer: int, regions: Iterable[int]) -> None:
+        """Put regions of a layer on record as hot: that is durable after the next sync, and in the index with the next
+        commit.
+        """
+        gone = self._gone.get(layer, set())
+        for region in regions:
+            if self._failure.error is None:
                 self._intent.note(ops.hot(layer, region))
-        self._new.update(regions)
-        self._gone.difference_update(regions)
+            self._new.add((layer, region))
+            gone.discard(region)
 
     def cool(self, layer: int) -> None:
         """The regions of that layer are hot no longer: no write to its origin is under way, or not durable."""
-        cold = {r for r in self.regions | self._new if r[0] == layer}
-        self.regions -= cold
-        self._new -= cold
-        self._gone |= cold
+        cold = self._regions.pop(layer, set())
+        new = {region for region in self._new if region[0] == layer}
+        self._new -= new
+        cold.update(region for _, region in new)
+        self._note_gone(layer, cold)
 
-    def recover(self, regions: set[Region], *, keep: bool) -> None:
-        """At the start: these are on record. Keep them there, or take them out with the next commit."""
-        (self._new if keep else self._gone).update(regions)
+    def _note_gone(self, layer: int, cold: set[int]) -> None:
+        """Have some regions taken out of the index; ``cold`` is not the caller's any more."""
+        less, more = sorted((cold, self._gone.get(layer, set())), key=len)
+        more |= less
+        if more:
+            self._gone[layer] = more
+
+    def recover(self, regions: Iterable[Region], *, keep: bool) -> None:
+        """At the start: these are on record. They stay hot, or are taken out with the next commits."""
+        for layer, region in regions:
+            if keep:
+                self._new.add((layer, region))
+                self.of(layer).add(region)
+            else:
+                self._gone.setdefault(layer, set()).add(region)
 
     def has_changes(self) -> bool:
         """True if a region has cooled since the last commit. One that was made hot is in the journal until then."""
         return bool(self._gone)
 
     def contribute(self, changes: Changes) -> Share:
-        """Have a commit store which regions have become hot, and which have cooled."""
+        """Have a commit store which regions have become hot, and of some that they have cooled."""
         new, self._new = self._new, set()
-        gone, self._gone = self._gone, set()
-        changes.hot = [(PAGE_KEY.pack(*r), True) for r in new if r not in gone]
+        gone = self._take_gone()
+        changes.hot = [(PAGE_KEY.pack(*r), True) for r in new]
         changes.hot += [(PAGE_KEY.pack(*r), False) for r in gone]
 
         def failed() -> None:
-            self._gone |= gone - self._new  # unless made hot again meanwhile
-            self._new |= new - self._gone
+            for layer, region in gone:
+                if (layer, region) not in self._new:  # made hot again meanwhile
+                    self._gone.setdefault(layer, set()).add(region)
+            self._new |= {r for r in new if r[1] not in self._gone.get(r[0], ())}
 
         return Share(nothing, failed)
+
+    def _take_gone(self) -> list[Region]:
+        taken: list[Region] = []
+        while self._gone and len(taken) < _GONE_AT_ONCE:
+            layer, regions = next(iter(self._gone.items()))
+            most = min(len(regions), _GONE_AT_ONCE - len(taken))
+            # pop() goes on where it was: to iterate a set from its beginning again and again passes over what is gone
+            taken += [(layer, regions.pop()) for _ in range(most)]
+            if not regions:
+                del self._gone[layer]
+        return taken

@@ -13,7 +13,7 @@ the last sync began, *syncing* those that a sync under way is making durable.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from functools import partial
 from typing import NamedTuple
 
@@ -32,6 +32,12 @@ _SLACK = 256
 """Bytes of records that a request may note besides those that go with its length."""
 _KEPT_FREE = 32
 """Requests do not take the last part, one of so many, of the journal: it is for records that cannot wait for room."""
+MOST_PAGES = 8192
+MOST_SUMS = 8192
+"""So many pages, and groups of checksums, a commit takes in at most, in one step of the event loop: less than 20 ms.
+
+Whoever would change more waits for it. It is begun with half of that.
+"""
 
 
 class _Late(NamedTuple):
@@ -55,8 +61,10 @@ class Intent:
         pace: Pace,
         sums: Sums,
         ready: ReadyMap,
+        dirty_pages: Sized,
         want_commit: Callable[[], None],
     ) -> None:
+        """``dirty_pages``: one for each page that the next commit stores."""
         self.journal = journal
         self.open_sectors: dict[int, int] = {}
         """By key of the block: sectors that were written since the last sync began. Their place may be overwritten."""
@@ -67,6 +75,7 @@ class Intent:
         self._pace = pace
         self._sums = sums
         self._ready = ready
+        self._dirty_pages = dirty_pages
         self._want_commit = want_commit
         self._ops: list[bytes] = []
         self._ops_bytes = 0
@@ -86,8 +95,19 @@ class Intent:
     # -- noting -----------------------------------------------------------------------------------------------
 
     def has_room(self, length: int) -> bool:
-        """True if the journal has room for the records of a write of ``length`` bytes. Note them without an await."""
+        """True if the journal has room for the records of a write of ``length`` bytes, and the next commit for what it
+        changes. Note them without an await.
+        """
+        pages, sums = len(self._dirty_pages), len(self._sums.unstored)
+        if pages > MOST_PAGES // 2 or sums > MOST_SUMS // 2:
+            self._want_commit()
+            if self.is_crowded():
+                return False
         return self.journal.fits(self._ops_bytes + self._slack + (length >> 7))
+
+    def is_crowded(self) -> bool:
+        """True if the next commit has as much to store as it takes in."""
+        return len(self._dirty_pages) >= MOST_PAGES or len(self._sums.unstored) >= MOST_SUMS
 
     def note(self, op: bytes) -> None:
         """Add a record to the frame that the next :meth:`publish` writes."""

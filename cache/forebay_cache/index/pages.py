@@ -18,9 +18,8 @@ from typing import Protocol, TypeAlias
 
 import trio
 
+from forebay_cache.format.entry import block_key, block_of_key
 from forebay_cache.format.geometry import PAGE_BLOCKS
-from forebay_cache.format.records import PAGE_KEY
-from forebay_cache.index.changes import Changes
 
 assert sys.byteorder == "little", "pages are stored as they lie in memory: little endian"
 
@@ -33,6 +32,8 @@ EMPTY: Page = array("Q", bytes(16 * PAGE_BLOCKS))
 
 _LISTED_AT_ONCE = 1024
 """Pages that are read from the index in one go to find out which there are."""
+_LOOKED_AT_ONCE = 4096
+"""Pages in memory that are looked through between two turns of others: half a millisecond."""
 
 
 class _Index(Protocol):
@@ -60,17 +61,29 @@ class PageTable:
     a layer must not be shed.
     """
 
-    __slots__ = ("_index", "_layer", "_loading", "_words", "by_number", "dirty", "look")
+    __slots__ = (
+        "_index",
+        "_layer",
+        "_loading",
+        "_words",
+        "by_number",
+        "dirty",
+        "first_key",
+        "look",
+    )
 
-    def __init__(self, index: _Index, layer: int, *, private: bool, complete: bool) -> None:
+    def __init__(
+        self, index: _Index, layer: int, dirty: set[int], *, private: bool, complete: bool
+    ) -> None:
         self._index = index
         self._layer = layer
         self._words = (2 if private else 1) * PAGE_BLOCKS
         self.by_number: dict[int, Page] = _Complete() if complete else {}
         """The loaded pages. Others only look a number up in it: KeyError says that the page is not loaded."""
         self._loading: dict[int, trio.Event] = {}
-        self.dirty: set[int] = set()
-        """Numbers of the pages that the next commit stores."""
+        self.dirty = dirty
+        """Keys of the pages that the next commit stores, of all layers: ``first_key | number``."""
+        self.first_key = block_key(layer, 0)
         self.look: Callable[[int], Page | None] = (
             self.by_number.__getitem__ if complete else self.by_number.get
         )
@@ -91,19 +104,33 @@ class PageTable:
         return list(self.by_number)
 
     async def numbers(self) -> list[int]:
-        """The numbers of all pages that hold anything, in order, whether they are loaded or not. Raises IndexFault."""
-        found = {n for n, _ in self.held()}
+        """The numbers of all pages that hold anything, in order, whether they are loaded or not. Raises IndexFault.
+
+        Of those that are made meanwhile some may be missing.
+        """
+        found: dict[
+            int, set[int]
+        ] = {}  # by part of the image, so that they can be sorted in slices
         after = 0
         while True:
             read = self._index.pages
             listed = await trio.to_thread.run_sync(read, self._layer, after, _LISTED_AT_ONCE)
-            found.update(n for n, _ in listed)
-            if (
-                len(listed) < _LISTED_AT_ONCE
-            ):  # what was loaded or made while the index was asked counts too
-                found.update(n for n, _ in self.held())
-                return sorted(found)
+            for number, _ in listed:
+                found.setdefault(number // _LOOKED_AT_ONCE, set()).add(number)
+            if len(listed) < _LISTED_AT_ONCE:
+                break
             after = listed[-1][0] + 1
+        loaded = self.loaded()
+        for start in range(0, len(loaded), _LOOKED_AT_ONCE):
+            for number in loaded[start : start + _LOOKED_AT_ONCE]:
+                if self.by_number.get(number, EMPTY) is not EMPTY:
+                    found.setdefault(number // _LOOKED_AT_ONCE, set()).add(number)
+            await trio.lowlevel.checkpoint()
+        numbers: list[int] = []
+        for part in sorted(found):
+            numbers += sorted(found[part])
+            await trio.lowlevel.checkpoint()
+        return numbers
 
     def _held_in(self, first: int, end: int) -> set[int]:
         """The numbers of the loaded pages in a range of numbers that are not EMPTY."""
@@ -195,20 +222,23 @@ class PageTable:
         page = self.by_number[number]
         if page is EMPTY:
             page = self.by_number[number] = array("Q", bytes(8 * self._words))
-        self.dirty.add(number)
+        self.dirty.add(self.first_key | number)
         return page
 
-    def take_dirty(self, changes: Changes) -> set[int]:
-        """Put the dirty pages into a commit. Returns their numbers: if it fails, they have to be made dirty again."""
-        taken, self.dirty = self.dirty, set()
-        for number in taken:
-            key = PAGE_KEY.pack(self._layer, number)
-            changes.pages.append((key, self.by_number[number].tobytes()))
-        return taken
+    def stored(self, keys: Iterable[int]) -> list[tuple[bytes, bytes]]:
+        """(key, words) of pages that are loaded, as the index stores them. ``keys`` are those of ``dirty``."""
+        pages = self.by_number
+        return [(key.to_bytes(8, "big"), pages[block_of_key(key)].tobytes()) for key in keys]
 
     def shed(self, most: int) -> int:
         """Forget up to ``most`` pages that the index has as they are. Returns how many. Not during a commit."""
-        numbers = list(islice((n for n in self.by_number if n not in self.dirty), most))
+        dirty, first = self.dirty, self.first_key
+        numbers = list(islice((n for n in self.by_number if first | n not in dirty), most))
         for number in numbers:
             del self.by_number[number]
         return len(numbers)
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Forget pages of a dead layer that have nothing any more, in the index neither."""
+        for number in numbers:
+            self.by_number.pop(number, None)

@@ -50,7 +50,8 @@ class Sums:
         self.values = memoryview(self._values).cast("I")
         self._state = mmap.mmap(-1, max(slots, 1), flags=_FLAGS)
         self.state = memoryview(self._state)
-        self._changed: dict[int, int] = {}
+        self.unstored: dict[int, int] = {}
+        """By group of 16 slots: which of them were changed since the last commit took what was, as a mask."""
         self._pages: dict[int, None] = {}
         self.pending = 0
         """How many slots were changed since the last commit took what was, about."""
@@ -119,7 +120,7 @@ class Sums:
     def _mark(self, slot: int) -> None:
         self.state[slot] = CHANGED
         group = slot // GROUP
-        self._changed[group] = self._changed.get(group, 0) | 1 << slot % GROUP
+        self.unstored[group] = self.unstored.get(group, 0) | 1 << slot % GROUP
         self._pages[slot // _PAGE] = None
         self.pending += 1
 
@@ -127,18 +128,18 @@ class Sums:
         """No block has the slot any more: its sums mean nothing, and are not stored."""
         if self.state[slot] == CHANGED:
             group = slot // GROUP
-            left = self._changed.get(group, 0) & ~(1 << slot % GROUP)
+            left = self.unstored.get(group, 0) & ~(1 << slot % GROUP)
             if left:
-                self._changed[group] = left
+                self.unstored[group] = left
             else:
-                self._changed.pop(group, None)
+                self.unstored.pop(group, None)
         self.state[slot] = UNKNOWN
 
     # -- commits ----------------------------------------------------------------------------------------------
 
     def changed(self) -> list[int]:
         """The slots whose sums no commit has stored yet, in order."""
-        found = sorted(self._changed.items())
+        found = sorted(self.unstored.items())
         return [group * GROUP + n for group, slots in found for n in range(GROUP) if slots >> n & 1]
 
     def has_changes(self) -> bool:
@@ -153,12 +154,13 @@ class Sums:
     def _take(self) -> list[Taken]:
         """What a commit has to store, in order. It counts as known from now on."""
         taken = []
-        for group, slots in sorted(self._changed.items()):
+        for group in sorted(self.unstored):
+            slots = self.unstored[group]
             first = group * GROUP
             taken.append(Taken(group, slots, self._values[first * SIZE : first * SIZE + _AREA]))
             states = self._state[first : first + GROUP]
             self._state[first : first + len(states)] = states.replace(b"\2", b"\1")
-        self._changed = {}
+        self.unstored = {}
         self.pending = 0
         return taken
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import trio
 
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 ROOM_SECONDS = 0.5
 """Whoever waits for a slot looks again after so long, should nobody say that one has become free."""
+
+_AT_ONCE = 128
+"""So many blocks are evicted between two turns of others."""
 
 
 class Evictor:
@@ -83,9 +87,11 @@ class Evictor:
     async def _evict_some(self) -> None:
         if self._failure.error is not None:
             return  # nothing is stored either
-        missing = self._slots.missing()
-        if missing > 0 and self._slots.scan is None:
-            await self.evict(self._slots.placement.victims(missing))
+        missing, before = self._slots.missing(), math.inf
+        while 0 < missing < before and self._slots.scan is None:
+            await self.evict(self._slots.placement.victims(min(missing, _AT_ONCE)))
+            await trio.lowlevel.checkpoint()  # a page that is loaded already awaits nothing
+            missing, before = self._slots.missing(), missing
         if self._quarantine.has_changes():
             await self._commit()
 

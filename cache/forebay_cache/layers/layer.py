@@ -117,11 +117,6 @@ class Layer:
         """True if its slots must not be evicted."""
         return self.private or self.pinned
 
-    @property
-    def has_changes(self) -> bool:
-        """True if the index does not have all of it as it is."""
-        return self.changed or bool(self.pages.dirty)
-
     def record(self) -> LayerRecord:
         """As the index keeps it. An invalidated layer is dead there only until the device works again."""
         return LayerRecord(self.name, self.slots, self.sectors, self.is_dead, self.pinned)

@@ -57,7 +57,7 @@ class Reclaimer:
     async def _reclaim(self, layer: Layer) -> None:
         """Free what a dead layer holds, a piece at a time, then forget the layer. Raises OSError."""
         # Pages in memory are newer than the index: empty those first.
-        await self._empty(layer, [n for n, _ in layer.pages.held()])
+        await self._empty(layer, layer.pages.loaded())
         number = 0
         while True:
             found = await trio.to_thread.run_sync(
@@ -67,22 +67,29 @@ class Reclaimer:
                 break
             await self._empty(layer, [n for n, _ in found])
             number = found[-1][0] + 1
-        await self._empty(layer, [n for n, page in layer.pages.held() if any(page)])
+        await self._empty(layer, layer.pages.loaded())
         self._layers.forget(layer)
         await self._commit()
 
     async def _empty(self, layer: Layer, numbers: Sequence[int]) -> None:
-        """Empty pages that are loaded, and commit that, a piece at a time. Raises OSError."""
+        """Empty pages, commit that, and let go of them, a piece at a time. Raises OSError."""
         for start in range(0, len(numbers), _PAGES_AT_ONCE):
             some = numbers[start : start + _PAGES_AT_ONCE]
+            is_changed = False
             for n in range(0, len(some), _PAGES_IN_A_SLICE):
                 for number in some[n : n + _PAGES_IN_A_SLICE]:
-                    self._empty_page(layer, number)
+                    is_changed |= self._empty_page(layer, number)
                 await trio.lowlevel.checkpoint()
-            await self._commit()
+            if is_changed:
+                await self._commit()
+            layer.pages.forget(some)  # all at once, a million of them would hold up everybody
 
-    def _empty_page(self, layer: Layer, number: int) -> None:
-        layer.pages.page(number)  # it may have been shed while others had their turn
+    def _empty_page(self, layer: Layer, number: int) -> bool:
+        """Empty one page. False if it was empty."""
+        page = layer.pages.page(number)  # it may have been shed while others had their turn
+        if not any(page):
+            return False
         page = layer.pages.writable(number)
         for i in range(PAGE_BLOCKS):
             self._removal.clear(layer, page, i)
+        return True

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 from forebay_cache.durable.hot import HotRegions
 from forebay_cache.durable.intent import Intent
 from forebay_cache.format import ops
-from forebay_cache.format.entry import LAST_LAYER
+from forebay_cache.format.entry import LAST_LAYER, layer_of_key
 from forebay_cache.format.records import LayerName, LayerRecord
-from forebay_cache.index.changes import Changes, Share
+from forebay_cache.index.changes import Changes, Share, nothing
 from forebay_cache.index.index import Index
 from forebay_cache.index.pages import PageTable
 from forebay_cache.layers.layer import Layer, LayerState
@@ -24,12 +25,17 @@ PAGES_KEPT = 32768
 class Layers:
     """The layers that there are. Dead ones are among them until they are reclaimed. A participant of each commit."""
 
-    def __init__(self, index: Index, intent: Intent, hot: HotRegions) -> None:
+    def __init__(
+        self, index: Index, intent: Intent, hot: HotRegions, dirty_pages: set[int]
+    ) -> None:
+        """``dirty_pages``: keys of the pages that the next commit stores, see ``PageTable.dirty``."""
         self._index = index
+        self._dirty = dirty_pages
         self._intent = intent
         self._hot = hot
         self._by_id: dict[int, Layer] = {}
         self._by_name: dict[LayerName, Layer] = {}  # without dead ones
+        self._by_disk: dict[str, dict[int, Layer]] = {}  # those of them that are private, by number
         self._gone: set[int] = set()  # numbers of reclaimed layers that the index still has
 
     def __iter__(self) -> Iterator[Layer]:
@@ -46,8 +52,8 @@ class Layers:
 
     def private_of(self, disk: str) -> list[Layer]:
         """The private layers of the disk with that name that are not dead, oldest first."""
-        found = [x for x in self._by_name.values() if x.private and x.name.disk == disk]
-        return sorted(found, key=lambda x: x.id)
+        of_disk = self._by_disk.get(disk, {})
+        return [of_disk[ident] for ident in sorted(of_disk)]
 
     def make(self, name: LayerName) -> Layer:
         """A new empty layer. After a crash it is there if anything is that was journaled after this call.
@@ -74,7 +80,9 @@ class Layers:
         return layer
 
     def _layer(self, ident: int, record: LayerRecord, *, complete: bool) -> Layer:
-        pages = PageTable(self._index, ident, private=record.private, complete=complete)
+        pages = PageTable(
+            self._index, ident, self._dirty, private=record.private, complete=complete
+        )
         return Layer(ident, record, pages)
 
     def _add(self, layer: Layer) -> None:
@@ -85,12 +93,19 @@ class Layers:
         if older is not None:  # it was about to be dropped when the daemon was killed
             self.drop(older)
         self._by_name[layer.name] = layer
+        if layer.private:
+            self._by_disk.setdefault(layer.name.disk, {})[layer.id] = layer
 
     def drop(self, layer: Layer) -> None:
         """The layer is not used any more. Its slots come free in the background, also after a crash in between."""
         layer.become(LayerState.DEAD)
         self._by_name.pop(layer.name, None)
-        if not layer.private:
+        if layer.private:
+            of_disk = self._by_disk.get(layer.name.disk, {})
+            of_disk.pop(layer.id, None)
+            if not of_disk:
+                self._by_disk.pop(layer.name.disk, None)
+        else:
             self._hot.cool(layer.id)
 
     def forget(self, layer: Layer) -> None:
@@ -103,33 +118,48 @@ class Layers:
 
     def has_changes(self) -> bool:
         """True if anything of a layer has changed since the last commit."""
-        return bool(self._gone) or any(x.has_changes for x in self)
+        return bool(self._gone or self._dirty) or any(x.changed for x in self)
 
     def contribute(self, changes: Changes) -> Share:
         """Have a commit store all dirty pages and the records of all layers that have changed."""
-        dirty: list[tuple[Layer, set[int]]] = []
-        for layer in self:
-            if layer.has_changes:
-                dirty.append((layer, layer.pages.take_dirty(changes)))
-                layer.changed = False
-                changes.layers[layer.id] = layer.record()
-        changes.pages.sort()
+        dirty = sorted(self._dirty)
+        self._dirty.clear()
+        for ident, keys in groupby(dirty, layer_of_key):
+            layer = self._by_id.get(ident)
+            if layer is not None:  # else it was reclaimed, and nothing of it is stored any more
+                changes.pages += layer.pages.stored(keys)
+                layer.changed = True
+        changed = [x for x in self if x.changed]
+        for layer in changed:
+            layer.changed = False
+            changes.layers[layer.id] = layer.record()
         gone, self._gone = self._gone, set()
         changes.layers.update((ident, None) for ident in gone)
 
         def failed() -> None:
-            for layer, numbers in dirty:
-                layer.pages.dirty |= numbers
+            self._dirty.update(dirty)
+            for layer in changed:
                 layer.changed = True
             self._gone |= gone
 
-        return Share(self._shed_pages, failed)
+        return Share(nothing, failed)
 
-    def _shed_pages(self) -> None:
-        """Those of private layers stay: there are few, and every read asks for them first."""
-        shared = [x for x in self if not x.private]
-        excess = sum(len(x.pages) for x in shared) - PAGES_KEPT
-        for layer in shared:
-            if excess <= 0:
-                return
-            excess -= layer.pages.shed(excess)
+    def shed(self, most: int) -> bool:
+        """Forget up to ``most`` of the pages that are more than are kept in memory. True if there may be others.
+
+        Not during a commit. Those of private layers stay: every read asks for them first.
+        """
+        left = most = min(self._excess(), most)
+        for layer in self:
+            if left <= 0:
+                break
+            if not layer.private:
+                left -= layer.pages.shed(left)
+        return most > left
+
+    def _excess(self) -> int:
+        return sum(len(x.pages) for x in self if not x.private) - PAGES_KEPT
+
+    def has_too_many(self) -> bool:
+        """True if there are more pages of clean layers in memory than are kept."""
+        return self._excess() > 0

@@ -72,9 +72,7 @@ def _recover_hot(cache: Cache, claims: Claims, *, survived: bool) -> None:
     known = set(cache.index.hot()) | claims.hot
     alive = {x.id for x in cache.layers if not x.is_dead}
     hot = {region for region in known if region[0] in alive}
-    if survived:
-        cache.hot.regions = hot
-    else:
+    if not survived:
         _drop_hot(cache, hot)
     cache.hot.recover(known - hot, keep=False)
     cache.hot.recover(hot, keep=survived)
@@ -85,6 +83,8 @@ def _drop_hot(cache: Cache, regions: set[tuple[int, int]]) -> None:
     for ident, region in regions:
         layer = cache.layers.get(ident)
         if layer is None or layer.private:
+            continue
+        if not any(layer.pages.page(region)):
             continue
         for block in range(region * PAGE_BLOCKS, (region + 1) * PAGE_BLOCKS):
             drop_sectors(layer, block, FULL)

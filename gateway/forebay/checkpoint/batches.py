@@ -21,6 +21,9 @@ BATCH_MOST = 1 << 20
 BATCH_BLOCKS = 128
 """Bytes, and blocks, that are read and written at a time: handing over to a thread costs as much as a few writes."""
 
+PAGES_AT_ONCE = 16
+"""Pages whose blocks are listed between two turns of others: at most half a millisecond."""
+
 SYNC_EVERY = 64 << 20
 """Bytes after which the image is flushed already, so that the last flush is not so long that it is given up."""
 
@@ -60,8 +63,10 @@ class Batches:
     async def _start_all(self, nursery: trio.Nursery) -> None:
         batch: list[Block] = []
         stored = 0
-        for number in await self._layer.pages.numbers():
+        for n, number in enumerate(await self._layer.pages.numbers()):
             await self._layer.pages.load([number])
+            if n % PAGES_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()  # a page that is loaded already awaits nothing
             for block in blocks_of(self._layer.pages.page(number), number):
                 batch.append(block)
                 stored += block.stored

@@ -199,6 +199,7 @@ async def _note_holes(image: Image, offset: int, length: int) -> None:
                 return  # whoever reads it finds out what is there
             raise
         await layer.pages.load({b // PAGE_BLOCKS for b in blocks})
+        await cache.journal_room(0)
         at = offset
         for part, flags in extents:
             first, last = -(-at // SECTOR) * SECTOR, (at + part) // SECTOR * SECTOR
