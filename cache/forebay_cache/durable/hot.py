@@ -14,6 +14,7 @@ in some of them only.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 from forebay_cache.device.failure import Failure
 from forebay_cache.durable.intent import Intent
@@ -30,22 +31,70 @@ _GONE_AT_ONCE = 4096
 """So many that have cooled are stored by one commit."""
 
 
+_PART = 4096
+"""Regions whose numbers are in one set: to make a larger one grow would hold up everybody."""
+
+
+class Regions:
+    """Some regions of one layer, by number."""
+
+    def __init__(self, regions: Iterable[int] = ()) -> None:
+        self._parts: dict[int, set[int]] = {}
+        self.update(regions)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts.values()))
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def __contains__(self, region: int) -> bool:
+        return region in self._parts.get(region // _PART, ())
+
+    def numbers(self) -> list[int]:
+        """All of them, as of now."""
+        return list(chain.from_iterable(self._parts.values()))
+
+    def update(self, regions: Iterable[int]) -> None:
+        """Put in some more."""
+        for region in regions:
+            self._parts.setdefault(region // _PART, set()).add(region)
+
+    def discard(self, region: int) -> None:
+        """Take one out, if it is there."""
+        part = self._parts.get(region // _PART, set())
+        part.discard(region)
+        if not part:
+            self._parts.pop(region // _PART, None)
+
+    def take(self, most: int) -> list[int]:
+        """Take out some, at most so many."""
+        taken: list[int] = []
+        while self._parts and len(taken) < most:
+            number, part = self._parts.popitem()
+            # pop() goes on where it was: to iterate from the beginning again and again passes over what is gone
+            taken += [part.pop() for _ in range(min(len(part), most - len(taken)))]
+            if part:
+                self._parts[number] = part
+        return taken
+
+
 class HotRegions:
     """The hot regions of all layers. A participant of each commit."""
 
     def __init__(self, intent: Intent, failure: Failure) -> None:
         self._intent = intent
         self._failure = failure
-        self._regions: dict[int, set[int]] = {}  # by layer: those that are hot durably
+        self._regions: dict[int, Regions] = {}  # by layer: those that are hot durably
         self._new: set[Region] = set()  # to be put into the index
-        self._gone: dict[int, set[int]] = {}  # by layer: to be taken out of it
+        self._gone: dict[int, Regions] = {}  # by layer: to be taken out of it
 
-    def of(self, layer: int) -> set[int]:
-        """The numbers of the regions of a layer that are hot durably: their origin may be written.
+    def of(self, layer: int) -> Regions:
+        """The regions of a layer that are hot durably: their origin may be written.
 
         Whoever has made another one durable adds it.
         """
-        return self._regions.setdefault(layer, set())
+        return self._regions.setdefault(layer, Regions())
 
     def is_crowded(self) -> bool:
         """True if a commit should come before more is made hot."""
@@ -55,25 +104,23 @@ class HotRegions:
         """Put regions of a layer on record as hot: that is durable after the next sync, and in the index with the next
         commit.
         """
-        gone = self._gone.get(layer, set())
+        gone = self._gone.get(layer, Regions())
         for region in regions:
             if self._failure.error is None:
                 self._intent.note(ops.hot(layer, region))
             self._new.add((layer, region))
             gone.discard(region)
+        if not gone:
+            self._gone.pop(layer, None)
 
     def cool(self, layer: int) -> None:
         """The regions of that layer are hot no longer: no write to its origin is under way, or not durable."""
-        cold = self._regions.pop(layer, set())
+        cold = self._regions.pop(layer, Regions())
         new = {region for region in self._new if region[0] == layer}
         self._new -= new
         cold.update(region for _, region in new)
-        self._note_gone(layer, cold)
-
-    def _note_gone(self, layer: int, cold: set[int]) -> None:
-        """Have some regions taken out of the index; ``cold`` is not the caller's any more."""
-        less, more = sorted((cold, self._gone.get(layer, set())), key=len)
-        more |= less
+        less, more = sorted((cold, self._gone.get(layer, Regions())), key=len)
+        more.update(less.numbers())
         if more:
             self._gone[layer] = more
 
@@ -82,9 +129,9 @@ class HotRegions:
         for layer, region in regions:
             if keep:
                 self._new.add((layer, region))
-                self.of(layer).add(region)
+                self.of(layer).update((region,))
             else:
-                self._gone.setdefault(layer, set()).add(region)
+                self._gone.setdefault(layer, Regions()).update((region,))
 
     def has_changes(self) -> bool:
         """True if a region has cooled since the last commit. One that was made hot is in the journal until then."""
@@ -100,7 +147,7 @@ class HotRegions:
         def failed() -> None:
             for layer, region in gone:
                 if (layer, region) not in self._new:  # made hot again meanwhile
-                    self._gone.setdefault(layer, set()).add(region)
+                    self._gone.setdefault(layer, Regions()).update((region,))
             self._new |= {r for r in new if r[1] not in self._gone.get(r[0], ())}
 
         return Share(nothing, failed)
@@ -109,9 +156,7 @@ class HotRegions:
         taken: list[Region] = []
         while self._gone and len(taken) < _GONE_AT_ONCE:
             layer, regions = next(iter(self._gone.items()))
-            most = min(len(regions), _GONE_AT_ONCE - len(taken))
-            # pop() goes on where it was: to iterate a set from its beginning again and again passes over what is gone
-            taken += [(layer, regions.pop()) for _ in range(most)]
+            taken += [(layer, region) for region in regions.take(_GONE_AT_ONCE - len(taken))]
             if not regions:
                 del self._gone[layer]
         return taken

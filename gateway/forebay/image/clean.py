@@ -89,7 +89,7 @@ class CleanBlocks:
         The regions stay hot: after a power cut what was cached of them since is dropped, too.
         """
         try:
-            for region in list(self._cache.hot.of(self.layer.id)):
+            for region in self._cache.hot.of(self.layer.id).numbers():
                 await invalidate(self._cache, self.layer, region << REGION_SHIFT, 1 << REGION_SHIFT)
                 await trio.lowlevel.checkpoint()
         except OSError as error:  # it cannot be recorded block by block
