@@ -298,14 +298,17 @@ class Ledger:
 
     def _times_over_backup(self, cell: int, holds: bytes, last: bytes) -> Spans:
         operations, found = self.cells.get(cell, []), []
+        is_backup = holds == self.backup[cell * CELL : (cell + 1) * CELL]
+        if last == self.base_of(cell) and (is_backup or holds == last):
+            return ALWAYS  # it came with others of its sector
         for n, operation in enumerate(operations):
             later = min((op.ended for op in operations[n + 1 :]), default=NEVER)
             if holds == operation.value(cell):
                 found.append((operation.begun, later))
-            elif holds == self.backup[cell * CELL : (cell + 1) * CELL] and last == operation.value(
-                cell
-            ):
+            elif is_backup and last == operation.value(cell):
                 found.append((-1, operation.ended))
+        if holds == self.base_of(cell):
+            found.append((-1, min((op.ended for op in operations), default=NEVER)))
         return found
 
     def instants(self, found: bytes) -> Spans:

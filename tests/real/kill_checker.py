@@ -180,7 +180,8 @@ class Guest:
     """One disk. `model` is what it holds; `lenient`: refused requests are repeated, and no fault.
 
     `tears`: a write to the image that a kill interrupts may end inside a block. FUSE cuts requests where the
-    memory that they come from is not there, a local file system does not.
+    memory that they come from is not there, a local file system does not. `trims` False: none are sent, for where no
+    holes can be punched a trim may change nothing, and FUSE cannot pass them on.
     """
 
     def __init__(
@@ -195,6 +196,7 @@ class Guest:
         depth: int = 6,
         lenient: bool = False,
         tears: bool = False,
+        trims: bool = True,
     ) -> None:
         self.name, self.uri, self.tally, self.rng = name, uri, tally, rng
         self.model = bytearray(content)
@@ -203,6 +205,7 @@ class Guest:
         self.depth = depth
         self.lenient = lenient
         self.tears = tears
+        self.trims = trims
         self.wanted = links
         self.links: list[Link] = []
         self.locked: set[int] = set()
@@ -412,6 +415,8 @@ class Guest:
 
     def _new(self) -> Request | None:
         kind = self.rng.choices(KINDS, WEIGHTS)[0]
+        if kind == "trim" and not self.trims:
+            kind = "zero"
         if kind == "flush":
             return Request(kind, 0, 0, range(0))
         offset, length = self._range()

@@ -166,6 +166,7 @@ class Soak:
             depth=3,
             lenient=self.store is not None,
             tears=self.store is not None,
+            trims=self.store is None,
         )
         self.ground.guests.all.append(guest)
 
