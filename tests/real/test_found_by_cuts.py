@@ -6,16 +6,21 @@
 import errno
 import os
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
+import trio
+import trio.testing
 
+from forebay.checkpoint.batches import IntoImage
 from forebay.checkpoint.passes import Pass
 from forebay.errors import ForebayError
 from forebay.origin.file import FileOrigin
 from forebay.units import Mode
-from real.commands_bed import NEW, OLD, SIZE, Bed, nothing
+from real.commands_bed import NEW, OLD, SIZE, Bed, nothing, outcome
 
 OWN = 65536
 
@@ -126,3 +131,41 @@ async def test_what_is_restored_after_a_detach_that_a_start_finished_is_what_is_
         _put_a_backup_over(path)
         await gateway.attach("d", "images:a.raw", mode=Mode.WRITE_THROUGH)
         await bed.starts_with("d", b"x")
+
+
+async def test_a_discard_waits_for_the_pass_under_way(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image has half of a committed checkpoint: it gets the rest before what is dirty is given up."""
+    bed = Bed(short_path)
+    write, half, go_on = IntoImage._one, trio.Event(), trio.Event()
+
+    async def held(self: IntoImage, *arguments: Any) -> None:
+        half.set()
+        await go_on.wait()
+        await write(self, *arguments)
+
+    async with bed.life() as gateway:
+        path = bed.image("a.raw")
+        await gateway.attach("d", "images:a.raw", mode=Mode.WRITE_BACK)
+        await bed.write("d")
+        monkeypatch.setattr(IntoImage, "_one", held)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(outcome, partial(gateway.flush, ["d"], progress=nothing))
+            await half.wait()
+            change, decided = gateway._records.change, []
+
+            async def noted(*arguments: Any) -> None:
+                decided.append(go_on.is_set())
+                await change(*arguments)
+
+            monkeypatch.setattr(gateway._records, "change", noted)
+            writeback = bed.disk("d").disk.writeback
+            nursery.start_soon(partial(gateway.detach, "d", discard=True, progress=nothing))
+            while not writeback.is_given_up:  # noqa: ASYNC110  (nobody tells)
+                await trio.sleep(0.001)
+            await trio.testing.wait_all_tasks_blocked()
+            go_on.set()
+        assert decided == [True], "whether the pass could go on before it was decided"
+        assert not bed.told()
+        assert path.read_bytes() == NEW * OWN + OLD * (SIZE - OWN)

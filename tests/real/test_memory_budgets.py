@@ -91,6 +91,21 @@ async def test_block_status_of_many_disks_has_one_budget(short_path: Path) -> No
     assert budgets.status.used == budgets.status.own == 0
 
 
+async def test_writes_to_many_disks_have_one_budget(short_path: Path) -> None:
+    """Clients that stop in the middle of a write: what they have announced is held for them."""
+    limits = Limits(own_bytes=0, stall_seconds=3600.0)
+    budgets = Budgets(requests=Budget(4 * MIB))
+    make = partial(MemoryExport, size=SIZE)
+    async with several(short_path, limits, budgets, make) as disks, trio.open_nursery() as nursery:
+        await flood(nursery, disks, request(1, 0, MIB, payload=bytes(300_000)), 4)
+        await until(lambda: budgets.requests.used >= 4 * MIB)
+        for _ in range(20):
+            await trio.testing.wait_all_tasks_blocked()
+            assert budgets.requests.used <= 4 * MIB
+        nursery.cancel_scope.cancel()
+    assert budgets.requests.used == budgets.requests.own == 0
+
+
 async def test_connections_to_many_disks_have_one_budget(short_path: Path) -> None:
     """Four of each disk are its own; the rest is shared, and no disk gets more than a quarter of that."""
     limits = Limits()

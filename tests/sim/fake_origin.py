@@ -362,6 +362,9 @@ class FakeSource:
     async def check(self) -> None:
         """It stays ours: who else would take it."""
 
+    async def leave(self) -> None:
+        """Nobody else would take it."""
+
     def check_safe(self, mode: object) -> None:
         del mode
 

@@ -4,6 +4,7 @@
 """An image that somebody else changes, while this host's kernel has the old content in memory, as NFS clients do."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -81,6 +82,24 @@ def test_nothing_of_before_is_read_after_a_change(tmp_path: Path, when: str) -> 
         assert disk.image.conflict is None
         for at in range(0, COUNT * BLOCK, BLOCK):  # cached before, and never read before
             assert b"".join(map(bytes, await disk.read(at, BLOCK))) == NEW
+
+    play(tmp_path, story)
+
+
+def test_metadata_alone_is_no_change(tmp_path: Path) -> None:
+    """chmod, chown and a second name change when its status changed last, and nothing that it holds."""
+
+    async def story(host: Host, origin: KeptPages) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        await disk.read(0, 2 * BLOCK)
+        await disk.write(0, memoryview(NEW), False)
+        await trio.sleep(10)
+        before = await origin.identity()
+        after = mock.AsyncMock(return_value=replace(before, ctime_ns=before.ctime_ns + 1))
+        with mock.patch.object(origin, "identity", after):
+            await disk.image.look()
+            assert disk.image.conflict is None, "of metadata"
+            assert disk.read_now(BLOCK, BLOCK) is not None, "warm"
 
     play(tmp_path, story)
 

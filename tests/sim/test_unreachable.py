@@ -222,3 +222,25 @@ def test_who_asks_for_the_same_block_later_waits_longer(tmp_path: Path) -> None:
         assert first.is_set()
 
     play(tmp_path, story)
+
+
+@pytest.mark.expect_log("its descriptor fails|can be reached again")
+def test_a_descriptor_that_is_dead_is_replaced(tmp_path: Path) -> None:
+    """As on NFS, whose locks are lost with the lease: each call fails by it, and a fresh one works."""
+
+    async def story(host: Host) -> None:
+        origin = host.origin
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        fresh = FakeOrigin(origin.dice, bytes(origin.visible))
+        origin.faults["read"] = -1
+        with (
+            mock.patch.object(origin, "is_dead", mock.AsyncMock(return_value=True)),
+            mock.patch.object(
+                disk.image.sources.latest, "open", mock.AsyncMock(return_value=fresh)
+            ),
+        ):
+            data = bytes(await disk.image.read(0, BLOCK))
+        assert data == bytes(fresh.visible[:BLOCK])
+        origin.faults.clear()
+
+    play(tmp_path, story)
