@@ -40,7 +40,7 @@ from forebay_cache import Cache, mark_hot, pin_layer
 from forebay_cache.durable.intent import MOST_PAGES
 from forebay_cache.format.checksum import GROUP, ZERO_SECTOR_SUM
 from forebay_cache.format.entry import pack
-from forebay_cache.format.geometry import PAGE_BLOCKS, PAGE_SHIFT, SECTOR, SECTORS
+from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, PAGE_SHIFT, SECTOR, SECTORS
 from forebay_cache.format.records import GROUP_KEY, LAYER_KEY, PAGE_KEY, TABLES, LayerRecord
 from real.commands_bed import Bed, nothing
 from sim.steps import Milliseconds, Steps
@@ -433,3 +433,23 @@ def test_a_commit_that_takes_in_too_much_is_found(quick: Path) -> None:
     with mock.patch.object(forebay_cache.durable.intent, "MOST_PAGES", 2 * MOST_PAGES):
         found = played(quick, PARTS[1], (scanned, burst))
     assert found["burst"].snapshot > SNAPSHOT
+
+
+def test_whoever_would_change_more_checksums_than_a_commit_takes_in_waits_for_it(
+    quick: Path,
+) -> None:
+    async def full(it: Big) -> None:
+        cache, disk = it.cache, it.disk("other").disk
+        await it.gateway.flush(["other"], progress=nothing)
+        await it.write("other")
+        data = memoryview(bytes(BLOCK))
+        async with cache.commit.suspended():
+            blocks = iter(range(1, 1000))
+            while disk.write_now([(next(blocks) * BLOCK, data)]):
+                pass
+            assert len(cache.sums.unstored) == 4
+        await cache.commit()
+        assert disk.write_now([(next(blocks) * BLOCK, data)])
+
+    with mock.patch.object(forebay_cache.durable.intent, "MOST_SUMS", 4):
+        played(quick, PARTS[0], (scanned, full))

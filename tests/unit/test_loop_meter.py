@@ -3,14 +3,17 @@
 
 """The meter of the event loop notices a task that runs for long, and who it is."""
 
+import gc
 import logging
 import time
 
 import pytest
 import trio
 
+import forebay.daemon.process
 from forebay.control.metrics import metrics_text
 from forebay.daemon.loop_meter import LoopMeter
+from forebay.daemon.process import Survivors
 
 
 async def hold_up(seconds: float) -> None:
@@ -56,3 +59,21 @@ def test_waiting_is_no_stall() -> None:
 
     trio.run(run)
     assert meter.longest < 0.9
+
+
+@pytest.mark.parametrize(("seconds", "is_left_out"), [(-1.0, True), (1e9, False)])
+def test_what_a_long_look_for_garbage_found_alive_is_left_out_of_the_next(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, is_left_out: bool
+) -> None:
+    monkeypatch.setattr(forebay.daemon.process, "LOOK_SECONDS", seconds)
+    note = Survivors().note
+    before = gc.get_freeze_count()
+    gc.callbacks.append(note)
+    try:
+        gc.collect(1)
+        assert gc.get_freeze_count() == before, "that was no look through all objects"
+        gc.collect()
+        assert (gc.get_freeze_count() > before) == is_left_out
+    finally:
+        gc.callbacks.remove(note)
+        gc.unfreeze()
