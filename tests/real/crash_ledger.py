@@ -170,6 +170,8 @@ class Ledger:
 
     def _drained(self, _: int, number: int) -> None:
         answered = self._asked.pop(number)
+        if self.phase is Phase.DISCARDING:
+            return  # nothing is dirty any more, because it was given up
         self._raise(self.floor, answered)
         self._raise(self.home, answered)
 
