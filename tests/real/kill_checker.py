@@ -163,7 +163,7 @@ class Link:
             buffer = BUFFERS.take(request)
             buffer.to_buffer()[:] = data
             handle.aio_pwrite(buffer, request.offset, completion=done, flags=flags)
-        elif request.kind in ("read", "verify"):
+        elif request.kind in ("read", "verify", "look"):
             handle.aio_pread(BUFFERS.take(request), request.offset, completion=done)
         elif request.kind == "zero":
             handle.aio_zero(request.length, request.offset, completion=done, flags=flags)
@@ -296,10 +296,26 @@ class Guest:
                 self._compare(request.offset, found, "a read")
         elif request.kind == "flush":
             self.tally.flushes += 1
+        elif request.kind == "trim":
+            self._look_what_it_did(request)
+            return
+        elif request.kind == "look":
+            self._compare(request.offset, request.found, "after a trim", self._after_trim(request))
+            self.locked.difference_update(request.blocks)
+            return
         for block, data in request.after.items():
             self._set(block, data)
         self.tally.writes += request.changes
         self.locked.difference_update(request.blocks)
+
+    def _look_what_it_did(self, trim: Request) -> None:
+        """A trim is a hint: it made zeros, or nothing of what it names. Its blocks stay locked until that is read."""
+        first, end = trim.blocks.start * BLOCK, min(self.size, trim.blocks.stop * BLOCK)
+        look = Request("look", first, end - first, trim.blocks, trim.after)
+        self.later.append((0.0, look))
+
+    def _after_trim(self, look: Request) -> dict[int, Request]:
+        return dict.fromkeys(look.blocks, look)
 
     def _refused(self, request: Request) -> None:
         """The daemon answered with an error: a fault, unless the origin is being made to fail."""
