@@ -23,7 +23,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 # only what exists: a source root may be empty in an early checkout
-SOURCES := $(wildcard gateway nbd cache bench tests tools)
+SOURCES := $(wildcard gateway nbd cache fast bench tests tools hatch_build.py)
 
 export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
@@ -100,5 +100,6 @@ install uninstall:
 	@tools/install.sh $@
 
 clean:
+	rm -f fast/forebay_fast/core.c fast/forebay_fast/*.so fast/forebay_fast/.*.of
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find gateway nbd cache tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find gateway nbd cache fast tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
