@@ -9,22 +9,19 @@ objects: they keep to their way. Nothing else depends on the core.
 
 import os
 
-__all__ = ["missing", "serves", "use"]
+__all__ = ["core", "missing", "serves", "use"]
 
 VARIABLE = "FOREBAY_CORE"
 """Of the environment; "0" has a process serve without the core, whatever is set elsewhere."""
 
 
-def _found() -> str:
-    try:
-        from forebay_fast import core  # noqa: F401, PLC0415  (may be missing)
-    except ImportError as error:
-        return str(error)
-    return ""
+missing = ""
+"""Why there is no `core`: what the import said. Empty where there is one."""
 
-
-missing = _found()
-"""Why there is no core: what the import said. Empty where there is one."""
+try:
+    from forebay_fast import core
+except ImportError as error:
+    core, missing = None, str(error)  # type: ignore[assignment]
 
 _wanted = os.environ.get(VARIABLE) != "0"
 
