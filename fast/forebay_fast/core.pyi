@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -33,3 +34,25 @@ class Writes:
         empty: Any,
     ) -> None: ...
     def run(self, layer: Any, writes: list[tuple[int, memoryview]]) -> int: ...
+
+WAIT: int
+YIELD: int
+OTHER: int
+UNSENT: int
+GONE: int
+
+class Turn:
+    def __init__(
+        self,
+        reader: Any,
+        export: Any,
+        out: Any,
+        sock: int,
+        limits: Any,
+        *,
+        structured: bool,
+        refusal: Callable[[int, OSError], bytes],
+    ) -> None: ...
+    def may_receive(self) -> bool: ...
+    def poll(self, seconds: float) -> bool: ...
+    def run(self, turn_ends: float) -> int: ...
