@@ -16,6 +16,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.dict cimport PyDict_GetItemWithError
+from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
 from cpython.memoryview cimport PyMemoryView_GET_BUFFER
 from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EINTR, EIO
@@ -34,6 +35,20 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        int fd
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_ctl(int epoll, int what, int fd, epoll_event *event)
+    int epoll_wait(int epoll, epoll_event *events, int most, int milliseconds)
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
 
 cdef extern from "<endian.h>" nogil:
     uint64_t htobe64(uint64_t)
@@ -643,6 +658,7 @@ cdef enum:
     HEADS = BUFFERS // 2 * CHUNK
     ROOM = 2 + SECTORS         # buffers that a request of one block takes at most
 
+cdef double TURN_SECONDS = 500e-6  # server.limits
 cdef uint64_t PLAIN_READ = 0x2560951300000000
 cdef uint64_t PLAIN_WRITE = 0x2560951300000001
 cdef uint64_t SIMPLE_OK = 0x6744669800000000
@@ -693,6 +709,11 @@ cdef class Turn:
     cdef uint8_t heads[HEADS]
     cdef size_t heads_used
     cdef uint64_t hits, hit_bytes
+    # of `Wait`
+    cdef object woken
+    cdef double asleep, longest_poll
+    cdef bint soon
+    cdef int polls_lost, waits_without
 
     def __init__(self, reader, export, out, int sock, limits, *, bint structured, refusal):
         self.reader, self.out, self.sock, self.structured = reader, out, sock, structured
@@ -707,6 +728,7 @@ cdef class Turn:
         self.batch_bytes = limits.batch_bytes
         self.batch_buffers = max(ROOM, min(limits.batch_buffers, BUFFERS))
         self.in_place = limits.in_place_bytes
+        self.longest_poll = limits.poll_seconds
         self.held = []
 
     def may_receive(self):
@@ -726,6 +748,13 @@ cdef class Turn:
         if request.head == PLAIN_READ:
             return request.length <= MAX_PAYLOAD
         return request.head == PLAIN_WRITE and request.length <= self.in_place and not self.read_only
+
+    cdef bint polls(self) noexcept:
+        """True if it pays to look for the next request before sleeping: as `server.polling.Polling.pays`."""
+        if self.waits_without:
+            self.waits_without -= 1
+            return False
+        return self.soon and self.longest_poll > 0
 
     def poll(self, double seconds):
         """Receive what comes within so many seconds, giving the processor away meanwhile. False if nothing does."""
@@ -1028,3 +1057,162 @@ cdef class Turn:
             first = data - <const char *> memory_of(owner)
             left.append(owner[first : first + <Py_ssize_t> length])
         return left
+
+
+# --- the wait of the event loop --------------------------------------------------------------------------------------
+
+cdef enum:
+    EVENTS = 64
+    LOST_IN_A_ROW = 3    # server.polling
+    WAITS_WITHOUT = 200
+
+
+cdef class Wait:
+    """Stands for the epoll object of trio's loop, and serves the connections at rest while the loop waits.
+
+    A connection is at rest from :meth:`add` until its turn ends with something that Python has to look at. `poll` is
+    what `select.epoll` has, and returns what the loop's own object does; so do the other methods.
+    """
+
+    cdef object loops
+    cdef int epoll, loops_fd
+    cdef dict turns
+    cdef list again
+
+    def __init__(self, loops):
+        self.loops, self.loops_fd = loops, loops.fileno()
+        self.turns, self.again = {}, []
+        self.epoll = epoll_create1(EPOLL_CLOEXEC)
+        if self.epoll < 0:
+            PyErr_SetFromErrno(OSError)
+        self.control(EPOLL_CTL_ADD, self.loops_fd)
+
+    def __dealloc__(self):
+        if self.epoll >= 0:
+            close(self.epoll)
+
+    cdef int control(self, int what, int fd) except -1:
+        cdef epoll_event event
+        memset(&event, 0, sizeof(event))
+        event.events, event.data.fd = EPOLLIN, fd
+        if epoll_ctl(self.epoll, what, fd, &event) < 0:
+            PyErr_SetFromErrno(OSError)
+        return 0
+
+    def add(self, Turn turn, woken):
+        """Serve this connection from now on. `woken` is called once, with a status of `run` or an exception."""
+        self.control(EPOLL_CTL_ADD, turn.sock)
+        turn.woken, turn.asleep = woken, seconds_now()
+        self.turns[turn.sock] = turn
+
+    def remove(self, Turn turn):
+        """Do not serve it any more; `woken` is not called."""
+        if self.turns.pop(turn.sock, None) is not None:
+            self.control(EPOLL_CTL_DEL, turn.sock)
+        if turn in self.again:
+            self.again.remove(turn)
+
+    # What trio calls:
+
+    def register(self, *args):
+        self.loops.register(*args)
+
+    def modify(self, *args):
+        self.loops.modify(*args)
+
+    def unregister(self, fd):
+        self.loops.unregister(fd)
+
+    def fileno(self):
+        return self.loops_fd
+
+    def close(self):
+        if self.epoll >= 0:
+            close(self.epoll)
+            self.epoll = -1
+        self.loops.close()
+
+    def poll(self, double timeout, int most):
+        """What the loop has to look at, at once if there is something, else within so many seconds."""
+        cdef double deadline, now
+        cdef int n, k, ready, milliseconds
+        cdef epoll_event events[EVENTS]
+        cdef bint asks = False
+        cdef Turn turn, last = None
+        if not self.turns:
+            return self.loops.poll(timeout, most)
+        now = seconds_now()
+        deadline = now + timeout
+        while True:
+            milliseconds = 0 if self.again or asks else self.rest(deadline - now)
+            with nogil:
+                n = -2
+                if last is not None and milliseconds:
+                    n = self.polled(last, events)
+                if n == -2:
+                    n = epoll_wait(self.epoll, events, EVENTS, milliseconds)
+            if n < 0:
+                if last_error() != EINTR:
+                    PyErr_SetFromErrno(OSError)
+                PyErr_CheckSignals()
+                n = 0
+            ready = 0
+            last = None
+            again, self.again = self.again, []
+            for k in range(n):
+                if events[k].data.fd == self.loops_fd:
+                    ready = 1
+                    continue
+                turn = self.turns.get(events[k].data.fd)
+                if turn is not None and turn not in again:
+                    again.append(turn)
+            for one in again:
+                turn = one
+                if self.serve(turn, len(again) == 1):
+                    asks = True
+                else:
+                    last = turn if len(again) == 1 and not self.again and turn.polls() else None
+            now = seconds_now()
+            if ready or asks or now >= deadline:
+                return self.loops.poll(0, most)
+
+    cdef int rest(self, double seconds) noexcept:
+        """In milliseconds, not less."""
+        if seconds <= 0:
+            return 0
+        return 3600000 if seconds > 3600 else <int> (seconds * 1000 + 0.999)
+
+    cdef int polled(self, Turn turn, epoll_event *events) noexcept nogil:
+        """Look again and again for a while, giving the processor away: what epoll_wait returned, -2 for nothing."""
+        cdef double limit = seconds_now() + turn.longest_poll
+        cdef int n
+        while True:
+            sched_yield()
+            n = epoll_wait(self.epoll, events, EVENTS, 0)
+            if seconds_now() >= limit:  # also where something came: others wanted the processor, and had it for long
+                turn.polls_lost += 1
+                if turn.polls_lost == LOST_IN_A_ROW:
+                    turn.polls_lost, turn.waits_without = 0, WAITS_WITHOUT
+                return n or -2
+            if n:
+                turn.polls_lost = 0
+                return n
+
+    cdef bint serve(self, Turn turn, bint alone) except -1:
+        """Give a connection its turn. True if Python has to go on with it: it is not at rest any more."""
+        cdef double now = seconds_now()
+        turn.soon = now - turn.asleep < 4 * turn.longest_poll
+        try:
+            told = turn.run(now + (TURN_SECONDS if alone else TURN_SECONDS / 5))
+        except Exception as error:
+            told = error
+        turn.asleep = seconds_now()
+        if told == WAIT:
+            return False
+        if told == YIELD:
+            self.again.append(turn)
+            return False
+        self.remove(turn)
+        woken, turn.woken = turn.woken, None
+        woken(told)
+        return True

@@ -4,16 +4,30 @@
 """The compiled core: its checksums are those of the on-disk format, and whoever wants to does without it."""
 
 import random
+import socket
 import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
 
 import pytest
+import trio
+import trio.lowlevel
 from xxhash import xxh3_64_intdigest
 
 import forebay_fast
 from forebay_cache.format.checksum import ZERO_SECTOR_SUM, checksum
+from forebay_fast.loop import epoll_of_loop, rest, wait_of_loop
+from forebay_nbd import Limits
+from forebay_nbd.protocol.events import Request
+from forebay_nbd.protocol.requests import RequestReader
+from forebay_nbd.protocol.wire import (
+    REQUEST,
+    REQUEST_MAGIC,
+    SIMPLE_REPLY,
+    SIMPLE_REPLY_MAGIC,
+    Cmd,
+)
 
 core = pytest.importorskip("forebay_fast.core", reason="the core is not compiled: make setup")
 
@@ -78,3 +92,102 @@ def _run(program: str, variables: dict[str, str]) -> str:
         [sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True
     )
     return done.stdout.strip()
+
+
+# -- the wait of the loop: trio keeps its epoll object to itself, so a newer trio may keep it elsewhere ---------------
+
+
+async def test_the_loop_can_wait_in_the_core() -> None:
+    found = epoll_of_loop()
+    assert found is not None, (
+        "trio has changed: connections are served by turns, see forebay_fast/loop.py"
+    )
+    manager, epoll = found
+    wait = wait_of_loop()
+    assert manager._epoll is wait
+    assert wait is not epoll
+    assert wait_of_loop() is wait, "one for each loop"
+
+
+async def test_a_loop_that_waits_in_the_core_does_all_that_it_did() -> None:
+    """Sleep, sockets, calls from threads, cancellation; with a connection at rest, on which nothing comes."""
+    wait = wait_of_loop()
+    assert wait is not None
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        turn = core.Turn(
+            RequestReader(),
+            Nothing(),
+            Nothing(),
+            ours.fileno(),
+            Limits(),
+            structured=False,
+            refusal=len,
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rest, wait, turn)
+            await trio.sleep(0.001)
+            assert await trio.to_thread.run_sync(lambda: trio.from_thread.run_sync(id, 7)) == id(7)
+            left, right = trio.socket.socketpair()
+            with left, right:
+                nursery.start_soon(left.send, b"x")
+                assert await right.recv(1) == b"x"
+            with trio.move_on_after(0.001) as scope:
+                await trio.sleep_forever()
+            assert scope.cancelled_caught
+            nursery.cancel_scope.cancel()
+
+
+async def test_what_comes_to_a_connection_at_rest_is_answered_or_told() -> None:
+    wait = wait_of_loop()
+    assert wait is not None
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        reader, out = RequestReader(), Nothing()
+        turn = core.Turn(
+            reader, Nothing(), out, ours.fileno(), Limits(), structured=False, refusal=len
+        )
+        theirs.send(REQUEST.pack(REQUEST_MAGIC, 0, Cmd.READ, 5, 0, 4))
+        theirs.send(REQUEST.pack(REQUEST_MAGIC, 0, Cmd.FLUSH, 6, 0, 0))
+        assert await rest(wait, turn) == core.OTHER
+        assert theirs.recv(100) == SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, 5) + b"data"
+        request = reader.next_event()
+        assert isinstance(request, Request)
+        assert request.cookie == 6
+        theirs.close()
+        assert await rest(wait, turn) == core.GONE
+
+
+async def test_an_export_that_breaks_ends_its_connection_and_not_the_loop() -> None:
+    wait = wait_of_loop()
+    assert wait is not None
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        export = Nothing()
+        export.read_now = None  # type: ignore[assignment]
+        turn = core.Turn(
+            RequestReader(),
+            export,
+            Nothing(),
+            ours.fileno(),
+            Limits(),
+            structured=False,
+            refusal=len,
+        )
+        theirs.send(REQUEST.pack(REQUEST_MAGIC, 0, Cmd.READ, 5, 0, 4))
+        with pytest.raises(TypeError):
+            await rest(wait, turn)
+        await trio.lowlevel.checkpoint()
+
+
+class Nothing:
+    """An export, and an outbox, as far as a turn asks for them."""
+
+    size, read_only, broken = 4096, False, False
+    _unsent: tuple[()] = ()
+
+    def read_now(self, offset: int, length: int) -> bytes:
+        return b"data"

@@ -45,7 +45,7 @@ FOREIGN = {
     "forebay": set[str](),
     "forebay_nbd": {"lmdb", "pydantic", "hypercorn", "starlette", "rich", "nbd"},
     "forebay_cache": {"nbd", "pydantic", "hypercorn", "starlette", "rich"},
-    "forebay_fast": {"trio", "lmdb", "nbd", "pydantic", "hypercorn", "starlette", "rich"},
+    "forebay_fast": {"lmdb", "nbd", "pydantic", "hypercorn", "starlette", "rich"},
 }
 
 
@@ -142,7 +142,7 @@ ORDER: dict[str, list[str]] = {
         "__init__",
     ],
     "forebay_nbd": ["protocol", "server client", "__init__"],
-    "forebay_fast": ["__init__"],
+    "forebay_fast": ["__init__", "loop"],
 }
 """Rooms, and modules that lie in none, of each package, lowest first. A room imports what stands above it in the list,
 and nothing of those beside it in its line, unless BESIDE says so."""

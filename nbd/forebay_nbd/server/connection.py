@@ -18,6 +18,7 @@ from time import perf_counter
 import trio
 
 import forebay_fast
+from forebay_fast.loop import rest, wait_of_loop
 from forebay_nbd.protocol.events import Request
 from forebay_nbd.protocol.requests import RequestReader, encode_request
 from forebay_nbd.protocol.session import Session
@@ -282,9 +283,11 @@ class Connection:
 
     async def _serve_plain(self, turn: "forebay_fast.core.Turn") -> bool:
         """Has the core receive and answer requests. True once it has received another one; False if the client left."""
-        core = forebay_fast.core
+        core, wait = forebay_fast.core, wait_of_loop()
         while True:
             status = turn.run(self._turn_ends)
+            if status == core.WAIT and wait is not None:
+                status = await self._rest(wait, turn)
             if status == core.WAIT:
                 if not await self._wait_for_more(turn):
                     return False
@@ -294,6 +297,15 @@ class Connection:
                 await self._out.drain()
             else:
                 return status == core.OTHER
+
+    async def _rest(self, wait: "forebay_fast.core.Wait", turn: "forebay_fast.core.Turn") -> int:
+        """Has requests answered where the event loop waits, until Python has to look at one: returns as turn.run()."""
+        _Turn.last = self
+        try:
+            return await rest(wait, turn)
+        finally:
+            self._alone = _Turn.last is self
+            self._turn_ends = perf_counter() + self.limits.turn_seconds
 
     async def _wait_for_more(self, turn: "forebay_fast.core.Turn") -> bool:
         """Returns when there may be more to receive, or polling has received some; False if the client is gone."""
