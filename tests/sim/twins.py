@@ -95,7 +95,8 @@ class Side:
 
     def do_zero(self, first: int, count: int) -> object:
         count = min(count, SECTORS - first)
-        return private.zero(self.cache, self.view.private[0], first * SECTOR, count * SECTOR)
+        keep = bool(count & 1)
+        return private.zero(self.cache, self.view.private[0], first * SECTOR, count * SECTOR, keep)
 
     def do_read(self, offset: int, length: int) -> object:
         found = self.read_now(offset, min(length, BLOCKS * BLOCK - offset))

@@ -225,8 +225,7 @@ def _write_block(cache: Cache, layer: Layer, block: int, start: int, data: memor
     entry = word, second = entry_at(page, i)
     opened = cache.intent.open_sectors.get(key, 0)
     target = _target(word, second, mask, opened)
-    had = entry.slots
-    slots = list(had)
+    had, slots = entry.slots, list(entry.slots)
     if not _slots_for(cache, layer, block, slots, mask & ~target, target):
         return False
     places = [

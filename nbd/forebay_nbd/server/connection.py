@@ -31,14 +31,8 @@ from forebay_nbd.server.limits import Limits
 from forebay_nbd.server.negotiation import Negotiation
 from forebay_nbd.server.outbox import Outbox
 from forebay_nbd.server.phase import MOVES, Phase
-from forebay_nbd.server.polling import Polling
+from forebay_nbd.server.polling import Polling, Served
 from forebay_nbd.server.slow import SlowRequests
-
-
-class _Turn:
-    """Which connection of this process was served last: one that shares the event loop with others must not poll."""
-
-    last: "Connection | None" = None
 
 
 class Connection:
@@ -249,7 +243,7 @@ class Connection:
 
     async def _serve(self, batch: Batch, structured: bool) -> None:
         """Receives and answers requests until the client leaves."""
-        reader, turn = self._reader, self._compiled_turn(structured)
+        reader, turn = self._reader, _compiled_turn(self, self._reader, self._out, structured)
         while await self._answer_received(batch):
             if reader.large_payload():
                 await self._reserve_payload(reader.large_payload())
@@ -266,20 +260,6 @@ class Connection:
             now = perf_counter()
             if now > self._turn_ends:
                 await self._yield_turn()
-
-    def _compiled_turn(self, structured: bool) -> "forebay_fast.core.Turn | None":
-        """What serves plain requests, if this process serves with the compiled core."""
-        if not forebay_fast.serves():
-            return None
-        return forebay_fast.core.Turn(
-            self._reader,
-            self.export,
-            self._out,
-            self.sock.fileno(),
-            self.limits,
-            structured=structured,
-            refusal=refusal(structured),
-        )
 
     async def _serve_plain(self, turn: "forebay_fast.core.Turn") -> bool:
         """Has the core receive and answer requests. True once it has received another one; False if the client left."""
@@ -300,11 +280,11 @@ class Connection:
 
     async def _rest(self, wait: "forebay_fast.core.Wait", turn: "forebay_fast.core.Turn") -> int:
         """Has requests answered where the event loop waits, until Python has to look at one: returns as turn.run()."""
-        _Turn.last = self
+        Served.last = self
         try:
             return await rest(wait, turn)
         finally:
-            self._alone = _Turn.last is self
+            self._alone = Served.last is self
             self._turn_ends = perf_counter() + self.limits.turn_seconds
 
     async def _wait_for_more(self, turn: "forebay_fast.core.Turn") -> bool:
@@ -354,9 +334,9 @@ class Connection:
 
     async def _yield_turn(self) -> None:
         """Lets other tasks run. If another connection was served meanwhile, turns are shorter, without polling."""
-        _Turn.last = self
+        Served.last = self
         await trio.lowlevel.checkpoint()
-        self._alone = _Turn.last is self
+        self._alone = Served.last is self
         self._turn_ends = perf_counter() + self.limits.turn_seconds * (1.0 if self._alone else 0.2)
 
     async def _receive(self, space: memoryview) -> int:
@@ -394,9 +374,26 @@ class Connection:
 
     async def _sleep(self, asleep: float) -> None:
         """Returns when there is something to receive. It has waited for that since `asleep` (perf_counter())."""
-        _Turn.last = self
+        Served.last = self
         await trio.lowlevel.wait_readable(self.sock)
         now = perf_counter()
         self._polling.slept(soon=now - asleep < 4 * self.limits.poll_seconds)
-        self._alone = _Turn.last is self
+        self._alone = Served.last is self
         self._turn_ends = now + self.limits.turn_seconds
+
+
+def _compiled_turn(
+    connection: Connection, reader: RequestReader, out: Outbox, structured: bool
+) -> "forebay_fast.core.Turn | None":
+    """What serves plain requests, if this process serves with the compiled core."""
+    if not forebay_fast.serves():
+        return None
+    return forebay_fast.core.Turn(
+        reader,
+        connection.export,
+        out,
+        connection.sock.fileno(),
+        connection.limits,
+        structured=structured,
+        refusal=refusal(structured),
+    )

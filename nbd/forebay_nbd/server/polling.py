@@ -10,6 +10,12 @@ WAITS_WITHOUT = 200
 """How long that is, in waits. Then it is tried again: the client may have a processor of its own by now."""
 
 
+class Served:
+    """Which connection of this process was served last: one that shares the event loop with others must not poll."""
+
+    last: object = None
+
+
 class Polling:
     """Whether it pays for one connection to poll its socket before it sleeps on it.
 
