@@ -866,15 +866,18 @@ cdef class Turn:
 
     cdef int add(self, const void *data, size_t length, PyObject *owner) noexcept:
         """Gather bytes of `owner`, which whoever calls keeps; NULL: of `heads`. False if there is no room."""
-        cdef iovec *last = &self.buffers[self.count - 1]
-        if self.count and self.owners[self.count - 1] == owner and <const uint8_t *> last.iov_base + last.iov_len == data:
-            last.iov_len += length
-        elif self.count == self.batch_buffers:
+        cdef iovec *last
+        if self.count and self.owners[self.count - 1] == owner:
+            last = &self.buffers[self.count - 1]
+            if <const uint8_t *> last.iov_base + last.iov_len == data:
+                last.iov_len += length
+                self.total += length
+                return True
+        if self.count == self.batch_buffers:
             return False
-        else:
-            self.buffers[self.count].iov_base, self.buffers[self.count].iov_len = <void *> data, length
-            self.owners[self.count] = owner
-            self.count += 1
+        self.buffers[self.count].iov_base, self.buffers[self.count].iov_len = <void *> data, length
+        self.owners[self.count] = owner
+        self.count += 1
         self.total += length
         return True
 
@@ -1085,30 +1088,30 @@ cdef class Wait:
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
         if self.epoll < 0:
             PyErr_SetFromErrno(OSError)
-        self.control(EPOLL_CTL_ADD, self.loops_fd)
+        self.watch(self.loops_fd)
 
     def __dealloc__(self):
         if self.epoll >= 0:
             close(self.epoll)
 
-    cdef int control(self, int what, int fd) except -1:
+    cdef int watch(self, int fd) except -1:
         cdef epoll_event event
         memset(&event, 0, sizeof(event))
         event.events, event.data.fd = EPOLLIN, fd
-        if epoll_ctl(self.epoll, what, fd, &event) < 0:
+        if epoll_ctl(self.epoll, EPOLL_CTL_ADD, fd, &event) < 0:
             PyErr_SetFromErrno(OSError)
         return 0
 
     def add(self, Turn turn, woken):
         """Serve this connection from now on. `woken` is called once, with a status of `run` or an exception."""
-        self.control(EPOLL_CTL_ADD, turn.sock)
+        self.watch(turn.sock)
         turn.woken, turn.asleep = woken, seconds_now()
         self.turns[turn.sock] = turn
 
     def remove(self, Turn turn):
         """Do not serve it any more; `woken` is not called."""
         if self.turns.pop(turn.sock, None) is not None:
-            self.control(EPOLL_CTL_DEL, turn.sock)
+            epoll_ctl(self.epoll, EPOLL_CTL_DEL, turn.sock, NULL)  # fails where the socket is closed: it is out then
         if turn in self.again:
             self.again.remove(turn)
 
