@@ -4,6 +4,7 @@
 # make setup    leaves .venv/bin/forebay (system packages through root or sudo, only those missing)
 # make setup-libvirt   what the tests under a real libvirt need as well, 300 MB; make test runs them then
 # make test     all levels but the lab        PYTEST_ARGS='-k name' narrows it   WORKERS=2: files side by side
+# make test-without-core   the tests that reach the compiled core, served by Python
 # make demo     everything on a throw-away directory
 # make bench    against nbdkit and qemu-nbd   ROUNDS=5  QUICK=1  BENCH_ARGS="--only qd16"
 # make bench-doors   socket, FUSE file, nbdfuse, sshfs, plain file     QUICK=1  BENCH_ARGS="--only read"
@@ -23,13 +24,13 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 # only what exists: a source root may be empty in an early checkout
-SOURCES := $(wildcard gateway nbd cache bench tests tools)
+SOURCES := $(wildcard gateway nbd cache fast bench tests tools hatch_build.py)
 
 export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup setup-libvirt test test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme fuzz soak lab docs dist lint format install uninstall clean
+.PHONY: setup setup-libvirt test test-without-core test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme fuzz soak lab docs dist lint format install uninstall clean
 
 setup:
 	@tools/setup.sh
@@ -43,6 +44,11 @@ test: setup
 
 test-unit test-sim test-real: test-%: setup
 	$(BIN)/python -m pytest tests/$* $(PYTEST_ARGS)
+
+# A minute and a half. The others do the same either way.
+test-without-core: setup
+	FOREBAY_CORE=0 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/sim/test_cache_crash.py tests/sim/test_data_safety.py \
+	  tests/sim/test_disk_machine.py tests/sim/test_nth_call.py tests/real/test_nbd_life.py tests/real/test_nbd_slow_clients.py
 
 demo: setup
 	$(BIN)/forebay demo
@@ -100,5 +106,6 @@ install uninstall:
 	@tools/install.sh $@
 
 clean:
+	rm -f fast/forebay_fast/core.c fast/forebay_fast/*.so fast/forebay_fast/.*.of
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find gateway nbd cache tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find gateway nbd cache fast tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

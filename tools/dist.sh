@@ -23,18 +23,19 @@ wheel=(dist/*.whl) sdist=(dist/*.tar.gz)
 in_wheel=$("$PYTHON" -m zipfile --list "${wheel[0]}" | awk 'NR > 1 { print $1 }')
 in_sdist=$(tar --list --file "${sdist[0]}" | cut -d/ -f2-)
 
-for wanted in forebay/py.typed forebay_cache/py.typed forebay_nbd/py.typed 'forebay-.*/licenses/LICENSE' \
+for wanted in forebay/py.typed forebay_cache/py.typed forebay_nbd/py.typed forebay_fast/py.typed \
+    'forebay_fast/core\.[^/]*\.so' 'forebay-.*/licenses/LICENSE' \
     'forebay-.*/entry_points.txt'; do
     grep -qx "$wanted" <<<"$in_wheel" || fail "$wanted is not in the wheel"
 done
-! grep -Ev '^(forebay|forebay_cache|forebay_nbd)/.*\.(py|typed)$|^forebay-[^/]*\.dist-info/' <<<"$in_wheel" ||
+! grep -Ev '^(forebay|forebay_cache|forebay_nbd|forebay_fast)/.*\.(py|pyi|typed|so)$|^forebay-[^/]*\.dist-info/' <<<"$in_wheel" ||
     fail "the wheel has what does not belong there"
 
 for wanted in LICENSE README.md CHANGELOG.md Makefile pyproject.toml tools/install.sh systemd/forebay.service \
-    config/forebay.toml docs/forebay.svg nbd/nbdkit/plugin.py tests/README.md; do
+    config/forebay.toml fast/forebay_fast/core.c fast/forebay_fast/.core.c.of docs/forebay.svg nbd/nbdkit/plugin.py tests/README.md; do
     grep -qx "$wanted" <<<"$in_sdist" || fail "$wanted is not in the sdist"
 done
-! grep -E '^(\.ci|\.venv|\.git/|bench/results|build|dist)(/|$)|__pycache__|\.pyc$' <<<"$in_sdist" ||
+! grep -E '^(\.ci|\.venv|\.git/|bench/results|build|dist)(/|$)|__pycache__|\.(pyc|so)$' <<<"$in_sdist" ||
     fail "the sdist has what does not belong there"
 
 "$PYTHON" -m twine check --strict dist/* >/dev/null || fail "the readme does not render: twine check --strict dist/*"

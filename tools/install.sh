@@ -46,7 +46,7 @@ files() {
     echo "755 config/libvirt/qemu-forebay $PREFIX/bin/qemu-forebay"
     echo "755 config/libvirt/hooks/qemu.d/forebay /etc/libvirt/hooks/qemu.d/forebay"
     # The pages, in their folders, so that links from one to another work; units name them as their documentation.
-    find *.md bench cache config docs gateway nbd systemd tests/README.md ! -path '*/results/*' \
+    find *.md bench cache config docs fast gateway nbd systemd tests/README.md ! -path '*/results/*' \
         \( -name '*.md' -o -name '*.svg' \) -printf "644 %p $DOC/%p\n"
 }
 
@@ -81,7 +81,7 @@ need_venv() {
 
 # What is in the environment is of these files; the second run compares them, and is done.
 fingerprint() {
-    { echo "$VENV"; "$PYTHON" --version; find pyproject.toml README.md gateway nbd cache -type f \
+    { echo "$VENV"; "$PYTHON" --version; find pyproject.toml hatch_build.py README.md gateway nbd cache fast -type f \
         ! -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum; } | sha256sum
 }
 

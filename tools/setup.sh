@@ -12,14 +12,17 @@ VENV=${VENV:-.venv}
 PYTHON=/usr/bin/python3     # libnbd's binding exists for the system's Python only
 STAMP=$VENV/.forebay-setup
 
-# What the tests, the demo and the bench run as real clients and servers. All Python dependencies come as wheels, so
-# no compiler is needed: pyfuse3, which has none, is the distribution's here and not the extra `fuse`.
-PACKAGES=(python3-venv python3-libnbd libnbd-bin nbdkit nbdkit-plugin-python qemu-utils fio curl python3-pyfuse3 fuse3
+# What the tests, the demo and the bench run as real clients and servers, and what the core is compiled with. All Python
+# dependencies come as wheels: pyfuse3, which has none, is the distribution's here and not the extra `fuse`.
+PACKAGES=(gcc libc6-dev python3-dev python3-venv python3-libnbd libnbd-bin nbdkit nbdkit-plugin-python qemu-utils fio curl python3-pyfuse3 fuse3
     systemd-container)
 
 fail() { echo "setup: $*" >&2; exit 1; }
 
-fingerprint() { { echo "$PWD $VENV"; cat pyproject.toml Makefile tools/*; } | sha256sum; }
+fingerprint() { { echo "$PWD $VENV"; cat pyproject.toml hatch_build.py Makefile tools/*; } | sha256sum; }
+
+# With what tests need to plant bugs; done at once where the sources are those of the last time.
+compile_core() { "$VENV/bin/python" fast/build.py --plants || echo "setup: Forebay serves without its compiled core" >&2; }
 
 missing_packages() {
     local package
@@ -57,6 +60,7 @@ usable_venv() {
 }
 
 if [ -x "$VENV/bin/forebay" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$(fingerprint)" ]; then
+    compile_core
     exit 0
 fi
 
@@ -66,7 +70,8 @@ install_packages
 "$PYTHON" -c 'import ensurepip' 2>/dev/null || fail "$PYTHON cannot make environments: install python3-venv"
 usable_venv || "$PYTHON" -m venv --system-site-packages --clear "$VENV"
 echo "setup: installing forebay and its dependencies into $VENV"
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+FOREBAY_CORE_PLANTS=1 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+compile_core
 "$VENV/bin/python" -c 'import libnbdmod, nbd' || fail "libnbd's Python binding is not importable in $VENV"
 fingerprint >"$STAMP"
 echo "setup: $VENV/bin/forebay is ready"

@@ -24,11 +24,11 @@ WITHIN_LINES = 5
 """The lines of a file among which the identifier has to stand: below a shebang, above all else."""
 
 ROOTS = (
-    "Makefile", "pyproject.toml", "mkdocs.yml", ".ci",
-    "bench", "cache", "config", "docs", "gateway", "nbd", "systemd", "tests", "tools",
+    "Makefile", "pyproject.toml", "hatch_build.py", "mkdocs.yml", ".ci",
+    "bench", "cache", "config", "docs", "fast", "gateway", "nbd", "systemd", "tests", "tools",
 )  # fmt: skip
 
-HASH = {".py", ".sh", ".toml", ".yml", ".service", ".target", ".conf", ".rules"}
+HASH = {".py", ".pyi", ".pyx", ".sh", ".toml", ".yml", ".service", ".target", ".conf", ".rules"}
 """Endings of files in which a comment begins with a hash."""
 
 HASH_NAMES = {
@@ -40,7 +40,13 @@ HASH_NAMES = {
 NO_SOURCE = {".md", ".json", ".png", ".typed", ".pyc"}
 """Endings of what takes no comment, or is prose: the licence is in LICENSE."""
 
-DATA = ("bench/results", "config/completions", "tests/data", "tests/fuzz/corpus")
+DATA = (
+    "fast/forebay_fast/core.c",
+    "bench/results",
+    "config/completions",
+    "tests/data",
+    "tests/fuzz/corpus",
+)
 """Folders of what was recorded, or is made by a program."""
 
 
@@ -68,6 +74,8 @@ def comment(path: Path) -> tuple[str, str] | None:
         return "; ", ""
     if path.suffix in {".xml", ".svg"}:
         return "<!-- ", " -->"
+    if path.suffix == ".h":
+        return "/* ", " */"
     return None
 
 

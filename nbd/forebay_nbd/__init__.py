@@ -4,6 +4,7 @@
 """NBD for Forebay: the protocol without I/O for both roles, a server and a client for trio."""
 
 from forebay_nbd.client.client import Client
+from forebay_nbd.protocol.session import Session
 from forebay_nbd.protocol.wire import Buffer, ProtocolError, RequestError
 from forebay_nbd.server.budget import Budget, Budgets
 from forebay_nbd.server.connection import Connection
@@ -12,7 +13,6 @@ from forebay_nbd.server.limits import Limits
 from forebay_nbd.server.phase import Phase
 from forebay_nbd.server.places import Process
 from forebay_nbd.server.server import Server
-from forebay_nbd.server.session import Session
 
 __all__ = [
     "Budget",

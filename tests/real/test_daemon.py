@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import forebay_fast
 from real.gateway_process import GatewayProcess
 from real.processes import MIB, ONE_THREAD, NbdServer, loop_device, need, random_image
 
@@ -124,6 +125,20 @@ def test_the_end_is_clean_while_clients_are_connected(
     assert gateway.stop() == 0, gateway.log_text()
     assert not gateway.sock("d").exists()
     assert not gateway.control.exists()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_status_says_whether_the_compiled_core_serves(
+    make_gateway: MakeGateway, connect: Connect, wanted: bool
+) -> None:
+    gateway = make_gateway({"gateway": {"core": wanted}})
+    random_image(gateway.images / "a.raw", MIB, seed=1)
+    gateway.attach("d", "a.raw", mode="write-back")
+    client = connect(gateway.uri("d"))
+    client.pwrite(b"x" * 8192, 4096)
+    assert client.pread(8192, 4096) == b"x" * 8192
+    serves = wanted and forebay_fast.serves()
+    assert gateway.status("d")["gateway"]["core"] is serves
 
 
 # ---------------------------------------------------------------------------------------- sockets

@@ -11,6 +11,7 @@ import trio
 
 import forebay.disk.origin_writes
 import forebay_cache.blocks.private
+import forebay_fast
 from forebay.image.image import Image
 from forebay_cache import Cache, Layer
 from forebay_cache.blocks import slow_writes
@@ -23,6 +24,13 @@ from forebay_cache.slots.quarantine import Quarantine
 
 Replace = Callable[[object, str, object], None]
 """Puts something in the place of an attribute: (of what, name, value)."""
+
+
+def in_core(replace: Replace, bug: str) -> None:
+    """The same in the compiled core, if there is one; it has to be compiled with its plants, as by make setup."""
+    if not forebay_fast.missing:
+        assert forebay_fast.core.has_plants, "make setup"
+        replace(forebay_fast.core, "bugs", frozenset({bug}))
 
 
 def index_before_data(replace: Replace) -> None:
@@ -58,6 +66,7 @@ def overwritten_in_place(replace: Replace) -> None:
 
     replace(forebay_cache.blocks.private, "_target", target)
     replace(slow_writes, "_target", target)
+    in_core(replace, "wrong side")
 
 
 def image_not_synced(replace: Replace) -> None:

@@ -29,6 +29,7 @@ import forebay_cache.index.index
 import forebay_cache.layers.registry
 import forebay_cache.slots.ready
 import forebay_cache.upkeep.medium
+import forebay_fast
 from forebay_cache.device.worker import timed_out
 
 T = TypeVar("T")
@@ -206,7 +207,21 @@ def simulated(dice: Dice, *, slow: bool = False) -> Iterator[type[FakeSyncer]]:
             (trio._core._run, "_r", scheduler),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
+        stack.enter_context(core_by_python())
         yield syncer
+
+
+@contextlib.contextmanager
+def core_by_python() -> Iterator[None]:
+    """Within it the compiled core, if there is one, has `Device` write, as Python does: fakes see each write."""
+    if forebay_fast.missing:
+        yield
+        return
+    forebay_fast.core.write_by_python(True)
+    try:
+        yield
+    finally:
+        forebay_fast.core.write_by_python(False)
 
 
 class Loop:

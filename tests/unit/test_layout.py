@@ -27,11 +27,17 @@ from unit.layout_rules import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = {"forebay": "gateway", "forebay_nbd": "nbd", "forebay_cache": "cache"}
+PACKAGES = {
+    "forebay": "gateway",
+    "forebay_nbd": "nbd",
+    "forebay_cache": "cache",
+    "forebay_fast": "fast",
+}
 MAY_IMPORT = {
-    "forebay": {"forebay_nbd", "forebay_cache"},
-    "forebay_nbd": set[str](),
-    "forebay_cache": set[str](),
+    "forebay": {"forebay_nbd", "forebay_cache", "forebay_fast"},
+    "forebay_nbd": {"forebay_fast"},
+    "forebay_cache": {"forebay_fast"},
+    "forebay_fast": set[str](),
 }
 # what a package of the data path has no business with: the cache knows nothing of NBD's clients,
 # the protocol nothing of the cache's index, and neither of the control API
@@ -39,6 +45,7 @@ FOREIGN = {
     "forebay": set[str](),
     "forebay_nbd": {"lmdb", "pydantic", "hypercorn", "starlette", "rich", "nbd"},
     "forebay_cache": {"nbd", "pydantic", "hypercorn", "starlette", "rich"},
+    "forebay_fast": {"lmdb", "nbd", "pydantic", "hypercorn", "starlette", "rich"},
 }
 
 
@@ -135,6 +142,7 @@ ORDER: dict[str, list[str]] = {
         "__init__",
     ],
     "forebay_nbd": ["protocol", "server client", "__init__"],
+    "forebay_fast": ["__init__", "loop"],
 }
 """Rooms, and modules that lie in none, of each package, lowest first. A room imports what stands above it in the list,
 and nothing of those beside it in its line, unless BESIDE says so."""

@@ -3,7 +3,7 @@
 
 """Polls that are in vain stop, and are tried again later."""
 
-from forebay_nbd.server.connection import LOST_IN_A_ROW, WAITS_WITHOUT, Polling
+from forebay_nbd.server.polling import LOST_IN_A_ROW, WAITS_WITHOUT, Polling
 
 
 def learned(*, soon: bool = True) -> Polling:

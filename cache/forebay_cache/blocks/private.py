@@ -225,19 +225,23 @@ def _write_block(cache: Cache, layer: Layer, block: int, start: int, data: memor
     entry = word, second = entry_at(page, i)
     opened = cache.intent.open_sectors.get(key, 0)
     target = _target(word, second, mask, opened)
-    had = entry.slots
-    slots = list(had)
+    had, slots = entry.slots, list(entry.slots)
     if not _slots_for(cache, layer, block, slots, mask & ~target, target):
         return False
+    places = [
+        _Place(layer.id, block, slots[side], side, part, in_place=bool(opened & part))
+        for side, part in ((0, mask & ~target), (1, target))
+        if part
+    ]
     try:
-        for side, part in ((0, mask & ~target), (1, target)):
-            if part:
-                place = _Place(layer.id, block, slots[side], side)
-                _put(cache, place, first, data, part, in_place=bool(opened & part))
+        for place in places:
+            _put(cache, place, first, data)
     except OSError:
         for slot in set(slots) - set(had):
             cache.slots.abandon(slot)
         raise
+    for place in places:
+        _note(cache, place, first, data)
     page = layer.pages.writable(number)
     layer.slots += (slots[0] != had[0]) + (slots[1] != had[1])
     layer.sectors += (mask & ~word).bit_count()
@@ -268,35 +272,45 @@ def _slots_for(
 
 
 class _Place(NamedTuple):
-    """Where sectors of a block go. ``layer`` and ``block`` are numbers."""
+    """Where the sectors ``mask`` of a block go. ``layer`` and ``block`` are numbers.
+
+    ``in_place``: acknowledged data is overwritten, so it is written behind the record.
+    """
 
     layer: int
     block: int
     slot: int
     side: int
+    mask: int
+    in_place: bool
+
+    def pieces(self, first: int, data: memoryview) -> list[tuple[int, memoryview]]:
+        """(sector, what goes there) of each run of its sectors; ``data`` begins at sector ``first``."""
+        return [
+            (start, data[(start - first) * SECTOR : (start + count - first) * SECTOR])
+            for start, count in sector_runs(self.mask)
+        ]
 
 
-def _put(
-    cache: Cache, place: _Place, first: int, data: memoryview, part: int, *, in_place: bool
-) -> None:
-    """Write the sectors ``part`` of ``data``, which begins at sector ``first``, and note a record of it.
+def _put(cache: Cache, place: _Place, first: int, data: memoryview) -> None:
+    """Write the sectors of a place, unless that comes later. Raises OSError."""
+    for start, piece in [] if place.in_place else place.pieces(first, data):
+        cache.device.write(cache.device.at(place.slot, start * SECTOR), piece)
 
-    ``in_place``: acknowledged data is overwritten, so it is written behind the record. Raises OSError.
-    """
+
+def _note(cache: Cache, place: _Place, first: int, data: memoryview) -> None:
+    """Have sums, readiness and a record say what was written to a place, or is going to be behind the record."""
+    _, block, slot, side, mask, in_place = place
     noted: list[int] = []
-    for start, count in sector_runs(part):
-        piece = data[(start - first) * SECTOR : (start + count - first) * SECTOR]
-        at = cache.device.at(place.slot, start * SECTOR)
+    for start, piece in place.pieces(first, data):
         if in_place:
-            cache.intent.write_later(place.slot, part, at, piece)
-        else:
-            cache.device.write(at, piece)
+            cache.intent.write_later(slot, mask, cache.device.at(slot, start * SECTOR), piece)
         values = checksums(piece)
-        at = place.slot * SECTORS + start
-        cache.sums.values[at : at + count] = array("I", values)
+        at = slot * SECTORS + start
+        cache.sums.values[at : at + len(values)] = array("I", values)
         noted += values
-    cache.intent.note(ops.write(place.side, part, place.layer, place.block, place.slot, noted))
-    cache.ready.masks[place.slot] |= part
+    cache.intent.note(ops.write(side, mask, place.layer, block, slot, noted))
+    cache.ready.masks[slot] |= mask
 
 
 def zero(cache: Cache, layer: Layer, offset: int, length: int, provisioned: bool = False) -> bool:

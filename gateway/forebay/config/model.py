@@ -87,6 +87,8 @@ class GatewaySection(_Section):
     """Group whose processes may use a disk beside the VM that has it: the nbdkit door, backup programs."""
     control_group: Group | None = None
     """Group that may use the control API (mode 0660); without it only the daemon's own user may (0600)."""
+    core: bool = True
+    """Serve with the compiled core, where it is installed; without it Python does the same, slower."""
 
     @field_validator("run")
     @classmethod

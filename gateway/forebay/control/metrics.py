@@ -102,10 +102,13 @@ MEMORY = {
 }
 """By budget, who holds it."""
 
-GATEWAY_METRICS = tuple(
-    _one(f"{name}{part}_bytes", "gauge", f"Memory that {who}{said}.", f"{name}{part}_bytes")
-    for name, who in MEMORY.items()
-    for part, said in (("", ""), ("_limit", ", at most"))
+GATEWAY_METRICS = (
+    _one("core", "gauge", "1 if the compiled core serves hits and writes.", "core"),
+    *(
+        _one(f"{name}{part}_bytes", "gauge", f"Memory that {who}{said}.", f"{name}{part}_bytes")
+        for name, who in MEMORY.items()
+        for part, said in (("", ""), ("_limit", ", at most"))
+    ),
 )
 
 
@@ -166,4 +169,4 @@ def _family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float]
 
 
 def _number(value: float) -> str:
-    return f"{value}"
+    return f"{int(value) if isinstance(value, bool) else value}"

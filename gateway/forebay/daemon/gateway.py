@@ -13,6 +13,7 @@ from typing import Any
 
 import trio
 
+import forebay_fast
 from forebay.config.model import Config
 from forebay.control.metrics import metrics_text
 from forebay.daemon import memory
@@ -227,12 +228,13 @@ class Gateway:
             await attached.disk.preload(amount, progress)
 
     def info(self) -> dict[str, Any]:
-        """What belongs to no disk, and not to the cache: how much of its memory is used, see `memory.figures`."""
-        kept = {
+        """What belongs to no disk, and not to the cache: see "Memory" and "The compiled core" in gateway/README.md."""
+        others = {
+            "core": forebay_fast.serves(),
             "kept_write_memory_bytes": self._images.kept.used,
             "kept_write_memory_limit_bytes": MOST_IN_ALL,
         }
-        return memory.figures(self._memory, self._cache) | kept
+        return memory.figures(self._memory, self._cache) | others
 
     # -- the cache
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 import forebay_cache
+import forebay_fast
 from forebay.config.model import Config
 from forebay.daemon.attached import Attached
 from forebay.daemon.loop_meter import METER
@@ -75,6 +76,7 @@ def run_process(config: Config, state: Path | None, run: Path | None, make: Make
     config = config.model_copy(update={"gateway": config.gateway.model_copy(update=given)})
     _log_to_stderr()
     _raise_limits()
+    _choose_core(config.gateway.core)
     earlier = EarlierSockets.find()
     try:
         check_not_roots(config.gateway.state)
@@ -93,6 +95,13 @@ def run_process(config: Config, state: Path | None, run: Path | None, make: Make
         logging.shutdown()
         os._exit(0)
     return 0
+
+
+def _choose_core(wanted: bool) -> None:
+    """Serve with the compiled core if that is wanted and there. The log says so where it is wanted and not there."""
+    forebay_fast.use(wanted)
+    if wanted and forebay_fast.missing:
+        log.info("serving without the compiled core, which is slower: %s", forebay_fast.missing)
 
 
 def _raise_limits() -> None:

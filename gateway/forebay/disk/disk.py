@@ -39,7 +39,7 @@ class Disk:
 
     The parts: `reads` serves reads; `modes` has the policy that takes writes; `dirty` are the private layers, which
     `writeback` takes to the image. The calls of the hot path are those of the parts themselves: `read_now` is the
-    view's, `write_now` the policy's, bound anew when the mode changes, the others are the cache's.
+    view's or the core's, `write_now` the policy's, bound anew when the mode changes, the others are the cache's.
     """
 
     rotational = False
@@ -61,7 +61,7 @@ class Disk:
             source, image, settings, self.view, self.dirty, self.writeback, self.counters
         )
         self.modes.on_choice = self._bind
-        self.read_now = self.view.read_now
+        self.read_now = self.reads.read_now
         self.write_now = self.modes.policy.write_now
         self.publish = image.cache.intent.publish
         self.pin = image.cache.quarantine.pin

@@ -19,6 +19,7 @@ from forebay.disk.admission import Admission
 from forebay.disk.ranges import Ranges, sectors_touched, sectors_within
 from forebay_cache import CacheFull, Layer, View
 from forebay_cache.blocks import private, slow_writes
+from forebay_cache.blocks.fast import write_run_of
 from forebay_cache.format.geometry import BLOCK, SECTOR
 
 PIECE = 1 << 20
@@ -46,6 +47,7 @@ class PrivateWrites:
         """`size` in bytes, of the disk."""
         self._view = view
         self._cache = view.cache
+        self._write_run = write_run_of(view.cache)
         self._size = size
         self._mark = dirty.mark
         self._admission = admission
@@ -66,7 +68,7 @@ class PrivateWrites:
             return 0
         top = self._view.private[0]
         sectors, slots = top.sectors, top.slots
-        taken = private.write_run(self._cache, top, writes)
+        taken = self._write_run(top, writes)
         if taken:
             counters = self._counters
             counters.write_hits += taken

@@ -4,7 +4,9 @@
 """What a disk reads: from the layers of its view as long as they have it, from the image otherwise."""
 
 import errno
+from collections.abc import Callable
 
+import forebay_fast
 from forebay.checkpoint.counters import Counters
 from forebay.disk.block_status import CACHED_CONTEXT, OLD_CACHED_CONTEXT, allocation, cached
 from forebay.image.image import Image
@@ -40,6 +42,9 @@ class Reads:
         self._timeout = timeout
         self._ahead = ReadAhead(image.filler, counters)
         self.view = View(image.cache, [], None, self._fetch)
+        by = forebay_fast.core.Reads(self.view) if forebay_fast.serves() else self.view
+        self.read_now: Callable[[int, int], Buffer | None] = by.read_now
+        """See :meth:`View.read_now`; by the compiled core, where this process serves with it."""
 
     async def read(self, offset: int, length: int) -> list[Buffer]:
         """See :meth:`forebay_nbd.Export.read`. Raises OSError."""

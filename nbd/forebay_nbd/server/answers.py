@@ -3,6 +3,8 @@
 
 """The replies that the server makes: success, errors, the data of a READ, extents. Nothing here awaits."""
 
+from collections.abc import Callable
+
 from forebay_nbd.protocol.events import ErrorChunk, NoneChunk, Request, SimpleReply
 from forebay_nbd.protocol.requests import encode_reply
 from forebay_nbd.protocol.wire import (
@@ -24,6 +26,15 @@ def error_reply(request: Request, structured: bool, error: OSError) -> list[Buff
     if structured:
         return encode_reply(ErrorChunk(request.cookie, code, error.strerror or ""))
     return encode_reply(SimpleReply(request.cookie, code))
+
+
+def refusal(structured: bool) -> Callable[[int, OSError], bytes]:
+    """Makes the reply, to be sent as it is, to a WRITE that failed: (cookie, error)."""
+
+    def made(cookie: int, error: OSError) -> bytes:
+        return b"".join(error_reply(Request(Cmd.WRITE, 0, cookie), structured, error))
+
+    return made
 
 
 def success_reply(request: Request, structured: bool) -> list[Buffer]:

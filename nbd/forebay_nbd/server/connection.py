@@ -17,8 +17,12 @@ from time import perf_counter
 
 import trio
 
+import forebay_fast
+from forebay_fast.loop import rest, wait_of_loop
 from forebay_nbd.protocol.events import Request
 from forebay_nbd.protocol.requests import RequestReader, encode_request
+from forebay_nbd.protocol.session import Session
+from forebay_nbd.server.answers import refusal
 from forebay_nbd.server.batch import Batch, Outcome
 from forebay_nbd.server.budget import Share
 from forebay_nbd.server.export import Export
@@ -27,56 +31,8 @@ from forebay_nbd.server.limits import Limits
 from forebay_nbd.server.negotiation import Negotiation
 from forebay_nbd.server.outbox import Outbox
 from forebay_nbd.server.phase import MOVES, Phase
-from forebay_nbd.server.session import Session
+from forebay_nbd.server.polling import Polling, Served
 from forebay_nbd.server.slow import SlowRequests
-
-LOST_IN_A_ROW = 3
-"""Polls without a request after which there are none for a while."""
-
-WAITS_WITHOUT = 200
-"""How long that is, in waits. Then it is tried again: the client may have a processor of its own by now."""
-
-
-class _Turn:
-    """Which connection of this process was served last: one that shares the event loop with others must not poll."""
-
-    last: "Connection | None" = None
-
-
-class Polling:
-    """Whether it pays for one connection to poll its socket before it sleeps on it.
-
-    It does where a client that answers at once has a processor of its own: to be woken takes longer than its next
-    request. Where the two share one a poll may keep the client from sending, since sched_yield() need not let it run.
-    """
-
-    def __init__(self) -> None:
-        self._soon = False
-        """The last wait was so short that a poll would have been quicker."""
-        self._lost = 0
-        self._without = 0
-
-    def pays(self) -> bool:
-        """Asked once before each wait: True if it is to begin with a poll; say `won` or `lost` then."""
-        if self._without:
-            self._without -= 1
-            return False
-        return self._soon
-
-    def won(self) -> None:
-        """A request came during the poll."""
-        self._lost = 0
-
-    def lost(self) -> None:
-        """None came."""
-        self._lost += 1
-        if self._lost == LOST_IN_A_ROW:
-            self._lost = 0
-            self._without = WAITS_WITHOUT
-
-    def slept(self, *, soon: bool) -> None:
-        """The connection has slept, and only a short time if `soon`."""
-        self._soon = soon
 
 
 class Connection:
@@ -246,7 +202,7 @@ class Connection:
                     self._slow.begin(nursery, export, session.structured, session.contexts)
                     with self._reading:
                         if await self._serve_session(batch, session):
-                            await self._serve(batch)
+                            await self._serve(batch, session.structured)
                         left = True
                 await self._out.drain()
         finally:
@@ -285,12 +241,16 @@ class Connection:
                 await self._reserve_payload(self._reader.large_payload())
         return True
 
-    async def _serve(self, batch: Batch) -> None:
+    async def _serve(self, batch: Batch, structured: bool) -> None:
         """Receives and answers requests until the client leaves."""
-        reader = self._reader
+        reader, turn = self._reader, _compiled_turn(self, self._reader, self._out, structured)
         while await self._answer_received(batch):
             if reader.large_payload():
                 await self._reserve_payload(reader.large_payload())
+            elif turn is not None and turn.may_receive():
+                if not await self._serve_plain(turn):
+                    return
+                continue
             count = await self._receive(reader.space())
             if not count:
                 return
@@ -300,6 +260,46 @@ class Connection:
             now = perf_counter()
             if now > self._turn_ends:
                 await self._yield_turn()
+
+    async def _serve_plain(self, turn: "forebay_fast.core.Turn") -> bool:
+        """Has the core receive and answer requests. True once it has received another one; False if the client left."""
+        core, wait = forebay_fast.core, wait_of_loop()
+        while True:
+            status = turn.run(self._turn_ends)
+            if status == core.WAIT and wait is not None:
+                status = await self._rest(wait, turn)
+            if status == core.WAIT:
+                if not await self._wait_for_more(turn):
+                    return False
+            elif status == core.YIELD:
+                await self._yield_turn()
+            elif status == core.UNSENT:
+                await self._out.drain()
+            else:
+                return status == core.OTHER
+
+    async def _rest(self, wait: "forebay_fast.core.Wait", turn: "forebay_fast.core.Turn") -> int:
+        """Has requests answered where the event loop waits, until Python has to look at one: returns as turn.run()."""
+        Served.last = self
+        try:
+            return await rest(wait, turn)
+        finally:
+            self._alone = Served.last is self
+            self._turn_ends = perf_counter() + self.limits.turn_seconds
+
+    async def _wait_for_more(self, turn: "forebay_fast.core.Turn") -> bool:
+        """Returns when there may be more to receive, or polling has received some; False if the client is gone."""
+        asleep = perf_counter()
+        if self._alone and not self._slow.count and self._polling.pays():
+            if turn.poll(self.limits.poll_seconds):
+                self._polling.won()
+                return True
+            self._polling.lost()
+        try:
+            await self._sleep(asleep)
+        except OSError:
+            return False
+        return True
 
     async def _answer_received(self, batch: Batch) -> bool:
         """Answers all that has been received; False if the client has left, or broke the protocol (`batch.error`)."""
@@ -334,9 +334,9 @@ class Connection:
 
     async def _yield_turn(self) -> None:
         """Lets other tasks run. If another connection was served meanwhile, turns are shorter, without polling."""
-        _Turn.last = self
+        Served.last = self
         await trio.lowlevel.checkpoint()
-        self._alone = _Turn.last is self
+        self._alone = Served.last is self
         self._turn_ends = perf_counter() + self.limits.turn_seconds * (1.0 if self._alone else 0.2)
 
     async def _receive(self, space: memoryview) -> int:
@@ -363,16 +363,37 @@ class Connection:
                     self._polling.won()
                     return count
                 self._polling.lost()
-            _Turn.last = self
             while True:
-                await trio.lowlevel.wait_readable(self.sock)
-                now = perf_counter()
-                self._polling.slept(soon=now - asleep < 4 * self.limits.poll_seconds)
-                self._alone = _Turn.last is self
-                self._turn_ends = now + self.limits.turn_seconds
+                await self._sleep(asleep)
                 try:
                     return recv_into(space)
                 except BlockingIOError:
                     pass
         except OSError:
             return 0
+
+    async def _sleep(self, asleep: float) -> None:
+        """Returns when there is something to receive. It has waited for that since `asleep` (perf_counter())."""
+        Served.last = self
+        await trio.lowlevel.wait_readable(self.sock)
+        now = perf_counter()
+        self._polling.slept(soon=now - asleep < 4 * self.limits.poll_seconds)
+        self._alone = Served.last is self
+        self._turn_ends = now + self.limits.turn_seconds
+
+
+def _compiled_turn(
+    connection: Connection, reader: RequestReader, out: Outbox, structured: bool
+) -> "forebay_fast.core.Turn | None":
+    """What serves plain requests, if this process serves with the compiled core."""
+    if not forebay_fast.serves():
+        return None
+    return forebay_fast.core.Turn(
+        reader,
+        connection.export,
+        out,
+        connection.sock.fileno(),
+        connection.limits,
+        structured=structured,
+        refusal=refusal(structured),
+    )

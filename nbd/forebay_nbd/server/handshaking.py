@@ -9,11 +9,11 @@ import trio
 
 from forebay_nbd.protocol import events as ev
 from forebay_nbd.protocol.handshake import ServerHandshake, State
+from forebay_nbd.protocol.session import Session
 from forebay_nbd.protocol.wire import ProtocolError
 from forebay_nbd.server.limits import Limits
 from forebay_nbd.server.negotiation import Negotiation
 from forebay_nbd.server.outbox import Outbox
-from forebay_nbd.server.session import Session
 
 
 async def do_handshake(

@@ -83,7 +83,7 @@ class Outbox:
         except BlockingIOError:
             sent = 0
         except OSError as exc:
-            self._break(exc)
+            self.fail(exc)
             return True
         if sent == total:
             return True
@@ -108,7 +108,7 @@ class Outbox:
         try:
             return [kernel_copy(buffers)]
         except OSError as exc:
-            self._break(exc)
+            self.fail(exc)
             self._abort()
             return []
 
@@ -164,12 +164,16 @@ class Outbox:
         except BlockingIOError:
             return
         except OSError as exc:
-            self._break(exc)
+            self.fail(exc)
             return
         self._pace.move(sent)
         self._unsent = remaining(part, sent) + self._unsent[len(part) :]
 
-    def _break(self, error: OSError) -> None:
+    def keep(self, buffers: list[Buffer]) -> None:
+        """Take what the compiled core could not send. The caller must await drain() before anything else."""
+        self._unsent = buffers
+
+    def fail(self, error: OSError) -> None:
         """Called when sending or copying failed: the client is gone, or the kernel cannot read a buffer (EFAULT).
 
         In both cases part of a reply may be sent, so no other reply can follow. The socket is shut down: a client that

@@ -10,13 +10,13 @@ from collections.abc import Callable, Coroutine
 
 import trio
 
+from forebay_nbd.protocol.session import Session
 from forebay_nbd.protocol.wire import ProtocolError
 from forebay_nbd.server.budget import Budgets, Share
 from forebay_nbd.server.connection import Connection
 from forebay_nbd.server.export import Export
 from forebay_nbd.server.limits import OWN_CONNECTIONS, Limits
 from forebay_nbd.server.places import Places, Process
-from forebay_nbd.server.session import Session
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1221 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, binding=False
+
+"""The compiled core: see fast/README.md.
+
+Each part does what some Python does that its docstring names, on the same objects, in the event loop's thread and
+between two awaits. Objects keep their Python types, so whatever is rare is a call of their own methods. The GIL is
+given up for system calls and hashing only, and no other thread touches what is in use here.
+"""
+
+import os
+
+from cpython.array cimport array
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytearray cimport PyByteArray_AS_STRING
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.dict cimport PyDict_GetItemWithError
+from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
+from cpython.memoryview cimport PyMemoryView_GET_BUFFER
+from cpython.object cimport PyObject
+from libc.errno cimport EAGAIN, EINTR, EIO
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memmove, memset
+
+cdef extern from "sector.h" nogil:
+    enum: SECTOR_BYTES
+    uint32_t sum_of_sector(const uint8_t *sector)
+    uint32_t sum_of_sector_portable(const uint8_t *sector)
+    void crc_begin()
+    uint32_t crc_of(uint32_t crc, const uint8_t *data, size_t length)
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t pwrite(int fd, const void *data, size_t count, int64_t offset)
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        int fd
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_ctl(int epoll, int what, int fd, epoll_event *event)
+    int epoll_wait(int epoll, epoll_event *events, int most, int milliseconds)
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+
+cdef extern from "<endian.h>" nogil:
+    uint64_t htobe64(uint64_t)
+    uint64_t be64toh(uint64_t)
+    uint32_t htobe32(uint32_t)
+    uint32_t be32toh(uint32_t)
+
+cdef extern from "<sys/socket.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+    ssize_t sendmsg(int sock, msghdr *message, int flags)
+    ssize_t recv(int sock, void *space, size_t length, int flags)
+    int MSG_DONTWAIT, MSG_NOSIGNAL
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <time.h>
+    #ifdef FOREBAY_PLANTS
+    enum { PLANTS = 1 };
+    #else
+    enum { PLANTS = 0 };
+    #endif
+    static inline int last_error(void) { return errno; }
+    static inline double seconds_now(void) {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return now.tv_sec + now.tv_nsec * 1e-9;
+    }
+    """
+    enum: PLANTS
+    int last_error() nogil
+    double seconds_now() nogil
+    int count_bits "__builtin_popcount"(unsigned int) nogil
+    int lowest_bit "__builtin_ctz"(unsigned int) nogil
+
+crc_begin()
+
+# Units, as `forebay_cache.format.geometry` has them, and what words say, as `forebay_cache.format.entry` does.
+cdef enum:
+    BLOCK = 65536
+    SECTORS = 16
+    PAGE_BLOCKS = 64
+    IN_SECTOR = SECTOR_BYTES - 1
+    TOUCHED = 1      # slots.placement
+    CHANGED = 2      # index.sums
+    WRITE = 1        # format.ops
+    RECORD = 16      # bytes of a record before its checksums
+    MIXED = -1
+    ALL_ZERO = -2
+    RECORDS = 8192   # bytes of records that are gathered before they are noted
+
+ZERO_BLOCK = bytes(BLOCK)
+cdef const uint8_t *zeros = <const uint8_t *> PyBytes_AS_STRING(ZERO_BLOCK)
+
+bugs = frozenset()
+"""What tests have planted, by name; of no effect unless it was compiled with --plants."""
+has_plants = bool(PLANTS)
+"""True if bugs can be planted."""
+
+cdef bint writes_by_python = False
+
+
+def write_by_python(bint wanted):
+    """Have the cache device written by `Device.write`, so that who stands in for the system sees each write."""
+    global writes_by_python
+    writes_by_python = wanted
+
+
+def checksum(sector, *, bint portable=False):
+    """The checksum of one sector, as `forebay_cache.format.checksum.checksum`.
+
+    `portable`: by the code for processors without AVX2. Raises ValueError for anything but 4096 bytes.
+    """
+    cdef Py_buffer view
+    cdef const uint8_t *at
+    PyObject_GetBuffer(sector, &view, PyBUF_SIMPLE)
+    try:
+        if view.len != SECTOR_BYTES:
+            raise ValueError(f"{view.len} bytes are no sector")
+        at = <const uint8_t *> view.buf
+        return sum_of_sector_portable(at) if portable else sum_of_sector(at)
+    finally:
+        PyBuffer_Release(&view)
+
+
+def crc32(data, uint32_t crc=0):
+    """As `zlib.crc32`."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        return crc_of(crc, <const uint8_t *> view.buf, view.len)
+    finally:
+        PyBuffer_Release(&view)
+
+
+# --- words of pages --------------------------------------------------------------------------------------------------
+
+
+cdef inline uint32_t mask_of(uint32_t start, uint32_t length) noexcept nogil:
+    """`geometry.covered`: the sectors that a byte range inside one block touches."""
+    return (2 << ((start + length - 1) >> 12)) - (1 << (start >> 12))
+
+
+cdef inline int64_t slot_of(uint64_t word) noexcept nogil:
+    return <int64_t> (word >> 32) - 1
+
+
+cdef inline uint32_t moved(uint64_t word, uint64_t second, uint32_t mask, uint32_t staying) noexcept nogil:
+    """`entry.moved`: which sectors of `mask` go to the second slot."""
+    if not word >> 32 and not second >> 32:
+        return 0
+    return <uint32_t> ((second ^ word & ~<uint64_t> staying) & mask & word)
+
+
+cdef inline int64_t whole_slot(uint64_t word, uint64_t second, uint32_t need) noexcept nogil:
+    """`entry.whole_private_slot`, and with 0 for `second` `entry.whole_slot`."""
+    cdef uint64_t both = need | <uint64_t> need << 16, found = word & both
+    cdef uint32_t side = second & need
+    if found != need:
+        return ALL_ZERO if found == both else MIXED
+    if not side:
+        return slot_of(word)
+    return slot_of(second) if side == need else MIXED
+
+
+cdef inline void *memory_of(object view) noexcept:
+    return PyMemoryView_GET_BUFFER(view).buf
+
+
+cdef inline object page_at(object by_number, object pages, object number):
+    """The page, None where it has to be loaded. A dict that makes pages up does so only in `look`."""
+    cdef PyObject *found = PyDict_GetItemWithError(by_number, number)
+    return <object> found if found != NULL else pages.look(number)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+cdef class Reads:
+    """The reads of one view that can be answered at once: see `forebay_cache.read.view.View.read_now`."""
+
+    cdef object view
+    cdef object map_view, ready_view
+    cdef const uint8_t *map
+    cdef uint16_t *ready
+    cdef uint8_t *state
+    cdef uint64_t data_offset, lookahead
+    cdef list tables
+    cdef int privates
+    cdef bint trusting
+
+    def __init__(self, view):
+        self.view = view
+        self.data_offset = view.cache.device.data_offset
+
+    cdef int refresh(self) except -1:
+        """Look at the view anew. Needed after whatever may have changed it, which is any await and any write."""
+        view = self.view
+        if view._map is not self.map_view:
+            self.map_view = view._map
+            self.map = <const uint8_t *> memory_of(self.map_view)
+        if view._ready is not self.ready_view:
+            self.ready_view = view._ready
+            self.ready = <uint16_t *> memory_of(self.ready_view)
+        self.state = <uint8_t *> PyByteArray_AS_STRING(view._state)
+        self.lookahead = view.lookahead
+        self.trusting = PLANTS and "stale ready" in bugs
+        self.tables = [layer.pages for layer in view.private if layer.sectors]
+        self.privates = <int> len(self.tables)
+        if view.clean is not None:
+            self.tables.append(view.clean.pages)
+        return 0
+
+    cdef int64_t one_slot(self, uint64_t block, uint32_t need) except? -3:
+        """The slot in which all of these sectors lie ready, ALL_ZERO, or MIXED: somebody else has to look."""
+        cdef int k = 0, i = block & 63
+        cdef array page
+        cdef uint64_t word, second
+        cdef int64_t slot
+        number = block >> 6
+        for pages in self.tables:
+            found = page_at(pages.by_number, pages, number)
+            if found is None:
+                return MIXED
+            page = found
+            word = page.data.as_ulonglongs[i]
+            second = page.data.as_ulonglongs[PAGE_BLOCKS + i] if k < self.privates else 0
+            if k == self.privates or word & need:
+                slot = whole_slot(word, second, need)
+                if slot >= 0:
+                    if self.ready[slot] & need != need and not self.trusting:
+                        return MIXED
+                    if k == self.privates:
+                        self.state[slot] |= TOUCHED
+                return slot
+            k += 1
+        return MIXED
+
+    cdef bint sectors(self, uint64_t block, uint32_t need, const uint8_t **where) except -1:
+        """Where in memory each of these sectors lies. False: not all of them are ready, or are in any layer.
+
+        As `read.plan.plan` has it: sectors of a block may lie in several layers, and on both sides of each.
+        """
+        cdef int k = 0, i = block & 63
+        cdef uint32_t hit, zero, side, main, n
+        cdef array page
+        cdef uint64_t word, second
+        cdef int64_t slot, other
+        number = block >> 6
+        for pages in self.tables:
+            found = page_at(pages.by_number, pages, number)
+            if found is None:
+                return False
+            page = found
+            word = page.data.as_ulonglongs[i]
+            second = page.data.as_ulonglongs[PAGE_BLOCKS + i] if k < self.privates else 0
+            hit = word & need
+            zero = word >> 16 & hit
+            side = second & hit & ~zero
+            main = hit & ~zero & ~side
+            slot, other = slot_of(word), slot_of(second)
+            if main and (slot < 0 or self.ready[slot] & main != main):
+                return False
+            if side and (other < 0 or self.ready[other] & side != side):
+                return False
+            if main and k == self.privates:
+                self.state[slot] |= TOUCHED
+            need &= ~hit
+            while hit:
+                n = lowest_bit(hit)
+                if zero >> n & 1:
+                    where[n] = zeros
+                else:
+                    where[n] = self.place(other if side >> n & 1 else slot, n * SECTOR_BYTES)
+                hit &= hit - 1
+            if not need:
+                return True
+            k += 1
+        return False
+
+    cdef inline const uint8_t *place(self, int64_t slot, uint32_t start) noexcept:
+        return self.map + self.data_offset + (<uint64_t> slot << 16) + start
+
+    def read_now(self, uint64_t offset, uint64_t length):
+        """As `View.read_now`."""
+        cdef uint32_t start = offset & (BLOCK - 1)
+        cdef int64_t slot
+        self.refresh()
+        if not length or start + length > BLOCK or offset >= self.lookahead:
+            return None
+        slot = self.one_slot(offset >> 16, mask_of(start, <uint32_t> length))
+        if slot == MIXED:
+            return None
+        self.view.hits += 1
+        self.view.read_bytes += length
+        if slot == ALL_ZERO:
+            return ZERO_BLOCK[:length] if length != BLOCK else ZERO_BLOCK
+        at = self.data_offset + (<uint64_t> slot << 16) + start
+        return self.map_view[at : at + length]
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+cdef struct Piece:
+    # sectors in a row that go to one place
+    const uint8_t *data
+    uint64_t at       # on the device, bytes
+    uint32_t length
+
+
+cdef int written_at(int fd, Piece *pieces, int count) noexcept nogil:
+    """Write the pieces; 0, or the number of the error."""
+    cdef int n
+    cdef ssize_t part
+    cdef uint32_t done
+    for n in range(count):
+        done = 0
+        while done < pieces[n].length:
+            part = pwrite(fd, pieces[n].data + done, pieces[n].length - done, pieces[n].at + done)
+            if part < 0 and last_error() == EINTR:
+                continue
+            if part <= 0:
+                return last_error() if part < 0 else EIO
+            done += <uint32_t> part
+    return 0
+
+
+cdef class Writes:
+    """The writes of one cache into private layers: see `forebay_cache.blocks.private`, which has the rules.
+
+    Made of the parts of a cache, and not of the cache, which holds it.
+    """
+
+    cdef object failure, pace, timing, publisher, intent, sums, ready, slots, device, empty
+    cdef object values_view, state_view, masks_view
+    cdef uint32_t *values
+    cdef uint8_t *state
+    cdef uint16_t *masks
+    cdef uint64_t data_offset
+    cdef int fd
+    # of a run: what is done to its layer, and is not yet told
+    cdef object layer, pages, by_number
+    cdef dict syncing, open_sectors
+    cdef set dirty
+    cdef uint64_t layer_id, first_key
+    cdef int64_t more_sectors, more_slots
+    cdef uint8_t records[RECORDS]
+    cdef int recorded
+    cdef bint two_sided, careless
+
+    def __init__(self, failure, threads, publisher, intent, sums, ready, slots, device, *, timing, empty):
+        """`timing`: the module that has the clock. `empty`: the page that stands for those that hold nothing."""
+        self.failure = failure
+        self.pace = threads.pace
+        self.timing = timing
+        self.publisher = publisher
+        self.intent = intent
+        self.sums = sums
+        self.ready = ready
+        self.slots = slots
+        self.device = device
+        self.empty = empty
+        self.fd = device.fd
+        self.data_offset = device.data_offset
+
+    cdef int begin(self, layer) except -1:
+        """Take what the cache is made of anew, and begin to write to a layer."""
+        cdef object values = self.sums.values, state = self.sums.state, masks = self.ready.masks
+        if values is not self.values_view:
+            self.values_view, self.values = values, <uint32_t *> memory_of(values)
+        if state is not self.state_view:
+            self.state_view, self.state = state, <uint8_t *> memory_of(state)
+        if masks is not self.masks_view:
+            self.masks_view, self.masks = masks, <uint16_t *> memory_of(masks)
+        self.layer = layer
+        self.layer_id = layer.id
+        self.pages = layer.pages
+        self.by_number, self.dirty = self.pages.by_number, self.pages.dirty
+        self.first_key = self.pages.first_key
+        self.syncing, self.open_sectors = self.intent.syncing, self.intent.open_sectors
+        self.more_sectors = self.more_slots = 0
+        self.recorded = 0
+        self.careless = PLANTS and "wrong side" in bugs
+        return 0
+
+    cdef int tell(self) except -1:
+        """Have intent and layer know what was done since :meth:`begin`, or the last call."""
+        if self.recorded:
+            record = PyBytes_FromStringAndSize(<char *> self.records, self.recorded)
+            self.recorded = 0
+            self.intent.note(record)
+        if self.more_sectors:
+            self.layer.sectors += self.more_sectors
+        if self.more_slots:
+            self.layer.slots += self.more_slots
+        self.more_sectors = self.more_slots = 0
+        return 0
+
+    def run(self, layer, list writes):
+        """As `private.write_run`. Raises OSError."""
+        cdef Py_ssize_t taken = 0, total = 0
+        cdef double began, now, slow
+        cdef Py_buffer *data
+        cdef uint64_t offset
+        if self.failure.error is not None:
+            self.failure.check()
+        if self.pace.is_slow and self.publisher.needs_thread:
+            return 0
+        for _, view in writes:
+            if not isinstance(view, memoryview):
+                raise TypeError(f"{type(view)} is no memoryview")
+            total += PyMemoryView_GET_BUFFER(view).len
+        if not self.intent.has_room(total):
+            return 0
+        clock = self.timing.clock
+        slow = self.timing.SLOW_SECONDS
+        began = clock()
+        self.begin(layer)
+        try:
+            try:
+                for place, view in writes:
+                    offset, data = place, PyMemoryView_GET_BUFFER(view)
+                    if (offset | <uint64_t> data.len) & IN_SECTOR or not self.write(offset, data, view):
+                        break
+                    taken += 1
+                    now = clock()
+                    if now - began > slow and self.pace.note_write_of_loop(now - began):
+                        break
+                    began = now
+            finally:
+                self.tell()
+        except OSError as error:
+            self.failure.fail(error)
+            if not taken:
+                raise
+        finally:
+            self.layer = self.pages = None
+        return taken
+
+    cdef int write(self, uint64_t offset, Py_buffer *data, view) except -1:
+        """As `private.write`: 1 if it was done. Raises OSError."""
+        cdef uint32_t start = offset & (BLOCK - 1)
+        cdef Py_ssize_t at = 0, part
+        cdef int done = 1
+        if start + data.len <= BLOCK:
+            self.two_sided = False
+            done = self.write_block(offset, <const uint8_t *> data.buf, <uint32_t> data.len, view, 0)
+            if done or not self.two_sided:
+                return done
+            self.tell()
+            self.intent.publish()
+            return 0
+        self.tell()
+        if not self.intent.has_room(data.len):
+            return 0
+        try:
+            while at < data.len:
+                part = min(BLOCK - <Py_ssize_t> ((offset + at) & (BLOCK - 1)), data.len - at)
+                if not self.write_block(offset + at, <const uint8_t *> data.buf + at, <uint32_t> part, view, at):
+                    self.tell()
+                    self.intent.publish()  # what it wrote of `view` so far may be late data, and `view` may change
+                    return 0
+                at += part
+        except OSError as error:
+            self.tell()
+            self.failure.fail(error)
+            try:
+                self.intent.publish()
+            except OSError:
+                pass
+            raise
+        return 1
+
+    cdef int write_block(
+        self, uint64_t offset, const uint8_t *data, uint32_t length, view, Py_ssize_t within
+    ) except -1:
+        """As `private._write_block`, for `length` bytes of `view` from byte `within` on, which lie at `data`.
+
+        1 if it was done, 0 if something has to be waited for first. Raises OSError; then nothing was done either.
+        """
+        cdef uint64_t block = offset >> 16, word, second
+        cdef uint32_t start = offset & (BLOCK - 1), first = start >> 12, mask = mask_of(start, length), opened = 0
+        cdef uint32_t part[2]
+        cdef int64_t slot[2]
+        cdef int64_t had[2]
+        cdef uint32_t found[SECTORS]
+        cdef Piece pieces[SECTORS]
+        cdef int side, count = 0, error = 0, missing = 0, i = block & 63
+        cdef array page
+        cdef uint64_t *words
+        cdef PyObject *value
+        number = block >> 6
+        at_hand = page_at(self.by_number, self.pages, number)
+        if at_hand is None:
+            return 0
+        page = at_hand
+        words = <uint64_t *> page.data.as_ulonglongs
+        key = self.layer_id << 32 | block
+        if self.syncing:
+            value = PyDict_GetItemWithError(self.syncing, key)
+            if value != NULL and <uint32_t> <object> value & mask and not (PLANTS and "check skipped" in bugs):
+                return 0
+        value = PyDict_GetItemWithError(self.open_sectors, key)
+        if value != NULL:
+            opened = <object> value
+        word, second = words[i], words[PAGE_BLOCKS + i]
+        part[1] = moved(word, second, mask, opened)
+        if self.careless:
+            part[1] = <uint32_t> (second & mask & word)
+        part[0] = mask & ~part[1]
+        slot[0] = had[0] = slot_of(word)
+        slot[1] = had[1] = slot_of(second)
+        self.two_sided = part[0] and part[1]
+        for side in range(2):
+            missing += part[side] and slot[side] < 0
+        if missing and missing > self.slots.placement.free:
+            self.slots.want_eviction()
+            return 0
+        for side in range(2):
+            if part[side] and slot[side] >= 0 and self.state[slot[side]] != CHANGED:
+                if not self.sums.change(slot[side]):
+                    return 0
+        for side in range(2):
+            if part[side] and slot[side] < 0:
+                slot[side] = self.slots.take(key, held=self.layer.is_held)
+                if slot[side] < 0:
+                    self.give_back(slot, had)
+                    return 0
+        for side in range(2):
+            if not opened & part[side]:
+                count += self.cut(slot[side], part[side], data, first, pieces + count)
+        if writes_by_python:
+            self.hash(data, length, found)
+            try:
+                for n in range(count):
+                    at = within + (pieces[n].data - data)
+                    self.device.write(pieces[n].at, view[at : at + pieces[n].length])
+            except BaseException:
+                self.give_back(slot, had)
+                raise
+        else:
+            with nogil:
+                self.hash(data, length, found)
+                error = written_at(self.fd, pieces, count)
+            if error:
+                self.give_back(slot, had)
+                raise OSError(error, os.strerror(error))
+        for side in range(2):
+            if part[side]:
+                if opened & part[side]:
+                    self.write_later(slot[side], part[side], data, first, view, within)
+                self.note(side, slot[side], part[side], block, found - first)
+                self.masks[slot[side]] |= part[side]
+        if page is self.empty:
+            page = self.pages.writable(number)
+            words = <uint64_t *> page.data.as_ulonglongs
+        else:
+            self.dirty.add(self.first_key | block >> 6)
+        self.more_slots += (slot[0] != had[0]) + (slot[1] != had[1])
+        self.more_sectors += count_bits(<uint32_t> (mask & ~word))
+        words[i] = (word & 0xFFFFFFFF & ~(<uint64_t> mask << 16)) | mask | <uint64_t> (slot[0] + 1) << 32
+        words[PAGE_BLOCKS + i] = (second & 0xFFFFFFFF & ~<uint64_t> mask) | part[1] | <uint64_t> (slot[1] + 1) << 32
+        self.open_sectors[key] = opened | mask
+        return 1
+
+    cdef int cut(self, int64_t slot, uint32_t mask, const uint8_t *data, uint32_t first, Piece *pieces) noexcept nogil:
+        """Put the sectors of `mask`, which go to `slot`, into pieces; how many. `data` begins at sector `first`."""
+        cdef int count = 0
+        cdef uint32_t low, run
+        while mask:
+            low = lowest_bit(mask)
+            run = lowest_bit(~(mask >> low))
+            pieces[count].data = data + (low - first) * SECTOR_BYTES
+            pieces[count].at = self.data_offset + (<uint64_t> slot << 16) + low * SECTOR_BYTES
+            pieces[count].length = run * SECTOR_BYTES
+            count += 1
+            mask &= ~(((1 << run) - 1) << low)
+        return count
+
+    cdef void hash(self, const uint8_t *data, uint32_t length, uint32_t *found) noexcept nogil:
+        cdef uint32_t n
+        for n in range(length >> 12):
+            found[n] = sum_of_sector(data + n * SECTOR_BYTES)
+
+    cdef int write_later(
+        self, int64_t slot, uint32_t mask, const uint8_t *data, uint32_t first, view, Py_ssize_t within
+    ) except -1:
+        """Have it written behind its record. Before the checksums are changed: intent remembers those."""
+        cdef Piece pieces[SECTORS]
+        cdef int n
+        for n in range(self.cut(slot, mask, data, first, pieces)):
+            at = within + (pieces[n].data - data)
+            self.intent.write_later(slot, mask, pieces[n].at, view[at : at + pieces[n].length])
+        return 0
+
+    cdef int note(self, int side, int64_t slot, uint32_t mask, uint64_t block, uint32_t *found) except -1:
+        """Have sums and a record (`ops.write`) say what was written. `found`: the checksums, by sector."""
+        cdef uint8_t *record
+        cdef uint16_t sectors = <uint16_t> mask
+        cdef uint32_t field, n
+        if self.recorded + RECORD + 4 * SECTORS > RECORDS:
+            self.tell()
+        record = self.records + self.recorded
+        record[0], record[1] = WRITE, <uint8_t> side
+        memcpy(record + 2, &sectors, 2)
+        field = <uint32_t> self.layer_id
+        memcpy(record + 4, &field, 4)
+        field = <uint32_t> block
+        memcpy(record + 8, &field, 4)
+        field = <uint32_t> slot
+        memcpy(record + 12, &field, 4)
+        self.recorded += RECORD
+        while mask:
+            n = lowest_bit(mask)
+            self.values[slot * SECTORS + n] = found[n]
+            memcpy(self.records + self.recorded, found + n, 4)
+            self.recorded += 4
+            mask &= mask - 1
+        return 0
+
+    cdef int give_back(self, int64_t *slot, int64_t *had) except -1:
+        """What was taken is of no use."""
+        cdef int side
+        for side in range(2):
+            if slot[side] != had[side] and slot[side] >= 0:
+                self.slots.abandon(slot[side])
+        return 0
+
+
+# --- a turn of a connection ------------------------------------------------------------------------------------------
+
+WAIT, YIELD, OTHER, UNSENT, GONE = range(5)
+"""Why :meth:`Turn.run` returned; see there."""
+
+cdef enum:
+    HEADER = 28                # wire.REQUEST
+    SIMPLE = 16                # wire.SIMPLE_REPLY
+    CHUNK = 28                 # wire.DATA_CHUNK_FAST
+    MAX_PAYLOAD = 33554432
+    BUFFERS = 1024             # UIO_MAXIOV
+    HEADS = BUFFERS // 2 * CHUNK
+    ROOM = 2 + SECTORS         # buffers that a request of one block takes at most
+
+cdef double TURN_SECONDS = 500e-6  # server.limits
+cdef uint64_t PLAIN_READ = 0x2560951300000000
+cdef uint64_t PLAIN_WRITE = 0x2560951300000001
+cdef uint64_t SIMPLE_OK = 0x6744669800000000
+cdef uint64_t DATA_DONE = 0x668E33EF00010001
+
+
+cdef struct Request:
+    uint64_t head, offset
+    uint32_t length
+    uint64_t cookie  # as it came
+
+
+cdef inline Request request_at(const uint8_t *at) noexcept nogil:
+    cdef Request request
+    memcpy(&request.head, at, 8)
+    memcpy(&request.cookie, at + 8, 8)
+    memcpy(&request.offset, at + 16, 8)
+    memcpy(&request.length, at + 24, 4)
+    request.head = be64toh(request.head)
+    request.offset = be64toh(request.offset)
+    request.length = be32toh(request.length)
+    return request
+
+
+cdef class Turn:
+    """Receives and answers the plain requests of one connection: READs and WRITEs without flags.
+
+    What `forebay_nbd.server.batch.Batch` does with them, with `RequestReader` and `Outbox`. The export is asked as it
+    is there; reads of a view that has `Reads` do not leave the core. `refusal` makes the reply to a WRITE that was not
+    published: (cookie, error).
+    """
+
+    cdef object reader, export, out, view, read_now, refusal
+    cdef Reads reads
+    cdef int sock
+    cdef bint structured, read_only, looked, waits_early, answers_early
+    cdef uint64_t size
+    cdef uint8_t *received
+    cdef Py_ssize_t start, end, capacity, in_place
+    cdef size_t batch_bytes
+    cdef int batch_buffers
+    # what was gathered
+    cdef iovec buffers[BUFFERS]
+    cdef PyObject *owners[BUFFERS]  # what a buffer is part of, and kept by `held`; NULL: of `heads`
+    cdef list held
+    cdef int count
+    cdef size_t total, sent
+    cdef uint8_t heads[HEADS]
+    cdef size_t heads_used
+    cdef uint64_t hits, hit_bytes
+    # of `Wait`
+    cdef object woken
+    cdef double asleep, longest_poll
+    cdef bint soon
+    cdef int polls_lost, waits_without
+
+    def __init__(self, reader, export, out, int sock, limits, *, bint structured, refusal):
+        self.reader, self.out, self.sock, self.structured = reader, out, sock, structured
+        self.refusal = refusal
+        self.view = reader.view
+        self.received, self.capacity = <uint8_t *> memory_of(self.view), len(self.view)
+        self.size, self.read_only = export.size, export.read_only
+        self.read_now = export.read_now
+        owner = getattr(export.read_now, "__self__", None)
+        self.reads = owner if isinstance(owner, Reads) else None
+        self.export = export
+        self.batch_bytes = limits.batch_bytes
+        self.batch_buffers = max(ROOM, min(limits.batch_buffers, BUFFERS))
+        self.in_place = limits.in_place_bytes
+        self.longest_poll = limits.poll_seconds
+        self.held = []
+
+    def may_receive(self):
+        """True if nothing, or the beginning of what may be a plain request, was received and not answered."""
+        cdef Py_ssize_t have = self.reader.end - self.reader.start
+        cdef Request request
+        if have < HEADER:
+            return True
+        request = request_at(self.received + <Py_ssize_t> self.reader.start)
+        return self.is_plain(&request)
+
+    cdef bint is_plain(self, Request *request) noexcept:
+        if not request.length or request.offset + request.length > self.size:
+            return False
+        if request.offset + request.length < request.offset:
+            return False
+        if request.head == PLAIN_READ:
+            return request.length <= MAX_PAYLOAD
+        return request.head == PLAIN_WRITE and request.length <= self.in_place and not self.read_only
+
+    cdef bint polls(self) noexcept:
+        """True if it pays to look for the next request before sleeping: as `server.polling.Polling.pays`."""
+        if self.waits_without:
+            self.waits_without -= 1
+            return False
+        return self.soon and self.longest_poll > 0
+
+    def poll(self, double seconds):
+        """Receive what comes within so many seconds, giving the processor away meanwhile. False if nothing does."""
+        cdef double limit = seconds_now() + seconds
+        cdef ssize_t got = -1
+        self.start, self.end = self.reader.start, self.reader.end
+        self.make_room()
+        with nogil:
+            while True:
+                sched_yield()  # the client may be waiting for this very core
+                got = recv(self.sock, self.received + self.end, self.capacity - self.end, MSG_DONTWAIT)
+                if got >= 0 or last_error() != EAGAIN or seconds_now() >= limit:
+                    break
+        if got > 0:
+            self.end += got
+        self.reader.start, self.reader.end = self.start, self.end
+        return got > 0
+
+    def run(self, double turn_ends):
+        """Answer what was received, then what comes without waiting, until `turn_ends` (CLOCK_MONOTONIC, seconds).
+
+        Returns WAIT: nothing is left to answer, and the socket is empty. YIELD: the time is over. OTHER: Python has to
+        look at the next request. UNSENT: replies wait in the outbox, which has to be drained. GONE: the client is.
+        Whatever an export raises beside OSError is passed on.
+        """
+        cdef int status
+        if self.out.broken:
+            return GONE
+        if self.out._unsent and not (PLANTS and "past the outbox" in bugs):
+            return UNSENT
+        self.start, self.end = self.reader.start, self.reader.end
+        self.looked = False
+        self.waits_early = PLANTS and "waits too early" in bugs
+        self.answers_early = PLANTS and "record after reply" in bugs
+        try:
+            status = self.serve(turn_ends)
+        finally:
+            self.reader.start, self.reader.end = self.start, self.end
+            if self.hits:
+                self.reads.view.hits += self.hits
+                self.reads.view.read_bytes += self.hit_bytes
+                self.hits = self.hit_bytes = 0
+            self.forget()
+        return status
+
+    cdef void forget(self) noexcept:
+        """Nothing is gathered any more."""
+        self.count, self.total, self.sent, self.heads_used = 0, 0, 0, 0
+        if self.held:
+            self.held.clear()
+
+    cdef int serve(self, double turn_ends) except -1:
+        cdef int why, error = 0
+        cdef ssize_t got
+        cdef bint is_first = True
+        while True:
+            why = self.answer()
+            if self.count and not self.send():
+                return UNSENT if not self.out.broken else GONE
+            if why == OTHER:
+                return OTHER
+            if not is_first and seconds_now() > turn_ends:
+                return YIELD
+            is_first = False
+            if why == YIELD:
+                continue
+            self.make_room()
+            with nogil:
+                got = recv(self.sock, self.received + self.end, self.capacity - self.end, MSG_DONTWAIT)
+                error = last_error()
+            if got <= 0:
+                return WAIT if got < 0 and error == EAGAIN else GONE
+            self.end += got
+
+    cdef void make_room(self) noexcept:
+        """As `ReceiveBuffer._make_room`: have room for the request that is being received, whatever it is."""
+        if self.start == self.end:
+            self.start = self.end = 0
+        elif self.capacity - self.start < HEADER + self.in_place:
+            memmove(self.received, self.received + self.start, self.end - self.start)
+            self.start, self.end = 0, self.end - self.start
+
+    cdef int answer(self) except -1:
+        """Gather replies. WAIT: more has to be received; YIELD: that is enough for once; OTHER: as `run` returns it."""
+        cdef Request request
+        while True:
+            if self.end - self.start < HEADER:
+                return WAIT
+            request = request_at(self.received + self.start)
+            if not self.is_plain(&request):
+                return OTHER
+            if request.head == PLAIN_READ:
+                if not self.read(&request):
+                    return OTHER
+                self.start += HEADER
+                if self.waits_early:
+                    return WAIT
+            else:
+                if self.end - self.start < HEADER + <Py_ssize_t> request.length:
+                    return WAIT
+                if not self.write():
+                    return OTHER
+            if self.total >= self.batch_bytes or self.heads_used > HEADS - CHUNK:
+                return YIELD
+            if self.count > self.batch_buffers - ROOM:
+                return YIELD
+
+    # --- replies
+
+    cdef int add(self, const void *data, size_t length, PyObject *owner) noexcept:
+        """Gather bytes of `owner`, which whoever calls keeps; NULL: of `heads`. False if there is no room."""
+        cdef iovec *last
+        if self.count and self.owners[self.count - 1] == owner:
+            last = &self.buffers[self.count - 1]
+            if <const uint8_t *> last.iov_base + last.iov_len == data:
+                last.iov_len += length
+                self.total += length
+                return True
+        if self.count == self.batch_buffers:
+            return False
+        self.buffers[self.count].iov_base, self.buffers[self.count].iov_len = <void *> data, length
+        self.owners[self.count] = owner
+        self.count += 1
+        self.total += length
+        return True
+
+    cdef bint read(self, Request *request) except -1:
+        """Gather the reply to a READ. False, and nothing was gathered: somebody else has to do it."""
+        cdef int count = self.count
+        cdef size_t total = self.total, used = self.heads_used
+        cdef iovec last
+        cdef uint8_t *head = self.heads + used
+        cdef uint64_t word = htobe64(DATA_DONE if self.structured else SIMPLE_OK)
+        cdef uint32_t length = htobe32(request.length + 8)
+        if count:
+            last = self.buffers[count - 1]
+        memcpy(head, &word, 8)
+        memcpy(head + 8, &request.cookie, 8)
+        if self.structured:
+            memcpy(head + 16, &length, 4)
+            word = htobe64(request.offset)
+            memcpy(head + 20, &word, 8)
+        self.heads_used += CHUNK if self.structured else SIMPLE
+        if self.add(head, self.heads_used - used, NULL) and self.gather(request):
+            return True
+        self.count, self.total, self.heads_used = count, total, used
+        if count:
+            self.buffers[count - 1] = last
+        return False
+
+    cdef bint gather(self, Request *request) except -1:
+        """Gather the data of a READ."""
+        cdef Py_buffer *found
+        if self.reads is not None:
+            if not self.looked:
+                self.reads.refresh()
+                self.looked = True
+            if not self.gather_sectors(request.offset, request.length):
+                return False
+            self.hits += 1
+            self.hit_bytes += request.length
+            return True
+        try:
+            data = self.read_now(request.offset, request.length)
+        except OSError:
+            return False
+        if data is None:
+            return False
+        data = memoryview(data)
+        self.held.append(data)
+        found = PyMemoryView_GET_BUFFER(data)
+        return self.add(found.buf, found.len, <PyObject *> data)
+
+    cdef bint gather_sectors(self, uint64_t offset, uint32_t length) except -1:
+        cdef uint64_t end = offset + length
+        cdef uint32_t start, part, n, sector_end
+        cdef int64_t slot
+        cdef const uint8_t *where[SECTORS]
+        cdef PyObject *map_owner = <PyObject *> self.reads.map_view
+        if offset >= self.reads.lookahead:
+            return False
+        while offset < end:
+            start = offset & (BLOCK - 1)
+            part = <uint32_t> min(<uint64_t> (BLOCK - start), end - offset)
+            slot = self.reads.one_slot(offset >> 16, mask_of(start, part))
+            if slot >= 0:
+                if not self.add(self.reads.place(slot, start), part, map_owner):
+                    return False
+            elif slot == ALL_ZERO:
+                if not self.add(zeros, part, <PyObject *> ZERO_BLOCK):
+                    return False
+            else:
+                if not self.reads.sectors(offset >> 16, mask_of(start, part), where):
+                    return False
+                sector_end = start + part
+                while start < sector_end:
+                    n = start >> 12
+                    part = min((n + 1) * SECTOR_BYTES, sector_end) - start
+                    if not self.add(
+                        where[n] + (start & IN_SECTOR),
+                        part,
+                        <PyObject *> ZERO_BLOCK if where[n] == zeros else map_owner,
+                    ):
+                        return False
+                    start += part
+                part = sector_end - <uint32_t> (offset & (BLOCK - 1))
+            offset += part
+        return True
+
+    cdef bint write(self) except -1:
+        """Have the export carry out the WRITEs at `start`, and gather their replies. False: somebody else has to."""
+        cdef Py_ssize_t at = self.start, stop, done = 0, n
+        cdef Request request
+        cdef size_t head = self.heads_used
+        writes = []
+        while self.end - at >= HEADER and head + SIMPLE <= HEADS:
+            request = request_at(self.received + at)
+            stop = at + HEADER + request.length
+            if request.head != PLAIN_WRITE or stop > self.end or not self.is_plain(&request):
+                break
+            writes.append((request.offset, self.view[at + HEADER : stop]))
+            head += SIMPLE
+            at = stop
+        try:
+            done = self.export.write_now(writes)
+        except OSError:
+            return False
+        self.looked = False
+        if not done:
+            return False
+        refused = None
+        try:
+            if not self.answers_early:
+                self.export.publish()
+        except OSError as error:
+            refused = error
+        replies = []
+        for n in range(done):
+            request = request_at(self.received + self.start)
+            if refused is None:
+                self.acknowledge(request.cookie)
+            else:
+                replies.append(self.refusal(be64toh(request.cookie), refused))
+            self.start += HEADER + <Py_ssize_t> request.length
+        if replies:
+            reply = memoryview(b"".join(replies))
+            self.held.append(reply)
+            self.add(memory_of(reply), len(reply), <PyObject *> reply)
+        if self.answers_early:
+            self.send()
+            self.export.publish()
+        return done == len(writes)
+
+    cdef void acknowledge(self, uint64_t cookie) noexcept:
+        """Gather the reply to a WRITE. There is room: `answer` goes on only where there is, and these are one buffer."""
+        cdef uint8_t *head = self.heads + self.heads_used
+        cdef uint64_t word = htobe64(SIMPLE_OK)
+        memcpy(head, &word, 8)
+        memcpy(head + 8, &cookie, 8)
+        self.add(head, SIMPLE, NULL)
+        self.heads_used += SIMPLE
+
+    # --- sending
+
+    cdef bint send(self) except -1:
+        """Send what was gathered. False if the outbox has some of it now, or the client is gone, as `out.broken` says."""
+        cdef msghdr message
+        cdef ssize_t sent
+        cdef int error
+        memset(&message, 0, sizeof(message))
+        message.msg_iov, message.msg_iovlen = self.buffers, self.count
+        with nogil:
+            sent = sendmsg(self.sock, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
+            error = last_error()
+        if sent == <ssize_t> self.total:
+            self.forget()
+            return True
+        if sent < 0 and error != EAGAIN:
+            self.out.fail(OSError(error, os.strerror(error)))
+            return False
+        unsent = self.unsent(max(sent, 0))
+        self.forget()
+        self.out.keep(unsent)
+        return False
+
+    cdef list unsent(self, size_t sent):
+        """What is left of the buffers when so many bytes of them were sent."""
+        cdef int n
+        cdef size_t length
+        cdef Py_ssize_t first
+        cdef const char *data
+        left = []
+        for n in range(self.count):
+            data, length = <const char *> self.buffers[n].iov_base, self.buffers[n].iov_len
+            if sent >= length:
+                sent -= length
+                continue
+            data, length, sent = data + sent, length - sent, 0
+            if self.owners[n] == NULL:
+                left.append(PyBytes_FromStringAndSize(data, length))
+                continue
+            owner = memoryview(<object> self.owners[n])
+            first = data - <const char *> memory_of(owner)
+            left.append(owner[first : first + <Py_ssize_t> length])
+        return left
+
+
+# --- the wait of the event loop --------------------------------------------------------------------------------------
+
+cdef enum:
+    EVENTS = 64
+    LOST_IN_A_ROW = 3    # server.polling
+    WAITS_WITHOUT = 200
+
+
+cdef class Wait:
+    """Stands for the epoll object of trio's loop, and serves the connections at rest while the loop waits.
+
+    A connection is at rest from :meth:`add` until its turn ends with something that Python has to look at. `poll` is
+    what `select.epoll` has, and returns what the loop's own object does; so do the other methods.
+    """
+
+    cdef object loops
+    cdef int epoll, loops_fd
+    cdef dict turns
+    cdef list again
+
+    def __init__(self, loops):
+        self.loops, self.loops_fd = loops, loops.fileno()
+        self.turns, self.again = {}, []
+        self.epoll = epoll_create1(EPOLL_CLOEXEC)
+        if self.epoll < 0:
+            PyErr_SetFromErrno(OSError)
+        self.watch(self.loops_fd)
+
+    def __dealloc__(self):
+        if self.epoll >= 0:
+            close(self.epoll)
+
+    cdef int watch(self, int fd) except -1:
+        cdef epoll_event event
+        memset(&event, 0, sizeof(event))
+        event.events, event.data.fd = EPOLLIN, fd
+        if epoll_ctl(self.epoll, EPOLL_CTL_ADD, fd, &event) < 0:
+            PyErr_SetFromErrno(OSError)
+        return 0
+
+    def add(self, Turn turn, woken):
+        """Serve this connection from now on. `woken` is called once, with a status of `run` or an exception."""
+        self.watch(turn.sock)
+        turn.woken, turn.asleep = woken, seconds_now()
+        self.turns[turn.sock] = turn
+
+    def remove(self, Turn turn):
+        """Do not serve it any more; `woken` is not called."""
+        if self.turns.pop(turn.sock, None) is not None:
+            epoll_ctl(self.epoll, EPOLL_CTL_DEL, turn.sock, NULL)  # fails where the socket is closed: it is out then
+        if turn in self.again:
+            self.again.remove(turn)
+
+    # What trio calls:
+
+    def register(self, *args):
+        self.loops.register(*args)
+
+    def modify(self, *args):
+        self.loops.modify(*args)
+
+    def unregister(self, fd):
+        self.loops.unregister(fd)
+
+    def fileno(self):
+        return self.loops_fd
+
+    def close(self):
+        if self.epoll >= 0:
+            close(self.epoll)
+            self.epoll = -1
+        self.loops.close()
+
+    def poll(self, double timeout, int most):
+        """What the loop has to look at, at once if there is something, else within so many seconds."""
+        cdef double deadline, now
+        cdef int n, k, ready, milliseconds
+        cdef epoll_event events[EVENTS]
+        cdef bint asks = False
+        cdef Turn turn, last = None
+        if not self.turns:
+            return self.loops.poll(timeout, most)
+        now = seconds_now()
+        deadline = now + timeout
+        while True:
+            milliseconds = 0 if self.again or asks else self.rest(deadline - now)
+            with nogil:
+                n = -2
+                if last is not None and milliseconds:
+                    n = self.polled(last, events)
+                if n == -2:
+                    n = epoll_wait(self.epoll, events, EVENTS, milliseconds)
+            if n < 0:
+                if last_error() != EINTR:
+                    PyErr_SetFromErrno(OSError)
+                PyErr_CheckSignals()
+                n = 0
+            ready = 0
+            last = None
+            again, self.again = self.again, []
+            for k in range(n):
+                if events[k].data.fd == self.loops_fd:
+                    ready = 1
+                    continue
+                turn = self.turns.get(events[k].data.fd)
+                if turn is not None and turn not in again:
+                    again.append(turn)
+            for one in again:
+                turn = one
+                if self.serve(turn, len(again) == 1):
+                    asks = True
+                else:
+                    last = turn if len(again) == 1 and not self.again and turn.polls() else None
+            now = seconds_now()
+            if ready or asks or now >= deadline:
+                return self.loops.poll(0, most)
+
+    cdef int rest(self, double seconds) noexcept:
+        """In milliseconds, not less."""
+        if seconds <= 0:
+            return 0
+        return 3600000 if seconds > 3600 else <int> (seconds * 1000 + 0.999)
+
+    cdef int polled(self, Turn turn, epoll_event *events) noexcept nogil:
+        """Look again and again for a while, giving the processor away: what epoll_wait returned, -2 for nothing."""
+        cdef double limit = seconds_now() + turn.longest_poll
+        cdef int n
+        while True:
+            sched_yield()
+            n = epoll_wait(self.epoll, events, EVENTS, 0)
+            if seconds_now() >= limit:  # also where something came: others wanted the processor, and had it for long
+                turn.polls_lost += 1
+                if turn.polls_lost == LOST_IN_A_ROW:
+                    turn.polls_lost, turn.waits_without = 0, WAITS_WITHOUT
+                return n or -2
+            if n:
+                turn.polls_lost = 0
+                return n
+
+    cdef bint serve(self, Turn turn, bint alone) except -1:
+        """Give a connection its turn. True if Python has to go on with it: it is not at rest any more."""
+        cdef double now = seconds_now()
+        turn.soon = now - turn.asleep < 4 * turn.longest_poll
+        try:
+            told = turn.run(now + (TURN_SECONDS if alone else TURN_SECONDS / 5))
+        except Exception as error:
+            told = error
+        turn.asleep = seconds_now()
+        if told == WAIT:
+            return False
+        if told == YIELD:
+            self.again.append(turn)
+            return False
+        self.remove(turn)
+        woken, turn.woken = turn.woken, None
+        woken(told)
+        return True
