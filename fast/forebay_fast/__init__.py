@@ -8,6 +8,7 @@ objects: they keep to their way. Nothing else depends on the core.
 """
 
 import os
+from importlib.util import find_spec
 
 __all__ = ["core", "missing", "serves", "use"]
 
@@ -16,12 +17,18 @@ VARIABLE = "FOREBAY_CORE"
 
 
 missing = ""
-"""Why there is no `core`: what the import said. Empty where there is one."""
+"""Why there is no `core`. Empty where there is one."""
 
 try:
     from forebay_fast import core
 except ImportError as error:
-    core, missing = None, str(error)  # type: ignore[assignment]
+    core = None  # type: ignore[assignment]
+    if find_spec("forebay_fast.core"):
+        missing = str(error)
+    else:
+        missing = (
+            "there was no C compiler, or there were no headers of Python, when it was installed"
+        )
 
 _wanted = os.environ.get(VARIABLE) != "0"
 

@@ -84,7 +84,7 @@ def test_without_it_the_package_says_why() -> None:
         "import sys; sys.modules['forebay_fast.core'] = None\n"
         "import forebay_fast; forebay_fast.use(True); print(forebay_fast.serves(), forebay_fast.missing)"
     )
-    assert _run(program, {}).startswith("False import of forebay_fast.core halted")
+    assert _run(program, {}).startswith("False there was no C compiler")
 
 
 def _run(program: str, variables: dict[str, str]) -> str:
