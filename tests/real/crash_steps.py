@@ -28,8 +28,9 @@ STEPS = (
     "restore under a journal",
 )
 LOG = (
-    "dropped as asked|given up|changed by somebody else|is resolved|was resolved|in conflict|conflict"
-    "|its cached blocks are dropped|is not served|a checkpoint was not finished|copying paused|: saved as "
+    "dropped as asked|given up|changed by somebody else|replaced by another file|is resolved|was resolved"
+    "|in conflict|conflict|its cached blocks are dropped|is not served|a checkpoint was not finished|copying paused"
+    "|: saved as "
 )
 """What a daemon may say loudly about them."""
 

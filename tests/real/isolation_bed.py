@@ -492,9 +492,14 @@ class Bad:
         """Nothing is wrong any more, and it is there already, or attached."""
         self.bed.fs.lift()
         self.leave()
-        if self.name not in self.bed.status():
-            self.attach()
+        # As one is told to: a store that has just hung may still refuse the first attempt.
+        self.bed.wait(self._is_there, "it cannot be attached again")
         self.wait_shown("^(ready|copying)")
+
+    def _is_there(self) -> bool:
+        if self.name in self.bed.status():
+            return True
+        return self.bed.refused("/disks", **self.wanted()) is None
 
     def rewritten(self) -> None:
         """Nothing was wrong; all of the image was written with what it had before."""

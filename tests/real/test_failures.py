@@ -388,7 +388,7 @@ def test_an_image_that_is_taken_away_under_dirty_data(bed: Callable[..., Bed], h
     """The disk stops: neither old nor new data, nothing written to whatever lies there; what is dirty is kept."""
     it = bed("write-back")
     it.gateway.allow_log(
-        "changed by somebody|forebay resolve|write-back failed|dropped as asked|marker"
+        "changed by somebody|replaced by another|forebay resolve|write-back failed|dropped as asked|marker"
     )
     it.write(MIB, b"d" * MIB)
     it.client.flush()

@@ -216,7 +216,7 @@ def test_the_image_of_a_disk_reads_as_the_disk_has_it(
 def test_an_image_that_changed_is_read_anew(
     gateway: GatewayProcess, mount: FuseMount, content: bytes, rng: random.Random
 ) -> None:
-    gateway.allow_log("changed by somebody else")
+    gateway.allow_log("changed by somebody else|replaced by another file")
     path = gateway.images / "a.raw"
     assert mount.image("a.raw").read_bytes() == content
     wait_for(lambda: gateway.cli("status", "--json").stdout.strip() == "[]")

@@ -130,7 +130,8 @@ def test_fio_verifies_what_was_written_before_a_kill(bug: str | None, rng: rando
         assert code == 0, report
         verified = {job["jobname"]: job["read"]["total_ios"] for job in json.loads(report)["jobs"]}
         assert set(verified) == set(MODES)
-        assert min(verified.values()) > 10, verified
+        assert min(verified.values()) > 0, verified
+        assert sum(verified.values()) > 100, verified
     finally:
         gateway.remove()
 

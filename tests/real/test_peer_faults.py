@@ -415,7 +415,9 @@ def test_a_new_image_under_an_old_name_has_nothing_of_the_old(
     gateway: GatewayProcess, connect: Connect
 ) -> None:
     """Disk and image are gone and come back with other content, size and all: the cache must not know better."""
-    gateway.allow_log("dropped as asked|changed by somebody else: its cached blocks are dropped")
+    gateway.allow_log(
+        "dropped as asked|(changed by somebody else|replaced by another file): its cached blocks are dropped"
+    )
     old = attach(gateway, 4 * MIB, "write-back")
     client = connect(old.uri)
     client.pread(4 * MIB, 0)
@@ -468,7 +470,7 @@ def change(path: Path, size: int) -> bytes:
 def test_an_origin_that_changed_meanwhile_is_read_anew(
     how: str, replaced: bool, gateway: GatewayProcess
 ) -> None:
-    gateway.allow_log("changed by somebody else")
+    gateway.allow_log("changed by somebody else|replaced by another file")
     disk = attach(gateway, 4 * MIB, "write-through", "--read-only")
     assert disk.reads() == disk.content
     disk.commit()
@@ -497,7 +499,7 @@ def test_an_origin_that_changes_under_a_disk_is_noticed(
     """Never a mixture: either all of a read is old or all of it is new, and soon it is new, or an error."""
     import nbd
 
-    gateway.allow_log("changed by somebody else|forebay resolve")
+    gateway.allow_log("changed by somebody else|replaced by another file|forebay resolve")
     disk = attach(gateway, 4 * MIB, "write-through", "--read-only")
     client = connect(disk.uri)
     assert client.pread(4 * MIB, 0) == disk.content
@@ -524,7 +526,7 @@ def test_an_origin_that_changed_under_dirty_data_is_a_conflict_and_told(
     """Somebody ignored the owner marker: neither the old nor a mixture is served, and the image stays as it is."""
     import nbd
 
-    gateway.allow_log("changed by somebody else|dropped as asked")
+    gateway.allow_log("changed by somebody else|replaced by another file|dropped as asked")
     disk = attach(gateway, 4 * MIB, "write-back")
     client = connect(disk.uri)
     client.pread(4 * MIB, 0)
