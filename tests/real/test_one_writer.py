@@ -316,7 +316,7 @@ def test_attach_waits_until_the_other_gateway_has_given_the_image_up(
     host = socket.gethostname()
     for text in (
         refused(second, "d", "images:a.raw"),
-        refused(second, "d", "images:a.raw", "--wait", "10ms"),
+        refused(second, "d", "images:a.raw", "--wait", "1ms"),
     ):
         for part in (f"host {host}", "disk 'web1', dirty, since 20", "written since 20"):
             assert part in text

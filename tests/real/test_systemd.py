@@ -85,6 +85,8 @@ class Host:
         image = self.container.inside(f"{IMAGES}/{name}.raw")
         content = random_image(image, SIZE, sum(name.encode()))
         self.run("chown", "forebay:", f"{IMAGES}/{name}.raw")
+        control = self.container.inside("/run/forebay/control.sock")
+        wait_for(lambda: accepts(control), "the daemon of the test before is not back")
         self.cli("attach", name, f"images:{name}.raw", "--mode", mode, *options)
         return content
 
