@@ -145,6 +145,51 @@ async def test_holes_are_told(path: Path, content: bytearray, start_nbdkit: Star
         assert (await origin.identity()).size == SIZE
 
 
+HOLES_THAT_ARE_NO_ZEROS = """
+import nbdkit
+
+API_VERSION = 2
+disk = bytearray(b"x" * (4 << 20))
+
+
+def open(readonly):
+    return 1
+
+
+def get_size(h):
+    return len(disk)
+
+
+def pread(h, buf, offset, flags):
+    buf[:] = disk[offset : offset + len(buf)]
+
+
+def pwrite(h, buf, offset, flags):
+    disk[offset : offset + len(buf)] = buf
+
+
+def can_extents(h):
+    return True
+
+
+def extents(h, count, offset, flags):
+    return [(offset, count, nbdkit.EXTENT_HOLE)]
+"""
+
+
+async def test_a_hole_that_is_not_said_to_read_as_zeros_is_zeroed(
+    tmp_path: Path, start_nbdkit: Start
+) -> None:
+    """The protocol leaves open what such a hole holds."""
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(HOLES_THAT_ARE_NO_ZEROS)
+    async with origin_on(start_nbdkit("python", plugin)) as origin:
+        assert await origin.extents(0, MIB) == [(MIB, HOLE)]
+        await origin.zero(512, MIB, may_trim=True)
+        model = b"x" * 512 + bytes(MIB) + b"x" * 512
+        assert await origin.read(0, MIB + 1024) == model
+
+
 async def test_an_export_by_its_name(path: Path, content: bytearray, start_qemu_nbd: Start) -> None:
     server = start_qemu_nbd(path, export="a disk/1")
     server.uri = server.uri.replace("a disk/1", "a%20disk/1")

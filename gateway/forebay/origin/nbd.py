@@ -187,7 +187,7 @@ class NbdOrigin:
         """Make the range read as zeros; with `may_trim` no hole of it gets space. Raises OSError.
 
         With `may_trim` the server is asked to zero only if that is faster than writing, which it is where it can give
-        space back. Where it refuses, what is a hole already is left alone.
+        space back. Where it refuses, what reads as zeros already is left alone.
         """
         self._check_change(offset, length)
         end, sector = offset + length, self._requests.sector
@@ -208,12 +208,12 @@ class NbdOrigin:
         return not self._refused
 
     async def _zero_data(self, first: int, last: int) -> None:
-        """Zero what is no hole of whole sectors. Raises OSError."""
+        """Zero what does not read as zeros of whole sectors; a hole alone need not. Raises OSError."""
         sector, done = self._requests.sector, first
         while done < last:
             parts = await self.extents(done, last - done)
             for size, flags in parts[:MOST_EXTENTS]:
-                if not flags & HOLE:
+                if not flags & ZERO:
                     at, behind = done // sector * sector, -(-(done + size) // sector) * sector
                     await self._zero_in_place(max(first, at), min(last, behind), no_hole=False)
                 done += size

@@ -114,7 +114,10 @@ class Origin(Protocol):
     async def extents(
         self, offset: int, length: int, background: Background = False
     ) -> list[tuple[int, int]]:
-        """(length, flags) of the extents one after the other, covering the range; the flags are HOLE | ZERO or 0."""
+        """(length, flags) of the extents one after the other, covering the range; the flags are HOLE and ZERO.
+
+        What an NBD server tells may be a HOLE alone, which reads as anything; a file has both, or none.
+        """
         ...
 
     async def identity(self) -> Identity:
