@@ -50,7 +50,7 @@ GIB = 1 << 30
 
 PARTS = (256, 64)
 """By how much less there is than in a cache of 10 million slots."""
-SLICE = 40_000
+SLICE = 30_000
 """Lines in one step of a task: 2 ms."""
 SNAPSHOT = 80_000
 """Lines in the snapshot of a commit: less than 20 ms."""

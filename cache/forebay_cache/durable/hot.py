@@ -25,12 +25,10 @@ from forebay_cache.index.changes import Changes, Share, nothing
 Region = tuple[int, int]
 """(number of the layer, number of the region in it)."""
 
-MOST_NEW = 4096
+MOST_NEW = 2048
 """With so many that were made hot a commit has to come before the next ones are."""
 _GONE_AT_ONCE = 4096
 """So many that have cooled are stored by one commit."""
-
-
 _PART = 4096
 """Regions whose numbers are in one set: to make a larger one grow would hold up everybody."""
 
@@ -41,9 +39,6 @@ class Regions:
     def __init__(self, regions: Iterable[int] = ()) -> None:
         self._parts: dict[int, set[int]] = {}
         self.update(regions)
-
-    def __len__(self) -> int:
-        return sum(map(len, self._parts.values()))
 
     def __bool__(self) -> bool:
         return bool(self._parts)
@@ -59,6 +54,11 @@ class Regions:
         """Put in some more."""
         for region in regions:
             self._parts.setdefault(region // _PART, set()).add(region)
+
+    def take_over(self, others: Regions) -> None:
+        """Put in all of the others, part by part; these are of no use afterwards."""
+        for number, part in others._parts.items():
+            self._parts.setdefault(number, part).update(part)
 
     def discard(self, region: int) -> None:
         """Take one out, if it is there."""
@@ -119,10 +119,9 @@ class HotRegions:
         new = {region for region in self._new if region[0] == layer}
         self._new -= new
         cold.update(region for _, region in new)
-        less, more = sorted((cold, self._gone.get(layer, Regions())), key=len)
-        more.update(less.numbers())
-        if more:
-            self._gone[layer] = more
+        cold.take_over(self._gone.pop(layer, Regions()))
+        if cold:
+            self._gone[layer] = cold
 
     def recover(self, regions: Iterable[Region], *, keep: bool) -> None:
         """At the start: these are on record. They stay hot, or are taken out with the next commits."""
