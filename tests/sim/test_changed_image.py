@@ -180,3 +180,20 @@ def test_a_file_put_in_the_place_of_one_that_was_being_written_is_noticed(
             assert b"".join(map(bytes, await disk.read(0, 3 * BLOCK))) == NEW * 3
 
     play(tmp_path, story)
+
+
+@pytest.mark.expect_log("injected|identity")
+def test_which_file_it_is_stays_on_record_when_an_image_is_closed_unseen(tmp_path: Path) -> None:
+    """Whoever is brought back with data of its own has to notice another file in its place; clean blocks are gone."""
+
+    async def story(host: Host, origin: KeptPages) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        await disk.read(0, 2 * BLOCK)
+        await trio.sleep(10)
+        await disk.write(2 * BLOCK, memoryview(b"w" * BLOCK), True)
+        origin.faults["identity"] = -1
+        await disk.image.leave(host.sources["d"], disk.view)
+        assert host.cache.records.get("image", disk.image.key) == {"identity": None, "inode": 1}
+        assert not disk.image.layer.sectors
+
+    play(tmp_path, story)

@@ -262,8 +262,9 @@ class Image:
             except OSError as error:
                 log.warning("%s: %s", self.key, error.strerror)
         if self.identity.is_withdrawn() and self.conflict is None:
-            # From now on no marker keeps others out, and nothing could tell what they write from what we wrote.
-            self.begin_anew()
+            # Perhaps no marker keeps others out any more, and nothing could tell what they write from what we wrote.
+            # Which file it is stays on record: the cache may hold data of a disk that is only taken down.
+            self.clean.refresh()
         self.writes.kept.forget(self.writes.kept.position)
         try:
             await self.reach.close()
