@@ -72,7 +72,7 @@ bench-doors-readme: setup
 
 # SECONDS in all; tests/fuzz/README.md
 fuzz: setup
-	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || FOREBAY_CORE_PLANTS=1 $(BIN)/python -m pip install --quiet --editable '.[fuzz]'
 	PYTHONPATH=tests $(BIN)/python -m fuzz.run --seconds $(or $(SECONDS),60) $(TARGETS)
 
 # exit code 1 on a loss, with the seed and a directory that is kept; tests/README.md
@@ -85,7 +85,7 @@ lab: setup
 	@PYTHONPATH=tests $(BIN)/python -m lab $(LAB)
 
 docs: setup
-	@$(BIN)/python -c 'import mkdocs, pymdownx' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@$(BIN)/python -c 'import mkdocs, pymdownx' 2>/dev/null || FOREBAY_CORE_PLANTS=1 $(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/python -m mkdocs build --quiet
 
 dist:

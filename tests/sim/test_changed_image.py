@@ -192,7 +192,7 @@ def test_which_file_it_is_stays_on_record_when_an_image_is_closed_unseen(tmp_pat
         await trio.sleep(10)
         await disk.write(2 * BLOCK, memoryview(b"w" * BLOCK), True)
         origin.faults["identity"] = -1
-        await disk.image.leave(host.sources["d"], disk.view)
+        await disk.image.leave(disk.source, disk.view)
         assert host.cache.records.get("image", disk.image.key) == {"identity": None, "inode": 1}
         assert not disk.image.layer.sectors
 
