@@ -821,6 +821,20 @@ def test_the_partition_filter(
     assert handle.pread(sectors * 512, 0) == content[start * 512 : (start + sectors) * 512]
 
 
+def encrypt(plain: Path, image: Path, key: Path) -> None:
+    """Make an image of LUKS. qemu-img measures how quick the host is, and refuses to if its clock does not move."""
+    for last in (False, False, False, False, True):
+        try:
+            run(
+                *("qemu-img", "convert", "-O", "luks", "--object", f"secret,id=s,file={key}"),
+                *("-o", "key-secret=s,iter-time=10,cipher-mode=xts", "-f", "raw", plain, image),
+            )
+            return
+        except AssertionError as error:
+            if last or "accurate CPU usage" not in str(error):
+                raise
+
+
 def test_the_luks_filter(
     shared: GatewayProcess,
     attach: Callable[..., None],
@@ -833,10 +847,7 @@ def test_the_luks_filter(
     content = random_image(plain, 2 * MIB, 8)
     key.write_text("a passphrase")
     image = shared.images / "l8.raw"
-    run(
-        *("qemu-img", "convert", "-O", "luks", "--object", f"secret,id=s,file={key}"),
-        *("-o", "key-secret=s,iter-time=10,cipher-mode=xts", "-f", "raw", plain, image),
-    )
+    encrypt(plain, image, key)
     attach("l8", "l8.raw", mode="write-back")
     door = make_door(shared, f"passphrase=+{key}", filters=["luks"])
     handle = handles(door.uri("l8"))
