@@ -46,6 +46,7 @@ PLANTS = {
     "listener": Plant("forebay_nbd.server.server:Server._accept"),
     "cache's own": Plant("forebay_cache.durable.commit:Committer.snapshot"),
     "cache's assertion": Plant("forebay_cache.blocks.settle:settle", in_the_cache=True),
+    "status": Plant("forebay.disk.status:Status.keys"),
     "request": Plant("forebay_cache.read.view:View.read"),
 }
 """By the task that fails."""

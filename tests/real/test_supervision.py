@@ -402,6 +402,27 @@ def test_a_fault_of_one_request_is_an_error_to_who_asked(bed: Callable[..., Bed]
         it.is_well(name)
 
 
+def test_a_disk_whose_status_cannot_be_told_hides_no_other(bed: Callable[..., Bed]) -> None:
+    it = bed()
+    it.gateway.allow_log("its status cannot be told")
+    it.start("status")
+    it.make_others()
+    for _ in range(5):  # the watchdog may look first
+        it.arm()
+        told = {one["name"]: one for one in ask(it.gateway, "/disks")}
+        assert told.keys() == OTHERS.keys()
+        if failed := [one for one in told.values() if one["state"] != "ready"]:
+            break
+    [shown] = failed
+    assert shown["state"] == "failed"
+    assert "a fault of Forebay itself (RuntimeError: planted)" in shown["reason"]
+    it.arm()
+    assert all(f'disk="{name}"' in ask_text(it.gateway, "/metrics") for name in OTHERS)
+    assert it.stopped() == []
+    for name in OTHERS:
+        it.is_well(name)
+
+
 @pytest.mark.parametrize("plant", ["cache's assertion", "cache's own"])
 def test_what_all_disks_share_ends_the_daemon(bed: Callable[..., Bed], plant: str) -> None:
     """An assertion that fails in the cache's code, called by a disk's task; and whatever its own tasks end with."""

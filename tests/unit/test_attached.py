@@ -53,6 +53,7 @@ class FakeListener:
 
     path = "/run/d.sock"
     clients = 0
+    answered = 0
     tenant = Tenant("d", Path("/run"), Rule("first"))
 
     def __init__(self) -> None:
@@ -129,6 +130,29 @@ async def test_a_fault_stops_it(
     with pytest.raises(ForebayError, match="'d' is stopped: a fault of Forebay itself"):
         bed.attached.check_serves()
     await bed.attached.rest()
+
+
+async def test_one_whose_status_cannot_be_told_says_so_once_in_the_log(
+    bed: Bed,
+    nursery: trio.Nursery,
+    expect_log: Callable[[str], None],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expect_log("disk 'd': its status cannot be told")
+    await bed.attached.start(nursery)
+    with monkeypatch.context() as planted:
+        planted.setattr(bed.disk, "status", None)
+        told = [bed.attached.status() for _ in range(3)]
+        moved = bed.attached.pulse()
+        bed.listener.answered += 1
+        assert bed.attached.pulse() != moved, "the watchdog still sees it move"
+    assert told[0] == told[2]
+    assert (told[0]["name"], told[0]["state"], told[0]["socket"]) == ("d", "failed", "/run/d.sock")
+    assert "TypeError: 'NoneType' object is not callable" in told[0]["reason"]
+    assert len(caplog.records) == 1
+    assert bed.attached.status()["state"] == "ready"
+    await bed.attached.end()
 
 
 async def test_the_first_fault_is_told(

@@ -4,12 +4,14 @@
 """One attached disk: its source, what serves it, its socket, and where a fault of its tasks ends."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any
 
 import trio
 
+from forebay.checkpoint.dirty import left_dirty
 from forebay.daemon.parallel import Progress
 from forebay.daemon.record import DiskRecord
 from forebay.disk.disk import Disk
@@ -21,6 +23,8 @@ from forebay.image.boundary import Boundary, breaks_the_cache, in_short
 from forebay.image.source import Source
 from forebay_cache import CacheError
 from forebay_cache.states import Machine, Table
+
+log = logging.getLogger("forebay.daemon")
 
 
 class Life(Enum):
@@ -74,6 +78,8 @@ class Attached:
         self._life = Machine(LIFE, Life.ATTACHING, f"disk '{source.use.disk}'")
         self.fault: Exception | None = None
         """What a task of the disk ended with first; the disk is stopped since."""
+        self._untold = ""
+        """What kept its status from being told the last time; empty if nothing did."""
         self._boundary: Boundary | None = None
         source.stop_disk = self.stop
         self._scope = trio.CancelScope()
@@ -226,15 +232,27 @@ class Attached:
 
     def pulse(self) -> tuple[object, ...]:
         """A value that changes whenever something moves: a request is answered, the origin or the cache takes or gives
-        something, or the origin comes or goes.
+        something, or the origin comes or goes. Raises nothing: the watchdog looks at the others, too.
         """
-        found = self.disk.status()
+        found = self.status()
         counters = ("state", "reads", "writes", "cached_bytes", "private_bytes")
         origin = ("origin_read_bytes", "origin_written_bytes")
-        return (self.listener.answered, *(found[key] for key in (*counters, *origin)))
+        return (self.listener.answered, *(found.get(key) for key in (*counters, *origin)))
 
     def status(self) -> dict[str, Any]:
-        """The keys of the contract, and more."""
+        """The keys of the contract, and more. Raises nothing: who asks for all disks is told of the others."""
+        try:
+            told = self._told()
+        except Exception as fault:
+            what = in_short(fault)
+            if what != self._untold:
+                log.exception("disk '%s': its status cannot be told", self.name)
+            self._untold = what
+            return self._at_least(what)
+        self._untold = ""
+        return told
+
+    def _told(self) -> dict[str, Any]:
         told = {
             **self.disk.status(),
             **self.record.limits(),
@@ -245,6 +263,19 @@ class Attached:
         if self.fault is not None:
             told |= {"state": DiskState.STOPPED.value, "reason": self.reason}
         return told
+
+    def _at_least(self, what: str) -> dict[str, Any]:
+        """The keys of the contract, of a disk that a fault of Forebay itself, `what`, keeps from telling more."""
+        lag = 0, 0.0
+        with contextlib.suppress(Exception):
+            lag = left_dirty(self.disk.image.cache, self.name)
+        why = (
+            f"a fault of Forebay itself ({what}): how it is cannot be told, its data is kept: restart the daemon; "
+            "the log says more"
+        )
+        clients, socket = self.listener.clients, str(self.listener.path)
+        told = _at_rest(self.name, self.record, DiskState.FAILED, why, lag)
+        return told | {"clients": clients, "socket": socket}
 
 
 class Absent:
@@ -270,25 +301,36 @@ class Absent:
 
     def status(self) -> dict[str, Any]:
         """The same keys as those of a disk that does nothing."""
-        dirty, age = (0, 0.0) if self.record.overlay else self._lag()
-        counters = (
-            "cached_bytes", "read_hits", "read_misses", "write_hits",
-            "write_misses", "origin_read_bytes", "origin_written_bytes", "clients",
-        )  # fmt: skip
-        return {
-            "name": self.name,
-            "image": self.record.image,
-            "mode": self.record.mode or "",
-            "state": (DiskState.CONFLICT if self.record.conflict else DiskState.FAILED).value,
-            "read_only": self.record.read_only,
-            "overlay": self.record.overlay,
-            "size": self.record.size,
-            **self.record.limits(),
-            **dict.fromkeys(counters, 0),
-            "dirty_bytes": dirty,
-            "lag_seconds": round(age, 3),
-            "lag_bytes": dirty,
-            "private_bytes": self.private_bytes,
-            "socket": "",
-            "reason": self.why,
-        }
+        state = DiskState.CONFLICT if self.record.conflict else DiskState.FAILED
+        return _at_rest(self.name, self.record, state, self.why, self._lag())
+
+
+def _at_rest(
+    name: str, record: DiskRecord, state: DiskState, why: str, lag: tuple[int, float]
+) -> dict[str, Any]:
+    """The keys of the status of a disk of which nothing is known but its record, why it is in that state, and `lag`:
+    bytes that only the cache has of it, and the age of the oldest in seconds.
+    """
+    private = lag[0]
+    dirty, age = (0, 0.0) if record.overlay else lag
+    counters = (
+        "cached_bytes", "read_hits", "read_misses", "write_hits",
+        "write_misses", "origin_read_bytes", "origin_written_bytes", "clients",
+    )  # fmt: skip
+    return {
+        "name": name,
+        "image": record.image,
+        "mode": record.mode or "",
+        "state": state.value,
+        "read_only": record.read_only,
+        "overlay": record.overlay,
+        "size": record.size,
+        **record.limits(),
+        **dict.fromkeys(counters, 0),
+        "dirty_bytes": dirty,
+        "lag_seconds": round(age, 3),
+        "lag_bytes": dirty,
+        "private_bytes": private,
+        "socket": "",
+        "reason": why,
+    }

@@ -36,7 +36,8 @@ class DiskState(StrEnum):
     """A full copy has all but what cannot be read of the image."""
     READY = "ready"
     FAILED = "failed"
-    """Of a disk on record that could not be brought back when the daemon started: there is no Disk of it."""
+    """Of a disk on record that could not be brought back when the daemon started: there is no Disk of it. And of one of
+    which a fault of Forebay itself keeps from being told how it is."""
 
 
 @dataclass(frozen=True, slots=True)
