@@ -21,14 +21,14 @@ Connect = Callable[..., Any]
 
 SIZE = 8 * MIB
 REGION = 4 * MIB
-"""What is cached of one that was written since a flush went well is dropped if the next flush fails, or takes too long."""
+"""What is cached of one that was written since a flush went well is dropped if the next fails, or takes too long."""
 
 CALLS = ("read", "write", "fsync", "flush", "getattr", "open")
 STOP_SECONDS = 30
 """How long a stop may take while a store hangs: 20 s for its clients' requests, 2 s for its disks, and some."""
 
-LOG = "its descriptor fails|cannot be reached|can be reached again|cut short|still|write-back failed|given up|hung up|a flush failed"
-LOG += "|could not be"
+LOG = "its descriptor fails|cannot be reached|can be reached again|cut short|still|write-back failed|given up|hung up"
+LOG += "|a flush failed|could not be"
 
 
 @pytest.fixture

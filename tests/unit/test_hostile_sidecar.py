@@ -34,6 +34,7 @@ from forebay.sidecar.record import (
     left_behind,
 )
 from forebay.sidecar.takeover import recover_image
+from forebay.sidecar.tenure import MOST
 
 US, STRANGER = "gateway-a", 12345
 GOOD = asdict(Owner(US, "h", 1, "b", "d", "2026-01-01T00:00:00+00:00", "dirty", 7))
@@ -155,6 +156,9 @@ def _spoil(owner: Path, how: str) -> None:
         os.link(owner, owner.with_name("other"))
     elif how == "a stranger's":
         os.chown(owner, STRANGER, -1)
+    elif how == "among many":
+        for number in range(1, MOST + 1):
+            (owner.parent.parent / str(number)).mkdir()
     else:
         owner.unlink()
         if how == "directory":
@@ -165,7 +169,16 @@ def _spoil(owner: Path, how: str) -> None:
             os.mkfifo(owner)
 
 
-HOW = ["truncated", "newer", "directory", "link", "fifo", "with another name", "a stranger's"]
+HOW = [
+    "truncated",
+    "newer",
+    "directory",
+    "link",
+    "fifo",
+    "with another name",
+    "a stranger's",
+    "among many",
+]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to another user")
 
 
@@ -226,6 +239,25 @@ def test_nothing_is_written_through_a_name_that_was_planted(
     assert victim.read_bytes() == b"V" * 4096
     assert victim.stat().st_nlink == 1
     marker.close()
+
+
+@pytest.mark.parametrize("name", ["owner.new", "redo.new", "redo"])
+def test_a_directory_in_the_place_of_a_file_is_named_and_what_to_do(bed: Bed, name: str) -> None:
+    told = f"'{name}' beside the image is a directory: remove it"
+    marker = bed.take()
+    marker.set_state("dirty")
+    (bed.own / name).mkdir()
+    with pytest.raises(IsADirectoryError, match=told):
+        _change(marker)
+    marker.close()
+    if name != "redo":  # which counts for a journal
+        with pytest.raises(IsADirectoryError, match=told):
+            bed.take()
+
+
+def _change(marker: Marker) -> None:
+    marker.commit_redo(marker.begin_redo(""))
+    marker.set_state("clean")
 
 
 def _commit(bed: Bed) -> None:

@@ -143,7 +143,7 @@ def test_more_names_than_there_can_be_are_refused_in_one_line(bed: Bed) -> None:
     for number in range(1, MOST + 2):
         (bed.side / str(number)).mkdir()
     for attempt in (bed.take, lambda: read_owner(bed.address)):
-        with pytest.raises(ForebayError, match="names of owners lie beside it") as told:
+        with pytest.raises(UnreadableError, match="directories of owners lie beside it") as told:
             attempt()
         assert len(str(told.value).splitlines()) == 1
 

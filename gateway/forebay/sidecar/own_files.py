@@ -15,6 +15,7 @@ import errno
 import os
 import pwd
 import stat
+from collections.abc import Iterator
 
 from forebay.origin.worker import syscalls
 
@@ -60,12 +61,29 @@ def open_directory(folder: int, name: str, image: os.stat_result | None) -> int 
 
 def make(folder: int, name: str, mode: int) -> int:
     """A new descriptor of a new, empty file, which takes the place of what has that name. Raises OSError."""
+    remove(folder, name)
+    return syscalls.open(name, _NEW, mode, dir_fd=folder)
+
+
+def remove(folder: int, name: str) -> None:
+    """Remove what has that name, if anything has. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), _no_directory(name):
+        syscalls.unlink(name, dir_fd=folder)
+
+
+def rename(folder: int, old: str, new: str) -> None:
+    """Give a file a name, in the place of what has that. Raises OSError."""
+    with _no_directory(new):
+        syscalls.rename(old, new, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+@contextlib.contextmanager
+def _no_directory(name: str) -> Iterator[None]:
+    """Have the error for a directory of that name say which it is, and what to do."""
     try:
-        with contextlib.suppress(FileNotFoundError):
-            syscalls.unlink(name, dir_fd=folder)
+        yield
     except IsADirectoryError as error:
         raise OSError(error.errno, f"'{name}' beside the image is a directory: remove it") from None
-    return syscalls.open(name, _NEW, mode, dir_fd=folder)
 
 
 def _checked(fd: int, image: os.stat_result | None) -> int:

@@ -174,7 +174,7 @@ class RedoFile:
         with self._file as fd:
             write_all(fd, _record(END, self._records, self._bytes, []), self._end)
             syscalls.fsync(fd)
-        syscalls.rename(UNFINISHED, NAME, src_dir_fd=self._sidecar, dst_dir_fd=self._sidecar)
+        own_files.rename(self._sidecar, UNFINISHED, NAME)
         syscalls.fsync(self._sidecar)
         self.close()
 
@@ -194,8 +194,7 @@ def remove(sidecar: int) -> None:
 
     Durable when this returns.
     """
-    with contextlib.suppress(FileNotFoundError):
-        syscalls.unlink(NAME, dir_fd=sidecar)
+    own_files.remove(sidecar, NAME)
     syscalls.fsync(sidecar)
 
 

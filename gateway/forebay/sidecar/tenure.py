@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Self
 
-from forebay.errors import ForebayError
 from forebay.origin.addresses import FileAddress
 from forebay.origin.worker import syscalls
 from forebay.sidecar import own_files, redo
@@ -118,15 +117,14 @@ class Tenure:
 
     def show(self, owner: Owner) -> None:
         """Have the marker be what `write` wrote, durably."""
-        syscalls.rename(NEW_MARKER, MARKER, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        own_files.rename(self.fd, NEW_MARKER, MARKER)
         syscalls.fsync(self.fd)
         self.owner = owner
 
     def empty(self) -> None:
         """Remove the files of this owner, the marker first and durably."""
         for name in NAMES:
-            with contextlib.suppress(FileNotFoundError):
-                syscalls.unlink(name, dir_fd=self.fd)
+            own_files.remove(self.fd, name)
             if name == MARKER:
                 syscalls.fsync(self.fd)
 
@@ -135,7 +133,7 @@ def find(top: int, address: FileAddress, image: os.stat_result | None) -> Tenure
     """The one whose token is the highest, read, which the caller closes; None where nobody left anything.
 
     `top` is the directory beside the image. Where no marker is left a committed journal counts for one. Raises
-    UnreadableError for a marker that cannot be read, and ForebayError where too much lies there.
+    UnreadableError for a marker that cannot be read, or cannot be found among too many.
     """
     with contextlib.ExitStack() as undo:
         older = undo.enter_context(Tenure(0, _again(top), address, image))
@@ -181,13 +179,14 @@ def _newest(top: int, address: FileAddress, image: os.stat_result | None) -> Ten
 def numbers(top: int, address: FileAddress) -> list[int]:
     """The tokens that directories, or whatever else lies there, are named by, the highest first.
 
-    Raises ForebayError where there are too many.
+    Raises UnreadableError where there are too many.
     """
     found = [int(name) for name in syscalls.listdir(top) if _is_token(name)]
     if len(found) > MOST:
-        raise ForebayError(
-            f"{address.key}: {len(found)} names of owners lie beside it, in {address.path}.forebay, and a gateway "
-            "leaves one: find out who writes there, and remove all but the highest that has a file 'owner'"
+        raise UnreadableError(
+            address,
+            MARKER,
+            f"{len(found)} directories of owners lie beside it, and a gateway leaves one",
         )
     return sorted(found, reverse=True)
 
