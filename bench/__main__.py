@@ -20,7 +20,9 @@ from bench.bed import (
     CHECKPOINT_WRITES,
     COLD_BYTES,
     MISS_BYTES,
+    NEIGHBOUR_BYTES,
     SYNC_BYTES,
+    VMS,
     Bed,
     Target,
     room,
@@ -110,15 +112,15 @@ class Run:
         cpu = sample.cpu_us_per_request
         spent = f"   {cpu:6.1f} µs CPU/request" if cpu else ""
         rounds = self.options.rounds
-        print(f"  {number + 1}/{rounds}  {row.key:12} {name:13} {value:>12}{spent}", flush=True)
+        print(f"  {number + 1}/{rounds}  {row.key:14} {name:16} {value:>12}{spent}", flush=True)
 
     def _fio_rows(self, rows: list[Row], targets: dict[str, Target], size: int) -> None:
         for row in rows:
             print(row.title, flush=True)
             for number, name in self._rounds(list(targets)):
                 target, seconds = targets[name], self.options.seconds
-                with measure.one_processor(target.pid) if row.one_processor else nullcontext():
-                    sample = measure.fio(target.uri, row.fio, seconds, size, target.pid)
+                with measure.one_processor(*target.pids) if row.one_processor else nullcontext():
+                    sample = measure.fio(target.uris, row.fio, seconds, size, *target.pids)
                 target.settle()
                 self._note(row, number, name, sample)
 
@@ -128,6 +130,22 @@ class Run:
     def _run_write(self, bed: Bed, rows: list[Row]) -> None:
         # not all of the image: a write of 4 KiB takes a slot 16 times as large, and so much dirty begins a checkpoint
         self._fio_rows(rows, dict(bed.writers(self.forebay)), bed.size * 3 // 8)
+
+    def _run_vms(self, bed: Bed, rows: list[Row]) -> None:
+        self._fio_rows(rows, dict(bed.hosts(self.forebay)), bed.size // VMS * 3 // 8)
+
+    def _run_neighbour(self, bed: Bed, rows: list[Row]) -> None:
+        if not self.forebay:
+            return
+        read, trimmed = bed.neighbours()
+        for row in rows:
+            print(row.title, flush=True)
+            for number, name in self._rounds(["alone", "forebay"]):
+                beside = name == "forebay"
+                with measure.trimming(trimmed.uri, NEIGHBOUR_BYTES) if beside else nullcontext():
+                    seconds = self.options.seconds
+                    sample = measure.fio(read.uris, row.fio, seconds, bed.size, read.pid)
+                self._note(row, number, name, sample)
 
     def _run_sync(self, bed: Bed, rows: list[Row]) -> None:
         targets = dict(bed.syncers(self.forebay))
@@ -175,7 +193,7 @@ class Run:
         target = disks[store]
         before = _progress(target, store)
         sample = measure.fio(
-            target.uri, row.fio, self.options.seconds, CHECKPOINT_BYTES, target.pid
+            target.uris, row.fio, self.options.seconds, CHECKPOINT_BYTES, target.pid
         )
         done = _progress(target, store) - before
         if bool(done) != running or _goes_on(target, store, 1.0) != running:

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from bench.measure import copy_out
 from real.gateway_process import GatewayProcess
 from real.processes import NbdServer, nbdkit, qemu_nbd, random_image
 
+HERE = Path(__file__).resolve().parent
 MIB = 1 << 20
 ORIGIN_DELAY = 0.2
 """Seconds: the latency of the origin behind which parallel misses are measured."""
@@ -43,17 +45,35 @@ CHECKPOINT_BYTES = 64 * MIB
 MOST_ALLOCATED = 16 << 30
 """Bytes of cache file; the index of a terabyte is measured on a sparse one."""
 
+VMS = 8
+"""Virtual machines of one host, each with a disk of its own."""
+
+NEIGHBOUR_BYTES = 4 << 30
+"""Of the disk that is trimmed beside another one."""
+
+LIMITS = {"C, one thread": "one", "C, a thread each": "each"}
+"""Servers in C over tables like ours, see limit/server.c: how each is told to serve its connections."""
+
 MISS_BYTES = 16 << 30
 """Enough different places that no miss hits what an earlier round brought in."""
 
 
 @dataclass
 class Target:
-    """One server under measurement: where it listens, and whose CPU time counts."""
+    """One server under measurement: where it listens, and whose CPU time counts. Or several that do a work together."""
 
     uri: str
     pid: int
     gateway: GatewayProcess | None = None
+    others: tuple["Target", ...] = ()
+
+    @property
+    def uris(self) -> list[str]:
+        return [self.uri, *(uri for other in self.others for uri in other.uris)]
+
+    @property
+    def pids(self) -> set[int]:
+        return {self.pid}.union(*(other.pids for other in self.others))
 
     def settle(self) -> None:
         """Let no background work of this server run into the next measurement."""
@@ -78,6 +98,12 @@ def make_gateway(parent: Path, cache_size: int) -> GatewayProcess:
                 file.write(bytes(ZEROS))
             os.fsync(file.fileno())
     return gateway
+
+
+def together(targets: Sequence[Target]) -> Target:
+    """All of them as one, which does a work that they share."""
+    first, *others = targets
+    return Target(first.uri, first.pid, first.gateway, tuple(others))
 
 
 class Bed:
@@ -112,13 +138,26 @@ class Bed:
             gateway.start()
         return gateway
 
-    def _target(self, server: NbdServer) -> Target:
+    def _target(self, server: NbdServer, size: int | None = None) -> Target:
+        """A server that was just started, warm. `size` is its image's, where that is another one."""
         self.stack.callback(server.stop)
-        copy_out(server.uri, self.size)
+        copy_out(server.uri, size or self.size)
         return Target(server.uri, server.process.pid)
 
     def _nbdkit(self, name: str, *plugin: str, filters: Sequence[str] = ()) -> NbdServer:
         return nbdkit(self.memory / f"{name}.sock", "file", *plugin, filters=filters)
+
+    def limits(self) -> Iterator[tuple[str, Target]]:
+        """What a server in C reaches that keeps tables and a journal as Forebay does, and does nothing else."""
+        program = self.memory / "limit"
+        warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-function")
+        source = ("-I", HERE.parent / "fast" / "forebay_fast", HERE / "limit" / "server.c")
+        command = ("cc", "-O2", *warnings, *source, "-o", program, "-lpthread")
+        subprocess.run([str(word) for word in command], check=True)
+        for name, how in LIMITS.items():
+            sock = self.memory / f"{how}.sock"
+            words = (program, sock, self.image, self.memory / f"{how}.device", how)
+            yield name, self._target(NbdServer([str(word) for word in words], sock))
 
     def readers(self, forebay: bool) -> Iterator[tuple[str, Target]]:
         """Servers of one image that nobody writes, all warm."""
@@ -129,6 +168,7 @@ class Bed:
         # what it may write it locks, and the gateway could not have the image
         server = qemu_nbd(self.memory / "qemu.sock", self.image, "--read-only")
         yield "qemu-nbd", self._target(server)
+        yield from self.limits()
         if forebay:
             gateway = self.gateway(self.memory, 6 * self.size)
             yield "forebay", self.disk_of(gateway, "r", self.image, "write-through")
@@ -145,13 +185,57 @@ class Bed:
         image_of_qemu = self._own_image("qemu-wb")
         server = qemu_nbd(self.memory / "qemu-wb.sock", image_of_qemu, "--cache=writeback")
         yield "qemu-nbd", self._target(server)
+        yield from self.limits()
         if forebay:
-            room = 6 * self.size
-            gateway = self.gateway(self.memory, room, start=False)
-            limits = {"max_lag": "1h", "max_dirty": str(room)}
-            gateway.configure({"cache": {"size": str(room)}, "defaults": limits})
-            gateway.start()
+            gateway = self._calm(6 * self.size)
             yield "forebay", self.disk_of(gateway, "w", self._own_image("w"), "write-back")
+
+    def _calm(self, room: int) -> GatewayProcess:
+        """A daemon, started, that begins no checkpoint by itself."""
+        gateway = self.gateway(self.memory, room, start=False)
+        limits = {"max_lag": "1h", "max_dirty": str(room)}
+        gateway.configure({"cache": {"size": str(room)}, "defaults": limits})
+        gateway.start()
+        return gateway
+
+    def hosts(self, forebay: bool) -> Iterator[tuple[str, Target]]:
+        """VMS disks of one host, together as large as the image: a process each of the peers, and one Forebay."""
+        size = self.size // VMS
+        for peer in ("nbdkit cache", "qemu-nbd"):
+            yield peer, together([self._vm(peer, number, size) for number in range(VMS)])
+        if forebay:
+            gateway = self._calm(6 * self.size)
+            disks = [self._vm_image("f", number, size) for number in range(VMS)]
+            name = "vm{}".format
+            mode = "write-back"
+            yield (
+                "forebay",
+                together([self.disk_of(gateway, name(n), disks[n], mode) for n in range(VMS)]),
+            )
+
+    def _vm_image(self, name: str, number: int, size: int) -> Path:
+        path = self.memory / f"{name}{number}.raw"
+        random_image(path, size, seed=number)
+        return path
+
+    def _vm(self, peer: str, number: int, size: int) -> Target:
+        image, name = self._vm_image(peer[0], number, size), f"{peer[0]}{number}"
+        if peer == "qemu-nbd":
+            return self._target(
+                qemu_nbd(self.memory / f"{name}.sock", image, "--cache=writeback"), size
+            )
+        kit = ("cache=writeback", "cache-on-read=true")
+        return self._target(self._nbdkit(name, str(image), *kit, filters=["cache"]), size)
+
+    def neighbours(self) -> tuple[Target, Target]:
+        """Two disks of one daemon: one that is read, and a large empty one that is trimmed."""
+        gateway = self._calm(6 * self.size)
+        empty = self.memory / "empty.raw"
+        with empty.open("wb") as file:
+            file.truncate(NEIGHBOUR_BYTES)
+        read = self.disk_of(gateway, "n", self._own_image("n"), "write-through")
+        gateway.attach("t", self._stored(gateway, "t", empty).name, mode="write-back")
+        return read, Target(gateway.uri("t"), gateway.pid, gateway)
 
     def checkpointers(self) -> dict[str, Target]:
         """A disk in write-back for each of CHECKPOINT_LAGS."""
@@ -189,12 +273,17 @@ class Bed:
 
     def disk_of(self, gateway: GatewayProcess, name: str, image: Path, mode: str) -> Target:
         """Attach `image`, moved into the gateway's store, and warm it; the common image only to read."""
-        stored = gateway.images / f"{name}.raw"
         shared = image == self.image
-        (os.link if shared else os.rename)(image, stored)
+        stored = self._stored(gateway, name, image)
         gateway.attach(name, stored.name, *(["--read-only"] if shared else []), mode=mode)
         copy_out(gateway.uri(name), stored.stat().st_size)
         return Target(gateway.uri(name), gateway.pid, gateway)
+
+    def _stored(self, gateway: GatewayProcess, name: str, image: Path) -> Path:
+        """The image in the gateway's store: it is moved there, and the common one linked."""
+        stored = gateway.images / f"{name}.raw"
+        (os.link if image == self.image else os.rename)(image, stored)
+        return stored
 
     def missers(self, forebay: bool) -> Iterator[tuple[str, Target]]:
         """An origin that answers late, bare and with caches in front of it; nothing warm."""

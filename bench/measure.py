@@ -8,8 +8,10 @@ import os
 import random
 import statistics
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 TICKS = os.sysconf("SC_CLK_TCK")
 US = 1e6
+GIB = 1 << 30
 
 
 @dataclass
@@ -43,7 +46,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 class CpuMeter:
-    """CPU seconds that `pid` used inside `with`; 0 without a pid."""
+    """CPU seconds that some processes used inside `with`."""
 
     used = 0.0
 
@@ -52,17 +55,17 @@ class CpuMeter:
 
 
 @contextmanager
-def cpu_of(pid: int | None) -> Iterator[CpuMeter]:
+def cpu_of(*pids: int) -> Iterator[CpuMeter]:
     meter = CpuMeter()
-    before = cpu_seconds(pid) if pid else 0.0
+    before = sum(map(cpu_seconds, pids))
     yield meter
-    meter.used = cpu_seconds(pid) - before if pid else 0.0
+    meter.used = sum(map(cpu_seconds, pids)) - before
 
 
 @contextmanager
-def one_processor(pid: int) -> Iterator[None]:
-    """Inside `with`, all threads of `pid`, and whatever this process starts, are on the same processor."""
-    threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+def one_processor(*pids: int) -> Iterator[None]:
+    """Inside `with`, all threads of `pids`, and whatever this process starts, are on the same processor."""
+    threads = [int(thread) for pid in pids for thread in os.listdir(f"/proc/{pid}/task")]
     before = {thread: os.sched_getaffinity(thread) for thread in (0, *threads)}
     one = {max(before[0])}
     try:
@@ -75,14 +78,19 @@ def one_processor(pid: int) -> Iterator[None]:
                 os.sched_setaffinity(thread, processors)
 
 
-def fio(uri: str, options: dict[str, Any], seconds: float, size: int, pid: int | None) -> Sample:
-    """Run one fio job with the nbd engine. `options` are fio's, `size` bytes of the export are used.
+def fio(
+    uris: Sequence[str], options: dict[str, Any], seconds: float, size: int, *pids: int
+) -> Sample:
+    """Run a fio job with the nbd engine on each export. `options` are fio's, `size` bytes of an export are used.
 
-    Raises RuntimeError with fio's output when it fails.
+    `pids` are the servers. Raises RuntimeError with fio's output when it fails.
     """
     timed = {"time_based": 1, "runtime": f"{seconds * 1000:.0f}ms", "group_reporting": 1}
-    command = _command({**_job(uri, size), **timed, **options, "output-format": "json"})
-    with cpu_of(pid) as cpu:
+    first, *others = uris
+    command = _command({**timed, **options, "output-format": "json", **_job(first, size)})
+    for uri in others:
+        command += _command(_job(uri, size))[1:]
+    with cpu_of(*pids) as cpu:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or "{" not in done.stdout:
         raise RuntimeError(f"{' '.join(command)}:\n{done.stdout}{done.stderr}")
@@ -104,11 +112,34 @@ def fio(uri: str, options: dict[str, Any], seconds: float, size: int, pid: int |
 def write(uri: str, size: int, count: int) -> None:
     """Write `count` times 4 KiB at random places of `size` bytes, as a guest's page cache does, unmeasured."""
     options = {"rw": "randwrite", "bs": "4k", "iodepth": 16, "number_ios": count}
-    job = {**_job(uri, size), **options}
+    job = {**options, **_job(uri, size)}
     subprocess.run(_command(job), check=True, stdout=subprocess.DEVNULL)
 
 
+@contextmanager
+def trimming(uri: str, size: int) -> Iterator[None]:
+    """Inside `with` a client trims all of an export and zeroes it, again and again, a gibibyte with each request."""
+    done = threading.Event()
+
+    def trim() -> None:
+        handle = _connect(uri)
+        while not done.is_set():
+            for step in (handle.trim, handle.zero):
+                for offset in range(0, size, GIB):
+                    step(min(GIB, size - offset), offset)
+        handle.shutdown()
+
+    with ThreadPoolExecutor(1) as threads:
+        trimmed = threads.submit(trim)
+        try:
+            yield
+        finally:
+            done.set()
+        trimmed.result()
+
+
 def _job(uri: str, size: int) -> dict[str, Any]:
+    """Options of one job. Options of all jobs stand before the first one's name."""
     return {
         "name": "bench",
         "ioengine": "nbd",
@@ -127,7 +158,7 @@ def _command(job: dict[str, Any]) -> list[str]:
 def reading(uri: str, size: int) -> Iterator[None]:
     """Inside `with` there is a guest that reads now and then, so that the server does not take its guests to rest."""
     options = {"rw": "randread", "bs": "4k", "rate_iops": 30, "time_based": 1, "runtime": "1h"}
-    job = {**_job(uri, size), **options}
+    job = {**options, **_job(uri, size)}
     with subprocess.Popen(_command(job), stdout=subprocess.DEVNULL) as reader:
         try:
             yield
@@ -135,9 +166,9 @@ def reading(uri: str, size: int) -> Iterator[None]:
             reader.terminate()
 
 
-def copy_out(uri: str, size: int, pid: int | None = None) -> Sample:
+def copy_out(uri: str, size: int, *pids: int) -> Sample:
     """Read a whole export once, with 64 requests in flight on each connection (nbdcopy to nowhere)."""
-    with cpu_of(pid) as cpu:
+    with cpu_of(*pids) as cpu:
         start = time.perf_counter()
         subprocess.run(["nbdcopy", "--requests=64", uri, "null:"], check=True)
         seconds = time.perf_counter() - start
@@ -173,11 +204,11 @@ def _offsets(size: int, seed: int) -> Iterator[int]:
         yield generator.randrange(size // 4096) * 4096
 
 
-def write_flush(uri: str, size: int, seconds: float, seed: int, pid: int | None) -> Sample:
+def write_flush(uri: str, size: int, seconds: float, seed: int, *pids: int) -> Sample:
     """Write 4 KiB at a random place, flush, again; the latency is that of the pair."""
     handle, block, taken = _connect(uri), random.Random(seed).randbytes(4096), list[float]()
     end = time.perf_counter() + seconds
-    with cpu_of(pid) as cpu:
+    with cpu_of(*pids) as cpu:
         for offset in _offsets(size, seed):
             start = time.perf_counter()
             handle.pwrite(block, offset)

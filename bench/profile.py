@@ -44,7 +44,7 @@ def main() -> None:
             "iodepth": options.depth,
             "numjobs": options.jobs,
         }
-        sample = fio(gateway.uri("p"), job, options.seconds, SIZE, gateway.pid)
+        sample = fio([gateway.uri("p")], job, options.seconds, SIZE, gateway.pid)
         gateway.stop()
         print(
             f"{sample.iops or 0:.0f} IOPS, {sample.cpu_us_per_request or 0:.1f} µs CPU per request"

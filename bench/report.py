@@ -135,6 +135,20 @@ def _cells(line: Line) -> tuple[str, ...]:
     )
 
 
+LIMITS = ("forebay", "C, one thread", "C, a thread each")
+"""Columns of the table of limits."""
+
+
+def limits(results: Results) -> Iterator[tuple[str, ...]]:
+    """For each row that was measured on servers in C, too: its title, and each figure with CPU µs per request."""
+    for row in ROWS:
+        if not set(LIMITS) <= set(results.samples.get(row.key, {})):
+            continue
+        figures = (shown(results.median(row, server), row.measures) for server in LIMITS)
+        spent = (_cpu(results.cpu(row, server)) for server in LIMITS)
+        yield (row.title, *(" / ".join(cell) for cell in zip(figures, spent, strict=True)))
+
+
 def text(results: Results) -> str:
     """The table for a terminal, the conditions and all other figures below it."""
     table = [HEADER, *(_cells(line) for line in lines(results))]
@@ -146,7 +160,7 @@ def text(results: Results) -> str:
             value = shown(results.median(row, server), row.measures)
             cpu = _cpu(results.cpu(row, server))
             body.append(
-                f"  {row.key:12} {server:13} {value:>12}  {results.spread(row, server):14} {cpu:>6}"
+                f"  {row.key:14} {server:16} {value:>12}  {results.spread(row, server):14} {cpu:>6}"
             )
     titles = {row.key: row.title for row in ROWS}
     body += [f"skipped: {titles[key]}: {reason}" for key, reason in results.skipped.items()]
@@ -159,6 +173,10 @@ def markdown(results: Results) -> str:
     heads = [name or "its figure" for name in HEADER]
     out = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     out += [f"| {' | '.join(_cells(line))} |" for line in lines(results)]
+    if beside := list(limits(results)):
+        heads = ["work", "Forebay", *LIMITS[1:]]
+        out += ["", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+        out += [f"| {' | '.join(cells)} |" for cells in beside]
     kept = results.conditions
     versions = f"Python {kept['python']}, {kept['nbdkit']}, {kept['qemu']}, {kept['fio']}"
     out += [

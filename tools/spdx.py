@@ -74,7 +74,7 @@ def comment(path: Path) -> tuple[str, str] | None:
         return "; ", ""
     if path.suffix in {".xml", ".svg"}:
         return "<!-- ", " -->"
-    if path.suffix == ".h":
+    if path.suffix in {".c", ".h"}:
         return "/* ", " */"
     return None
 

@@ -91,6 +91,16 @@ def test_readme_is_filled_between_its_marks(tmp_path: Path) -> None:
     assert "| 300k IOPS | nbdkit cache | 100k IOPS | 3.00 | at least 3 | yes | 5.0 / 5.0 |" in text
 
 
+def test_what_servers_in_c_reach_stands_beside_without_a_bar() -> None:
+    found = results([300_000.0], [100_000.0], [1000.0])
+    assert not list(report.limits(found)), "a row that they did not take part in has no line"
+    samples = next(iter(found.samples.values()))
+    for server, iops in (("C, one thread", 400_000.0), ("C, a thread each", 500_000.0)):
+        samples[server] = [Sample(iops=iops, cpu_us_per_request=2.5)]
+    line = "300k IOPS / 5.0 | 400k IOPS / 2.5 | 500k IOPS / 2.5 |"
+    assert line in report.markdown(found)
+
+
 def test_readme_without_marks_is_left_alone(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("nothing\n")
