@@ -407,6 +407,7 @@ def test_a_disk_whose_status_cannot_be_told_hides_no_other(bed: Callable[..., Be
     it.gateway.allow_log("its status cannot be told")
     it.start("status")
     it.make_others()
+    failed: list[dict[str, Any]] = []
     for _ in range(5):  # the watchdog may look first
         it.arm()
         told = {one["name"]: one for one in ask(it.gateway, "/disks")}
