@@ -192,6 +192,7 @@ class FaultFs(pyfuse3.Operations):  # type: ignore[misc]
 
     async def mkdir(self, parent: int, name: bytes, mode: int, ctx: Any) -> Any:
         path = self._path(parent, name)
+        await self._faults.meet("mkdir", path)
         return self._changed(lambda: os.mkdir(path, mode), path)
 
     def _changed(self, do: Any, path: str | None = None) -> Any:

@@ -135,6 +135,33 @@ def test_a_store_that_takes_no_writes(bed: Callable[..., Bed], error: str) -> No
     it.is_well()
 
 
+@pytest.mark.parametrize("mode", ["write-back", "write-through"])
+@pytest.mark.parametrize("error", ["ENOSPC", "EDQUOT"])
+def test_a_store_that_is_full_when_the_daemon_is_restarted(
+    bed: Callable[..., Bed], mode: str, error: str
+) -> None:
+    """There is no room for the marker of the next owner: guests go on with what the image has all the same."""
+    it = bed(mode)
+    it.gateway.allow_log("write-back failed|its marker stays as it is")
+    it.write(MIB, b"a" * MIB)
+    it.client.flush()
+    it.fs.fail("mkdir", error)
+    it.fs.fail(
+        "write", error, name="[or]*"
+    )  # markers and journals: the blocks of the image are there
+    it.gateway.restart(kill=True)
+    it.connect()
+    it.reads_all()
+    it.write(5 * MIB, b"b" * 65536)
+    it.client.flush()
+    it.reads_all()
+    it.fs.lift()
+    it.is_well()
+    it.gateway.restart()
+    it.gateway.cli("detach", "d")
+    assert os.listdir(it.fs.backing) == ["image.raw"]
+
+
 @pytest.mark.parametrize(("name", "after"), [("image.raw", 0), ("redo*", 0), ("redo*", 1)])
 def test_a_store_that_does_not_take_one_write_of_many(
     bed: Callable[..., Bed], name: str, after: int

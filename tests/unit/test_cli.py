@@ -748,3 +748,16 @@ async def test_reader_of_the_output_may_leave() -> None:
         await process.stdout.aclose()
         said = b"".join([part async for part in process.stderr])
         assert (await process.wait(), said) == (1, b"")
+
+
+def test_nothing_that_is_opened_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """A message to stderr would be written into the file that has its number: the cache, or the index."""
+    told = tmp_path / "told"
+    probe = (
+        "import os, sys; from forebay.cli.main import main; code = main(['dump-config']); "
+        "told = [os.readlink(f'/proc/self/fd/{n}') for n in range(3)]; "
+        "open(sys.argv[1], 'w').write(f'{code} {told}')"
+    )
+    shell = 'exec "$@" <&- >&- 2>&-'
+    subprocess.run(["sh", "-c", shell, "sh", sys.executable, "-c", probe, str(told)], check=False)
+    assert told.read_text() == "0 ['/dev/null', '/dev/null', '/dev/null']"

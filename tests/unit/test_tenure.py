@@ -6,7 +6,7 @@
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pytest
 from forebay.errors import ForebayError
 from forebay.origin.addresses import FileAddress
 from forebay.origin.opening import OpenImage, open_image
+from forebay.origin.worker import syscalls
 from forebay.sidecar import redo
 from forebay.sidecar.files import read_owner
 from forebay.sidecar.marker import Marker
@@ -290,3 +291,77 @@ def test_what_no_version_would_leave_in_the_place_of_the_link_stops_the_owner(
         (bed.side / "owner").write_text("{}")
     with pytest.raises(UnreadableError, match="cannot be read"):
         marker.check()
+
+
+# ------------------------------------------------------------------------------------------------ a store that is full
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has a call fail for want of room."""
+
+    def fill(call: str) -> None:
+        def refuse(what: object, *_: object, **__: object) -> None:
+            if what == "vm.img.forebay":  # which is there
+                raise FileExistsError
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(syscalls, call, refuse)
+
+    return fill
+
+
+@pytest.mark.expect_log("No space left on device: its marker stays as it is")
+@pytest.mark.parametrize("call", ["mkdir", "pwrite_all"])
+def test_who_comes_after_itself_on_a_full_store_goes_on_as_it_was(
+    bed: Bed, full: Callable[[str], None], call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = bed.take()
+    number = token(first)
+    first.set_state("dirty")
+    first.close()
+    left = (bed.side / str(number) / "owner").read_bytes()
+    bed.journal(bed.side / str(number), US, number)
+    full(call)
+    second = bed.take(again=True)
+    assert (token(second), second.is_dirty) == (number, True)
+    assert (bed.side / str(number) / "owner").read_bytes() == left
+    assert bed.path.read_bytes() == b"j" * 4096, "what was committed is in the image"
+    assert os.listdir(bed.side / str(number)) == ["owner"], "and is not written over it once more"
+    second.check()
+    monkeypatch.undo()
+    second.set_state("clean")
+    second.release()
+    assert not bed.side.exists()
+
+
+@pytest.mark.parametrize("other", ["gateway", "boot_id", "disk"])
+def test_nobody_else_goes_on_as_an_owner_on_a_full_store(
+    bed: Bed, full: Callable[[str], None], other: str
+) -> None:
+    bed.take().close()
+    me = replace(Owner.of_this_process(US, "d"), **{other: "another"})  # type: ignore[arg-type]
+    full("mkdir")
+    with pytest.raises((OSError, ForebayError)):
+        Marker.take(bed.address, bed.file, me)
+
+
+def test_without_locks_nobody_goes_on_as_an_owner_on_a_full_store(
+    bed: Bed, full: Callable[[str], None]
+) -> None:
+    bed.take().close()
+    full("mkdir")
+    with pytest.raises(OSError, match="No space left"):
+        Marker.take(bed.address, bed.file, Owner.of_this_process(US, "d"), need_locks=False)
+
+
+def test_on_a_full_store_nobody_goes_on_below_one_who_began(
+    bed: Bed, full: Callable[[str], None]
+) -> None:
+    first = bed.take()
+    number = token(first)
+    first.close()
+    (bed.side / str(number + 1)).mkdir()
+    full("mkdir")
+    with pytest.raises(ForebayError, match="just changing"):
+        bed.take()

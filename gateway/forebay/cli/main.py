@@ -8,7 +8,6 @@ command often, so what only some commands need is imported in them.
 """
 
 import argparse
-import io
 import os
 import re
 import sys
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 
 from forebay import __version__
 from forebay.cli.peer import add_change, add_rule
+from forebay.cli.streams import open_closed, show_any_text
 from forebay.errors import ForebayError
 from forebay.units import (
     Mode,
@@ -353,7 +353,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None: those of the process). Its exit code."""
     words = sys.argv[1:] if argv is None else argv
-    _show_any_text()
+    open_closed()
+    show_any_text()
     command = command_in(words)
     parser = build_parser(command)
     if command == "attach":
@@ -382,13 +383,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as fault:
         where = f"{fault.filename}: " if fault.filename else ""
         return _failed(f"{where}{fault.strerror or fault}: check the path and its permissions")
-
-
-def _show_any_text() -> None:
-    """Have what the locale cannot show written as an escape: a name is no reason for a command to fail."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _failed(text: str) -> int:

@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 
 from forebay.control.routes import Answers, control_app
 from forebay.doors.peers import Admission
-from forebay.errors import ForebayError
+from forebay.errors import ForebayError, advice
 
 log = logging.getLogger("forebay.control")
 
@@ -86,7 +86,8 @@ def listen(path: Path, group: str | None) -> trio.SocketListener:
     except (OSError, KeyError) as fault:
         sock.close()
         raise ForebayError(
-            f"cannot make the control socket {path}: {fault}: check gateway.run in the configuration"
+            f"cannot make the control socket {path}: {fault}: "
+            f"{advice(fault, 'check gateway.run in the configuration')}"
         ) from None
     return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 

@@ -3,7 +3,6 @@
 
 """How the control API answers for work that takes long, and for what fails."""
 
-import errno
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -14,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from forebay.errors import ForebayError, InUseError
+from forebay.errors import ForebayError, InUseError, advice
 
 log = logging.getLogger("forebay.control")
 
@@ -26,15 +25,6 @@ Work = Callable[[Progress], Awaitable[Any]]
 
 PROGRESS_INTERVAL = 0.1
 """Seconds between progress lines. More often is more than eyes can see."""
-
-
-_ADVICE = {
-    errno.ENOSPC: "make room there, and try again",
-    errno.EDQUOT: "make room there, or raise the quota, and try again",
-    errno.ETIMEDOUT: "see that the storage answers, and try again",
-    errno.EROFS: "mount it for writing, and try again",
-}
-"""What to do about faults of storage; the log says more of others."""
 
 
 def failure(fault: Exception, disk: str = "") -> tuple[int, str]:
@@ -49,8 +39,8 @@ def failure(fault: Exception, disk: str = "") -> tuple[int, str]:
             return 409, str(fault)
         case OSError():
             where = f"'{disk}': " if disk else ""
-            advice = _ADVICE.get(fault.errno or 0, "the daemon's log says more")
-            return 500, f"{where}{fault.strerror or type(fault).__name__}; {advice}"
+            then = advice(fault, "the daemon's log says more")
+            return 500, f"{where}{fault.strerror or type(fault).__name__}; {then}"
     log.error("control API: %s", type(fault).__name__, exc_info=fault)
     return 500, f"a fault of forebay itself ({type(fault).__name__}): look at the daemon's log"
 

@@ -23,7 +23,7 @@ from forebay.doors.listener import Listener, socket_path
 from forebay.doors.restart import EarlierSockets
 from forebay.doors.returns import Returns
 from forebay.doors.tenant import Rule, Tenant
-from forebay.errors import ForebayError
+from forebay.errors import ForebayError, advice
 from forebay.image.boundary import breaks_the_cache, in_short
 from forebay.image.formats import Formats
 from forebay.image.registry import Images
@@ -306,5 +306,6 @@ async def _prepared(source: Source) -> None:
         await source.prepare()
     except OSError as fault:
         raise ForebayError(
-            f"{source.label}: {fault.strerror or fault}: see that its storage answers, then try again"
+            f"{source.label}: {fault.strerror or fault}: "
+            f"{advice(fault, 'see that its storage answers, then try again')}"
         ) from fault

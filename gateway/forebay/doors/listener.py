@@ -18,7 +18,7 @@ from forebay.config.model import GatewaySection
 from forebay.doors.peers import Admission
 from forebay.doors.restart import Client, Sockets
 from forebay.doors.tenant import Rule, Tenant
-from forebay.errors import ForebayError
+from forebay.errors import ForebayError, advice
 from forebay.image.boundary import Boundary
 from forebay_nbd import Budgets, Connection, Export, Phase, Server
 
@@ -165,7 +165,8 @@ class Listener:
         except (OSError, KeyError) as fault:
             sockets.hang_up()
             raise ForebayError(
-                f"cannot make the socket {self.path}: {fault}: check [gateway] in the configuration"
+                f"cannot make the socket {self.path}: {fault}: "
+                f"{advice(fault, 'check [gateway] in the configuration')}"
             ) from None
         self._shut = trio.Event()
         self._scope = trio.CancelScope()

@@ -218,6 +218,24 @@ class Sidecar:
         tenure.sweep(self.fd, self.address, mine.token, self.look_beside())
         return mine
 
+    def go_on(self, before: Tenure) -> Owner:
+        """Go on as the owner that our gateway was `before`, where a full store has no room for the next one.
+
+        What its marker says. Its journal is removed: the image has that, or it was given up. Raises ForebayError where
+        somebody came after that one, and OSError.
+        """
+        assert before.owner is not None, "only an owner can be gone on as"
+        fd = own_files.open_directory(self.fd, str(before.token), self.look_beside())
+        if fd is None:
+            raise self._just_changing()
+        self.own = Tenure(before.token, fd, self.address, self.look_beside())
+        self._descriptors.callback(self.own.close)
+        self.own.owner = before.owner
+        if self._later(before):
+            raise self._just_changing()
+        redo.remove(self.own.fd)
+        return before.owner
+
     def _take_token(self, before: Tenure | None) -> tuple[int, int]:
         """The next token, which nobody else can have, and a descriptor of the directory of that name."""
         image = self.look_beside()

@@ -18,6 +18,7 @@ Everything here blocks and belongs in a thread; `Claim` (claim.py) does that.
 """
 
 import contextlib
+import errno
 import logging
 import time
 from dataclasses import replace
@@ -33,6 +34,8 @@ from forebay.sidecar.record import NOBODY, Owner, State, TakenOver, left_behind,
 from forebay.sidecar.tenure import Tenure
 
 log = logging.getLogger("forebay.origin")
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 COUNT_SECONDS = 15.0
 """How often, at most, the marker is written anew only to say how much is dirty."""
@@ -77,12 +80,15 @@ class Marker:
                 sidecar.check_left_by(me)
             lock_image(address, file, lambda: _read_leniently(sidecar), need_locks=need_locks)
             marker = cls(sidecar, file)
-            marker._begin(me, file, drop_checkpoint)
+            marker._begin(me, file, drop_checkpoint, has_locks=need_locks)
             undo.pop_all()
             return marker
 
-    def _begin(self, me: Owner, file: OpenImage, drop_checkpoint: bool) -> None:
-        """Finish what was left behind, and become the owner. Raises InUseError where it is another gateway's."""
+    def _begin(self, me: Owner, file: OpenImage, drop_checkpoint: bool, *, has_locks: bool) -> None:
+        """Finish what was left behind, and become the owner. Raises InUseError where it is another gateway's.
+
+        Where a full store has no room for the next owner, we go on as the one before, if `has_locks` and that was us.
+        """
         with self._sidecar.find() or contextlib.nullcontext() as before:
             mine = me
             if before is not None:
@@ -93,6 +99,12 @@ class Marker:
             except ForebayError:
                 self._sidecar.remove_if_empty()
                 raise
+            except OSError as error:
+                if error.errno not in FULL or not (has_locks and _is_of_this_boot(before, me)):
+                    raise
+                assert before is not None
+                self.owner = self._sidecar.go_on(before)
+                log.warning("%s: %s: its marker stays as it is", self.address.key, error.strerror)
         self._counted = time.monotonic()
 
     def _after(self, before: Tenure, me: Owner, file: OpenImage, drop_checkpoint: bool) -> Owner:
@@ -251,6 +263,20 @@ class Marker:
         """Leave the marker where it is, as a crash would. The second call does nothing."""
         self.owner = None
         self._sidecar.close()
+
+
+def _is_of_this_boot(before: Tenure | None, me: Owner) -> bool:
+    """True if the owner before was a process of our gateway under this very kernel: it has ended, with all its calls,
+    now that we have its lock.
+    """
+    found = before.owner if before is not None else None
+    return (
+        before is not None
+        and found is not None
+        and before.token == found.token
+        and (found.gateway, found.disk, found.boot_id) == (me.gateway, me.disk, me.boot_id)
+        and me.boot_id != ""
+    )
 
 
 def _read_leniently(sidecar: Sidecar) -> Owner | None:
