@@ -8,6 +8,9 @@ from __future__ import annotations
 import errno
 import os
 
+NO_ANSWER = (errno.ETIMEDOUT, errno.ESHUTDOWN)
+"""What a store says that does not answer: it is not asked once more for each piece, or by each guest."""
+
 
 class CacheError(Exception):
     """The cache cannot be opened or changed as asked. One line: what is wrong and what to do."""

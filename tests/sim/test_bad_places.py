@@ -135,6 +135,20 @@ def test_only_requests_that_touch_a_bad_place_fail(
     play(tmp_path, bad, story, size=size)
 
 
+@pytest.mark.parametrize("length", [BLOCK, 3 * MIB])
+def test_a_bad_place_under_what_the_guest_has_written_is_not_touched(
+    tmp_path: Path, length: int
+) -> None:
+    async def story(host: Host, store: Store) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK))
+        await disk.write(0x28000, memoryview(b"n" * SECTOR), False)
+        wanted = bytearray(store.visible)
+        wanted[0x28000:0x29000] = b"n" * SECTOR
+        assert await read(disk, 0x20000, length) == wanted[0x20000 : 0x20000 + length]
+
+    play(tmp_path, [(0x28200, 512)], story)
+
+
 def test_what_can_be_read_of_a_bad_block_is_cached(tmp_path: Path) -> None:
     async def story(host: Host, store: Store) -> None:
         disk = await host.attach("d", settings(Mode.WRITE_THROUGH))

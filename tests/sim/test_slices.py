@@ -4,6 +4,7 @@
 """Long work on the event loop is done in slices: counted in calls, not in time, on a large sparse image."""
 
 import sys
+from array import array
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +22,15 @@ from forebay_cache import (
     Cache,
     Filler,
     Layer,
+    View,
     invalidate,
     mark_hot,
     open_cache,
     pin_layer,
+    survey,
 )
 from forebay_cache.blocks.store import store
-from forebay_cache.format.entry import block_key, pack
+from forebay_cache.format.entry import NO_SLOT, block_key, pack
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS
 from forebay_cache.format.records import LayerName
 from forebay_cache.read.fill import Flight
@@ -39,6 +42,9 @@ MOST = 40_000
 """Calls of functions in one step of a task, whatever the size of the image: some milliseconds. Most of it is for the
 snapshot of a commit, which is one piece, and has the more to store the longer ago the last one was. Work that is not
 done in slices makes several hundred thousand."""
+
+MANY = 48
+"""Requests that one client may have under way."""
 
 
 class Steps(trio.abc.Instrument):
@@ -61,6 +67,17 @@ class Steps(trio.abc.Instrument):
         self.most = max(self.most, (self._calls, task.name))
 
 
+class Turns(Steps):
+    """Counts them in each turn of the event loop, in which each task has a step that can go on."""
+
+    def after_io_wait(self, timeout: float) -> None:
+        del timeout
+        self._calls = 0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        sys.setprofile(self._count)
+
+
 def fill(cache: Cache, layer: Layer) -> None:
     """Give the layer SLOTS blocks, as if one sector of each had been written."""
     for block in range(SLOTS):
@@ -73,8 +90,14 @@ def fill(cache: Cache, layer: Layer) -> None:
         layer.sectors += 1
 
 
-def played(tmp_path: Path, do: Callable[[Cache, Layer], Awaitable[None]], *, private: bool) -> None:
-    """Do something to a layer that holds much, and look how long the longest step was."""
+def played(
+    tmp_path: Path,
+    do: Callable[[Cache, Layer], Awaitable[None]],
+    *,
+    private: bool,
+    count: type[Steps] = Steps,
+) -> None:
+    """Do something to a layer that holds much, and look how long the longest step was, or turn."""
 
     async def story() -> None:
         size = (SLOTS + 4096) * BLOCK + (64 << 20)
@@ -88,7 +111,7 @@ def played(tmp_path: Path, do: Callable[[Cache, Layer], Awaitable[None]], *, pri
             fill(cache, layer)
             await cache.commit()
             await cache.commit()
-            steps = Steps()
+            steps = count()
             trio.lowlevel.add_instrument(steps)
             await do(cache, layer)
             await cache.commit()
@@ -203,3 +226,48 @@ def test_no_step_is_longer_than_a_slice(
     tmp_path: Path, do: Callable[[Cache, Layer], Awaitable[None]], private: bool
 ) -> None:
     played(tmp_path, do, private=private)
+
+
+async def _all_at_once(task: Callable[[int], Awaitable[object]]) -> None:
+    async with trio.open_nursery() as nursery:
+        for n in range(MANY):
+            nursery.start_soon(task, n)
+
+
+def _view(cache: Cache, layer: Layer) -> View:
+    async def fetch(offset: int, length: int) -> bytes:
+        del offset
+        await trio.lowlevel.checkpoint()
+        return bytes(length)
+
+    return View(cache, [], layer, fetch)
+
+
+async def _surveyed(cache: Cache, layer: Layer) -> None:
+    view = _view(cache, layer)
+    await _all_at_once(lambda n: survey(view, n << 26, 1 << 26, 4096))
+
+
+async def _read(cache: Cache, layer: Layer) -> None:
+    """Two sectors of each block are zeros, and the image has the others."""
+    words = array("Q", [pack(NO_SLOT, 0x110, 0x110)] * PAGE_BLOCKS)
+    for page in layer.pages.by_number.values():
+        page[:PAGE_BLOCKS] = words
+    view = _view(cache, layer)
+
+    async def read(n: int) -> None:
+        found = await view.read(n << 24, 1 << 24, slices=True)
+        assert sum(map(len, found)) == 1 << 24
+
+    await _all_at_once(read)
+
+
+async def _invalidated(cache: Cache, layer: Layer) -> None:
+    await _all_at_once(lambda n: invalidate(cache, layer, n << 25, 1 << 25))
+
+
+@pytest.mark.parametrize("do", [_surveyed, _read, _invalidated])
+def test_no_turn_is_longer_however_many_ask(
+    tmp_path: Path, do: Callable[[Cache, Layer], Awaitable[None]]
+) -> None:
+    played(tmp_path, do, private=False, count=Turns)

@@ -27,6 +27,7 @@ from forebay_cache.format.geometry import (
     covered,
 )
 from forebay_cache.layers.layer import Layer
+from forebay_cache.turns import next_turn
 
 REGION_SHIFT = 22
 """Origin writes are announced by regions of 2 ** 22 bytes: one sync for a region, not one for each write."""
@@ -63,8 +64,8 @@ async def invalidate(cache: Cache, layer: Layer, offset: int, length: int) -> No
     """
     cache.in_flight.overtake(layer, offset, length)
     for at in range(offset, offset + length, _AT_ONCE):
-        if at > offset:
-            await trio.lowlevel.checkpoint()
+        if length > _AT_ONCE:
+            await next_turn()
         runs = block_runs(at, min(_AT_ONCE, offset + length - at))
         await layer.pages.load({block // PAGE_BLOCKS for block, _, _ in runs})
         with past_failure(cache):
@@ -126,8 +127,8 @@ async def mark_hot(cache: Cache, layer: Layer, offset: int, length: int) -> None
     """
     first, end = offset >> REGION_SHIFT, (offset + length - 1 >> REGION_SHIFT) + 1
     for start in range(first, end, _REGIONS_AT_ONCE):
-        if start > first:
-            await trio.lowlevel.checkpoint()  # a sync that is quick awaits nothing
+        if end - first > _REGIONS_AT_ONCE:
+            await next_turn()  # a sync that is quick awaits nothing
         await _mark_hot(cache, layer, range(start, min(start + _REGIONS_AT_ONCE, end)))
 
 

@@ -25,7 +25,7 @@ import trio
 
 from forebay_cache.blocks.store import store
 from forebay_cache.cache import Cache
-from forebay_cache.errors import IndexFault
+from forebay_cache.errors import NO_ANSWER, IndexFault
 from forebay_cache.format.geometry import BLOCK, BLOCK_SHIFT, FULL, PAGE_BLOCKS, SECTOR, Buffer
 from forebay_cache.layers.in_flight import UNSTORED, Cells
 from forebay_cache.layers.layer import Layer
@@ -41,8 +41,6 @@ FAILED_SECONDS = 60.0
 medium may take seconds for each attempt to read a bad place."""
 _FAILED_KEPT = 4096
 """So many such blocks are remembered at most."""
-_FINAL = (errno.ETIMEDOUT, errno.ESHUTDOWN)
-"""After these a guest's bytes are not read again: a store that does not answer is not asked once more by each guest."""
 
 
 class Reader(Protocol):
@@ -147,7 +145,7 @@ class Filler:
             await shared.landed.wait()
             start, stop = _overlap(shared, offset, length)
             if shared.error is not None:
-                if shared.error.errno in _FINAL:
+                if shared.error.errno in NO_ANSWER:
                     raise _same(shared.error)
                 flight = await self.read_exactly(start, stop - start, tally)
             parts.append(_part(flight, start, stop))
@@ -206,7 +204,7 @@ class Filler:
             await self._fly(flight, before)
         finally:
             for n in flight.blocks():
-                if self._exact[n] is flight:
+                if self._exact.get(n) is flight:  # cancelled, they do not end in their order
                     del self._exact[n]
 
     async def _fly(self, flight: Flight, before: Iterable[Flight] = ()) -> None:
@@ -252,7 +250,7 @@ class Filler:
 
     def _note_failed(self, flight: Flight, error: OSError) -> None:
         """Remember a block that could not be read as a whole."""
-        if len(flight.blocks()) > 1 or error.errno in _FINAL:
+        if len(flight.blocks()) > 1 or error.errno in NO_ANSWER:
             return
         if len(self._failed) >= _FAILED_KEPT:
             del self._failed[next(iter(self._failed))]

@@ -14,13 +14,12 @@ from enum import IntEnum
 from time import perf_counter
 from typing import Final
 
-import trio
-
 from forebay_cache.format.entry import masks_in, valid_of, zero_of
 from forebay_cache.format.geometry import FULL, PAGE_BLOCKS, PAGE_SHIFT, SECTOR, sector_runs
 from forebay_cache.index.pages import EMPTY, Page
 from forebay_cache.layers.layer import Layer
 from forebay_cache.read.view import View
+from forebay_cache.turns import next_turn
 
 SLICE_SECONDS: Final = 0.001
 """How long one piece of work goes on before other tasks of the loop have a turn."""
@@ -82,6 +81,7 @@ async def survey(view: View, offset: int, length: int, most: int) -> list[Extent
     """
     first, end = offset >> PAGE_SHIFT, (offset + length - 1 >> PAGE_SHIFT) + 1
     extents = _Extents(offset - (first << PAGE_SHIFT), length)
+    await next_turn()
     slice_ends = perf_counter() + SLICE_SECONDS
     at, looked, windows = first, 0, 0
     batch = 1 if most < LOADED_AT_ONCE else LOADED_AT_ONCE
@@ -95,7 +95,7 @@ async def survey(view: View, offset: int, length: int, most: int) -> list[Extent
             if len(extents.found) > most:
                 return extents.found[:-1]
             if perf_counter() > slice_ends:
-                await trio.lowlevel.checkpoint()
+                await next_turn()
                 slice_ends = perf_counter() + SLICE_SECONDS
         looked += len(numbers)
         _add_nothing(extents, stop - at)

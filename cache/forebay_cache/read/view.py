@@ -18,6 +18,7 @@ from functools import partial
 import trio
 
 from forebay_cache.cache import Cache
+from forebay_cache.errors import NO_ANSWER
 from forebay_cache.format.entry import ALL_ZERO, whole_private_slot, whole_slot
 from forebay_cache.format.geometry import (
     BLOCK,
@@ -36,12 +37,16 @@ from forebay_cache.layers.layer import Layer
 from forebay_cache.read.check import check, report_damage
 from forebay_cache.read.plan import ORIGIN, ZEROS, Piece, plan
 from forebay_cache.slots.placement import TOUCHED
+from forebay_cache.turns import next_turn
 
 Fetch = Callable[[int, int], Awaitable[Buffer]]
 """``fetch(offset, length)``: the bytes of the origin, which it also keeps in the clean layer. Raises OSError."""
 
 NEVER = 1 << 63
 """An offset that no read reaches."""
+
+_PART = 2 << 20
+"""A longer range is read by parts of this size: to find where its bytes are is a slice of work for each of them."""
 
 _ATTEMPTS = 3
 """A checksum that does not match may be a write that came in between. So often a place is read again before that counts
@@ -128,6 +133,29 @@ class View:
         Raises OSError: EIO for damaged private data, or what the origin answered.
         """
         self.read_bytes += length
+        if length <= _PART:
+            found, missed = await self._read(offset, length, slices=slices)
+        else:
+            found, missed = await self._read_parts(offset, length)
+        self.misses += missed
+        self.hits += not missed
+        return found
+
+    async def _read_parts(self, offset: int, length: int) -> tuple[list[Buffer], bool]:
+        """As `_read`, of a long range: by parts, side by side, each of them copied while others are waited for."""
+        starts = range(offset, offset + length, _PART)
+        parts: list[tuple[list[Buffer], bool]] = [([], False)] * len(starts)
+
+        async def part(n: int) -> None:
+            await next_turn()
+            left = offset + length - starts[n]
+            parts[n] = await self._read(starts[n], min(_PART, left), slices=False)
+
+        await _side_by_side([partial(part, n) for n in range(len(starts))])
+        return [data for found, _ in parts for data in found], any(missed for _, missed in parts)
+
+    async def _read(self, offset: int, length: int, *, slices: bool) -> tuple[list[Buffer], bool]:
+        """The buffers that `read` returns, and whether something had to come from the origin. Raises OSError."""
         attempts = 0
         while attempts < 2 * _ATTEMPTS:
             await self.load(offset, length)
@@ -135,17 +163,13 @@ class View:
             if all(p.slot == ZEROS or self._is_ready(p) for p in pieces):
                 found = self._ready_ones(pieces, slices=slices)
                 if found is not None:
-                    self.hits += 1
-                    return found
+                    return found, False
                 continue
             again: list[Piece] = []
             bad: list[Piece] = []
             got = await self._collect(pieces, again, bad)
             if not again:
-                missed = any(p.slot == ORIGIN for p in pieces)
-                self.misses += missed
-                self.hits += not missed
-                return got
+                return got, any(p.slot == ORIGIN for p in pieces)
             attempts += bool(bad)  # else a guest writes there, which makes it ready
             if attempts > _ATTEMPTS:
                 report_damage(self.cache, self.clean, bad)
@@ -224,9 +248,6 @@ class View:
             else:
                 checks.append(n)
 
-        async def miss(n: int) -> None:
-            got[n] = await self.fetch(pieces[n].offset, pieces[n].length)
-
         async def check_all() -> None:
             found = await check(self.cache, [pieces[n] for n in checks])
             for n, (data, steady) in zip(checks, found, strict=True):
@@ -237,11 +258,40 @@ class View:
                 if steady:
                     bad.append(pieces[n])
 
-        tasks: list[Callable[[], Awaitable[None]]] = [partial(miss, n) for n in misses]
+        tasks: list[Callable[[], Awaitable[None]]] = [
+            partial(self._fetch_all, pieces, got, run) for run in _by_block(pieces, misses)
+        ]
         if checks:
             tasks.append(check_all)
         await _side_by_side(tasks)
         return got
+
+    async def _fetch_all(self, pieces: list[Piece], got: list[Buffer], run: list[int]) -> None:
+        """Get the pieces of one block that the cache has not, given by their numbers. Raises OSError."""
+        first, last = pieces[run[0]], pieces[run[-1]]
+        try:
+            data = await self.fetch(first.offset, last.offset + last.length - first.offset)
+        except OSError as error:
+            if len(run) == 1 or error.errno in NO_ANSWER:
+                raise
+            for n in run:  # what failed may lie between them, where nobody asked for it
+                got[n] = await self.fetch(pieces[n].offset, pieces[n].length)
+            return
+        for n in run:
+            start = pieces[n].offset - first.offset
+            got[n] = memoryview(data)[start : start + pieces[n].length]
+
+
+def _by_block(pieces: list[Piece], numbers: list[int]) -> list[list[int]]:
+    """Some of the pieces, by their numbers, which are in order: those of one block together."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        block = pieces[n].offset + pieces[n].length - 1 >> BLOCK_SHIFT
+        if runs and pieces[runs[-1][0]].offset >> BLOCK_SHIFT == block:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return runs
 
 
 async def _side_by_side(tasks: Sequence[Callable[[], Awaitable[None]]]) -> None:

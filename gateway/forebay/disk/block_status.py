@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from time import perf_counter
 from typing import Final
 
-import trio
-
 from forebay.image.image import Image
 from forebay.origin.protocol import MOST_EXTENTS, Origin
 from forebay_cache import Holding, View, survey
 from forebay_cache.read.survey import SLICE_SECONDS
+from forebay_cache.turns import next_turn
 
 CACHED_CONTEXT = "x-forebay:cached"
 """Flags: 0 not cached, 1 clean (the image has it too), 2 private (dirty, or an overlay's own)."""
@@ -54,8 +53,10 @@ async def cached(view: View, offset: int, length: int, one: bool) -> Extents:
 
     Raises OSError.
     """
+    kinds = await survey(view, offset, length, 2 if one else EXTENTS_MOST)
+    await next_turn()
     found: Extents = []
-    for part, kind in await survey(view, offset, length, 2 if one else EXTENTS_MOST):
+    for part, kind in kinds:
         _add(found, part, _CACHED[kind])
     return found
 
@@ -77,6 +78,7 @@ async def allocation(view: View, image: Image, offset: int, length: int, one: bo
     if one:
         return await _first_of_image(origin, *asked)
     parts = await origin.extents(*asked)
+    await next_turn()
     if len(parts) >= MOST_EXTENTS:
         parts.pop()  # what the image did not look at counts as data in it
     return await _merged(kinds, parts, asked[0] - offset)
@@ -133,7 +135,7 @@ async def _merged(kinds: list[tuple[int, Holding]], parts: Extents, skip: int) -
                 break
         at += length
         if perf_counter() > slice_ends:
-            await trio.lowlevel.checkpoint()
+            await next_turn()
             slice_ends = perf_counter() + SLICE_SECONDS
     return found
 

@@ -21,6 +21,7 @@ from forebay_cache import CacheFull, Layer, View
 from forebay_cache.blocks import private, slow_writes
 from forebay_cache.blocks.fast import write_run_of
 from forebay_cache.format.geometry import BLOCK, SECTOR
+from forebay_cache.turns import next_turn
 
 PIECE = 1 << 20
 """A long request is stored in pieces of this size, so that it needs only so much room in the journal at a time."""
@@ -184,13 +185,14 @@ class PrivateWrites:
         await self._admission.admit(0)
         for at in range(offset, offset + length, ZERO_STEP):
             part = min(ZERO_STEP, offset + length - at)
+            if length > ZERO_STEP:
+                await next_turn()
             while True:
                 await self._mark.set()  # a pass may have ended meanwhile, and cleared it
                 if self._is_zeroed(at, part, provisioned=provisioned):
                     await self._cache.publish()
                     break
                 await private.prepare(self._cache, self._open_layer, at, part, zeros=True)
-            await trio.lowlevel.checkpoint()
 
     def _is_zeroed(self, offset: int, length: int, *, provisioned: bool) -> bool:
         """Make whole sectors zeros, or return False. The records still have to be published. Raises OSError."""
