@@ -19,7 +19,7 @@ from cpython.dict cimport PyDict_GetItemWithError
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
 from cpython.memoryview cimport PyMemoryView_GET_BUFFER
 from cpython.object cimport PyObject
-from libc.errno cimport EAGAIN, EINTR, EIO
+from libc.errno cimport EAGAIN, EINTR, EIO, ENOENT
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove, memset
 
@@ -45,7 +45,7 @@ cdef extern from "<sys/epoll.h>" nogil:
     int epoll_create1(int flags)
     int epoll_ctl(int epoll, int what, int fd, epoll_event *event)
     int epoll_wait(int epoll, epoll_event *events, int most, int milliseconds)
-    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, EPOLLONESHOT
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
@@ -659,8 +659,10 @@ cdef enum:
     ROOM = 2 + SECTORS         # buffers that a request of one block takes at most
 
 cdef double TURN_SECONDS = 500e-6  # server.limits
+cdef double FLUSH_SECONDS = 0.05   # a flush that takes longer is waited for by Python, which knows limits of time
 cdef uint64_t PLAIN_READ = 0x2560951300000000
 cdef uint64_t PLAIN_WRITE = 0x2560951300000001
+cdef uint64_t PLAIN_FLUSH = 0x2560951300000003
 cdef uint64_t SIMPLE_OK = 0x6744669800000000
 cdef uint64_t DATA_DONE = 0x668E33EF00010001
 
@@ -684,17 +686,20 @@ cdef inline Request request_at(const uint8_t *at) noexcept nogil:
 
 
 cdef class Turn:
-    """Receives and answers the plain requests of one connection: READs and WRITEs without flags.
+    """Receives and answers the plain requests of one connection: READs, WRITEs and FLUSHes without flags.
 
     What `forebay_nbd.server.batch.Batch` does with them, with `RequestReader` and `Outbox`. The export is asked as it
     is there; reads of a view that has `Reads` do not leave the core. `refusal` makes the reply to a WRITE that was not
     published: (cookie, error).
+
+    If `may_flush`, it begins a FLUSH where the export can, one at a time, and answers it when it is run after the end
+    of that. Meanwhile it goes on with what else comes. Whoever takes the connection from it takes the flush as well.
     """
 
     cdef object reader, export, out, view, read_now, refusal
     cdef Reads reads
     cdef int sock
-    cdef bint structured, read_only, looked, waits_early, answers_early
+    cdef bint structured, read_only, looked, has_written, waits_early, answers_early
     cdef uint64_t size
     cdef uint8_t *received
     cdef Py_ssize_t start, end, capacity, in_place
@@ -709,6 +714,12 @@ cdef class Turn:
     cdef uint8_t heads[HEADS]
     cdef size_t heads_used
     cdef uint64_t hits, hit_bytes
+    # the FLUSH that was begun
+    cdef public bint may_flush
+    cdef object flushing     # as the export gave it; None if there is none
+    cdef uint64_t flush_cookie
+    cdef double flush_began
+    cdef bint flush_is_new   # to `Wait`
     # of `Wait`
     cdef object woken
     cdef double asleep, longest_poll
@@ -741,6 +752,8 @@ cdef class Turn:
         return self.is_plain(&request)
 
     cdef bint is_plain(self, Request *request) noexcept:
+        if request.head == PLAIN_FLUSH:
+            return self.may_flush and self.flushing is None and not request.offset and not request.length
         if not request.length or request.offset + request.length > self.size:
             return False
         if request.offset + request.length < request.offset:
@@ -786,10 +799,12 @@ cdef class Turn:
         if self.out._unsent and not (PLANTS and "past the outbox" in bugs):
             return UNSENT
         self.start, self.end = self.reader.start, self.reader.end
-        self.looked = False
+        self.looked = self.has_written = False
         self.waits_early = PLANTS and "waits too early" in bugs
         self.answers_early = PLANTS and "record after reply" in bugs
         try:
+            if self.flushing is not None and not self.end_flush():
+                return OTHER
             status = self.serve(turn_ends)
         finally:
             self.reader.start, self.reader.end = self.start, self.end
@@ -814,6 +829,9 @@ cdef class Turn:
             why = self.answer()
             if self.count and not self.send():
                 return UNSENT if not self.out.broken else GONE
+            if self.has_written:
+                self.has_written = False
+                self.export.answered()
             if why == OTHER:
                 return OTHER
             if not is_first and seconds_now() > turn_ends:
@@ -852,6 +870,9 @@ cdef class Turn:
                 self.start += HEADER
                 if self.waits_early:
                     return WAIT
+            elif request.head == PLAIN_FLUSH:
+                if not self.flush(&request):
+                    return OTHER
             else:
                 if self.end - self.start < HEADER + <Py_ssize_t> request.length:
                     return WAIT
@@ -995,6 +1016,7 @@ cdef class Turn:
         for n in range(done):
             request = request_at(self.received + self.start)
             if refused is None:
+                self.has_written = True
                 self.acknowledge(request.cookie)
             else:
                 replies.append(self.refusal(be64toh(request.cookie), refused))
@@ -1016,6 +1038,42 @@ cdef class Turn:
         memcpy(head + 8, &cookie, 8)
         self.add(head, SIMPLE, NULL)
         self.heads_used += SIMPLE
+
+    # --- flushing
+
+    cdef bint flush(self, Request *request) except -1:
+        """Have the export begin a FLUSH. False: somebody else has to do it."""
+        try:
+            begun = self.export.begin_flush()
+        except OSError:
+            return False
+        if begun is None:
+            return False
+        self.start += HEADER
+        if PLANTS and "reply before sync" in bugs:
+            self.acknowledge(request.cookie)
+            return True
+        self.flushing, self.flush_cookie = begun, request.cookie
+        self.flush_began, self.flush_is_new = seconds_now(), True
+        return True
+
+    cdef bint end_flush(self) except -1:
+        """Gather the reply to the FLUSH that was begun, if it has ended. False: somebody else has to go on with it."""
+        ended = self.flushing.look()
+        if ended is None:
+            return seconds_now() - self.flush_began < FLUSH_SECONDS
+        if not ended:
+            return False
+        self.flushing = None
+        self.acknowledge(self.flush_cookie)
+        return True
+
+    def take_flush(self):
+        """The FLUSH that was begun, to be answered by the caller: (cookie, what the export gave). None if there is none."""
+        if self.flushing is None:
+            return None
+        begun, self.flushing = self.flushing, None
+        return be64toh(self.flush_cookie), begun
 
     # --- sending
 
@@ -1080,11 +1138,11 @@ cdef class Wait:
     cdef object loops
     cdef int epoll, loops_fd
     cdef dict turns
-    cdef list again
+    cdef list again, flushing
 
     def __init__(self, loops):
         self.loops, self.loops_fd = loops, loops.fileno()
-        self.turns, self.again = {}, []
+        self.turns, self.again, self.flushing = {}, [], []
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
         if self.epoll < 0:
             PyErr_SetFromErrno(OSError)
@@ -1107,6 +1165,11 @@ cdef class Wait:
         self.watch(turn.sock)
         turn.woken, turn.asleep = woken, seconds_now()
         self.turns[turn.sock] = turn
+        try:
+            self.follow_flush(turn)
+        except OSError:
+            self.remove(turn)
+            raise
 
     def remove(self, Turn turn):
         """Do not serve it any more; `woken` is not called."""
@@ -1114,6 +1177,39 @@ cdef class Wait:
             epoll_ctl(self.epoll, EPOLL_CTL_DEL, turn.sock, NULL)  # fails where the socket is closed: it is out then
         if turn in self.again:
             self.again.remove(turn)
+        if turn in self.flushing:
+            self.flushing.remove(turn)
+
+    cdef int follow_flush(self, Turn turn) except -1:
+        """Look on while a flush of a connection at rest is under way."""
+        cdef epoll_event event
+        if turn.flushing is None:
+            if self.flushing and turn in self.flushing:
+                self.flushing.remove(turn)
+            return 0
+        if turn not in self.flushing:
+            self.flushing.append(turn)
+        elif not turn.flush_is_new:
+            return 0
+        turn.flush_is_new = False
+        memset(&event, 0, sizeof(event))
+        event.events, event.data.fd = EPOLLIN | EPOLLONESHOT, turn.flushing.fileno()
+        if epoll_ctl(self.epoll, EPOLL_CTL_MOD, event.data.fd, &event) < 0:
+            if last_error() != ENOENT or epoll_ctl(self.epoll, EPOLL_CTL_ADD, event.data.fd, &event) < 0:
+                PyErr_SetFromErrno(OSError)
+        return 0
+
+    cdef int see_flushes(self, list again, bint all_of_them) except -1:
+        """Have connections served whose flush has ended, as far as anybody has seen, or takes long; or all with one."""
+        cdef double now = seconds_now()
+        cdef Turn turn
+        for one in self.flushing:
+            turn = one
+            if turn not in again and (
+                all_of_them or turn.flushing.has_ended or now - turn.flush_began >= FLUSH_SECONDS
+            ):
+                again.append(turn)
+        return 0
 
     # What trio calls:
 
@@ -1140,14 +1236,18 @@ cdef class Wait:
         cdef double deadline, now
         cdef int n, k, ready, milliseconds
         cdef epoll_event events[EVENTS]
-        cdef bint asks = False
+        cdef bint asks = False, flushed
         cdef Turn turn, last = None
         if not self.turns:
             return self.loops.poll(timeout, most)
         now = seconds_now()
         deadline = now + timeout
         while True:
+            if self.flushing:
+                self.see_flushes(self.again, False)
             milliseconds = 0 if self.again or asks else self.rest(deadline - now)
+            if self.flushing:
+                milliseconds = min(milliseconds, <int> (FLUSH_SECONDS * 1000))
             with nogil:
                 n = -2
                 if last is not None and milliseconds:
@@ -1160,6 +1260,7 @@ cdef class Wait:
                 PyErr_CheckSignals()
                 n = 0
             ready = 0
+            flushed = False
             last = None
             again, self.again = self.again, []
             for k in range(n):
@@ -1167,14 +1268,18 @@ cdef class Wait:
                     ready = 1
                     continue
                 turn = self.turns.get(events[k].data.fd)
-                if turn is not None and turn not in again:
+                if turn is None:
+                    flushed = True
+                elif turn not in again:
                     again.append(turn)
+            if flushed:
+                self.see_flushes(again, True)
             for one in again:
                 turn = one
                 if self.serve(turn, len(again) == 1):
                     asks = True
                 else:
-                    last = turn if len(again) == 1 and not self.again and turn.polls() else None
+                    last = turn if len(again) == 1 and not self.again and turn.flushing is None and turn.polls() else None
             now = seconds_now()
             if ready or asks or now >= deadline:
                 return self.loops.poll(0, most)
@@ -1207,6 +1312,8 @@ cdef class Wait:
         turn.soon = now - turn.asleep < 4 * turn.longest_poll
         try:
             told = turn.run(now + (TURN_SECONDS if alone else TURN_SECONDS / 5))
+            if told == WAIT or told == YIELD:
+                self.follow_flush(turn)
         except Exception as error:
             told = error
         turn.asleep = seconds_now()

@@ -88,6 +88,12 @@ class MemoryExport:
             self.memory[offset : offset + len(data)] = data
         return len(writes)
 
+    def answered(self) -> None:
+        pass
+
+    def begin_flush(self) -> None:
+        pass
+
     def flush_now(self) -> bool:
         return False
 

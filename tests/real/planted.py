@@ -29,6 +29,7 @@ def _no_data_sync(replace: bugs.Replace) -> None:
 
     replace(Syncer, "__call__", sync)
     replace(Syncer, "now", lambda self: True)
+    replace(Syncer, "start", lambda self: False)
     replace(Device, "sync", lambda self: None)
 
 

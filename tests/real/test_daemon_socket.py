@@ -41,6 +41,12 @@ class Memory:
     def publish(self) -> None:
         pass
 
+    def answered(self) -> None:
+        pass
+
+    def begin_flush(self) -> None:
+        pass
+
     def flush_now(self) -> bool:
         return False
 

@@ -17,7 +17,9 @@ from forebay_cache import Cache, Layer
 from forebay_cache.blocks import slow_writes
 from forebay_cache.device.lanes import DeviceThreads, Lane
 from forebay_cache.durable.commit import Committer
+from forebay_cache.durable.intent import Intent
 from forebay_cache.durable.publish import Publisher
+from forebay_cache.durable.sync import Begun
 from forebay_cache.format.checksum import checksums
 from forebay_cache.layers.layer import LayerState
 from forebay_cache.slots.quarantine import Quarantine
@@ -67,6 +69,26 @@ def overwritten_in_place(replace: Replace) -> None:
     replace(forebay_cache.blocks.private, "_target", target)
     replace(slow_writes, "_target", target)
     in_core(replace, "wrong side")
+
+
+def open_sectors_kept(replace: Replace) -> None:
+    """A sync makes sectors durable, and they count as open all the same: their places are written over."""
+
+    def begin_sync(self: Intent) -> None:
+        self.syncing = dict(self.open_sectors)
+
+    replace(Intent, "begin_sync", begin_sync)
+
+
+def flush_told_early(replace: Replace) -> None:
+    """A flush that was begun counts as one that has ended."""
+
+    async def wait(self: Begun) -> bool:
+        await trio.lowlevel.checkpoint()
+        return True
+
+    replace(Begun, "wait", wait)
+    in_core(replace, "reply before sync")
 
 
 def image_not_synced(replace: Replace) -> None:

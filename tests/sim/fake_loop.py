@@ -11,6 +11,7 @@ bring can come up, time costs nothing, and a seed replays to the byte.
 import contextlib
 import gc
 import math
+import os
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
@@ -30,6 +31,7 @@ import forebay_cache.layers.registry
 import forebay_cache.slots.ready
 import forebay_cache.upkeep.medium
 import forebay_fast
+from forebay_cache.device.syncer import Run
 from forebay_cache.device.worker import timed_out
 
 T = TypeVar("T")
@@ -113,13 +115,51 @@ class FakeSyncer:
 
     dice: Dice
     begin: Callable[[], None] | None = None
-    pending = hangs = False
+    hangs = False
 
     def __init__(self, fd: int, sync: Callable[[], None], *_: object) -> None:
         self._sync = sync
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._done = trio.Event()
+        self._got: outcome.Outcome[None] = outcome.Value(None)
+        self.run = Run()
+        self.pending = False
 
     def look(self) -> None:
         pass
+
+    def start(self) -> bool:
+        if self.dice.random.random() < 0.2:
+            return False  # a thread would have to do it
+        if self.begin is not None:
+            self.begin()
+        self.run, self.pending, self._done = Run(), True, trio.Event()
+        trio.lowlevel.spawn_system_task(self._kernel)
+        return True
+
+    async def _kernel(self) -> None:
+        await self.dice.pause()
+        self._got = outcome.capture(self._sync)
+        await self.dice.pause()
+        os.eventfd_write(self._event, 1)
+        self._done.set()
+
+    def fileno(self) -> int:
+        return self._event
+
+    def collect(self) -> None:
+        if self.pending and self._done.is_set():
+            os.eventfd_read(self._event)
+            self.pending, self.run.has_ended = False, True
+            if isinstance(self._got, outcome.Error):
+                assert isinstance(self._got.error, OSError)
+                self.run.error = self._got.error
+            self._got.unwrap()
+
+    async def finish(self) -> None:
+        with trio.CancelScope(shield=True):
+            await self._done.wait()
+        self.collect()
 
     @property
     def quick(self) -> bool:
@@ -145,7 +185,8 @@ class FakeSyncer:
                 await self.dice.pause()
 
     def close(self) -> None:
-        pass
+        if not self.pending:
+            os.close(self._event)
 
 
 async def _in_thread(dice: Dice, job: Callable[[], T]) -> T:

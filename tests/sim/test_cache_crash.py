@@ -283,7 +283,9 @@ class History:
     async def _flush(self, guest: int) -> None:
         assert self._disk is not None
         acked = list(self.ledger.acked)
-        if not self._disk.flush_now():
+        begun = self._disk.begin_flush() if self.random.random() < 0.5 else None
+        done = begun is not None and await begun.wait()
+        if not done and not self._disk.flush_now():
             await self._disk.flush()
         self.ledger.flushed = [max(a, b) for a, b in zip(acked, self.ledger.flushed, strict=True)]
 
@@ -535,6 +537,8 @@ PLANTED: dict[str, tuple[Callable[[ExitStack], None], Sequence[Mode]]] = {
     "index before data": (_shared(bugs.index_before_data), BACK),
     "freed slots reused at once": (_shared(bugs.slots_reused_early), BACK),
     "overwritten in place": (_shared(bugs.overwritten_in_place), BACK),
+    "open sectors kept by a sync": (_shared(bugs.open_sectors_kept), BACK),
+    "flush told before its sync has ended": (_shared(bugs.flush_told_early), BACK),
     "no hot regions": (_shared(bugs.no_region_log), THROUGH),
     "journal not replayed": (_no_journal, BACK),
     "origin not flushed": (_shared(bugs.image_not_synced), THROUGH),

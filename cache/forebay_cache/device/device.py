@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -15,6 +16,10 @@ from pathlib import Path
 
 from forebay_cache.format.geometry import BLOCK, Buffer
 from forebay_cache.format.superblock import Superblock
+
+_SYNC_FILE_RANGE_WRITE = 2
+_sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
+_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 def read_all(fd: int, length: int, offset: int) -> bytes:
@@ -107,6 +112,14 @@ class Device:
     def sync(self) -> None:
         """Make everything written so far durable. Raises OSError: then nothing may be assumed durable."""
         os.fdatasync(self.fd)
+
+    def begin_writing(self, offset: int, length: int) -> None:
+        """Have the kernel begin to write what was written there. Raises OSError. Nothing is durable by it.
+
+        A later :meth:`sync` reports what fails. It blocks while the device's queue is full.
+        """
+        if _sync_file_range(self.fd, offset, length, _SYNC_FILE_RANGE_WRITE) < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def close(self) -> None:
         """Unlock and close the device. Slices of the map that replies still hold stay valid."""

@@ -42,6 +42,16 @@ _EVENT = struct.Struct("<QQqq")
 _TIMESPEC = struct.Struct("<qq")
 
 
+class Run:
+    """One sync by the kernel. ``error`` says how it ended, once ``has_ended``: None if it was a good one."""
+
+    __slots__ = ("error", "has_ended")
+
+    def __init__(self) -> None:
+        self.has_ended = False
+        self.error: OSError | None = None
+
+
 class Syncer:
     """Makes what was written to one descriptor durable. One call at a time."""
 
@@ -62,8 +72,11 @@ class Syncer:
         self._number = 0
         self._worker: Worker | None = None
         self._quick = True
+        self.run = Run()
+        """The sync that was begun last; of use where :meth:`start` has begun it."""
         self.pending = False
         """True while a sync that was begun has not ended, as far as anybody has looked."""
+        self._is_awaited = False
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._context = ctypes.c_ulong(0)
         self._iocb = ctypes.create_string_buffer(
@@ -111,16 +124,32 @@ class Syncer:
         return True
 
     async def finish(self) -> None:
-        """Wait for the end of a sync that :meth:`now` began, if it has not ended. Raises OSError. Not cancellable."""
+        """Wait for the end of a sync that was begun, if it has not ended. Raises OSError. Not cancellable."""
         if self.pending:
             await self._wait()
 
+    def start(self) -> bool:
+        """Begin a sync: the descriptor :meth:`fileno` is readable when it may have ended, and :meth:`collect` sees.
+
+        Returns False if that needs a thread. Raises OSError.
+        """
+        return self._begin()
+
+    def fileno(self) -> int:
+        """Readable when a sync by the kernel has ended, until somebody has collected it."""
+        return self._event
+
+    def collect(self) -> None:
+        """See whether the sync under way has ended. Raises OSError if it has, and failed."""
+        if self.pending and self._worker is None and self._get(self._no_time):
+            if not self._is_awaited:  # else that task has to be woken
+                self._drain()
+            self._done_with()
+
     def look(self) -> None:
         """See whether a sync that was given up has ended. How is of no interest: the device has failed by it."""
-        if self.pending and self._worker is None and self._get(self._no_time):
-            self._drain()
-            with contextlib.suppress(OSError):
-                self._done_with()
+        with contextlib.suppress(OSError):
+            self.collect()
 
     async def __call__(self) -> None:
         """Sync, and return when it is done. Raises OSError: then nothing may be assumed durable. Not cancellable."""
@@ -148,6 +177,7 @@ class Syncer:
             return False
         if self._call(2, self._context, 1, self._list) == 1:
             self.pending = True
+            self.run = Run()
             self._number = self._pace.begin()
             return True
         if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EAGAIN):
@@ -157,16 +187,21 @@ class Syncer:
 
     async def _wait(self) -> None:
         """Wait for the sync that was begun, and raise what it ended with, or OSError(ETIMEDOUT)."""
-        began = trio.current_time()
+        began, run = trio.current_time(), self.run
+        self._is_awaited = True
         with trio.CancelScope(shield=True, deadline=began + self._timeout) as scope:
-            while not self._get(self._no_time):
+            while not run.has_ended and not self._get(self._no_time):
                 await trio.lowlevel.wait_readable(self._event)
                 self._drain()
+        self._is_awaited = False
         if scope.cancelled_caught:
             raise timed_out(self._timeout)
         self._drain()
         self._quick = trio.current_time() - began < QUICK_SECONDS
-        self._done_with()
+        if not run.has_ended:
+            self._done_with()
+        elif run.error is not None:
+            raise run.error
 
     def _get(self, patience: object) -> bool:
         return self._call(3, self._context, 1, 1, self._done, patience) == 1
@@ -180,9 +215,11 @@ class Syncer:
     def _done_with(self) -> None:
         self.pending = False
         self._pace.end(self._number)
+        self.run.has_ended = True
         result = int(_EVENT.unpack(self._done)[2])
         if result < 0:
-            raise OSError(-result, os.strerror(-result))
+            self.run.error = OSError(-result, os.strerror(-result))
+            raise self.run.error
 
     def close(self) -> None:
         """Give the kernel's context, the eventfd or the thread back. A sync that hangs keeps what it has."""

@@ -61,6 +61,8 @@ class Journal:
         self.size = device.layout.journal_size
         self._seed = zlib.crc32(device.layout.uuid.bytes)
         self.head = start
+        self.last_frame = (JOURNAL_OFFSET, 0)
+        """Where on the device the newest frame lies, and how long it is."""
         self._total = 0
         self._trimmed = 0
 
@@ -97,6 +99,7 @@ class Journal:
         crc = zlib.crc32(body, zlib.crc32(_COVERED.pack(sequence, len(payload)), self._seed))
         header = _HEADER.pack(_MAGIC, len(payload), sequence, crc, 0)
         frame.append((JOURNAL_OFFSET + offset, header + body))
+        self.last_frame = JOURNAL_OFFSET + offset, length
         self._total += skipped + length
         self.head = Position(offset + length, sequence + 1)
         return frame

@@ -17,7 +17,7 @@ from forebay.config.model import DiskSettings
 from forebay.disk.block_status import CACHED_CONTEXT, OLD_CACHED_CONTEXT
 from forebay.disk.copy import preload_range
 from forebay.disk.detach import clear_mark, drop_private, in_any_case
-from forebay.disk.modes import Modes
+from forebay.disk.modes import Modes, Policy
 from forebay.disk.ranges import sectors_within
 from forebay.disk.reads import Reads, arrive, check_conflict
 from forebay.disk.status import Status
@@ -28,18 +28,39 @@ from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.units import Mode, format_size
 from forebay_cache import View
+from forebay_cache.durable.sync import Begun
 from forebay_cache.format.entry import LARGEST_DISK
 from forebay_cache.format.geometry import BLOCK, SECTOR, Buffer
 
 log = logging.getLogger("forebay.disk")
 
 
-class Disk:
+class HotPath:
+    """The calls of forebay_nbd.Export that come with each request: those of the parts of a disk themselves.
+
+    `read_now` is the view's or the core's, `write_now` and `answered` the policy's, bound anew when the mode changes,
+    the others are the cache's.
+    """
+
+    def __init__(self, image: Image, reads: Reads, modes: Modes) -> None:
+        self.read_now = reads.read_now
+        self.write_now = modes.policy.write_now
+        self.answered = modes.policy.answered
+        self.publish = image.cache.intent.publish
+        self.pin = image.cache.quarantine.pin
+        self.unpin = image.cache.quarantine.unpin
+        self.unreadable = image.cache.ready.forget
+
+    def bind(self, policy: Policy) -> None:
+        """Have that policy take what is written from now on."""
+        self.write_now, self.answered = policy.write_now, policy.answered
+
+
+class Disk(HotPath):
     """Implements forebay_nbd.Export. Made by :meth:`open`; :meth:`run` has to be running while clients use it.
 
     The parts: `reads` serves reads; `modes` has the policy that takes writes; `dirty` are the private layers, which
-    `writeback` takes to the image. The calls of the hot path are those of the parts themselves: `read_now` is the
-    view's or the core's, `write_now` the policy's, bound anew when the mode changes, the others are the cache's.
+    `writeback` takes to the image.
     """
 
     rotational = False
@@ -60,20 +81,12 @@ class Disk:
         self.modes = Modes(
             source, image, settings, self.view, self.dirty, self.writeback, self.counters
         )
-        self.modes.on_choice = self._bind
-        self.read_now = self.reads.read_now
-        self.write_now = self.modes.policy.write_now
-        self.publish = image.cache.intent.publish
-        self.pin = image.cache.quarantine.pin
-        self.unpin = image.cache.quarantine.unpin
-        self.unreadable = image.cache.ready.forget
+        self.modes.on_choice = self.bind
+        super().__init__(image, self.reads, self.modes)
         self._watch = Watch(source, image, self.dirty, self.modes)
         self.report = Status(
             source, image, self.view, self.dirty, self.writeback, self.modes, self.counters
         )
-
-    def _bind(self) -> None:
-        self.write_now = self.modes.policy.write_now
 
     @classmethod
     async def open(cls, images: Images, source: Source, settings: DiskSettings) -> Self:
@@ -171,6 +184,12 @@ class Disk:
         if self.image.conflict is not None or self.read_only:
             return False
         return self.modes.policy.flush_now()
+
+    def begin_flush(self) -> Begun | None:
+        """Implements Export."""
+        if self.image.conflict is not None or self.read_only:
+            return None
+        return self.modes.policy.begin_flush()
 
     async def flush(self) -> None:
         """Implements Export."""

@@ -15,6 +15,7 @@ from forebay.disk.admission import NoRoom
 from forebay.disk.origin_writes import OriginWrites
 from forebay.disk.private_writes import PrivateWrites
 from forebay.image.image import Image
+from forebay_cache.durable.sync import Begun
 
 Ts = TypeVarTuple("Ts")
 
@@ -32,6 +33,7 @@ class PrivateOrOrigin:
         """`to_origin` makes the policy for the image, each time the cache begins to fail."""
         self._to_cache = to_cache
         self._write_now = to_cache.write_now
+        self.answered = to_cache.answered
         self._to_origin = to_origin
         self._image = image
         self._cache = image.cache
@@ -72,6 +74,15 @@ class PrivateOrOrigin:
             if self._cache.failed is None:
                 raise
             return False
+
+    def begin_flush(self) -> Begun | None:
+        """Begin to have everything durable if the cache has all of it, and nothing has to be waited for first."""
+        if self._origin is not None:
+            return None
+        try:
+            return self._to_cache.begin_flush()
+        except OSError:
+            return None
 
     async def flush(self) -> None:
         """Return when everything is durable, in the cache and in the image. Raises OSError."""

@@ -25,6 +25,7 @@ from forebay.image.image import Image
 from forebay.image.source import Source
 from forebay.units import Mode, format_size
 from forebay_cache import View
+from forebay_cache.durable.sync import Begun
 from forebay_cache.format.geometry import BLOCK
 
 PRIVATE_MODES = (Mode.WRITE_BACK, Mode.FULL_COPY)
@@ -40,6 +41,9 @@ class Policy(Protocol):
     def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
         """See :meth:`forebay_nbd.Export.write_now`."""
 
+    def answered(self) -> None:
+        """See :meth:`forebay_nbd.Export.answered`."""
+
     async def write(self, offset: int, data: memoryview) -> None:
         """Store the data. The write may be acknowledged when this returns."""
 
@@ -48,6 +52,9 @@ class Policy(Protocol):
 
     def flush_now(self) -> bool:
         """Do what :meth:`flush` does and return True if that takes but a moment; else False, and nothing is done."""
+
+    def begin_flush(self) -> Begun | None:
+        """See :meth:`forebay_nbd.Export.begin_flush`."""
 
     async def flush(self) -> None:
         """Make all that was acknowledged durable."""
@@ -89,7 +96,7 @@ class Modes:
         """Held by whoever changes the mode, the operator or :class:`forebay.disk.watch.Watch`."""
         self.mode = Mode(settings.mode)
         self.policy: Policy = self._to_origin(keep=False)
-        self.on_choice: Callable[[], None] = _nothing
+        self.on_choice: Callable[[Policy], None] = _nothing
         """Called when `policy` has become another one, before the next await."""
 
     @property
@@ -110,7 +117,7 @@ class Modes:
         self._admission.set_limits()
         self.policy = self._chosen_policy()
         self._view.clean = None if self.mode is Mode.NONE else self._image.layer
-        self.on_choice()
+        self.on_choice(self.policy)
 
     def _chosen_policy(self) -> Policy:
         if not self.writes_private:
@@ -208,5 +215,5 @@ class Modes:
             self.copy.start(self._nursery)
 
 
-def _nothing() -> None:
+def _nothing(policy: Policy) -> None:
     pass

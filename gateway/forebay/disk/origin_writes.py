@@ -114,9 +114,15 @@ class OriginWrites:
                 await self._image.writes.zero(offset, length, may_trim)
         return True
 
+    def answered(self) -> None:
+        """Nothing to do: the image has what was answered."""
+
     def flush_now(self) -> bool:
         """Returns False: the image is not on this host."""
         return False
+
+    def begin_flush(self) -> None:
+        """Begins nothing, for the same reason."""
 
     async def flush(self) -> None:
         """Return when the image has everything durably. Raises OSError, each time until that is so."""

@@ -19,7 +19,9 @@ from forebay.disk.admission import Admission
 from forebay.disk.ranges import Ranges, sectors_touched, sectors_within
 from forebay_cache import CacheFull, Layer, View
 from forebay_cache.blocks import private, slow_writes
+from forebay_cache.blocks.early import EarlyStart
 from forebay_cache.blocks.fast import write_run_of
+from forebay_cache.durable.sync import Begun
 from forebay_cache.format.geometry import BLOCK, SECTOR
 from forebay_cache.turns import next_turn
 
@@ -49,6 +51,7 @@ class PrivateWrites:
         self._view = view
         self._cache = view.cache
         self._write_run = write_run_of(view.cache)
+        self._early = EarlyStart(view.cache)
         self._size = size
         self._mark = dirty.mark
         self._admission = admission
@@ -77,7 +80,12 @@ class PrivateWrites:
                 length if taken == len(writes) else sum(len(data) for _, data in writes[:taken])
             )
             self._note_written(top, top.sectors - sectors, top.slots - slots)
+            self._early.note_writes(writes, taken)
         return taken
+
+    def answered(self) -> None:
+        """What was written and answered may be begun, for a flush that is expected."""
+        self._early.begin(self._open_layer)
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Store any range, with all the waiting that it takes. Raises OSError."""
@@ -205,8 +213,15 @@ class PrivateWrites:
 
     def flush_now(self) -> bool:
         """Have everything durable and return True if the cache device is done in a moment; else False."""
+        self._early.note_flush()
         return self._cache.sync.now()
+
+    def begin_flush(self) -> Begun | None:
+        """Begin to have everything durable, if nothing has to be waited for first. Raises OSError."""
+        self._early.note_flush()
+        return self._cache.sync.begin()
 
     async def flush(self) -> None:
         """Return when the cache device has everything durably. Raises OSError."""
+        self._early.note_flush()
         await self._cache.make_durable()

@@ -9,7 +9,9 @@ becomes a Request and is answered for itself.
 """
 
 import enum
+import socket
 
+import forebay_fast
 from forebay_nbd.protocol.events import NeedData, Request
 from forebay_nbd.protocol.requests import RequestReader, check_request
 from forebay_nbd.protocol.wire import (
@@ -26,9 +28,10 @@ from forebay_nbd.protocol.wire import (
     CmdFlag,
     ProtocolError,
 )
-from forebay_nbd.server.answers import data_header, error_reply, success_reply
+from forebay_nbd.server.answers import data_header, error_reply, refusal, success_reply
 from forebay_nbd.server.export import Export
 from forebay_nbd.server.limits import Limits
+from forebay_nbd.server.outbox import Outbox
 from forebay_nbd.server.slow import SlowRequests
 
 _HEADER = REQUEST_FAST.size
@@ -74,6 +77,8 @@ class Batch:
         self._buffers: list[Buffer] = []
         self._total = 0
         """Bytes in `_buffers`."""
+        self._has_written = False
+        """WRITEs are acknowledged by the replies gathered."""
         self._waiting: Request | None = None
         self.error: ProtocolError | None = None
         """Set when run() has returned PROTOCOL_ERROR."""
@@ -88,6 +93,12 @@ class Batch:
         buffers, total = self._buffers, self._total
         self._buffers, self._total = [], 0
         return buffers, total
+
+    def note_sent(self) -> None:
+        """Called when all of these replies were sent at once."""
+        if self._has_written:
+            self._has_written = False
+            self._export.answered()
 
     def run(self) -> Outcome:
         """Answers requests until there is a reason to return. Whatever an export raises beside OSError is passed on."""
@@ -225,6 +236,7 @@ class Batch:
                 )
         else:
             self._reply([SIMPLE_OK + SIMPLE_OK.join(cookies)])
+            self._has_written = True
 
     # --- requests of any kind ----------------------------------------------------------------------
     def _reply(self, buffers: list[Buffer]) -> None:
@@ -291,3 +303,25 @@ class Batch:
         request, self._waiting = self._waiting, None
         assert request is not None
         return self._start(request)
+
+
+def compiled_turn(
+    reader: RequestReader,
+    export: Export | None,
+    out: Outbox,
+    sock: socket.socket,
+    limits: Limits,
+    structured: bool,
+) -> "forebay_fast.core.Turn | None":
+    """What does the same with plain requests, if this process serves with the compiled core."""
+    if not forebay_fast.serves():
+        return None
+    return forebay_fast.core.Turn(
+        reader,
+        export,
+        out,
+        sock.fileno(),
+        limits,
+        structured=structured,
+        refusal=refusal(structured),
+    )

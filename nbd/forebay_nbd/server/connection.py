@@ -22,8 +22,7 @@ from forebay_fast.loop import rest, wait_of_loop
 from forebay_nbd.protocol.events import Request
 from forebay_nbd.protocol.requests import RequestReader, encode_request
 from forebay_nbd.protocol.session import Session
-from forebay_nbd.server.answers import refusal
-from forebay_nbd.server.batch import Batch, Outcome
+from forebay_nbd.server.batch import Batch, Outcome, compiled_turn
 from forebay_nbd.server.budget import Share
 from forebay_nbd.server.export import Export
 from forebay_nbd.server.handshaking import do_handshake
@@ -243,13 +242,17 @@ class Connection:
 
     async def _serve(self, batch: Batch, structured: bool) -> None:
         """Receives and answers requests until the client leaves."""
-        reader, turn = self._reader, _compiled_turn(self, self._reader, self._out, structured)
+        reader, out = self._reader, self._out
+        turn = compiled_turn(reader, self.export, out, self.sock, self.limits, structured)
         while await self._answer_received(batch):
             if reader.large_payload():
                 await self._reserve_payload(reader.large_payload())
             elif turn is not None and turn.may_receive():
-                if not await self._serve_plain(turn):
-                    return
+                try:
+                    if not await self._serve_plain(turn):
+                        return
+                finally:
+                    self._slow.take_over(turn.take_flush())
                 continue
             count = await self._receive(reader.space())
             if not count:
@@ -264,6 +267,7 @@ class Connection:
     async def _serve_plain(self, turn: "forebay_fast.core.Turn") -> bool:
         """Has the core receive and answer requests. True once it has received another one; False if the client left."""
         core, wait = forebay_fast.core, wait_of_loop()
+        turn.may_flush = wait is not None
         while True:
             status = turn.run(self._turn_ends)
             if status == core.WAIT and wait is not None:
@@ -274,6 +278,7 @@ class Connection:
             elif status == core.YIELD:
                 await self._yield_turn()
             elif status == core.UNSENT:
+                self._slow.take_over(turn.take_flush())
                 await self._out.drain()
             else:
                 return status == core.OTHER
@@ -308,6 +313,8 @@ class Connection:
             buffers, total = batch.take_replies()
             if buffers and not self._out.send(buffers, total):
                 await self._out.drain()
+            else:
+                batch.note_sent()
             if outcome is Outcome.NEEDS_DATA:
                 return not self._out.broken
             if (
@@ -380,20 +387,3 @@ class Connection:
         self._polling.slept(soon=now - asleep < 4 * self.limits.poll_seconds)
         self._alone = Served.last is self
         self._turn_ends = now + self.limits.turn_seconds
-
-
-def _compiled_turn(
-    connection: Connection, reader: RequestReader, out: Outbox, structured: bool
-) -> "forebay_fast.core.Turn | None":
-    """What serves plain requests, if this process serves with the compiled core."""
-    if not forebay_fast.serves():
-        return None
-    return forebay_fast.core.Turn(
-        reader,
-        connection.export,
-        out,
-        connection.sock.fileno(),
-        connection.limits,
-        structured=structured,
-        refusal=refusal(structured),
-    )

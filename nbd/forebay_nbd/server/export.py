@@ -8,6 +8,23 @@ from typing import Protocol, runtime_checkable
 from forebay_nbd.protocol.wire import Buffer, Flag
 
 
+class Flushing(Protocol):
+    """A flush that was begun, see :meth:`Export.begin_flush`."""
+
+    @property
+    def has_ended(self) -> bool:
+        """True once somebody has seen its end."""
+
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when look() may tell something new."""
+
+    def look(self) -> bool | None:
+        """None as long as it has not ended; True if everything is durable; False: flush() has to be called instead."""
+
+    async def wait(self) -> bool:
+        """Returns what look() does when it has ended."""
+
+
 @runtime_checkable
 class Export(Protocol):
     """One disk. Offsets and lengths are bytes; the server has checked each request against `size` and `read_only`.
@@ -43,8 +60,18 @@ class Export(Protocol):
     def publish(self) -> None:
         """Makes the writes of the last write_now() fit to be acknowledged; an OSError is the reply to all of them."""
 
+    def answered(self) -> None:
+        """Called when writes of write_now() were acknowledged, unless replies wait for the client: the time to prepare
+        for a flush, as nobody waits. It does not have to be called.
+        """
+
     def flush_now(self) -> bool:
         """Does what flush() does, if nothing has to be waited for; False, and nothing is done, otherwise."""
+
+    def begin_flush(self) -> Flushing | None:
+        """Begins what flush() does, if that is nothing but waiting for one descriptor; None, and nothing is done,
+        otherwise.
+        """
 
     def unreadable(self) -> None:
         """Called when the kernel could not read a buffer that was handed out, as when the medium below it is damaged.

@@ -13,7 +13,7 @@ from forebay_nbd.protocol.requests import encode_reply
 from forebay_nbd.protocol.wire import Buffer, Cmd, CmdFlag
 from forebay_nbd.server.answers import clip_extents, data_header, error_reply, success_reply
 from forebay_nbd.server.budget import Pace, Share
-from forebay_nbd.server.export import Export
+from forebay_nbd.server.export import Export, Flushing
 from forebay_nbd.server.limits import SERVER_REQUESTS, STALL_BYTES, STATUS_REQUESTS, Limits
 from forebay_nbd.server.outbox import Outbox
 
@@ -50,6 +50,8 @@ class SlowRequests:
         """Bytes reserved by reserve_payload() for the payload that is being received."""
         self._unanswered: dict[int, tuple[Request, float]] = {}
         """Requests without a reply, oldest first, each with the trio time since when it has a task; by id()."""
+        self._flushing: dict[int, Flushing] = {}
+        """By id() of a FLUSH among these: what was begun for it."""
         self.answered = 0
         """Number of requests that had a task and have been answered."""
         self.count = 0
@@ -130,7 +132,6 @@ class SlowRequests:
 
         A payload that is not `owned` is copied. The memory of one that is has been reserved by reserve_payload().
         """
-        assert self._nursery is not None
         if self.count and self._are_too_many():
             return False
         if request.owned:
@@ -140,11 +141,25 @@ class SlowRequests:
             if not self._reserve(size):
                 return False
             request.payload = bytes(request.payload)
+        self._start(request, size)
+        return True
+
+    def take_over(self, begun: tuple[int, Flushing] | None) -> None:
+        """Starts a task for a FLUSH that was begun without one, (cookie, what was begun), if there is one.
+
+        Whatever the bounds say: a connection has no more than one of them.
+        """
+        if begun is not None:
+            request = Request(Cmd.FLUSH, 0, begun[0])
+            self._flushing[id(request)] = begun[1]
+            self._start(request, 0)
+
+    def _start(self, request: Request, size: int) -> None:
+        assert self._nursery is not None
         self.count += 1
         self._budget.requests += 1
         self._unanswered[id(request)] = (request, trio.current_time())
         self._nursery.start_soon(self._run, request, size)
-        return True
 
     def _are_too_many(self) -> bool:
         """True if this connection, or all of the server, have as many tasks as they may."""
@@ -218,7 +233,9 @@ class SlowRequests:
             case Cmd.WRITE:
                 await export.write(offset, memoryview(request.payload), fua)
             case Cmd.FLUSH:
-                await export.flush()
+                flushing = self._flushing.pop(id(request), None)
+                if flushing is None or not await flushing.wait():
+                    await export.flush()
             case Cmd.TRIM:
                 await export.trim(offset, length, fua)
             case Cmd.CACHE:
