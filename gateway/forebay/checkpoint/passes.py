@@ -57,26 +57,33 @@ class Pass:
         """
         # A device that has failed may not have the layer durably, to lie over the clean blocks after a crash.
         await self._cache.invalidations.invalidate(self._image.layer)
-        # As long as there may be a committed journal, a start after a crash writes the image: its identity is not on
-        # record in all that time, or those writes would be taken for somebody else's.
-        async with self._image.writing():
-            journal = await self._write_journal()
+        async with contextlib.AsyncExitStack() as writing:
+            journal = await self._write_journal(writing)
             await self._write_image(journal)
             if journal is not None:
                 await journal.end()
                 self._image.identity.end_checkpoint()
+        await self._image.look()  # what it looks like now is durable with the commit that follows
         await self._settle()
 
-    async def _write_journal(self) -> RedoJournal | None:
-        """A committed redo journal of the layer; None where the image is not a file. Raises OSError."""
+    async def _write_journal(self, writing: contextlib.AsyncExitStack) -> RedoJournal | None:
+        """A committed redo journal of the layer; None where the image is not a file. Raises OSError.
+
+        As long as there may be a committed one, a start after a crash writes the image: its identity is not on record
+        in all that time, or those writes would be taken for somebody else's. Before that it is, so that what somebody
+        does to the image after a crash is noticed. `writing` ends it.
+        """
         claim = self._source.claim
         if claim is None:
+            await writing.enter_async_context(self._image.writing())
             return None
+        self._image.require_origin()
         journal = await claim.begin_redo(self._dirty.ages.frozen_at(self._layer))
         try:
             await IntoJournal(
                 self._image, self._layer, self._steps, self._counters, journal
             ).put_all()
+            await writing.enter_async_context(self._image.writing())
             # The journal names the image's times as of its commit: after a power cut these must not be older ones.
             async with self._image.writes.times:
                 await self._image.flush(times=True)

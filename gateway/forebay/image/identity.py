@@ -6,7 +6,8 @@
 The cache keeps clean blocks of an image over restarts, and trusts them as long as the image looks as it did when its
 identity was last put on record in the index. Our own writes change the image's times, too. So the identity on record is
 withdrawn, durably, before the first of them, and put there anew when all of them are durable. In between the owner
-marker keeps others out, and other times at a start are taken for ours. Which file it is stays on record all the time.
+marker keeps others out, and later times at a start are taken for ours. Which file it is, and its times when it was
+looked at last, stay on record all the time.
 
 Nothing here awaits: each method is a critical section.
 """
@@ -16,6 +17,9 @@ from typing import Any
 
 from forebay.origin.protocol import Identity
 from forebay_cache import Cache
+
+_AT_ONCE_NS = 10**9
+"""Times that differ by less may be of one write."""
 
 
 class KnownIdentity:
@@ -75,15 +79,30 @@ class KnownIdentity:
         file = self._inode()
         return file not in (0, identity.inode)
 
+    def is_of_before(self, identity: Identity) -> bool:
+        """True if the image was last written before our own writes that the record does not cover, by its times.
+
+        A backup that is written in place and keeps its time is like that. Its status changed later than what it holds;
+        each write of ours changes both times at once.
+        """
+        last = self._last()
+        return identity.mtime_ns <= last.mtime_ns and identity.ctime_ns > max(
+            last.ctime_ns, identity.mtime_ns + _AT_ONCE_NS
+        )
+
     def _inode(self) -> int:
         """The inode of the file on record; 0 where none is."""
+        return self._last().inode
+
+    def _last(self) -> Identity:
+        """What it looked like when that was noted last; only inode and times count. 0 is not known."""
         known = self._record()
         if known is None:
-            return 0
+            return Identity(0)
         if known["identity"] is not None:
-            return Identity(*known["identity"]).inode
-        inode: int = known.get("inode", 0)
-        return inode
+            return Identity(*known["identity"])
+        mtime_ns, ctime_ns = known.get("times", (0, 0))
+        return Identity(0, mtime_ns, ctime_ns, known.get("inode", 0))
 
     def remember(self, identity: Identity) -> None:
         """Put on record what the image looks like, from the next commit on."""
@@ -97,7 +116,8 @@ class KnownIdentity:
         self._is_withdrawn_durably = False
         value: dict[str, Any] = {"identity": identity}
         if identity is None:
-            value["inode"] = self._inode()
+            last = self._last()
+            value |= {"inode": last.inode, "times": [last.mtime_ns, last.ctime_ns]}
         if self._record() != value:
             self._cache.records.put("image", self._key, value)
 

@@ -187,11 +187,11 @@ class Image:
         what = ""
         if self.identity.is_of_another_file(found):
             what = "was replaced by another file"
-        elif self.identity.is_withdrawn():
+        elif self.identity.is_withdrawn() and not self.identity.is_of_before(found):
             # We were writing it when we ended unexpectedly; the owner marker kept others out since. What it looks like
             # is noted when it is durable.
             return
-        elif self.identity.differs_from(found):
+        elif self.identity.is_withdrawn() or self.identity.differs_from(found):
             what = "was changed by somebody else"
         if what:
             await origin.forget()
