@@ -163,9 +163,18 @@ cdef inline int64_t slot_of(uint64_t word) noexcept nogil:
 
 cdef inline uint32_t moved(uint64_t word, uint64_t second, uint32_t mask, uint32_t staying) noexcept nogil:
     """`entry.moved`: which sectors of `mask` go to the second slot."""
+    cdef uint32_t tied, sides, loose, follow
     if not word >> 32 and not second >> 32:
         return 0
-    return <uint32_t> ((second ^ word & ~<uint64_t> staying) & mask & word)
+    tied = <uint32_t> (word & (~(word >> 16) | staying)) & 0xFFFF
+    sides = (<uint32_t> second ^ mask & ~staying) & tied
+    if not mask & ~tied:
+        return sides & mask
+    loose = 0xFFFF & ~tied
+    follow = loose & ~(loose + (sides << 1 & loose))
+    if sides & tied & -tied:
+        follow |= (tied & -tied) - 1
+    return (sides | follow) & mask
 
 
 cdef inline int64_t whole_slot(uint64_t word, uint64_t second, uint32_t need) noexcept nogil:

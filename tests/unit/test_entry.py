@@ -4,6 +4,8 @@
 """Words of pages: what was packed is found again, and what changes one part of a word leaves the others alone."""
 
 from array import array
+from collections.abc import Iterable
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from forebay_cache.format.entry import (
     Entry,
     block_key,
     block_of_key,
+    bound,
     data_of,
     entry_at,
     has_slot,
@@ -184,16 +187,29 @@ def test_data_without_a_slot_is_never_taken_for_zeros(zero: int, side: int, need
 def test_moved_is_the_rule_sector_by_sector(entry: Entry, mask: int, staying: int) -> None:
     found = moved(entry.word, entry.second, mask, staying)
     assert not found & ~mask
+    if entry.slots == (NO_SLOT, NO_SLOT):
+        assert not found
+        return
+    tied = {n: entry.second >> n & 1 for n in bits(entry.data | entry.zero & staying)}
+    lies = {n: side ^ (mask & ~staying) >> n & 1 for n, side in tied.items()}
     for sector in bits(mask):
-        has = valid_of(entry.word) >> sector & 1
-        on_second = side_of(entry.second) >> sector & 1
-        if not has or entry.slots == (NO_SLOT, NO_SLOT):
-            wanted = 0
-        elif staying >> sector & 1:
-            wanted = on_second
-        else:
-            wanted = 1 - on_second
-        assert found >> sector & 1 == wanted
+        below, above = ([n for n in lies if n <= sector], [n for n in lies if n > sector])
+        nearest = max(below) if below else min(above, default=-1)
+        assert found >> sector & 1 == lies.get(nearest, 0)
+
+
+@given(entries(), masks)
+def test_what_is_new_adds_no_run(entry: Entry, staying: int) -> None:
+    """A block that is written as a whole is in as few runs as the sectors that have a place of their own leave it."""
+    found = moved(entry.word, entry.second, FULL, staying)
+    kept = [found >> n & 1 for n in bits(bound(entry.word, staying))]
+    if entry.slots != (NO_SLOT, NO_SLOT):
+        assert changes(found >> n & 1 for n in range(SECTORS)) == changes(kept)
+
+
+def changes(sides: Iterable[int]) -> int:
+    """How often the side is another one than before."""
+    return sum(one != other for one, other in pairwise(sides))
 
 
 @given(entries(), masks, masks)

@@ -60,7 +60,7 @@ _target = moved
 """Which sectors of ``mask`` go to the second slot: ``_target(word, second, mask, opened)``.
 
 A sector written since the last sync began (``opened``) stays where it is: nothing durable names that place. Any other
-that the layer answers for moves to the other side. A sector new to the layer goes to the first slot.
+that has data moves to the other side. One that is new, or durably zeros, goes where its neighbours are.
 """
 
 

@@ -30,6 +30,7 @@ from forebay_cache.format.checksum import checksums
 from forebay_cache.format.entry import (
     Entry,
     block_key,
+    bound,
     entry_at,
     moved,
     put_entry,
@@ -212,7 +213,7 @@ def _store(
 
 
 def _is_as_planned(cache: Cache, layer: Layer, part: _Part) -> bool:
-    """False if a block has other slots now, or its sectors would go elsewhere, or checksums have been shed."""
+    """False if a block has other slots now, or its sectors have to go elsewhere, or checksums have been shed."""
     number, i = divmod(part.block, PAGE_BLOCKS)
     page = layer.pages.look(number)
     if page is None:
@@ -223,7 +224,8 @@ def _is_as_planned(cache: Cache, layer: Layer, part: _Part) -> bool:
     return (
         not opened
         and entry.slots == part.had
-        and _target(entry.word, entry.second, part.mask, 0) == part.target
+        and not (_target(entry.word, entry.second, part.mask, 0) ^ part.target)
+        & bound(entry.word, 0)
         and all(cache.sums.change(slot) for _, slot, _ in part.sides)
     )
 

@@ -176,13 +176,32 @@ def whole_private_slot(word: int, second: int, need: int) -> int:
 
 
 def moved(word: int, second: int, mask: int, staying: int) -> int:
-    """Which sectors of ``mask`` lie on the second side once those that have data and are not ``staying`` change sides.
+    """Which sectors of ``mask`` lie on the second side once they are written.
 
-    Sectors that are new to the block lie on the first side, and so do all where it has no slot yet.
+    Those that are :func:`bound` change sides, or stay where they are if they are ``staying``. Any other may lie on
+    either side: it goes where the nearest bound one below it then lies, or else the nearest above, so that what is
+    written as a whole is in as few runs as can be. All lie on the first side where the block has no slot yet.
     """
     if word <= _MASKS and second <= _MASKS:  # neither names a slot
         return 0
-    return (second ^ word & ~staying) & mask & word
+    tied = bound(word, staying)
+    sides = (second ^ mask & ~staying) & tied
+    if not mask & ~tied:
+        return sides & mask
+    loose = FULL & ~tied
+    lowest = tied & -tied
+    # Adding a bit to the lowest one of a run of loose sectors clears the run.
+    follow = loose & ~(loose + (sides << 1 & loose))
+    if sides & lowest:
+        follow |= lowest - 1
+    return (sides | follow) & mask
+
+
+def bound(word: int, staying: int) -> int:
+    """Mask of the sectors of which durable state may name a place, from a first word: those with data, and zeros that
+    are ``staying``, for what they were before may be what is durable. Others have no place that must be kept.
+    """
+    return word & (~(word >> _ZERO_SHIFT) | staying) & FULL
 
 
 def written(word: int, second: int, mask: int, target: int) -> tuple[int, int]:

@@ -1,0 +1,128 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""How many writes of the device a write to one block takes, by Python and by the core: one for each run of sectors."""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+import forebay_fast
+from forebay_cache.format.entry import entry_at
+from sim.fake_loop import Dice, Loop, simulated
+from sim.twins import Side
+
+BLOCK = 3
+WHOLE = range(16)
+
+
+class Block:
+    """One block of a private layer, written to at once."""
+
+    def __init__(self, home: Path, *, core: bool) -> None:
+        self.side = Side(home, core=core)
+
+    def write(self, sectors: range) -> int:
+        """Write these sectors in one go. Returns how often the device was written to, frames of the journal aside."""
+        with mock.patch.object(self.side, "write", wraps=self.side.write) as write:
+            assert self.side.do_writes([(BLOCK * 16 + sectors.start, len(sectors), 1)], -1) == 1
+        slots = self.side.cache.device.data_offset
+        return sum(call.args[0] >= slots for call in write.call_args_list)
+
+    def zero(self, sectors: range) -> None:
+        assert self.side.do_zero(BLOCK * 16 + sectors.start, len(sectors))
+
+    def sync(self) -> None:
+        """What was written is durable where it lies now."""
+        self.side.cache.intent.note_durable()
+
+    @property
+    def slots(self) -> int:
+        """How many slots it has."""
+        page = self.side.view.private[0].pages.by_number[0]
+        return sum(slot >= 0 for slot in entry_at(page, BLOCK).slots)
+
+
+@pytest.fixture(params=["python", "core"])
+def block(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Block]:
+    core = request.param == "core"
+    if core and forebay_fast.missing:
+        pytest.skip("no core: make setup")
+    with contextlib.ExitStack() as stack:
+        with mock.patch.object(gc, "collect"):  # a tenth of a second each time
+            stack.enter_context(simulated(Dice("runs")))
+        if core:
+            forebay_fast.core.write_by_python(True)
+        loop = Loop()
+        stack.callback(loop.close)
+        made = Block(tmp_path, core=core)
+        stack.callback(made.side.cache.release)
+        yield made
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_a_block_written_in_part_stays_in_one_run(block: Block, every: int) -> None:
+    for sector in WHOLE[::every]:
+        assert block.write(range(sector, sector + 1)) == 1
+    for _ in range(3):
+        block.sync()
+        assert block.write(WHOLE) == 1
+
+
+def test_a_sector_that_is_new_lies_where_the_others_are(block: Block) -> None:
+    block.write(range(8))
+    block.sync()
+    block.write(range(8))
+    block.sync()
+    block.write(range(12, 14))
+    block.write(range(8, 12))
+    block.sync()
+    assert block.write(WHOLE) == 1
+
+
+def test_a_block_that_was_zeroed_is_written_into_one_slot(block: Block) -> None:
+    block.write(WHOLE)
+    block.zero(WHOLE)
+    block.sync()
+    for sector in WHOLE:
+        assert block.write(range(sector, sector + 1)) == 1
+    assert block.slots == 1
+    block.sync()
+    assert block.write(WHOLE) == 1
+
+
+def test_zeros_that_are_durable_are_written_with_the_rest(block: Block) -> None:
+    block.write(WHOLE)
+    block.sync()
+    block.zero(range(4, 9))
+    block.sync()
+    assert block.write(WHOLE) == 1
+
+
+def test_zeros_that_are_not_durable_keep_what_was_there(block: Block) -> None:
+    """Before the sync the data of before is what a power cut leaves, so it is not overwritten."""
+    block.write(WHOLE)
+    block.sync()
+    block.zero(range(4, 9))
+    before = block.side.cache.device.map.tobytes()
+    block.write(range(4, 9))
+    page = block.side.view.private[0].pages.by_number[0]
+    entry = entry_at(page, BLOCK)
+    assert entry.side == 0b111110000
+    at = block.side.cache.device.at(entry.slots[0])
+    assert block.side.cache.device.map[at : at + 65536] == before[at : at + 65536]
+
+
+def test_sectors_that_changed_sides_alone_stay_apart(block: Block) -> None:
+    """Both places of each are taken: one is durable, and what is written may only go to the other."""
+    block.write(WHOLE)
+    block.sync()
+    for sector in WHOLE[::2]:
+        block.write(range(sector, sector + 1))
+    for _ in range(2):
+        block.sync()
+        assert block.write(WHOLE) == 16
