@@ -14,8 +14,10 @@ from typing import cast
 import pytest
 import trio
 
-from forebay_nbd import Budget, Budgets, Connection, Limits
+from forebay_nbd import Budget, Budgets, Buffer, Connection, Limits
+from forebay_nbd.server import outbox
 from forebay_nbd.server.budget import Share
+from forebay_nbd.server.outbox import kernel_copy
 from forebay_nbd.server.places import Places, Process
 from real.nbd_memory import MemoryExport, serving
 from real.nbd_raw import Raw, go, option, request, still_serves, until
@@ -64,6 +66,36 @@ async def test_a_client_that_reads_slowly_pins_no_longer_than_one_that_does_not(
         assert got[16:] == b"A" * (4 * MIB)
         await client.send(request(0, 0, 8, cookie=2))
         assert await client.simple(8) == (0, 2, b"B" * 8)
+        assert running.server._budget.used == 0
+
+
+async def test_what_a_slow_client_has_not_taken_is_copied_in_slices(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that come meanwhile are copied, too, and all arrives in order."""
+    sizes: list[int] = []
+
+    def copied(buffers: list[Buffer]) -> bytes:
+        sizes.append(sum(map(len, buffers)))
+        return kernel_copy(buffers)
+
+    monkeypatch.setattr(outbox, "kernel_copy", copied)
+    export = MemoryExport(slow=True)
+    export.memory[:] = os.urandom(1 << 20) * (export.size >> 20)
+    limits = Limits(stall_seconds=0.1, send_buffer=64 << 10)
+    async with serving(short_path, export, limits) as running, Raw(running.path) as client:
+        await client.enter()
+        await client.send(b"".join(request(0, k * MIB, 3 * MIB, cookie=1) for k in range(3)))
+        await until(lambda: export.waiting == 3)
+        export.gate.set()
+        await until(lambda: len(sizes) > 0 and not export.pins)
+        assert max(sizes) <= MIB
+        for k in range(3):
+            assert await client.simple(3 * MIB) == (
+                0,
+                1,
+                bytes(export.memory[k * MIB :][: 3 * MIB]),
+            )
         assert running.server._budget.used == 0
 
 

@@ -13,11 +13,13 @@ from unittest import mock
 
 import pytest
 import trio
+import trio.testing
 
 import forebay_cache.layers.registry
 from forebay.checkpoint.counters import Counters
-from forebay.disk.private_writes import PrivateWrites
+from forebay.disk.private_writes import PIECE, PrivateWrites
 from forebay.disk.ranges import Ranges
+from forebay.units import Mode
 from forebay_cache import (
     Cache,
     Filler,
@@ -35,6 +37,9 @@ from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS
 from forebay_cache.format.records import LayerName
 from forebay_cache.read.fill import Flight
 from forebay_cache.slots.placement import TOUCHED
+from sim.fake_host import Host, settings
+from sim.fake_loop import Dice, simulated
+from sim.fake_origin import FakeOrigin
 
 IMAGE = 4 << 40
 SLOTS = 100_000
@@ -271,3 +276,36 @@ def test_no_turn_is_longer_however_many_ask(
     tmp_path: Path, do: Callable[[Cache, Layer], Awaitable[None]]
 ) -> None:
     played(tmp_path, do, private=False, count=Turns)
+
+
+class Own(trio.abc.Instrument):
+    """Counts the steps of one task."""
+
+    def __init__(self, task: trio.lowlevel.Task) -> None:
+        self.steps = 0
+        self._task = task
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.steps += task is self._task
+
+
+def test_a_long_write_is_stored_by_parts(tmp_path: Path) -> None:
+    size = 8 << 20
+    dice = Dice("parts")
+
+    async def live() -> None:
+        async with trio.open_nursery() as nursery:
+            host = Host(tmp_path, FakeOrigin(dice, bytes(size)), nursery, 4 * size)
+            await host.start()
+            disk = await host.attach("d", settings(Mode.WRITE_BACK))
+            await disk.write(0, memoryview(b"a" * 4096), False)
+            own = Own(trio.lowlevel.current_task())
+            trio.lowlevel.add_instrument(own)
+            await disk.write(0, memoryview(b"w" * size), False)
+            trio.lowlevel.remove_instrument(own)
+            assert own.steps >= size // PIECE
+            await host._end()
+            host.cache.release()
+
+    with simulated(dice):
+        trio.run(live, clock=trio.testing.MockClock(autojump_threshold=0))

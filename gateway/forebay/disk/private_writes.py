@@ -94,6 +94,8 @@ class PrivateWrites:
         async with self._ranges.hold(start, end):
             whole = await self._whole(start, end, offset, data)
             for at in range(0, len(whole), PIECE):
+                if len(whole) > PIECE:
+                    await next_turn()
                 await self._store(start + at, whole[at : at + PIECE])
 
     async def _whole(self, start: int, end: int, offset: int, data: memoryview) -> memoryview:

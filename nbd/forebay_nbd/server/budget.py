@@ -71,6 +71,8 @@ class Budget:
         """Those of all servers."""
         self.waiting = trio.lowlevel.ParkingLot()
         """Where tasks wait in released()."""
+        self.turns = trio.Lock()
+        """Held for a turn of the event loop by whoever is about to copy a slice into the memory that is counted."""
 
     def reserve(self, count: int) -> bool:
         """Reserves `count` bytes; False, and nothing is reserved, if fewer are left.

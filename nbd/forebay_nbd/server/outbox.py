@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _IOV_MAX = 1024
 """Buffers that one pwritev takes (limits.h)."""
+_SLICE = 1 << 20
+"""Bytes that are copied in one turn of the event loop."""
 
 
 class Outbox:
@@ -150,11 +152,33 @@ class Outbox:
             with trio.move_on_at(self._pin_ends):
                 await trio.lowlevel.wait_writable(self._sock)
                 return
-            self._unsent = self._copied_to_budget(self._unsent)
+            with trio.CancelScope(shield=True):
+                await self._copy_unsent()
             self._unpin()
             if self.broken:
                 return
         await trio.lowlevel.wait_writable(self._sock)
+
+    async def _copy_unsent(self) -> None:
+        """Copy all that waits, what comes meanwhile too, by slices: of all connections one copies in a turn."""
+        done = 0
+        while done < len(self._unsent):
+            behind, size = done, 0
+            while behind < len(self._unsent) and size < _SLICE and behind - done < _IOV_MAX:
+                size += len(self._unsent[behind])
+                behind += 1
+            part = self._unsent[done:behind]
+            if size > _SLICE:  # the last one of these has more than there is room for
+                room = len(part[-1]) - (size - _SLICE)
+                whole = memoryview(part[-1])
+                part[-1:] = [whole[:room]]
+                self._unsent[behind - 1 : behind] = [whole[:room], whole[room:]]
+            async with self._budget.budget.turns:
+                pass
+            if self.broken:
+                return
+            self._unsent[done:behind] = self._copied_to_budget(part)
+            done += 1
 
     def _send_unsent(self) -> None:
         """Sends once what the socket takes of `_unsent`."""
