@@ -13,14 +13,14 @@ complete forebay \
         'c/--state=/d/' \
         'c/--run=/d/' \
         'c/--peer=/(first label any)/' \
-        'c/--/(all allow-other cache-size config device discard evict file force help json keep-image keep-mine label libvirt metadata mode overlay partial patience peer preload print-completion read-only run save size state tag target timeout user version vg wait yes)/' \
+        'c/--/(all allow-other cache-size config device discard dry-run evict file force help json keep-image keep-mine label libvirt metadata mode older-than overlay partial patience peer preload print-completion rate read-only run save size state tag target timeout user version vg wait yes)/' \
         'c/-/(- h)/' \
         'n/--print-completion/(bash zsh tcsh)/' \
         'n/--config/f/' \
         'n/--state/d/' \
         'n/--run/d/' \
         'n/--peer/(first label any)/' \
-        'p/1/(serve attach detach status stats flush mode peer preload resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)/' \
+        'p/1/(serve attach detach status stats flush mode peer preload images warm tag untag pin unpin purge resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)/' \
         'n/cache/(check info create extend format remove repair scrub)/' \
         'p@3@`set cmd=($COMMAND_LINE "" "" "" "" "" "" "" "" ""); if ( $#cmd >= 2 && ("$cmd[2]" == "peer") ) echo first label any`@' \
         'p/*/()/'

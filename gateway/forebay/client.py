@@ -37,7 +37,7 @@ LONGEST_LINE = 64 << 10
 
 _TEXTS = {"name", "image", "mode", "state", "socket", "error", "device", "what", "text", "disk"}
 _MAY_BE_NULL = {"error", "disk", "device"}
-_LISTS = {"damage", "faults", "not_served"}
+_LISTS = {"damage", "faults", "not_served", "tags", "disks", "purged", "kept"}
 _NUMBERS = {"size", "clients", "done", "total", "offset", "length", "reads", "writes"}
 _NUMBERS_END = ("_bytes", "_seconds", "_hits", "_misses")
 
@@ -107,10 +107,10 @@ class Client:
         """What the daemon says at `target`, decoded from JSON."""
         with self._exchange("GET", target, None, ANSWER_TIMEOUT) as answer:
             found = self._whole(answer)
-        if target == "/disks":
+        if target.partition("?")[0] in ("/disks", "/images"):
             if isinstance(found, list) and all(isinstance(one, Answer) for one in found):
                 return found
-            raise StrangeAnswerError("is no list of disks")
+            raise StrangeAnswerError(f"is no list of {target.partition('?')[0][1:]}")
         return _checked(found)
 
     def post(self, target: str, content: dict[str, Any]) -> Any:

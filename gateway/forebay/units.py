@@ -31,6 +31,9 @@ _MILLISECONDS = {
     "d": 86_400_000,
 }
 
+LOWEST_RATE = 64 * 1024
+"""Bytes a second: what is brought in comes a megabyte at a time."""
+
 LARGEST_SIZE = (1 << 63) - 1
 """Bytes. NBD and lseek count in signed 64 bits; a larger number is a typing error."""
 
@@ -87,6 +90,23 @@ def parse_name(text: object) -> str:
     )
 
 
+def parse_tag(text: object) -> str:
+    """A tag of an image, unchanged. Raises ValueError."""
+    if isinstance(text, str) and re.fullmatch(_NAME, text):
+        return text
+    raise ValueError(
+        f"{str(text)[:80]!r} is not a tag: use 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or digit"
+    )
+
+
+def parse_rate(text: str | int) -> int:
+    """Bytes a second, written as a size: `100M`. Raises ValueError."""
+    rate = parse_size(text)
+    if rate < LOWEST_RATE:
+        raise ValueError(f"{text!r} is too slow: use at least {exact_size(LOWEST_RATE)} a second")
+    return rate
+
+
 def parse_size(text: str | int) -> int:
     """Bytes, from `64K`, `20 GiB`, `1.5G` (binary units) or a bare number of bytes.
 
@@ -129,6 +149,14 @@ def parse_preload(text: str | int) -> int | str:
         return parse_size(text)
     except ValueError as fault:
         raise ValueError(f"{fault}, or 'trace' or 'all'") from None
+
+
+def parse_amount(text: str | int) -> int | str:
+    """The same where it is asked for now: a trace can only be wished for, in settings. Raises ValueError."""
+    amount = parse_preload(text)
+    if amount == "trace":
+        raise ValueError("'trace' (what the last boot read) is not there yet: use a size, or 'all'")
+    return amount
 
 
 def parse_duration(text: str | float) -> float:

@@ -59,6 +59,62 @@ def disk(name: str, **differs: Any) -> dict[str, Any]:
     } | differs
 
 
+IMAGE = {
+    "image": "images:a.raw",
+    "format": "raw",
+    "size": 2 * GIB,
+    "allocated": GIB,
+    "cached_bytes": GIB,
+    "cached_percent": 50.0,
+    "device_bytes": 512 * MIB,
+    "pinned": True,
+    "tags": ["debian", "lts"],
+    "disks": ["web"],
+    "last_used": 1000,
+    "traces": [],
+}
+
+
+class FakeCatalogue:
+    """Knows one image, and notes what is asked of it."""
+
+    def __init__(self, gateway: "FakeGateway") -> None:
+        self._gateway = gateway
+
+    async def images(self, store: str | None) -> AsyncIterator[dict[str, Any]]:
+        self._gateway._called("images", store)
+        yield IMAGE
+
+    async def warm(
+        self, image: str, amount: int | str, rate: int | None, progress: Progress
+    ) -> dict[str, Any]:
+        self._gateway.calls.append(("warm", image, amount, rate))
+        await self._gateway._work("warm", progress)
+        return {"image": image, "size": GIB, "cached_bytes": GIB, "origin_read_bytes": MIB}
+
+    async def tag(self, image: str, tags: list[str]) -> dict[str, Any]:
+        self._gateway._called("tag", image, tags)
+        return IMAGE
+
+    async def untag(self, image: str, tags: list[str]) -> dict[str, Any]:
+        self._gateway._called("untag", image, tags)
+        return IMAGE | {"tags": []}
+
+    async def pin(self, image: str) -> dict[str, Any]:
+        self._gateway._called("pin", image)
+        return IMAGE
+
+    async def unpin(self, image: str) -> dict[str, Any]:
+        self._gateway._called("unpin", image)
+        return IMAGE | {"pinned": False}
+
+    async def purge(self, images: list[str] | None, **which: Any) -> dict[str, Any]:
+        self._gateway._called("purge", images, which)
+        kept = [{"image": image, "why": "in use by web"} for image in images or []]
+        purged = [{"image": "images:b.raw", "freed_bytes": 3 * MIB}]
+        return {"purged": purged, "kept": kept, "freed_bytes": 3 * MIB, "dry_run": False}
+
+
 class FakeGateway:
     """Holds statuses; work goes in `steps` of one MiB, and then waits for `finish` where that is set.
 
@@ -77,6 +133,7 @@ class FakeGateway:
         self.left_dirty = 0
         self.written_back = 0
         self.damage: list[dict[str, Any]] = []
+        self.catalogue = FakeCatalogue(self)
         self.began = trio.Event()
         self.ended = trio.Event()
 

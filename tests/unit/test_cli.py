@@ -94,6 +94,17 @@ def no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("mode a", "required: MODE"),
         ("mode a fast", "argument MODE: 'fast' is not a mode: use one of none, write-around"),
         ("preload a", "required: SIZE|all"),
+        ("warm", "required: IMAGE"),
+        ("warm images:a --rate 1K", "argument --rate: '1K' is too slow: use at least 64 KiB"),
+        (
+            "warm images:a trace",
+            "argument SIZE|all: 'trace' (what the last boot read) is not there",
+        ),
+        ("tag images:a", "required: TAG"),
+        ("tag images:a a,b", "argument TAG: 'a,b' is not a tag: use 1 to 64"),
+        ("purge", "name images, or say --tag or --older-than"),
+        ("purge --older-than month", "argument --older-than: 'month' is not a duration"),
+        ("images a/b", "argument STORE: 'a/b' is not a name"),
         ("preload a 5 XB", "unrecognized arguments: XB"),
         ("preload a 5XB", "'5XB' is not a size"),
         ("xml a --target 5", "argument --target: '5' is not a target: use vda"),
@@ -585,7 +596,7 @@ async def test_stats_waits_for_a_daemon_that_is_restarted(
 def test_every_command_of_the_contract_is_there() -> None:
     contract = (
         "serve attach detach status stats flush mode peer preload xml cache check-config dump-config demo "
-        "fuse libvirt-hook recover resolve takeover"
+        "fuse libvirt-hook recover resolve takeover images warm tag untag pin unpin purge"
     )
     assert set(COMMANDS) == set(RUN) == set(contract.split())
 

@@ -162,6 +162,7 @@ def test_shipped_file_shows_every_key_with_its_default(file: Path) -> None:
     assert load(file, shipped).to_toml() == Config().to_toml()
     shown = re.sub(r"(?m)^#(?=[a-z_]+ = |\[)", "", shipped)
     examples = (
+        "purge_after",
         "socket_owner",
         "socket_group",
         "socket_peers",
@@ -185,7 +186,9 @@ def test_shipped_file_shows_every_key_with_its_default(file: Path) -> None:
         Config().origins,
         Config().fuse,
     )
-    assert keys == {"path"}.union(*(type(section).model_fields for section in sections))
+    assert keys == {"path", "purge_after"}.union(
+        *(type(section).model_fields for section in sections)
+    )
 
 
 def test_warnings_name_what_is_missing(file: Path, tmp_path: Path) -> None:

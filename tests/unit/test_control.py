@@ -19,7 +19,7 @@ from forebay.control.server import serve_control
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
 from forebay.units import MIB, Mode
-from unit.control_fake import CACHE, GATEWAY, FakeGateway, disk, served
+from unit.control_fake import CACHE, GATEWAY, IMAGE, FakeGateway, disk, served
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,6 +102,36 @@ async def test_attach_hands_checked_values_on() -> None:
     assert gateway.calls == [
         ("attach", "vm1", "images:a.raw", settings | flags | {"overlay": True, "rule": rule}),
         ("attach", "vm2", "x", nothing | flags),
+    ]
+
+
+async def test_what_is_done_with_images_is_handed_on() -> None:
+    gateway = FakeGateway()
+    async with served(gateway) as run:
+        assert (await ask(run, "GET /images")).json == [IMAGE]
+        assert (await ask(run, "GET /images?store=images")).json == [IMAGE]
+        warm = {"image": "images:a.raw", "amount": "1G", "rate": "10M"}
+        lines = (await ask(run, "POST /images/warm", warm)).lines
+        assert lines[-1]["result"]["cached_bytes"] == 1 << 30
+        assert (await ask(run, "POST /images/warm", {"image": "x"})).status == 200
+        for word in ("tag", "untag"):
+            content = {"image": "x", "tags": ["a", "b"]}
+            assert (await ask(run, f"POST /images/{word}", content)).status == 200
+        assert (await ask(run, "POST /images/pin", {"image": "x"})).json["pinned"]
+        assert not (await ask(run, "POST /images/unpin", {"image": "x"})).json["pinned"]
+        purge = {"images": ["x"], "tag": "a", "older_than": "30d", "dry_run": True}
+        assert (await ask(run, "POST /images/purge", purge)).json["freed_bytes"] == 3 << 20
+    which = {"tag": "a", "older_than": 30 * 86400.0, "dry_run": True}
+    assert gateway.calls == [
+        ("images", None),
+        ("images", "images"),
+        ("warm", "images:a.raw", 1 << 30, 10 << 20),
+        ("warm", "x", "all", None),
+        ("tag", "x", ["a", "b"]),
+        ("untag", "x", ["a", "b"]),
+        ("pin", "x"),
+        ("unpin", "x"),
+        ("purge", ["x"], which),
     ]
 
 

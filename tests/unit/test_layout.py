@@ -120,6 +120,7 @@ ORDER: dict[str, list[str]] = {
         "image",
         "checkpoint",
         "disk",
+        "catalogue",
         "doors",
         "doors/fuse storage control libvirt",
         "daemon",
@@ -127,7 +128,7 @@ ORDER: dict[str, list[str]] = {
         "__main__",
     ],
     "forebay_cache": [
-        "errors states",
+        "errors states turns",
         "format",
         "device",
         "index",

@@ -192,6 +192,34 @@ def preload(arguments: Arguments) -> int:
     return 0
 
 
+def images(arguments: Arguments) -> int:
+    """`forebay images`: the images that the cache knows."""
+    from forebay.cli.images import show
+
+    return show(arguments, daemon(arguments))
+
+
+def warm(arguments: Arguments) -> int:
+    """`forebay warm`: bring an image into the cache without a disk."""
+    from forebay.cli.images import warm as run
+
+    return run(arguments, daemon(arguments), _image(arguments.image))
+
+
+def mark(arguments: Arguments) -> int:
+    """`forebay tag`, `untag`, `pin` and `unpin`."""
+    from forebay.cli.images import mark as run
+
+    return run(arguments, daemon(arguments), _image(arguments.image))
+
+
+def purge(arguments: Arguments) -> int:
+    """`forebay purge`: drop what the cache has of images that nobody uses."""
+    from forebay.cli.images import purge as run
+
+    return run(arguments, daemon(arguments), [_image(image) for image in arguments.images])
+
+
 def resolve(arguments: Arguments) -> int:
     """`forebay resolve`: end a conflict, with the cache's data or with the image's; or save what the disk shows."""
     from forebay.cli.resolve import keep, save
@@ -291,6 +319,13 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "mode": mode,
     "peer": peer,
     "preload": preload,
+    "images": images,
+    "warm": warm,
+    "tag": mark,
+    "untag": mark,
+    "pin": mark,
+    "unpin": mark,
+    "purge": purge,
     "resolve": resolve,
     "xml": xml,
     "libvirt-hook": libvirt_hook,

@@ -22,9 +22,9 @@ from forebay.errors import ForebayError
 from forebay.units import (
     Mode,
     did_you_mean,
+    parse_amount,
     parse_duration,
     parse_name,
-    parse_preload,
     parse_size,
     printable,
 )
@@ -94,16 +94,8 @@ def _path(text: str) -> str:
     return os.path.abspath(text)
 
 
-def _preload_amount(text: str) -> int | str:
-    """What may be preloaded now; a trace can only be asked for in settings, for which it is a wish."""
-    amount = parse_preload(text)
-    if amount == "trace":
-        raise ValueError("'trace' (what the last boot read) is not there yet: use a size, or 'all'")
-    return amount
-
-
 NAME, SIZE, MODE = _checked(parse_name), _checked(parse_size), _checked(Mode.parse)
-PRELOAD, DURATION, IMAGE = _checked(_preload_amount), _checked(parse_duration), _checked(_some_text)
+PRELOAD, DURATION, IMAGE = _checked(parse_amount), _checked(parse_duration), _checked(_some_text)
 PATH = _checked(_path)
 
 
@@ -243,6 +235,11 @@ def _preload(parser: Parser) -> None:
     parser.add_argument("amount", metavar="SIZE|all", type=PRELOAD, help=text)
 
 
+def _images(parser: Parser, add: str) -> None:
+    module = __import__("forebay.cli.images", fromlist=[add])
+    getattr(module, add)(parser, _checked, IMAGE)
+
+
 def _resolve(parser: Parser) -> None:
     __import__("forebay.cli.resolve", fromlist=["add_all"]).add_all(parser, NAME, IMAGE)
 
@@ -330,6 +327,16 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "mode": ("change how a disk reads and writes", _mode),
     "peer": ("say which processes may use a disk", _peer),
     "preload": ("bring part of an image into the cache", _preload),
+    "images": ("what the cache has of which image", partial(_images, add="add_list")),
+    "warm": ("bring an image in without a disk", partial(_images, add="add_warm")),
+    "tag": ("give an image tags", partial(_images, add="add_tag")),
+    "untag": ("take tags away", partial(_images, add="add_tag")),
+    "pin": ("keep an image in the cache", partial(_images, add="add_pin")),
+    "unpin": ("let it leave the cache again", partial(_images, add="add_pin")),
+    "purge": (
+        "drop what the cache has of images",
+        partial(_images, add="add_purge"),
+    ),
     "resolve": ("go on after somebody else changed an image, with its data kept", _resolve),
     "xml": ("the libvirt <disk> element of a disk", _xml),
     "libvirt-hook": ("what libvirt's hook calls, with the domain's XML on stdin", _libvirt_hook),

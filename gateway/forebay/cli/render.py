@@ -51,6 +51,18 @@ STATUS_COLUMNS = (
 )
 
 
+IMAGE_COLUMNS = (
+    Column("IMAGE", narrow=(20, 12, 8)),
+    Column("FORMAT"),
+    Column("SIZE", right=True),
+    Column("WARM", right=True),
+    Column("PINNED"),
+    Column("TAGS", narrow=(16, 8, 5)),
+    Column("DISKS", right=True),
+    Column("USED", right=True),
+)
+
+
 def wants_colour(terminal: bool) -> bool:
     """True if output is to be coloured: at a terminal that can, unless NO_COLOR (no-color.org) is set."""
     return terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -142,6 +154,32 @@ def status_row(disk: Mapping[str, Any]) -> list[Cell]:
         Cell(format_duration(disk["lag_seconds"]), attention),
         Cell(hit_percent(disk["read_hits"], disk["read_misses"])),
         Cell(str(disk["clients"])),
+    ]
+
+
+def images_table(
+    images: Sequence[Mapping[str, Any]],
+    now: float,
+    *,
+    colour: bool = False,
+    width: int | None = None,
+) -> list[str]:
+    """The lines of `forebay images`; USED is how long ago, at `now` in seconds since the epoch."""
+    rows = [_image_row(image, now) for image in images]
+    return table(IMAGE_COLUMNS, rows, colour=colour, width=width)
+
+
+def _image_row(image: Mapping[str, Any], now: float) -> list[Cell]:
+    percent, used = image["cached_percent"], image["last_used"]
+    return [
+        Cell(image["image"]),
+        Cell(image["format"]),
+        Cell(format_size(image["size"])),
+        Cell("-" if percent is None else f"{percent:.0f}%"),
+        Cell("yes" if image["pinned"] else "-"),
+        Cell(",".join(image["tags"]) or "-"),
+        Cell(str(len(image["disks"]))),
+        Cell("-" if used is None else format_duration(max(0.0, now - used))),
     ]
 
 

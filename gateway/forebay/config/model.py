@@ -54,6 +54,9 @@ BLOCK_SIZES = (64 * KIB,)
 SHORTEST_TIMEOUT, LONGEST_TIMEOUT = 1.0, 600.0
 """Seconds. A disk that wakes up, or is busy with what others want of it, takes seconds to answer."""
 
+SHORTEST_PURGE = 60.0
+"""Seconds. Images that are attached again within minutes are what a cache is for."""
+
 LONGEST_RUN = 107 - len("/disks/d.sock.new")
 """Bytes of path. The address of a Unix socket holds 107 (unix(7)); a disk's name is checked at attach."""
 
@@ -185,6 +188,17 @@ class Store(_Section):
     on_change: OnChange | None = None
     peer: PeerRule | None = None
     require_locks: bool | None = None
+    purge_after: Duration | None = None
+    """Seconds after which what the cache has of an image that nobody uses is dropped; without it nothing is."""
+
+    @field_validator("purge_after")
+    @classmethod
+    def _not_at_once(cls, seconds: float | None) -> float | None:
+        if seconds is not None and seconds < SHORTEST_PURGE:
+            raise ValueError(
+                f"{exact_duration(seconds)} is too short: use at least {exact_duration(SHORTEST_PURGE)}"
+            )
+        return seconds
 
 
 class OriginsSection(_Section):
@@ -269,7 +283,9 @@ class Config(_Section):
         """
         merged = self.defaults.model_dump()
         if store is not None:
-            merged |= self.store(store).model_dump(exclude_none=True, exclude={"path"})
+            merged |= self.store(store).model_dump(
+                exclude_none=True, exclude={"path", "purge_after"}
+            )
         merged |= {key: value for key, value in (overrides or {}).items() if value is not None}
         try:
             return DiskSettings.model_validate(merged)

@@ -13,7 +13,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from forebay.config.fields import PeerRule
-from forebay.units import Mode, did_you_mean, parse_duration, parse_name, parse_preload, parse_size
+from forebay.units import (
+    Mode,
+    did_you_mean,
+    parse_amount,
+    parse_duration,
+    parse_name,
+    parse_preload,
+    parse_rate,
+    parse_size,
+    parse_tag,
+)
 
 LONGEST_BODY = 64 << 10
 """Bytes of a request's body. The largest sensible one, an attach, has a few hundred."""
@@ -58,6 +68,24 @@ def _names(value: Any) -> list[str]:
     if isinstance(value, list):
         return [parse_name(name) for name in value]
     raise ValueError(f"{value!r} is not a list of names")
+
+
+MOST_IMAGES = 1024
+"""Images, or tags, that one request may name."""
+
+
+def _images(value: Any) -> list[str]:
+    """A list of images."""
+    if isinstance(value, list) and 0 < len(value) <= MOST_IMAGES:
+        return [_text(image) for image in value]
+    raise ValueError(f"not a list of 1 to {MOST_IMAGES} images")
+
+
+def _tags(value: Any) -> list[str]:
+    """A list of tags."""
+    if isinstance(value, list) and 0 < len(value) <= MOST_IMAGES:
+        return [parse_tag(tag) for tag in value]
+    raise ValueError(f"not a list of 1 to {MOST_IMAGES} tags")
 
 
 def _peer(value: Any) -> str:
@@ -115,6 +143,17 @@ PEER: dict[str, Parse] = {
 RESOLVE: dict[str, Parse] = {"keep": _keep, "yes": _flag}
 SAVE: dict[str, Parse] = {"to": _text, "partial": _flag}
 PRELOAD: dict[str, Parse] = {"amount": parse_preload}
+
+IMAGES: dict[str, Parse] = {"store": _text}
+WARM: dict[str, Parse] = {"image": _text, "amount": parse_amount, "rate": parse_rate}
+MARK: dict[str, Parse] = {"image": _text}
+TAG: dict[str, Parse] = {"image": _text, "tags": _tags}
+PURGE: dict[str, Parse] = {
+    "images": _images,
+    "tag": parse_tag,
+    "older_than": parse_duration,
+    "dry_run": _flag,
+}
 
 
 async def arguments(

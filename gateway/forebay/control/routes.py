@@ -32,6 +32,7 @@ from forebay.control.arguments import (
     SAVE,
     arguments,
 )
+from forebay.control.images import Catalogue, ImageRoutes
 from forebay.control.work import Operation, Progress, error, failure
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
@@ -119,6 +120,10 @@ class Answers(Protocol):
     def metrics(self) -> str:
         """Prometheus text."""
 
+    @property
+    def catalogue(self) -> Catalogue:
+        """The images, without disks."""
+
 
 Endpoint = Callable[[Request], Awaitable["Response | Operation"]]
 """Answers one request. What it raises is answered as an error."""
@@ -164,6 +169,7 @@ class Control:
             ("POST", "/cache/release", self.release),
             ("POST", "/cache/scrub", self.scrub),
             ("POST", "/cache/repair", self.repair),
+            *ImageRoutes(self._gateway.catalogue).table(),
         ]
         return [Route(path, _guarded(call), methods=[method]) for method, path, call in table]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import trio
 
+from forebay.catalogue.warm import WARMING
 from forebay.checkpoint.dirty import left_dirty
 from forebay.config.model import Config, DiskSettings
 from forebay.daemon.attached import Absent, Attached
@@ -263,6 +264,10 @@ class Arrivals:
             formats=self._formats,
         )
         return source, settings
+
+    def reader_of(self, image: str) -> Source:
+        """The source of a warm, which reads the image as an overlay does. Raises ForebayError."""
+        return self.source(WARMING, DiskRecord(image, "", 0, overlay=True), None)[0]
 
     def threads_of(self, store: str) -> StoreThreads:
         """The threads of a store, or of a device, and its process."""

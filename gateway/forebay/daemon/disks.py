@@ -23,6 +23,15 @@ class _Coming:
     ended: trio.Event = field(default_factory=trio.Event)
 
 
+@dataclass(eq=False)
+class _Reading:
+    """Work that reads an image without being a disk."""
+
+    source: Source
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    ended: trio.Event = field(default_factory=trio.Event)
+
+
 def _exclude(one: Source, other: Source) -> bool:
     """True if only one of the two can be served: both are of one image, and one of them writes it."""
     return (one.use.writes or other.use.writes) and one.is_same_image(other)
@@ -34,6 +43,7 @@ class Disks:
     def __init__(self) -> None:
         self._known: dict[str, Attached | Absent] = {}
         self._coming: dict[str, _Coming] = {}
+        self._readings: set[_Reading] = set()
 
     # -- asking
 
@@ -114,7 +124,7 @@ class Disks:
         """Hold name and image against another attach meanwhile. Raises ForebayError where either is taken.
 
         Another one that is on its way to the same image has to come to its end first: it may fail. `give_way` detaches
-        a reader's disk that is not to keep this one out.
+        a reader's disk that is not to keep this one out; what reads the image without a disk is ended.
         """
         while others := [one for one in self._coming.values() if _exclude(one.source, source)]:
             await others[0].ended.wait()
@@ -124,11 +134,47 @@ class Disks:
             for reader in self.all_attached():
                 if reader.record.gives_way and _exclude(reader.source, source):
                     await give_way(reader)
+            await self._end_readings(source)
             self.check_alone(source)
             yield
         finally:
             del self._coming[name]
             coming.ended.set()
+
+    @contextlib.asynccontextmanager
+    async def reading(self, source: Source) -> AsyncIterator[Attached | None]:
+        """Around work that reads an image without being a disk; gives the disk that writes the image, if there is one.
+
+        The work has to go through that disk then, and ends with it; otherwise it ends when a disk comes that writes the
+        image, which waits for that end. Raises ForebayError where it was ended so.
+        """
+        while coming := [x for x in self._coming.values() if _exclude(x.source, source)]:
+            await coming[0].ended.wait()
+        for disk in self.all_attached():
+            if _exclude(disk.source, source):
+                disk.check_serves()
+                with disk.used():
+                    yield disk
+                return
+        reading = _Reading(source)
+        self._readings.add(reading)
+        try:
+            with reading.scope:
+                yield None
+        finally:
+            self._readings.discard(reading)
+            reading.ended.set()
+        if reading.scope.cancelled_caught:
+            raise ForebayError(
+                f"{source.key} was attached meanwhile by a disk that writes it: what was read is kept, "
+                "try again for the rest"
+            )
+
+    async def _end_readings(self, source: Source) -> None:
+        """End the work that reads the image which a disk with that source is about to write."""
+        for reading in [x for x in self._readings if _exclude(x.source, source)]:
+            reading.scope.cancel()
+            await reading.ended.wait()
 
     def check_alone(self, source: Source) -> None:
         """Within this gateway an image has one writing disk, or any number of others. Raises ForebayError."""

@@ -14,6 +14,7 @@ from typing import Any
 import trio
 
 import forebay_fast
+from forebay.catalogue.catalogue import Catalogue
 from forebay.config.model import Config
 from forebay.control.metrics import metrics_text
 from forebay.daemon import memory
@@ -71,7 +72,7 @@ class Gateway:
             partial(self._is_in_use, images),
             self._threads_of,
         )
-        images.on_unused = self._gone.note_unused
+        images.on_unused = self._note_unused
         self._departures = Departures(
             images,
             self._disks,
@@ -90,10 +91,23 @@ class Gateway:
             returns,
             self._departures.give_way,
         )
+        self.catalogue = Catalogue(
+            config,
+            cache,
+            images,
+            index_path(config),
+            self._disks,
+            self._arrivals.reader_of,
+            self._records.keys,
+        )
         self._resolving = Resolving(self._arrivals, self._disks, self._records)
         self._saving = Saving(config, cache, self._disks, self._arrivals.threads_of)
         self._extending = trio.Lock()
         self._upkeep = Upkeep(cache, lambda: [one.disk.image for one in self.attached()])
+
+    def _note_unused(self, key: str) -> None:
+        self.catalogue.note_unused(key)
+        self._gone.note_unused(key)
 
     def _source_of(self, name: str, record: DiskRecord) -> Source:
         return self._arrivals.source_of(name, record)
@@ -127,13 +141,14 @@ class Gateway:
         await self._arrivals.resume(earlier)
         self._nursery.start_soon(self._saving.remove_left)
         self._nursery.start_soon(self._gone.run)
+        self._nursery.start_soon(self.catalogue.run)
 
     def _threads_of(self, store: str) -> StoreThreads:
         return self._arrivals.threads_of(store)
 
     def _is_in_use(self, images: Images, key: str) -> bool:
         """True if a disk is on the image with that key, served or only on record, or the cache has data for it."""
-        if images.is_open(key) or any(one.key == key for one in self._records.all().values()):
+        if images.is_open(key) or key in self._records.keys().values():
             return True
         return any(x.private and x.name.image == key and not x.is_dead for x in self._cache.layers)
 

@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import lmdb
-
+from forebay.catalogue.entries import commit_records
 from forebay.config.fields import PeerRule
 from forebay.config.model import Config, DiskSettings
 from forebay.doors.tenant import Rule
-from forebay.errors import ForebayError
 from forebay.units import Mode
-from forebay_cache import Cache, CacheError
+from forebay_cache import Cache
 
 KIND = "disk"
 """Under which kind of record the index keeps them; the name is that of the disk."""
@@ -119,6 +117,10 @@ class DiskRecords:
         known = self._cache.records.all(KIND)
         return {name: DiskRecord.read(known[name]) for name in sorted(known)}
 
+    def keys(self) -> dict[str, str]:
+        """By the disk's name, the key of its image."""
+        return {name: found.get("key", "") for name, found in self._cache.records.all(KIND).items()}
+
     def put(self, name: str, record: DiskRecord | None) -> None:
         """Keep a record, or (None) remove that of the disk."""
         self._cache.records.put(KIND, name, None if record is None else record.write())
@@ -134,9 +136,4 @@ class DiskRecords:
 
     async def commit(self) -> None:
         """Make all changes durable. Raises ForebayError where the index cannot be written."""
-        try:
-            await self._cache.commit.records()
-        except (OSError, CacheError, lmdb.Error) as fault:
-            raise ForebayError(
-                f"{self._index} cannot be written ({fault}): make room there"
-            ) from fault
+        await commit_records(self._cache, self._index)

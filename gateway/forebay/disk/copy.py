@@ -10,7 +10,7 @@ what the cache had no room for, is tried again, ever more seldom if it stays so.
 
 import errno
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -100,7 +100,17 @@ class Unread:
         )
 
 
-async def preload_range(image: Image, counters: Counters, length: int, progress: Progress) -> None:
+Spend = Callable[[int], Awaitable[None]]
+"""Waits until so many bytes may be read from the image."""
+
+
+async def _at_once(_length: int) -> None:
+    """No limit of its own."""
+
+
+async def preload_range(
+    image: Image, counters: Counters, length: int, progress: Progress, spend: Spend = _at_once
+) -> None:
     """Have the first `length` bytes in the cache; what is there already costs nothing.
 
     Raises OSError; also, at the end, where some of them could not be read.
@@ -108,14 +118,19 @@ async def preload_range(image: Image, counters: Counters, length: int, progress:
     unread = Unread()
     progress(0, length)
     for start in range(0, length, STEP):
-        await bring_in(image, counters, start, min(STEP, length - start), unread)
+        await bring_in(image, counters, start, min(STEP, length - start), unread, spend)
         progress(min(start + STEP, length), length)
     if unread.bytes:
         raise OSError(errno.EIO, f"{unread.text(image.key)}; all else was")
 
 
 async def bring_in(
-    image: Image, counters: Counters, offset: int, length: int, unread: Unread
+    image: Image,
+    counters: Counters,
+    offset: int,
+    length: int,
+    unread: Unread,
+    spend: Spend = _at_once,
 ) -> bool:
     """Have one range in the cache, by STREAMS fetches at the same time; `unread` gets what cannot be read.
 
@@ -130,7 +145,7 @@ async def bring_in(
         return False
     await _note_holes(image, offset, length)
     gaps = await image.filler.missing(offset, length)
-    failed = await _fetch_all(image, counters, gaps)
+    failed = await _fetch_all(image, counters, gaps, spend)
     left = sum(part for _, part in gaps)
     is_hopeless = unread.is_long and sum(part for _, part, _ in failed) == left
     for start, part, why in failed:
@@ -145,7 +160,7 @@ async def bring_in(
 
 
 async def _fetch_all(
-    image: Image, counters: Counters, gaps: list[tuple[int, int]]
+    image: Image, counters: Counters, gaps: list[tuple[int, int]], spend: Spend
 ) -> list[tuple[int, int, str]]:
     """Fetch parts of the image; (offset, length, why) of those that could not be read as a whole.
 
@@ -157,6 +172,7 @@ async def _fetch_all(
 
     async def stream() -> None:
         for start, part in left:
+            await spend(part)
             await _let_misses_go_first(image)
             try:
                 await image.filler.prefetch(start, part, counters, background=True)
@@ -239,7 +255,7 @@ class FullCopy:
     def start(self, nursery: trio.Nursery) -> None:
         """Begin, or begin anew, to copy the image in. It goes on, however often the image fails, until :meth:`stop`."""
         self.share, self.is_incomplete, self._unread = 0.0, False, Unread()
-        self._image.clean.copied_by.add(self._disk)
+        self._image.clean.pinned_by.add(self._disk)
         self._scope = trio.CancelScope()
         nursery.start_soon(self._copy, self._scope)
 
@@ -253,8 +269,8 @@ class FullCopy:
         """Let the image's blocks be evicted again, unless they are kept for another disk, too. Raises OSError."""
         self.share, self.is_incomplete, self._unread, self.paused = None, False, Unread(), ""
         image = self._image
-        image.clean.copied_by.discard(self._disk)
-        if image.layer.pinned and not image.clean.copied_by:
+        image.clean.pinned_by.discard(self._disk)
+        if image.layer.pinned and not image.clean.pinned_by:
             await pin_layer(image.cache, image.layer, pinned=False)
 
     async def _copy(self, scope: trio.CancelScope) -> None:

@@ -19,8 +19,8 @@ class CleanBlocks:
 
     def __init__(self, cache: Cache, key: str, reader: Reader, nursery: Boundary) -> None:
         """`key` names the image, `reader` reads it, `nursery` runs fetches and outlives every disk."""
-        self.copied_by: set[str] = set()
-        """Names of the disks that keep all of the image in the cache."""
+        self.pinned_by: set[str] = set()
+        """Who keeps all that the cache has of the image there: names of disks in full-copy, and OPERATOR."""
         self._key = key
         self._cache = cache
         self._reader = reader

@@ -243,10 +243,11 @@ class Image:
         if self.conflict is not None:
             view.lookahead = 0
 
-    async def leave(self, source: Source, view: View) -> None:
-        """End the use of the image by one disk. The last one closes it."""
+    async def leave(self, source: Source, view: View | None = None) -> None:
+        """End the use of the image by one disk, which saw it by `view`, or by a warm. The last one closes it."""
         self.sources.remove(source)
-        self.clean.unwatch(view)
+        if view is not None:
+            self.clean.unwatch(view)
         if self.sources.is_empty():
             await self._on_unused(self)
 

@@ -51,6 +51,8 @@ class Opener:
         """
         self.file_id: tuple[int, int] | None = None
         """Device and inode of the image, once it was opened, if it is a file."""
+        self.allocated: int | None = None
+        """Bytes that it took in its store when it was opened last, if it is a file."""
         self.why_unsafe: str | None = None
         """Why nothing is to be written back to where the image lies; known once it was opened."""
         self._address = address
@@ -140,6 +142,7 @@ class Opener:
             lambda: why_unsafe(device, locks=self._use.need_locks)
         )
         self.file_id = (device, file.status.inode)
+        self.allocated = file.status.allocated
 
     # ------------------------------------------------------------------------------------------------------- the owner
 

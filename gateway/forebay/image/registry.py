@@ -12,7 +12,10 @@ from forebay.errors import ForebayError
 from forebay.image.image import Image
 from forebay.image.kept import KeptInAll
 from forebay.image.source import Source
-from forebay_cache import Cache
+from forebay_cache import Cache, Layer
+
+OPERATOR = "(operator)"
+"""Who keeps a pinned image in the cache, beside disks: no disk has such a name."""
 
 
 class Images:
@@ -23,14 +26,24 @@ class Images:
         self._cache = cache
         self._nursery = nursery
         self._open: dict[str, Image] = {}
+        self._closing: list[str] = []
+        """The keys of images that the last disk has left, and that are not closed yet."""
         self.kept = KeptInAll()
         """What was written to images and is not known to be durable there, in memory."""
         self.on_unused: Callable[[str], None] = lambda _key: None
         """Told of each image that no disk is on any more, by its key, when it is closed."""
+        self.on_used: Callable[[Source], None] = lambda _source: None
+        """Told of each use of an image that begins, by its source."""
+        self.is_pinned: Callable[[str], bool] = lambda _key: False
+        """True of an image, by its key, that the operator wants to stay in the cache."""
 
     def is_open(self, key: str) -> bool:
-        """True if a disk is on the image with that key."""
-        return key in self._open
+        """True if the image with that key is in use, or is being closed."""
+        return key in self._open or key in self._closing
+
+    def open_keys(self) -> list[str]:
+        """The keys of the images in use."""
+        return list(self._open)
 
     async def acquire(self, source: Source) -> Image:
         """The image of a source, with one disk more on it; reached now if it can be. `Image.leave` ends that.
@@ -44,12 +57,30 @@ class Images:
         if image is None:
             image = Image(self._cache, self._nursery, source, self._close, self.kept)
             self._open[source.key] = image
+            if self.is_pinned(source.key):
+                self.keep(source.key, wanted=True)
         image.sources.add(source)
         source.bind(on_lost=image.stop, dirty_bytes=partial(image.sources.lacks, source))
         # At a start no disk waits for what another one of the image is waiting for already.
         if not (source.resumed and image.reach.is_being_attempted):
             await image.reach.attempt()
+        self.on_used(source)
         return image
+
+    def keep(self, key: str, *, wanted: bool) -> Layer | None:
+        """Note that the operator wants all that the cache has of an image to stay there, or not any more.
+
+        Returns its clean layer, if there is one; `pin_layer` with its `pinned` has the slots follow.
+        """
+        image = self._open.get(key)
+        layer = self._cache.layers.clean_of(key) if image is None else image.layer
+        if image is not None:
+            (image.clean.pinned_by.add if wanted else image.clean.pinned_by.discard)(OPERATOR)
+            wanted = bool(image.clean.pinned_by)
+        if layer is not None and layer.pinned is not wanted:
+            layer.pinned = wanted
+            layer.changed = True
+        return layer
 
     def drop_disk(self, disk: str, key: str) -> None:
         """Drop what only the cache has of a disk that is not served, from the next commit on.
@@ -88,5 +119,9 @@ class Images:
         """Close an image that no disk uses any more. Raises OSError."""
         if self._open.get(image.key) is image:
             del self._open[image.key]
-        await image.close()
+        self._closing.append(image.key)
+        try:
+            await image.close()
+        finally:
+            self._closing.remove(image.key)
         self.on_unused(image.key)

@@ -117,6 +117,11 @@ class Source:
         """Device and inode of the image, once it was opened, if it is a file."""
         return self._opener.file_id
 
+    @property
+    def allocated(self) -> int | None:
+        """Bytes that the image took in its store when it was opened last, if it is a file."""
+        return self._opener.allocated
+
     def is_same_image(self, other: "Source") -> bool:
         """True if both lead to one image, be it by two stores or two mounts."""
         if self.file_id is not None and self.file_id == other.file_id:

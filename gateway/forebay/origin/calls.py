@@ -40,6 +40,9 @@ RESOLVE_BENEATH = 0x08
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
 
+_STAT_BLOCK = 512
+"""Bytes in which stat(2) counts what a file takes, whatever its file system does."""
+
 
 @dataclass(frozen=True)
 class Status:
@@ -53,6 +56,8 @@ class Status:
     ctime_ns: int
     device: int
     owner: int = 0
+    allocated: int = 0
+    """Bytes that the file takes where it lies."""
 
     @classmethod
     def of(cls, found: os.stat_result) -> "Status":
@@ -66,6 +71,7 @@ class Status:
             ctime_ns=found.st_ctime_ns,
             device=found.st_dev,
             owner=found.st_uid,
+            allocated=found.st_blocks * _STAT_BLOCK,
         )
 
 
@@ -156,7 +162,7 @@ def data_runs(calls: SystemCalls, fd: int, offset: int, end: int) -> Iterator[tu
 
 def _unpack_statx(raw: bytes) -> Status:
     fields = _STATX.unpack_from(raw)
-    _mask, _blksize, _attributes, links, uid, _gid, mode, inode, size, _blocks, _known = fields[:11]
+    _mask, _blksize, _attributes, links, uid, _gid, mode, inode, size, blocks, _known = fields[:11]
     ctime, ctime_ns, mtime, mtime_ns, _rdev_major, _rdev_minor, major, minor = fields[15:23]
     return Status(
         mode=mode,
@@ -167,6 +173,7 @@ def _unpack_statx(raw: bytes) -> Status:
         ctime_ns=ctime * 10**9 + ctime_ns,
         device=os.makedev(major, minor),
         owner=uid,
+        allocated=blocks * _STAT_BLOCK,
     )
 
 

@@ -1,0 +1,113 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""The routes of images without a disk: which there are, and what is done with them."""
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from forebay.control.arguments import IMAGES, MARK, PURGE, TAG, WARM, arguments
+from forebay.control.work import Operation, Progress
+
+Told = dict[str, Any]
+"""What is told about one image: the keys of `forebay images --json`."""
+
+
+class Catalogue(Protocol):
+    """What these routes need of the daemon. Amounts are bytes. Everything raises ForebayError and OSError."""
+
+    def images(self, store: str | None) -> AsyncIterator[Told]:
+        """Each image, of one store or of all."""
+
+    async def warm(
+        self, image: str, amount: int | str, rate: int | None, progress: Progress
+    ) -> Told:
+        """Bring bytes in from the start, or `all`, at most at that many bytes a second."""
+
+    async def tag(self, image: str, tags: list[str]) -> Told:
+        """Give it tags."""
+
+    async def untag(self, image: str, tags: list[str]) -> Told:
+        """Take tags away."""
+
+    async def pin(self, image: str) -> Told:
+        """Keep it from eviction and purge."""
+
+    async def unpin(self, image: str) -> Told:
+        """End that."""
+
+    async def purge(
+        self, images: list[str] | None, *, tag: str | None, older_than: float | None, dry_run: bool
+    ) -> Told:
+        """Drop the clean blocks of images; what was dropped, and what was kept."""
+
+
+class ImageRoutes:
+    """The endpoints, on one catalogue."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+
+    def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Response | Operation]]]]:
+        """Method, path and endpoint of each route."""
+        return [
+            ("GET", "/images", self.images),
+            ("POST", "/images/warm", self.warm),
+            ("POST", "/images/tag", self.tag),
+            ("POST", "/images/untag", self.untag),
+            ("POST", "/images/pin", self.pin),
+            ("POST", "/images/unpin", self.unpin),
+            ("POST", "/images/purge", self.purge),
+        ]
+
+    async def images(self, request: Request) -> Response:
+        """A list of images; written as JSON one by one, since there may be very many."""
+        given = await arguments(request, IMAGES)
+        told = [
+            json.dumps(one).encode() async for one in self._catalogue.images(given.get("store"))
+        ]
+        return Response(b"[" + b",".join(told) + b"]", media_type="application/json")
+
+    async def warm(self, request: Request) -> Operation:
+        """Bring an image in; answers with what the cache has of it."""
+        given = await arguments(request, WARM, ("image",))
+        return Operation(
+            lambda progress: self._catalogue.warm(
+                given["image"], given.get("amount", "all"), given.get("rate"), progress
+            )
+        )
+
+    async def tag(self, request: Request) -> Response:
+        """Give an image tags; answers with the image, as the next three do."""
+        given = await arguments(request, TAG, ("image", "tags"))
+        return JSONResponse(await self._catalogue.tag(given["image"], given["tags"]))
+
+    async def untag(self, request: Request) -> Response:
+        """Take tags away."""
+        given = await arguments(request, TAG, ("image", "tags"))
+        return JSONResponse(await self._catalogue.untag(given["image"], given["tags"]))
+
+    async def pin(self, request: Request) -> Response:
+        """Keep an image from eviction and purge."""
+        given = await arguments(request, MARK, ("image",))
+        return JSONResponse(await self._catalogue.pin(given["image"]))
+
+    async def unpin(self, request: Request) -> Response:
+        """End that."""
+        given = await arguments(request, MARK, ("image",))
+        return JSONResponse(await self._catalogue.unpin(given["image"]))
+
+    async def purge(self, request: Request) -> Response:
+        """Drop the clean blocks of images; answers with what was dropped and what was kept."""
+        given = await arguments(request, PURGE)
+        found = await self._catalogue.purge(
+            given.get("images"),
+            tag=given.get("tag"),
+            older_than=given.get("older_than"),
+            dry_run=given.get("dry_run", False),
+        )
+        return JSONResponse(found)
