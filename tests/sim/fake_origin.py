@@ -351,6 +351,7 @@ class FakeSource:
         self.key = self.label = key
         self.use = Use(disk, "gateway", read_only=False, overlay=overlay)
         self.size = origin.size
+        self.allocated: int | None = None
         self.discarding = False  # the operator gives up what the image lacks
         self.claim = FakeClaim(self) if self.use.writes else None
         self.resumed = resumed

@@ -238,7 +238,7 @@ async def test_an_image_to_which_a_disk_comes_while_others_are_purged_is_kept(
         running.make(f"s:{n}.raw", used=9 * DAY)
     drop = running.purge._drop
 
-    def with_a_disk(key: str, *, dry_run: bool) -> int:
+    def with_a_disk(key: str, *, dry_run: bool) -> int | str:
         running.disks = {"vm": "s:2.raw"}
         return drop(key, dry_run=dry_run)
 

@@ -104,11 +104,11 @@ class Purge:
         kept: list[dict[str, str]] = []
         for _, key in sorted(chosen):
             await trio.lowlevel.checkpoint()
-            why = self.why_kept(key)
-            if why is None:
-                purged.append({"image": key, "freed_bytes": self._drop(key, dry_run=dry_run)})
+            found = self._drop(key, dry_run=dry_run)
+            if isinstance(found, str):
+                kept.append({"image": key, "why": found})
             else:
-                kept.append({"image": key, "why": why})
+                purged.append({"image": key, "freed_bytes": found})
         if purged and not dry_run:
             await self._entries.commit()
         return {
@@ -128,13 +128,14 @@ class Purge:
             return "the cache has data of a disk for it"
         return "pinned" if self._entries.is_pinned(key) else None
 
-    def _drop(self, key: str, *, dry_run: bool) -> int:
-        """Drop the clean blocks of an image that nobody uses; how many bytes of the cache come free.
+    def _drop(self, key: str, *, dry_run: bool) -> int | str:
+        """Drop the clean blocks of an image; how many bytes of the cache come free, or why it is kept.
 
         A critical section: a disk may be attached to the image at any time.
         """
-        if self.why_kept(key) is not None:
-            return 0
+        why = self.why_kept(key)
+        if why is not None:
+            return why
         layer = self._cache.layers.clean_of(key)
         freed = layer.slots * BLOCK if layer is not None else 0
         if dry_run:
