@@ -96,6 +96,8 @@ cdef enum:
     BLOCK = 65536
     SECTORS = 16
     PAGE_BLOCKS = 64
+    NUMBERED = 131072  # index.pages
+    TABLES = 16        # layers of a view that are looked through here
     IN_SECTOR = SECTOR_BYTES - 1
     TOUCHED = 1      # slots.placement
     CHANGED = 2      # index.sums
@@ -192,10 +194,28 @@ cdef inline void *memory_of(object view) noexcept:
     return PyMemoryView_GET_BUFFER(view).buf
 
 
-cdef inline object page_at(object by_number, object pages, object number):
-    """The page, None where it has to be loaded. A dict that makes pages up does so only in `look`."""
-    cdef PyObject *found = PyDict_GetItemWithError(by_number, number)
-    return <object> found if found != NULL else pages.look(number)
+cdef uint64_t *words_of(object pages, uint64_t number, uint64_t *addresses) except? NULL:
+    """Where the words of a page lie that `addresses` does not have yet; NULL: it has to be loaded."""
+    cdef array page
+    cdef uint64_t *words
+    found = pages.look(number)
+    if found is None:
+        return NULL
+    page = found
+    words = <uint64_t *> page.data.as_ulonglongs
+    if number < NUMBERED:
+        addresses[number] = <uint64_t> words
+    return words
+
+
+cdef inline uint64_t *words_at(object pages, uint64_t number, uint64_t *addresses) except? NULL:
+    """Where the words of a page lie; NULL: it has to be loaded. `addresses` are those of the pages: PageTable has them.
+
+    They stay there until something is awaited, or done to a page by Python.
+    """
+    if number < NUMBERED and addresses[number]:
+        return <uint64_t *> addresses[number]
+    return words_of(pages, number, addresses)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -211,7 +231,8 @@ cdef class Reads:
     cdef uint8_t *state
     cdef uint64_t data_offset, lookahead
     cdef list tables
-    cdef int privates
+    cdef uint64_t *addresses[TABLES]
+    cdef int privates, count
     cdef bint trusting
 
     def __init__(self, view):
@@ -234,22 +255,25 @@ cdef class Reads:
         self.privates = <int> len(self.tables)
         if view.clean is not None:
             self.tables.append(view.clean.pages)
+        self.count = 0
+        if len(self.tables) <= TABLES:
+            for pages in self.tables:
+                self.addresses[self.count] = <uint64_t *> memory_of(pages.addresses)
+                self.count += 1
         return 0
 
     cdef int64_t one_slot(self, uint64_t block, uint32_t need) except? -3:
         """The slot in which all of these sectors lie ready, ALL_ZERO, or MIXED: somebody else has to look."""
-        cdef int k = 0, i = block & 63
-        cdef array page
+        cdef int k, i = block & 63
+        cdef uint64_t *words
         cdef uint64_t word, second
         cdef int64_t slot
-        number = block >> 6
-        for pages in self.tables:
-            found = page_at(pages.by_number, pages, number)
-            if found is None:
+        for k in range(self.count):
+            words = words_at(self.tables[k], block >> 6, self.addresses[k])
+            if words == NULL:
                 return MIXED
-            page = found
-            word = page.data.as_ulonglongs[i]
-            second = page.data.as_ulonglongs[PAGE_BLOCKS + i] if k < self.privates else 0
+            word = words[i]
+            second = words[PAGE_BLOCKS + i] if k < self.privates else 0
             if k == self.privates or word & need:
                 slot = whole_slot(word, second, need)
                 if slot >= 0:
@@ -258,7 +282,6 @@ cdef class Reads:
                     if k == self.privates:
                         self.state[slot] |= TOUCHED
                 return slot
-            k += 1
         return MIXED
 
     cdef bint sectors(self, uint64_t block, uint32_t need, const uint8_t **where) except -1:
@@ -266,19 +289,17 @@ cdef class Reads:
 
         As `read.plan.plan` has it: sectors of a block may lie in several layers, and on both sides of each.
         """
-        cdef int k = 0, i = block & 63
+        cdef int k, i = block & 63
         cdef uint32_t hit, zero, side, main, n
-        cdef array page
+        cdef uint64_t *words
         cdef uint64_t word, second
         cdef int64_t slot, other
-        number = block >> 6
-        for pages in self.tables:
-            found = page_at(pages.by_number, pages, number)
-            if found is None:
+        for k in range(self.count):
+            words = words_at(self.tables[k], block >> 6, self.addresses[k])
+            if words == NULL:
                 return False
-            page = found
-            word = page.data.as_ulonglongs[i]
-            second = page.data.as_ulonglongs[PAGE_BLOCKS + i] if k < self.privates else 0
+            word = words[i]
+            second = words[PAGE_BLOCKS + i] if k < self.privates else 0
             hit = word & need
             zero = word >> 16 & hit
             side = second & hit & ~zero
@@ -300,7 +321,6 @@ cdef class Reads:
                 hit &= hit - 1
             if not need:
                 return True
-            k += 1
         return False
 
     cdef inline const uint8_t *place(self, int64_t slot, uint32_t start) noexcept:
@@ -365,7 +385,9 @@ cdef class Writes:
     cdef uint64_t data_offset
     cdef int fd
     # of a run: what is done to its layer, and is not yet told
-    cdef object layer, pages, by_number
+    cdef object layer, pages
+    cdef uint64_t *addresses
+    cdef const uint64_t *empty_words
     cdef dict syncing, open_sectors
     cdef set dirty
     cdef uint64_t layer_id, first_key
@@ -386,6 +408,7 @@ cdef class Writes:
         self.slots = slots
         self.device = device
         self.empty = empty
+        self.empty_words = <uint64_t *> (<array> empty).data.as_ulonglongs
         self.fd = device.fd
         self.data_offset = device.data_offset
 
@@ -401,7 +424,7 @@ cdef class Writes:
         self.layer = layer
         self.layer_id = layer.id
         self.pages = layer.pages
-        self.by_number, self.dirty = self.pages.by_number, self.pages.dirty
+        self.addresses, self.dirty = <uint64_t *> memory_of(self.pages.addresses), self.pages.dirty
         self.first_key = self.pages.first_key
         self.syncing, self.open_sectors = self.intent.syncing, self.intent.open_sectors
         self.more_sectors = self.more_slots = 0
@@ -512,15 +535,10 @@ cdef class Writes:
         cdef uint32_t found[SECTORS]
         cdef Piece pieces[SECTORS]
         cdef int side, count = 0, error = 0, missing = 0, i = block & 63
-        cdef array page
-        cdef uint64_t *words
+        cdef uint64_t *words = words_at(self.pages, block >> 6, self.addresses)
         cdef PyObject *value
-        number = block >> 6
-        at_hand = page_at(self.by_number, self.pages, number)
-        if at_hand is None:
+        if words == NULL:
             return 0
-        page = at_hand
-        words = <uint64_t *> page.data.as_ulonglongs
         key = self.layer_id << 32 | block
         if self.syncing:
             value = PyDict_GetItemWithError(self.syncing, key)
@@ -577,9 +595,9 @@ cdef class Writes:
                     self.write_later(slot[side], part[side], data, first, view, within)
                 self.note(side, slot[side], part[side], block, found - first)
                 self.masks[slot[side]] |= part[side]
-        if page is self.empty:
-            page = self.pages.writable(number)
-            words = <uint64_t *> page.data.as_ulonglongs
+        if words == self.empty_words:
+            self.pages.writable(block >> 6)
+            words = words_of(self.pages, block >> 6, self.addresses)
         else:
             self.dirty.add(self.first_key | block >> 6)
         self.more_slots += (slot[0] != had[0]) + (slot[1] != had[1])

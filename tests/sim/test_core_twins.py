@@ -155,6 +155,23 @@ def test_both_do_the_same_when_the_core_writes_itself(history: list[Op]) -> None
     play(history, by_python=False)
 
 
+@pytest.mark.parametrize(
+    "between",
+    [
+        [("shed",)],
+        [("shed",), ("load",)],
+        [("shed",), ("fill", 2, 1, 3)],
+        [("zero", 0, 1)],
+        [("freeze",), ("zero", 0, 1)],
+    ],
+)
+def test_a_page_that_python_made_or_shed_is_looked_up_anew(between: list[Op]) -> None:
+    read: Op = ("read", 0, SECTOR)
+    history = [("fill", 0, 2, 1), ("commit",), ("writes", [(8, 1, 1)], -1), read, *between, read]
+    play(history, by_python=False)
+    play([("load",), read, *history], by_python=False)  # looked up when it held nothing
+
+
 @pytest.mark.parametrize("bug", ["wrong side", "stale ready", "check skipped"])
 def test_a_bug_in_the_core_is_found(bug: str) -> None:
     if not forebay_fast.core.has_plants:

@@ -19,7 +19,7 @@ from forebay_cache.blocks import private
 from forebay_cache.blocks.fast import write_run_of
 from forebay_cache.blocks.store import store
 from forebay_cache.device.pace import SLOW_SECONDS
-from forebay_cache.format.geometry import BLOCK, SECTOR
+from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR
 from forebay_cache.format.records import LayerName
 
 SIZE = 4 << 20  # of the device, which has 44 slots then
@@ -156,6 +156,17 @@ class Side:
     def do_look_beyond(self, offset: int) -> None:
         self.view.lookahead = offset
 
+    def stale(self) -> bool:
+        """True if the core takes a page to lie where it does not."""
+        for pages in (layer.pages for layer in [*self.view.private, self.clean]):
+            held = {n: page.buffer_info()[0] for n, page in pages.by_number.items()}
+            known = {
+                n: at for n, at in enumerate(pages.addresses[: BLOCKS // PAGE_BLOCKS + 1]) if at
+            }
+            if not known.items() <= held.items():
+                return True
+        return False
+
     # -- what is compared -----------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, object]:
@@ -203,4 +214,5 @@ def serving(*, core: bool) -> Iterator[None]:
 def unlike(one: Side, other: Side) -> list[str]:
     """What of both is not the same."""
     first, second = one.state(), other.state()
-    return [name for name in first if first[name] != second[name]]
+    found = [name for name in first if first[name] != second[name]]
+    return [*found, "addresses"] if one.stale() or other.stale() else found

@@ -10,9 +10,10 @@ is loaded and has nothing. There is no other way to say that something is not th
 
 from __future__ import annotations
 
+import mmap
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import Protocol, TypeAlias
 
@@ -29,6 +30,10 @@ Page: TypeAlias = "array[int]"
 EMPTY: Page = array("Q", bytes(16 * PAGE_BLOCKS))
 """Stands for every page that has nothing: each lookup in it is a miss. It is never written to."""
 
+
+NUMBERED = 1 << 17
+"""The compiled core finds pages with a lower number, those of the first 512 GiB of an image, in a flat table."""
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 _LISTED_AT_ONCE = 1024
 """Pages that are read from the index in one go to find out which there are."""
@@ -66,6 +71,7 @@ class PageTable:
         "_layer",
         "_loading",
         "_words",
+        "addresses",
         "by_number",
         "dirty",
         "first_key",
@@ -88,12 +94,23 @@ class PageTable:
             self.by_number.__getitem__ if complete else self.by_number.get
         )
         """``look(number)``: the page, or None where it is not loaded."""
+        self.addresses = memoryview(mmap.mmap(-1, 8 * NUMBERED, flags=_FLAGS)).cast("Q")
+        """By number, below NUMBERED: where the words of the page in ``by_number`` lie in memory; 0: look there.
+
+        The core fills it in. It stays where it is, and takes memory only for what is used.
+        """
 
     def __contains__(self, number: int) -> bool:
         return self.look(number) is not None
 
     def __len__(self) -> int:
         return len(self.by_number)
+
+    def _has_changed(self, numbers: Iterable[int]) -> None:
+        """Other pages than before have these numbers in ``by_number``, or none."""
+        for number in numbers:
+            if number < NUMBERED:
+                self.addresses[number] = 0
 
     def held(self) -> Iterator[tuple[int, Page]]:
         """(number, page) of the loaded pages that are not EMPTY. No page may be loaded or made in between."""
@@ -222,6 +239,7 @@ class PageTable:
         page = self.by_number[number]
         if page is EMPTY:
             page = self.by_number[number] = array("Q", bytes(8 * self._words))
+            self._has_changed([number])
         self.dirty.add(self.first_key | number)
         return page
 
@@ -236,9 +254,11 @@ class PageTable:
         numbers = list(islice((n for n in self.by_number if first | n not in dirty), most))
         for number in numbers:
             del self.by_number[number]
+        self._has_changed(numbers)
         return len(numbers)
 
-    def forget(self, numbers: Iterable[int]) -> None:
+    def forget(self, numbers: Collection[int]) -> None:
         """Forget pages of a dead layer that have nothing any more, in the index neither."""
         for number in numbers:
             self.by_number.pop(number, None)
+        self._has_changed(numbers)
