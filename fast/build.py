@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""Compiles forebay_fast/core.pyx, in place.
+"""Compiles forebay_fast/core.pyx, with door.pxi in it, in place.
 
     fast/build.py [--c-only] [--plants]
 
@@ -20,7 +20,8 @@ import sysconfig
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent / "forebay_fast"
-SOURCES = ("core.pyx", "sector.h")
+CODE = ("core.pyx", "door.pxi")
+SOURCES = (*CODE, "sector.h")
 GENERATED = PACKAGE / "core.c"
 LIBRARY = PACKAGE / f"core{sysconfig.get_config_var('EXT_SUFFIX')}"
 FLAGS = "-O3 -g1 -shared -fPIC -Wall -Wextra -Wno-unused-parameter -Wno-unused-function"
@@ -32,14 +33,14 @@ class CannotCompileError(Exception):
 
 def generate() -> Path:
     """core.c, made anew unless it is of this core.pyx. Raises CannotCompileError."""
-    source = PACKAGE / "core.pyx"
-    if not _is_of(GENERATED, _digest(source)):
+    digest = _digest(*(PACKAGE / name for name in CODE))
+    if not _is_of(GENERATED, digest):
         try:
             from Cython.Compiler.Main import compile_single  # noqa: F401, PLC0415
         except ImportError:
             raise CannotCompileError("Cython is not there") from None
-        _run([sys.executable, "-m", "cython", "-3", str(source), "-o", str(GENERATED)])
-        _note(GENERATED, _digest(source))
+        _run([sys.executable, "-m", "cython", "-3", str(PACKAGE / CODE[0]), "-o", str(GENERATED)])
+        _note(GENERATED, digest)
     return GENERATED
 
 

@@ -28,7 +28,19 @@ ROOTS = (
     "bench", "cache", "config", "docs", "fast", "gateway", "nbd", "systemd", "tests", "tools",
 )  # fmt: skip
 
-HASH = {".py", ".pyi", ".pyx", ".sh", ".toml", ".yml", ".service", ".target", ".conf", ".rules"}
+HASH = {
+    ".py",
+    ".pyi",
+    ".pyx",
+    ".pxi",
+    ".sh",
+    ".toml",
+    ".yml",
+    ".service",
+    ".target",
+    ".conf",
+    ".rules",
+}
 """Endings of files in which a comment begins with a hash."""
 
 HASH_NAMES = {

@@ -11,6 +11,7 @@ given up for system calls and hashing only, and no other thread touches what is 
 
 import os
 
+cimport cython
 from cpython.array cimport array
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytearray cimport PyByteArray_AS_STRING
@@ -45,7 +46,7 @@ cdef extern from "<sys/epoll.h>" nogil:
     int epoll_create1(int flags)
     int epoll_ctl(int epoll, int what, int fd, epoll_event *event)
     int epoll_wait(int epoll, epoll_event *events, int most, int milliseconds)
-    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, EPOLLONESHOT
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT, EPOLLONESHOT
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
@@ -712,7 +713,47 @@ cdef inline Request request_at(const uint8_t *at) noexcept nogil:
     return request
 
 
-cdef class Turn:
+cdef class Wait
+
+
+cdef class Rest:
+    """What `Wait` serves while the loop waits: a descriptor, and `run`, called when something comes there."""
+
+    cdef int sock
+    cdef uint32_t events, watched  # of epoll: looked for, and as the epoll object has them
+    cdef Wait wait                 # None: not at rest
+    cdef object woken
+    cdef double asleep, longest_poll
+    cdef bint soon
+    cdef int polls_lost, waits_without
+    # the FLUSH that was begun
+    cdef object flushing           # as the export gave it; None if there is none
+    cdef double flush_began
+    cdef bint flush_is_new         # to `Wait`
+
+    def __cinit__(self):
+        self.events = EPOLLIN
+
+    cdef int look_for(self, uint32_t events) except -1:
+        """Have `run` called at these events of epoll from now on."""
+        self.events = events
+        if self.wait is not None:
+            self.wait.look(self, events)
+        return 0
+
+    cpdef int run(self, double turn_ends) except -1:
+        """Do what can be done until `turn_ends`. WAIT: nothing is left; YIELD: some is; else Python has to go on."""
+        raise NotImplementedError
+
+    cdef bint polls(self) noexcept:
+        """True if it pays to look for the next request before sleeping: as `server.polling.Polling.pays`."""
+        if self.waits_without:
+            self.waits_without -= 1
+            return False
+        return self.soon and self.longest_poll > 0
+
+
+cdef class Turn(Rest):
     """Receives and answers the plain requests of one connection: READs, WRITEs and FLUSHes without flags.
 
     What `forebay_nbd.server.batch.Batch` does with them, with `RequestReader` and `Outbox`. The export is asked as it
@@ -725,7 +766,6 @@ cdef class Turn:
 
     cdef object reader, export, out, view, read_now, refusal
     cdef Reads reads
-    cdef int sock
     cdef bint structured, read_only, looked, has_written, waits_early, answers_early
     cdef uint64_t size
     cdef uint8_t *received
@@ -741,17 +781,8 @@ cdef class Turn:
     cdef uint8_t heads[HEADS]
     cdef size_t heads_used
     cdef uint64_t hits, hit_bytes
-    # the FLUSH that was begun
     cdef public bint may_flush
-    cdef object flushing     # as the export gave it; None if there is none
     cdef uint64_t flush_cookie
-    cdef double flush_began
-    cdef bint flush_is_new   # to `Wait`
-    # of `Wait`
-    cdef object woken
-    cdef double asleep, longest_poll
-    cdef bint soon
-    cdef int polls_lost, waits_without
 
     def __init__(self, reader, export, out, int sock, limits, *, bint structured, refusal):
         self.reader, self.out, self.sock, self.structured = reader, out, sock, structured
@@ -789,13 +820,6 @@ cdef class Turn:
             return request.length <= MAX_PAYLOAD
         return request.head == PLAIN_WRITE and request.length <= self.in_place and not self.read_only
 
-    cdef bint polls(self) noexcept:
-        """True if it pays to look for the next request before sleeping: as `server.polling.Polling.pays`."""
-        if self.waits_without:
-            self.waits_without -= 1
-            return False
-        return self.soon and self.longest_poll > 0
-
     def poll(self, double seconds):
         """Receive what comes within so many seconds, giving the processor away meanwhile. False if nothing does."""
         cdef double limit = seconds_now() + seconds
@@ -813,7 +837,7 @@ cdef class Turn:
         self.reader.start, self.reader.end = self.start, self.end
         return got > 0
 
-    def run(self, double turn_ends):
+    cpdef int run(self, double turn_ends) except -1:
         """Answer what was received, then what comes without waiting, until `turn_ends` (CLOCK_MONOTONIC, seconds).
 
         Returns WAIT: nothing is left to answer, and the socket is empty. YIELD: the time is over. OTHER: Python has to
@@ -1173,24 +1197,32 @@ cdef class Wait:
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
         if self.epoll < 0:
             PyErr_SetFromErrno(OSError)
-        self.watch(self.loops_fd)
+        self.watch(self.loops_fd, EPOLLIN, EPOLL_CTL_ADD)
 
     def __dealloc__(self):
         if self.epoll >= 0:
             close(self.epoll)
 
-    cdef int watch(self, int fd) except -1:
+    cdef int watch(self, int fd, uint32_t events, int how) except -1:
         cdef epoll_event event
         memset(&event, 0, sizeof(event))
-        event.events, event.data.fd = EPOLLIN, fd
-        if epoll_ctl(self.epoll, EPOLL_CTL_ADD, fd, &event) < 0:
+        event.events, event.data.fd = events, fd
+        if epoll_ctl(self.epoll, how, fd, &event) < 0:
             PyErr_SetFromErrno(OSError)
         return 0
 
-    def add(self, Turn turn, woken):
-        """Serve this connection from now on. `woken` is called once, with a status of `run` or an exception."""
-        self.watch(turn.sock)
-        turn.woken, turn.asleep = woken, seconds_now()
+    cdef int look(self, Rest turn, uint32_t events) except -1:
+        """Look for these events from now on, and no others."""
+        if events != turn.watched:
+            turn.watched = events
+            self.watch(turn.sock, events, EPOLL_CTL_MOD)
+        return 0
+
+    def add(self, Rest turn, woken):
+        """Serve it from now on. `woken` is called once, with a status of `run` or an exception."""
+        turn.watched = turn.events
+        self.watch(turn.sock, turn.events, EPOLL_CTL_ADD)
+        turn.woken, turn.asleep, turn.wait = woken, seconds_now(), self
         self.turns[turn.sock] = turn
         try:
             self.follow_flush(turn)
@@ -1198,8 +1230,9 @@ cdef class Wait:
             self.remove(turn)
             raise
 
-    def remove(self, Turn turn):
+    def remove(self, Rest turn):
         """Do not serve it any more; `woken` is not called."""
+        turn.wait = None
         if self.turns.pop(turn.sock, None) is not None:
             epoll_ctl(self.epoll, EPOLL_CTL_DEL, turn.sock, NULL)  # fails where the socket is closed: it is out then
         if turn in self.again:
@@ -1207,7 +1240,7 @@ cdef class Wait:
         if turn in self.flushing:
             self.flushing.remove(turn)
 
-    cdef int follow_flush(self, Turn turn) except -1:
+    cdef int follow_flush(self, Rest turn) except -1:
         """Look on while a flush of a connection at rest is under way."""
         cdef epoll_event event
         if turn.flushing is None:
@@ -1229,7 +1262,7 @@ cdef class Wait:
     cdef int see_flushes(self, list again, bint all_of_them) except -1:
         """Have connections served whose flush has ended, as far as anybody has seen, or takes long; or all with one."""
         cdef double now = seconds_now()
-        cdef Turn turn
+        cdef Rest turn
         for one in self.flushing:
             turn = one
             if turn not in again and (
@@ -1264,7 +1297,7 @@ cdef class Wait:
         cdef int n, k, ready, milliseconds
         cdef epoll_event events[EVENTS]
         cdef bint asks = False, flushed
-        cdef Turn turn, last = None
+        cdef Rest turn, last = None
         if not self.turns:
             return self.loops.poll(timeout, most)
         now = seconds_now()
@@ -1317,7 +1350,7 @@ cdef class Wait:
             return 0
         return 3600000 if seconds > 3600 else <int> (seconds * 1000 + 0.999)
 
-    cdef int polled(self, Turn turn, epoll_event *events) noexcept nogil:
+    cdef int polled(self, Rest turn, epoll_event *events) noexcept nogil:
         """Look again and again for a while, giving the processor away: what epoll_wait returned, -2 for nothing."""
         cdef double limit = seconds_now() + turn.longest_poll
         cdef int n
@@ -1333,7 +1366,7 @@ cdef class Wait:
                 turn.polls_lost = 0
                 return n
 
-    cdef bint serve(self, Turn turn, bint alone) except -1:
+    cdef bint serve(self, Rest turn, bint alone) except -1:
         """Give a connection its turn. True if Python has to go on with it: it is not at rest any more."""
         cdef double now = seconds_now()
         turn.soon = now - turn.asleep < 4 * turn.longest_poll
@@ -1353,3 +1386,6 @@ cdef class Wait:
         woken, turn.woken = turn.woken, None
         woken(told)
         return True
+
+
+include "door.pxi"

@@ -51,8 +51,8 @@ def _put_in_place() -> "core.Wait | None":
     return wait
 
 
-async def rest(wait: "core.Wait", turn: "core.Turn") -> int:
-    """Have the connection served until Python has to look at something: a status of `Turn.run`, not WAIT.
+async def rest(wait: "core.Wait", turn: "core.Rest") -> int:
+    """Have it served until Python has to look at something: a status of its `run`, not WAIT or YIELD.
 
     Raises what an export raised. Cancelled, it leaves what was received to whoever goes on.
     """

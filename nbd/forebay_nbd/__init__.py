@@ -4,6 +4,8 @@
 """NBD for Forebay: the protocol without I/O for both roles, a server and a client for trio."""
 
 from forebay_nbd.client.client import Client
+from forebay_nbd.client.connecting import open_export
+from forebay_nbd.client.negotiation import Negotiated
 from forebay_nbd.protocol.session import Session
 from forebay_nbd.protocol.wire import Buffer, ProtocolError, RequestError
 from forebay_nbd.server.budget import Budget, Budgets
@@ -22,10 +24,12 @@ __all__ = [
     "Connection",
     "Export",
     "Limits",
+    "Negotiated",
     "Phase",
     "Process",
     "ProtocolError",
     "RequestError",
     "Server",
     "Session",
+    "open_export",
 ]

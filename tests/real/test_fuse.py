@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+import forebay_fast
 from real.fuse_mount import FuseMount, need_fuse
 from real.gateway_process import GatewayProcess
 from real.processes import end, need
@@ -125,6 +126,77 @@ def test_times_stand_still_until_something_is_written(
         os.fsync(file.fileno())
     time.sleep(1.1)
     assert mount.disk("d").stat().st_mtime_ns > before
+
+
+def test_attributes_of_an_open_file_are_those_of_one_that_is_not(
+    gateway: GatewayProcess, mount: FuseMount, content: bytes
+) -> None:
+    """While it is open the core tells them; after a flush the new time."""
+    gateway.attach("d", "a.raw", mode="write-back")
+    before = mount.disk("d").stat()
+    with mount.disk("d").open("rb+", buffering=0) as file:
+        time.sleep(1.1)  # as long as the kernel believes what it was told
+        found = os.fstat(file.fileno())
+        assert found == before
+        assert (found.st_blocks, found.st_blksize) == (before.st_blocks, before.st_blksize)
+        file.write(b"x" * 4096)
+        os.fsync(file.fileno())
+        time.sleep(1.1)
+        assert os.fstat(file.fileno()).st_mtime_ns > before.st_mtime_ns
+    after = mount.disk("d").stat()
+    assert abs(after.st_mtime_ns - time.time_ns()) < 60e9
+
+
+@pytest.mark.parametrize(("core", "server"), [("1", "the core"), ("0", "Python")])
+def test_the_log_says_who_serves(
+    make_mount: MakeMount, monkeypatch: pytest.MonkeyPatch, core: str, server: str
+) -> None:
+    if forebay_fast.missing:
+        pytest.skip("no core: make setup")
+    monkeypatch.setenv("FOREBAY_CORE", core)
+    assert f"mounted, served by {server}" in make_mount().log_text()
+
+
+READER = """
+import os, sys, time
+fd = os.open(sys.argv[1], os.O_RDONLY)
+print("open", flush=True)
+while True:
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.pread(fd, 65536, 0)
+    except OSError as fault:
+        sys.exit(fault.errno)
+"""
+
+
+def test_it_unmounts_while_requests_are_in_flight(
+    gateway: GatewayProcess, make_mount: MakeMount, content: bytes
+) -> None:
+    """The daemon hangs: readers get an error, and SIGTERM is obeyed."""
+    if not forebay_fast.serves():
+        pytest.skip("Python waits for the daemon, as long as --patience says")
+    gateway.attach("d", "a.raw", mode="write-back")
+    mount = make_mount()
+    command = [sys.executable, "-c", READER, str(mount.disk("d"))]
+    readers = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
+    try:
+        for reader in readers:
+            assert reader.stdout is not None
+            assert reader.stdout.readline() == b"open\n"
+        os.kill(gateway.pid, signal.SIGSTOP)
+        try:
+            assert mount.stop() == 0
+        finally:
+            os.kill(gateway.pid, signal.SIGCONT)
+        gone = {errno.ENOTCONN, errno.ECONNABORTED, errno.EIO}
+        assert {reader.wait(20) for reader in readers} <= gone
+        assert not mount.mounted
+    finally:
+        for reader in readers:
+            end(reader, signal.SIGKILL)
+            assert reader.stdout is not None
+            reader.stdout.close()
 
 
 def test_what_would_change_a_file_is_refused_as_libvirt_tolerates_it(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from forebay_nbd.client.connecting import Address, connect, do_handshake, with_address
+from forebay_nbd.client.connecting import Address, name_of, open_export
 from forebay_nbd.client.negotiation import Negotiated
 from forebay_nbd.protocol import events as ev
 from forebay_nbd.protocol.replies import ReplyReader
@@ -65,7 +65,7 @@ class Client:
         """Called by connect(). `sock` has just entered transmission; `name` is the address, for the texts of errors."""
         self.negotiated = negotiated
         self.size = negotiated.size
-        self.read_only = bool(negotiated.flags & Flag.READ_ONLY)
+        self.read_only = negotiated.read_only
         self.name = name
         self._sock = sock
         self._reader = ReplyReader(negotiated.structured)
@@ -95,28 +95,8 @@ class Client:
         `timeout` seconds each. Raises OSError whose text begins with the address and says what is wrong: ENOENT for an
         unknown export, TimeoutError, ConnectionError, or what connect(2) said. If cancelled, the socket is closed.
         """
-        name = address if isinstance(address, str) else "{}:{}".format(*address)
-        try:
-            with trio.fail_after(timeout):
-                sock = await connect(address)
-        except trio.TooSlowError:
-            raise TimeoutError(errno.ETIMEDOUT, f"{name}: no answer in {timeout:g} s") from None
-        except OSError as exc:
-            raise with_address(exc, name) from exc
-        try:
-            with trio.fail_after(timeout):
-                negotiated, early = await do_handshake(sock, export, contexts)
-        except BaseException as exc:
-            trio.lowlevel.notify_closing(sock)
-            sock.close()
-            if isinstance(exc, trio.TooSlowError):
-                raise TimeoutError(errno.ETIMEDOUT, f"{name}: no answer in {timeout:g} s") from None
-            if isinstance(exc, ProtocolError):
-                raise ConnectionError(errno.EPROTO, f"{name}: {exc}") from exc
-            if isinstance(exc, OSError):
-                raise with_address(exc, name) from exc
-            raise
-        client = cls(sock, negotiated, name)
+        sock, negotiated, early = await open_export(address, export, contexts, timeout=timeout)
+        client = cls(sock, negotiated, name_of(address))
         client._reader.feed(early)
         nursery.start_soon(client._receive)
         return client

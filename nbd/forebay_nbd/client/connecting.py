@@ -23,6 +23,48 @@ MAX_REPLIES = 100
 """Replies to one option that are accepted: real servers send about five. A server may send them without end."""
 
 
+def name_of(address: Address) -> str:
+    """An address as texts of errors begin with it."""
+    return address if isinstance(address, str) else "{}:{}".format(*address)
+
+
+async def open_export(
+    address: Address,
+    export: str,
+    contexts: tuple[str, ...] = (),
+    *,
+    timeout: float,
+    structured: bool = True,
+) -> tuple[socket.socket, Negotiated, bytes]:
+    """Connects to an export: a socket in transmission, what was agreed on, and bytes that came already.
+
+    Connecting and the handshake may take `timeout` seconds each. Without `structured`, no structured replies are asked
+    for. Raises OSError as `Client.connect` does. If cancelled, the socket is closed.
+    """
+    name = name_of(address)
+    try:
+        with trio.fail_after(timeout):
+            sock = await connect(address)
+    except trio.TooSlowError:
+        raise TimeoutError(errno.ETIMEDOUT, f"{name}: no answer in {timeout:g} s") from None
+    except OSError as exc:
+        raise with_address(exc, name) from exc
+    try:
+        with trio.fail_after(timeout):
+            negotiated, early = await do_handshake(sock, export, contexts, structured=structured)
+    except BaseException as exc:
+        trio.lowlevel.notify_closing(sock)
+        sock.close()
+        if isinstance(exc, trio.TooSlowError):
+            raise TimeoutError(errno.ETIMEDOUT, f"{name}: no answer in {timeout:g} s") from None
+        if isinstance(exc, ProtocolError):
+            raise ConnectionError(errno.EPROTO, f"{name}: {exc}") from exc
+        if isinstance(exc, OSError):
+            raise with_address(exc, name) from exc
+        raise
+    return sock, negotiated, early
+
+
 async def connect(address: Address) -> socket.socket:
     """A connected, non-blocking socket with the options that suit it. Raises OSError."""
     if isinstance(address, str):
@@ -45,7 +87,7 @@ async def connect(address: Address) -> socket.socket:
 
 
 async def do_handshake(
-    sock: socket.socket, export: str, contexts: tuple[str, ...]
+    sock: socket.socket, export: str, contexts: tuple[str, ...], *, structured: bool = True
 ) -> tuple[Negotiated, bytes]:
     """Asks the server for an export; transmission has begun when this returns.
 
@@ -57,7 +99,7 @@ async def do_handshake(
     greeting = await _receive(sock, handshake)
     if not isinstance(greeting, ev.Greeting):
         raise ProtocolError("no greeting")
-    negotiation = negotiate(greeting, export, contexts)
+    negotiation = negotiate(greeting, export, contexts, structured=structured)
     message = next(negotiation)
     while True:
         await _send(sock, handshake.send(message))

@@ -41,11 +41,16 @@ class Negotiated:
     preferred_block: int = 4096
     maximum_payload: int = MAX_PAYLOAD
 
+    @property
+    def read_only(self) -> bool:
+        """True if the server takes no writes."""
+        return bool(self.flags & Flag.READ_ONLY)
+
 
 def negotiate(
-    greeting: ev.Greeting, export: str, contexts: tuple[str, ...]
+    greeting: ev.Greeting, export: str, contexts: tuple[str, ...], *, structured: bool = True
 ) -> Generator[ClientMessage, Replies, Negotiated]:
-    """Asks for an export with structured replies, block sizes and the metadata contexts `contexts`.
+    """Asks for an export with block sizes, and if `structured` with structured replies and the contexts `contexts`.
 
     The generator yields each message to be sent, is sent the replies to it, and returns what was agreed on. Structured
     replies, contexts and block sizes are used if the server has them, and done without if it has not.
@@ -57,7 +62,7 @@ def negotiate(
     yield ev.ClientFlags(both)
     if not both & HandshakeFlag.FIXED_NEWSTYLE:
         return (yield from _use_export_name(export, False, {}))
-    structured = _is_accepted((yield ev.StructuredReplies()))
+    structured = structured and _is_accepted((yield ev.StructuredReplies()))
     selected: dict[int, str] = {}
     if structured and contexts:
         replies = yield ev.SetContexts(export, contexts)

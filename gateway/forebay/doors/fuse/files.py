@@ -11,13 +11,19 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import pyfuse3
 
 from forebay.doors.fuse.daemon import Daemon
+from forebay.doors.fuse.link import Link
 from forebay.doors.fuse.open_files import OpenFile, OpenFiles
 from forebay.doors.fuse.places import DISKS, Found, Path, Place
+
+if TYPE_CHECKING:
+    from forebay.doors.fuse.core_door import CoreDoor
 
 log = logging.getLogger("forebay.fuse")
 
@@ -118,8 +124,16 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
     # a write that was acknowledged has to be with the daemon, not in the kernel's memory
     enable_writeback_cache = False
 
-    def __init__(self, places: Mapping[str, Place], files: OpenFiles, daemon: Daemon) -> None:
+    def __init__(
+        self,
+        places: Mapping[str, Place],
+        files: OpenFiles,
+        daemon: Daemon,
+        door: "CoreDoor | None" = None,
+    ) -> None:
+        """With a `door`, reads, writes and flushes of open files do not come here: it answers them."""
         super().__init__()
+        self._door = door
         self._places = places
         self._files = files
         self._daemon = daemon
@@ -265,6 +279,10 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS))
             number = next(self._numbers)
             self._handles[number] = Handle(file, writable)
+            if self._door is not None:
+                touched = partial(self._touched, inode, file)
+                self._door.opened(number, file, writable, touched)
+                self._tell(inode, file)
             settled = file.attached is not None
             return pyfuse3.FileInfo(fh=number, keep_cache=settled, direct_io=file.live)
 
@@ -272,13 +290,13 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
         """Up to `size` bytes from offset `off` on; fewer only at the end."""
         with answered():
             file = self._handles[fh].file
-            length = min(size, file.found.size - off)
-            if length <= 0 or file.link is None:
+            length, link = min(size, file.found.size - off), _link_of(file)
+            if length <= 0 or link is None:
                 return b""
             if not LEAST_KEPT <= length <= BUFFER:
-                return await file.link.pread(off, length)
+                return await link.pread(off, length)
             buffer = self._buffers.pop() if self._buffers else memoryview(bytearray(BUFFER))
-            await file.link.pread_into(off, buffer[:length])
+            await link.pread_into(off, buffer[:length])
             # nobody else takes it too early: pyfuse3 answers the kernel before another task runs
             if len(self._buffers) < MOST_KEPT:
                 self._buffers.append(buffer)
@@ -288,7 +306,7 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
         """Write what fits before the end; ENOSPC behind it, as a block device answers."""
         with answered():
             handle = self._handles[fh]
-            link, size = handle.file.link, handle.file.found.size
+            link, size = _link_of(handle.file), handle.file.found.size
             if off >= size or link is None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if off + len(buf) > size:
@@ -304,10 +322,10 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
         """Have what was written survive a power cut: NBD FLUSH."""
         with answered():
             handle = self._handles[fh]
-            if handle.writable and handle.file.link is not None:
+            if handle.writable and (link := _link_of(handle.file)) is not None:
                 handle.unflushed = False
                 try:
-                    await handle.file.link.flush()
+                    await link.flush()
                 except OSError:
                     handle.unflushed = True
                     raise
@@ -321,9 +339,25 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
     async def release(self, fh: int) -> None:
         """After the last close of a handle. Nobody can be told of failures any more."""
         handle = self._handles.pop(fh)
+        if self._door is not None:
+            handle.unflushed = self._door.closed(fh)
         if handle.unflushed:
             self._files.touched(handle.file)
         await self._files.close(handle.file)
+        if self._door is not None and self._files.get(handle.file.path) is None:
+            self._door.forget(self._nodes.number(handle.file.path))
+
+    # what a door that answers requests itself has to know
+
+    def _tell(self, inode: int, file: OpenFile) -> None:
+        """Have the door know the attributes of an open file."""
+        assert self._door is not None
+        self._door.tell(inode, self._attributes(file.path, file.found))
+
+    def _touched(self, inode: int, file: OpenFile) -> None:
+        """Called by the door when what was written has reached the daemon."""
+        self._files.touched(file)
+        self._tell(inode, file)
 
     # ---------------------------------------------------------------------------------------- names are not made here
 
@@ -332,6 +366,12 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
         raise pyfuse3.FUSEError(errno.EROFS)
 
     mknod = mkdir = symlink = link = unlink = rmdir = rename = create
+
+
+def _link_of(file: OpenFile) -> Link | None:
+    """Its connection; None for an empty file. For files whose requests come here."""
+    assert file.link is None or isinstance(file.link, Link)
+    return file.link
 
 
 def _zeros(data: bytes) -> bool:

@@ -18,12 +18,15 @@ import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
+import forebay_fast
 from forebay.config.model import Config, FuseSection
 from forebay.doors.fuse.awake import kept_awake
 from forebay.doors.fuse.daemon import Daemon
+from forebay.doors.fuse.link import Link
 from forebay.doors.fuse.open_files import OpenFiles
 from forebay.doors.fuse.places import DISKS, IMAGES, DisksPlace, ImagesPlace, Place, Shown
 from forebay.doors.fuse.rights import Keeper, drop, may_mount
@@ -35,11 +38,14 @@ try:
     import pyfuse3
 
     from forebay.doors.fuse.files import Files
-    from forebay.doors.fuse.turns import Turns
+    from forebay.doors.fuse.turns import Turns, can_install
 except ImportError as missing:
     raise ForebayError(
         f"FUSE is not available ({missing}): install python3-pyfuse3 and fuse3"
     ) from None
+
+if TYPE_CHECKING:
+    from forebay.doors.fuse.core_door import CoreDoor
 
 log = logging.getLogger("forebay.fuse")
 
@@ -112,32 +118,44 @@ async def _main(
     places: dict[str, Place] = {DISKS: DisksPlace(daemon, started), IMAGES: images}
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
-            files = OpenFiles(
-                daemon,
-                images,
-                _keys(config),
-                nursery,
-                wait=settings.wait,
-                patience=settings.patience,
-            )
-            Turns.install()
-            _mount(Files(places, files, daemon), where, options)
+            door = _core_door(nursery) if config.gateway.core else None
+            make_link = door.link if door is not None else partial(Link, nursery)
+            make_link = partial(make_link, wait=settings.wait, patience=settings.patience)
+            files = OpenFiles(daemon, images, _keys(config), nursery, make_link=make_link)
+            Turns.install(door)
+            _mount(Files(places, files, daemon, door), where, options)
             if keeper is not None:
                 drop(config.gateway.run)
             nursery.start_soon(files.tidy)
-            nursery.start_soon(_ready, where, keeper)
+            nursery.start_soon(_ready, where, keeper, "Python" if door is None else "the core")
             nursery.start_soon(_unmount_on, signals, where, keeper)
             nursery.start_soon(keep_alive)
             try:
-                async with kept_awake():
+                # the core does not block in its reads
+                async with kept_awake() if door is None else contextlib.nullcontext():
                     await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=TASKS)
             finally:
                 notify("STOPPING=1")
+                if door is not None:
+                    await door.close()
                 pyfuse3.close(unmount=True)
                 with trio.CancelScope(shield=True):
                     await files.shut()
                 nursery.cancel_scope.cancel()
     log.info("%s: unmounted", where)
+
+
+def _core_door(nursery: trio.Nursery) -> "CoreDoor | None":
+    """What serves with the compiled core; None where Python does, and the log says why."""
+    if not forebay_fast.serves():
+        if forebay_fast.missing:
+            log.info("without the compiled core, which is slower: %s", forebay_fast.missing)
+        return None
+    from forebay.doors.fuse.core_door import CoreDoor  # noqa: PLC0415  (it wants a core)
+    from forebay_fast.loop import wait_of_loop  # noqa: PLC0415
+
+    wait = wait_of_loop()
+    return CoreDoor(nursery, wait) if wait is not None and can_install() else None
 
 
 def _shown(section: FuseSection) -> Shown:
@@ -200,13 +218,13 @@ def _mount(files: "Files", where: Path, options: set[str]) -> None:
         raise ForebayError(f"{where} cannot be mounted: {hint}") from None
 
 
-async def _ready(where: Path, keeper: Keeper | None) -> None:
+async def _ready(where: Path, keeper: Keeper | None, server: str) -> None:
     """Tell the service manager once the mount answers; then let the kernel ask for more at once."""
     if keeper is not None:
         await trio.to_thread.run_sync(keeper.wait_mounted, abandon_on_cancel=True)
     else:
         await trio.to_thread.run_sync(os.stat, where, abandon_on_cancel=True)
-    log.info("%s: mounted", where)
+    log.info("%s: mounted, served by %s", where, server)
     notify("READY=1")
     gc.freeze()  # what is there now stays: requests do not wait for a look through it
 

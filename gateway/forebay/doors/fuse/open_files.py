@@ -10,13 +10,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import trio
 
 from forebay.doors.fuse.daemon import Daemon, Refused, Served, disk_for
-from forebay.doors.fuse.link import Check, Link
+from forebay.doors.fuse.link import Check, Connected, Lasting
 from forebay.doors.fuse.places import DISKS, Found, Path, Place, found_disk
-from forebay_nbd import Client
 
 log = logging.getLogger("forebay.fuse")
 
@@ -30,6 +30,9 @@ ATTEMPTS = 3
 SHUT_SECONDS = 5.0
 """How long the end of the mount waits for the daemon to let go of the images."""
 
+AnyLink = Lasting[Any]
+MakeLink = Callable[[str, str], AnyLink]
+
 
 @dataclass(eq=False)
 class OpenFile:
@@ -41,7 +44,7 @@ class OpenFile:
 
     path: Path
     found: Found
-    link: Link | None
+    link: AnyLink | None
     live: bool = False
     attached: str | None = None
     users: int = 0
@@ -57,18 +60,17 @@ class OpenFiles:
         key_of: Callable[[str], str | None],
         nursery: trio.Nursery,
         *,
-        wait: float,
-        patience: float,
+        make_link: MakeLink,
     ) -> None:
         """`key_of` returns the key of the image that a disk was attached from, None if it has none here.
 
-        `nursery` is for the connections, whose `wait` and `patience` are as `Link` has them.
+        `nursery` is for tasks that let images go; `make_link` makes connections: (path of the socket, export).
         """
         self._daemon = daemon
         self._images = images
         self._key_of = key_of
         self._nursery = nursery
-        self._wait, self._patience = wait, patience
+        self._make_link = make_link
         self._files: dict[Path, OpenFile] = {}
         self._locks: defaultdict[Path, trio.Lock] = defaultdict(trio.Lock)
         self._kept: dict[Path, str] = {}
@@ -176,16 +178,16 @@ class OpenFiles:
             None,
         )
 
-    async def _linked(self, disk: Served) -> Link:
+    async def _linked(self, disk: Served) -> AnyLink:
         """A connection to a disk. Raises OSError."""
-        link = Link(self._nursery, disk.socket, disk.name, wait=self._wait, patience=self._patience)
+        link = self._make_link(disk.socket, disk.name)
         await link.open(self._same(disk))
         return link
 
     def _same(self, opened: Served) -> Check:
         """Checks after a reconnection that the name still stands for the disk that was opened."""
 
-        async def check(_client: Client) -> str | None:
+        async def check(_client: Connected) -> str | None:
             now = (await self._daemon.disks(fresh=True)).get(opened.name)
             if now is None or (now.image, now.overlay) == (opened.image, opened.overlay):
                 return None

@@ -28,6 +28,11 @@ class _NoLock:
         pass
 
 
+def can_install() -> bool:
+    """True if this version of pyfuse3 takes trio from a variable."""
+    return hasattr(pyfuse3, "trio")
+
+
 class Turns:
     """What pyfuse3 sees as trio, and as trio.lowlevel. There is one for a mount, installed before pyfuse3.main()."""
 
@@ -47,10 +52,10 @@ class Turns:
         self._closing = False
 
     @classmethod
-    def install(cls) -> None:
-        """Have pyfuse3 wait with one of these, if it is a version that takes trio from a variable."""
-        if hasattr(pyfuse3, "trio"):
-            pyfuse3.trio = cls()
+    def install(cls, turns: "Turns | None" = None) -> None:
+        """Have pyfuse3 wait with `turns`, or a new one, if it is a version that takes trio from a variable."""
+        if can_install():
+            pyfuse3.trio = turns or cls()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel if hasattr(trio.lowlevel, name) else trio, name)
