@@ -12,11 +12,13 @@ the data away as kernels do: it is read back until the power goes, and no later 
 import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import trio
 
 from forebay.image.use import Use
 from forebay.origin.protocol import Identity
+from forebay.sidecar.applying import Before, Place
 from forebay_cache.blocks.frozen import Range
 from sim.fake_loop import Dice
 
@@ -319,7 +321,9 @@ class FakeJournal:
         origin._fault("journal")
         await origin.dice.pause()
 
-    async def note_applied(self, below: int) -> None:
+    places: ClassVar[list[Place]] = []
+
+    async def note_applied(self, below: int, before: Before = ()) -> None:
         """Nobody else changes this image."""
 
     async def drop(self) -> None:

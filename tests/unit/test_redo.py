@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -236,13 +237,32 @@ def restore(beside: Beside, seconds: float = 1.0) -> bytes:
     return backup
 
 
-@pytest.mark.parametrize("began", ["not", "nearly", "first batch", "after minutes"])
+@pytest.mark.parametrize("told", [0, 1, 16, 17, 33, 1000, 12345])
+def test_places_are_spread_over_all_of_a_checkpoint(told: int) -> None:
+    places = applying.Places()
+    for n in range(told):
+        places.add(n, 65536, n)
+    chosen = [x.offset for x in places.chosen]
+    assert min(told, applying.PLACES) <= len(chosen) <= 2 * applying.PLACES
+    steps = {b - a for a, b in pairwise(chosen)}
+    assert len(steps) <= 1, "evenly"
+    assert not told or told - chosen[-1] <= max(steps, default=1)
+
+
+def held(beside: Beside, journal: redo.RedoFile) -> list[tuple[applying.Place, bytes]]:
+    """What the image holds at the places of a checkpoint."""
+    return [(x, os.pread(beside.image, x.length, x.offset)) for x in journal.places]
+
+
+@pytest.mark.parametrize("began", ["not", "nearly", "just", "first batch", "after minutes"])
 def test_an_image_that_was_restored_is_not_written_unless_the_operator_says_so(
     beside: Beside, began: str
 ) -> None:
     journal, new = commit(beside)
     if began != "not":
         journal.note_applied(0, durable=True)
+    if began == "just":
+        journal.note_applied(applying.BEGUN, held(beside, journal))
     if began == "first batch":
         os.pwrite(beside.image, b"a" * 4096, 0)
         journal.note_applied(4096)
@@ -276,6 +296,7 @@ def test_a_crash_in_the_middle_of_applying_is_finished(
     """Whatever part of it the image has: after a power cut less than is noted may be there."""
     journal, new = commit(beside)
     journal.note_applied(0, durable=True)
+    journal.note_applied(applying.BEGUN, held(beside, journal))
     os.pwrite(beside.image, new[:done] if boot == "this one" else new[: done // 2], 0)
     os.utime(beside.image)
     journal.note_applied(max(done, applying.BEGUN))

@@ -5,13 +5,14 @@
 
 import contextlib
 import errno
+from collections.abc import Sequence
 
 import trio
 
 from forebay.checkpoint.counters import Counters
 from forebay.checkpoint.steps import Steps
 from forebay.image.image import Image
-from forebay.sidecar.applying import BEGUN
+from forebay.sidecar.applying import BEGUN, Place
 from forebay.sidecar.claim import RedoJournal
 from forebay_cache import Layer, View
 from forebay_cache.blocks.frozen import Block, Range, blocks_of, read_blocks
@@ -26,6 +27,9 @@ PAGES_AT_ONCE = 16
 
 SYNC_EVERY = 64 << 20
 """Bytes after which the image is flushed already, so that the last flush is not so long that it is given up."""
+
+BEFORE_SECONDS = 1.0
+"""How long a pass waits for what the image holds at some places before it writes."""
 
 NOTE_EVERY = 8 << 20
 """Bytes of the image after which it is noted in the journal how far that is applied."""
@@ -154,9 +158,24 @@ class IntoImage(Batches):
         """Note in the journal, before the first write, that the image is written. Raises OSError."""
         async with self._beginning:
             if not self._noted:
-                await journal.note_applied(BEGUN)
+                await journal.note_applied(BEGUN, await self._held_before(journal.places))
                 self._image.identity.is_committing = False
                 self._noted = BEGUN
+
+    async def _held_before(self, places: Sequence[Place]) -> list[tuple[Place, Buffer]]:
+        """What the image holds at those places, as far as it says so soon."""
+        origin = self._image.require_origin()
+        found: list[tuple[Place, Buffer]] = []
+
+        async def read(place: Place) -> None:
+            with contextlib.suppress(OSError):
+                found.append((place, await origin.read(place.offset, place.length, True)))
+
+        with trio.move_on_after(BEFORE_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for place in places:
+                    nursery.start_soon(read, place)
+        return found
 
     async def _put(self, ranges: list[Range]) -> None:
         if self._journal is not None and not self._noted:

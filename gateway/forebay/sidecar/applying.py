@@ -7,7 +7,8 @@ An image that somebody changed after the commit, or that is a copy at another pl
 asking. Its times tell, as long as nothing of the journal is applied. Our own writes change them, too, so that it is
 noted durably that they may begin, once more right before the first; and every few megabytes, not durably, below which
 offset the image has all of it. After a kill of the process that is exact, and what the image holds there is compared.
-After a power cut, and on another host, only the times are left.
+Of some places all over the checkpoint it is noted what the image held before: they have to hold that, or what the
+checkpoint has for them. After a power cut, and on another host, only the times are left.
 
 Everything here blocks, and raises OSError.
 """
@@ -37,7 +38,15 @@ SLACK_NS = 60 * 10**9
 BEGUN = 1
 """What is noted right before the first write, as the byte below which all is applied: nothing is."""
 
+PLACES = 16
+"""Of so many places of a checkpoint, at least, if it has as many, it is noted what the image held before."""
+
+LONGEST_PLACE = 4096
+"""Bytes of such a place: a write is whole in it, or not there."""
+
 _NOTE = struct.Struct("<8s40sQ")
+_BEFORE = struct.Struct("<QQQQ")
+_FARTHEST = 1 << 62
 _SUM = struct.Struct("<Q")
 _MAGIC = b"FBAPPLY\0"
 _PIECE = 4 << 20
@@ -52,6 +61,66 @@ class Progress:
     """The boot id of the host; empty where it is not known."""
     below: int
     """Below this byte the image had all of the checkpoint, though not durably; 0: no write had begun."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Some bytes of a checkpoint."""
+
+    offset: int
+    """Of the image."""
+    length: int
+    data: int
+    """The byte of the journal at which the checkpoint has them."""
+
+
+class Places:
+    """Some places of a journal that is being written, evenly spread over all that were told."""
+
+    def __init__(self) -> None:
+        self.chosen: list[Place] = []
+        """At most twice PLACES."""
+        self._told = 0
+        self._every = 1
+
+    def add(self, offset: int, length: int, data: int) -> None:
+        """Tell of a range that has data."""
+        if self._told % self._every == 0:
+            self.chosen.append(Place(offset, min(length, LONGEST_PLACE), data))
+        self._told += 1
+        if len(self.chosen) > 2 * PLACES:
+            del self.chosen[1::2]
+            self._every *= 2
+
+
+Before = Sequence[tuple[Place, Buffer]]
+"""What the image held at some places before any of the checkpoint was applied."""
+
+
+def write_before(journal: int, at: int, before: Before) -> None:
+    """Note behind the note at byte `at` of the open journal what the image held; before that note says BEGUN."""
+    body = b"".join(
+        _BEFORE.pack(place.offset, place.length, place.data, xxh3_64_intdigest(held))
+        for place, held in before
+    )
+    syscalls.pwrite(journal, body + _SUM.pack(xxh3_64_intdigest(body)), at + _NOTE.size + _SUM.size)
+
+
+def _holds_else(journal: int, image: int, at: int) -> bool:
+    """True if the image holds at one of those places neither what it held before nor what the journal has for it."""
+    raw = syscalls.pread(
+        journal, _BEFORE.size * 2 * PLACES + _SUM.size, at + _NOTE.size + _SUM.size
+    )
+    body, end = raw[: -_SUM.size], raw[-_SUM.size :]
+    if not body or len(body) % _BEFORE.size or end != _SUM.pack(xxh3_64_intdigest(body)):
+        return False  # nothing was noted, or not all of it
+    for offset, length, data, held in _BEFORE.iter_unpack(body):
+        if length > LONGEST_PLACE or max(offset, data) >= _FARTHEST:
+            return False
+        now = syscalls.pread(image, length, offset)
+        if xxh3_64_intdigest(now) != held and now != syscalls.pread(journal, length, data):
+            return True
+    return False
 
 
 def write_note(journal: int, at: int, below: int, *, durable: bool) -> None:
@@ -96,7 +165,7 @@ def has_changed(
         return False
     if progress.below < BEGUN:
         return True
-    return any(
+    return _holds_else(journal, image, at) or any(
         not _is_same(journal, image, offset, length, data)
         for offset, length, data in records
         if offset + length <= progress.below

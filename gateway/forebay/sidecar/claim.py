@@ -16,6 +16,7 @@ from forebay.errors import ForebayError
 from forebay.origin.addresses import FileAddress
 from forebay.origin.opening import OpenImage
 from forebay.origin.threads import Call, Descriptor, StoreThreads, bounded
+from forebay.sidecar.applying import Before, Place
 from forebay.sidecar.marker import Marker
 from forebay.sidecar.record import Owner, State, TakenOver, UnreadableError
 from forebay.sidecar.redo import RedoFile
@@ -336,10 +337,18 @@ class RedoJournal:
         """
         await self._claim.commit_redo(self._made_by, self._file)
 
-    async def note_applied(self, below: int) -> None:
-        """Note, not durably, that the image has all of the checkpoint below that byte, which it need not keep."""
+    @property
+    def places(self) -> list[Place]:
+        """See `RedoFile.places`."""
+        return self._file.places
+
+    async def note_applied(self, below: int, before: Before = ()) -> None:
+        """Note, not durably, that the image has all of the checkpoint below that byte, which it need not keep.
+
+        `before`: see `RedoFile.note_applied`.
+        """
         with bounded(self._timeout, "noting how far a checkpoint is"):
-            await self._threads.run(lambda: self._file.note_applied(below), background=True)
+            await self._threads.run(lambda: self._file.note_applied(below, before), background=True)
 
     async def drop(self) -> None:
         """Remove it: it was not committed, and never will be."""

@@ -37,7 +37,17 @@ from forebay.origin.calls import SystemCalls
 from forebay.origin.threads import Descriptor
 from forebay.origin.worker import syscalls
 from forebay.sidecar import own_files
-from forebay.sidecar.applying import BEGUN, apply, has_changed, write_all, write_note
+from forebay.sidecar.applying import (
+    BEGUN,
+    Before,
+    Place,
+    Places,
+    apply,
+    has_changed,
+    write_all,
+    write_before,
+    write_note,
+)
 from forebay.sidecar.own_files import DoesNotCountError
 from forebay.sidecar.record import (
     LARGEST,
@@ -111,6 +121,7 @@ class RedoFile:
         self._bytes = 0
         self._unsynced = 0
         self._provisions = False
+        self._places = Places()
         try:
             with self._file as fd:
                 write_all(fd, [_header(checkpoint)], 0)
@@ -148,6 +159,12 @@ class RedoFile:
             self._provisions |= any(part.is_provisioned for part in ranges)
             if sync := self._unsynced >= _SYNC_EVERY:
                 self._unsynced = 0
+            behind = at
+            for part in ranges:
+                behind += _HEAD
+                if part.data is not None:
+                    self._places.add(part.offset, part.length, behind)
+                    behind += part.length
         with self._file as fd:
             write_all(fd, records, at)
             if sync:
@@ -161,10 +178,20 @@ class RedoFile:
         with self._file as fd:
             write_all(fd, [_header(self._checkpoint)], 0)
 
-    def note_applied(self, below: int, *, durable: bool = False) -> None:
-        """Note in the committed journal that below that byte the image has all of it; 0, durable: before the first."""
+    @property
+    def places(self) -> list[Place]:
+        """Some places of it, of which it is good to know what the image held before."""
+        return self._places.chosen
+
+    def note_applied(self, below: int, before: Before = (), *, durable: bool = False) -> None:
+        """Note in the committed journal that below that byte the image has all of it; 0, durable: before the first.
+
+        `before`, with the first note of all, is what the image held at some `places`.
+        """
         fd = _open_to_note(self._sidecar)
         try:
+            if before:
+                write_before(fd, self._end + _HEAD, before)
             write_note(fd, self._end + _HEAD, below, durable=durable)
         finally:
             syscalls.close(fd)
