@@ -34,6 +34,7 @@ class Writes:
         *,
         timing: ModuleType,
         empty: Any,
+        late: Any,
     ) -> None: ...
     def run(self, layer: Any, writes: list[tuple[int, memoryview]]) -> int: ...
 

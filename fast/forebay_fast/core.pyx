@@ -22,6 +22,7 @@ from cpython.memoryview cimport PyMemoryView_GET_BUFFER
 from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EINTR, EIO, ENOENT
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memmove, memset
 
 cdef extern from "sector.h" nogil:
@@ -372,13 +373,79 @@ cdef int written_at(int fd, Piece *pieces, int count) noexcept nogil:
     return 0
 
 
+cdef struct LatePiece:
+    Piece piece
+    int64_t slot
+    uint32_t mask
+    Py_ssize_t within  # its view
+    uint32_t before[SECTORS]
+
+
+cdef class Late:
+    """Data of a run that is written behind its records: a `LateRun` of `forebay_cache.durable.intent`."""
+
+    cdef object device, make
+    cdef list views
+    cdef LatePiece *known
+    cdef int count, room
+
+    def __init__(self, device, make):
+        """`make`: what stands for one piece there."""
+        self.device, self.make = device, make
+        self.views = []
+
+    def __dealloc__(self):
+        free(self.known)
+
+    cdef LatePiece *add(self, Piece *piece, int64_t slot, uint32_t mask, view, Py_ssize_t within) except NULL:
+        cdef LatePiece *more = self.known
+        if self.count == self.room:
+            self.room = 2 * self.room + 16
+            more = <LatePiece *> realloc(self.known, self.room * sizeof(LatePiece))
+            if more == NULL:
+                raise MemoryError
+            self.known = more
+        more = &self.known[self.count]
+        self.views.append(view)
+        self.count += 1
+        more.piece, more.slot, more.mask, more.within = piece[0], slot, mask, within
+        return more
+
+    def write(self):
+        """Write all of them. Raises OSError."""
+        cdef int n, error = 0, fd = self.device.fd
+        if writes_by_python:
+            for piece in self.pieces():
+                self.device.write(piece.at, piece.data)
+            return
+        with nogil:
+            for n in range(self.count):
+                error = written_at(fd, &self.known[n].piece, 1)
+                if error:
+                    break
+        if error:
+            raise OSError(error, os.strerror(error))
+
+    def pieces(self):
+        """Each of them."""
+        cdef LatePiece *one
+        cdef int n, k
+        found = []
+        for n in range(self.count):
+            one = &self.known[n]
+            data = self.views[n][one.within : one.within + one.piece.length]
+            before = [one.before[k] for k in range(<int> one.piece.length >> 12)]
+            found.append(self.make(one.slot, one.mask, one.piece.at, data, before))
+        return found
+
+
 cdef class Writes:
     """The writes of one cache into private layers: see `forebay_cache.blocks.private`, which has the rules.
 
     Made of the parts of a cache, and not of the cache, which holds it.
     """
 
-    cdef object failure, pace, timing, publisher, intent, sums, ready, slots, device, empty
+    cdef object failure, pace, timing, publisher, intent, sums, ready, slots, device, empty, late_piece
     cdef object values_view, state_view, masks_view
     cdef uint32_t *values
     cdef uint8_t *state
@@ -393,12 +460,15 @@ cdef class Writes:
     cdef set dirty
     cdef uint64_t layer_id, first_key
     cdef int64_t more_sectors, more_slots
+    cdef Late late
     cdef uint8_t records[RECORDS]
     cdef int recorded
     cdef bint two_sided, careless
 
-    def __init__(self, failure, threads, publisher, intent, sums, ready, slots, device, *, timing, empty):
-        """`timing`: the module that has the clock. `empty`: the page that stands for those that hold nothing."""
+    def __init__(self, failure, threads, publisher, intent, sums, ready, slots, device, *, timing, empty, late):
+        """`timing`: the module that has the clock. `empty`: the page that stands for those that hold nothing. `late`:
+        what stands for data that is written behind its record.
+        """
         self.failure = failure
         self.pace = threads.pace
         self.timing = timing
@@ -408,7 +478,7 @@ cdef class Writes:
         self.ready = ready
         self.slots = slots
         self.device = device
-        self.empty = empty
+        self.empty, self.late_piece = empty, late
         self.empty_words = <uint64_t *> (<array> empty).data.as_ulonglongs
         self.fd = device.fd
         self.data_offset = device.data_offset
@@ -434,7 +504,8 @@ cdef class Writes:
         return 0
 
     cdef int tell(self) except -1:
-        """Have intent and layer know what was done since :meth:`begin`, or the last call."""
+        """Have intent and layer know what was done since :meth:`begin`, or the last call. A publish may follow."""
+        self.late = None
         if self.recorded:
             record = PyBytes_FromStringAndSize(<char *> self.records, self.recorded)
             self.recorded = 0
@@ -632,10 +703,16 @@ cdef class Writes:
     ) except -1:
         """Have it written behind its record. Before the checksums are changed: intent remembers those."""
         cdef Piece pieces[SECTORS]
+        cdef LatePiece *one
+        cdef uint64_t sector
         cdef int n
+        if self.late is None:
+            self.late = Late(self.device, self.late_piece)
+            self.intent.write_run_later(self.late)
         for n in range(self.cut(slot, mask, data, first, pieces)):
-            at = within + (pieces[n].data - data)
-            self.intent.write_later(slot, mask, pieces[n].at, view[at : at + pieces[n].length])
+            one = self.late.add(&pieces[n], slot, mask, view, within + (pieces[n].data - data))
+            sector = (pieces[n].at - self.data_offset) >> 12
+            memcpy(one.before, self.values + sector, 4 * (pieces[n].length >> 12))
         return 0
 
     cdef int note(self, int side, int64_t slot, uint32_t mask, uint64_t block, uint32_t *found) except -1:
@@ -874,10 +951,11 @@ cdef class Turn(Rest):
 
     cdef int serve(self, double turn_ends) except -1:
         cdef int why, error = 0
-        cdef ssize_t got
-        cdef bint is_first = True
+        cdef ssize_t got, room
+        cdef bint is_first = True, is_drained = False, is_alone
         while True:
             why = self.answer()
+            is_alone = self.heads_used <= CHUNK  # what was answered
             if self.count and not self.send():
                 return UNSENT if not self.out.broken else GONE
             if self.has_written:
@@ -890,13 +968,17 @@ cdef class Turn(Rest):
             is_first = False
             if why == YIELD:
                 continue
+            if is_drained and is_alone and self.start == self.end:
+                return WAIT  # who sends one request at a time has not sent the next one yet
             self.make_room()
+            room = self.capacity - self.end
             with nogil:
-                got = recv(self.sock, self.received + self.end, self.capacity - self.end, MSG_DONTWAIT)
+                got = recv(self.sock, self.received + self.end, room, MSG_DONTWAIT)
                 error = last_error()
             if got <= 0:
                 return WAIT if got < 0 and error == EAGAIN else GONE
             self.end += got
+            is_drained = got < room
 
     cdef void make_room(self) noexcept:
         """As `ReceiveBuffer._make_room`: have room for the request that is being received, whatever it is."""

@@ -188,7 +188,7 @@ class Side:
             "syncing": intent.syncing,
             "records": b"".join(intent._ops),
             "noted": intent.noted_bytes,
-            "late": len(intent._late),
+            "late": [piece[:3] for one in intent._late for piece in one.pieces()],
             "journal": (intent.journal.head, intent.journal._total, intent.journal._trimmed),
             "placement": (bytes(slots.placement.state), slots.placement.free),
             "owner": slots.owner.tobytes(),

@@ -12,6 +12,7 @@ import forebay_fast
 from forebay_cache.blocks import private
 from forebay_cache.cache import Cache
 from forebay_cache.device import pace
+from forebay_cache.durable.intent import Late
 from forebay_cache.index.pages import EMPTY
 from forebay_cache.layers.layer import Layer
 
@@ -33,4 +34,5 @@ def write_run_of(cache: Cache) -> WriteRun:
         cache.device,
         timing=pace,
         empty=EMPTY,
+        late=Late,
     ).run

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sized
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from forebay_cache.device import pace as timing
 from forebay_cache.device.device import Device
@@ -40,7 +40,7 @@ Whoever would change more waits for it. It is begun with half of that.
 """
 
 
-class _Late(NamedTuple):
+class Late(NamedTuple):
     """Data to be written behind the records of a frame."""
 
     slot: int
@@ -48,6 +48,30 @@ class _Late(NamedTuple):
     at: int  # where it goes on the device, bytes
     data: memoryview
     before: list[int]  # the checksums of what it overwrites
+
+
+class LateRun(Protocol):
+    """Some of these, in order, as the compiled core keeps them; one is more of them as long as nothing is published."""
+
+    def write(self) -> None:
+        """Write all of them. Raises OSError."""
+
+    def pieces(self) -> list[Late]:
+        """Each of them."""
+
+
+class _LateOne:
+    """One of them."""
+
+    def __init__(self, device: Device, late: Late) -> None:
+        self._device = device
+        self._late = late
+
+    def write(self) -> None:
+        self._device.write(self._late.at, self._late.data)
+
+    def pieces(self) -> list[Late]:
+        return [self._late]
 
 
 class Intent:
@@ -83,7 +107,7 @@ class Intent:
             0  # so many of them, the first ones, had no room and are in the commit under way
         )
         self._slack = _SLACK + journal.size // _KEPT_FREE
-        self._late: list[_Late] = []
+        self._late: list[LateRun] = []
 
     @property
     def noted_bytes(self) -> int:
@@ -122,7 +146,11 @@ class Intent:
         """
         first = (at - self._device.at(slot)) // SECTOR + slot * SECTORS
         before = self._sums.values[first : first + len(data) // SECTOR].tolist()
-        self._late.append(_Late(slot, mask, at, data, before))
+        self._late.append(_LateOne(self._device, Late(slot, mask, at, data, before)))
+
+    def write_run_later(self, late: LateRun) -> None:
+        """The same of several pieces, which may still become more before the publish."""
+        self._late.append(late)
 
     # -- publishing -------------------------------------------------------------------------------------------
 
@@ -149,7 +177,7 @@ class Intent:
             frame = self._next_frame()
             self.journal.write(frame)
             for one in late:
-                self._device.write(one.at, one.data)
+                one.write()
         except JournalFull:
             self._undo(late)
             raise
@@ -196,12 +224,13 @@ class Intent:
         self._ops.clear()
         self._ops_bytes = self._in_commit = 0
 
-    def _undo(self, late: list[_Late]) -> None:
+    def _undo(self, late: list[LateRun]) -> None:
         """Late data was not written, or not all of it: give back the checksums of what still lies there.
 
         That is acknowledged data. The rest is what its checksum says, or damaged.
         """
-        for slot, mask, at, data, before in reversed(late):
+        pieces = [piece for one in late for piece in one.pieces()]
+        for slot, mask, at, data, before in reversed(pieces):
             self._ready.masks[slot] &= ~mask
             first = (at - self._device.at(slot)) // SECTOR + slot * SECTORS
             try:
