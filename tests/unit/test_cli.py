@@ -29,8 +29,8 @@ from forebay.cli.stats import Wanted, difference, parse_wanted, rates
 from forebay.cli.wait import with_wait_closed
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
-from forebay.units import MIB
-from unit.control_fake import FakeGateway, disk, served
+from forebay.units import GIB, MIB
+from unit.control_fake import IMAGE, FakeGateway, disk, served
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -588,6 +588,43 @@ async def test_stats_waits_for_a_daemon_that_is_restarted(
     assert [json.loads(line)["seconds"] for line in out.splitlines()] == [1.0, 3.0]
     assert err.count("\n") == 1
     assert "waiting for it" in err
+
+
+# ------------------------------------------------------------------------------------------ images
+
+
+async def test_images_are_shown_and_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    gateway = FakeGateway("a")
+    async with served(gateway) as run:
+        assert await forebay(run, "images", "images", "--json") == 0
+        assert json.loads(capsys.readouterr().out) == [IMAGE]
+        assert await forebay(run, "tag", "images:a.raw", "debian", "lts") == 0
+        assert capsys.readouterr().out == "images:a.raw: debian lts\n"
+        assert await forebay(run, "untag", "images:a.raw", "lts") == 0
+        assert capsys.readouterr().out == "images:a.raw: no tags\n"
+        assert await forebay(run, "unpin", "images:a.raw") == 0
+        assert capsys.readouterr().out == "images:a.raw: not pinned\n"
+        assert await forebay(run, "purge", "images:a.raw", "--older-than", "30d") == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        "images:b.raw: freed 3.0M",
+        "images:a.raw: kept, in use by web",
+        "freed 3.0M of 1 images, 1 kept",
+    ]
+    assert said.err.startswith("forebay: images:a.raw is kept (in use by web): detach its disks")
+
+
+async def test_a_warm_prints_lines_of_json(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gateway = FakeGateway()
+    gateway.steps = 3
+    async with served(gateway) as run:
+        assert await forebay(run, "warm", "images:a.raw", "1G", "--rate", "1M", "--json") == 0
+    *progress, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert {line["total"] for line in progress} == {3 * MIB}
+    assert last["result"]["cached_bytes"] == GIB
+    assert gateway.calls == [("warm", "images:a.raw", GIB, MIB)]
 
 
 # -------------------------------------------------------------------------- the command as a whole

@@ -9,6 +9,7 @@ from forebay.cli.render import (
     Cell,
     Column,
     hit_percent,
+    images_table,
     key_values,
     megabytes,
     mode_of,
@@ -16,10 +17,11 @@ from forebay.cli.render import (
     reasons,
     status_table,
     table,
+    total_line,
     wants_colour,
 )
 from forebay.units import MIB
-from unit.control_fake import disk
+from unit.control_fake import IMAGE, disk
 
 
 def test_columns_are_aligned() -> None:
@@ -36,6 +38,29 @@ def test_colour_changes_nothing_but_colour() -> None:
     assert "\x1b[31mdegraded" in coloured[1]
     assert "\x1b[33m" in coloured[1]
     assert "\x1b" not in coloured[2]
+
+
+def test_what_disks_on_one_image_share_counts_once_in_the_total() -> None:
+    shared = [
+        disk(name, image="images:a.raw", cached_bytes=cached * MIB, private_bytes=own * MIB)
+        for name, cached, own in (("a", 100, 0), ("b", 103, 3), ("c", 105, 5))
+    ]
+    other = disk("d", cached_bytes=10 * MIB, dirty_bytes=2 * MIB)
+    assert total_line([*shared, other]) == (
+        "4 disks on 2 images: 118M cached, what they share counted once, 2.0M dirty"
+    )
+
+
+def test_images_have_one_line_each() -> None:
+    never = IMAGE | {"image": "nbd://h/b", "size": 0, "cached_percent": None, "last_used": None}
+    lines = images_table([IMAGE, never | {"pinned": False, "tags": []}], 1000 + 3600 * 3)
+    assert lines == [
+        "IMAGE         FORMAT  SIZE  WARM  PINNED  TAGS        DISKS   USED",
+        "images:a.raw  raw     2.0G   50%  yes     debian,lts      1  3h00m",
+        "nbd://h/b     raw        0     -  -       -               1      -",
+    ]
+    narrow = images_table([IMAGE | {"image": "images:" + "deep/" * 30 + "a.raw"}], 1000, width=80)
+    assert max(map(len, narrow)) == 80
 
 
 def test_image_is_cut_in_the_middle_to_fit_a_terminal() -> None:

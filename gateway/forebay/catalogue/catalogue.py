@@ -80,7 +80,8 @@ class Catalogue:
         disks: dict[str, list[str]] = {}
         for name, key in sorted(self._keys_of_disks().items()):
             disks.setdefault(key, []).append(name)
-        for n, key in enumerate(sorted(self._purge.known() | disks.keys())):
+        shown = self._purge.cached() | self.entries.marked() | disks.keys()
+        for n, key in enumerate(sorted(shown)):
             if n % 64 == 0:
                 await trio.lowlevel.checkpoint()
             if store is None or is_in_store(key, store):

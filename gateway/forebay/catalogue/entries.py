@@ -81,18 +81,23 @@ class Entries:
 
     def pinned(self) -> list[str]:
         """The keys of the images that are pinned."""
-        return [key for key in self.keys() if self.is_pinned(key)]
+        known = self._cache.records.all(KIND)
+        return [key for key, found in known.items() if found.get("pinned")]
+
+    def marked(self) -> set[str]:
+        """The keys of the images of which the operator has said something."""
+        known = self._cache.records.all(KIND)
+        return {key for key, found in known.items() if found.get("pinned") or found.get("tags")}
 
     def put(self, key: str, entry: Entry | None) -> None:
         """Keep an entry, or (None) remove that of the image. Raises ForebayError where too many have tags or a pin."""
         was = self.get(key)
-        if entry is not None and entry.is_marked and not (was and was.is_marked):
-            marked = sum(Entry.read(x).is_marked for x in self._cache.records.all(KIND).values())
-            if marked >= MOST_MARKED:
-                raise ForebayError(
-                    f"{MOST_MARKED} images have tags or are pinned: take these from others first, "
-                    "with forebay untag and forebay unpin"
-                )
+        is_new = entry is not None and entry.is_marked and not (was and was.is_marked)
+        if is_new and len(self.marked()) >= MOST_MARKED:
+            raise ForebayError(
+                f"{MOST_MARKED} images have tags or are pinned: take these from others first, "
+                "with forebay untag and forebay unpin"
+            )
         self._cache.records.put(KIND, key, None if entry is None else asdict(entry))
 
     def note_used(self, key: str, size: int | None = None, allocated: int | None = None) -> None:
@@ -112,10 +117,6 @@ class Entries:
         entry = self.get(key)
         if entry is not None and not entry.is_marked:
             self.put(key, None)
-
-    def with_tag(self, tag: str) -> set[str]:
-        """The keys of the images that have it."""
-        return {key for key in self.keys() if tag in (self.get(key) or Entry()).tags}
 
     async def change(self, key: str, was: Entry, now: Entry) -> None:
         """Have `now` on record, durably, in the place of `was`. Raises ForebayError; `was` is on record then."""

@@ -84,8 +84,11 @@ class Purge:
 
     def known(self) -> set[str]:
         """The keys of all images of which the cache has blocks, or of which there is an entry."""
-        clean = {x.name.image for x in self._cache.layers if not x.private and not x.is_dead}
-        return clean | self._entries.keys()
+        return self.cached() | self._entries.keys()
+
+    def cached(self) -> set[str]:
+        """The keys of all images of which the cache has a clean layer."""
+        return {x.name.image for x in self._cache.layers if not x.private and not x.is_dead}
 
     async def purge(self, selection: Selection, *, dry_run: bool = False) -> dict[str, Any]:
         """Drop what the cache has of the images that fit; what was dropped, and what was kept, and why.

@@ -133,11 +133,13 @@ def status(arguments: Arguments) -> int:
     if arguments.json:
         print_json(disks)
         return 0
-    from forebay.cli.render import reasons, status_table, wants_colour
+    from forebay.cli.render import reasons, status_table, total_line, wants_colour
 
     terminal = sys.stdout.isatty()
     width = os.get_terminal_size().columns if terminal else None
     print("\n".join(status_table(disks, colour=wants_colour(terminal), width=width)))
+    if terminal and len(disks) > 1:
+        print("", total_line(disks), sep="\n")
     if terminal and (why := reasons(disks)):
         print("", *why, sep="\n")
     if terminal and not disks:

@@ -157,6 +157,21 @@ def status_row(disk: Mapping[str, Any]) -> list[Cell]:
     ]
 
 
+def total_line(disks: Sequence[Mapping[str, Any]]) -> str:
+    """What all disks together have: what the disks on one image share is counted once."""
+    shared: dict[str, int] = {}
+    for disk in disks:
+        own = disk.get("private_bytes", 0)
+        clean = max(0, disk["cached_bytes"] - own)
+        shared[disk["image"]] = max(shared.get(disk["image"], 0), clean)
+    cached = sum(shared.values()) + sum(disk.get("private_bytes", 0) for disk in disks)
+    dirty = sum(disk["dirty_bytes"] for disk in disks)
+    return (
+        f"{len(disks)} disks on {len(shared)} image{'s' if len(shared) > 1 else ''}: "
+        f"{format_size(cached)} cached, what they share counted once, {format_size(dirty)} dirty"
+    )
+
+
 def images_table(
     images: Sequence[Mapping[str, Any]],
     now: float,

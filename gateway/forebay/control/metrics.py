@@ -61,7 +61,12 @@ DISK_METRICS = (
     ),
     _one("origin_errors_total", "counter", "Requests that the image failed.", "origin_errors"),
     _one("disk_size_bytes", "gauge", "Size of the disk.", "size"),
-    _one("cached_bytes", "gauge", "Bytes of the disk that the cache holds.", "cached_bytes"),
+    _one(
+        "cached_bytes",
+        "gauge",
+        "Bytes of the disk that the cache holds; disks on one image share them.",
+        "cached_bytes",
+    ),
     _one("dirty_bytes", "gauge", "Bytes that only the cache holds.", "dirty_bytes"),
     _one("oldest_dirty_seconds", "gauge", "Age of the oldest of them.", "lag_seconds"),
     _one("nbd_connections", "gauge", "Clients that are connected.", "clients"),
