@@ -368,7 +368,7 @@ class Oracle:
             for number in range(-(-record.size >> PAGE_SHIFT)):
                 layer.pages.adopt(number, cache.index.page(layer.id, number))
         parts = list(_parts(private, clean, record.size))
-        slots = read_slots(cache, {part.slot for part in parts if part.slot >= 0})
+        slots = read_slots(cache, {part.slot: None for part in parts if part.slot >= 0})
         good = {
             slot: matching(sums, cache.sums.get(slot) or stored)
             for slot, (_, sums, stored) in slots.items()

@@ -715,6 +715,45 @@ def test_an_index_that_cannot_be_written(
         gateway.kill()
 
 
+@pytest.mark.parametrize(("name", "left"), [("data.mdb", 0), ("data.mdb", 8192), ("lock.mdb", 0)])
+def test_an_index_that_is_cut_ends_no_daemon(
+    make_gateway: MakeGateway, connect: Connect, name: str, left: int
+) -> None:
+    """LMDB would touch its map behind the end of the file. What is dirty is written back, or is there after a start."""
+    gateway = make_gateway({"defaults": {"max_lag": "1h"}, "cache": {"size": "32 MiB"}})
+    gateway.allow_log("index|write-back failed")
+    images, models, clients = {}, {}, {}
+    for mode in ("write-back", "write-through"):
+        images[mode] = gateway.images / f"{mode}.raw"
+        models[mode] = bytearray(random_image(images[mode], 12 * MIB, 5))
+        gateway.attach(mode, f"{mode}.raw", mode=mode)
+        clients[mode] = connect(gateway.uri(mode))
+        clients[mode].pread(4 * MIB, 0)
+        clients[mode].pwrite(b"d" * MIB, MIB)
+        clients[mode].flush()
+        models[mode][MIB : 2 * MIB] = b"d" * MIB
+    os.truncate(gateway.state / "index" / name, left)
+    wait_for(lambda: cache_info(gateway)["state"] == "failed", "not noticed")
+    assert "index" in cache_info(gateway)["error"]
+    for mode, client in clients.items():
+        assert client.pread(12 * MIB, 0) == models[mode], "what was never looked up, too"
+    if name == "data.mdb":
+        wait_for(lambda: images["write-back"].read_bytes() == models["write-back"], "not saved")
+        for client in clients.values():
+            client.pwrite(b"n" * MIB, 8 * MIB)
+            client.flush()
+        assert gateway.stop() == 0
+        for mode, image in images.items():
+            models[mode][8 * MIB : 9 * MIB] = b"n" * MIB
+            assert image.read_bytes() == models[mode]
+        with pytest.raises(Exception, match="cannot open the index"):
+            gateway.start()
+    else:
+        gateway.restart(kill=True)
+        gateway.cli("flush", "write-back")
+        assert images["write-back"].read_bytes() == models["write-back"]
+
+
 @pytest.mark.parametrize(
     "fault", [{"call": "write", "error": "ENOSPC"}, {"call": "fsync", "delay": 1}]
 )

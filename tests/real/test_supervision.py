@@ -4,6 +4,7 @@
 """One boundary around the tasks of each disk: whatever one of them ends with, that disk stops, and no other notices."""
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -438,3 +439,25 @@ def test_what_all_disks_share_ends_the_daemon(bed: Callable[..., Bed], plant: st
     assert it.gateway.process.returncode == 1
     it.gateway.start()
     assert it.connect(BAD).pread(SIZE, 0) == it.contents[BAD]
+
+
+def test_what_lies_in_the_place_of_a_socket_keeps_no_other_disk_away(
+    make_gateway: Callable[..., GatewayProcess], connect: Connect
+) -> None:
+    """A directory there when the daemon starts; and the directory of the sockets is gone when one is made."""
+    gateway = make_gateway({})
+    gateway.allow_log("cannot make the socket")
+    for name in ("a", "b"):
+        random_image(gateway.images / f"{name}.raw", MIB, 3)
+        gateway.attach(name, f"{name}.raw")
+    gateway.kill()
+    gateway.sock("a").unlink()
+    gateway.sock("a").mkdir()
+    gateway.start()
+    assert gateway.status("a")["state"] == "failed"
+    assert "Is a directory" in gateway.status("a")["reason"]
+    connect(gateway.uri("b")).pread(512, 0)
+    shutil.rmtree(gateway.sock("b").parent)
+    random_image(gateway.images / "c.raw", MIB, 3)
+    gateway.attach("c", "c.raw")
+    connect(gateway.uri("c")).pread(512, 0)

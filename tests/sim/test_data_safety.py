@@ -1012,6 +1012,28 @@ def test_what_was_fetched_is_served_and_not_kept_while_the_index_fails(tmp_path:
     play(tmp_path, story)
 
 
+def test_what_is_clean_is_read_from_the_image_while_the_index_cannot_be_read(
+    tmp_path: Path,
+) -> None:
+    """And what is private, of which all is in memory, from the cache."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        overlay = await host.attach("o", settings(Mode.WRITE_BACK), overlay=True)
+        await read(disk, 0, 2 * BLOCK)
+        await overlay.write(0, memoryview(NEW[:SECTOR]), True)
+        await host.cache.commit()
+        env = host.cache.index._env = cast("Any", FailingEnvironment(host.cache.index._env))
+        env.fails = {False}
+        host.cache.ready.forget()
+        disk.image.layer.pages.shed(len(disk.image.layer.pages))
+        assert await read(disk) == OLD
+        assert await read(overlay) == NEW[:SECTOR] + OLD[SECTOR:]
+        env.fails = set()
+
+    play(tmp_path, story)
+
+
 # -- what the cache thinks of itself ----------------------------------------------------------------------------
 
 

@@ -28,12 +28,15 @@ from forebay_cache.format.geometry import (
 )
 from forebay_cache.format.records import Kind, LayerName, LayerRecord
 from forebay_cache.index.pages import PageTable
+from forebay_cache.index.place import Place
 
 PAGE = 1 << PAGE_SHIFT
 
 
 class FakeIndex:
     """The pages of one layer, and how often it was asked."""
+
+    place = cast("Place", SimpleNamespace(is_lost=False))
 
     def __init__(self) -> None:
         self.stored: dict[int, bytes] = {}

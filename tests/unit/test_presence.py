@@ -13,6 +13,8 @@ import trio
 
 import forebay_cache.upkeep.presence
 from forebay_cache import CacheError, open_cache, revive, watch_files
+from forebay_cache.errors import IndexFault
+from forebay_cache.index.place import Place
 
 SIZE = 4 << 20
 
@@ -36,12 +38,19 @@ def _cut(device: Path, index: Path) -> None:
     os.truncate(device, SIZE // 2)
 
 
+def _empty(device: Path, index: Path) -> None:
+    kept = device.with_name("kept")
+    kept.write_bytes(device.read_bytes())
+    os.truncate(device, 0)
+    os.truncate(device, SIZE)
+
+
 def _remove_index(device: Path, index: Path) -> None:
     (index / "data.mdb").rename(index / "kept")
 
 
 @pytest.mark.expect_log("failed: .*written back now")
-@pytest.mark.parametrize("do", [_remove, _remove_for_good, _replace, _cut, _remove_index])
+@pytest.mark.parametrize("do", [_remove, _remove_for_good, _replace, _cut, _empty, _remove_index])
 def test_what_happens_to_a_file_is_noticed(
     tmp_path: Path, do: Callable[[Path, Path], None]
 ) -> None:
@@ -86,3 +95,24 @@ def test_a_device_that_an_index_describes_is_not_made_anew(tmp_path: Path) -> No
     with pytest.raises(CacheError, match="is gone"):
         open_cache(device, index, size=SIZE, boot="a")
     assert not device.exists()
+
+
+@pytest.mark.parametrize(("name", "is_lost"), [("data.mdb", True), ("lock.mdb", False)])
+def test_an_index_that_was_cut_is_not_touched_any_more_and_found_by_no_start(
+    tmp_path: Path, name: str, is_lost: bool
+) -> None:
+    for file in ("data.mdb", "lock.mdb"):
+        (tmp_path / file).write_bytes(bytes(8192))
+    place = Place(tmp_path)
+    assert place.is_kept()
+    (tmp_path / name).write_bytes(bytes(16384))
+    place.check()
+    fd = os.open(tmp_path / name, os.O_RDWR)
+    for length in (8192, 16384):  # cut, and made as long as it was
+        os.ftruncate(fd, length)
+        with pytest.raises(IndexFault, match=f"{name} has 8192 bytes, and had 16384: it was cut"):
+            place.check()
+        assert (place.is_kept(), place.is_lost) == (False, is_lost)
+    os.close(fd)
+    assert (tmp_path / name).exists() != is_lost
+    place.close()

@@ -102,6 +102,8 @@ class Committer(GroupCommit):
             snapshot.failed()
             if isinstance(error, IndexFault):
                 self.error = error.strerror
+                if self._index.place.is_lost:
+                    self._failure.fail(error, taken=True)
             raise
         self.error = None
         snapshot.succeeded()
@@ -142,7 +144,8 @@ class Committer(GroupCommit):
         """The part of a commit that names nothing on the device. The index takes commits in the order of the calls."""
         snapshot = Snapshot(Changes(None), self._without_device)
         try:
-            await self._index.commit(snapshot.changes)
+            if not self._index.place.is_lost:  # else no start will find what it says
+                await self._index.commit(snapshot.changes)
         except BaseException:
             snapshot.failed()
             raise

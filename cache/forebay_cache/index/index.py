@@ -47,6 +47,7 @@ from forebay_cache.format.records import (
     unpack_record,
 )
 from forebay_cache.index.changes import Changes, Taken
+from forebay_cache.index.place import Place
 from forebay_cache.index.reserve import Reserve
 
 _MAP_LEAST = 32 << 30
@@ -101,25 +102,6 @@ def create(path: Path, ident: uuid.UUID | None = None) -> None:
 def _fault(error: lmdb.Error) -> IndexFault:
     full = isinstance(error, (lmdb.MapFullError, lmdb.DiskError))
     return IndexFault(errno.ENOSPC if full else errno.EIO, f"the index fails: {error}")
-
-
-class Place:
-    """Where the index at ``path`` lies: which file was there when it was opened."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path / "data.mdb"
-        self._found = self._identity()
-
-    def _identity(self) -> tuple[int, int] | None:
-        try:
-            found = self._file.stat()
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
-
-    def is_kept(self) -> bool:
-        """True if the next start would find the same file: it was neither removed nor replaced."""
-        return self._identity() == self._found
 
 
 class Index:
@@ -189,9 +171,10 @@ class Index:
             return self._env.begin(write=write)
 
     def _enter(self) -> None:
-        """One user more, of an environment that works."""
+        """One user more, of an environment that works. Raises IndexFault."""
         with self._idle:
             try:
+                self.place.check()
                 if self._panicked:
                     self._idle.wait_for(lambda: not self._users or not self._panicked)
                 if self._panicked:
@@ -375,8 +358,9 @@ class Index:
     def close(self) -> None:
         """End the writer thread and close the environment, unless a commit hangs."""
         self._writer.close()
-        if not self._writer.is_hanging:
+        if not self._writer.is_hanging and self.place.is_whole():
             self._env.close()
+        self.place.close()
 
 
 def _put(txn: lmdb.Transaction[bytes], db: Any, key: bytes, value: bytes | None) -> None:

@@ -19,8 +19,10 @@ from typing import Protocol, TypeAlias
 
 import trio
 
+from forebay_cache.errors import IndexFault
 from forebay_cache.format.entry import block_key, block_of_key
 from forebay_cache.format.geometry import PAGE_BLOCKS
+from forebay_cache.index.place import Place
 
 assert sys.byteorder == "little", "pages are stored as they lie in memory: little endian"
 
@@ -43,6 +45,8 @@ _LOOKED_AT_ONCE = 4096
 
 class _Index(Protocol):
     """See index.Index."""
+
+    place: Place
 
     def page(self, layer: int, number: int) -> bytes | None: ...
 
@@ -68,6 +72,7 @@ class PageTable:
 
     __slots__ = (
         "_index",
+        "_is_private",
         "_layer",
         "_loading",
         "_words",
@@ -83,6 +88,7 @@ class PageTable:
     ) -> None:
         self._index = index
         self._layer = layer
+        self._is_private = private
         self._words = (2 if private else 1) * PAGE_BLOCKS
         self.by_number: dict[int, Page] = _Complete() if complete else {}
         """The loaded pages. Others only look a number up in it: KeyError says that the page is not loaded."""
@@ -129,7 +135,7 @@ class PageTable:
             int, set[int]
         ] = {}  # by part of the image, so that they can be sorted in slices
         after = 0
-        while True:
+        while not isinstance(self.by_number, _Complete):
             read = self._index.pages
             listed = await trio.to_thread.run_sync(read, self._layer, after, _LISTED_AT_ONCE)
             for number, _ in listed:
@@ -195,7 +201,16 @@ class PageTable:
 
     def _read(self, numbers: list[int]) -> list[bytes | None]:
         """What the index has of these pages; runs in a thread."""
-        return [self._index.page(self._layer, number) for number in numbers]
+        return [self._ask(number) for number in numbers]
+
+    def _ask(self, number: int) -> bytes | None:
+        """What the index has of a page. Raises IndexFault. One of a clean layer has nothing where the index is lost."""
+        try:
+            return self._index.page(self._layer, number)
+        except IndexFault:
+            if self._is_private or not self._index.place.is_lost:
+                raise
+            return None
 
     async def load(self, numbers: Iterable[int]) -> None:
         """Have pages loaded. Raises IndexFault. A page that somebody else is loading is waited for.
@@ -210,7 +225,7 @@ class PageTable:
                     continue
                 self._loading[number] = event = trio.Event()
                 try:
-                    raw = await trio.to_thread.run_sync(self._index.page, self._layer, number)
+                    raw = await trio.to_thread.run_sync(self._ask, number)
                     self.adopt(number, raw)
                 finally:
                     del self._loading[number]
@@ -224,7 +239,7 @@ class PageTable:
         """
         page = self.look(number)
         if page is None:
-            page = self.adopt(number, self._index.page(self._layer, number))
+            page = self.adopt(number, self._ask(number))
         return page
 
     def adopt(self, number: int, raw: bytes | None) -> Page:

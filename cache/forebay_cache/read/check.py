@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from forebay_cache.cache import Cache
@@ -45,7 +45,7 @@ async def check(cache: Cache, pieces: Sequence[Piece]) -> list[Checked]:
     before = {slot: cache.sums.get(slot) for slot in slots}
     token = cache.quarantine.pin()
     try:
-        read = await cache.threads.reads.run(read_slots, cache, slots)
+        read = await cache.threads.reads.run(read_slots, cache, before)
     except OSError as error:
         if error.errno != errno.ETIMEDOUT or any(piece.private for piece in pieces):
             raise
@@ -82,12 +82,18 @@ def _judge(
     return Checked(data[start : start + piece.length], steady)
 
 
-def read_slots(cache: Cache, slots: set[int]) -> dict[int, tuple[memoryview, list[int], bytes]]:
-    """In a thread: the content of each slot, its checksums as computed, and (u32[16]) as the index has them.
+def read_slots(
+    cache: Cache, slots: Mapping[int, bytes | None]
+) -> dict[int, tuple[memoryview, list[int], bytes]]:
+    """In a thread: the content of each slot, its checksums as computed, and (u32[16]) as they are known.
 
-    UNREADABLE stands for the checksum of a sector that cannot be read. Raises IndexFault.
+    ``slots`` has what memory knows of them; the index is asked for the rest, and raises IndexFault. UNREADABLE stands
+    for the checksum of a sector that cannot be read.
     """
-    stored = cache.index.sums(slots)
+    stored = {slot: known for slot, known in slots.items() if known is not None}
+    unknown = [slot for slot, known in slots.items() if known is None]
+    if unknown:
+        stored |= cache.index.sums(unknown)
     found = {}
     for slot in slots:
         data = bytearray(BLOCK)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import errno
 import resource
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 
 import trio
 
 from forebay_cache.cache import Cache
-from forebay_cache.errors import NO_ANSWER
+from forebay_cache.errors import NO_ANSWER, IndexFault
 from forebay_cache.format.entry import ALL_ZERO, whole_private_slot, whole_slot
 from forebay_cache.format.geometry import (
     BLOCK,
@@ -158,8 +158,7 @@ class View:
         """The buffers that `read` returns, and whether something had to come from the origin. Raises OSError."""
         attempts = 0
         while attempts < 2 * _ATTEMPTS:
-            await self.load(offset, length)
-            pieces = self.plan(offset, length)
+            pieces = await self._find(offset, length)
             if all(p.slot == ZEROS or self._is_ready(p) for p in pieces):
                 found = self._ready_ones(pieces, slices=slices)
                 if found is not None:
@@ -175,10 +174,26 @@ class View:
                 report_damage(self.cache, self.clean, bad)
         raise OSError(errno.EIO, "the cache device gives other data at each reading")
 
+    async def _find(self, offset: int, length: int) -> list[Piece]:
+        """Where the bytes of a range come from: all that is clean from the image, where the index cannot be read.
+
+        Raises IndexFault.
+        """
+        try:
+            await self.load(offset, length)
+            return self.plan(offset, length)
+        except IndexFault:
+            await self._load(self.private, offset, length)
+            return plan(self.private, None, offset, length)
+
     async def load(self, offset: int, length: int) -> None:
         """Have the pages of a range loaded, in every layer. Raises IndexFault."""
+        layers = [*self.private, *([self.clean] if self.clean else [])]
+        await self._load(layers, offset, length)
+
+    async def _load(self, layers: Iterable[Layer], offset: int, length: int) -> None:
         first, last = offset >> PAGE_SHIFT, (offset + length - 1) >> PAGE_SHIFT
-        for layer in [*self.private, *([self.clean] if self.clean else [])]:
+        for layer in layers:
             missing = [n for n in range(first, last + 1) if n not in layer.pages]
             if missing and layer.private and not layer.sectors and not layer.slots:
                 for number in missing:

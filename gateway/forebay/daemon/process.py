@@ -3,6 +3,7 @@
 
 """The daemon as a process: its directories and their locks, its log, its signals, how it begins and ends."""
 
+import contextlib
 import gc
 import logging
 import os
@@ -236,7 +237,8 @@ def _remove_stale_sockets(run: Path, earlier: set[Path]) -> None:
     """What a killed daemon left. Its lock is ours, so nobody answers there any more."""
     for path in (run / "disks").glob("*.sock*"):
         if path not in earlier:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the disk whose place it is says what is wrong
+                path.unlink()
 
 
 # ------------------------------------------------------------------------------------------- faults, log

@@ -57,6 +57,7 @@ def socket_path(run: Path, name: str) -> Path:
 def listen(path: Path, section: GatewaySection) -> trio.SocketListener:
     """A listening socket at `path`, which appears there when owner and mode are set. Raises OSError."""
     new = path.with_name(path.name + _NEW)
+    path.parent.mkdir(exist_ok=True)  # somebody may have tidied up
     new.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
