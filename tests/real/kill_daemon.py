@@ -231,7 +231,9 @@ class KillableGateway(GatewayProcess):
         except ValueError:
             raise Refused(f"{method} {path}: cut short") from None
         said = found.get("error") if isinstance(found, dict) else None
-        if response.status >= 400 or (said and "state" not in found):  # a state's `error` is why it is that
+        if response.status >= 400 or (
+            said and "state" not in found
+        ):  # a state's `error` is why it is that
             raise Refused(f"{method} {path}: {said}", response.status)
         if isinstance(found, dict) and set(found) == {"result"}:
             return found["result"]
