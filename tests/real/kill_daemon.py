@@ -230,10 +230,9 @@ class KillableGateway(GatewayProcess):
             found = json.loads(lines[-1]) if lines else None
         except ValueError:
             raise Refused(f"{method} {path}: cut short") from None
-        said = found.get("error") if isinstance(found, dict) else None
-        if response.status >= 400 or (
-            said and "state" not in found
-        ):  # a state's `error` is why it is that
+        is_state = isinstance(found, dict) and "state" in found  # its `error` is why it is that
+        said = found.get("error") if isinstance(found, dict) and not is_state else None
+        if response.status >= 400 or said:
             raise Refused(f"{method} {path}: {said}", response.status)
         if isinstance(found, dict) and set(found) == {"result"}:
             return found["result"]
