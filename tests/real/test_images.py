@@ -114,7 +114,9 @@ def test_a_disk_that_writes_the_image_ends_a_warm_and_keeps_what_that_read(
         gateway.attach("vm", "a.raw", mode="write-back")
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (1, "")
-    assert err.startswith("forebay: images:a.raw was attached meanwhile by a disk that writes it")
+    assert err.startswith(
+        "forebay: images:a.raw was wanted by a disk meanwhile: what was read until then is kept"
+    )
     assert gateway.status("vm")["cached_bytes"] > 0
     gateway.cli("warm", "images:a.raw")  # by the disk
     assert gateway.status("vm")["cached_bytes"] == 8 * MIB

@@ -17,10 +17,11 @@ from forebay.units import did_you_mean
 
 @dataclass(eq=False)
 class _Coming:
-    """An attach on its way."""
+    """An attach on its way, or (`is_alone`) something else that is done to an image."""
 
     source: Source
     ended: trio.Event = field(default_factory=trio.Event)
+    is_alone: bool = False
 
 
 @dataclass(eq=False)
@@ -37,12 +38,20 @@ def _exclude(one: Source, other: Source) -> bool:
     return (one.use.writes or other.use.writes) and one.is_same_image(other)
 
 
+def _bars(coming: _Coming, source: Source) -> bool:
+    """True if the image of that source must not be read without a disk until `coming` has ended."""
+    if coming.is_alone:
+        return coming.source.is_same_image(source)
+    return _exclude(coming.source, source)
+
+
 class Disks:
     """All disks by name. A name, and an image that is written, belong to one disk at a time."""
 
     def __init__(self) -> None:
         self._known: dict[str, Attached | Absent] = {}
         self._coming: dict[str, _Coming] = {}
+        self._alone: list[_Coming] = []
         self._readings: set[_Reading] = set()
 
     # -- asking
@@ -134,7 +143,7 @@ class Disks:
             for reader in self.all_attached():
                 if reader.record.gives_way and _exclude(reader.source, source):
                     await give_way(reader)
-            await self._end_readings(source)
+            await self._end_readings(coming)
             self.check_alone(source)
             yield
         finally:
@@ -148,8 +157,8 @@ class Disks:
         The work has to go through that disk then, and ends with it; otherwise it ends when a disk comes that writes the
         image, which waits for that end. Raises ForebayError where it was ended so.
         """
-        while coming := [x for x in self._coming.values() if _exclude(x.source, source)]:
-            await coming[0].ended.wait()
+        while busy := [x for x in (*self._coming.values(), *self._alone) if _bars(x, source)]:
+            await busy[0].ended.wait()
         for disk in self.all_attached():
             if _exclude(disk.source, source):
                 disk.check_serves()
@@ -166,13 +175,24 @@ class Disks:
             reading.ended.set()
         if reading.scope.cancelled_caught:
             raise ForebayError(
-                f"{source.key} was attached meanwhile by a disk that writes it: what was read is kept, "
-                "try again for the rest"
+                f"{source.key} was wanted by a disk meanwhile: what was read until then is kept, try again for the rest"
             )
 
-    async def _end_readings(self, source: Source) -> None:
-        """End the work that reads the image which a disk with that source is about to write."""
-        for reading in [x for x in self._readings if _exclude(x.source, source)]:
+    @contextlib.asynccontextmanager
+    async def alone(self, source: Source) -> AsyncIterator[None]:
+        """Around what takes down all disks on an image: what reads it without a disk is ended, and does not begin."""
+        alone = _Coming(source, is_alone=True)
+        self._alone.append(alone)
+        try:
+            await self._end_readings(alone)
+            yield
+        finally:
+            self._alone.remove(alone)
+            alone.ended.set()
+
+    async def _end_readings(self, coming: _Coming) -> None:
+        """End the work that reads the image without a disk, which is not to be read now."""
+        for reading in [x for x in self._readings if _bars(coming, x.source)]:
             reading.scope.cancel()
             await reading.ended.wait()
 

@@ -56,9 +56,10 @@ class Resolving:
         async with self._alone, self._disks.turn(name) as disk:
             _check(disk, keeps, sure=sure)
             others = self._others(disk)
-            async with _turns(others):
+            source, _settings = self._arrivals.source(name, disk.record, None)
+            async with _turns(others), self._disks.alone(source):
                 with trio.CancelScope(shield=True):
-                    await self._resolve(disk, keeps, others)
+                    await self._resolve(disk, source, keeps, others)
         log.warning("%s: its conflict was resolved, and %s is kept", name, _KEPT[keeps])
         found = self._disks.attached(name)
         if keeps == "mine":
@@ -76,11 +77,10 @@ class Resolving:
         ]
 
     async def _resolve(
-        self, disk: Attached | Absent, keeps: Keeps, others: Sequence[Attached]
+        self, disk: Attached | Absent, source: Source, keeps: Keeps, others: Sequence[Attached]
     ) -> None:
-        """The same in any case, whoever goes on waiting for it."""
+        """The same in any case, whoever goes on waiting for it. `source` is a new one of the disk."""
         was = disk.record
-        source, _settings = self._arrivals.source(disk.name, was, None)
         await self._look(source)
         why = disk.why if isinstance(disk, Absent) else str(disk.disk.image.conflict)
         unsure = isinstance(disk, Attached) and disk.disk.image.identity.is_withdrawn()
