@@ -147,6 +147,22 @@ async def test_who_may_use_a_disk_is_handed_on() -> None:
     ]
 
 
+async def test_a_disk_that_leaves_its_mode_during_a_flush_is_no_negative_figure() -> None:
+    gateway = FakeGateway("a")
+    gateway.disks["a"]["mode"] = "write-back"
+    gateway.finish = finish = trio.Event()
+    async with served(gateway) as run, trio.open_nursery() as nursery:
+
+        async def leave() -> None:
+            await gateway.began.wait()
+            gateway.disks["a"]["mode"] = "write-through"
+            finish.set()
+
+        nursery.start_soon(leave)
+        answer = await ask(run, "POST /disks/a/flush", {})
+        assert answer.lines[-1]["result"]["written_back_bytes"] == 0
+
+
 async def test_work_tells_how_far_it_is_and_what_came_of_it() -> None:
     gateway = FakeGateway("a", "b")
     gateway.steps = 3

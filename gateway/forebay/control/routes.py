@@ -255,7 +255,9 @@ class Control:
             return {
                 "names": [disk["name"] for disk in disks],
                 "written_back_bytes": sum(
-                    after.get(disk["name"], 0) - before.get(disk["name"], 0) for disk in disks
+                    # one that has left its mode, or is another by that name, counts for nothing
+                    max(0, after.get(disk["name"], 0) - before.get(disk["name"], 0))
+                    for disk in disks
                 ),
                 "dirty_bytes": sum(disk["dirty_bytes"] for disk in disks),
                 "not_served": [disk["name"] for disk in disks if disk["state"] == NOT_SERVED],
