@@ -116,6 +116,7 @@ class FakeSyncer:
     dice: Dice
     begin: Callable[[], None] | None = None
     hangs = False
+    seconds = 1e-3
 
     def __init__(self, fd: int, sync: Callable[[], None], *_: object) -> None:
         self._sync = sync

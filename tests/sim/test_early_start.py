@@ -15,7 +15,7 @@ from trio.testing import MockClock
 
 from forebay.disk.disk import Disk
 from forebay.units import Mode
-from forebay_cache.blocks.early import FLUSHES_WITHOUT, LONG_IN_A_ROW, LONG_SECONDS
+from forebay_cache.blocks.early import FLUSHES_WITHOUT, LONG_IN_A_ROW, LONG_SECONDS, PAYS_SECONDS
 from forebay_cache.device.device import Device
 from forebay_cache.format.geometry import BLOCK, SECTOR
 from sim.fake_host import Host, settings
@@ -144,6 +144,16 @@ def test_nothing_is_begun_on_a_slow_device(tell: Callable[[Story], None]) -> Non
         assert not guest.begun
         guest.disk.answered()
         assert guest.begun
+
+    tell(story)
+
+
+def test_nothing_is_begun_where_a_sync_takes_no_time(tell: Callable[[Story], None]) -> None:
+    def story(guest: Guest) -> None:
+        syncer = type(guest.host.cache.sync._syncer)
+        with mock.patch.object(syncer, "seconds", PAYS_SECONDS / 2):
+            assert guest.pairs(5) == 0
+        assert guest.pairs(1) == 1
 
     tell(story)
 

@@ -21,6 +21,8 @@ FEW_WRITES = 2
 """So many writes before a flush are few."""
 IN_A_ROW = 2
 """After so many flushes in a row, each behind few writes, the next one is expected to come soon."""
+PAYS_SECONDS = 100e-6
+"""It pays where syncs take longer: to begin costs the loop some 20 us, just when the guest is about to go on."""
 LONG_SECONDS = 1e-3
 """To begin takes some microseconds, but longer where the device's queue is full, or the processor is taken away."""
 LONG_IN_A_ROW = 3
@@ -56,7 +58,8 @@ class EarlyStart:
 
     def begin(self, layer: Layer) -> None:
         """The writes, which went to ``layer``, were answered: have data and records begun if a flush is expected."""
-        if not self._last or self._cache.threads.pace.is_slow:
+        cache = self._cache
+        if not self._last or cache.threads.pace.is_slow or cache.sync.seconds < PAYS_SECONDS:
             return
         last, self._last = self._last, []
         began = timing.clock()
@@ -65,7 +68,7 @@ class EarlyStart:
         except OSError:  # the sync is going to say what it is
             self._stay_away()
         took = timing.clock() - began
-        self._cache.threads.pace.note_write_of_loop(took)
+        cache.threads.pace.note_write_of_loop(took)
         self._long = self._long + 1 if took > LONG_SECONDS else 0
         if self._long == LONG_IN_A_ROW:
             self._stay_away()

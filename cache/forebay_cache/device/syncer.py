@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import trio
 
+from forebay_cache.device import pace as timing
 from forebay_cache.device.pace import Pace
 from forebay_cache.device.worker import TIMEOUT, Worker, timed_out
 
@@ -76,6 +77,9 @@ class Syncer:
         """The sync that was begun last; of use where :meth:`start` has begun it."""
         self.pending = False
         """True while a sync that was begun has not ended, as far as anybody has looked."""
+        self.seconds = 0.0
+        """How long syncs by the kernel take, the newest ones counting most."""
+        self._began = 0.0
         self._is_awaited = False
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._context = ctypes.c_ulong(0)
@@ -179,6 +183,7 @@ class Syncer:
             self.pending = True
             self.run = Run()
             self._number = self._pace.begin()
+            self._began = timing.clock()
             return True
         if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EAGAIN):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -215,6 +220,7 @@ class Syncer:
     def _done_with(self) -> None:
         self.pending = False
         self._pace.end(self._number)
+        self.seconds += (timing.clock() - self._began - self.seconds) / 8
         self.run.has_ended = True
         result = int(_EVENT.unpack(self._done)[2])
         if result < 0:

@@ -137,6 +137,11 @@ class DeviceSync(GroupCommit):
             with contextlib.suppress(OSError), self._watched():
                 self._syncer.collect()
 
+    @property
+    def seconds(self) -> float:
+        """How long syncs take, the newest ones counting most."""
+        return self._syncer.seconds
+
     def fileno(self) -> int:
         """A descriptor that becomes readable when a sync has ended."""
         return self._syncer.fileno()
