@@ -30,7 +30,7 @@ export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup setup-libvirt test test-without-core test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme fuzz soak lab docs dist lint format install uninstall clean
+.PHONY: setup setup-libvirt test test-without-core test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme bench-threads fuzz soak lab docs dist lint format install uninstall clean
 
 setup:
 	@tools/setup.sh
@@ -63,6 +63,10 @@ bench-readme: setup
 
 bench-profile: setup
 	PYTHONPATH=tests $(BIN)/python -m bench.profile $(BENCH_ARGS)
+
+# five minutes; cache/THREADS.md
+bench-threads: setup
+	$(BIN)/python -m bench.threads $(BENCH_ARGS)
 
 # needs sshfs, openssh-server and nbdfuse, and says which of them is missing
 bench-doors: setup
