@@ -57,8 +57,9 @@ ACTIONS = (
     "discard",
     "restore",
     "device",
+    "image",
 )
-WEIGHTS = (38, 10, 14, 9, 5, 4, 8, 5, 6, 1, 6, 4, 8)
+WEIGHTS = (38, 10, 14, 9, 5, 4, 8, 5, 6, 1, 6, 4, 8, 8)
 
 DEVICE_FAULTS: tuple[dict[str, Any], ...] = (
     {"operations": ["write"], "delay": 0.01},
@@ -376,6 +377,21 @@ class Soak:
     def _do_preload(self) -> bool:
         name = self._some().name
         return self._command(f"preload of {name}", f"/disks/{name}/preload", {"amount": "all"})
+
+    def _do_image(self) -> bool:
+        """Something is done with an image, whether or not a disk is on it."""
+        image = f"images:{self.rng.choice(['base', *self.ground.images])}.raw"
+        what, body = self.rng.choice(
+            (
+                ("warm", {"image": image}),
+                ("warm", {"image": image, "rate": "4M"}),
+                ("pin", {"image": image}),
+                ("unpin", {"image": image}),
+                ("purge", {"images": [image]}),
+                ("purge", {"older_than": 0}),
+            )
+        )
+        return self._command(f"{what} of {image}", f"/images/{what}", body)
 
     def _do_scrub(self) -> bool:
         return self._command("scrub", "/cache/scrub")
