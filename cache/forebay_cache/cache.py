@@ -119,7 +119,7 @@ class Cache:
             (self.intent, self.quarantine, self.layers, self.sums, self.records, self.hot),
         )
         self.commit.join_past_device(self.records)
-        self.invalidations = Invalidations(self.layers, self.failure, self.commit)
+        self.invalidations = Invalidations(self.layers, index, self.failure, self.commit)
         self.removal = Removal(self.slots, self.failure)
         self.evictor = Evictor(
             self.slots,

@@ -22,6 +22,7 @@ from forebay.errors import ForebayError
 from forebay.origin.threads import Call, StoreThreads
 from forebay.storage.state import open_cache
 from forebay.units import MIB
+from forebay_cache import Cache
 from forebay_cache.errors import IndexFault
 from forebay_cache.index.changes import Changes
 from forebay_cache.index.index import Index
@@ -109,7 +110,12 @@ class Bed:
     @asynccontextmanager
     async def life(self) -> AsyncIterator[Gateway]:
         """The daemon without its control API; ended as by a kill."""
-        cache = open_cache(self.config)
+        async with self.served(open_cache(self.config)) as gateway:
+            yield gateway
+
+    @asynccontextmanager
+    async def served(self, cache: Cache) -> AsyncIterator[Gateway]:
+        """The same on a cache that is open."""
         async with trio.open_nursery() as nursery:
             await nursery.start(cache.run)
             nursery.start_soon(forebay_cache.come_back, cache)

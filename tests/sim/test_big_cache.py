@@ -8,19 +8,13 @@ default all is done with a 256th and with a 64th of the slots, and no step may b
 their number. ``FOREBAY_BIG_CACHE=1`` does it with all of them, and tells how long each step was (tests/README.md).
 """
 
-import gc
-import json
 import os
-import tempfile
-from array import array
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import lmdb
 import pytest
 import trio
 
@@ -32,115 +26,14 @@ import forebay_cache.layers.reclaim
 import forebay_cache.layers.registry
 import forebay_cache.layers.shedding
 import forebay_cache.offline.recovery
-from forebay.daemon.process import Survivors
 from forebay.disk.modes import Modes
-from forebay.storage.state import index_path
 from forebay.units import Mode
-from forebay_cache import Cache, mark_hot, pin_layer
+from forebay_cache import mark_hot, pin_layer
 from forebay_cache.durable.intent import MOST_PAGES
-from forebay_cache.format.checksum import GROUP, ZERO_SECTOR_SUM
-from forebay_cache.format.entry import pack
-from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, PAGE_SHIFT, SECTOR, SECTORS
-from forebay_cache.format.records import GROUP_KEY, LAYER_KEY, PAGE_KEY, TABLES, LayerRecord
-from real.commands_bed import Bed, nothing
+from forebay_cache.format.geometry import BLOCK, PAGE_SHIFT, SECTOR
+from real.commands_bed import nothing
+from sim.big_bed import GIB, IMAGE, MORE, PARTS, SLICE, SNAPSHOT, Big, collected
 from sim.steps import Milliseconds, Steps
-
-CACHE, IMAGE = 1 << 40, 4 << 40
-GIB = 1 << 30
-
-PARTS = (256, 64)
-"""By how much less there is than in a cache of 10 million slots."""
-SLICE = 30_000
-"""Lines in one step of a task: 2 ms."""
-SNAPSHOT = 80_000
-"""Lines in the snapshot of a commit: less than 20 ms."""
-MORE = 8_000
-"""By so many lines the longest step of all may be longer with four times as many slots."""
-
-DISKS = {
-    "dense": (Mode.WRITE_THROUGH, 4_000_000, 64),
-    "sparse": (Mode.WRITE_THROUGH, 1_000_000, 1),
-    "changed": (Mode.WRITE_THROUGH, 3_500_000, 64),
-    "dirty": (Mode.WRITE_BACK, 200_000, 2),
-    "conflict": (Mode.WRITE_BACK, 800_000, 2),
-    "overlay": (Mode.WRITE_BACK, 500_000, 16),
-    "other": (Mode.WRITE_BACK, 0, 1),
-}
-"""By name: the mode, how many slots the layer in question has, and how many of them are in one page of 64."""
-
-
-class Big(Bed):
-    """A gateway with a part of the 10 million slots."""
-
-    def __init__(self, directory: Path, part: int) -> None:
-        super().__init__(directory)
-        self.part = part
-        self.device = directory / "cache.img"
-        with self.device.open("wb") as file:
-            file.truncate(CACHE // part)
-        cache = self.config.cache.model_copy(update={"device": self.device})
-        defaults = self.config.defaults.model_copy(update={"max_dirty": IMAGE})
-        self.config = self.config.model_copy(update={"cache": cache, "defaults": defaults})
-
-    async def make(self) -> None:
-        """One life, in which the disks are attached and have a layer each. The slots come between two lives."""
-        async with self.life() as gateway:
-            for name, (mode, _, _) in DISKS.items():
-                with (self.images / name).open("wb") as file:
-                    file.truncate(IMAGE)
-                await gateway.attach(
-                    name, f"images:{name}", mode=mode, overlay=name == "overlay", read_only=False
-                )
-                if mode is Mode.WRITE_BACK:
-                    await self.write(name)
-            await gateway.stop()
-            await self.cache.commit()
-
-    @property
-    def cache(self) -> Cache:
-        return self.gateway._cache
-
-    def fill(self) -> None:
-        """Put the slots into the index."""
-        path = str(index_path(self.config))
-        with lmdb.open(path, map_size=1 << 40, max_dbs=len(TABLES), sync=False) as env:
-            db = {name: env.open_db(name.encode(), create=False) for name in TABLES}
-            with env.begin(write=True) as txn:
-                slot = len(DISKS) * GROUP
-                for key, raw in list(txn.cursor(db=db["layers"])):
-                    record = LayerRecord.unpack(raw)
-                    mode, slots, in_page = DISKS[record.name.disk or record.name.image[7:]]
-                    if record.private == (mode is Mode.WRITE_BACK):
-                        pages = slots // self.part // in_page
-                        layer = LAYER_KEY.unpack(key)[0]
-                        items = _pages(layer, slot, pages, in_page, private=record.private)
-                        txn.cursor(db=db["pages"]).putmulti(items)
-                        slot += pages * in_page
-                        record.slots += pages * in_page
-                        record.sectors += pages * in_page
-                        txn.put(key, record.pack(), db=db["layers"])
-                sums = array("I", [ZERO_SECTOR_SUM] * SECTORS * GROUP).tobytes()
-                groups = range(len(DISKS), slot // GROUP + 1)
-                txn.cursor(db=db["sums"]).putmulti((GROUP_KEY.pack(n), sums) for n in groups)
-                meta = json.loads(txn.get(b"state", db=db["meta"]) or b"") | {"frontier": slot}
-                txn.put(b"state", json.dumps(meta).encode(), db=db["meta"])
-
-    async def reclaimed(self) -> None:
-        while any(x.is_dead for x in self.cache.layers) or self.cache.quarantine.leaving:  # noqa: ASYNC110
-            await trio.sleep(0.05)
-
-
-def _pages(
-    layer: int, slot: int, pages: int, in_page: int, *, private: bool
-) -> Iterator[tuple[bytes, bytes]]:
-    """So many pages of a layer, spread over the image, with one sector in each slot from `slot` on."""
-    apart = 1 if in_page == PAGE_BLOCKS else max(1, (IMAGE >> PAGE_SHIFT) // (pages + 1))
-    for n in range(pages):
-        words = array("Q", bytes(8 * PAGE_BLOCKS * (1 + private)))
-        for i in range(in_page):
-            words[i] = pack(slot + n * in_page + i, 0, 1)
-        yield PAGE_KEY.pack(layer, 1 + n * apart), words.tobytes()
-
 
 # -- what is done ---------------------------------------------------------------------------------------------------
 
@@ -315,31 +208,7 @@ DONE: tuple[Do, ...] = (
 )
 
 
-@pytest.fixture
-def quick(tmp_path: Path) -> Iterator[Path]:
-    """Where a sync awaits nothing, and is done at once."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(prefix="forebay-", dir="/dev/shm") as directory:
-        yield Path(directory)
-
-
 # -- how long the steps are -----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def collected() -> Iterator[None]:
-    """Garbage is collected as in the daemon, where that is measured."""
-    note = Survivors().note
-    gc.collect()
-    gc.freeze()
-    gc.callbacks.append(note)
-    try:
-        yield
-    finally:
-        gc.callbacks.remove(note)
-        gc.unfreeze()
 
 
 def played(

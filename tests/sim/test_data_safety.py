@@ -15,6 +15,7 @@ import pytest
 import trio
 import trio.testing
 
+import forebay.checkpoint.passes
 import forebay_cache.layers.registry
 import forebay_cache.offline.recovery
 import forebay_cache.read.check
@@ -23,10 +24,10 @@ from forebay.errors import ForebayError
 from forebay.image import kept as kept_writes
 from forebay.image.image import Image
 from forebay.units import Mode
-from forebay_cache import mark_hot, open_cache, pin_layer, scrub
+from forebay_cache import mark_hot, open_cache, pin_layer, scrub, settle
 from forebay_cache.blocks import private, store
 from forebay_cache.format.entry import NO_SLOT, slot_of
-from forebay_cache.format.geometry import BLOCK, SECTOR
+from forebay_cache.format.geometry import BLOCK, SECTOR, SECTORS
 from forebay_cache.index.changes import Changes
 from forebay_cache.index.sums import UNKNOWN
 from forebay_cache.read.check import read_slots
@@ -762,6 +763,77 @@ def test_what_was_stored_while_the_device_failed_is_not_believed(
             await trio.sleep(1)
         assert await read(disk) == OLD
         assert await read(disk) == OLD
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("cache device .* failed")
+@pytest.mark.parametrize("works_again", [False, True])
+def test_what_is_dropped_while_the_device_fails_may_be_in_the_index_before_it_works_again(
+    tmp_path: Path, works_again: bool
+) -> None:
+    """The commit that takes it back would have all of it. Until then the layer is dead in the index."""
+
+    async def story(host: Host) -> None:
+        cache = host.cache
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        await read(disk, 0, SIZE)
+        await trio.sleep(1)
+        await cache.commit()
+        layer = disk.image.layer
+        cached = layer.sectors
+        cache.failure.fail(OSError(errno.EIO, "injected"))
+        await disk.write(0, memoryview(NEW), False)
+        cache.invalidations._most = 0
+        await cache.invalidations.make_room(layer)
+        assert layer.pages.first_key not in cache.layers.dirty
+        stored = cache.index.page(layer.id, 0)
+        assert stored == layer.pages.page(0).tobytes()
+        assert cache.index.layers()[layer.id].dead
+        await disk.write(BLOCK, memoryview(NEW), False)
+        if works_again:
+            await revive(cache)
+            await check_cache(cache)
+        await host.kill(host.snapshot())
+        await host.start()
+        disk = await host.attach("d", settings(Mode.WRITE_THROUGH))
+        assert disk.image.layer.sectors == (cached - SECTORS * 2 if works_again else 0)
+        assert await read(disk, 0, 3 * BLOCK) == NEW + NEW + OLD
+        await check_cache(host.cache)
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("cache device .* failed|is full")
+def test_a_page_is_stored_while_the_device_fails_only_if_it_names_no_other_slot(
+    tmp_path: Path,
+) -> None:
+    """A slot that was handed over is still the private block's in the index, and dead layers free theirs."""
+
+    async def story(host: Host) -> None:
+        cache = host.cache
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        await disk.write(0, memoryview(NEW), False)
+        await cache.commit()
+
+        async def then_it_fails(*of: Any) -> None:
+            await settle(*of)
+            cache.failure.fail(OSError(errno.EIO, "injected"))
+
+        with mock.patch.object(forebay.checkpoint.passes, "settle", then_it_fails):
+            await disk.drain(nothing)
+        layer = disk.image.layer
+        cache.invalidations._most = 0
+        await cache.invalidations.make_room(layer)
+        assert slot_of(layer.pages.page(0)[0]) != NO_SLOT, "it was handed over"
+        assert layer.pages.first_key in cache.layers.dirty
+        assert cache.index.page(layer.id, 0) is None
+        await host.kill(host.snapshot())
+        await host.start()
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        assert await read(disk) == NEW
+        await trio.sleep(1)
+        await check_cache(host.cache)
 
     play(tmp_path, story)
 

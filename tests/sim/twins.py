@@ -182,7 +182,7 @@ class Side:
             "totals": [(layer.sectors, layer.slots) for layer in layers],
             "sums": sums.values.tobytes(),
             "sum states": sums.state.tobytes(),
-            "sums pending": (sums.pending, sums.changed()),
+            "sums pending": (sums.pending, sorted(sums.unstored.items())),
             "ready": cache.ready.masks.tobytes(),
             "open": intent.open_sectors,
             "syncing": intent.syncing,

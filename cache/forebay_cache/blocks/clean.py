@@ -66,6 +66,7 @@ async def invalidate(cache: Cache, layer: Layer, offset: int, length: int) -> No
     for at in range(offset, offset + length, _AT_ONCE):
         if length > _AT_ONCE:
             await next_turn()
+        await cache.invalidations.make_room(layer)
         runs = block_runs(at, min(_AT_ONCE, offset + length - at))
         await layer.pages.load({block // PAGE_BLOCKS for block, _, _ in runs})
         with past_failure(cache):
@@ -85,6 +86,7 @@ async def uncover(cache: Cache, frozen: Layer, filler: Filler) -> None:
     layer = filler.layer
     for number in await frozen.pages.numbers():
         await trio.lowlevel.checkpoint()
+        await cache.invalidations.make_room(layer)
         await frozen.pages.load([number])
         page = frozen.pages.page(number)
         await layer.pages.load([number])
@@ -140,7 +142,7 @@ async def _mark_hot(cache: Cache, layer: Layer, regions: range) -> None:
         return
     with past_failure(cache):
         await cache.journal_room(SECTOR * len(regions))
-        if hot.is_crowded():
+        if cache.failure.error is None and hot.is_crowded():
             await cache.commit()
     known = hot.of(layer.id)
     new = [r for r in regions if r not in known]

@@ -74,6 +74,7 @@ async def _settle(
 ) -> None:
     """The same for some blocks of one page."""
     await cache.journal_room(_DROPS)
+    cache.failure.check()  # no commit bounds any more what changes
     offset = (number << PAGE_SHIFT) + blocks.start * BLOCK
     filler.overtaken(offset, len(blocks) * BLOCK)
     copied = await _copy(cache, clean, number, _jobs(cache, frozen, clean, number, blocks))

@@ -91,6 +91,7 @@ class Committer(GroupCommit):
     async def _run(self) -> None:
         if not self.has_changes():
             return
+        self._failure.check()  # the sync would fail, and a snapshot holds up everybody
         snapshot = self.snapshot()
         try:
             with contextlib.suppress(JournalFull):  # what has no room there is in the snapshot

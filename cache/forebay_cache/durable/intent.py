@@ -106,6 +106,7 @@ class Intent:
         self._in_commit = (
             0  # so many of them, the first ones, had no room and are in the commit under way
         )
+        self._taken_pages = self._taken_sums = 0  # how many the commit under way has
         self._slack = _SLACK + journal.size // _KEPT_FREE
         self._late: list[LateRun] = []
 
@@ -125,13 +126,14 @@ class Intent:
         pages, sums = len(self._dirty_pages), len(self._sums.unstored)
         if pages > MOST_PAGES // 2 or sums > MOST_SUMS // 2:
             self._want_commit()
-            if self.is_crowded():
-                return False
+        if pages + self._taken_pages >= MOST_PAGES or sums + self._taken_sums >= MOST_SUMS:
+            return False
         return self.journal.fits(self._ops_bytes + self._slack + (length >> 7))
 
     def is_crowded(self) -> bool:
-        """True if the next commit has as much to store as it takes in."""
-        return len(self._dirty_pages) >= MOST_PAGES or len(self._sums.unstored) >= MOST_SUMS
+        """True if the next commit has as much to store as it takes in, should the one under way fail."""
+        pages = len(self._dirty_pages) + self._taken_pages
+        return pages >= MOST_PAGES or len(self._sums.unstored) + self._taken_sums >= MOST_SUMS
 
     def note(self, op: bytes) -> None:
         """Add a record to the frame that the next :meth:`publish` writes."""
@@ -282,6 +284,7 @@ class Intent:
             self._in_commit = len(self._ops)
         except OSError:
             pass  # the device has failed: the sync of this commit is going to say so
+        self._taken_pages, self._taken_sums = len(self._dirty_pages), len(self._sums.unstored)
         mark = self.journal.mark()
         assert changes.meta is not None
         changes.meta.journal_offset, changes.meta.journal_sequence = (
@@ -293,10 +296,11 @@ class Intent:
     def _committed(self, mark: tuple[Position, int]) -> None:
         """The index has, durably, all that was published before the mark, and the records that had no room."""
         self.journal.trim(mark)
+        self._taken_pages = self._taken_sums = 0
         if self._in_commit:
             del self._ops[: self._in_commit]
             self._ops_bytes = sum(map(len, self._ops))
             self._in_commit = 0
 
     def _not_committed(self) -> None:
-        self._in_commit = 0
+        self._in_commit = self._taken_pages = self._taken_sums = 0

@@ -20,7 +20,7 @@ from typing import Protocol, TypeAlias
 import trio
 
 from forebay_cache.errors import IndexFault
-from forebay_cache.format.entry import block_key, block_of_key
+from forebay_cache.format.entry import NO_SLOT, block_key, block_of_key, slot_of
 from forebay_cache.format.geometry import PAGE_BLOCKS
 from forebay_cache.index.place import Place
 
@@ -262,6 +262,17 @@ class PageTable:
         """(key, words) of pages that are loaded, as the index stores them. ``keys`` are those of ``dirty``."""
         pages = self.by_number
         return [(key.to_bytes(8, "big"), pages[block_of_key(key)].tobytes()) for key in keys]
+
+    def names_no_more(self, key: int, raw: bytes | None) -> bool:
+        """True if a loaded page of a clean layer names no slot that ``raw`` does not name for the same block.
+
+        ``key`` is that of ``dirty``; ``raw`` is what the index has of the page, None: nothing.
+        """
+        page = self.by_number[block_of_key(key)]
+        before = array("Q", raw or bytes(8 * PAGE_BLOCKS))
+        return all(
+            slot_of(word) in (NO_SLOT, slot_of(was)) for word, was in zip(page, before, strict=True)
+        )
 
     def shed(self, most: int) -> int:
         """Forget up to ``most`` pages that the index has as they are. Returns how many. Not during a commit."""

@@ -17,6 +17,7 @@ import trio
 
 from forebay_cache.format.checksum import GROUP, SIZE
 from forebay_cache.format.geometry import SECTORS, Buffer
+from forebay_cache.format.records import ALL_OF_GROUP
 from forebay_cache.index.changes import Changes, Share, Taken
 
 UNKNOWN, KNOWN, CHANGED = 0, 1, 2
@@ -29,6 +30,8 @@ _PAGES_KEPT = 8192
 """... of which so many are kept: 32 MiB, the sums of 32 GiB at best ..."""
 _SHED = 512
 """... and so many are given back at a time."""
+_GROUPS_AT_ONCE = 512
+"""Groups that are looked through between two turns of others."""
 _FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
@@ -137,10 +140,14 @@ class Sums:
 
     # -- commits ----------------------------------------------------------------------------------------------
 
-    def changed(self) -> list[int]:
-        """The slots whose sums no commit has stored yet, in order."""
-        found = sorted(self.unstored.items())
-        return [group * GROUP + n for group, slots in found for n in range(GROUP) if slots >> n & 1]
+    async def changed(self) -> list[int]:
+        """The slots whose sums no commit has stored yet, in order. For while none is made."""
+        found: list[int] = []
+        for n, (group, slots) in enumerate(sorted(self.unstored.items())):
+            found += slots_of_group(group, slots)
+            if n % _GROUPS_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        return found
 
     def has_changes(self) -> bool:
         """True if sums were changed since the last commit."""
@@ -167,9 +174,16 @@ class Sums:
     def _put_back(self, taken: list[Taken]) -> None:
         """A commit did not store these."""
         for group, slots, _ in taken:
-            for n in range(GROUP):
-                if slots >> n & 1 and self.state[group * GROUP + n] == KNOWN:
-                    self._mark(group * GROUP + n)
+            first = group * GROUP
+            if slots == ALL_OF_GROUP and self._state[first : first + GROUP] == _ALL_KNOWN:
+                self._state[first : first + GROUP] = _ALL_CHANGED
+                self.unstored[group] = slots
+                self._pages[first // _PAGE] = None
+                self.pending += GROUP
+                continue
+            for slot in slots_of_group(group, slots):
+                if self.state[slot] == KNOWN:
+                    self._mark(slot)
 
     def _shed(self) -> None:
         """Forget some of what the index has too, if there is much of it. Not while a commit is under way."""
@@ -186,4 +200,10 @@ class Sums:
             self._values.madvise(mmap.MADV_DONTNEED, page * mmap.PAGESIZE, mmap.PAGESIZE)
 
 
+def slots_of_group(group: int, mask: int) -> list[int]:
+    """The slots of a group that a mask names, in order."""
+    return [group * GROUP + n for n in range(GROUP) if mask >> n & 1]
+
+
+_ALL_KNOWN, _ALL_CHANGED = (bytes([state] * GROUP) for state in (KNOWN, CHANGED))
 _NONE = memoryview(bytes(SIZE)).cast("I")

@@ -38,6 +38,11 @@ class Layers:
         self._by_disk: dict[str, dict[int, Layer]] = {}  # those of them that are private, by number
         self._gone: set[int] = set()  # numbers of reclaimed layers that the index still has
 
+    @property
+    def dirty(self) -> set[int]:
+        """Keys of the pages that the next commit stores, see ``PageTable.dirty``."""
+        return self._dirty
+
     def __iter__(self) -> Iterator[Layer]:
         """All of them. Make a list of it before an await."""
         return iter(self._by_id.values())

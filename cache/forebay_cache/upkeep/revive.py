@@ -141,7 +141,7 @@ def _try(fd: int, device: Device) -> None:
 
 async def _rewrite_all(cache: Cache, done: Revived) -> None:
     """Write everything again that was written since the last commit, and count in ``done`` what came of it."""
-    for slot in cache.sums.changed():
+    for slot in await cache.sums.changed():
         while slot in cache.in_flight.storing:  # noqa: ASYNC110 - nobody tells
             await trio.sleep(_STORING_STEP)
         key = cache.slots.owner[slot]
