@@ -23,6 +23,7 @@ from forebay_cache.format.superblock import Superblock
 from forebay_cache.index.index import Index
 from forebay_cache.offline.formatting import DEFAULT_SIZE
 from forebay_cache.offline.recovery import recover
+from forebay_cache.offline.replay import Telling, nobody_is_told
 
 
 def open_cache(
@@ -33,11 +34,13 @@ def open_cache(
     block_size: int = BLOCK,
     boot: str | None = None,
     timeout: float = TIMEOUT,
+    telling: Telling = nobody_is_told,
 ) -> Cache:
     """Open, create or recover a cache.
 
     ``size`` (bytes) is for a device that is a file and does not exist yet. ``boot`` stands for the kernel's boot id.
     ``timeout`` (seconds): when a call to the device, or to the index, that has not ended counts as failed.
+    ``telling`` is told how far a recovery is: it is as long as the journal has records, and the device is slow.
     Raises :class:`CacheError` when that is not possible without losing something: the text says what to do.
     """
     if block_size != BLOCK:
@@ -54,7 +57,7 @@ def open_cache(
             undo.callback(opened.close)
             found = Device(fd, device, _match(fd, device, layout, opened))
             opened.timeout = timeout
-            cache = recover(found, opened, boot or boot_id(), timeout)
+            cache = recover(found, opened, boot or boot_id(), timeout, telling)
         except (ValueError, TypeError, LookupError, struct.error) as fault:
             raise CacheError(
                 f"{device}: what it or its index says makes no sense ({fault}): see 'forebay cache check'"

@@ -18,7 +18,7 @@ from forebay_cache.durable.journal import Journal, Position
 from forebay_cache.format.geometry import FULL, PAGE_BLOCKS
 from forebay_cache.index.index import Index
 from forebay_cache.offline.claims import Claims
-from forebay_cache.offline.replay import apply, drop_sectors
+from forebay_cache.offline.replay import Telling, apply, drop_sectors, nobody_is_told
 from forebay_cache.offline.scan import scan_now, scan_slowly
 from forebay_cache.slots.placement import Placement
 
@@ -30,10 +30,16 @@ SEQUENCE_GAP = 1 << 20
 """After a replay sequence numbers go on so much higher: frames behind a torn one are never taken for new ones."""
 
 
-def recover(device: Device, index: Index, boot: str, timeout: float = TIMEOUT) -> Cache:
+def recover(
+    device: Device,
+    index: Index,
+    boot: str,
+    timeout: float = TIMEOUT,
+    telling: Telling = nobody_is_told,
+) -> Cache:
     """The cache as the index and the journal have it, durable as it is now.
 
-    ``boot`` is the running kernel's boot id; for ``timeout`` see :class:`Cache`.
+    ``boot`` is the running kernel's boot id; for ``timeout`` see :class:`Cache`. ``telling`` is told how far it is.
     Raises OSError, and ValueError and its like where index or journal make no sense.
     """
     meta = index.meta
@@ -48,8 +54,8 @@ def recover(device: Device, index: Index, boot: str, timeout: float = TIMEOUT) -
     cache = Cache(device, index, journal, placement, timeout)
     cache.records.recover(index.records())
     _recover_layers(cache, claims)
-    apply(cache, claims, survived=survived)
-    _recover_hot(cache, claims, survived=survived)
+    apply(cache, claims, survived=survived, telling=telling)
+    _recover_hot(cache, claims, survived=survived, telling=telling)
     _commit_start(cache, boot)
     if meta.frontier <= SCAN_AT_ONCE:
         scan_now(cache)
@@ -67,20 +73,21 @@ def _recover_layers(cache: Cache, claims: Claims) -> None:
         cache.layers.recover(ident, record, journaled=ident in made)
 
 
-def _recover_hot(cache: Cache, claims: Claims, *, survived: bool) -> None:
+def _recover_hot(cache: Cache, claims: Claims, *, survived: bool, telling: Telling) -> None:
     """Hot regions stay so while the kernel lives on; else their clean blocks are dropped, and they are not hot."""
     known = set(cache.index.hot()) | claims.hot
     alive = {x.id for x in cache.layers if not x.is_dead}
     hot = {region for region in known if region[0] in alive}
     if not survived:
-        _drop_hot(cache, hot)
+        _drop_hot(cache, hot, telling)
     cache.hot.recover(known - hot, keep=False)
     cache.hot.recover(hot, keep=survived)
 
 
-def _drop_hot(cache: Cache, regions: set[tuple[int, int]]) -> None:
+def _drop_hot(cache: Cache, regions: set[tuple[int, int]], telling: Telling) -> None:
     """Drop the clean blocks of regions whose origin was being written when the machine went down."""
-    for ident, region in regions:
+    for done, (ident, region) in enumerate(regions):
+        telling("regions whose images were being written", done, len(regions))
         layer = cache.layers.get(ident)
         if layer is None or layer.private:
             continue

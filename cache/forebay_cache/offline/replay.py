@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from array import array
+from collections.abc import Callable
 
 from forebay_cache.cache import Cache
 from forebay_cache.format.checksum import SIZE, UNREADABLE, checksum
@@ -31,7 +32,17 @@ from forebay_cache.offline.claims import Claimed, Claims, Judge
 log = logging.getLogger(__name__)
 
 
-def apply(cache: Cache, claims: Claims, *, survived: bool) -> None:
+Telling = Callable[[str, int, int], None]
+"""Called with what is being gone through at the start, how many of it are done, and how many there are."""
+
+
+def nobody_is_told(_what: str, _done: int, _total: int) -> None:
+    """For whoever does not ask."""
+
+
+def apply(
+    cache: Cache, claims: Claims, *, survived: bool, telling: Telling = nobody_is_told
+) -> None:
     """Have the layers of the cache, which are all there, say what the records say.
 
     ``survived``: the kernel that the records were given to is still running. Claims on a layer that is gone or dead are
@@ -42,7 +53,8 @@ def apply(cache: Cache, claims: Claims, *, survived: bool) -> None:
         if layer is not None:
             drop_sectors(layer, block_of_key(key), mask)
     judge = _judge(cache, survived=survived)
-    for key, claimed in claims.blocks.items():
+    for done, (key, claimed) in enumerate(claims.blocks.items()):
+        telling("blocks of the journal", done, len(claims.blocks))
         layer = cache.layers.get(layer_of_key(key))
         if layer is not None and not layer.is_dead:
             if not layer.private:

@@ -23,6 +23,7 @@ import forebay_fast
 from forebay.config.model import Config
 from forebay.daemon.attached import Attached
 from forebay.daemon.loop_meter import METER
+from forebay.daemon.starting import Starting
 from forebay.daemon.watchdog import feed
 from forebay.doors.restart import EarlierSockets
 from forebay.errors import ForebayError
@@ -135,7 +136,7 @@ async def _main(config: Config, make: MakeGateway, earlier: EarlierSockets) -> b
     """
     is_sound = False
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        cache = open_cache(config)
+        cache = open_cache(config, Starting().tell)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(cache.run)

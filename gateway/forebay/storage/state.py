@@ -23,6 +23,7 @@ from forebay.errors import ForebayError
 from forebay.storage.owner import as_owner, check_access, check_is_file
 from forebay.storage.record import locate, record_path
 from forebay_cache import Cache, CacheError
+from forebay_cache.offline.replay import Telling, nobody_is_told
 
 FAULTS = (CacheError, OSError, lmdb.Error)
 """What `one_line` makes a ForebayError of: faults of the cache, of the host, and of the index."""
@@ -36,8 +37,11 @@ def index_path(config: Config) -> Path:
     return config.gateway.state / "index"
 
 
-def open_cache(config: Config) -> Cache:
-    """The cache on its device, opened for use; whoever calls this holds STATE. Raises CacheError and OSError."""
+def open_cache(config: Config, telling: Telling = nobody_is_told) -> Cache:
+    """The cache on its device, opened for use; whoever calls this holds STATE. `telling` is told how far that is.
+
+    Raises CacheError and OSError.
+    """
     section, index = config.cache, index_path(config)
     check_access(config.gateway.state, _needed(config))
     cache = forebay_cache.open_cache(
@@ -46,6 +50,7 @@ def open_cache(config: Config) -> Cache:
         size=section.size,
         block_size=section.block_size,
         timeout=section.timeout,
+        telling=telling,
     )
     cache.index.reserve.keep()
     return cache
