@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -190,6 +191,33 @@ def test_locks_that_were_lost_are_taken_again(bed: Callable[..., Bed], mode: str
     it.client.flush()
     it.fs.lose_locks()
     it.write(3 * MIB, b"c" * 65536)
+    it.client.flush()
+    it.is_well()
+
+
+@pytest.mark.parametrize("how", ["stale for a while", "mounted anew"])
+@pytest.mark.parametrize("mode", ["write-back", "none"])
+def test_a_store_that_went_away_and_is_back(bed: Callable[..., Bed], mode: str, how: str) -> None:
+    """Its server forgot what was open, or its file system is another mount: the same image is opened anew."""
+    it = bed(mode)
+    it.gateway.allow_log(f"{LOST}|trying again|flush")
+    it.write(MIB, b"a" * 65536)
+    it.client.flush()
+    if how == "mounted anew":
+        it.fs.vanish()
+    else:
+        for call in ("read", "write", "fsync", "getattr", "open"):
+            it.fs.fail(call, "ESTALE")
+    time.sleep(6)  # a look of the watch
+    if mode != "none":
+        assert it.client.pread(65536, MIB) == b"a" * 65536, "what is cached is read all the time"
+    fails(it.client, "pread", 4096, 5 * MIB)
+    assert it.status()["state"] != "conflict"
+    if how == "mounted anew":
+        it.fs.mount()
+    it.fs.lift()
+    assert it.client.pread(4096, 5 * MIB) == it.content[5 * MIB :][:4096]
+    it.write(2 * MIB, b"b" * 65536)
     it.client.flush()
     it.is_well()
 

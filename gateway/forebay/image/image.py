@@ -19,6 +19,7 @@ from forebay.image.reach import Reach
 from forebay.image.source import ResizedError, Source
 from forebay.image.sources import Sources
 from forebay.image.writes import OwnWrites
+from forebay.origin.calls import MAYBE_DEAD
 from forebay.origin.protocol import Identity, Origin
 from forebay.origin.threads import Background
 from forebay.sidecar.record import TakenOver
@@ -148,12 +149,20 @@ class Image:
             if self.conflict is None:
                 await self._take_note(origin)
         except OSError as error:
+            if error.errno in MAYBE_DEAD and await self.reach.renew(origin):
+                return
+            if error.errno == errno.ESTALE:
+                await self._stop_if_gone(origin)
+
+    async def _stop_if_gone(self, origin: Origin) -> None:
+        """Stop where the origin is another image by now, or gone. One whose server fails may come back."""
+        try:
+            await origin.identity()
+        except OSError as error:
             if error.errno == errno.ESTALE:
                 why = error.strerror or ""
                 named = self.key in why or self.sources.latest.label in why
                 self.stop(why if named else f"{self.key} is gone, or another file now ({why})")
-            elif error.errno == errno.EIO:
-                await self.reach.renew(origin)
 
     async def _take_note(self, origin: Origin) -> None:
         """Compare what the image looks like with what is on record, or put it there after our own writes.

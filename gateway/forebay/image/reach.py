@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import trio
 
+from forebay.origin.calls import MAYBE_DEAD
 from forebay.origin.protocol import Origin, close_quietly
 from forebay_cache.states import Machine, Table
 
@@ -149,7 +150,7 @@ class Reach:
         try:
             return await call()
         except OSError as error:
-            if error.errno != errno.EIO or origin is None or not await self.renew(origin):
+            if error.errno not in MAYBE_DEAD or origin is None or not await self.renew(origin):
                 raise
         return await call()
 

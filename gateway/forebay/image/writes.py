@@ -15,6 +15,7 @@ from forebay.image.clean import CleanBlocks
 from forebay.image.identity import KnownIdentity
 from forebay.image.kept import Change, KeptInAll, KeptWrites
 from forebay.image.reach import Reach
+from forebay.origin.calls import MAYBE_DEAD
 from forebay.origin.protocol import Origin
 from forebay_cache import Cache
 from forebay_cache.errors import IndexFault
@@ -201,7 +202,7 @@ class OwnWrites:
         except TimeoutError:
             raise
         except OSError as error:
-            if error.errno == errno.EIO:
+            if error.errno in MAYBE_DEAD:
                 await self._reach.renew(origin)
             if self.kept.is_empty:
                 raise

@@ -98,9 +98,19 @@ class BlockingFile:
             raise
 
     def identity(self) -> Identity:
-        """Size, times and inode as the server has them now. ESTALE: the file was deleted, renamed or replaced."""
-        with self.descriptor as fd:
-            ours = self._calls.status(fd)
+        """Size, times and inode as the server has them now.
+
+        ESTALE: the file was deleted, renamed or replaced; EIO: its server does not know the descriptor any more, but
+        the file, or nothing at all.
+        """
+        try:
+            with self.descriptor as fd:
+                ours = self._calls.status(fd)
+        except OSError as error:
+            if error.errno != errno.ESTALE or self._image.status is None:
+                raise
+            self._check_name(self._image.status)
+            raise OSError(errno.EIO, f"{self._label}: the descriptor is stale") from error
         if ours.links == 0:
             raise OSError(errno.ESTALE, f"{self._label} was deleted or replaced while in use")
         self._check_name(ours)
@@ -112,6 +122,10 @@ class BlockingFile:
             named = self._image.look()
         except FileNotFoundError:
             raise OSError(errno.ESTALE, f"{self._label} was renamed while in use") from None
+        except OSError as error:
+            if error.errno == errno.ESTALE:  # so is the store: who knows what becomes of it
+                raise OSError(errno.EIO, f"{self._label}: its store is stale") from error
+            raise
         if (named.device, named.inode) != (ours.device, ours.inode):
             raise OSError(errno.ESTALE, f"{self._label} was replaced by another file while in use")
 

@@ -26,6 +26,10 @@ UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, 524}
 """What a file system says that cannot do a mode of fallocate, or tell holes. 524 is the kernel's own ENOTSUPP, which
 some NFS versions leak."""
 
+MAYBE_DEAD = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ECONNABORTED}
+"""What each call of a descriptor says that is of no use any more, where a fresh one works: its locks were lost, its
+server forgot it (GPFS after an unmount), or its file system was mounted anew."""
+
 IOV_MAX = 1024
 """Buffers that one preadv or pwritev takes (limits.h)."""
 
