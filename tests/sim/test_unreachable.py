@@ -192,7 +192,8 @@ def test_the_watchdog_sees_that_an_image_came(tmp_path: Path) -> None:
 
     async def story(host: Host) -> None:
         disk = await away(host, Mode.WRITE_THROUGH)
-        seen = cast("Attached", SimpleNamespace(disk=disk, listener=SimpleNamespace(answered=0)))
+        listener = SimpleNamespace(answered=0)
+        seen = cast("Attached", SimpleNamespace(status=disk.status, listener=listener))
         before = Attached.pulse(seen)
         host.origin.heal()
         await trio.sleep(3)
