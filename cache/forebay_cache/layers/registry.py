@@ -60,6 +60,11 @@ class Layers:
         of_disk = self._by_disk.get(disk, {})
         return [of_disk[ident] for ident in sorted(of_disk)]
 
+    def has_private_on(self, image: str) -> bool:
+        """True if any disk has a private layer, that is not dead, on the image with that key."""
+        of_disks = self._by_disk.values()
+        return any(layer.name.image == image for of_disk in of_disks for layer in of_disk.values())
+
     def make(self, name: LayerName) -> Layer:
         """A new empty layer. After a crash it is there if anything is that was journaled after this call.
 

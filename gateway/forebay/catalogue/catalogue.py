@@ -80,7 +80,7 @@ class Catalogue:
         disks: dict[str, list[str]] = {}
         for name, key in sorted(self._keys_of_disks().items()):
             disks.setdefault(key, []).append(name)
-        shown = self._purge.cached() | self.entries.marked() | disks.keys()
+        shown = await self._purge.cached() | self.entries.marked() | disks.keys()
         for n, key in enumerate(sorted(shown)):
             if n % 64 == 0:
                 await trio.lowlevel.checkpoint()

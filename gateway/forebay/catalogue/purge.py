@@ -36,6 +36,9 @@ START_SECONDS = 60.0
 STAMP_SECONDS = 3600
 """After so long in use an image is noted to be so anew, for the case that the daemon is killed."""
 
+_AT_ONCE = 256
+"""So many images are looked at between two turns of others."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -82,13 +85,22 @@ class Purge:
         self._entries = entries
         self._disks_on = disks_on
 
-    def known(self) -> set[str]:
+    async def known(self) -> set[str]:
         """The keys of all images of which the cache has blocks, or of which there is an entry."""
-        return self.cached() | self._entries.keys()
+        return await self.cached() | self._entries.keys()
 
-    def cached(self) -> set[str]:
-        """The keys of all images of which the cache has a clean layer."""
-        return {x.name.image for x in self._cache.layers if not x.private and not x.is_dead}
+    async def cached(self) -> set[str]:
+        """The keys of all images of which the cache has a clean layer; what comes and goes meanwhile may be among them.
+
+        There may be tens of thousands.
+        """
+        found = set()
+        for n, layer in enumerate(list(self._cache.layers)):
+            if n % _AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            if not layer.private and not layer.is_dead:
+                found.add(layer.name.image)
+        return found
 
     async def purge(self, selection: Selection, *, dry_run: bool = False) -> dict[str, Any]:
         """Drop what the cache has of the images that fit; what was dropped, and what was kept, and why.
@@ -96,16 +108,17 @@ class Purge:
         Raises ForebayError where that cannot be made durable.
         """
         now = time.time()
-        chosen = []
-        for n, key in enumerate(sorted(self.known())):
-            if n % 64 == 0:
+        used: dict[str, int] = {}
+        for n, key in enumerate(await self.known()):
+            if n % _AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
             entry = self._entries.get(key) or Entry(used=int(now))
             if selection.fits(key, entry, now):
-                chosen.append((entry.used, key))
+                used[key] = entry.used
         purged: list[dict[str, Any]] = []
         kept: list[dict[str, str]] = []
-        for _, key in sorted(chosen):
+        await trio.lowlevel.checkpoint()
+        for key in sorted(sorted(used), key=used.__getitem__):
             await trio.lowlevel.checkpoint()
             found = self._drop(key, dry_run=dry_run)
             if isinstance(found, str):
@@ -127,7 +140,7 @@ class Purge:
             return f"in use by {', '.join(disks[:3])}" + (" and others" if len(disks) > 3 else "")
         if self._images.is_open(key):
             return "being warmed, or let go just now"
-        if any(x.private and x.name.image == key and not x.is_dead for x in self._cache.layers):
+        if self._cache.layers.has_private_on(key):
             return "the cache has data of a disk for it"
         return "pinned" if self._entries.is_pinned(key) else None
 
@@ -164,8 +177,8 @@ class Purge:
     async def _stamp(self) -> None:
         """Note what is in use, and begin to count the age of what an earlier version has left."""
         now = time.time()
-        for n, key in enumerate(self.known()):
-            if n % 64 == 0:
+        for n, key in enumerate(await self.known()):
+            if n % _AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
             entry = self._entries.get(key)
             is_stale = entry is None or not 0 <= now - entry.used < STAMP_SECONDS

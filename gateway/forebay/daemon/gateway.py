@@ -150,7 +150,7 @@ class Gateway:
         """True if a disk is on the image with that key, served or only on record, or the cache has data for it."""
         if images.is_open(key) or key in self._records.keys().values():
             return True
-        return any(x.private and x.name.image == key and not x.is_dead for x in self._cache.layers)
+        return self._cache.layers.has_private_on(key)
 
     async def detach(
         self, name: str, *, discard: bool = False, force: bool = False, progress: Progress
