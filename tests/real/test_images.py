@@ -16,6 +16,7 @@ from typing import Any
 from real.disk_fixture import wait_for
 from real.fault_fs import FaultFs
 from real.gateway_process import GatewayProcess
+from real.processes import NbdServer
 
 MIB = 1 << 20
 MakeGateway = Callable[..., GatewayProcess]
@@ -277,3 +278,21 @@ def test_the_table_of_images_has_the_columns_of_the_contract(gateway: GatewayPro
         *("PINNED", "TAGS", "DISKS", "USED"),
     ]
     assert row.split()[:7] == ["images:a.raw", "raw", "1.0M", "100%", "-", "lts", "0"]
+
+
+def test_an_nbd_export_is_warmed_pinned_and_purged_as_a_file_is(
+    gateway: GatewayProcess, start_nbdkit: Callable[..., NbdServer]
+) -> None:
+    image = gateway.directory / "exported.raw"
+    image.write_bytes(os.urandom(2 * MIB))
+    server = start_nbdkit("file", image)
+    gateway.cli("warm", server.uri)
+    [(key, told)] = images(gateway).items()
+    assert key.startswith("nbd+unix:///")
+    assert (told["cached_percent"], told["allocated"]) == (100, None)
+    gateway.cli("pin", server.uri)
+    server.stop()
+    assert "is kept (pinned)" in refused(gateway, "purge", server.uri)
+    gateway.cli("unpin", key)
+    gateway.cli("purge", key)
+    assert images(gateway) == {}
