@@ -299,6 +299,8 @@ def test_a_long_write_is_stored_by_parts(tmp_path: Path) -> None:
             await host.start()
             disk = await host.attach("d", settings(Mode.WRITE_BACK))
             await disk.write(0, memoryview(b"a" * 4096), False)
+            assert disk.write_now([(0, memoryview(b"w" * PIECE))]) == 1
+            assert disk.write_now([(0, memoryview(b"w" * size))]) == 0
             own = Own(trio.lowlevel.current_task())
             trio.lowlevel.add_instrument(own)
             await disk.write(0, memoryview(b"w" * size), False)

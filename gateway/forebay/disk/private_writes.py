@@ -63,12 +63,13 @@ class PrivateWrites:
     def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
         """Store as many of the writes as are of whole sectors and can be stored at once, in order; returns how many.
 
-        0 where something has to be announced, waited for or slowed down. Raises OSError if the first one fails.
+        0 where something has to be announced, waited for or slowed down, or is long. Raises OSError if the first one
+        fails.
         """
         if self._ranges.held:
             writes = self._ranges.leading_free(writes)
         length = sum([len(data) for _, data in writes])
-        if self._must_wait(length):
+        if length > PIECE or self._must_wait(length):
             return 0
         top = self._view.private[0]
         sectors, slots = top.sectors, top.slots
