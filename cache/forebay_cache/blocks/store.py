@@ -262,7 +262,7 @@ def _candidates(cache: Cache, layer: Layer, count: int) -> list[tuple[int, int, 
     """
     untouched: list[tuple[int, int, int]] = []
     touched: list[tuple[int, int, int]] = []
-    numbers = layer.pages.loaded()
+    numbers = next(layer.pages.loaded())
     for _ in range(min(len(numbers), _PAGES_AT_ONCE)):
         layer.hand += 1
         number = numbers[layer.hand % len(numbers)]

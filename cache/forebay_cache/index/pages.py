@@ -13,7 +13,7 @@ from __future__ import annotations
 import mmap
 import sys
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Protocol, TypeAlias
 
@@ -41,6 +41,8 @@ _LISTED_AT_ONCE = 1024
 """Pages that are read from the index in one go to find out which there are."""
 _LOOKED_AT_ONCE = 4096
 """Pages in memory that are looked through between two turns of others: half a millisecond."""
+_AT_HAND = 1 << 15
+"""So many pages of a layer are in one dict, which are all of most layers: when that grows it takes 2 ms at most."""
 
 
 class _Index(Protocol):
@@ -55,12 +57,59 @@ class _Index(Protocol):
     def page_numbers(self, layer: int, first: int, end: int, limit: int) -> list[int]: ...
 
 
-class _Complete(dict[int, Page]):
-    """Pages of a layer of which the index has nothing that is not here."""
+class _Pages(dict[int, Page]):
+    """The loaded pages of one layer, by number. Lookups are those of a dict; KeyError: it is not loaded.
+
+    Only so many are in the dict itself, the others in small ones: to make a dict of a million grow takes 30 ms.
+    """
+
+    __slots__ = ("_others", "complete")
+
+    def __init__(self, *, complete: bool) -> None:
+        """``complete``: a page that is not here has nothing, and is EMPTY once it was looked for."""
+        super().__init__()
+        self.complete = complete
+        self._others: dict[int, dict[int, Page]] = {}  # by number // _LOOKED_AT_ONCE
 
     def __missing__(self, number: int) -> Page:
-        self[number] = EMPTY
-        return EMPTY
+        page = self._elsewhere(number).get(number)
+        if page is None:
+            if not self.complete:
+                raise KeyError(number)
+            page = EMPTY
+            self.put(number, page)
+        return page
+
+    def _elsewhere(self, number: int) -> Mapping[int, Page]:
+        return self._others.get(number // _LOOKED_AT_ONCE, _NONE)
+
+    def find(self, number: int) -> Page | None:
+        """The page, None where it is not here."""
+        page = self.get(number)
+        return self._elsewhere(number).get(number) if page is None else page
+
+    def put(self, number: int, page: Page) -> bool:
+        """Have it here, in the place of another one of that number if there is one. True if it is not in the dict."""
+        is_elsewhere = number in self._elsewhere(number)
+        if number in self or (len(self) < _AT_HAND and not is_elsewhere):
+            self[number] = page
+            return False
+        self._others.setdefault(number // _LOOKED_AT_ONCE, {})[number] = page
+        return True
+
+    def drop(self, number: int) -> None:
+        """Have none of that number here."""
+        if self.pop(number, None) is None and (part := self._others.get(number // _LOOKED_AT_ONCE)):
+            part.pop(number, None)
+            if not part:
+                del self._others[number // _LOOKED_AT_ONCE]
+
+    def parts(self) -> list[dict[int, Page]]:
+        """All of them, in dicts none of which is large."""
+        return [self, *self._others.values()]
+
+
+_NONE: Mapping[int, Page] = {}
 
 
 class PageTable:
@@ -90,7 +139,7 @@ class PageTable:
         self._layer = layer
         self._is_private = private
         self._words = (2 if private else 1) * PAGE_BLOCKS
-        self.by_number: dict[int, Page] = _Complete() if complete else {}
+        self.by_number = _Pages(complete=complete)
         """The loaded pages. Others only look a number up in it: KeyError says that the page is not loaded."""
         self._loading: dict[int, trio.Event] = {}
         self.dirty = dirty
@@ -110,7 +159,7 @@ class PageTable:
         return self.look(number) is not None
 
     def __len__(self) -> int:
-        return len(self.by_number)
+        return sum(map(len, self.by_number.parts()))
 
     def _has_changed(self, numbers: Iterable[int]) -> None:
         """Other pages than before have these numbers in ``by_number``, or none."""
@@ -120,11 +169,16 @@ class PageTable:
 
     def held(self) -> Iterator[tuple[int, Page]]:
         """(number, page) of the loaded pages that are not EMPTY. No page may be loaded or made in between."""
-        return ((n, page) for n, page in self.by_number.items() if page is not EMPTY)
+        return (
+            (n, page)
+            for part in self.by_number.parts()
+            for n, page in part.items()
+            if page is not EMPTY
+        )
 
-    def loaded(self) -> list[int]:
-        """The numbers of all loaded pages, in the order in which they were loaded."""
-        return list(self.by_number)
+    def loaded(self) -> Iterator[list[int]]:
+        """The numbers of the pages that are loaded by then, in lists none of which is long."""
+        return (list(part) for part in self.by_number.parts())
 
     async def numbers(self) -> list[int]:
         """The numbers of all pages that hold anything, in order, whether they are loaded or not. Raises IndexFault.
@@ -135,7 +189,7 @@ class PageTable:
             int, set[int]
         ] = {}  # by part of the image, so that they can be sorted in slices
         after = 0
-        while not isinstance(self.by_number, _Complete):
+        while not self.by_number.complete:
             read = self._index.pages
             listed = await trio.to_thread.run_sync(read, self._layer, after, _LISTED_AT_ONCE)
             for number, _ in listed:
@@ -143,24 +197,27 @@ class PageTable:
             if len(listed) < _LISTED_AT_ONCE:
                 break
             after = listed[-1][0] + 1
-        loaded = self.loaded()
-        for start in range(0, len(loaded), _LOOKED_AT_ONCE):
-            for number in loaded[start : start + _LOOKED_AT_ONCE]:
-                if self.by_number.get(number, EMPTY) is not EMPTY:
-                    found.setdefault(number // _LOOKED_AT_ONCE, set()).add(number)
-            await trio.lowlevel.checkpoint()
+        for loaded in self.loaded():
+            for start in range(0, len(loaded), _LOOKED_AT_ONCE):
+                for number in loaded[start : start + _LOOKED_AT_ONCE]:
+                    if self._has(number):
+                        found.setdefault(number // _LOOKED_AT_ONCE, set()).add(number)
+                await trio.lowlevel.checkpoint()
         numbers: list[int] = []
         for part in sorted(found):
             numbers += sorted(found[part])
             await trio.lowlevel.checkpoint()
         return numbers
 
+    def _has(self, number: int) -> bool:
+        """True if the page is loaded and is not EMPTY."""
+        page = self.by_number.find(number)
+        return page is not None and page is not EMPTY
+
     def _held_in(self, first: int, end: int) -> set[int]:
         """The numbers of the loaded pages in a range of numbers that are not EMPTY."""
-        pages = self.by_number
-        if end - first < len(pages):
-            get = pages.get
-            return {n for n in range(first, end) if get(n, EMPTY) is not EMPTY}
+        if end - first < len(self):
+            return {n for n in range(first, end) if self._has(n)}
         return {n for n, page in self.held() if first <= n < end}
 
     async def numbers_in(self, first: int, end: int, most: int) -> tuple[list[int], int]:
@@ -171,7 +228,7 @@ class PageTable:
         IndexFault.
         """
         found = self._held_in(first, end)
-        if not isinstance(self.by_number, _Complete):
+        if not self.by_number.complete:
             listed = await trio.to_thread.run_sync(
                 self._index.page_numbers, self._layer, first, end, most
             )
@@ -244,16 +301,22 @@ class PageTable:
 
     def adopt(self, number: int, raw: bytes | None) -> Page:
         """Take a page as the index has it (None: it has none), unless a newer one is loaded. Returns the newest."""
-        page = self.by_number.get(number)
+        page = self.by_number.find(number)
         if page is None:
-            page = self.by_number[number] = EMPTY if raw is None else array("Q", raw)
+            page = EMPTY if raw is None else array("Q", raw)
+            self._put(number, page)
         return page
+
+    def _put(self, number: int, page: Page) -> None:
+        if self.by_number.put(number, page) and not self.by_number.complete:
+            self.look = self.by_number.find
 
     def writable(self, number: int) -> Page:
         """The page, which must be loaded, to be changed by the caller; the next commit stores it."""
         page = self.by_number[number]
         if page is EMPTY:
-            page = self.by_number[number] = array("Q", bytes(8 * self._words))
+            page = array("Q", bytes(8 * self._words))
+            self._put(number, page)
             self._has_changed([number])
         self.dirty.add(self.first_key | number)
         return page
@@ -277,14 +340,15 @@ class PageTable:
     def shed(self, most: int) -> int:
         """Forget up to ``most`` pages that the index has as they are. Returns how many. Not during a commit."""
         dirty, first = self.dirty, self.first_key
-        numbers = list(islice((n for n in self.by_number if first | n not in dirty), most))
+        clean = (n for part in self.by_number.parts() for n in part if first | n not in dirty)
+        numbers = list(islice(clean, most))
         for number in numbers:
-            del self.by_number[number]
+            self.by_number.drop(number)
         self._has_changed(numbers)
         return len(numbers)
 
     def forget(self, numbers: Collection[int]) -> None:
         """Forget pages of a dead layer that have nothing any more, in the index neither."""
         for number in numbers:
-            self.by_number.pop(number, None)
+            self.by_number.drop(number)
         self._has_changed(numbers)

@@ -57,7 +57,7 @@ class Reclaimer:
     async def _reclaim(self, layer: Layer) -> None:
         """Free what a dead layer holds, a piece at a time, then forget the layer. Raises OSError."""
         # Pages in memory are newer than the index: empty those first.
-        await self._empty(layer, layer.pages.loaded())
+        await self._empty_loaded(layer)
         number = 0
         while True:
             found = await trio.to_thread.run_sync(
@@ -67,9 +67,13 @@ class Reclaimer:
                 break
             await self._empty(layer, [n for n, _ in found])
             number = found[-1][0] + 1
-        await self._empty(layer, layer.pages.loaded())
+        await self._empty_loaded(layer)
         self._layers.forget(layer)
         await self._commit()
+
+    async def _empty_loaded(self, layer: Layer) -> None:
+        for numbers in layer.pages.loaded():
+            await self._empty(layer, numbers)
 
     async def _empty(self, layer: Layer, numbers: Sequence[int]) -> None:
         """Empty pages, commit that, and let go of them, a piece at a time. Raises OSError."""
