@@ -10,12 +10,12 @@ thread passes on, which needs nothing of Python: so an answer that fills the soc
 
 import logging
 import os
+import signal
 import socket
 import struct
 import threading
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 
 import pyfuse3
 import trio
@@ -121,8 +121,8 @@ class CoreDoor(Turns):
         os.dup2(its.fileno(), descriptor, inheritable=False)
         its.close()
         self.device = core.FuseDevice(self._kernel, self._others, _complain)
-        relay = partial(core.relay, self._handing.fileno(), self._kernel)
-        self._relay = threading.Thread(target=relay, name="fuse-relay", daemon=True)
+        ends = self._handing.fileno(), self._kernel
+        self._relay = threading.Thread(target=_relay, args=ends, name="fuse-relay", daemon=True)
         self._relay.start()
         self._nursery.start_soon(self._serve, self.device)
 
@@ -161,6 +161,12 @@ def packed(entry: pyfuse3.EntryAttributes) -> bytes:
         *(nanoseconds for _, nanoseconds in times),
         *(entry.st_mode, entry.st_nlink, entry.st_uid, entry.st_gid, entry.st_blksize),
     )
+
+
+def _relay(source: int, kernel: int) -> None:
+    """The thread that passes on what pyfuse3 answers. Signals are for the others: none ends a message in the middle."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    core.relay(source, kernel)
 
 
 def _complain(number: int) -> None:
