@@ -14,6 +14,8 @@ import trio
 import forebay_cache.upkeep.presence
 from forebay_cache import CacheError, open_cache, revive, watch_files
 from forebay_cache.errors import IndexFault
+from forebay_cache.index.changes import Changes
+from forebay_cache.index.index import Index, create
 from forebay_cache.index.place import Place
 
 SIZE = 4 << 20
@@ -116,3 +118,23 @@ def test_an_index_that_was_cut_is_not_touched_any_more_and_found_by_no_start(
     os.close(fd)
     assert (tmp_path / name).exists() != is_lost
     place.close()
+
+
+@pytest.mark.parametrize("left", [0.3, 0.9, 0.999])
+def test_an_index_that_was_cut_while_nobody_had_it_is_one_line(tmp_path: Path, left: float) -> None:
+    path = tmp_path / "index"
+    create(path)
+    index = Index(path, 100)
+    records = {("disk", f"d{n}"): {"text": "x" * 400} for n in range(200)}
+    index.commit_now(Changes(None, records=dict(records)))
+    index.close()
+    size = (path / "data.mdb").stat().st_size
+    os.truncate(path / "data.mdb", int(size * left) & ~4095)
+    with pytest.raises(CacheError, match="cannot open the index: .*: it was cut"):
+        Index(path, 100)
+
+
+def test_a_pipe_in_the_place_of_the_index_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "data.mdb")
+    with pytest.raises(CacheError, match="not a file"):
+        Index(tmp_path, 100)

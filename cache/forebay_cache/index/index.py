@@ -47,7 +47,7 @@ from forebay_cache.format.records import (
     unpack_record,
 )
 from forebay_cache.index.changes import Changes, Taken
-from forebay_cache.index.place import Place
+from forebay_cache.index.place import Place, check_kinds, check_length
 from forebay_cache.index.reserve import Reserve
 
 _MAP_LEAST = 32 << 30
@@ -66,7 +66,9 @@ def _map_size(slots: int) -> int:
 
 
 def _open(path: Path, slots: int) -> lmdb.Environment:
-    return lmdb.open(
+    """Raises lmdb.Error and OSError."""
+    check_kinds(path)
+    env = lmdb.open(
         str(path),
         map_size=_map_size(slots),
         max_dbs=len(TABLES),
@@ -76,6 +78,12 @@ def _open(path: Path, slots: int) -> lmdb.Environment:
         writemap=False,
         readahead=False,
     )
+    try:
+        check_length(path, env)
+    except BaseException:
+        env.close()
+        raise
+    return env
 
 
 def create(path: Path, ident: uuid.UUID | None = None) -> None:

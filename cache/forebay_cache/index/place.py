@@ -13,7 +13,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from pathlib import Path
+
+import lmdb
+from lmdb.verify import VerifyError, verify
 
 from forebay_cache.device.files import sync_directory
 from forebay_cache.errors import IndexFault
@@ -23,6 +27,34 @@ FILES = DATA, LOCKS = ("data.mdb", "lock.mdb")
 
 _CUT = ".cut"
 """What the name of an index that was cut ends with."""
+
+
+def check_kinds(path: Path) -> None:
+    """Raise OSError where a pipe or the like lies in the place of a file of the index: to open it could wait for ever.
+
+    Those that are not there do not matter.
+    """
+    for name in FILES:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG((path / name).stat().st_mode):
+                raise OSError(errno.EINVAL, "not a file", str(path / name))
+
+
+def check_length(path: Path, env: lmdb.Environment) -> None:
+    """Raise OSError where the index that was just opened was cut while nobody had it open: nothing of it is read then.
+
+    LMDB's file is as long as it says that it is, but for pages at the end that hold nothing.
+    """
+    said = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    size = (path / DATA).stat().st_size
+    if size >= said:
+        return
+    try:
+        problems: list[str] = verify(str(path))  # type: ignore[no-untyped-call]  # reads all of it
+    except VerifyError as error:
+        problems = [str(error)]
+    if problems:
+        raise OSError(errno.EIO, f"{DATA} has {size} bytes, and should have {said}: it was cut")
 
 
 class Place:

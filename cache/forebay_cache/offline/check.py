@@ -28,6 +28,7 @@ from forebay_cache.device.superblock import read_superblock
 from forebay_cache.errors import CacheError
 from forebay_cache.format.records import FORMATS, TABLES, Meta
 from forebay_cache.format.superblock import COPY_OFFSET, SUPERBLOCK, Superblock
+from forebay_cache.index.place import check_kinds
 from forebay_cache.offline.report import Report
 from forebay_cache.offline.tables import Tables
 from forebay_cache.offline.walk import Walk
@@ -64,7 +65,7 @@ def check(device: Path, index: Path, progress: Progress, boot: str | None = None
 def _opened(path: Path) -> int:
     """A descriptor of the device, to read only, with a lock that keeps daemons away. Raises CacheError."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise CacheError(f"{path}: {error.strerror}: correct [cache] device") from None
     try:
@@ -108,6 +109,7 @@ def _is_sane(layout: Superblock, fd: int, report: Report) -> bool:
 
 def _lmdb_is_sound(index: Path, report: Report) -> bool:
     try:
+        check_kinds(index)
         problems: list[str] = verify(str(index))  # type: ignore[no-untyped-call]
     except (VerifyError, OSError) as error:
         problems = [str(error)]
