@@ -4,6 +4,8 @@
 """Names of operators and tenants as the index keeps them: any text, of any length, never in a commit's way."""
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,13 @@ def test_what_cannot_be_stored_is_refused_and_no_commit_notices(tmp_path: Path) 
     assert set(cache.records.all("image")) == set(ODD) - {ODD[-2]}
     assert {x.name.image for x in cache.layers} == set(ODD) - {""}
     cache.release()
+
+
+def test_opening_an_index_imports_nothing_more(tmp_path: Path) -> None:
+    """Root's commands become the daemon's user before that, who may not be able to read our modules."""
+    probe = (
+        "import sys, pathlib; from forebay_cache.index.index import Index; before = set(sys.modules); "
+        "Index(pathlib.Path(sys.argv[1]) / 'index', 10).close(); print(sorted(set(sys.modules) - before))"
+    )
+    words = [sys.executable, "-c", probe, str(tmp_path)]
+    assert subprocess.run(words, check=True, capture_output=True).stdout == b"[]\n"

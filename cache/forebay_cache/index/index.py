@@ -12,8 +12,10 @@ not crash-atomic, so a new environment is made under a temporary name and rename
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import importlib
 import json
 import mmap
 import shutil
@@ -49,6 +51,10 @@ from forebay_cache.format.records import (
 from forebay_cache.index.changes import Changes, Taken
 from forebay_cache.index.place import Place, check_kinds, check_length
 from forebay_cache.index.reserve import Reserve
+
+with contextlib.suppress(ImportError):
+    # lmdb does that when it opens: by then root's command may be a user who cannot read modules
+    importlib.import_module("lmdb._envid")
 
 _MAP_LEAST = 32 << 30
 """Bytes of address space for the index, at least ..."""
