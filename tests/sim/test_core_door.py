@@ -341,6 +341,20 @@ def test_a_second_reply_is_one_to_no_request(door: Door) -> None:
     assert door.kernel.answers.keys() == {unique}
 
 
+def test_a_reply_to_what_was_not_sent_yet_is_one_to_no_request(door: Door) -> None:
+    """The socket is full, and the server has guessed the cookie."""
+    door.connect()
+    for _ in range(8):
+        door.kernel.write(DISK, 0, door.rng.randbytes(MIB))
+        door.kernel.run()
+    waiting = door.connection.owed
+    door.disk.send(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, int.from_bytes(struct.pack("=Q", 8))))
+    assert door.receive() == core.GONE
+    door.kernel.collect()
+    assert not door.kernel.answers
+    assert door.connection.owed == waiting == 8
+
+
 def test_a_disk_that_hangs_stops_no_other(door: Door) -> None:
     """Its socket is full of writes that it does not read."""
     door.connect()
