@@ -39,8 +39,8 @@ _FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 _LISTED_AT_ONCE = 1024
 """Pages that are read from the index in one go to find out which there are."""
-_LOOKED_AT_ONCE = 4096
-"""Pages in memory that are looked through between two turns of others: half a millisecond."""
+_LOOKED_AT_ONCE = 1024
+"""Pages in memory that are looked through between two turns of others: less than half a millisecond."""
 _AT_HAND = 1 << 15
 """So many pages of a layer are in one dict, which are all of most layers: when that grows it takes 2 ms at most."""
 
