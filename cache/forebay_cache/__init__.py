@@ -6,7 +6,7 @@
 It knows nothing of NBD, of images' homes or of modes: those are the business of whoever puts the layers together.
 """
 
-from forebay_cache.blocks.clean import invalidate, mark_hot, past_failure, uncover
+from forebay_cache.blocks.clean import invalidate, mark_hot, uncover
 from forebay_cache.blocks.pin import pin_layer
 from forebay_cache.blocks.settle import settle
 from forebay_cache.cache import Cache
@@ -55,7 +55,6 @@ __all__ = [
     "invalidate",
     "mark_hot",
     "open_cache",
-    "past_failure",
     "pin_layer",
     "repair",
     "revive",

@@ -5,6 +5,7 @@
 
 import errno
 from collections.abc import Awaitable, Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from unittest import mock
 import lmdb
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 
 import forebay.checkpoint.passes
@@ -697,6 +699,37 @@ def test_what_went_past_the_cache_is_durable_after_a_flush(
             assert not disk.flush_now()
         await disk.flush()
         assert host.origin.durable[:BLOCK] == NEW
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("cache device .* failed|works again")
+def test_a_pass_that_hears_of_a_failure_when_it_is_over_goes_on(tmp_path: Path) -> None:
+    """One sync serves all who asked for it, and tells them one after the other; a revival may come in between."""
+
+    async def story(host: Host) -> None:
+        cache = host.cache
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        await disk.write(0, memoryview(NEW), False)
+
+        async def flush_of_an_overlay() -> None:
+            with pytest.raises(OSError, match="injected"):
+                await cache.sync()
+
+        waiting = cache.sync._lock.statistics
+        asked = (flush_of_an_overlay, partial(revive, cache), partial(disk.drain, nothing))
+        async with trio.open_nursery() as guests:
+            async with cache.sync.suspended():  # one is under way, and takes long
+                for number, do in enumerate(asked, 1):
+                    guests.start_soon(do)
+                    while waiting().tasks_waiting < number:  # noqa: ASYNC110
+                        await trio.sleep(0.01)
+                    if number == 1:
+                        cache.failure.fail(OSError(errno.EIO, "injected"))
+            await trio.sleep(1)
+        assert cache.failed is None
+        assert host.origin.durable[:BLOCK] == NEW
+        assert disk.writeback.error is None
 
     play(tmp_path, story)
 

@@ -9,8 +9,7 @@ may be stored again afterwards, see ``store``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -46,16 +45,6 @@ class Filler(Protocol):
         """Bytes of the origin are being written: nobody stores, or is given, what was read there meanwhile."""
 
 
-@contextmanager
-def past_failure(cache: Cache) -> Iterator[None]:
-    """Let an OSError pass if the device has failed: whoever uses this has another way to reach what it wants."""
-    try:
-        yield
-    except OSError:
-        if cache.failure.error is None:
-            raise
-
-
 async def invalidate(cache: Cache, layer: Layer, offset: int, length: int) -> None:
     """Forget what a clean layer has of these bytes, because their origin is about to be written.
 
@@ -63,17 +52,21 @@ async def invalidate(cache: Cache, layer: Layer, offset: int, length: int) -> No
     origin must not be written then.
     """
     cache.in_flight.overtake(layer, offset, length)
+    await cache.failure.in_one_state(partial(_invalidate, cache, layer, offset, length))
+
+
+async def _invalidate(cache: Cache, layer: Layer, offset: int, length: int) -> None:
     for at in range(offset, offset + length, _AT_ONCE):
         if length > _AT_ONCE:
             await next_turn()
         await cache.invalidations.make_room(layer)
         runs = block_runs(at, min(_AT_ONCE, offset + length - at))
         await layer.pages.load({block // PAGE_BLOCKS for block, _, _ in runs})
-        with past_failure(cache):
+        with cache.failure.passed_over():
             await cache.journal_room(SECTOR * len(runs))
         for block, start, part in runs:
             drop(cache, layer, block, covered(start, part))
-        with past_failure(cache):
+        with cache.failure.passed_over():
             await cache.publish()
     await cache.invalidations.invalidate(layer)
 
@@ -83,6 +76,10 @@ async def uncover(cache: Cache, frozen: Layer, filler: Filler) -> None:
 
     When this returns, the private layer can be dropped without anything stale coming to light. Raises OSError.
     """
+    await cache.failure.in_one_state(partial(_uncover, cache, frozen, filler))
+
+
+async def _uncover(cache: Cache, frozen: Layer, filler: Filler) -> None:
     layer = filler.layer
     for number in await frozen.pages.numbers():
         await trio.lowlevel.checkpoint()
@@ -90,12 +87,12 @@ async def uncover(cache: Cache, frozen: Layer, filler: Filler) -> None:
         await frozen.pages.load([number])
         page = frozen.pages.page(number)
         await layer.pages.load([number])
-        with past_failure(cache):
+        with cache.failure.passed_over():
             await cache.journal_room(PAGE_BLOCKS * SECTOR)
         filler.overtaken(number << PAGE_SHIFT, PAGE_BLOCKS * BLOCK)
         for i in range(PAGE_BLOCKS):
             drop(cache, layer, number * PAGE_BLOCKS + i, valid_of(page[i]))
-        with past_failure(cache):
+        with cache.failure.passed_over():
             await cache.publish()
     await cache.invalidations.invalidate(layer)
 
@@ -140,7 +137,7 @@ async def _mark_hot(cache: Cache, layer: Layer, regions: range) -> None:
     known = hot.of(layer.id)
     if all(r in known for r in regions):
         return
-    with past_failure(cache):
+    with cache.failure.passed_over():
         await cache.journal_room(SECTOR * len(regions))
         if cache.failure.error is None and hot.is_crowded():
             await cache.commit()
@@ -148,7 +145,7 @@ async def _mark_hot(cache: Cache, layer: Layer, regions: range) -> None:
     new = [r for r in regions if r not in known]
     hot.heat(layer.id, new)
     told = False
-    with past_failure(cache):
+    with cache.failure.passed_over():
         cache.failure.check()
         await cache.make_durable()
         told = True

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import trio
@@ -32,6 +33,8 @@ class Failure:
         """Why the device is not used at present; None while it is used."""
         self.broke = trio.Event()
         """Set while the device has failed; another event for each failure."""
+        self.changes = 0
+        """How often it has failed, or was taken back into use."""
         self._path = path
         self._unreadable = 0
         self._listeners: list[Callable[[], None]] = []
@@ -60,13 +63,40 @@ class Failure:
         if self.error is None and (taken or error.errno != errno.ENOSPC):
             log.error("cache device %s failed: %s", self._path, error.strerror or error)
             self.error = error
+            self.changes += 1
             self._tell()
             self.broke.set()
 
     def end(self) -> None:
         """Count the device as usable again. Called by a revival, when all that may have been lost is durable."""
         self.error, self.broke = None, trio.Event()
+        self.changes += 1
         self._tell()
+
+    @contextmanager
+    def passed_over(self) -> Iterator[None]:
+        """Let an OSError of the body pass if the device has failed, or did at any time since the body began.
+
+        Who waits for what others wait for, too, may hear of a failure when it is over: that the device works again
+        says nothing of what was asked for.
+        """
+        was, before = self.error, self.changes
+        try:
+            yield
+        except OSError:
+            if was is None and self.changes == before:
+                raise
+
+    async def in_one_state(self, do: Callable[[], Awaitable[None]]) -> None:
+        """Call ``do``, again and again until the device has worked, or was failed, all the while.
+
+        For what has a way of its own for each: what was done before a failure, or during one, may be on record
+        nowhere. Raises what ``do`` raises.
+        """
+        before = -1
+        while before != self.changes:
+            before = self.changes
+            await do()
 
     def _tell(self) -> None:
         for listener in self._listeners:

@@ -128,14 +128,11 @@ class Committer(GroupCommit):
 
         Raises OSError.
         """
-        if self._failure.error is None:
-            try:
+        while self._failure.error is None:
+            with self._failure.passed_over():
                 await self()
-            except OSError:
-                if self._failure.error is None:
-                    raise
-        if self._failure.error is not None:
-            await self.past_device()
+                return
+        await self.past_device()
 
     async def past_device(self) -> None:
         """Make durable what names nothing on the device, which has failed. Raises OSError."""

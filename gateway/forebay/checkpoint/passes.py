@@ -23,7 +23,7 @@ from forebay.checkpoint.steps import Steps
 from forebay.image.image import Image
 from forebay.image.source import Source
 from forebay.sidecar.claim import RedoJournal
-from forebay_cache import Layer, past_failure, settle, uncover
+from forebay_cache import Layer, settle, uncover
 
 
 class Pass:
@@ -116,7 +116,7 @@ class Pass:
     async def _settle(self) -> None:
         """Make the layer's data clean and drop the layer; where the cache device has failed, drop the data with it."""
         cache, is_settled = self._cache, False
-        with past_failure(cache):
+        with cache.failure.passed_over():
             await settle(cache, self._layer, self._image.filler, self._steps.stand_aside)
             # The clean layer has slots now that durable state gives to this one: nothing may be written there before.
             await cache.commit()

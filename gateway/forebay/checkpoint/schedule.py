@@ -23,7 +23,7 @@ from forebay.checkpoint.steps import SPREAD, Progress, Steps
 from forebay.config.model import DiskSettings
 from forebay.image.image import Image
 from forebay.image.source import Source
-from forebay_cache import Layer, past_failure
+from forebay_cache import Layer
 from forebay_cache.format.geometry import SECTOR
 
 log = logging.getLogger("forebay.writeback")
@@ -158,11 +158,15 @@ class WriteBack:
     async def _checkpoint(self, progress: Progress | None) -> None:
         if not self._dirty.frozen and self._dirty.private_bytes:
             await self._freeze()
-        with past_failure(self._cache):
-            await self._cache.make_durable()
+        await self._cache.failure.in_one_state(self._sync)
         for layer in self._dirty.frozen:
             await self._take(layer, progress)
         await self._clear_mark()
+
+    async def _sync(self) -> None:
+        """Have what is dirty durable in the cache, unless the device has failed."""
+        with self._cache.failure.passed_over():
+            await self._cache.make_durable()
 
     def _note_failure(self, error: OSError) -> None:
         if self.error is None:
@@ -174,7 +178,7 @@ class WriteBack:
 
     async def _freeze(self) -> None:
         """Freeze the open layer, once the cache's journal, which writes may have filled, has room for a new one."""
-        with past_failure(self._cache):
+        with self._cache.failure.passed_over():
             await self._cache.journal_room(FREEZE_ROOM)
         self._dirty.freeze()
 

@@ -95,15 +95,12 @@ class PrivateOrOrigin:
 
     async def _kept(self, do: Callable[[Unpack[Ts]], Awaitable[None]], *args: *Ts) -> bool:
         """Have the cache do it and return True; False: its device does not work, or is full. Raises OSError."""
-        if self._cache.failed is None:
-            try:
-                await do(*args)
-            except NoRoom:
-                return False
-            except OSError:
-                if self._cache.failed is None:
-                    raise
-            else:
+        while self._cache.failed is None:
+            with self._cache.failure.passed_over():
+                try:
+                    await do(*args)
+                except NoRoom:
+                    return False
                 return True
         return False
 
