@@ -3,12 +3,16 @@
 
 """Talking to systemd without its library: sd_notify(3), the file descriptor store, what it hands over at the start."""
 
+import logging
 import os
 import select
 import socket
+import time
 from collections.abc import Sequence
 
 import trio
+
+log = logging.getLogger("forebay.daemon")
 
 FIRST_FD = 3
 """Where the descriptors that a service is started with begin (sd_listen_fds(3))."""
@@ -16,6 +20,13 @@ FIRST_FD = 3
 SEND_SECONDS = 5.0
 """How long a service manager may take to read what it is told. It reads at once, or never: who did not is not waited
 for again until something could be sent."""
+
+TOLD_SECONDS = 1.0
+"""How often the service manager is told."""
+LOGGED_SECONDS = 10.0
+"""How often it is logged."""
+MORE_SECONDS = 60
+"""So much time the next bit of it may take: it is nothing but some reads of the device."""
 
 
 class _Patience:
@@ -104,3 +115,27 @@ def watchdog_seconds() -> float | None:
     if not microseconds or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     return microseconds / 1e6
+
+
+class Starting:
+    """How far the start of a daemon is, which takes long where the journal has much and the device is slow.
+
+    The service manager gives a start so long (`TimeoutStartSec=`), and would end one that is only slow, again and
+    again. So it is told how far the start is, and asked for more time, for as long as that goes on.
+    """
+
+    def __init__(self) -> None:
+        self._clock = time.monotonic
+        self._told = self._logged = self._clock()
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        """Of so many of `what` the cache is through with so many."""
+        now = self._clock()
+        if now - self._told < TOLD_SECONDS:
+            return
+        self._told = now
+        text = f"recovering the cache: {done} of {total} {what}"
+        notify(f"STATUS={text}\nEXTEND_TIMEOUT_USEC={MORE_SECONDS * 1_000_000}", wait=False)
+        if now - self._logged >= LOGGED_SECONDS:
+            self._logged = now
+            log.info("%s", text)

@@ -21,7 +21,7 @@ from typing import Any
 
 import trio
 
-from forebay.sidecar import redo
+from forebay.sidecar import redo, redo_header
 from forebay.sidecar.record import Owner
 from forebay_cache.format import ops
 from forebay_cache.format.entry import pack
@@ -279,7 +279,7 @@ def _redo() -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         sidecar = os.open(directory, os.O_RDONLY)
         journal = redo.RedoFile(
-            sidecar, redo.Checkpoint("g", "h", "d", SIZE, 1, "2026-01-01T00:00:00+00:00")
+            sidecar, redo_header.Checkpoint("g", "h", "d", SIZE, 1, "2026-01-01T00:00:00+00:00")
         )
         journal.add(0, 4096, [b"x" * 4096])
         journal.add(65536, 65536, None)

@@ -22,7 +22,7 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 from forebay.config.model import Config, OriginsSection, Store
 from forebay.errors import ForebayError
 from forebay.origin.addresses import resolve
-from forebay.sidecar import redo
+from forebay.sidecar import redo, redo_header
 from forebay.sidecar.record import LARGEST, Owner
 from forebay.sidecar.tenure import next_token
 from forebay_cache import CacheError
@@ -384,13 +384,13 @@ def owner(data: bytes) -> None:
 def redo_journal(data: bytes) -> None:
     """A redo journal, from the same place. `*` for a header is a good one; sums are made right where `!` ends it."""
     if data.startswith(b"*"):
-        good = redo.Checkpoint("g", "h", "d", SIZE, 1, "")
-        data = redo._header(good) + data[1:]
+        good = redo_header.Checkpoint("g", "h", "d", SIZE, 1, "")
+        data = redo_header.packed(good) + data[1:]
     fd = os.memfd_create("redo")
     try:
         os.write(fd, _summed(data) if data.endswith(b"!") else data)
         with contextlib.suppress(ValueError):
-            checkpoint = redo._read_header(fd)
+            checkpoint = redo_header.read(fd)
             for _kind, offset, length, at in redo._records(fd, checkpoint.size):
                 assert offset + length <= checkpoint.size
                 assert at < len(data) + 4096
@@ -400,16 +400,16 @@ def redo_journal(data: bytes) -> None:
 
 def _summed(data: bytes) -> bytes:
     """The journal with the checksum that its header, and each record that is whole, should have."""
-    raw = bytearray(data.ljust(redo._HEADER, b"\0"))
-    body = redo._HEADER - redo._SUM.size
-    raw[body : redo._HEADER] = redo._SUM.pack(xxh3_64_intdigest(bytes(raw[:body])))
-    at = redo._HEADER
+    raw = bytearray(data.ljust(redo_header.LENGTH, b"\0"))
+    body = redo_header.LENGTH - redo_header.SUM.size
+    raw[body : redo_header.LENGTH] = redo_header.SUM.pack(xxh3_64_intdigest(bytes(raw[:body])))
+    at = redo_header.LENGTH
     while at + redo._HEAD <= len(raw):
         _, kind, _, length = redo._RECORD.unpack_from(raw, at)
         stored = min(length, len(raw) - at - redo._HEAD) if kind == redo.DATA else 0
         total = xxh3_64(bytes(raw[at : at + redo._RECORD.size]))
         total.update(bytes(raw[at + redo._HEAD : at + redo._HEAD + stored]))
-        redo._SUM.pack_into(raw, at + redo._RECORD.size, total.intdigest())
+        redo_header.SUM.pack_into(raw, at + redo._RECORD.size, total.intdigest())
         at += redo._HEAD + stored
     return bytes(raw)
 

@@ -16,7 +16,7 @@ from xxhash import xxh3_64_intdigest
 
 from forebay.errors import ForebayError
 from forebay.origin.calls import SystemCalls
-from forebay.sidecar import redo
+from forebay.sidecar import redo, redo_header
 from forebay.sidecar.record import Owner
 from forebay_cache import Cache, CacheError, View, open_cache
 from forebay_cache.blocks import private
@@ -39,7 +39,7 @@ def test_an_owner_marker_nested_too_deeply_is_no_marker() -> None:
 # --- the redo journal ---------------------------------------------------------------------------
 
 
-def recovered(directory: Path) -> redo.Checkpoint | None:
+def recovered(directory: Path) -> redo_header.Checkpoint | None:
     """As the next gateway does it, with an image of SIZE bytes beside."""
     image = os.open(directory / "image", os.O_RDWR | os.O_CREAT)
     sidecar = os.open(directory, os.O_RDONLY)
@@ -56,7 +56,7 @@ def written(directory: Path, **header: object) -> redo.RedoFile:
     image.touch()
     fields = {"gateway": "g", "host": "h", "disk": "d", "size": SIZE, "inode": image.stat().st_ino}
     sidecar = os.open(directory, os.O_RDONLY)
-    return redo.RedoFile(sidecar, redo.Checkpoint(**{**fields, "as_of": "", **header}))  # type: ignore[arg-type]
+    return redo.RedoFile(sidecar, redo_header.Checkpoint(**{**fields, "as_of": "", **header}))  # type: ignore[arg-type]
 
 
 def test_a_record_beyond_the_image_is_not_applied(tmp_path: Path) -> None:
@@ -74,8 +74,8 @@ def test_a_record_beyond_the_image_is_not_applied(tmp_path: Path) -> None:
     "text", [b"[1]", b"{}", b'{"format": 1}', b"[" * 4000, b'{"format": 1, "x": 2}']
 )
 def test_a_header_that_makes_no_sense_is_refused(tmp_path: Path, text: bytes) -> None:
-    body = (redo._MAGIC + text).ljust(redo._HEADER - redo._SUM.size, b"\0")
-    (tmp_path / redo.NAME).write_bytes(body + redo._SUM.pack(xxh3_64_intdigest(body)))
+    body = (redo_header.MAGIC + text).ljust(redo_header.LENGTH - redo_header.SUM.size, b"\0")
+    (tmp_path / redo.NAME).write_bytes(body + redo_header.SUM.pack(xxh3_64_intdigest(body)))
     with pytest.raises(ForebayError, match="makes no sense"):
         recovered(tmp_path)
 

@@ -717,7 +717,8 @@ def test_a_pass_that_hears_of_a_failure_when_it_is_over_goes_on(tmp_path: Path) 
                 await cache.sync()
 
         waiting = cache.sync._lock.statistics
-        asked = (flush_of_an_overlay, partial(revive, cache), partial(disk.drain, nothing))
+        asked: list[Callable[[], Awaitable[object]]]
+        asked = [flush_of_an_overlay, partial(revive, cache), partial(disk.drain, nothing)]
         async with trio.open_nursery() as guests:
             async with cache.sync.suspended():  # one is under way, and takes long
                 for number, do in enumerate(asked, 1):

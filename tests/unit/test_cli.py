@@ -618,8 +618,15 @@ async def test_a_warm_prints_lines_of_json(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     gateway = FakeGateway()
-    gateway.steps = 3
-    async with served(gateway) as run:
+    gateway.steps, gateway.finish = 3, trio.Event()
+
+    async def finish_later() -> None:
+        await trio.sleep(0.3)
+        assert gateway.finish is not None
+        gateway.finish.set()
+
+    async with served(gateway) as run, trio.open_nursery() as nursery:
+        nursery.start_soon(finish_later)
         assert await forebay(run, "warm", "images:a.raw", "1G", "--rate", "1M", "--json") == 0
     *progress, last = map(json.loads, capsys.readouterr().out.splitlines())
     assert {line["total"] for line in progress} == {3 * MIB}

@@ -22,7 +22,7 @@ from forebay.origin.addresses import FileAddress
 from forebay.origin.calls import SystemCalls
 from forebay.origin.opening import OpenImage, open_image
 from forebay.origin.threads import StoreThreads
-from forebay.sidecar import own_files, redo
+from forebay.sidecar import own_files, redo, redo_header
 from forebay.sidecar.claim import Claim
 from forebay.sidecar.files import read_owner
 from forebay.sidecar.marker import Marker
@@ -323,9 +323,9 @@ def test_who_may_write_follows_the_mode() -> None:
 def test_a_header_that_makes_no_sense_is_refused(bed: Bed, fields: dict[str, Any]) -> None:
     bed.side.mkdir()
     folder = os.open(bed.side, os.O_RDONLY)
-    good = asdict(redo.Checkpoint(US, "h", "d", 4096, 1, ""))
+    good = asdict(redo_header.Checkpoint(US, "h", "d", 4096, 1, ""))
     try:
-        journal = redo.RedoFile(folder, redo.Checkpoint(**{**good, **fields}))
+        journal = redo.RedoFile(folder, redo_header.Checkpoint(**{**good, **fields}))
         journal.commit()
         with pytest.raises(ForebayError, match="cannot be read") as told:
             redo.recover(folder, bed.file.fd, "vm", SystemCalls())

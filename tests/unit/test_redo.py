@@ -16,7 +16,7 @@ import pytest
 from forebay.errors import ForebayError
 from forebay.origin.addresses import FileAddress
 from forebay.origin.calls import SystemCalls
-from forebay.sidecar import applying, redo
+from forebay.sidecar import applying, redo, redo_header
 from forebay.sidecar.record import ChangedError
 from forebay.sidecar.tenure import Tenure
 from forebay_cache.blocks.frozen import Range
@@ -40,12 +40,12 @@ class Beside:
         found = os.fstat(self.image)
         return redo.RedoFile(
             self.sidecar,
-            redo.Checkpoint(
+            redo_header.Checkpoint(
                 "g", "h", "d", found.st_size, found.st_ino, "2026-01-02T03:04:05+00:00"
             ),
         )
 
-    def recover(self, *, sure: bool = False) -> redo.Checkpoint | None:
+    def recover(self, *, sure: bool = False) -> redo_header.Checkpoint | None:
         """As the next owner does."""
         found = redo.recover(self.sidecar, self.image, "images:i.raw", SystemCalls(), sure=sure)
         Tenure(0, self.sidecar, FileAddress("images", self.folder, "i.raw"), None).empty()
@@ -111,7 +111,7 @@ def test_zeros_that_keep_their_space_are_told_from_holes(
     journal.commit()
     checkpoint = redo.recover(beside.sidecar, beside.image, "images:i.raw", calls)
     assert checkpoint is not None
-    assert checkpoint.format == redo.FORMAT, "an older version refuses it"
+    assert checkpoint.format == redo_header.FORMAT, "an older version refuses it"
     assert 65536 <= beside.path.stat().st_blocks * 512 < 2 * 65536
     assert beside.path.read_bytes() == bytes(SIZE)
 
@@ -124,7 +124,7 @@ def test_a_journal_without_such_zeros_is_one_that_older_versions_know(beside: Be
     journal.commit()
     checkpoint = beside.recover()
     assert checkpoint is not None
-    assert checkpoint.format == redo.PLAIN == 3
+    assert checkpoint.format == redo_header.PLAIN == 3
 
 
 def test_applied_again_after_half_of_it_the_result_is_the_same(beside: Beside) -> None:
@@ -365,7 +365,7 @@ def test_a_journal_of_the_first_format_is_read(
         "gateway": "g", "host": "h", "disk": "d", "size": found.st_size, "inode": found.st_ino,
         "as_of": "", "format": 1,
     }  # fmt: skip
-    monkeypatch.setattr(redo, "asdict", lambda _: old)
+    monkeypatch.setattr(redo_header, "asdict", lambda _: old)
     journal = beside.begin()
     new = fill(journal)
     journal.commit()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from forebay.daemon.starting import LOGGED_SECONDS, MORE_SECONDS, TOLD_SECONDS, Starting
+from forebay.systemd import LOGGED_SECONDS, MORE_SECONDS, TOLD_SECONDS, Starting
 from forebay_cache import LayerName, mark_hot, open_cache
 from forebay_cache.blocks.private import prepare, write
 from forebay_cache.format.geometry import BLOCK

@@ -16,7 +16,7 @@ from forebay.errors import ForebayError
 from forebay.origin.addresses import FileAddress
 from forebay.origin.opening import OpenImage, open_image
 from forebay.origin.worker import syscalls
-from forebay.sidecar import redo
+from forebay.sidecar import redo, redo_header
 from forebay.sidecar.files import read_owner
 from forebay.sidecar.marker import Marker
 from forebay.sidecar.record import LARGEST, Owner, TakenOver, UnreadableError
@@ -54,7 +54,8 @@ class Bed:
         found = os.stat(self.path)
         directory = os.open(folder, os.O_RDONLY)
         made = redo.RedoFile(
-            directory, redo.Checkpoint(gateway, "h", "d", 4096, found.st_ino, "", token=token)
+            directory,
+            redo_header.Checkpoint(gateway, "h", "d", 4096, found.st_ino, "", token=token),
         )
         made.add(0, 4096, [b"j" * 4096])
         made.note_times(found.st_mtime_ns, found.st_ctime_ns)

@@ -158,15 +158,16 @@ class WriteBack:
     async def _checkpoint(self, progress: Progress | None) -> None:
         if not self._dirty.frozen and self._dirty.private_bytes:
             await self._freeze()
-        await self._cache.failure.in_one_state(self._sync)
+
+        async def sync() -> None:
+            """Have it durable in the cache, unless the device has failed."""
+            with self._cache.failure.passed_over():
+                await self._cache.make_durable()
+
+        await self._cache.failure.in_one_state(sync)
         for layer in self._dirty.frozen:
             await self._take(layer, progress)
         await self._clear_mark()
-
-    async def _sync(self) -> None:
-        """Have what is dirty durable in the cache, unless the device has failed."""
-        with self._cache.failure.passed_over():
-            await self._cache.make_durable()
 
     def _note_failure(self, error: OSError) -> None:
         if self.error is None:

@@ -23,13 +23,12 @@ import forebay_fast
 from forebay.config.model import Config
 from forebay.daemon.attached import Attached
 from forebay.daemon.loop_meter import METER
-from forebay.daemon.starting import Starting
 from forebay.daemon.watchdog import feed
 from forebay.doors.restart import EarlierSockets
 from forebay.errors import ForebayError
 from forebay.storage.owner import check_not_roots
 from forebay.storage.state import FAULTS, STATE_MODE, held, one_line, open_cache
-from forebay.systemd import notify
+from forebay.systemd import Starting, notify
 from forebay_cache import Cache
 
 log = logging.getLogger("forebay.daemon")

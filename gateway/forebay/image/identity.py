@@ -76,7 +76,7 @@ class KnownIdentity:
 
     def is_of_another_file(self, identity: Identity) -> bool:
         """True if the image is another file than the one on record, which a backup that was put in its place is."""
-        file = self._inode()
+        file = self._last().inode
         return file not in (0, identity.inode)
 
     def is_of_before(self, identity: Identity) -> bool:
@@ -89,10 +89,6 @@ class KnownIdentity:
         return identity.mtime_ns <= last.mtime_ns and identity.ctime_ns > max(
             last.ctime_ns, identity.mtime_ns + _AT_ONCE_NS
         )
-
-    def _inode(self) -> int:
-        """The inode of the file on record; 0 where none is."""
-        return self._last().inode
 
     def _last(self) -> Identity:
         """What it looked like when that was noted last; only inode and times count. 0 is not known."""
@@ -169,13 +165,9 @@ class KnownIdentity:
         """True while a write is under way."""
         return self._under_way > 0
 
-    def is_all_durable(self) -> bool:
-        """True if no write is under way, and the image has all that were made, durably."""
-        return not self.needs_flush()
-
     def is_at_rest(self) -> bool:
         """True if all writes are durable, none is under way, and the next start makes none: an identity can last."""
-        return self.is_all_durable() and not self.has_checkpoint
+        return not (self.needs_flush() or self.has_checkpoint)
 
     def is_noted(self, ended: int) -> bool:
         """True if the identity on record covers the first `ended` writes and no others."""

@@ -132,7 +132,7 @@ class Image:
 
     def is_all_durable(self) -> bool:
         """True if no write is under way, and the image has all that were made, durably."""
-        return self.identity.is_all_durable()
+        return not self.identity.needs_flush()
 
     # ----------------------------------------------------------------------------------------- changes by somebody else
 

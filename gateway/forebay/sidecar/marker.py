@@ -28,7 +28,7 @@ from forebay.errors import ForebayError
 from forebay.origin.addresses import FileAddress
 from forebay.origin.calls import Status, SystemCalls
 from forebay.origin.opening import OpenImage, look
-from forebay.sidecar import redo
+from forebay.sidecar import redo, redo_header
 from forebay.sidecar.files import Sidecar, lock_image
 from forebay.sidecar.record import NOBODY, Owner, State, TakenOver, left_behind, now
 from forebay.sidecar.tenure import Tenure
@@ -182,7 +182,7 @@ class Marker:
         self.check()
         return redo.RedoFile(
             self._own.fd,
-            redo.Checkpoint(
+            redo_header.Checkpoint(
                 me.gateway, me.host, me.disk, file.size, file.inode, as_of, token=me.token
             ),
         )
@@ -289,7 +289,7 @@ def _read_leniently(sidecar: Sidecar) -> Owner | None:
 
 def finish_checkpoint(
     address: FileAddress, left: Tenure, file: OpenImage, *, sure: bool = False
-) -> redo.Checkpoint | None:
+) -> redo_header.Checkpoint | None:
     """Apply the committed redo journal that an owner left to the open image; it stays until there is the next owner.
 
     The checkpoint; None if none was committed, or the journal is of another owner than the marker. Raises ForebayError

@@ -22,21 +22,19 @@ Everything here blocks, raises OSError, and belongs in a thread.
 """
 
 import contextlib
-import errno
-import json
 import os
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
-from xxhash import xxh3_64, xxh3_64_intdigest
+from xxhash import xxh3_64
 
 from forebay.errors import ForebayError
 from forebay.origin.calls import SystemCalls
 from forebay.origin.threads import Descriptor
 from forebay.origin.worker import syscalls
-from forebay.sidecar import own_files
+from forebay.sidecar import own_files, redo_header
 from forebay.sidecar.applying import (
     BEGUN,
     Before,
@@ -50,60 +48,22 @@ from forebay.sidecar.applying import (
 )
 from forebay.sidecar.own_files import DoesNotCountError
 from forebay.sidecar.record import (
-    LARGEST,
     ChangedError,
     Owner,
-    check_instant,
-    check_number,
-    check_text,
-    parse_object,
 )
+from forebay.sidecar.redo_header import FORMAT, PLAIN, SUM, Checkpoint
 from forebay_cache.blocks.frozen import Range
 from forebay_cache.format.geometry import Buffer
 
-FORMAT, PLAIN = 4, 3
-"""The format of a journal, with PROVISIONED and without. One of a larger number is a newer version's: refused."""
 NAME, UNFINISHED = "redo", "redo.new"
 DATA, ZEROS, END, PROVISIONED = 1, 2, 3, 4
 
-LONGEST_NAME = 255
-"""Characters of each name in a header, at most."""
-
-_MAGIC = b"FBREDO\0\0"
-_HEADER = 4096
 _RECORD = struct.Struct("<IIQQ")
-_SUM = struct.Struct("<Q")
-_HEAD = _RECORD.size + _SUM.size
+_HEAD = _RECORD.size + SUM.size
 _RECORD_MAGIC = 0x52424652  # "RFBR"
 _PIECE = 4 << 20
 _SYNC_EVERY = 64 << 20
 """Bytes after which a journal is made durable in between, so that no single call takes long enough to be given up."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a journal says in its header: whose checkpoint it is, of which image, and of which instant."""
-
-    gateway: str
-    host: str
-    disk: str
-    size: int
-    """Bytes of the image."""
-    inode: int
-    """Of the image."""
-    as_of: str
-    """The instant: UTC, ISO 8601; empty where it is not known."""
-    mtime_ns: int = 0
-    """The image's when the journal was committed, nanoseconds since the epoch; 0 in journals of format 1."""
-    ctime_ns: int = 0
-    """The same of its last change of status."""
-    token: int = 0
-    """The token of the owner whose checkpoint it is; 0 in journals of formats 1 and 2."""
-    format: int = PLAIN
-
-    def is_of(self, owner: Owner) -> bool:
-        """True if it is a checkpoint of that owner, and not of one before it."""
-        return self.gateway == owner.gateway and self.token in (0, owner.token)
 
 
 class RedoFile:
@@ -116,7 +76,7 @@ class RedoFile:
         self._lock = threading.Lock()
         # A new file: a write that hung may still come, to the old one.
         self._file = Descriptor(own_files.make(sidecar, UNFINISHED, 0o600))
-        self._end = _HEADER
+        self._end = redo_header.LENGTH
         self._records = 0
         self._bytes = 0
         self._unsynced = 0
@@ -124,7 +84,7 @@ class RedoFile:
         self._places = Places()
         try:
             with self._file as fd:
-                write_all(fd, [_header(checkpoint)], 0)
+                write_all(fd, [redo_header.packed(checkpoint)], 0)
         except BaseException:
             self.drop()
             raise
@@ -176,7 +136,7 @@ class RedoFile:
         found = replace(self._checkpoint, mtime_ns=mtime_ns, ctime_ns=ctime_ns, format=version)
         self._checkpoint = found
         with self._file as fd:
-            write_all(fd, [_header(self._checkpoint)], 0)
+            write_all(fd, [redo_header.packed(self._checkpoint)], 0)
 
     @property
     def places(self) -> list[Place]:
@@ -282,9 +242,9 @@ def _checked(fd: int, label: str, place: str) -> tuple[Checkpoint, int]:
 
     Raises ForebayError for one that is not good.
     """
-    end = _HEADER
+    end = redo_header.LENGTH
     try:
-        checkpoint = _read_header(fd)
+        checkpoint = redo_header.read(fd)
         for kind, _offset, length, at in _records(fd, checkpoint.size):
             end = at + (length if kind == DATA else 0)
     except ValueError as fault:
@@ -340,54 +300,13 @@ def _check_size(checkpoint: Checkpoint, image: int, label: str, place: str) -> N
         )
 
 
-def _header(checkpoint: Checkpoint) -> bytes:
-    """The header's bytes. Raises OSError(ENAMETOOLONG) where names do not fit into it."""
-    text = json.dumps(asdict(checkpoint)).encode()
-    body = (_MAGIC + text).ljust(_HEADER - _SUM.size, b"\0")
-    if len(body) > _HEADER - _SUM.size:
-        raise OSError(errno.ENAMETOOLONG, "a redo journal's header does not hold such long names")
-    return body + _SUM.pack(xxh3_64_intdigest(body))
-
-
-def _read_header(fd: int) -> Checkpoint:
-    """The checked header. Raises ValueError for one that is damaged, makes no sense, or is of another version."""
-    raw = syscalls.pread(fd, _HEADER, 0)
-    if len(raw) < _HEADER or not raw.startswith(_MAGIC):
-        raise ValueError("no header")
-    body, (found,) = raw[: -_SUM.size], _SUM.unpack(raw[-_SUM.size :])
-    if xxh3_64_intdigest(body) != found:
-        raise ValueError("damaged header")
-    try:
-        return _parse_header(body[len(_MAGIC) :].rstrip(b"\0"))
-    except ValueError as why:
-        raise ValueError(f"a header that makes no sense: {why}") from None
-
-
-def _parse_header(text: bytes) -> Checkpoint:
-    """What the JSON of a header says. Raises ValueError."""
-    fields = parse_object(text)
-    version = fields.get("format")
-    if type(version) is not int or version not in range(1, FORMAT + 1):
-        known = f"this version knows only 1 to {FORMAT}"
-        raise ValueError(f"format {version}, {known}" if type(version) is int else known)
-    for name in ("mtime_ns", "ctime_ns", "token"):
-        fields.setdefault(name, 0)
-    check_number("token", fields["token"], LARGEST)
-    for name in ("gateway", "host", "disk"):
-        check_text(name, fields.get(name), LONGEST_NAME)
-    check_instant("as_of", fields.get("as_of"))
-    for name in ("size", "inode", "mtime_ns", "ctime_ns"):
-        check_number(name, fields.get(name), (1 << 64) - 1)
-    return Checkpoint(**{name: fields[name] for name in Checkpoint.__dataclass_fields__})
-
-
 def _record(kind: int, offset: int, length: int, data: Sequence[Buffer]) -> list[Buffer]:
     """The buffers of one record: its head, and its data."""
     head = _RECORD.pack(_RECORD_MAGIC, kind, offset, length)
     total = xxh3_64(head)
     for buffer in data:
         total.update(buffer)
-    return [head + _SUM.pack(total.intdigest()), *data]
+    return [head + SUM.pack(total.intdigest()), *data]
 
 
 def _records(fd: int, image_size: int) -> Iterator[tuple[int, int, int, int]]:
@@ -396,13 +315,13 @@ def _records(fd: int, image_size: int) -> Iterator[tuple[int, int, int, int]]:
     Raises ValueError where the journal is damaged or incomplete, or has a record beyond `image_size` bytes: the
     checksum is no signature, and whoever may write beside the image may have written this.
     """
-    at, records, size = _HEADER, 0, 0
+    at, records, size = redo_header.LENGTH, 0, 0
     while True:
         raw = syscalls.pread(fd, _HEAD, at)
         if len(raw) < _HEAD:
             raise ValueError("it ends early")
         magic, kind, offset, length = _RECORD.unpack_from(raw)
-        (found,) = _SUM.unpack_from(raw, _RECORD.size)
+        (found,) = SUM.unpack_from(raw, _RECORD.size)
         at += _HEAD
         total = xxh3_64(raw[: _RECORD.size])
         if magic != _RECORD_MAGIC or kind not in (DATA, ZEROS, END, PROVISIONED):

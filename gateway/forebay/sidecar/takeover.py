@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from forebay.errors import ForebayError, InUseError
 from forebay.origin.addresses import FileAddress
 from forebay.origin.opening import OpenImage
-from forebay.sidecar import redo
+from forebay.sidecar import redo, redo_header
 from forebay.sidecar.files import Sidecar, lock_image
 from forebay.sidecar.marker import finish_checkpoint
 from forebay.sidecar.record import NOBODY, Owner
@@ -23,7 +23,7 @@ from forebay.sidecar.tenure import Tenure
 class Recovered:
     """What was found beside an image, and is done with now."""
 
-    finished: redo.Checkpoint | None
+    finished: redo_header.Checkpoint | None
     """The checkpoint that was committed, and is in the image now."""
     dropped: bool
     """True if there was a checkpoint that was not committed; nothing of it is in the image."""
