@@ -66,7 +66,7 @@ async def test_a_client_that_reads_slowly_pins_no_longer_than_one_that_does_not(
         assert got[16:] == b"A" * (4 * MIB)
         await client.send(request(0, 0, 8, cookie=2))
         assert await client.simple(8) == (0, 2, b"B" * 8)
-        assert running.server._budget.used == 0
+        await until(lambda: running.server._budget.used == 0)
 
 
 async def test_what_a_slow_client_has_not_taken_is_copied_in_slices(
@@ -96,7 +96,7 @@ async def test_what_a_slow_client_has_not_taken_is_copied_in_slices(
                 1,
                 bytes(export.memory[k * MIB :][: 3 * MIB]),
             )
-        assert running.server._budget.used == 0
+        await until(lambda: not running.server._budget.used)
 
 
 async def test_answers_that_join_a_slow_queue_are_not_pinned_anew(short_path: Path) -> None:
@@ -213,10 +213,10 @@ async def test_silent_clients_of_many_disks_share_one_budget(short_path: Path) -
         for path in paths:
             for _ in range(4):
                 nursery.start_soon(silent, path)
-        most = 0
-        for _ in range(40):
+        most, looks = 0, 0
+        while looks < 40 or (most <= 8 * MIB and looks < 1000):  # a busy host is slow to get there
             await trio.sleep(0.02)
-            most = max(most, budget.used + budget.own)
+            most, looks = max(most, budget.used + budget.own), looks + 1
         assert 8 * MIB < most <= 24 * MIB + 4 * limits.own_bytes
         for path in paths:
             await still_serves(path)
