@@ -35,6 +35,7 @@ TASKS = {
     "write": "forebay.disk.disk:Disk.write",
     "trim": "forebay.disk.disk:Disk.trim",
     "flush": "forebay.disk.disk:Disk.flush",
+    "begin flush": "forebay.disk.disk:Disk.begin_flush",
     "block status": "forebay.disk.disk:Disk.extents",
     "change of mode": "forebay.disk.modes:Modes.change",
     "preload": "forebay.disk.disk:Disk.preload",

@@ -160,6 +160,7 @@ async def test_a_request_that_hangs_does_not_keep_the_door_open(run: Path) -> No
 
 
 async def test_a_door_that_cannot_be_made_says_so(run: Path) -> None:
+    (run / "none").touch()
     listener = Listener(Memory(), run / "none" / "d.sock", section(run))
     async with trio.open_nursery() as nursery:
         with pytest.raises(ForebayError, match=r"cannot make the socket .*none/d\.sock"):

@@ -58,6 +58,7 @@ async def read(disk: Disk, offset: int = 0) -> bytes:
     return b"".join(bytes(x) for x in await disk.read(offset, BLOCK))
 
 
+@pytest.mark.expect_log("copying paused")
 @pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize("punches", [True, False])
 def test_a_store_is_asked_once(tmp_path: Path, mode: Mode, punches: bool) -> None:
