@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from traceback import extract_tb
 from types import MappingProxyType
 from typing import Any
 
@@ -615,7 +616,8 @@ def soak(
             broken = False
             raise
         except Exception as fault:  # noqa: BLE001  (a loss like any other)
-            tally.lost.append(f"the soak broke: {fault!r:.4000}")
+            where = " ".join(f"{at.name}:{at.lineno}" for at in extract_tb(fault.__traceback__))
+            tally.lost.append(f"the soak broke: {fault!r:.4000}, in {where}")
         finally:
             one.remove(keep=broken)
         if broken:
