@@ -120,6 +120,32 @@ def test_an_index_that_was_cut_is_not_touched_any_more_and_found_by_no_start(
     place.close()
 
 
+def test_an_index_that_grows_while_two_threads_look_was_not_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in ("data.mdb", "lock.mdb"):
+        (tmp_path / file).write_bytes(bytes(8192))
+    place = Place(tmp_path)
+    look, data = os.fstat, place._files[0]
+
+    def slow_look(fd: int) -> os.stat_result:
+        """What it was; before that is compared the file has grown, and another thread has seen that."""
+        found = look(fd)
+        if fd == data and found.st_size == 8192:
+            with (tmp_path / "data.mdb").open("ab") as file:
+                file.write(bytes(8192))
+            place.check()
+        return found
+
+    monkeypatch.setattr(os, "fstat", slow_look)
+    place.check()
+    assert place.is_kept()
+    assert not place.is_lost
+    os.truncate(tmp_path / "data.mdb", 12288)
+    assert not place.is_whole(), "what was seen last counts"
+    place.close()
+
+
 @pytest.mark.parametrize("left", [0.3, 0.9, 0.999])
 def test_an_index_that_was_cut_while_nobody_had_it_is_one_line(tmp_path: Path, left: float) -> None:
     path = tmp_path / "index"

@@ -90,13 +90,18 @@ class Place:
         return True
 
     def check(self) -> None:
-        """Raise IndexFault once a file is shorter than it was, which LMDB never makes it."""
+        """Raise IndexFault once a file is shorter than it was, which LMDB never makes it.
+
+        Threads may do so side by side while another one makes a file longer: what it had at least is taken before it is
+        looked.
+        """
         for n, fd in enumerate(self._files):
+            least = self._least[n]
             size = os.fstat(fd).st_size
-            if size < self._least[n] and not self._cut:
-                self._cut = f"{FILES[n]} has {size} bytes, and had {self._least[n]}: it was cut"
+            if size < least and not self._cut:
+                self._cut = f"{FILES[n]} has {size} bytes, and had {least}: it was cut"
                 self._set_aside(n)
-            self._least[n] = size
+            self._least[n] = max(self._least[n], size)
         if self._cut:
             raise IndexFault(errno.EIO, f"the index fails: {self._cut}")
 
