@@ -247,6 +247,30 @@ async def test_an_image_to_which_a_disk_comes_while_others_are_purged_is_kept(
     assert running.kept() == ["s:2.raw"]
 
 
+async def test_a_change_that_fails_takes_back_no_other_one(
+    running: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = running.make("s:a.raw")
+    go, commit = trio.Event(), running.cache.commit.records
+
+    async def fails_late() -> None:
+        monkeypatch.setattr(running.cache.commit, "records", commit)  # of this one alone
+        await go.wait()
+        raise OSError(errno.ENOSPC, "no space")
+
+    async def tag_in_vain() -> None:
+        with pytest.raises(ForebayError, match="cannot be written"):
+            await running.catalogue.tag(key, ["x"])
+
+    monkeypatch.setattr(running.cache.commit, "records", fails_late)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tag_in_vain)
+        await trio.testing.wait_all_tasks_blocked()
+        await running.catalogue.tag(key, ["y"])
+        go.set()
+    assert "y" in (await running.told())[key]["tags"]
+
+
 async def test_tags_outlive_a_purge_and_all_else_on_record_goes(running: Place) -> None:
     for key, tags in (("s:a.raw", ["x"]), ("s:b.raw", [])):
         running.make(key, used=9 * DAY, tags=tags)

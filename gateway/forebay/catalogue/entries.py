@@ -119,12 +119,16 @@ class Entries:
             self.put(key, None)
 
     async def change(self, key: str, was: Entry, now: Entry) -> None:
-        """Have `now` on record, durably, in the place of `was`. Raises ForebayError; `was` is on record then."""
+        """Have `now` on record, durably, in the place of `was`. Raises ForebayError; what the operator has said of the
+        image is then as in `was`, unless somebody has said something else of it meanwhile.
+        """
         self.put(key, now)
         try:
             await commit_records(self._cache, self._index)
         except BaseException:
-            self.put(key, was)
+            found = self.get(key)
+            if found is not None and (found.pinned, found.tags) == (now.pinned, now.tags):
+                self.put(key, replace(found, pinned=was.pinned, tags=was.tags))
             raise
 
     async def commit(self) -> None:
