@@ -3,6 +3,7 @@
 
 """An image that somebody else changes, while this host's kernel has the old content in memory, as NFS clients do."""
 
+import errno
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -17,7 +18,7 @@ from forebay.image.reach import LOOK_SHARED_SECONDS, WATCH_SECONDS
 from forebay.origin.protocol import Identity
 from forebay.units import Mode
 from forebay_cache.format.geometry import BLOCK, Buffer
-from sim.fake_host import Host, settings
+from sim.fake_host import Host, nothing, settings
 from sim.fake_loop import Dice, simulated
 from sim.fake_origin import FakeOrigin
 
@@ -178,6 +179,23 @@ def test_a_file_put_in_the_place_of_one_that_was_being_written_is_noticed(
             assert origin.visible == NEW * COUNT
         else:
             assert b"".join(map(bytes, await disk.read(0, 3 * BLOCK))) == NEW * 3
+
+    play(tmp_path, story)
+
+
+@pytest.mark.expect_log("replaced by another file|write-back failed")
+def test_what_a_pass_wrote_is_kept_where_the_image_was_replaced_meanwhile(tmp_path: Path) -> None:
+    """It went to a file that has no name any more."""
+
+    async def story(host: Host, origin: KeptPages) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK, max_lag=1000.0))
+        await disk.write(0, memoryview(b"w" * BLOCK), False)
+        gone = OSError(errno.ESTALE, f"{disk.image.key} was replaced by another file while in use")
+        away = mock.patch.object(origin, "identity", mock.AsyncMock(side_effect=gone))
+        with away, pytest.raises(OSError, match="replaced by another file"):
+            await disk.drain(nothing)
+        assert disk.image.conflict is not None
+        assert disk.status()["dirty_bytes"] == BLOCK
 
     play(tmp_path, story)
 

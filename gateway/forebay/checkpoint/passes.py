@@ -64,6 +64,7 @@ class Pass:
                 await journal.end()
                 self._image.identity.end_checkpoint()
         await self._image.look()  # what it looks like now is durable with the commit that follows
+        self._image.require_origin()  # it was replaced meanwhile: what another file has now is kept for a resolve
         await self._settle()
 
     async def _write_journal(self, writing: contextlib.AsyncExitStack) -> RedoJournal | None:
