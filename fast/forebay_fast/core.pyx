@@ -196,6 +196,12 @@ cdef inline void *memory_of(object view) noexcept:
     return PyMemoryView_GET_BUFFER(view).buf
 
 
+cdef inline uint64_t *addresses_of(object pages) except NULL:
+    """Where a PageTable keeps addresses of pages, by their numbers."""
+    addresses = pages.addresses
+    return <uint64_t *> memory_of(pages.table_of_addresses() if addresses is None else addresses)
+
+
 cdef uint64_t *words_of(object pages, uint64_t number, uint64_t *addresses) except? NULL:
     """Where the words of a page lie that `addresses` does not have yet; NULL: it has to be loaded."""
     cdef array page
@@ -260,7 +266,7 @@ cdef class Reads:
         self.count = 0
         if len(self.tables) <= TABLES:
             for pages in self.tables:
-                self.addresses[self.count] = <uint64_t *> memory_of(pages.addresses)
+                self.addresses[self.count] = addresses_of(pages)
                 self.count += 1
         return 0
 
@@ -495,7 +501,7 @@ cdef class Writes:
         self.layer = layer
         self.layer_id = layer.id
         self.pages = layer.pages
-        self.addresses, self.dirty = <uint64_t *> memory_of(self.pages.addresses), self.pages.dirty
+        self.addresses, self.dirty = addresses_of(self.pages), self.pages.dirty
         self.first_key = self.pages.first_key
         self.syncing, self.open_sectors = self.intent.syncing, self.intent.open_sectors
         self.more_sectors = self.more_slots = 0

@@ -161,7 +161,9 @@ class Side:
         for pages in (layer.pages for layer in [*self.view.private, self.clean]):
             held = {n: page.buffer_info()[0] for n, page in pages.by_number.items()}
             known = {
-                n: at for n, at in enumerate(pages.addresses[: BLOCKS // PAGE_BLOCKS + 1]) if at
+                n: at
+                for n, at in enumerate((pages.addresses or [])[: BLOCKS // PAGE_BLOCKS + 1])
+                if at
             }
             if not known.items() <= held.items():
                 return True

@@ -40,6 +40,25 @@ def test_no_dict_of_pages_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(map(len, pages.loaded())) <= 1 << 15
 
 
+@pytest.mark.parametrize("count", [0, 3, 8, 30])
+def test_a_hand_comes_by_all_of_them(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turns, wherever they are: a layer at its cap would never give up what lies beyond the first dict."""
+    monkeypatch.setattr(forebay_cache.index.pages, "_AT_HAND", 8)
+    monkeypatch.setattr(forebay_cache.index.pages, "_LOOKED_AT_ONCE", 4)
+    pages = table(complete=False)
+    for number in range(count):
+        pages.adopt(number, raw(number))
+    seen, hand = list[int](), 5
+    for _ in range(count):
+        found = pages.from_hand(hand, 7)
+        assert len(found) == min(7, count)
+        assert len(set(found)) == len(found)
+        hand += len(found)
+        seen += found
+    assert sorted(set(seen)) == list(range(count))
+    assert seen[:count] == seen[count : 2 * count] or len(seen) < 2 * count
+
+
 @pytest.mark.parametrize("complete", [False, True])
 async def test_all_are_found_wherever_they_are(
     complete: bool, rng: random.Random, monkeypatch: pytest.MonkeyPatch

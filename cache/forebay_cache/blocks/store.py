@@ -262,10 +262,8 @@ def _candidates(cache: Cache, layer: Layer, count: int) -> list[tuple[int, int, 
     """
     untouched: list[tuple[int, int, int]] = []
     touched: list[tuple[int, int, int]] = []
-    numbers = next(layer.pages.loaded())
-    for _ in range(min(len(numbers), _PAGES_AT_ONCE)):
+    for number in layer.pages.from_hand(layer.hand, _PAGES_AT_ONCE):
         layer.hand += 1
-        number = numbers[layer.hand % len(numbers)]
         for i, slot in slots_in(layer.pages.page(number)):
             if not cache.slots.is_evicting(slot) and not layer.pinned:
                 (touched if cache.slots.clear_touch(slot) else untouched).append((slot, number, i))

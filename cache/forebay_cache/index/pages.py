@@ -149,11 +149,8 @@ class PageTable:
             self.by_number.__getitem__ if complete else self.by_number.get
         )
         """``look(number)``: the page, or None where it is not loaded."""
-        self.addresses = memoryview(mmap.mmap(-1, 8 * NUMBERED, flags=_FLAGS)).cast("Q")
-        """By number, below NUMBERED: where the words of the page in ``by_number`` lie in memory; 0: look there.
-
-        The core fills it in. It stays where it is, and takes memory only for what is used.
-        """
+        self.addresses: memoryview | None = None
+        """See :meth:`table_of_addresses`; None until the core has asked for it: there may be many layers at rest."""
 
     def __contains__(self, number: int) -> bool:
         return self.look(number) is not None
@@ -161,8 +158,19 @@ class PageTable:
     def __len__(self) -> int:
         return sum(map(len, self.by_number.parts()))
 
+    def table_of_addresses(self) -> memoryview:
+        """By number, below NUMBERED: where the words of the page in ``by_number`` lie in memory; 0: look there.
+
+        The core fills it in. It stays where it is, and takes memory only for what is used.
+        """
+        if self.addresses is None:
+            self.addresses = memoryview(mmap.mmap(-1, 8 * NUMBERED, flags=_FLAGS)).cast("Q")
+        return self.addresses
+
     def _has_changed(self, numbers: Iterable[int]) -> None:
         """Other pages than before have these numbers in ``by_number``, or none."""
+        if self.addresses is None:
+            return
         for number in numbers:
             if number < NUMBERED:
                 self.addresses[number] = 0
@@ -179,6 +187,21 @@ class PageTable:
     def loaded(self) -> Iterator[list[int]]:
         """The numbers of the pages that are loaded by then, in lists none of which is long."""
         return (list(part) for part in self.by_number.parts())
+
+    def from_hand(self, hand: int, most: int) -> list[int]:
+        """The numbers of some loaded pages, at most so many: those behind the first ``hand`` ones, which begin anew behind
+        the last one.
+        """
+        count = len(self)
+        if not count:
+            return []
+        first, found = hand % count, list[int]()
+        for part in (*self.by_number.parts(), *self.by_number.parts()):
+            found += islice(part, first, first + most - len(found))
+            first = max(0, first - len(part))
+            if len(found) >= min(most, count):
+                break
+        return found[: min(most, count)]
 
     async def numbers(self) -> list[int]:
         """The numbers of all pages that hold anything, in order, whether they are loaded or not. Raises IndexFault.
