@@ -189,8 +189,8 @@ class PageTable:
         return (list(part) for part in self.by_number.parts())
 
     def from_hand(self, hand: int, most: int) -> list[int]:
-        """The numbers of some loaded pages, at most so many: those behind the first ``hand`` ones, which begin anew behind
-        the last one.
+        """The numbers of some loaded pages, at most so many: those behind the first ``hand`` ones, and after the
+        last one the first ones again.
         """
         count = len(self)
         if not count:
