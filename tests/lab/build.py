@@ -37,6 +37,7 @@ PRODUCT = (
     "gateway",
     "nbd",
     "cache",
+    "fast",
     "config",
     "systemd",
     "tools",
@@ -44,6 +45,7 @@ PRODUCT = (
     "docs",
     "tests/README.md",
     "Makefile",
+    "hatch_build.py",
 )
 """What `make install` reads, beside the files in the checkout's root."""
 
@@ -61,9 +63,9 @@ def build(place: Path, told: Callable[[str], None]) -> tuple[Parts, Builder]:
     boot = builder.run(
         Step("boot", digest([HERE / "debian.py"]), lambda into: make_boot(into, kernel))
     )
-    requirements = (ROOT / "pyproject.toml").read_text()
+    requirements = (ROOT / "pyproject.toml").read_text() + (ROOT / "hatch_build.py").read_text()
     wheels = builder.run(Step("wheels", requirements, make_wheels))
-    inputs = digest([HERE / "build.py", HERE / "models.py", *_sources()])
+    inputs = digest([HERE / "build.py", HERE / "models.py", *sources()])
     machine = builder.run(
         Step("machine", inputs, lambda into: make_machine(into, system, boot, wheels))
     )
@@ -77,7 +79,8 @@ def make_wheels(into: Path) -> None:
     _copy_product(checkout)
     run("/usr/bin/python3", "-m", "venv", str(into / "venv"))
     pip = str(into / "venv" / "bin" / "pip")
-    run(pip, "download", "-q", "-d", str(into / "wheels"), str(checkout), "hatchling>=1.27", "pip")
+    built_with = ("hatchling>=1.27", "cython>=3.0,<4", "pip")
+    run(pip, "download", "-q", "-d", str(into / "wheels"), str(checkout), *built_with)
     for wheel in (into / "wheels").glob("forebay-*"):
         wheel.unlink()
     shutil.rmtree(checkout)
@@ -165,7 +168,7 @@ def network_files() -> dict[str, str]:
     return {**files, "etc/hosts": hosts}
 
 
-def _sources() -> Iterator[Path]:
+def sources() -> Iterator[Path]:
     """The files that go into a machine."""
     yield from sorted(GUEST.glob("*.py"))
     yield from sorted(
@@ -174,11 +177,16 @@ def _sources() -> Iterator[Path]:
     for name in PRODUCT:
         path = ROOT / name
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        yield from (each for each in found if each.is_file() and "__pycache__" not in each.parts)
+        yield from (each for each in found if each.is_file() and not _is_made(each))
+
+
+def _is_made(path: Path) -> bool:
+    """Whether running or compiling the product in this checkout has left that file."""
+    return "__pycache__" in path.parts or path.suffix in {".c", ".so", ".of"}
 
 
 def _copy_product(into: Path) -> None:
-    for path in _sources():
+    for path in sources():
         if GUEST not in path.parents:
             target = into / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)

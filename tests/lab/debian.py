@@ -28,14 +28,15 @@ SUITE = "bookworm"
 PACKAGES = (
     "systemd", "systemd-sysv", "udev", "dbus", "kmod", "lvm2", "nfs-kernel-server", "nfs-common", "nbd-client",
     "e2fsprogs", "iproute2", "procps", "quota", "fuse3", "make", "python3", "python3-venv", "python3-libnbd",
-    "python3-pyfuse3", "qemu-utils", "ca-certificates",
+    "python3-pyfuse3", "qemu-utils", "ca-certificates", "gcc", "libc6-dev", "python3-dev",
 )  # fmt: skip
-"""What a hypervisor and a file server have, and what `make install` asks for."""
+"""What a hypervisor and a file server have, what `make install` asks for, and what it compiles the core with."""
 
 BOOT_MODULES = ("virtio_pci", "virtio_blk", "ext4", "crc32c_generic")
 MODULES = (
     *BOOT_MODULES, "virtio_net", "virtio_console", "virtio-rng", "nfs", "nfsv4", "nfsd", "rpcsec_gss_krb5", "nbd",
-    "dm-mod", "dm-flakey", "fuse", "loop", "quota_v2", "autofs4", "configfs", "sch_netem", "crct10dif_common",
+    "dm-mod", "dm-flakey", "dm-delay", "fuse", "loop", "quota_v2", "autofs4", "configfs", "sch_netem",
+    "crct10dif_common",
 )  # fmt: skip
 """The kernel has 4000 more; these, and those that they need, make a small image."""
 

@@ -6,10 +6,12 @@
 import socket
 import struct
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from lab.build import sources
 from lab.case import Case, chosen
 from lab.debian import closure
 from lab.guest.stamps import (
@@ -23,7 +25,7 @@ from lab.guest.stamps import (
     verdict,
 )
 from lab.nfs_calls import call_of
-from lab.steps import Builder, Step
+from lab.steps import ROOT, Builder, Step
 from lab.wire import Wire
 
 SEQUENCE = struct.pack(">I", 53) + bytes(32)
@@ -161,3 +163,15 @@ def test_cases_are_chosen_by_words() -> None:
     assert chosen(cases, []) == cases[:1]
     assert chosen(cases, ["all"]) == cases
     assert chosen(cases, ["two", "three"]) == cases[1:]
+
+
+def test_a_machine_gets_all_that_the_product_is_built_from() -> None:
+    """And nothing that was made here: its core is the one that its own `make install` compiles."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    packages = [ROOT / name for name in project["targets"]["wheel"]["packages"]]
+    wanted = {
+        path for package in packages for path in package.rglob("*.p*") if path.suffix != ".pyc"
+    }
+    taken = set(sources())
+    assert wanted | {ROOT / "hatch_build.py", ROOT / "fast" / "build.py"} <= taken
+    assert not {path for path in taken if path.suffix in {".so", ".c"}}

@@ -20,6 +20,8 @@ def file_system(mode: str, lab: Lab) -> None:
     host, server = lab.host, lab.server
     server.image("a.raw", 32)
     host.attach("a", "a.raw", mode)
+    core = host.status("a")["gateway"]["core"]
+    demand(core, "the product was installed without its compiled core")
     host.do(f"nbd-client -unix {host.socket('a')} {DEVICE} -name a -b 4096")
     host.do(f"mkfs.ext4 -q {DEVICE} && mkdir -p /a && mount {DEVICE} /a", 300.0)
     host.do(f"cp -r {TREE} /a && sync -f /a && fstrim /a", 300.0)
