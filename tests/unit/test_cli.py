@@ -20,12 +20,13 @@ import pytest
 import trio
 
 from forebay import client
-from forebay.cli import progress as render_progress
 from forebay.cli import stats as cli_stats
+from forebay.cli.arguments import COMMANDS
 from forebay.cli.commands import RUN
 from forebay.cli.completion import completion
-from forebay.cli.main import COMMANDS, build_parser, command_in, main
+from forebay.cli.main import build_parser, command_in, main
 from forebay.cli.stats import Wanted, difference, parse_wanted, rates
+from forebay.cli.terminal import progress as render_progress
 from forebay.cli.wait import with_wait_closed
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from forebay.cli.render import (
+from forebay.cli.terminal.render import (
     Cell,
     Column,
     hit_percent,

@@ -51,7 +51,7 @@ def progress_shown(what: str) -> Iterator[Progress]:
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
         yield lambda _done, _total: None
         return
-    from forebay.cli.progress import progress_bar
+    from forebay.cli.terminal.progress import progress_bar
 
     with progress_bar(what) as advance:
         yield advance

@@ -139,7 +139,7 @@ def _shown(arguments: Arguments, found: dict[str, Any]) -> int:
     if arguments.json:
         print_json(found)
     else:
-        from forebay.cli.render import key_values
+        from forebay.cli.terminal.render import key_values
 
         print("\n".join(key_values(found)))
     return 0

@@ -133,7 +133,7 @@ def status(arguments: Arguments) -> int:
     if arguments.json:
         print_json(disks)
         return 0
-    from forebay.cli.render import reasons, status_table, total_line, wants_colour
+    from forebay.cli.terminal.render import reasons, status_table, total_line, wants_colour
 
     terminal = sys.stdout.isatty()
     width = os.get_terminal_size().columns if terminal else None

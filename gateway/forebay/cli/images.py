@@ -94,7 +94,7 @@ def show(arguments: Arguments, client: Daemon) -> int:
     if arguments.json:
         print_json(images)
         return 0
-    from forebay.cli.render import images_table, wants_colour
+    from forebay.cli.terminal.render import images_table, wants_colour
 
     terminal = sys.stdout.isatty()
     width = os.get_terminal_size().columns if terminal else None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forebay.cli.asking import Daemon
-from forebay.cli.render import Cell, Column, hit_percent, megabytes, rate, table
+from forebay.cli.terminal.render import Cell, Column, hit_percent, megabytes, rate, table
 from forebay.units import format_duration, format_size, parse_duration, parse_name
 
 Disk = Mapping[str, Any]

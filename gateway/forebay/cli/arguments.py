@@ -1,0 +1,235 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""The sub-commands: what each takes."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from forebay.cli.peer import add_change, add_rule
+from forebay.cli.terminal.parser import Parser, checked, imported
+from forebay.units import Mode, parse_amount, parse_duration, parse_name, parse_size
+
+
+def _some_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty: write STORE:PATH, a path in a store, or an nbd:// URI")
+    return text
+
+
+def _patience(text: str) -> float:
+    from forebay.cli.wait import parse_patience
+
+    return parse_patience(text)
+
+
+def _path(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty: write a path")
+    return os.path.abspath(text)
+
+
+NAME, SIZE, MODE = checked(parse_name), checked(parse_size), checked(Mode.parse)
+PRELOAD, DURATION, IMAGE = checked(parse_amount), checked(parse_duration), checked(_some_text)
+PATH = checked(_path)
+
+
+def _name(parser: Parser, **extra: Any) -> None:
+    parser.add_argument("name", metavar="NAME", type=NAME, help="the disk", **extra)
+
+
+def _json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="JSON instead of text")
+
+
+def _nothing(parser: Parser) -> None:
+    """For a sub-command without arguments of its own."""
+
+
+def _serve(parser: Parser) -> None:
+    parser.add_argument("--state", metavar="DIR", help="instead of gateway.state")
+    parser.add_argument("--run", metavar="DIR", help="instead of gateway.run")
+
+
+def _attach(parser: Parser) -> None:
+    _name(parser)
+    add = parser.add_argument
+    add("image", metavar="IMAGE", type=IMAGE, help="STORE:PATH, a path in a store, or an NBD URI")
+    add("--mode", metavar="MODE", type=MODE, help=", ".join(Mode))
+    add(
+        "--cache-size", metavar="SIZE", type=SIZE, help="most it may hold of the cache; 0: no limit"
+    )
+    add("--preload", metavar="SIZE|all", type=PRELOAD, help="what to bring in at once")
+    add("--read-only", action="store_true", help="refuse writes")
+    add("--overlay", action="store_true", help="keep writes private and drop them at detach")
+    add_rule(parser)
+    text = "while another host has the image, wait until it is free, or for as long as this says"
+    add("--wait", metavar="TIME", type=checked(_patience), nargs="?", const=float("inf"), help=text)
+    _json(parser)
+
+
+def _detach(parser: Parser) -> None:
+    _name(parser)
+    add = parser.add_argument
+    add("--discard", action="store_true", help="drop what is dirty instead of writing it back")
+    add("--force", action="store_true", help="even while a client is connected to it")
+
+
+def _status(parser: Parser) -> None:
+    _name(parser, nargs="?")
+    _json(parser)
+
+
+def _stats(parser: Parser) -> None:
+    text = "a disk; seconds between lines; how many lines"
+    parser.add_argument("what", metavar="NAME | INTERVAL | COUNT", nargs="*", help=text)
+    parser.usage = "forebay stats [--config FILE] [--json] [NAME] [INTERVAL [COUNT]]"
+    _json(parser)
+
+
+def _flush(parser: Parser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("name", metavar="NAME", type=NAME, nargs="?", help="the disk; default: all")
+    which.add_argument("--all", action="store_true", help="all disks")
+    parser.add_argument("--timeout", metavar="TIME", type=DURATION, help="give up after 30s, 2m")
+    _json(parser)
+
+
+def _peer(parser: Parser) -> None:
+    _name(parser)
+    add_change(parser)
+
+
+def _mode(parser: Parser) -> None:
+    _name(parser)
+    parser.add_argument("mode", metavar="MODE", type=MODE, help=", ".join(Mode))
+
+
+def _preload(parser: Parser) -> None:
+    _name(parser)
+    text = "so much from the start of the image, or all of it"
+    parser.add_argument("amount", metavar="SIZE|all", type=PRELOAD, help=text)
+
+
+def _images(parser: Parser, add: str) -> None:
+    module = __import__("forebay.cli.images", fromlist=[add])
+    getattr(module, add)(parser, checked, IMAGE)
+
+
+def _resolve(parser: Parser) -> None:
+    __import__("forebay.cli.resolve", fromlist=["add_all"]).add_all(parser, NAME, IMAGE)
+
+
+def _xml(parser: Parser) -> None:
+    _name(parser)
+    target = imported("forebay.libvirt.disk_xml", "parse_target")
+    parser.add_argument("--target", metavar="DEV", type=target, default="vda", help="default: vda")
+    text = "for this version of libvirt (default: the one on this host)"
+    parser.add_argument(
+        "--libvirt",
+        metavar="VERSION",
+        type=imported("forebay.libvirt.version", "parse_version"),
+        help=text,
+    )
+    text = "the <metadata> element from which libvirt's hook attaches it"
+    parser.add_argument("--metadata", action="store_true", help=text)
+
+
+def _libvirt_hook(parser: Parser) -> None:
+    for name in ("domain", "operation", "sub_operation"):
+        parser.add_argument(name, metavar=name.upper())
+    parser.add_argument("extra", metavar="EXTRA", nargs="?", default="-")
+
+
+def _cache(parser: Parser) -> None:
+    add = parser.add_argument
+    add(
+        "action",
+        metavar="ACTION",
+        choices=("check", "info", "create", "extend", "format", "remove", "repair", "scrub"),
+        nargs="?",
+        default="info",
+        help="info, create, extend, format, remove, scrub (beside guests), check (without a daemon) or repair",
+    )
+    add(
+        "--vg",
+        metavar="VG",
+        type=imported("forebay.storage.lvm", "parse_group"),
+        help="create: a logical volume, in this group",
+    )
+    add(
+        "--tag",
+        metavar="@TAG",
+        type=imported("forebay.storage.lvm", "parse_tag"),
+        help="create: on disks with this tag of LVM",
+    )
+    add("--device", metavar="PATH", type=PATH, help="create: on this block device")
+    add("--file", metavar="PATH", type=PATH, help="create: in this file, which is not there yet")
+    add("--size", metavar="SIZE", type=SIZE, help="create, extend: how large it is to be")
+    text = "create, format: a device that holds something unknown"
+    add("--force", action="store_true", help=text)
+    text = "repair: drop dirty data that is damaged, too"
+    add("--yes", action="store_true", help=text)
+    _json(parser)
+
+
+def _beside(parser: Parser, sure: str) -> None:
+    parser.add_argument("image", metavar="IMAGE", type=IMAGE, help="STORE:PATH, or any path")
+    parser.add_argument("--yes", action="store_true", help=sure)
+    _json(parser)
+
+
+_ANYWAY = "finish a checkpoint although the image was changed since it began, or is a copy"
+_GIVE_UP = "give up what the other gateway has and the image lacks"
+
+
+def _fuse(parser: Parser) -> None:
+    add = parser.add_argument
+    add("mount", metavar="MOUNT", help="the directory to mount at")
+    add("--allow-other", action="store_true", help="let other users in, as far as modes allow")
+    text = "how long a request waits for a daemon that is away, then fails (default: 10s)"
+    add("--wait", metavar="TIME", type=DURATION, default=10.0, help=text)
+    text = "how long a daemon may answer nothing until it counts as away (default: 2m)"
+    add("--patience", metavar="TIME", type=DURATION, default=120.0, help=text)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
+    "serve": ("run the daemon in the foreground", _serve),
+    "attach": ("serve an image as a disk", _attach),
+    "detach": ("write back what is dirty and stop serving a disk", _detach),
+    "status": ("what is served, and how it is", _status),
+    "stats": ("rates, one line an interval", _stats),
+    "flush": ("write back until nothing is dirty", _flush),
+    "mode": ("change how a disk reads and writes", _mode),
+    "peer": ("say which processes may use a disk", _peer),
+    "preload": ("bring part of an image into the cache", _preload),
+    "images": ("what the cache has of which image", partial(_images, add="add_list")),
+    "warm": ("bring an image in without a disk", partial(_images, add="add_warm")),
+    "tag": ("give an image tags", partial(_images, add="add_tag")),
+    "untag": ("take tags away", partial(_images, add="add_tag")),
+    "pin": ("keep an image in the cache", partial(_images, add="add_pin")),
+    "unpin": ("let it leave the cache again", partial(_images, add="add_pin")),
+    "purge": (
+        "drop what the cache has of images",
+        partial(_images, add="add_purge"),
+    ),
+    "resolve": ("go on after somebody else changed an image, with its data kept", _resolve),
+    "xml": ("the libvirt <disk> element of a disk", _xml),
+    "libvirt-hook": ("what libvirt's hook calls, with the domain's XML on stdin", _libvirt_hook),
+    "cache": ("look at, make, extend, check or remove the cache device", _cache),
+    "recover": (
+        "finish what a gateway that is gone had begun with an image",
+        partial(_beside, sure=_ANYWAY),
+    ),
+    "takeover": (
+        "take an image from a gateway that is gone for good",
+        partial(_beside, sure=_GIVE_UP),
+    ),
+    "fuse": ("mount disks and images as files, in the foreground", _fuse),
+    "check-config": ("say what is wrong with the configuration", _nothing),
+    "dump-config": ("print the effective configuration", _json),
+    "demo": ("show everything on a throw-away directory", _nothing),
+}
+"""By name: what it does, and what adds its arguments to its parser."""

@@ -1,0 +1,59 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""The parser of arguments, which says in one line what is wrong with them."""
+
+import argparse
+import os
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from forebay.units import did_you_mean, printable
+
+WRONG_USAGE = 2
+"""The exit code."""
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Help as wide as the terminal. argparse would ask shutil for the width, on every start and not only for help."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            width = os.get_terminal_size().columns
+        except OSError:
+            width = 80
+        super().__init__(prog, width=max(40, width - 2))
+
+
+class Parser(argparse.ArgumentParser):
+    """Parses arguments, and says in one line what is wrong with them."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Say `message` on stderr, and end with exit code 2."""
+        text = " ".join(message.split())
+        if match := re.match(r"argument (\w+): invalid choice: '(.*)' \(choose from (.*)\)$", text):
+            what, word, known = match.groups()
+            hint = did_you_mean(word, known.replace("'", "").split(", "))
+            text = f"argument {what}: no {what.lower()} '{word}'{hint}: use one of {known}"
+        self.exit(WRONG_USAGE, f"{self.prog}: {printable(text)} (see '{self.prog} --help')\n")
+
+
+def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` for argparse, which shows the text of ArgumentTypeError only, and not that of ValueError."""
+
+    def check(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as fault:
+            raise argparse.ArgumentTypeError(str(fault)) from None
+
+    return check
+
+
+def imported(module: str, parse: str) -> Callable[[str], Any]:
+    """The function `parse` of a module that is imported only where it is called."""
+    return checked(lambda text: getattr(__import__(module, fromlist=[parse]), parse)(text))  # noqa: PLW0108 (later)
