@@ -113,7 +113,7 @@ WORDS = "forebay_cache.format.entry"
 ORDER: dict[str, list[str]] = {
     "forebay": [
         "errors units systemd client __init__",
-        "config",
+        "config formats",
         "origin/worker",
         "origin",
         "sidecar",
