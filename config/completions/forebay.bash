@@ -8,7 +8,7 @@
 _shtab_forebay_subparsers=(serve attach detach status stats flush mode peer preload images warm tag untag pin unpin purge resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
-_shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --peer --label --user --wait --json)
+_shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --format --peer --label --user --wait --json)
 _shtab_forebay_detach_option_strings=(-h --help --config --discard --force)
 _shtab_forebay_status_option_strings=(-h --help --config --json)
 _shtab_forebay_stats_option_strings=(-h --help --config --json)

@@ -99,6 +99,13 @@ def parse_tag(text: object) -> str:
     )
 
 
+def parse_format(text: object) -> str:
+    """How an image is to be read: `raw`, unchanged. Raises ValueError."""
+    if text == "raw":
+        return "raw"
+    raise ValueError(f"{str(text)[:80]!r} is no format that can be asked for: use raw, or none")
+
+
 def parse_rate(text: str | int) -> int:
     """Bytes a second, written as a size: `100M`. Raises ValueError."""
     rate = parse_size(text)

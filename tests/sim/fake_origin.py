@@ -356,6 +356,7 @@ class FakeSource:
         self.use = Use(disk, "gateway", read_only=False, overlay=overlay)
         self.size = origin.size
         self.allocated: int | None = None
+        self.format: str | None = None
         self.discarding = False  # the operator gives up what the image lacks
         self.claim = FakeClaim(self) if self.use.writes else None
         self.resumed = resumed

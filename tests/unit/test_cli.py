@@ -282,7 +282,7 @@ async def test_attach_sends_what_was_asked_for(capsys: Capture, tmp_path: Path) 
     gateway = FakeGateway()
     async with served(gateway) as run:
         words = "attach vm1 images:a.raw --mode BACK --cache-size 1G --preload all --read-only"
-        words += " --peer label --label libvirt-1 --user nobody"
+        words += " --peer label --label libvirt-1 --user nobody --format raw"
         assert await forebay(run, *words.split(), "--overlay") == 0
         assert capsys.readouterr().out == "vm1: /run/forebay/disks/vm1.sock\n"
         assert await forebay(run, "attach", "vm2", "./a:b.raw", "--json") == 0
@@ -298,6 +298,7 @@ async def test_attach_sends_what_was_asked_for(capsys: Capture, tmp_path: Path) 
         "overlay": True,
         "rule": Rule("label", "libvirt-1", 65534),
         "gives_way": False,
+        "image_format": "raw",
     }
     images = [call[2] for call in gateway.calls]
     assert images[1:3] == [str(Path.cwd() / "a:b.raw"), "nbd+unix:///x?socket=/s"]

@@ -56,7 +56,7 @@ class Catalogue:
         images.is_pinned = self.entries.is_pinned
 
     def _note_used(self, source: Source) -> None:
-        self.entries.note_used(source.key, source.size, source.allocated)
+        self.entries.note_used(source.key, source.size, source.allocated, source.format)
 
     def note_unused(self, key: str) -> None:
         """The last disk has left that image."""
@@ -95,7 +95,7 @@ class Catalogue:
         cached = min(sectors * SECTOR, size) if size else sectors * SECTOR
         return {
             "image": key,
-            "format": "raw",
+            "format": entry.format or "raw",
             "size": size,
             "allocated": entry.allocated,
             "cached_bytes": cached,

@@ -40,6 +40,8 @@ class Entry:
     """Bytes, when it was used last; None where nobody has opened it since entries are kept."""
     allocated: int | None = None
     """Bytes that it took in its store then; None where that cannot be told."""
+    format: str | None = None
+    """The format that its first bytes were of then; None where nobody has looked."""
     pinned: bool = False
     tags: list[str] = field(default_factory=list)
     """Sorted."""
@@ -100,13 +102,20 @@ class Entries:
             )
         self._cache.records.put(KIND, key, None if entry is None else asdict(entry))
 
-    def note_used(self, key: str, size: int | None = None, allocated: int | None = None) -> None:
-        """Note that the image is in use now, and how large it is, where that is known."""
+    def note_used(
+        self,
+        key: str,
+        size: int | None = None,
+        allocated: int | None = None,
+        image_format: str | None = None,
+    ) -> None:
+        """Note that the image is in use now, and how large it is, where that is known, and of which format."""
         was = self.get(key) or Entry()
         entry = replace(
             was,
             size=was.size if size is None else size,
             allocated=was.allocated if size is None else allocated,
+            format=image_format or was.format,
         )
         now = int(time.time())
         if entry != was or not 0 <= now - was.used < NOTED_AGAIN:

@@ -10,7 +10,14 @@ from typing import Any
 
 from forebay.cli.peer import add_change, add_rule
 from forebay.cli.terminal.parser import Parser, checked, imported
-from forebay.units import Mode, parse_amount, parse_duration, parse_name, parse_size
+from forebay.units import (
+    Mode,
+    parse_amount,
+    parse_duration,
+    parse_format,
+    parse_name,
+    parse_size,
+)
 
 
 def _some_text(text: str) -> str:
@@ -64,6 +71,8 @@ def _attach(parser: Parser) -> None:
     add("--preload", metavar="SIZE|all", type=PRELOAD, help="what to bring in at once")
     add("--read-only", action="store_true", help="refuse writes")
     add("--overlay", action="store_true", help="keep writes private and drop them at detach")
+    text = "raw: serve the bytes of the image, also where they are those of a qcow2 file"
+    add("--format", metavar="FORMAT", type=checked(parse_format), help=text)
     add_rule(parser)
     text = "while another host has the image, wait until it is free, or for as long as this says"
     add("--wait", metavar="TIME", type=checked(_patience), nargs="?", const=float("inf"), help=text)

@@ -73,6 +73,7 @@ def attach(arguments: Arguments) -> int:
         "preload": arguments.preload,
         "read_only": arguments.read_only,
         "overlay": arguments.overlay,
+        "format": arguments.format,
         **rule(arguments),
     }
     client = daemon(arguments)

@@ -68,8 +68,12 @@ class Answers(Protocol):
         overlay: bool,
         rule: Rule,
         gives_way: bool,
+        image_format: str | None,
     ) -> Status:
-        """Serve an image; None stands for what the store says. `gives_way`: to a disk that writes the image."""
+        """Serve an image; None stands for what the store says. `gives_way`: to a disk that writes the image.
+
+        `image_format`: `raw` for its bytes, whatever they look like.
+        """
 
     async def detach(self, name: str, *, discard: bool, force: bool, progress: Progress) -> None:
         """Drain, or drop what is dirty, and stop serving."""
@@ -216,6 +220,7 @@ class Control:
             overlay=given.get("overlay", False),
             rule=_rule(given),
             gives_way=given.get("gives_way", False),
+            image_format=given.get("format"),
         )
         return JSONResponse(status, 201)
 

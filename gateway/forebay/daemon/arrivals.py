@@ -216,7 +216,7 @@ class Arrivals:
                 f"{record.image} now means {source.key} and meant {record.key}: "
                 "give the store its old name and path, or detach the disk"
             )
-        if isinstance(source.address, FileAddress):
+        if isinstance(source.address, FileAddress) and source.use.shows_raw:
             self._formats.remember(source.key, source.size)
         attached = await self._opened(record, source, settings, path)
         attached.listener.tenant.recall()
@@ -251,6 +251,7 @@ class Arrivals:
             record.overlay,
             need_locks=settings.require_locks,
             refresh=settings.on_change == "refresh",
+            as_bytes=record.format is not None,
         )
         source = Source(
             image,

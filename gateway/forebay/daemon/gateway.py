@@ -126,13 +126,17 @@ class Gateway:
         overlay: bool = False,
         rule: Rule = BY_SETTINGS,
         gives_way: bool = False,
+        image_format: str | None = None,
     ) -> Status:
-        """Serve an image as a disk; None stands for what the store says. The disk's status."""
+        """Serve an image as a disk; None stands for what the store says. The disk's status.
+
+        `image_format`: `raw` for the bytes of the image, whatever they look like.
+        """
         chosen = mode.value if mode else None
         if gives_way and not read_only:
             raise ForebayError("a disk that gives way is read-only: leave one of the two out")
         wanted = DiskRecord(image, "", 0, read_only, overlay, chosen, cache_size, preload)
-        wanted = replace(wanted, gives_way=gives_way)
+        wanted = replace(wanted, gives_way=gives_way, format=image_format)
         attached = await self._arrivals.attach(name, wanted.with_rule(rule))
         return attached.status()
 

@@ -38,6 +38,8 @@ class DiskRecord:
     peer_label: str | None = None
     peer_user: int | None = None
     gives_way: bool = False
+    format: str | None = None
+    """`raw`: the bytes of the image, whatever format they are of. None: the image has to be a raw disk."""
     leaving: bool = False
     """True once the disk is being forgotten, whatever comes: a start goes on with that."""
     keeps: str = ""

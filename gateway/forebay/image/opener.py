@@ -53,6 +53,8 @@ class Opener:
         """Device and inode of the image, once it was opened, if it is a file."""
         self.allocated: int | None = None
         """Bytes that it took in its store when it was opened last, if it is a file."""
+        self.format: str | None = None
+        """The format that its first bytes are of, once they were looked at: `raw`, or that of a file of tables."""
         self.why_unsafe: str | None = None
         """Why nothing is to be written back to where the image lies; known once it was opened."""
         self._address = address
@@ -86,7 +88,7 @@ class Opener:
 
     async def _open_file(self, address: FileAddress, first: bool) -> FileOrigin:
         file = await self._in_thread(lambda: self._open_image(address, first))
-        if first and self._formats is not None:
+        if first and self._formats is not None and self._use.shows_raw:
             self._formats.remember(self._key, file.size)
         origin = FileOrigin(file, self._label, threads=self._threads, timeout=self._timeout)
         try:
@@ -107,6 +109,7 @@ class Opener:
             address,
             read_only=read_only,
             admitted=not first,
+            as_bytes=self._use.as_bytes,
             was_raw=self._was_raw if first else None,
         )
         if first and not read_only:
@@ -143,6 +146,7 @@ class Opener:
         )
         self.file_id = (device, file.status.inode)
         self.allocated = file.status.allocated
+        self.format = file.format or self.format
 
     # ------------------------------------------------------------------------------------------------------- the owner
 

@@ -122,6 +122,11 @@ class Source:
         """Bytes that the image took in its store when it was opened last, if it is a file."""
         return self._opener.allocated
 
+    @property
+    def format(self) -> str | None:
+        """The format that the image's first bytes are of, if it is a file and they were looked at."""
+        return self._opener.format
+
     def is_same_image(self, other: "Source") -> bool:
         """True if both lead to one image, be it by two stores or two mounts."""
         if self.file_id is not None and self.file_id == other.file_id:

@@ -21,8 +21,15 @@ class Use:
     refresh: bool = True
     """True if the disk goes on with an image that somebody else changed, from what it has now, where nothing is lost by
     that."""
+    as_bytes: bool = False
+    """True if the bytes of the image are meant, whatever they look like: those of a qcow2 file, say."""
 
     @property
     def writes(self) -> bool:
         """True if the disk writes the image itself."""
         return not (self.read_only or self.overlay)
+
+    @property
+    def shows_raw(self) -> bool:
+        """True if the image counts as a raw disk from now on: who only asked for its bytes has not said so."""
+        return self.writes or not self.as_bytes

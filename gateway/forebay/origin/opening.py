@@ -22,6 +22,8 @@ from forebay.origin.worker import syscalls
 _FORMATS = {b"QFI\xfb": "qcow2", b"QED\0": "qed", b"KDMV": "vmdk", b"vhdxfile": "vhdx"}
 """The first bytes of files in formats that a guest must not see as a disk."""
 _LONGEST_MAGIC = 8
+RAW = "raw"
+"""The format of all other files."""
 
 _FRESH = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 _DEVICE = os.O_NONBLOCK | os.O_CLOEXEC
@@ -45,6 +47,8 @@ class OpenImage:
     """Bytes of the smallest unit that can be written: a device's logical sector, 1 for a file."""
     status: Status | None = None
     """What the file was when it was opened; None for a device."""
+    format: str | None = None
+    """The format that its first bytes are of; None for a device, and where nobody looked."""
     fresh: Callable[[], int] | None = None
     """Returns a new descriptor of what the name of the image leads to now, for reading, which the caller closes."""
 
@@ -54,13 +58,15 @@ def open_image(
     *,
     read_only: bool,
     admitted: bool = False,
+    as_bytes: bool = False,
     was_raw: Callable[[int, int], bool] | None = None,
     calls: SystemCalls | None = None,
 ) -> OpenImage:
     """Open an image file. Raises ForebayError for what the operator has to change, OSError for failing storage.
 
     `admitted`: the image is in use already, and comes back after a restart or an outage. What would keep it from being
-    attached does not keep it from going on: a second name, or the first bytes of another format. `was_raw` is asked
+    attached does not keep it from going on: a second name, or the first bytes of another format. `as_bytes`: a file in
+    another format is no reason to refuse it, since its bytes are meant. `was_raw` is asked
     about a file that begins like a qcow2 image or the like, with its descriptor and its size, and returns True if it
     was a raw disk before: a guest may write whatever it likes to the start of its disk.
     """
@@ -77,8 +83,11 @@ def open_image(
     try:
         found = calls.status(fd)
         _check_kind(address, found, read_only or admitted)
+        kind = None
         if not admitted:
-            _check_format(address, fd, lambda: was_raw is not None and was_raw(fd, found.size))
+            kind = _format_of(address, fd, lambda: was_raw is not None and was_raw(fd, found.size))
+            if kind != RAW and not as_bytes:
+                raise _other_format(address, kind)
     except BaseException:
         syscalls.close(fd)
         raise
@@ -88,6 +97,7 @@ def open_image(
         read_only,
         lambda: look(address, calls),
         status=found,
+        format=kind,
         fresh=lambda: _open_in_store(address, address.path, _FRESH),
     )
 
@@ -181,15 +191,20 @@ def _check_kind(address: FileAddress, found: Status, any_names: bool) -> None:
         )
 
 
-def _check_format(address: FileAddress, fd: int, was_raw: Callable[[], bool]) -> None:
-    """Raise ForebayError for an image that is not raw, unless its name says that it is, or it was."""
+def _format_of(address: FileAddress, fd: int, was_raw: Callable[[], bool]) -> str:
+    """The format of an image by its first bytes: raw where its name says so, or where it was before."""
     start = syscalls.pread(fd, _LONGEST_MAGIC, 0)
     for magic, name in _FORMATS.items():
         if start.startswith(magic) and not address.path.endswith(".raw") and not was_raw():
-            raise ForebayError(
-                f"{address.key} is in {name} format, and a guest would see that format's tables: convert it with "
-                "qemu-img convert -O raw, or give it a name that ends in .raw if that is meant"
-            )
+            return name
+    return RAW
+
+
+def _other_format(address: FileAddress, name: str) -> ForebayError:
+    return ForebayError(
+        f"{address.key} is in {name} format, and a guest would see that format's tables: convert it with "
+        "qemu-img convert -O raw, or say --format raw (or give it a name that ends in .raw) if that is meant"
+    )
 
 
 def _file_refusal(address: FileAddress, error: OSError, read_only: bool) -> Exception:

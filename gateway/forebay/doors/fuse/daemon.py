@@ -100,6 +100,7 @@ class Daemon:
             "preload": 0,
             "read_only": True,
             "gives_way": True,
+            "format": "raw",  # a file of the mount is what the store has, bytes of qcow2 included
         }
         try:
             await self._ask(ATTACH_SECONDS, lambda: self._client.post("/disks", content))
