@@ -3,6 +3,8 @@
 
 """Cache and origin on block devices with sectors of 512 and of 4096 bytes."""
 
+import mmap
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from forebay_cache.device.files import open_device
 from real.disk_fixture import cache_info, run
 from real.gateway_process import GatewayProcess
 from real.processes import MIB, loop_device, random_image
@@ -130,6 +133,24 @@ def test_a_device_that_is_in_use_is_refused(make_gateway: MakeGateway, tmp_path:
         assert done.stderr.count("\n") == 1
         assert str(device) in done.stderr
         gateway.kill()
+
+
+def test_a_device_that_only_a_dead_process_still_maps_is_waited_for(tmp_path: Path) -> None:
+    """As that of a daemon that was killed, while somebody looks at its memory."""
+    with loop_device(blank(tmp_path / "cache", MIB), 512) as device:
+        fd = os.open(device, os.O_RDWR | os.O_EXCL)
+        left = mmap.mmap(fd, MIB)
+        os.close(fd)
+        tries = []
+
+        def goes(seconds: float) -> None:
+            tries.append(seconds)
+            left.close()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("time.sleep", goes)
+            os.close(open_device(device))
+        assert len(tries) == 1
 
 
 @pytest.mark.parametrize("sector", SECTORS)

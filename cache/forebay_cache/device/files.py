@@ -17,7 +17,9 @@ from forebay_cache.errors import CacheError
 
 _BLKGETSIZE64 = 0x80081272
 _LOCK_SECONDS = 5.0
-"""udev holds a block device locked for a moment while it looks what is on it, as after each time it was written."""
+"""For how long somebody may have the lock who has no use for it any more: udev, which looks what is on a block device
+each time it was written; and a daemon that was killed, while the kernel, or a program that looks at processes, still
+holds its memory: the device is mapped there, and its lock ends with the map."""
 _LOCK_STEP = 0.05
 
 _IN_MEMORY = {
@@ -67,7 +69,7 @@ def open_device(path: Path, *, create_size: int | None = None) -> int:
     try:
         if stat.S_ISBLK(os.stat(path).st_mode):
             flags |= os.O_EXCL  # refused while mounted or held by LVM, md, another of us
-        fd = os.open(path, flags)
+        fd = _opened(path, flags)
     except FileNotFoundError:
         raise CacheError(
             f"{path}: no such cache device; create it or correct [cache] device"
@@ -90,18 +92,36 @@ def _lock(fd: int, path: Path) -> None:
     if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
         raise CacheError(f"{path}: a cache device is a block device or a regular file")
     # A block device is ours alone already (O_EXCL); the lock keeps udev from looking at what we are writing.
-    deadline = time.monotonic() + (_LOCK_SECONDS if stat.S_ISBLK(mode) else 0)
+    if not lock(fd, fcntl.LOCK_EX):
+        raise CacheError(
+            f"{path}: another forebay uses this cache device; stop it, or give this one its own"
+        )
+
+
+def _opened(path: Path, flags: int) -> int:
+    """A descriptor. Raises OSError: EBUSY if somebody has the device, and does not soon give it up."""
+    deadline = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.open(path, flags)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(_LOCK_STEP)
+
+
+def lock(fd: int, kind: int) -> bool:
+    """Take flock(2)'s lock of that kind; False if somebody has one that forbids it, and does not soon give it up."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(_LOCK_STEP)
-                continue
-            raise CacheError(
-                f"{path}: another forebay uses this cache device; stop it, or give this one its own"
-            ) from None
-        return
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOCK_STEP)
+        else:
+            return True
 
 
 def _create_file(path: Path, size: int) -> None:

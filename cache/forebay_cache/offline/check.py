@@ -23,7 +23,7 @@ from lmdb.verify import VerifyError, verify
 from forebay_cache.cache import boot_id
 from forebay_cache.device.device import Device
 from forebay_cache.device.extend import Progress
-from forebay_cache.device.files import size_of
+from forebay_cache.device.files import lock, size_of
 from forebay_cache.device.superblock import read_superblock
 from forebay_cache.errors import CacheError
 from forebay_cache.format.records import FORMATS, TABLES, Meta
@@ -72,12 +72,10 @@ def _opened(path: Path) -> int:
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
             raise CacheError(f"{path}: a cache device is a block device or a regular file")
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise CacheError(
-            f"{path}: a daemon uses this cache: 'forebay cache scrub' checks it meanwhile; or stop the daemon"
-        ) from None
+        if not lock(fd, fcntl.LOCK_SH):
+            raise CacheError(
+                f"{path}: a daemon uses this cache: 'forebay cache scrub' checks it meanwhile; or stop the daemon"
+            )
     except BaseException:
         os.close(fd)
         raise
