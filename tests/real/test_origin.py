@@ -329,12 +329,17 @@ async def test_zeros_leave_holes_alone_where_none_can_be_punched(
 
 
 @pytest.mark.parametrize("how", ["all is data", "refuses"])
-async def test_zeros_are_written_where_no_hole_is_told(path: Path, how: str) -> None:
-    sparse(path)
+@pytest.mark.parametrize("first", [0, 65536 + 1000])
+async def test_zeros_are_not_written_over_zeros_where_no_hole_is_told(
+    path: Path, how: str, first: int
+) -> None:
+    """As on NFS before 4.2, where a guest's mkfs would fill the store."""
+    before = sparse(path)
+    content = path.read_bytes()
     async with origin_of(opened(path), calls=AllData(how)) as origin:
-        await origin.zero(0, 16 * MIB, may_trim=True)
-    assert path.read_bytes() == bytes(16 * MIB)
-    assert path.stat().st_blocks * 512 >= 16 * MIB
+        await origin.zero(first, 16 * MIB - first - 7, may_trim=True)
+    assert path.read_bytes() == content[:first] + bytes(16 * MIB - first)
+    assert path.stat().st_blocks * 512 == before
 
 
 @pytest.mark.parametrize("size", [16 * MIB, 16 * MIB - 5])

@@ -21,6 +21,7 @@ from forebay.origin.calls import (
     Status,
     SystemCalls,
     data_runs,
+    written_runs,
 )
 from forebay.origin.opening import OpenImage
 from forebay.origin.pieces import views_after
@@ -29,6 +30,9 @@ from forebay.origin.threads import Descriptor
 from forebay.origin.worker import syscalls
 
 PAGE = 4096
+
+MOST_READ = 8 << 20
+"""Bytes that are read in one call, at most, to see which of them are zeros: each call has the whole time-out."""
 """Bytes of the kernel's page cache that are forgotten where one byte is to be read from the server."""
 
 
@@ -82,10 +86,12 @@ class BlockingFile:
                 at = hole
         return [*found, (end - at, 0)] if at < end else found
 
-    def data(self, offset: int, end: int) -> tuple[list[tuple[int, int]], int]:
-        """(first byte, byte behind the last) of what is no hole, in order, and up to which byte that is all of it."""
+    def written(self, offset: int, end: int) -> tuple[list[tuple[int, int]], int]:
+        """(first byte, byte behind the last) of what does not read as zeros, and up to which byte that is all of it."""
         with self.descriptor as fd:
-            runs = list(islice(data_runs(self._calls, fd, offset, end), MOST_EXTENTS))
+            first = next(data_runs(self._calls, fd, offset, end), (end, end))[0]
+            end = min(end, first - first % MOST_READ + MOST_READ)
+            runs = list(islice(written_runs(self._calls, fd, first, end), MOST_EXTENTS))
         return runs, runs[-1][1] if len(runs) == MOST_EXTENTS else end
 
     def _next_data(self, fd: int, at: int) -> int:
@@ -215,7 +221,7 @@ class BlockingDevice(BlockingFile):
         """One extent of data: nobody can say which part of a device was never written."""
         return [(length, 0)] if length and offset >= 0 else []
 
-    def data(self, offset: int, end: int) -> tuple[list[tuple[int, int]], int]:
+    def written(self, offset: int, end: int) -> tuple[list[tuple[int, int]], int]:
         """All of the range."""
         return [(offset, end)], end
 

@@ -44,6 +44,12 @@ RESOLVE_BENEATH = 0x08
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
 
+_BLOCK = 4096
+"""Bytes that are zeroed, or not, together: what file systems give space in."""
+_LOOK = 1 << 20
+"""Bytes that are read at once."""
+_zeros = bytes(_BLOCK)
+
 _STAT_BLOCK = 512
 """Bytes in which stat(2) counts what a file takes, whatever its file system does."""
 
@@ -141,11 +147,38 @@ class SystemCalls:
         return int(struct.unpack("=i", answer)[0])
 
 
-def data_runs(calls: SystemCalls, fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
-    """What is no hole of the bytes from `offset` to `end`, in order: (first byte, byte behind the last) of each run.
+def written_runs(calls: SystemCalls, fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
+    """What does not read as zeros of the bytes from `offset` to `end`, in order: (first byte, byte behind the last).
 
-    Where the file system cannot tell, all is. Raises OSError.
+    Holes that the file system tells are not read; many tell none (NFS before 4.2), so the rest is. It counts in blocks
+    of 4 KiB. Raises OSError.
     """
+    for first, behind in data_runs(calls, fd, offset, end):
+        run = at = first
+        while at < behind:
+            data = syscalls.pread(fd, min(_LOOK - at % _BLOCK, behind - at), at)
+            if not data:
+                break  # it was truncated
+            for part in _blocks(at, at + len(data)):
+                if data[part.start - at : part.stop - at] == _zeros[: len(part)]:
+                    if run < part.start:
+                        yield run, part.start
+                    run = part.stop
+            at += len(data)
+        if run < behind:
+            yield run, behind
+
+
+def _blocks(first: int, end: int) -> Iterator[range]:
+    """The parts of a range of bytes that lie in one block each."""
+    while first < end:
+        behind = min(end, first - first % _BLOCK + _BLOCK)
+        yield range(first, behind)
+        first = behind
+
+
+def data_runs(calls: SystemCalls, fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
+    """What is no hole of the bytes from `offset` to `end`, as `written_runs`. Where none is told, all is."""
     while offset < end:
         try:
             first = calls.seek_data(fd, offset)

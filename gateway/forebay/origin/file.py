@@ -172,7 +172,8 @@ class FileOrigin:
     async def zero(self, offset: int, length: int, may_trim: bool) -> None:
         """Make the range read as zeros. All of it has space then, or, with `may_trim`, none that can do without.
 
-        Where no hole can be punched, `may_trim` leaves holes alone, and zeroes the rest in its place. Raises OSError.
+        Where no hole can be punched, `may_trim` leaves alone what reads as zeros, as holes do, and zeroes the rest in
+        its place. Raises OSError.
         """
         self._check_change(offset, length)
         if length == 0:
@@ -180,14 +181,14 @@ class FileOrigin:
         if not may_trim:
             await self._zero_in_place(offset, length)
         elif PUNCH_HOLE in self._refused or not await self._allocate(PUNCH_HOLE, offset, length):
-            await self._zero_data(offset, offset + length)
+            await self._zero_written(offset, offset + length)
 
-    async def _zero_data(self, offset: int, end: int) -> None:
-        """Zero what is no hole."""
+    async def _zero_written(self, offset: int, end: int) -> None:
+        """Zero what does not read as zeros."""
         while offset < end:
-            with bounded(self.timeout, f"asking for the holes of {self.label}"):
+            with bounded(self.timeout, f"looking for zeros of {self.label}"):
                 await self._changes.wait_for_range(offset, end)
-                runs, offset = await self._threads.run(partial(self._file.data, offset, end))
+                runs, offset = await self._threads.run(partial(self._file.written, offset, end))
             for first, behind in runs:
                 await self._zero_in_place(first, behind - first)
 

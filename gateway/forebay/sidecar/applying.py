@@ -26,7 +26,7 @@ from forebay.origin.calls import (
     UNSUPPORTED,
     ZERO_RANGE,
     SystemCalls,
-    data_runs,
+    written_runs,
 )
 from forebay.origin.worker import syscalls
 from forebay.sidecar.record import boot_id
@@ -210,7 +210,9 @@ def _zero(image: int, calls: SystemCalls, offset: int, length: int, *, may_trim:
         if error.errno not in UNSUPPORTED:
             raise
         end = offset + length
-        for first, behind in data_runs(calls, image, offset, end) if may_trim else [(offset, end)]:
+        for first, behind in (
+            written_runs(calls, image, offset, end) if may_trim else [(offset, end)]
+        ):
             for at in range(first, behind, len(_zeros)):
                 write_all(image, [_zeros[: min(len(_zeros), behind - at)]], at)
 
