@@ -6,6 +6,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -171,6 +172,21 @@ def test_a_socket_leads_to_its_own_disk_only(
     assert connect(gateway.uri("e", "e")).get_size() == MIB
     with pytest.raises(Exception, match="e"):
         connect(gateway.uri("d", "e"))
+
+
+def test_sockets_that_an_operator_removes_are_there_again(
+    gateway: GatewayProcess, connect: Connect
+) -> None:
+    content = random_image(gateway.images / "a.raw", MIB, 1)
+    gateway.allow_log("somebody removed .*: made anew")
+    gateway.attach("d", "a.raw")
+    client = connect(gateway.uri("d"))
+    shutil.rmtree(gateway.run / "disks")
+    (gateway.run / "control.sock").unlink()
+    wait_for(lambda: gateway.cli("status", "d", check=False).returncode == 0)
+    wait_for((gateway.run / "disks" / "d.sock").exists)
+    for one in (client, connect(gateway.uri("d"))):
+        assert one.pread(MIB, 0) == content
 
 
 def test_stale_sockets_are_removed_at_the_start(gateway: GatewayProcess) -> None:

@@ -120,6 +120,78 @@ async def test_a_listener_opens_and_shuts_and_opens_again(run: Path) -> None:
         await listener.shut(5)  # once more does no harm
 
 
+@pytest.mark.expect_log("somebody removed .*d.sock: made anew")
+@pytest.mark.parametrize("removed", ["the socket", "its directory"])
+async def test_a_socket_that_somebody_removed_is_made_anew(
+    run: Path, removed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is connected stays so, and others find it again; so does the process after a planned restart."""
+    monkeypatch.setattr("forebay.doors.named.LOOK_SECONDS", 0.05)
+    disk = Memory()
+    listener = Listener(disk, socket_path(run, "d"), section(run))
+    async with trio.open_nursery() as nursery:
+        await listener.open(nursery)
+        client = await Client.connect(nursery, str(listener.path), "d")
+        listener.path.unlink()
+        if removed == "its directory":
+            listener.path.parent.rmdir()
+        with trio.fail_after(20):
+            while not listener.path.exists():  # noqa: ASYNC110 - a directory tells nobody
+                await trio.sleep(0.01)
+        other = await Client.connect(nursery, str(listener.path), "d")
+        for one in (client, other):
+            assert await one.pread(5, 100) == disk.content[5:105]
+        found = await listener.suspend(5)
+        assert len(found.clients) == 2
+        listener.path.unlink()
+        after = Listener(disk, listener.path, section(run))
+        await after.open(nursery, found)
+        last = await Client.connect(nursery, str(listener.path), "d")
+        for one in (client, other, last):
+            assert await one.pread(5, 100) == disk.content[5:105]
+        await after.shut(5)
+        assert os.listdir(run / "disks") == []
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_lies_in_the_place_of_a_socket_is_left_alone(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forebay.doors.named.LOOK_SECONDS", 0.01)
+    listener = Listener(Memory(), socket_path(run, "d"), section(run))
+    async with trio.open_nursery() as nursery:
+        await listener.open(nursery)
+        listener.path.unlink()
+        listener.path.write_text("mine")
+        await trio.sleep(0.1)
+        assert listener.path.read_text() == "mine"
+        await listener.shut(5)
+    assert listener.path.read_text() == "mine"
+
+
+@pytest.mark.expect_log("made anew")
+async def test_a_socket_that_cannot_be_made_anew_is_told_of_once_and_tried_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("forebay.doors.named.LOOK_SECONDS", 0.01)
+    listener = Listener(Memory(), socket_path(run, "d"), section(run))
+    async with trio.open_nursery() as nursery:
+        await listener.open(nursery)
+        listener.path.unlink()
+        listener.path.parent.rmdir()
+        listener.path.parent.write_text("in the way")
+        with trio.fail_after(20):
+            while "cannot be made anew" not in caplog.text:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        await trio.sleep(0.1)
+        assert caplog.text.count("cannot be made anew") == 1
+        listener.path.parent.unlink()
+        with trio.fail_after(20):
+            while not listener.path.exists():  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+
+
 async def test_requests_in_flight_are_answered_before_the_socket_is_shut(run: Path) -> None:
     disk = Memory()
     disk.hang = trio.Event()

@@ -7,6 +7,7 @@ import grp
 import logging
 import os
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -19,6 +20,7 @@ from hypercorn.utils import wrap_app
 from starlette.applications import Starlette
 
 from forebay.control.routes import Answers, control_app
+from forebay.doors.named import NamedListener
 from forebay.doors.peers import Admission
 from forebay.errors import ForebayError, advice
 
@@ -56,14 +58,14 @@ async def serve_control(
     now.
     """
     group = gateway.config.gateway.control_group
-    listener = listen(path, group)
-    ours = _inode(path)
+    again = partial(listen, path, group)
+    listener = NamedListener(path, again(), again)
     try:
         admission = Admission.to_control(group)
         await _Server(control_app(gateway), admission).run(listener, task_status)
     finally:
         listener.socket.close()
-        _remove(path, ours)
+        listener.remove()
 
 
 def listen(path: Path, group: str | None) -> trio.SocketListener:
@@ -105,21 +107,6 @@ def _answers(path: Path) -> bool:
     return True
 
 
-def _remove(path: Path, ours: tuple[int, int] | None) -> None:
-    """Remove the socket, unless another one lies there by now. `ours`: its device and inode."""
-    if ours is not None and _inode(path) == ours:
-        path.unlink()
-
-
-def _inode(path: Path) -> tuple[int, int] | None:
-    """Device and inode of what lies at `path`; None where nothing does."""
-    try:
-        found = path.lstat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
 class _Server:
     """Hypercorn's handling of one connection, over a listener and connections of our own.
 
@@ -136,7 +123,7 @@ class _Server:
         self._context = WorkerContext(None)
         self._streams: set[trio.SocketStream] = set()
 
-    async def run(self, listener: trio.SocketListener, task_status: trio.TaskStatus[None]) -> None:
+    async def run(self, listener: NamedListener, task_status: trio.TaskStatus[None]) -> None:
         """Serve until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._hang_up_when_cancelled)

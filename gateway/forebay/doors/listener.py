@@ -10,11 +10,13 @@ import pwd
 import select
 import socket
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import trio
 
 from forebay.config.model import GatewaySection
+from forebay.doors.named import NamedListener, is_gone
 from forebay.doors.peers import Admission
 from forebay.doors.restart import Client, Sockets
 from forebay.doors.tenant import Rule, Tenant
@@ -126,8 +128,8 @@ class Listener:
         """Of accepting; None while the socket is shut."""
         self._shut = trio.Event()
         """Set when the last connection has ended after the socket was shut."""
-        self._accepting: int | None = None
-        """The listening socket's descriptor, while it is open."""
+        self._accepting: NamedListener | None = None
+        """While the socket is open."""
         self._leaving = False
         """True if the path stays for another process, after `suspend`."""
 
@@ -171,14 +173,16 @@ class Listener:
             ) from None
         self._shut = trio.Event()
         self._scope = trio.CancelScope()
-        await nursery.start(self._serve, listener, sockets.clients, self._scope)
+        again = partial(listen, self.path, self._section)
+        named = NamedListener(self.path, listener, again)
+        await nursery.start(self._serve, named, sockets.clients, self._scope)
 
     def _socket(self, earlier: Sockets) -> trio.SocketListener:
-        """The listening socket: the earlier one, if it lies at our path, or a new one. Raises OSError, KeyError."""
+        """The listening socket: the earlier one if that lies at our path, or a new one. Raises OSError, KeyError."""
         found, earlier.listener = earlier.listener, None
         if found is None:
             return listen(self.path, self._section)
-        if earlier.path != self.path:
+        if earlier.path != self.path or is_gone(self.path):
             found.close()
             return listen(self.path, self._section)
         try:
@@ -191,15 +195,14 @@ class Listener:
 
     async def _serve(
         self,
-        listener: trio.SocketListener,
+        listener: NamedListener,
         clients: list[Client],
         scope: trio.CancelScope,
         *,
         task_status: trio.TaskStatus[None],
     ) -> None:
         """Serve until `scope` is cancelled and the last connection has ended; then remove the socket's path."""
-        ours = self.path.lstat().st_ino
-        self._accepting = listener.socket.fileno()
+        self._accepting = listener
         try:
             async with trio.open_nursery() as nursery:
                 for client in clients:
@@ -207,8 +210,8 @@ class Listener:
                 with scope:
                     await self._server.serve(listener, task_status=task_status)
         finally:
-            if not self._leaving and self.path.exists() and self.path.lstat().st_ino == ours:
-                self.path.unlink()
+            if not self._leaving:
+                listener.remove()
             self._scope = self._accepting = None
             self._shut.set()
 
@@ -268,7 +271,7 @@ class Listener:
         with trio.move_on_after(HANDSHAKE_SECONDS):
             while any(one.session is None for one in self._server.connections):  # noqa: ASYNC110 - nobody tells
                 await trio.sleep(HANDSHAKE_SECONDS / 20)
-        found = Sockets(socket.socket(fileno=os.dup(self._accepting)), self.path)
+        found = Sockets(socket.socket(fileno=os.dup(self._accepting.socket.fileno())), self.path)
         self._leaving = True
         connections = list(self._server.connections)
         for connection in connections:

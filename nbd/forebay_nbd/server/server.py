@@ -61,7 +61,7 @@ class Server:
 
     async def serve(
         self,
-        listener: trio.SocketListener,
+        listener: trio.abc.Listener[trio.SocketStream],
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
@@ -119,7 +119,7 @@ class Server:
         self._budget.holders.discard(connection)
         self._memory.release(self._held.pop(connection))
 
-    async def _accept(self, listener: trio.SocketListener) -> socket.socket | None:
+    async def _accept(self, listener: trio.abc.Listener[trio.SocketStream]) -> socket.socket | None:
         """The socket of the next client; None if it may not connect, or something was exhausted. Raises OSError."""
         try:
             stream = await listener.accept()
