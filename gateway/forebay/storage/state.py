@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,10 @@ from forebay_cache.offline.replay import Telling, nobody_is_told
 
 FAULTS = (CacheError, OSError, lmdb.Error)
 """What `one_line` makes a ForebayError of: faults of the cache, of the host, and of the index."""
+
+LOCK_SECONDS = 5.0
+"""How long the lock of a directory may outlive the daemon that had it."""
+_LOCK_STEP = 0.05
 
 STATE_MODE = 0o700
 """File mode of STATE, where it is made: what guests wrote lies in it."""
@@ -165,6 +170,17 @@ def _open_lock(directory: Path, option: str | None, mode: int) -> int:
 
 
 def _lock(fd: int, directory: Path, option: str | None) -> None:
+    """Take the lock. A daemon that is dead may have left it to a process that it was just starting: for a moment."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while not _is_locked(fd, directory):
+        pid = _pid(fd)
+        if not _is_dead(pid) or time.monotonic() > deadline:
+            raise _in_use(directory, option, pid)
+        time.sleep(_LOCK_STEP)
+
+
+def _is_locked(fd: int, directory: Path) -> bool:
+    """Try to take the lock; False if somebody has it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as fault:
@@ -172,14 +188,30 @@ def _lock(fd: int, directory: Path, option: str | None) -> None:
             raise ForebayError(
                 f"{directory}/lock: {fault.strerror}: use a local directory"
             ) from fault
-        if option is None:
-            raise ForebayError(
-                f"{directory} is in use by a daemon (pid {_pid(fd)}): stop it first, then run this again"
-            ) from None
-        raise ForebayError(
-            f"{directory} is in use by another daemon (pid {_pid(fd)}): stop that one, "
-            f"or give this one {option} of its own"
-        ) from None
+        return False
+    return True
+
+
+def _is_dead(pid: str) -> bool:
+    """True if there is no process of that number."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        return False
+    return False
+
+
+def _in_use(directory: Path, option: str | None, pid: str) -> ForebayError:
+    if option is None:
+        return ForebayError(
+            f"{directory} is in use by a daemon (pid {pid}): stop it first, then run this again"
+        )
+    return ForebayError(
+        f"{directory} is in use by another daemon (pid {pid}): stop that one, "
+        f"or give this one {option} of its own"
+    )
 
 
 def _pid(fd: int) -> str:
