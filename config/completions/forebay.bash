@@ -5,7 +5,7 @@
 #    source ~/.local/share/bash_completion/forebay
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_forebay_subparsers=(serve attach detach status stats flush mode peer preload images warm tag untag pin unpin purge resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
+_shtab_forebay_subparsers=(serve attach detach status stats flush mode peer preload images warm tag untag pin unpin purge import resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
 _shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --format --peer --label --user --wait --json)
@@ -23,6 +23,7 @@ _shtab_forebay_untag_option_strings=(-h --help --config --json)
 _shtab_forebay_pin_option_strings=(-h --help --config --json)
 _shtab_forebay_unpin_option_strings=(-h --help --config --json)
 _shtab_forebay_purge_option_strings=(-h --help --config --tag --older-than --dry-run --json)
+_shtab_forebay_import_option_strings=(-h --help --config --sha256 --format --max-size --cacert --allow-http --restart --json)
 _shtab_forebay_resolve_option_strings=(-h --help --config --json --keep-mine --keep-image --save --partial --yes)
 _shtab_forebay_xml_option_strings=(-h --help --config --target --libvirt --metadata)
 _shtab_forebay_libvirt_hook_option_strings=(-h --help --config)
@@ -60,6 +61,8 @@ _shtab_forebay_untag___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_pin___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_unpin___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_purge___config_COMPGEN=_shtab_compgen_files
+_shtab_forebay_import___config_COMPGEN=_shtab_compgen_files
+_shtab_forebay_import___cacert_COMPGEN=_shtab_compgen_files
 _shtab_forebay_resolve_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_resolve___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_xml_pos_0_COMPGEN=_forebay_disks
@@ -77,7 +80,7 @@ _shtab_forebay___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_attach___peer_choices=(first label any)
 _shtab_forebay_peer_pos_1_choices=(first label any)
 _shtab_forebay_cache_pos_0_choices=(check info create extend format remove repair scrub)
-_shtab_forebay_pos_0_choices=(serve attach detach status stats flush mode peer preload images warm tag untag pin unpin purge resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
+_shtab_forebay_pos_0_choices=(serve attach detach status stats flush mode peer preload images warm tag untag pin unpin purge import resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
 _shtab_forebay___print_completion_choices=(bash zsh tcsh)
 
 _shtab_forebay_serve__h_nargs=0
@@ -135,6 +138,11 @@ _shtab_forebay_purge__h_nargs=0
 _shtab_forebay_purge___help_nargs=0
 _shtab_forebay_purge___dry_run_nargs=0
 _shtab_forebay_purge___json_nargs=0
+_shtab_forebay_import__h_nargs=0
+_shtab_forebay_import___help_nargs=0
+_shtab_forebay_import___allow_http_nargs=0
+_shtab_forebay_import___restart_nargs=0
+_shtab_forebay_import___json_nargs=0
 _shtab_forebay_resolve__h_nargs=0
 _shtab_forebay_resolve___help_nargs=0
 _shtab_forebay_resolve___json_nargs=0

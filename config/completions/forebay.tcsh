@@ -13,14 +13,16 @@ complete forebay \
         'c/--state=/d/' \
         'c/--run=/d/' \
         'c/--peer=/(first label any)/' \
-        'c/--/(all allow-other cache-size config device discard dry-run evict file force help json keep-image keep-mine label libvirt metadata mode older-than overlay partial patience peer preload print-completion rate read-only run save size state tag target timeout user version vg wait yes)/' \
+        'c/--cacert=/f/' \
+        'c/--/(all allow-http allow-other cacert cache-size config device discard dry-run evict file force format help json keep-image keep-mine label libvirt max-size metadata mode older-than overlay partial patience peer preload print-completion rate read-only restart run save sha256 size state tag target timeout user version vg wait yes)/' \
         'c/-/(- h)/' \
         'n/--print-completion/(bash zsh tcsh)/' \
         'n/--config/f/' \
         'n/--state/d/' \
         'n/--run/d/' \
         'n/--peer/(first label any)/' \
-        'p/1/(serve attach detach status stats flush mode peer preload images warm tag untag pin unpin purge resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)/' \
+        'n/--cacert/f/' \
+        'p/1/(serve attach detach status stats flush mode peer preload images warm tag untag pin unpin purge import resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)/' \
         'n/cache/(check info create extend format remove repair scrub)/' \
         'p@3@`set cmd=($COMMAND_LINE "" "" "" "" "" "" "" "" ""); if ( $#cmd >= 2 && ("$cmd[2]" == "peer") ) echo first label any`@' \
         'p/*/()/'

@@ -642,7 +642,7 @@ async def test_a_warm_prints_lines_of_json(
 def test_every_command_of_the_contract_is_there() -> None:
     contract = (
         "serve attach detach status stats flush mode peer preload xml cache check-config dump-config demo "
-        "fuse libvirt-hook recover resolve takeover images warm tag untag pin unpin purge"
+        "fuse import libvirt-hook recover resolve takeover images warm tag untag pin unpin purge"
     )
     assert set(COMMANDS) == set(RUN) == set(contract.split())
 

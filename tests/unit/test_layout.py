@@ -122,7 +122,7 @@ ORDER: dict[str, list[str]] = {
         "disk",
         "catalogue",
         "doors",
-        "doors/fuse storage control libvirt",
+        "doors/fuse storage control libvirt importing",
         "daemon",
         "cli/terminal",
         "cli",

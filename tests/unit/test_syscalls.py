@@ -20,7 +20,7 @@ PURE = {"os.major", "os.minor", "os.makedev", "os.strerror", "os.fsencode", "os.
 OWN = {"os.getpid", "os.geteuid", "os.getuid", "os.getgrouplist", "os.uname", "os.urandom"}
 OWN |= {"os.sysconf", "os.path.basename", "os.path.dirname", "os.path.normpath", "os.path.relpath"}
 OWN |= {"os.path.join", "os.path.isabs", "os.path.samestat", "os.devnull", "os.getegid"}
-OWN |= {"os.getgroups", "os.setgroups", "os.seteuid", "os.setegid"}
+OWN |= {"os.getgroups", "os.setgroups", "os.seteuid", "os.setegid", "os.setresuid", "os.setresgid"}
 
 PATHS = {"exists", "is_dir", "is_file", "lstat", "mkdir", "read_text"}
 PATHS |= {"write_text", "read_bytes", "write_bytes", "iterdir", "glob", "touch", "resolve"}

@@ -127,6 +127,10 @@ def _images(parser: Parser, add: str) -> None:
     getattr(module, add)(parser, checked, IMAGE)
 
 
+def _import(parser: Parser) -> None:
+    __import__("forebay.cli.importing", fromlist=["add_all"]).add_all(parser, checked, IMAGE)
+
+
 def _resolve(parser: Parser) -> None:
     __import__("forebay.cli.resolve", fromlist=["add_all"]).add_all(parser, NAME, IMAGE)
 
@@ -224,6 +228,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
         "drop what the cache has of images",
         partial(_images, add="add_purge"),
     ),
+    "import": ("make a raw image in a store of a file, here or on the web", _import),
     "resolve": ("go on after somebody else changed an image, with its data kept", _resolve),
     "xml": ("the libvirt <disk> element of a disk", _xml),
     "libvirt-hook": ("what libvirt's hook calls, with the domain's XML on stdin", _libvirt_hook),

@@ -223,6 +223,13 @@ def purge(arguments: Arguments) -> int:
     return run(arguments, daemon(arguments), [_image(image) for image in arguments.images])
 
 
+def import_image(arguments: Arguments) -> int:
+    """`forebay import`: make a new image of a file."""
+    from forebay.cli.importing import run
+
+    return run(arguments, _image(arguments.target))
+
+
 def resolve(arguments: Arguments) -> int:
     """`forebay resolve`: end a conflict, with the cache's data or with the image's; or save what the disk shows."""
     from forebay.cli.resolve import keep, save
@@ -329,6 +336,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "pin": mark,
     "unpin": mark,
     "purge": purge,
+    "import": import_image,
     "resolve": resolve,
     "xml": xml,
     "libvirt-hook": libvirt_hook,

@@ -22,10 +22,55 @@ from forebay.origin.worker import syscalls
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
-def temporary_name(address: FileAddress, gateway: str) -> str:
-    """The name of the file that this gateway writes first. Attach refuses it, as all of our own files."""
+def temporary_name(address: FileAddress, gateway: str, kind: str = "") -> str:
+    """The name of the file that this gateway writes first. Attach refuses it, as all of our own files.
+
+    `kind`, such as `.source`, tells several files for one image apart.
+    """
     digest = hashlib.sha256(f"{gateway}\0{address.path}".encode()).hexdigest()[:32]
-    return f".{digest}{SIDECAR}"
+    return f".{digest}{kind}{SIDECAR}"
+
+
+def open_folder_of(address: FileAddress) -> int:
+    """A new descriptor of the directory that the image is to lie in. Raises ForebayError where that cannot be had."""
+    try:
+        return open_folder(address)
+    except OSError as error:
+        raise ForebayError(
+            f"{address.key}: {os.path.dirname(address.path) or address.root}: {os.strerror(error.errno or 0)}: "
+            "name a place in a folder that is there"
+        ) from error
+
+
+def check_free(address: FileAddress, folder: int) -> None:
+    """Raises ForebayError where the name is taken, and OSError."""
+    try:
+        syscalls.stat(os.path.basename(address.path), dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    raise ForebayError(f"{address.key} is there already: choose another name")
+
+
+def give_name(address: FileAddress, folder: int, temporary: str) -> None:
+    """Give the file `temporary`, which is whole and durable, the image's name instead, durably.
+
+    Raises ForebayError where the name was taken, and OSError.
+    """
+    name, folders = os.path.basename(address.path), {"src_dir_fd": folder, "dst_dir_fd": folder}
+    try:
+        syscalls.link(temporary, name, **folders)
+    except FileExistsError:
+        raise ForebayError(
+            f"{address.key} is there by now, and not written over: choose another name"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        check_free(address, folder)
+        syscalls.rename(temporary, name, **folders)
+    with contextlib.suppress(FileNotFoundError):
+        syscalls.unlink(temporary, dir_fd=folder)
+    syscalls.fsync(folder)
 
 
 class NewImage:
@@ -34,18 +79,11 @@ class NewImage:
     def __init__(self, address: FileAddress, size: int, gateway: str) -> None:
         """Begin an image of `size` bytes, all zeros. Raises ForebayError where the name is taken, or cannot be used."""
         self._address = address
-        self._name = os.path.basename(address.path)
         self._temporary = temporary_name(address, gateway)
-        try:
-            folder = open_folder(address)
-        except OSError as error:
-            raise ForebayError(
-                f"{address.key}: {os.path.dirname(address.path) or address.root}: {os.strerror(error.errno or 0)}: "
-                "name a place in a folder that is there"
-            ) from error
+        folder = open_folder_of(address)
         self._folder = Descriptor(folder)
         try:
-            self._check_free(folder)
+            check_free(address, folder)
             self._unlink(folder)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             fd = syscalls.open(self._temporary, flags, 0o600, dir_fd=folder)
@@ -59,13 +97,6 @@ class NewImage:
             self.drop()
             raise
 
-    def _check_free(self, folder: int) -> None:
-        try:
-            syscalls.stat(self._name, dir_fd=folder, follow_symlinks=False)
-        except FileNotFoundError:
-            return
-        raise ForebayError(f"{self._address.key} is there already: choose another name")
-
     def write(self, parts: Sequence[tuple[int, bytes]]) -> None:
         """Write some of it: (offset, data) each."""
         with self._file as fd:
@@ -76,24 +107,8 @@ class NewImage:
         """Give it its name, when it is durable; it is closed then. Raises ForebayError where the name was taken."""
         with self._file as fd, self._folder as folder:
             syscalls.fsync(fd)
-            self._name_it(folder)
-            self._unlink(folder)
-            syscalls.fsync(folder)
+            give_name(self._address, folder, self._temporary)
         self._close()
-
-    def _name_it(self, folder: int) -> None:
-        folders = {"src_dir_fd": folder, "dst_dir_fd": folder}
-        try:
-            syscalls.link(self._temporary, self._name, **folders)
-        except FileExistsError:
-            raise ForebayError(
-                f"{self._address.key} is there by now, and not written over: choose another name"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            self._check_free(folder)
-            syscalls.rename(self._temporary, self._name, **folders)
 
     def drop(self) -> None:
         """Remove what was written so far. Raises nothing. A call that still hangs is not disturbed by it."""

@@ -15,6 +15,29 @@ ZERO_PIECE = 1 << 20
 """Bytes of one call where zeros have to be written: each piece has the whole time-out for itself."""
 
 
+SPARSE = 64 << 10
+"""Bytes that are left out of a new image together where they are zeros, and lie at a multiple of that."""
+
+_ZEROS = bytes(SPARSE)
+
+
+def data_in(offset: int, data: bytes) -> Iterator[tuple[int, memoryview]]:
+    """(offset, data) of what is to be written of it: without blocks that are zeros, and what lies side by side as one.
+
+    A comparison with zeros looks at 40 GB in a second, and ends at the first byte that is none.
+    """
+    view, start, at = memoryview(data), 0, 0
+    while at < len(data):
+        end = min(at + SPARSE - (offset + at) % SPARSE, len(data))
+        if data.startswith(_ZEROS if end - at == SPARSE else _ZEROS[: end - at], at):
+            if start < at:
+                yield offset + start, view[start:at]
+            start = end
+        at = end
+    if start < at:
+        yield offset + start, view[start:]
+
+
 def check_range(label: str, size: int, offset: int, length: int) -> None:
     """Raise OSError(EINVAL) unless the range lies in an image of `size` bytes. `label` names the image."""
     if offset < 0 or length < 0 or offset + length > size:

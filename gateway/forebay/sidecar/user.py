@@ -43,6 +43,16 @@ def as_owner(config: Config, image: Path) -> Iterator[None]:
         os.setgroups(before[1])
 
 
+def become_owner(config: Config, image: Path) -> None:
+    """Become the same user for good: for a command that goes on to read what strangers made."""
+    found = _owner(config, image) if os.geteuid() == _ROOT else None
+    if found is not None:
+        user, group = found
+        os.setgroups(_groups(user, group))
+        os.setresgid(group, group, group)
+        os.setresuid(user, user, user)
+
+
 def _owner(config: Config, image: Path) -> tuple[int, int] | None:
     """User and group of the first that root can see, and that is not root's."""
     beside = image.with_name(image.name + SIDECAR)

@@ -117,6 +117,12 @@ def _stat(path: str, **how: Any) -> Flat:
     return _flat(os.stat(path, **how))
 
 
+def room(fd: int) -> tuple[int, int]:
+    """Bytes that a file system still takes of this user's, and that it has in all. Raises OSError."""
+    found = os.statvfs(fd)
+    return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+
+
 def holders(fd: int, programs: tuple[str, ...]) -> list[tuple[str, int]]:
     """Who has the open file open as well: name and pid of the programs of this host whose name begins so.
 
@@ -170,6 +176,7 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "holders": holders,
     "ioctl": _ioctl,
     "openat2": openat2,
+    "room": room,
     "stat": _stat,
     "statx": statx,
 }

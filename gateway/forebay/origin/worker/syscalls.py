@@ -241,6 +241,12 @@ def setxattr(fd: int, attribute: str, value: bytes) -> None:
     _call("setxattr", fd, attribute, value)
 
 
+def room(fd: int) -> tuple[int, int]:
+    """See `program.room`."""
+    free, size = _call("room", fd)
+    return free, size
+
+
 def holders(fd: int, programs: tuple[str, ...]) -> list[tuple[str, int]]:
     """See `program.holders`."""
     return cast("list[tuple[str, int]]", _call("holders", fd, programs))

@@ -1,0 +1,363 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""An image made of a source: which way its bytes take, and how far they are.
+
+The bytes of the source are counted and summed in their order. What is packed is unpacked on its way. A raw disk goes
+into the image as it comes. A qcow2 image has its tables anywhere, so all of it has to be in a file first: that is the
+source itself, or a file beside the image. One that is fetched is kept there as well where it is packed, since unpacking
+can begin at the start only.
+"""
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, TypeVar
+
+from forebay.errors import ForebayError
+from forebay.formats import qcow2
+from forebay.importing import guest_view
+from forebay.importing.ahead import ahead
+from forebay.importing.kinds import HEAD, RAW, Kind, disk_of, packing_of, parse_kind
+from forebay.importing.limits import Limits
+from forebay.importing.source import LocalFile, Source
+from forebay.importing.sparse import SparseFile, in_steps
+from forebay.importing.unpack import unpack
+from forebay.importing.work import INNER, SOURCE, Record, Work
+from forebay.units import format_size
+
+CHECKPOINT = 64 << 20
+"""Bytes after which what was fetched, or written, is made durable."""
+
+SECTOR = 512
+"""An image has whole ones: QEMU would round its size up, too."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is done, and how many bytes of how many are; the latter is 0 where nobody knows."""
+
+T = TypeVar("T")
+
+FETCH, WRITE = "fetch", "write"
+
+Pieces = Iterator[tuple[int, bytes]]
+"""(offset, data) of an image, in order."""
+
+
+@dataclass
+class Wish:
+    """What the operator asked for."""
+
+    source: str
+    target: str
+    sha256: str | None = None
+    kind: Kind | None = None
+    limits: Limits = field(default_factory=Limits)
+    ca_file: str | None = None
+    allow_http: bool = False
+    restart: bool = False
+
+
+@dataclass
+class Report:
+    """What became of it."""
+
+    image: str
+    source: str
+    format: str
+    size: int
+    """Bytes."""
+    allocated_bytes: int
+    sha256: str | None
+    """Of the source, as it was fetched; None where nobody asked for that of a file on this host."""
+    resumed_bytes: int
+    """Of the source, or of the image, that an earlier run had."""
+
+
+class Making:
+    """One image being made, from a source that is open to an image that has its name."""
+
+    def __init__(
+        self,
+        wish: Wish,
+        source: Source,
+        work: Work,
+        progress: Progress,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._wish = wish
+        self._source = source
+        self._work = work
+        self._progress = progress
+        self._tell = tell
+        self._hash = hashlib.sha256()
+        self._summed = wish.sha256 is not None or not source.is_here
+        self._consumed = 0
+        """Bytes of the source that went in so far."""
+        self._kept: SparseFile | None = None
+        """The source beside the image, where it is fetched and has to be a file."""
+        self._fetched = 0
+        """Bytes of that which were written."""
+        self._reached = 0
+        """Up to where the image was written."""
+        self._ahead: list[Generator[Any, None, None]] = []
+        self._lock = threading.Lock()
+        """Of the record: one thread fetches, another writes."""
+
+    def run(self) -> Report:
+        """Make it. Raises ForebayError, ValueError that says what the source is, and OSError."""
+        self._work.remove_others()
+        resumed = self._begin()
+        kind, size = self._copy()
+        self._source.check_unchanged()
+        self._check_sum()
+        if size == 0:
+            raise ForebayError(f"{self._source.name} is empty: name the file of an image")
+        size = -(-size // SECTOR) * SECTOR
+        self._work.image.sync()
+        allocated = self._work.image.allocated
+        self._work.publish(size)
+        sha256 = self._hash.hexdigest() if self._summed else None
+        where = self._work.address.key
+        return Report(where, self._source.name, str(kind), size, allocated, sha256, resumed)
+
+    def stop(self) -> None:
+        """Read no more of the source, whatever happened."""
+        self._source.close()
+        for stream in self._ahead:
+            stream.close()
+
+    def keep(self) -> None:
+        """Leave what there is for another run. Raises nothing: then less is left, or nothing."""
+        with contextlib.suppress(OSError, ForebayError):
+            if self._kept is not None:
+                self._note_fetched()
+            if self._reached > self._work.record.written:
+                self._note_written(self._reached)
+        self._work.keep()
+
+    # ------------------------------------------------------------------------------------------------- the beginning
+
+    def _begin(self) -> int:
+        """Begin to read, where an earlier run was if its source was this one; how many bytes that had."""
+        known = self._known()
+        had = known.written if known.format == RAW else known.fetched
+        same = self._source.begin(known.source, 0 if self._source.is_here else had)
+        done = max(known.fetched, known.written)
+        if done and not same:
+            self._tell(
+                "starts over: the server does not go on with what was fetched before, or has another file now"
+                if not self._source.is_here
+                else "starts over: the file was changed since"
+            )
+        elif done:
+            self._tell(f"goes on where it was, after {format_size(done)}")
+        record = known if same else Record()
+        record.source = self._source.identity
+        self._work.record = record
+        self._work.image.cut(record.written)
+        self._fetched = record.fetched
+        return done if same else 0
+
+    def _known(self) -> Record:
+        """What an earlier run left, if it is of use to this one."""
+        record, asked = self._work.record, self._wish.kind
+        try:
+            kind = parse_kind(record.format)
+        except ValueError:
+            return Record()
+        return Record() if self._wish.restart or asked not in (None, kind) else record
+
+    # ---------------------------------------------------------------------------------------------------- the two ways
+
+    def _copy(self) -> tuple[Kind, int]:
+        """Write the image; what the source was, and how many bytes the image has."""
+        record = self._work.record
+        kind = self._wish.kind or (parse_kind(record.format) if record.format else None)
+        chunks = self._source.chunks()
+        if kind is None:
+            head, chunks = _peek(chunks)
+            packing = packing_of(head)
+            disk = "" if packing else disk_of(head)
+        else:
+            packing, disk = kind.packing, kind.disk
+        if disk == RAW and not packing:
+            self._has(Kind(RAW))
+            return Kind(RAW), self._copy_raw(chunks)
+        stream = self._from_start(chunks)
+        content = unpack(packing, self._in_advance(stream)) if packing else stream
+        if not disk:
+            head, content = _peek(content)
+            disk = disk_of(head)
+        kind = Kind(disk, packing)
+        self._has(kind)
+        if disk == RAW:
+            return kind, self._copy_stream(content, 0)
+        return kind, self._copy_qcow2(self._as_file(content, packing))
+
+    def _in_advance(self, pieces: Iterator[T]) -> Iterator[T]:
+        """The same pieces, made by another thread."""
+        self._ahead.append(ahead(pieces))
+        return self._ahead[-1]
+
+    def _has(self, kind: Kind) -> None:
+        with self._lock:
+            self._work.record.format = str(kind)
+
+    def _copy_raw(self, chunks: Iterator[bytes]) -> int:
+        """A raw disk as it is: how many bytes it has."""
+        source, written = self._source, self._work.record.written
+        if source.size is not None:
+            self._wish.limits.check_size(source.size)
+        if isinstance(source, LocalFile) and not self._summed:
+            self._work.check_room(max(0, source.allocated - written))
+            return self._write(self._in_advance(source.pieces(written)), source.size or 0)
+        if source.is_here:
+            return self._copy_stream(self._in_advance(self._counted(chunks)), 0)
+        for part in self._work.image.steps(written):
+            self._count(part)
+        return self._copy_stream(self._in_advance(self._counted(chunks)), written)
+
+    def _copy_stream(self, content: Iterator[bytes], at: int) -> int:
+        """A raw disk whose bytes from `at` on are these: how many bytes it has."""
+        end = at
+
+        def pieces() -> Pieces:
+            nonlocal end
+            for part in in_steps(content):
+                end += len(part)
+                if end > self._work.record.written:
+                    yield end - len(part), part
+                self._tell_consumed()
+
+        self._write(pieces(), 0)
+        return end
+
+    def _copy_qcow2(self, file: tuple[guest_view.Read, int]) -> int:
+        """The disk that a guest sees of a qcow2 image in a file: how many bytes it has."""
+        read, file_size = file
+        header = qcow2.parse(read(0, qcow2.HEAD), file_size)
+        guest_view.check(header)
+        self._wish.limits.check_size(header.size)
+        written = self._work.record.written
+        self._work.check_room(guest_view.allocated(read, header, written))
+        self._consumed = file_size
+        return self._write(self._in_advance(guest_view.data(read, header, written)), header.size)
+
+    # ------------------------------------------------------------------------------------------------- the source
+
+    def _from_start(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """All bytes of the source, counted: a file that is fetched is kept beside the image on the way."""
+        if self._source.is_here:
+            return self._counted(chunks)
+        self._kept = self._work.file(SOURCE)
+        self._kept.cut(self._fetched)
+        if self._source.size is not None:
+            self._work.check_room(self._source.size - self._fetched)
+        return self._counted(chain(self._kept.steps(self._fetched), self._keeping(chunks)))
+
+    def _keeping(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        assert self._kept is not None
+        for part in in_steps(chunks):
+            self._kept.write(self._fetched, part)
+            self._fetched += len(part)
+            self._wish.limits.check_size(self._fetched)
+            if self._fetched - self._work.record.fetched >= CHECKPOINT:
+                self._note_fetched()
+                self._work.check_room()
+            yield part
+        self._kept.cut(self._fetched)  # it may end with zeros, which were not written
+        self._note_fetched()
+
+    def _note_fetched(self) -> None:
+        """Have it durable what was fetched, and how much that is."""
+        assert self._kept is not None
+        fetched = self._fetched
+        self._kept.sync()
+        with self._lock:
+            self._work.record.fetched = fetched
+            self._work.save()
+
+    def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            self._count(chunk)
+            yield chunk
+
+    def _count(self, chunk: bytes) -> None:
+        self._consumed += len(chunk)
+        if self._summed:
+            self._hash.update(chunk)
+
+    def _tell_consumed(self) -> None:
+        self._progress(WRITE, self._consumed, self._source.size or 0)
+
+    def _as_file(self, content: Iterator[bytes], packing: str) -> tuple[guest_view.Read, int]:
+        """What reads any part of the content, and how many bytes it has."""
+        if packing:
+            return self._unpacked_file(content)
+        if self._summed:
+            for _ in content:
+                self._progress(FETCH, self._consumed, self._source.size or 0)
+        if isinstance(self._source, LocalFile):
+            return self._source.read, self._source.size or 0
+        assert self._kept is not None
+        return self._kept.read, self._fetched
+
+    def _unpacked_file(self, content: Iterator[bytes]) -> tuple[guest_view.Read, int]:
+        file = self._work.file(INNER)
+        file.cut(0)
+        end = 0
+        for part in in_steps(content):
+            file.write(end, part)
+            end += len(part)
+            self._check(file, end)
+            self._progress(FETCH, self._consumed, self._source.size or 0)
+        file.cut(end)
+        return file.read, end
+
+    # ------------------------------------------------------------------------------------------------- the image
+
+    def _write(self, pieces: Pieces, size: int) -> int:
+        """Write the pieces into the image; `size` again, 0 where that is not known."""
+        image, noted = self._work.image, self._work.record.written
+        for at, part in pieces:
+            image.write(at, part)
+            self._reached = end = at + len(part)
+            self._check(image, end)
+            if size:
+                self._progress(WRITE, end, size)
+            if end - noted >= CHECKPOINT:
+                noted = end
+                self._note_written(end)
+        return size
+
+    def _check(self, file: SparseFile, end: int) -> None:
+        """Raises ForebayError where a file becomes too large, or too much of too little."""
+        self._wish.limits.check_size(end)
+        self._wish.limits.check_data(file.data, self._consumed)
+
+    def _note_written(self, end: int) -> None:
+        """Have it durable what the image has from its start to `end`."""
+        self._work.image.sync()
+        with self._lock:
+            self._work.record.written = end
+            self._work.save()
+        self._work.check_room()
+
+    def _check_sum(self) -> None:
+        wanted = self._wish.sha256
+        if wanted is not None and self._hash.hexdigest() != wanted.lower():
+            raise ForebayError(
+                f"{self._source.name} has the SHA-256 {self._hash.hexdigest()}, which is not the one that was given: "
+                "nothing was made of it"
+            )
+
+
+def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """The first HEAD bytes, and the same chunks again."""
+    taken: list[bytes] = []
+    while sum(map(len, taken)) < HEAD and (chunk := next(chunks, None)) is not None:
+        taken.append(chunk)
+    return b"".join(taken)[:HEAD], chain(taken, chunks)
