@@ -14,7 +14,7 @@ complete forebay \
         'c/--run=/d/' \
         'c/--peer=/(first label any)/' \
         'c/--cacert=/f/' \
-        'c/--/(all allow-http allow-other cacert cache-size config device discard dry-run evict file force format help json keep-image keep-mine label libvirt max-size metadata mode older-than overlay partial patience peer preload print-completion rate read-only restart run save sha256 size state tag target timeout user version vg wait yes)/' \
+        'c/--/(advice all allow-http allow-other cacert cache-size config device discard dry-run evict file force format help json keep-image keep-mine label libvirt max-size metadata mode older-than overlay partial patience peer preload print-completion rate read-only restart run save sha256 size state tag target timeout user version vg wait yes)/' \
         'c/-/(- h)/' \
         'n/--print-completion/(bash zsh tcsh)/' \
         'n/--config/f/' \

@@ -107,6 +107,12 @@ cdef enum:
     RECORD = 16      # bytes of a record before its checksums
     MIXED = -1
     ALL_ZERO = -2
+    LIMIT = 0        # slots.samples
+    USED = 1
+    VISITS = 2
+    SAMPLES = 512
+    HIT = 0
+    PUT = 2
     RECORDS = 8192   # bytes of records that are gathered before they are noted
 
 ZERO_BLOCK = bytes(BLOCK)
@@ -242,10 +248,21 @@ cdef class Reads:
     cdef uint64_t *addresses[TABLES]
     cdef int privates, count
     cdef bint trusting
+    cdef object clean, samples
+    cdef uint64_t first_key
+    cdef uint64_t *head
+    cdef uint64_t *keys
+    cdef uint64_t *times
+    cdef uint8_t *kinds
 
     def __init__(self, view):
         self.view = view
         self.data_offset = view.cache.device.data_offset
+        self.samples = samples = view.cache.slots.samples
+        self.head = <uint64_t *> (<array> samples.head).data.as_ulonglongs
+        self.keys = <uint64_t *> (<array> samples.keys).data.as_ulonglongs
+        self.times = <uint64_t *> (<array> samples.counts).data.as_ulonglongs
+        self.kinds = <uint8_t *> PyByteArray_AS_STRING(samples.kinds)
 
     cdef int refresh(self) except -1:
         """Look at the view anew. Needed after whatever may have changed it, which is any await and any write."""
@@ -261,8 +278,11 @@ cdef class Reads:
         self.trusting = PLANTS and "stale ready" in bugs
         self.tables = [layer.pages for layer in view.private if layer.sectors]
         self.privates = <int> len(self.tables)
-        if view.clean is not None:
-            self.tables.append(view.clean.pages)
+        clean = view.clean
+        if clean is not None:
+            self.tables.append(clean.pages)
+            if clean is not self.clean:
+                self.clean, self.first_key = clean, <uint64_t> clean.id << 32
         self.count = 0
         if len(self.tables) <= TABLES:
             for pages in self.tables:
@@ -288,7 +308,7 @@ cdef class Reads:
                     if self.ready[slot] & need != need and not self.trusting:
                         return MIXED
                     if k == self.privates:
-                        self.state[slot] |= TOUCHED
+                        self.touch(slot, block)
                 return slot
         return MIXED
 
@@ -318,7 +338,7 @@ cdef class Reads:
             if side and (other < 0 or self.ready[other] & side != side):
                 return False
             if main and k == self.privates:
-                self.state[slot] |= TOUCHED
+                self.touch(slot, block)
             need &= ~hit
             while hit:
                 n = lowest_bit(hit)
@@ -330,6 +350,20 @@ cdef class Reads:
             if not need:
                 return True
         return False
+
+    cdef inline void touch(self, int64_t slot, uint64_t block) noexcept:
+        """A block of the clean layer is read: for the placement, and `Samples.note` of `slots.samples`."""
+        cdef uint64_t n, key = self.first_key + block
+        self.state[slot] |= TOUCHED
+        if key * <uint64_t> 0x9E3779B97F4A7C15 >= self.head[LIMIT]:
+            return
+        n = self.head[USED]
+        if 0 < n <= SAMPLES and self.keys[n - 1] == key and self.kinds[n - 1] != PUT:
+            self.times[n - 1] += 1
+            return
+        if n < SAMPLES:
+            self.keys[n], self.kinds[n], self.times[n] = key, HIT, 1
+        self.head[USED] = n + 1
 
     cdef inline const uint8_t *place(self, int64_t slot, uint32_t start) noexcept:
         return self.map + self.data_offset + (<uint64_t> slot << 16) + start
@@ -345,6 +379,7 @@ cdef class Reads:
         if slot == MIXED:
             return None
         self.view.hits += 1
+        self.head[VISITS] += 1
         self.view.read_bytes += length
         if slot == ALL_ZERO:
             return ZERO_BLOCK[:length] if length != BLOCK else ZERO_BLOCK
@@ -1121,6 +1156,7 @@ cdef class Turn(Rest):
                         return False
                     start += part
                 part = sector_end - <uint32_t> (offset & (BLOCK - 1))
+            self.reads.head[VISITS] += 1
             offset += part
         return True
 

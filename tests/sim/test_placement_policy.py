@@ -14,7 +14,7 @@ from typing import Protocol
 
 import pytest
 
-from forebay_cache.slots.placement import TOUCHED, Placement
+from forebay_cache.curve.miniature import Miniature
 from sim import traces
 
 
@@ -29,30 +29,13 @@ class Policy(Protocol):
 
 
 class Forebay:
-    """Our placement, used as the cache uses it."""
+    """Our placement."""
 
     def __init__(self, size: int) -> None:
-        self.placement = Placement(size)
-        self.where: dict[int, int] = {}
-        self.holds: dict[int, int] = {}
+        self.blocks = Miniature(size)
 
     def visit(self, key: int) -> bool:
-        slot = self.where.get(key)
-        if slot is not None:
-            self.placement.state[slot] |= TOUCHED
-            return True
-        slot = self.placement.take()
-        if slot is None:
-            for victim in self.placement.victims(max(1, min(64, self.placement.slots // 64))):
-                evicted = self.holds.pop(victim)
-                del self.where[evicted]
-                self.placement.evicted(victim, evicted)
-                self.placement.release(victim)
-            slot = self.placement.take()
-            assert slot is not None
-        self.placement.insert(slot, key, held=False)
-        self.where[key], self.holds[slot] = slot, key
-        return False
+        return self.blocks.read(key)
 
 
 class Lru:

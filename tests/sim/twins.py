@@ -199,6 +199,10 @@ class Side:
             "slow": (cache.threads.pace.is_slow, cache.threads.pace.slow_writes),
             "failed": str(cache.failure.error),
             "counts": (self.view.hits, self.view.read_bytes),
+            "samples": [
+                x.tolist() for x in (slots.samples.head, slots.samples.keys, slots.samples.counts)
+            ],
+            "kinds of samples": bytes(slots.samples.kinds),
         }
 
 

@@ -115,6 +115,31 @@ class FakeCatalogue:
         return {"purged": purged, "kept": kept, "freed_bytes": 3 * MIB, "dry_run": False}
 
 
+ADVICE = {
+    "since": 1000.0,
+    "now": 1000.0 + 2 * 3600,
+    "reads": 123_456,
+    "hit_ratio": 0.871,
+    "sampled_reads": 4000,
+    "needed_reads": 1000,
+    "enough": True,
+    "sampled_share": 1 / 32,
+    "size": 20 * GIB,
+    "free_bytes": 8 * MIB,
+    "sizes": [
+        {"size": size * GIB, "hit_ratio": hit, "lru_hit_ratio": hit - 0.05}
+        for size, hit in ((10, 0.78), (20, 0.872), (30, 0.914), (40, 0.94), (80, 0.943))
+    ],
+}
+
+
+class FakeAdvice:
+    """Says always the same."""
+
+    def report(self) -> dict[str, Any]:
+        return ADVICE
+
+
 class FakeGateway:
     """Holds statuses; work goes in `steps` of one MiB, and then waits for `finish` where that is set.
 
@@ -134,6 +159,7 @@ class FakeGateway:
         self.written_back = 0
         self.damage: list[dict[str, Any]] = []
         self.catalogue = FakeCatalogue(self)
+        self.advice = FakeAdvice()
         self.began = trio.Event()
         self.ended = trio.Event()
 

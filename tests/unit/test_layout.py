@@ -139,6 +139,7 @@ ORDER: dict[str, list[str]] = {
         "cache",
         "blocks",
         "read",
+        "curve",
         "upkeep",
         "offline",
         "__init__",

@@ -244,7 +244,8 @@ def _replace(
         put_entry(page, i, _given_away(entry, major))
         frozen.slots -= 1
         clean.slots += 1
-        cache.slots.owner[slot] = block_key(clean.id, number * PAGE_BLOCKS + i)
+        key = block_key(clean.id, number * PAGE_BLOCKS + i)
+        cache.slots.own(slot, key, held=clean.pinned)
         if not clean.pinned:
             cache.slots.placement.unhold(slot)
     clean.sectors += (kept | zero).bit_count() - valid_of(old).bit_count()

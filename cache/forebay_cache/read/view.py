@@ -19,7 +19,7 @@ import trio
 
 from forebay_cache.cache import Cache
 from forebay_cache.errors import NO_ANSWER, IndexFault
-from forebay_cache.format.entry import ALL_ZERO, whole_private_slot, whole_slot
+from forebay_cache.format.entry import ALL_ZERO, block_key, whole_private_slot, whole_slot
 from forebay_cache.format.geometry import (
     BLOCK,
     BLOCK_SHIFT,
@@ -37,6 +37,7 @@ from forebay_cache.layers.layer import Layer
 from forebay_cache.read.check import check, report_damage
 from forebay_cache.read.plan import ORIGIN, ZEROS, Piece, plan
 from forebay_cache.slots.placement import TOUCHED
+from forebay_cache.slots.samples import HIT, MISS, MISSES, VISITS
 from forebay_cache.turns import next_turn
 
 Fetch = Callable[[int, int], Awaitable[Buffer]]
@@ -71,6 +72,7 @@ class View:
         """Reads at or beyond this offset take the slow path, so that read-ahead can go on."""
         self._data = cache.device.data_offset
         self._state = cache.slots.placement.state
+        self._samples = cache.slots.samples
         self.follow()
         cache.views.add(self)
 
@@ -109,9 +111,11 @@ class View:
                 if slot < 0 or self._ready[slot] & need != need:
                     return self._zeros_now(slot, length)
                 self._state[slot] |= TOUCHED
+                self._samples.note(block_key(clean.id, offset >> BLOCK_SHIFT), HIT)
         except KeyError:  # a page that is not loaded
             return None
         self.hits += 1
+        self._samples.head[VISITS] += 1
         self.read_bytes += length
         at = self._data + (slot << BLOCK_SHIFT) + start
         return self._map[at : at + length]
@@ -121,6 +125,7 @@ class View:
         if slot != ALL_ZERO:
             return None
         self.hits += 1
+        self._samples.head[VISITS] += 1
         self.read_bytes += length
         return ZERO_BLOCK[:length] if length != BLOCK else ZERO_BLOCK
 
@@ -157,8 +162,12 @@ class View:
     async def _read(self, offset: int, length: int, *, slices: bool) -> tuple[list[Buffer], bool]:
         """The buffers that `read` returns, and whether something had to come from the origin. Raises OSError."""
         attempts = 0
+        is_sampled = False
         while attempts < 2 * _ATTEMPTS:
             pieces = await self._find(offset, length)
+            if not is_sampled:
+                self._sample(pieces)
+                is_sampled = True
             if all(p.slot == ZEROS or self._is_ready(p) for p in pieces):
                 found = self._ready_ones(pieces, slices=slices)
                 if found is not None:
@@ -204,6 +213,24 @@ class View:
     def plan(self, offset: int, length: int) -> list[Piece]:
         """Where the bytes of a range come from. The pages have to be loaded; see ``plan.plan``. Raises IndexFault."""
         return plan(self.private, self.clean, offset, length)
+
+    def _sample(self, pieces: list[Piece]) -> None:
+        """Count the blocks that a read comes to, and those that it misses; see ``slots.samples``."""
+        clean = self.clean
+        if clean is None:
+            return
+        found: dict[int, int] = {}
+        for piece in pieces:
+            block = piece.offset >> BLOCK_SHIFT
+            if piece.slot == ORIGIN:
+                found[block] = MISS
+            elif not piece.private and piece.slot != ZEROS:
+                found.setdefault(block, HIT)
+        samples = self._samples
+        for block, kind in found.items():
+            samples.note(block_key(clean.id, block), kind)
+        samples.head[VISITS] += len({piece.offset >> BLOCK_SHIFT for piece in pieces})
+        samples.head[MISSES] += sum(kind == MISS for kind in found.values())
 
     def _is_ready(self, piece: Piece) -> bool:
         if piece.slot < 0:

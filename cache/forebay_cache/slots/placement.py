@@ -71,6 +71,11 @@ _AGEING: Final = _ageing()
 _PROMOTION: Final = {generation: _promotion(generation) for generation in _LEVELS[:2]}
 
 
+def fresh_of(slots: int) -> int:
+    """How many of the blocks that came in last are fresh."""
+    return min(_FRESH_MAX, slots // _FRESH_SHARE)
+
+
 class Placement:
     """The states of all slots, and the choice among them.
 
@@ -82,7 +87,8 @@ class Placement:
     mistake, and better loud than two blocks in one slot.
     """
 
-    def __init__(self, slots: int, *, frontier: int = 0) -> None:
+    def __init__(self, slots: int, *, frontier: int = 0, fresh: int | None = None) -> None:
+        """`fresh`: how many blocks are fresh, see _settle(), where that is not what fresh_of() says."""
         if slots < 1 or not 0 <= frontier <= slots:
             raise ValueError(f"{slots} slots with the frontier at {frontier}")
         self.slots = slots
@@ -99,7 +105,7 @@ class Placement:
         self._free_hand = frontier
         self._recycled: deque[int] = deque()
         self._fresh: deque[int] = deque()
-        self._fresh_limit = min(_FRESH_MAX, slots // _FRESH_SHARE)
+        self._fresh_limit = fresh_of(slots) if fresh is None else fresh
         self._ghost = Ghosts(min(_GHOST_MAX, slots // _GHOST_SHARE))
         self._main = Queue(slots, MAIN)
         self._leaving = Queue(slots, PROBATION)  # the generation that probation's hand goes through
@@ -118,7 +124,7 @@ class Placement:
         self.state += bytes(more)
         self.slots = slots
         self.free += more
-        self._fresh_limit = min(_FRESH_MAX, slots // _FRESH_SHARE)
+        self._fresh_limit = fresh_of(slots)
         self._ghost = Ghosts(min(_GHOST_MAX, slots // _GHOST_SHARE))  # what it remembered is lost
         for queue in (self._main, self._leaving, self._joining):
             queue.grow(slots)

@@ -22,6 +22,7 @@ from forebay_cache.slots.numbers import SlotNumbers
 from forebay_cache.slots.placement import TOUCHED, Placement
 from forebay_cache.slots.quarantine import Quarantine
 from forebay_cache.slots.ready import ReadyMap
+from forebay_cache.slots.samples import PUT, Samples
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class SlotPool:
         want_eviction: Callable[[], None],
     ) -> None:
         self.placement = placement
+        self.samples = Samples()
+        """Who asks for which block of a clean layer."""
         self.evicting: set[int] = set()
         """Slots that were chosen to be evicted and are still named by a page; quarantined in the placement."""
         self.low = _low_water(placement.slots)
@@ -99,7 +102,7 @@ class SlotPool:
             self.want_eviction()
         if slot is None:
             return -1
-        self.owner[slot] = key
+        self.own(slot, key, held=held)
         self._ready.masks[slot] = 0
         placement.insert(slot, key, held=held)
         if slot >= self._meta.frontier:
@@ -107,6 +110,12 @@ class SlotPool:
         self._sums.renew(slot)
         self._ask_for_commit()
         return slot
+
+    def own(self, slot: int, key: int, *, held: bool) -> None:
+        """From now on the slot is that block's."""
+        self.owner[slot] = key
+        if not held:
+            self.samples.note(key, PUT)
 
     def abandon(self, slot: int) -> None:
         """Give back a slot that no page in memory names: any more, or at all.

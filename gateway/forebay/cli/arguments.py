@@ -87,7 +87,10 @@ def _detach(parser: Parser) -> None:
 
 
 def _status(parser: Parser) -> None:
-    _name(parser, nargs="?")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("name", metavar="NAME", type=NAME, nargs="?", help="the disk; default: all")
+    text = "what a larger cache, or a smaller one, would find of what is read"
+    which.add_argument("--advice", action="store_true", help=text)
     _json(parser)
 
 

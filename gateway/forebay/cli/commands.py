@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from forebay.cli.asking import Arguments, daemon, print_json, progress_shown
 from forebay.cli.peer import rule
@@ -128,8 +129,10 @@ def detach(arguments: Arguments) -> int:
 
 
 def status(arguments: Arguments) -> int:
-    """`forebay status`: print the table of disks, or JSON."""
+    """`forebay status`: print the table of disks, or JSON; or what is told of the size of the cache."""
     client = daemon(arguments)
+    if arguments.advice:
+        return _advice(client.get("/advice"), as_json=arguments.json)
     disks = [client.get(f"/disks/{arguments.name}")] if arguments.name else client.get("/disks")
     if arguments.json:
         print_json(disks)
@@ -145,6 +148,17 @@ def status(arguments: Arguments) -> int:
         print("", *why, sep="\n")
     if terminal and not disks:
         print("no disks yet: 'forebay attach NAME IMAGE' serves one")
+    return 0
+
+
+def _advice(told: Any, *, as_json: bool) -> int:
+    if as_json:
+        print_json(told)
+        return 0
+    from forebay.cli.advice import advice_lines
+    from forebay.cli.terminal.render import wants_colour
+
+    print("\n".join(advice_lines(told, colour=wants_colour(sys.stdout.isatty()))))
     return 0
 
 

@@ -50,6 +50,13 @@ WRITES_BACK = (Mode.WRITE_BACK, Mode.FULL_COPY)
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
+class Advice(Protocol):
+    """What the daemon knows about the size of its cache."""
+
+    def report(self) -> dict[str, Any]:
+        """What `forebay status --advice --json` prints."""
+
+
 class Answers(Protocol):
     """What the control API needs of the daemon. Amounts are bytes, time-outs seconds.
 
@@ -128,6 +135,10 @@ class Answers(Protocol):
     def catalogue(self) -> Catalogue:
         """The images, without disks."""
 
+    @property
+    def advice(self) -> Advice:
+        """What a cache of another size would find."""
+
 
 Endpoint = Callable[[Request], Awaitable["Response | Operation"]]
 """Answers one request. What it raises is answered as an error."""
@@ -168,6 +179,7 @@ class Control:
             ("POST", "/disks/{name}/resolve", self.resolve),
             ("POST", "/disks/{name}/save", self.save),
             ("POST", "/flush", self.flush_many),
+            ("GET", "/advice", self.advice),
             ("GET", "/cache", self.cache),
             ("POST", "/cache/extend", self.extend),
             ("POST", "/cache/release", self.release),
@@ -198,6 +210,10 @@ class Control:
     async def gateway(self, _: Request) -> Response:
         """What belongs to no disk, and not to the cache."""
         return JSONResponse({"forebay": __version__, **self._gateway.info()})
+
+    async def advice(self, _: Request) -> Response:
+        """What a cache of another size would find of what is read."""
+        return JSONResponse(self._gateway.advice.report())
 
     async def disks(self, _: Request) -> Response:
         """The status of all disks, a list."""

@@ -38,6 +38,7 @@ from forebay.image.kept import MOST_IN_ALL
 from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.origin.threads import StoreThreads
+from forebay.storage.advice import Advice
 from forebay.storage.state import index_path
 from forebay.storage.upkeep import Upkeep
 from forebay.units import Mode, format_size
@@ -103,6 +104,7 @@ class Gateway:
         self._resolving = Resolving(self._arrivals, self._disks, self._records)
         self._saving = Saving(config, cache, self._disks, self._arrivals.threads_of)
         self._extending = trio.Lock()
+        self.advice = Advice(cache, config.gateway.state / "advice")
         self._upkeep = Upkeep(cache, lambda: [one.disk.image for one in self.attached()])
 
     def _note_unused(self, key: str) -> None:
@@ -146,6 +148,7 @@ class Gateway:
         self._nursery.start_soon(self._saving.remove_left)
         self._nursery.start_soon(self._gone.run)
         self._nursery.start_soon(self.catalogue.run)
+        self._nursery.start_soon(self.advice.run)
 
     def _threads_of(self, store: str) -> StoreThreads:
         return self._arrivals.threads_of(store)
@@ -169,7 +172,9 @@ class Gateway:
 
     async def stop(self, *, restart: bool = False) -> bool:
         """End all work at the end of the process. True if the sockets were left for the next one; see `ending.stop`."""
-        return await stop(self.attached(), self._records, restart=restart)
+        left = await stop(self.attached(), self._records, restart=restart)
+        await self.advice.save()
+        return left
 
     # -- asking about them, and changing them
 
