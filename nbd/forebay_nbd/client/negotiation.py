@@ -48,9 +48,16 @@ class Negotiated:
 
 
 def negotiate(
-    greeting: ev.Greeting, export: str, contexts: tuple[str, ...], *, structured: bool = True
+    greeting: ev.Greeting,
+    export: str,
+    contexts: tuple[str, ...],
+    *,
+    structured: bool = True,
+    block_sizes: bool = True,
 ) -> Generator[ClientMessage, Replies, Negotiated]:
     """Asks for an export with block sizes, and if `structured` with structured replies and the contexts `contexts`.
+
+    Without `block_sizes` they are not asked for: then the server takes requests of any alignment.
 
     The generator yields each message to be sent, is sent the replies to it, and returns what was agreed on. Structured
     replies, contexts and block sizes are used if the server has them, and done without if it has not.
@@ -68,7 +75,7 @@ def negotiate(
         replies = yield ev.SetContexts(export, contexts)
         if _is_accepted(replies):
             selected = {r.context_id: r.name for r in replies if isinstance(r, ev.ContextListed)}
-    replies = yield ev.GoOption(export, (Info.BLOCK_SIZE,))
+    replies = yield ev.GoOption(export, (Info.BLOCK_SIZE,) if block_sizes else ())
     end = replies[-1]
     if isinstance(end, ev.OptionError):
         if end.code != Rep.ERR_UNSUP:
