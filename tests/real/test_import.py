@@ -27,6 +27,7 @@ from forebay.origin.worker import syscalls
 from real.web_bed import Web, make_authority, numbered, serving
 
 MIB = 1 << 20
+DAEMON = 12345
 SIZE = 12 * MIB
 
 
@@ -653,6 +654,15 @@ def test_an_answer_that_is_of_no_use_is_one_line(
     assert text in bed.refused(server.url, "new", "--cacert", str(authority))
 
 
+def test_a_server_that_is_not_there_is_not_waited_for(
+    bed: Bed, server: Web, authority: Path
+) -> None:
+    with serving(authority.parent, Web()) as gone:
+        pass
+    told = bed.refused(gone.url, "new", "--cacert", str(authority))
+    assert "see that the server answers" in told
+
+
 def test_a_server_that_is_busy_is_asked_again(bed: Bed, server: Web, authority: Path) -> None:
     server.content, server.statuses = numbered(16), [503, 429]
     assert bed.imported(server.url, "--cacert", str(authority)) == numbered(16)
@@ -724,6 +734,52 @@ def test_an_import_that_is_ended_goes_on_in_the_next_run(
     assert (code, "goes on where it was" in err) == (0, True)
     assert (bed.store / "new").read_bytes() == disk.read_bytes()
     assert bed.left() == ["new"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_root_reads_the_source_and_the_daemons_user_does_the_rest(bed: Bed, disk: Path) -> None:
+    """Which user may be one who cannot read our modules: all is imported before."""
+    for folder in (*bed.folder.parents, bed.folder):
+        if folder != Path("/") and folder.stat().st_uid == 0:
+            folder.chmod(folder.stat().st_mode | 0o055)
+    source = packed(converted(disk, bed.folder), "zst")
+    source.chmod(0o600)
+    for path in (bed.store, bed.folder / "state"):
+        os.chown(path, DAEMON, DAEMON)
+    code = (
+        "import os, sys; from forebay.importing import run; become, before = run.become_owner, []\n"
+        "def becoming(*words):\n    become(*words); before.extend(sys.modules)\n"
+        "run.become_owner = becoming\n"
+        "from forebay.cli.main import main; code = main(sys.argv[1:])\n"
+        "print(code, os.getresuid(), sorted(set(sys.modules) - set(before)), file=sys.stderr)"
+    )
+    told = at_a_terminal([sys.executable, "-c", code, *bed.words(source, "new")])
+    assert f"0 ({DAEMON}, {DAEMON}, {DAEMON}) []" in told
+    assert (bed.store / "new").read_bytes() == disk.read_bytes()
+    assert (bed.store / "new").stat().st_uid == DAEMON
+
+
+def at_a_terminal(words: list[str]) -> str:
+    """What a program says at a terminal."""
+    ours, its = os.openpty()
+    with subprocess.Popen(words, stdout=its, stderr=its):
+        os.close(its)
+        told = b""
+        with contextlib.suppress(OSError):  # EIO: nobody has it open any more
+            while part := os.read(ours, 65536):
+                told += part
+    os.close(ours)
+    return told.decode()
+
+
+def test_a_folder_that_the_daemons_user_may_not_write_to_is_told(
+    bed: Bed, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(work, "open_folder_of", refused)
+    assert "let the user" in bed.refused(disk)
 
 
 def test_two_imports_of_one_name_do_not_meet(bed: Bed, disk: Path) -> None:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-from forebay.cli.asking import Arguments, Progress, progress_shown
+from forebay.cli.asking import Arguments, progress_shown
 from forebay.units import format_size, parse_size, printable
 
 Check = Callable[[Callable[[str], Any]], Callable[[str], Any]]
@@ -99,7 +99,7 @@ class _Lines:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if self._last[0] != what or now - self._last[1] >= _LINE_SECONDS or done == total:
+        if self._last[0] != what or now - self._last[1] >= _LINE_SECONDS:
             self._last = what, now
             print(json.dumps({"phase": what, "done": done, "total": total}), flush=True)
 
@@ -115,7 +115,8 @@ class _Bars:
         self._stack = stack
         self._target = target
         self._what = ""
-        self._advance: Progress = lambda _done, _total: None
+        with progress_shown("") as self._advance:
+            pass  # what that imports, this process cannot read any more as another user
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what != self._what:

@@ -130,13 +130,17 @@ class Making:
             stream.close()
 
     def keep(self) -> None:
-        """Leave what there is for another run. Raises nothing: then less is left, or nothing."""
+        """Leave what there is for another run, if that is of any use. Raises nothing: then less is left, or nothing."""
         with contextlib.suppress(OSError, ForebayError):
             if self._kept is not None:
                 self._note_fetched()
             if self._reached > self._work.record.written:
                 self._note_written(self._reached)
-        self._work.keep()
+        record = self._work.record
+        if record.fetched or record.written:
+            self._work.keep()
+        else:
+            self._work.drop()
 
     # ------------------------------------------------------------------------------------------------- the beginning
 

@@ -47,6 +47,10 @@ class _Broken(Exception):
     """A connection that may be made again. The text says why."""
 
 
+class _Busy(_Broken):
+    """A server that asks to be asked later."""
+
+
 class _Redirections(urllib.request.HTTPRedirectHandler):
     """Only to where the source itself might be."""
 
@@ -131,19 +135,23 @@ class WebFile:
         )
 
     def _connect(self, at: int) -> None:
-        """Ask until there is an answer, from byte `at` on or from 0. Raises AwayError, and ForebayError."""
+        """Ask until there is an answer, from byte `at` on or from 0. Raises AwayError, and ForebayError.
+
+        A server that never answered, and is not busy, is asked once: the name may be wrong.
+        """
         for pause in (*PAUSES, None):
             try:
                 return self._ask(at)
             except _Broken as fault:
-                if pause is None:
+                if pause is None or not (self.identity or isinstance(fault, _Busy)):
                     self._give_up(str(fault))
                 self._ended.wait(pause)
         raise AssertionError
 
     def _give_up(self, why: str) -> NoReturn:
+        what = "run the same command again, which goes on where it was"
         raise AwayError(
-            f"{self.name}: {why}: run the same command again, which goes on where it was"
+            f"{self.name}: {why}: {what if self._at else 'see that the server answers'}"
         )
 
     def _ask(self, at: int) -> None:
@@ -160,7 +168,7 @@ class WebFile:
                 return self._ask(0)
             what = f"{fault.code} {printable(str(fault.reason))[:80]}"
             if fault.code in _TEMPORARY:
-                raise _Broken(what) from None
+                raise _Busy(what) from None
             raise ForebayError(f"{self.name}: {what}: check the URL") from None
         except ssl.SSLCertVerificationError as fault:
             self._untrusted(fault)

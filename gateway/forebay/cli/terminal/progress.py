@@ -24,7 +24,7 @@ Advance = Callable[[int, int], None]
 def progress_bar(what: str, console: Console | None = None) -> Iterator[Advance]:
     """Draw on stderr until left; call the result with (bytes done, bytes in all)."""
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
