@@ -99,11 +99,17 @@ def parse_tag(text: object) -> str:
     )
 
 
+FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx")
+"""That an image may be attached in."""
+
+
 def parse_format(text: object) -> str:
-    """How an image is to be read: `raw`, unchanged. Raises ValueError."""
-    if text == "raw":
-        return "raw"
-    raise ValueError(f"{str(text)[:80]!r} is no format that can be asked for: use raw, or none")
+    """How an image is to be read: `raw`, unchanged, or the format of the disk in it. Raises ValueError."""
+    if isinstance(text, str) and text in FORMATS:
+        return text
+    raise ValueError(
+        f"{str(text)[:80]!r} is no format that can be asked for: use {', '.join(FORMATS)}"
+    )
 
 
 def parse_rate(text: str | int) -> int:

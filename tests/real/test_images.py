@@ -154,7 +154,7 @@ REFUSED = [
     (("warm", "images:../a.raw"), 1, "leads out of its store"),
     (("warm", "/etc/passwd"), 1, "is not a block device"),
     (("warm", "images:link.raw"), 1, "a symbolic link is on the way"),
-    (("warm", "images:a.qcow2"), 1, "is in qcow2 format"),
+    (("warm", "images:a.img"), 1, "is in qcow2 format"),
     (("warm", "images:none.raw"), 1, "no such image"),
     (("warm", "images:a.raw", "trace"), 2, "is not there yet"),
     (("warm", "images:a.raw", "--rate", "1K"), 2, "is too slow: use at least 64 KiB"),
@@ -171,7 +171,7 @@ REFUSED = [
 def test_what_cannot_be_done_is_refused_in_one_line(gateway: GatewayProcess) -> None:
     make(gateway, "a.raw")
     (gateway.images / "link.raw").symlink_to("/etc/passwd")
-    (gateway.images / "a.qcow2").write_bytes(b"QFI\xfb" + bytes(MIB))
+    (gateway.images / "a.img").write_bytes(b"QFI\xfb" + bytes(MIB))
     for words, code, why in REFUSED:
         assert why in refused(gateway, *words, code=code)
     assert images(gateway) == {}

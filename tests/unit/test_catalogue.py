@@ -22,6 +22,7 @@ from forebay.catalogue.warm import Rate, Warming
 from forebay.config.model import Config
 from forebay.errors import ForebayError
 from forebay.image.registry import Images
+from forebay.image.source import Source
 from forebay_cache import Cache, open_cache
 from forebay_cache.format.geometry import BLOCK, SECTORS
 from forebay_cache.format.records import LayerName
@@ -390,7 +391,10 @@ async def test_no_more_warms_than_there_may_be(monkeypatch: pytest.MonkeyPatch) 
     async def reads(*_: object) -> None:
         await trio.sleep_forever()
 
-    warming = Warming(cast("Any", None), cast("Any", Readers()), lambda _: cast("Any", None))
+    async def no_source(_image: str) -> Source:
+        return cast("Source", None)
+
+    warming = Warming(cast("Any", None), cast("Any", Readers()), no_source)
     monkeypatch.setattr(warming, "_through", reads)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(warming.warm, "s:a.raw", "all", None, cast("Any", None))

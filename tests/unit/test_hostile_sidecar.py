@@ -151,7 +151,7 @@ def _spoil(owner: Path, how: str) -> None:
     if how == "truncated":
         os.truncate(owner, 0)
     elif how == "newer":
-        owner.write_text(owner.read_text().replace('"format": 1', '"format": 2'))
+        owner.write_text(owner.read_text().replace('"format": 1', '"format": 3'))
     elif how == "with another name":
         os.link(owner, owner.with_name("other"))
     elif how == "a stranger's":

@@ -116,6 +116,7 @@ ORDER: dict[str, list[str]] = {
         "config formats",
         "origin/worker",
         "origin",
+        "origin/virtual",
         "sidecar",
         "image",
         "checkpoint",

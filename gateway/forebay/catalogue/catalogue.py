@@ -4,7 +4,7 @@
 """The catalogue: what `forebay images`, `warm`, `tag`, `pin` and `purge` ask the daemon for."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from forebay.errors import ForebayError
 from forebay.image.formats import KIND as RAW
 from forebay.image.registry import Images
 from forebay.image.source import Source
-from forebay.origin.addresses import resolve
+from forebay.origin.addresses import keys_of_name, resolve
 from forebay.units import format_size
 from forebay_cache import Cache, Layer, pin_layer
 from forebay_cache.format.geometry import BLOCK, SECTOR
@@ -39,7 +39,7 @@ class Catalogue:
         images: Images,
         index: Path,
         readers: Readers,
-        source_of: Callable[[str], Source],
+        source_of: Callable[[str], Awaitable[Source]],
         keys_of_disks: Callable[[], dict[str, str]],
     ) -> None:
         """`keys_of_disks` returns the key of the image of each disk, by the name of the disk, served or only on record.
@@ -121,6 +121,8 @@ class Catalogue:
         By its key one is found whose store is not in the configuration any more.
         """
         key = image if self._is_known(image) else resolve(self._config, image).key
+        if not self._is_known(key):
+            key = next((x for x in keys_of_name(key) if self._is_known(x)), key)
         if not self._is_known(key):
             raise ForebayError(
                 f"nothing is known of {key}: bring it in with 'forebay warm', or attach it"

@@ -9,7 +9,7 @@ goes through that disk, and ends with it. What was read until then stays, whoeve
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -86,7 +86,7 @@ class Warming:
     """All warms that are under way."""
 
     def __init__(
-        self, images: Images, readers: Readers, source_of: Callable[[str], Source]
+        self, images: Images, readers: Readers, source_of: Callable[[str], Awaitable[Source]]
     ) -> None:
         """`source_of` makes a source of what an operator names. It raises ForebayError for what may not be attached."""
         self._images = images
@@ -105,7 +105,7 @@ class Warming:
         """
         if self._under_way >= MOST_WARMS:
             raise ForebayError(f"{MOST_WARMS} images are being warmed: wait until one of them is")
-        source = self._source_of(image)
+        source = await self._source_of(image)
         self._under_way += 1
         try:
             with self._rate.at_most(rate):

@@ -100,19 +100,23 @@ class Pass:
     async def _write_image(self, journal: RedoJournal | None) -> None:
         """Write the layer to the image, and flush it.
 
-        Raises OSError, also where a flush that somebody else asked for failed meanwhile: it may have lost some of this.
+        Raises OSError, also where a flush that somebody else asked for failed meanwhile, or the image was opened anew:
+        that may have lost some of this.
         """
         if not self._image.writes.kept.is_empty:
             # What went past the cache before is durable then: it is never written again over what follows.
             await self._image.flush()
-        failures = self._image.sync_failures
+        origin, failures = self._image.require_origin(), self._image.sync_failures
         async with self._image.writing():
             await IntoImage(
                 self._image, self._layer, self._steps, self._counters, journal
             ).put_all()
         await self._image.flush()
-        if self._image.sync_failures != failures:
-            raise OSError(errno.EIO, "a flush of the image failed meanwhile: all is written again")
+        if (self._image.origin, self._image.sync_failures) != (origin, failures):
+            raise OSError(
+                errno.EIO,
+                "a flush of the image failed, or it was opened anew, meanwhile: all is written again",
+            )
 
     async def _settle(self) -> None:
         """Make the layer's data clean and drop the layer; where the cache device has failed, drop the data with it."""

@@ -71,7 +71,7 @@ def _attach(parser: Parser) -> None:
     add("--preload", metavar="SIZE|all", type=PRELOAD, help="what to bring in at once")
     add("--read-only", action="store_true", help="refuse writes")
     add("--overlay", action="store_true", help="keep writes private and drop them at detach")
-    text = "raw: serve the bytes of the image, also where they are those of a qcow2 file"
+    text = "raw: serve the bytes of the image; qcow2, vmdk, vdi or vhdx: the disk in it"
     add("--format", metavar="FORMAT", type=checked(parse_format), help=text)
     add_rule(parser)
     text = "while another host has the image, wait until it is free, or for as long as this says"

@@ -5,7 +5,7 @@
 
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,16 @@ from forebay.doors.restart import EarlierSockets
 from forebay.doors.returns import Returns
 from forebay.doors.tenant import Rule, Tenant
 from forebay.errors import ForebayError, advice
+from forebay.formats.magic import RAW
 from forebay.image.boundary import breaks_the_cache, in_short
 from forebay.image.formats import Formats
 from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.image.use import Use
-from forebay.origin.addresses import FileAddress, resolve
+from forebay.origin.addresses import FileAddress, in_format, resolve
 from forebay.origin.mounts import is_local
 from forebay.origin.threads import StoreThreads
+from forebay.origin.virtual.opening import Servers
 from forebay.origin.worker.process import StoreProcess
 from forebay.units import parse_name
 from forebay_cache import Cache, CacheError
@@ -75,6 +77,7 @@ class Arrivals:
         self._give_way = give_way
         self._returns = returns
         self._formats = Formats(cache)
+        self._servers = Servers(config.gateway.run, partial(resolve, config), images.is_open)
         self._threads: dict[str, StoreThreads] = {}
         """By store, or by image where that lies in none."""
 
@@ -85,6 +88,9 @@ class Arrivals:
         self._check_new(name, wanted)
         path = socket_path(self._config.gateway.run, name)
         source, settings = self.source(name, wanted, None)
+        if wanted.format is None:
+            wanted = wanted.in_format(await _format_of(source))
+            source, settings = self.source(name, wanted, None)
         async with self._disks.arriving(name, source, self._give_way), _abandoned_on_fault(source):
             await self._returns.call_off(source)
             await _prepared(source)
@@ -216,7 +222,8 @@ class Arrivals:
                 f"{record.image} now means {source.key} and meant {record.key}: "
                 "give the store its old name and path, or detach the disk"
             )
-        if isinstance(source.address, FileAddress) and source.use.shows_raw:
+        is_file = isinstance(source.address, FileAddress)
+        if is_file and source.shown_format == RAW and source.use.shows_raw:
             self._formats.remember(source.key, source.size)
         attached = await self._opened(record, source, settings, path)
         attached.listener.tenant.recall()
@@ -242,7 +249,7 @@ class Arrivals:
 
         Raises ForebayError for an image that may not be attached.
         """
-        image = resolve(self._config, record.image)
+        image = in_format(resolve(self._config, record.image), record.format)
         settings = record.settings(self._config, image.store)
         use = Use(
             name,
@@ -251,7 +258,7 @@ class Arrivals:
             record.overlay,
             need_locks=settings.require_locks,
             refresh=settings.on_change == "refresh",
-            as_bytes=record.format is not None,
+            as_bytes=record.format == RAW,
         )
         source = Source(
             image,
@@ -263,12 +270,15 @@ class Arrivals:
             size=size,
             left_by=self._left_by,
             formats=self._formats,
+            servers=self._servers,
         )
         return source, settings
 
-    def reader_of(self, image: str) -> Source:
+    async def reader_of(self, image: str) -> Source:
         """The source of a warm, which reads the image as an overlay does. Raises ForebayError."""
-        return self.source(WARMING, DiskRecord(image, "", 0, overlay=True), None)[0]
+        wanted = DiskRecord(image, "", 0, overlay=True)
+        found = await _format_of(self.source(WARMING, wanted, None)[0])
+        return self.source(WARMING, wanted.in_format(found), None)[0]
 
     def threads_of(self, store: str) -> StoreThreads:
         """The threads of a store, or of a device, and its process."""
@@ -306,10 +316,23 @@ async def _abandoned_on_fault(source: Source) -> Any:
         raise
 
 
+async def _format_of(source: Source) -> str:
+    """The format of an image that nobody has told that of. Raises ForebayError."""
+    with _told(source):
+        return await source.find_format()
+
+
 async def _prepared(source: Source) -> None:
     """Open the image and claim it. Raises ForebayError."""
-    try:
+    with _told(source):
         await source.prepare()
+
+
+@contextlib.contextmanager
+def _told(source: Source) -> Iterator[None]:
+    """An error of storage in the body is a ForebayError, which says what to do."""
+    try:
+        yield
     except OSError as fault:
         raise ForebayError(
             f"{source.label}: {fault.strerror or fault}: "

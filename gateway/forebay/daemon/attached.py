@@ -19,6 +19,7 @@ from forebay.disk.state import DiskState
 from forebay.doors.listener import Listener
 from forebay.doors.restart import Sockets
 from forebay.errors import ForebayError
+from forebay.formats.magic import RAW
 from forebay.image.boundary import Boundary, breaks_the_cache, in_short
 from forebay.image.source import Source
 from forebay_cache import CacheError
@@ -320,6 +321,7 @@ def _at_rest(
     return {
         "name": name,
         "image": record.image,
+        "format": record.format or RAW,
         "mode": record.mode or "",
         "state": state.value,
         "read_only": record.read_only,

@@ -39,7 +39,8 @@ class DiskRecord:
     peer_user: int | None = None
     gives_way: bool = False
     format: str | None = None
-    """`raw`: the bytes of the image, whatever format they are of. None: the image has to be a raw disk."""
+    """`raw`: the bytes of the image, whatever format they are of. None: the image has to be a raw disk. Any other: the
+    virtual disk in an image of that format."""
     leaving: bool = False
     """True once the disk is being forgotten, whatever comes: a start goes on with that."""
     keeps: str = ""
@@ -84,6 +85,10 @@ class DiskRecord:
     def of_image(self, key: str, size: int) -> Self:
         """The same of the image that was found; `size` in bytes."""
         return replace(self, key=key, size=size)
+
+    def in_format(self, found: str) -> Self:
+        """The same of an image whose format was found; a raw disk is one without being called so."""
+        return self if found == "raw" else replace(self, format=found)
 
     def with_mode(self, mode: Mode) -> Self:
         """The same in another mode."""

@@ -100,6 +100,7 @@ class Status:
         return {
             "name": self._source.use.disk,
             "image": self._image.key,
+            "format": self._source.shown_format,
             "mode": self._modes.mode.value,
             "state": self.state().value,
             "reason": self.reason(),

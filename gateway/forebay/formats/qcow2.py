@@ -60,6 +60,8 @@ class Header:
     """The name of that, if the header has it."""
     corrupt: bool
     """True if QEMU noted that the tables are damaged."""
+    bitmaps: bool = False
+    """True if it has bitmaps of a backup program, of which blocks have changed."""
 
     @property
     def cluster(self) -> int:
@@ -111,6 +113,7 @@ def parse(head: bytes, file_size: int) -> Header:
         external_data=bool(features & _EXTERNAL_DATA),
         data_file=extensions.get(_DATA_FILE, b""),
         corrupt=bool(features & _CORRUPT),
+        bitmaps=_BITMAPS in extensions,
     )
     return _with_table(header, l1_entries, file_size)
 
@@ -147,7 +150,7 @@ def _backing(head: bytes, at: int, length: int) -> bytes:
     return head[at : at + length]
 
 
-_END, _BACKING_FORMAT, _DATA_FILE = 0, 0xE2792ACA, 0x44415441
+_END, _BACKING_FORMAT, _DATA_FILE, _BITMAPS = 0, 0xE2792ACA, 0x44415441, 0x23852875
 
 
 def _extensions(head: bytes, at: int) -> dict[int, bytes]:

@@ -5,10 +5,12 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import trio
 
 from forebay.errors import ForebayError
+from forebay.formats.magic import RAW
 from forebay.image.formats import Formats, is_marked, mark
 from forebay.image.use import Use
 from forebay.origin.addresses import Address, DeviceAddress, FileAddress
@@ -20,6 +22,9 @@ from forebay.origin.nbd import NbdOrigin
 from forebay.origin.opening import OpenImage, look, open_device, open_image
 from forebay.origin.protocol import Origin, close_quietly
 from forebay.origin.threads import Descriptor, StoreThreads, bounded
+from forebay.origin.virtual.naming import named_format
+from forebay.origin.virtual.opening import Servers, open_virtual, start_server
+from forebay.origin.virtual.origin import VirtualOrigin
 from forebay.origin.worker import syscalls
 from forebay.sidecar.claim import Claim
 from forebay.sidecar.files import read_owner
@@ -44,10 +49,11 @@ class Opener:
         nursery: trio.Nursery,
         left_by: Callable[[str], int],
         formats: Formats | None = None,
+        servers: Servers | None = None,
     ) -> None:
         """`claim` is that of a disk that writes to a file. `left_by` returns how many bytes the cache has of a disk of
         that name which is not served. `nursery` is for the connections to an NBD server; `timeout` is in seconds.
-        `formats` remembers which images are raw disks.
+        `formats` remembers which images are raw disks; `servers` is for those that are in another format.
         """
         self.file_id: tuple[int, int] | None = None
         """Device and inode of the image, once it was opened, if it is a file."""
@@ -67,6 +73,26 @@ class Opener:
         self._nursery = nursery
         self._left_by = left_by
         self._formats = formats
+        self._servers = servers
+
+    async def find_format(self) -> str:
+        """The format in which an image is to be attached that nobody has told the format of: see `virtual/naming.py`.
+
+        Raises ForebayError where that has to be told, OSError.
+        """
+        address = self._address
+        if not isinstance(address, FileAddress) or address.format != RAW:
+            return RAW
+
+        def look_at() -> OpenImage:
+            file = open_image(address, read_only=True, as_bytes=True, was_raw=self._was_raw)
+            try:
+                return replace(file, format=named_format(address, file))
+            finally:
+                syscalls.close(file.fd)
+
+        with bounded(self._timeout, f"opening {self._label}"):
+            return (await self._threads.run(look_at)).format or RAW
 
     async def open(self, *, first: bool) -> Origin:
         """An origin, which the caller closes. `first`: the disk is just being attached, so its format is looked at.
@@ -88,23 +114,68 @@ class Opener:
 
     async def _open_file(self, address: FileAddress, first: bool) -> FileOrigin:
         file = await self._in_thread(lambda: self._open_image(address, first))
+        if address.format != RAW:
+            return await self._claimed(address, file, VirtualOrigin)
         if first and self._formats is not None and self._use.shows_raw:
             self._formats.remember(self._key, file.size)
-        origin = FileOrigin(file, self._label, threads=self._threads, timeout=self._timeout)
+        return await self._claimed(address, file, FileOrigin)
+
+    async def _claimed(
+        self, address: FileAddress, file: OpenImage, kind: type[FileOrigin]
+    ) -> FileOrigin:
+        """An origin of the open image, with what keeps others out, and with a server that is ready where it has one."""
+        origin = kind(file, self._label, threads=self._threads, timeout=self._timeout)
         try:
             await self._look_at_mount(file)
+            for below in file.backing:
+                await self._check_unwritten(below)
             if self._claim is not None:
                 await self._take(self._claim, address, file, origin.descriptor)
             else:
                 await self._share(address, origin.descriptor)
+            if kind is VirtualOrigin and not self._servers_of_files.is_open(self._key):
+                await self._start_server(origin.descriptor)
         except BaseException:
             await close_quietly(origin)
             raise
         return origin
 
+    async def _start_server(self, descriptor: Descriptor) -> None:
+        """Start the server of a virtual disk; where other disks use another one already, the first call does it."""
+
+        def start() -> None:
+            with descriptor as fd:
+                start_server(fd)
+
+        with bounded(self._timeout, f"opening {self._label}"):
+            await self._threads.run(start)
+
+    async def _check_unwritten(self, address: FileAddress) -> None:
+        """Raise ForebayError where a gateway writes a file that the image lies on. Raises OSError."""
+        owner = await self._owner(address)
+        if owner is not None and owner.gateway != NOBODY:
+            raise ForebayError(
+                f"{self._key} lies on {address.key}, which is written by {owner}: detach it there first"
+            )
+
+    @property
+    def _servers_of_files(self) -> Servers:
+        assert self._servers is not None, "needed for an image in a format"
+        return self._servers
+
     def _open_image(self, address: FileAddress, first: bool) -> OpenImage:
         """In a thread: the open file. One that is attached as a disk that writes bears the mark of a raw disk."""
         read_only = not self._use.writes
+        if address.format != RAW:
+            servers = self._servers_of_files
+            return open_virtual(
+                address,
+                read_only=read_only,
+                run=servers.run,
+                locate=servers.locate,
+                admitted=not first,
+                need_locks=self._use.need_locks,
+            )
         file = open_image(
             address,
             read_only=read_only,

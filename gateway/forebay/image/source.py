@@ -9,12 +9,14 @@ from collections.abc import Callable
 import trio
 
 from forebay.errors import ForebayError
+from forebay.formats.magic import RAW
 from forebay.image.formats import Formats
 from forebay.image.opener import Opener
 from forebay.image.use import Use
 from forebay.origin.addresses import Address, DeviceAddress, FileAddress
 from forebay.origin.protocol import Origin, close_quietly
 from forebay.origin.threads import StoreThreads, bounded
+from forebay.origin.virtual.opening import Servers
 from forebay.sidecar.claim import Claim
 from forebay.sidecar.record import ChangedError, TakenOver, UnreadableError
 from forebay.units import Mode
@@ -47,6 +49,7 @@ class Source:
         size: int | None = None,
         left_by: Callable[[str], int] = _nothing,
         formats: Formats | None = None,
+        servers: Servers | None = None,
     ) -> None:
         """`size`: bytes as recorded when the disk was attached, None when it is just being attached. The rest is as
         `Opener` and `Claim` have it.
@@ -74,6 +77,7 @@ class Source:
             nursery=nursery,
             left_by=left_by,
             formats=formats,
+            servers=servers,
         )
         self._origin: Origin | None = None
         """The last one that was handed out."""
@@ -127,6 +131,11 @@ class Source:
         """The format that the image's first bytes are of, if it is a file and they were looked at."""
         return self._opener.format
 
+    @property
+    def shown_format(self) -> str:
+        """As what a guest sees the image: raw for its bytes, or the format of which the disk in it is meant."""
+        return self.address.format if isinstance(self.address, FileAddress) else RAW
+
     def is_same_image(self, other: "Source") -> bool:
         """True if both lead to one image, be it by two stores or two mounts."""
         if self.file_id is not None and self.file_id == other.file_id:
@@ -148,6 +157,10 @@ class Source:
             await self.claim.check()
 
     # ------------------------------------------------------------------------------------------------------- opening
+
+    async def find_format(self) -> str:
+        """The format in which the image is to be attached, where nobody has told that: see `Opener.find_format`."""
+        return await self._opener.find_format()
 
     async def prepare(self) -> None:
         """Open the image now, for the next `open` to hand out. For attach: a fault shows before anything is changed.

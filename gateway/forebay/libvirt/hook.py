@@ -212,7 +212,8 @@ def _check_same(daemon: Daemon, disk: WantedDisk, found: dict[str, Any]) -> None
             raise ForebayError(
                 f"it is attached {'' if found[key] else 'not '}as {kind}: 'forebay detach {disk.name}'"
             )
-    if found["image"] != disk.image and found["image"] != daemon.key(disk.image):
+    shown = found["image"].removesuffix(f"?format={found.get('format')}")
+    if disk.image not in (shown, found["image"]) and shown != daemon.key(disk.image):
         raise ForebayError(
             f"it is attached to {found['image']}, not to {disk.image}: 'forebay detach {disk.name}'"
         )

@@ -9,12 +9,13 @@ Nothing here touches storage, so nothing blocks. `opening.py` opens what an addr
 import fnmatch
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from forebay.config.model import Config
 from forebay.errors import ForebayError
+from forebay.units import FORMATS
 
 SIDECAR = ".forebay"
 """What the name of the directory beside an image ends in (design section 3)."""
@@ -36,6 +37,10 @@ _UNIX = re.compile(r"(?i:nbd\+unix)://(?:/([^?#]*))?\?socket=([^&;#]+)", re.ASCI
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=:)", re.ASCII)
 
+_AS = "?format="
+"""Stands between the name of an image and its format in its key."""
+_KEY = re.compile(rf"(.+)\?format=({'|'.join(FORMATS)})", re.DOTALL)
+
 LONGEST_SOCKET = 107
 """Bytes of a Unix socket's address (unix(7))."""
 
@@ -50,10 +55,20 @@ class FileAddress:
     """The directory of the store."""
     path: str
     """Where the file lies below `root`, without `.` or `..` parts."""
+    format: str = "raw"
+    """`raw` for the bytes of the file; of any other, the virtual disk in it is meant."""
 
     @property
     def key(self) -> str:
-        """The one name that this image has in the index and in messages: STORE:path."""
+        """The one name that this image has in the index: STORE:path, and the format where that is not raw.
+
+        So what the cache has of a virtual disk is never taken for the bytes of its file.
+        """
+        return self.name if self.format == "raw" else f"{self.name}{_AS}{self.format}"
+
+    @property
+    def name(self) -> str:
+        """How operators name it: STORE:path."""
         return f"{self.store}:{self.path}"
 
 
@@ -100,6 +115,18 @@ Address = FileAddress | DeviceAddress | NbdAddress
 """The address of an image of any kind. `key` names the image for ever; `store` is the name of its store, or None."""
 
 
+def in_format(address: Address, image_format: str | None) -> Address:
+    """The address of the virtual disk in a file of that format; the same address for None, and for raw.
+
+    Raises ForebayError for an image that is no file.
+    """
+    if image_format in (None, "raw"):
+        return address
+    if not isinstance(address, FileAddress):
+        raise ForebayError(f"{address.key} is no file in a store: leave out --format")
+    return replace(address, format=image_format)
+
+
 def resolve(config: Config, text: str) -> Address:
     """The address that `text` names: `STORE:relative/path`, an absolute path, or an NBD URI.
 
@@ -116,10 +143,22 @@ def resolve(config: Config, text: str) -> Address:
     if match is None:
         raise ForebayError(f"'{text}' is in no store: write STORE:{text}, or the whole path")
     store, path = match.groups()
-    return FileAddress(store, config.store(store).path, _inside(text, path))
+    path, image_format = _split_format(path)
+    return FileAddress(store, config.store(store).path, path_in_store(text, path), image_format)
 
 
-def _inside(text: str, path: str) -> str:
+def _split_format(path: str) -> tuple[str, str]:
+    """Path and format of what stands in the key of an image after its store."""
+    found = _KEY.fullmatch(path)
+    return (found[1], found[2]) if found else (path, "raw")
+
+
+def keys_of_name(name: str) -> list[str]:
+    """The keys that virtual disks in an image of that name, STORE:path, may have."""
+    return [f"{name}{_AS}{one}" for one in FORMATS if one != "raw"]
+
+
+def path_in_store(text: str, path: str) -> str:
     """`path` without empty and `.` parts. Raises ForebayError for one that leads out of the store, or to our own files.
 
     `text` is what the operator wrote, for the message.
@@ -149,7 +188,7 @@ def _resolve_path(config: Config, text: str) -> Address:
     ]
     if inside:
         root, name = max(inside, key=lambda found: len(found[0].parts))
-        return FileAddress(name, root, _inside(text, os.path.relpath(path, root)))
+        return FileAddress(name, root, path_in_store(text, os.path.relpath(path, root)))
     if any(fnmatch.fnmatchcase(path, pattern) for pattern in config.origins.devices):
         return DeviceAddress(path)
     if path.startswith("/dev/"):

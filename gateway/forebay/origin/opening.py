@@ -12,18 +12,13 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from forebay.errors import ForebayError
+from forebay.formats.magic import RAW, START, detect
 from forebay.origin.addresses import DeviceAddress, FileAddress
 from forebay.origin.calls import Status, SystemCalls, open_beneath
 from forebay.origin.worker import syscalls
-
-_FORMATS = {b"QFI\xfb": "qcow2", b"QED\0": "qed", b"KDMV": "vmdk", b"vhdxfile": "vhdx"}
-"""The first bytes of files in formats that a guest must not see as a disk."""
-_LONGEST_MAGIC = 8
-RAW = "raw"
-"""The format of all other files."""
 
 _FRESH = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 _DEVICE = os.O_NONBLOCK | os.O_CLOEXEC
@@ -49,6 +44,8 @@ class OpenImage:
     """What the file was when it was opened; None for a device."""
     format: str | None = None
     """The format that its first bytes are of; None for a device, and where nobody looked."""
+    backing: list[FileAddress] = field(default_factory=list)
+    """The files that the image lies on."""
     fresh: Callable[[], int] | None = None
     """Returns a new descriptor of what the name of the image leads to now, for reading, which the caller closes."""
 
@@ -193,11 +190,8 @@ def _check_kind(address: FileAddress, found: Status, any_names: bool) -> None:
 
 def _format_of(address: FileAddress, fd: int, was_raw: Callable[[], bool]) -> str:
     """The format of an image by its first bytes: raw where its name says so, or where it was before."""
-    start = syscalls.pread(fd, _LONGEST_MAGIC, 0)
-    for magic, name in _FORMATS.items():
-        if start.startswith(magic) and not address.path.endswith(".raw") and not was_raw():
-            return name
-    return RAW
+    found = detect(syscalls.pread(fd, START, 0))
+    return RAW if found == RAW or address.path.endswith(f".{RAW}") or was_raw() else found
 
 
 def _other_format(address: FileAddress, name: str) -> ForebayError:

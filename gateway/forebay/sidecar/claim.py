@@ -96,7 +96,7 @@ class Claim:
         if self._marker is not None:
             await self._admit(self._marker, file, descriptor)
             return
-        me = Owner.of_this_process(self._gateway, self._disk)
+        me = Owner.of_this_process(self._gateway, self._disk).of_image(self._address.format)
 
         def take() -> Marker:
             with descriptor or nullcontext():

@@ -25,6 +25,7 @@ from dataclasses import replace
 from typing import Self
 
 from forebay.errors import ForebayError
+from forebay.formats.magic import RAW
 from forebay.origin.addresses import FileAddress
 from forebay.origin.calls import Status, SystemCalls
 from forebay.origin.opening import OpenImage, look
@@ -223,7 +224,10 @@ class Marker:
             raise TakenOver(f"{key} was deleted or renamed") from None
         if (found.device, found.inode) != (self._file.device, self._file.inode):
             raise TakenOver(f"{key} was replaced by another file")
-        if found.size != self._file.size:
+        is_raw = (
+            self.address.format == RAW
+        )  # else the file may grow, and the disk in it stays as large
+        if is_raw and found.size != self._file.size:
             raise TakenOver(f"{key} has {found.size} bytes and had {self._file.size}")
         return found
 
@@ -296,6 +300,12 @@ def finish_checkpoint(
     for a journal that cannot be applied, with the image unchanged; ChangedError, unless the operator is `sure`, where
     the image is not what it was at the commit; and OSError.
     """
+    owner = left.owner
+    if owner is not None and left.has(redo.NAME) and owner.image_format != address.format:
+        raise ForebayError(
+            f"{address.key} holds part of a checkpoint of the disk in it, which is in {owner.image_format} format: run "
+            f"'forebay recover {address.name}' first"
+        )
     return redo.recover(
         left.fd,
         file.fd,

@@ -7,18 +7,23 @@ import contextlib
 import json
 import os
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from forebay.errors import ForebayError, InUseError
+from forebay.formats.magic import RAW
 from forebay.origin.addresses import SIDECAR, FileAddress
 from forebay.sidecar.locks import InUse
-from forebay.units import format_size
+from forebay.units import FORMATS, format_size
 
 FORMAT = 1
-"""The format of the owner marker. One with another number was written by a newer version: refused."""
+"""The format of the owner marker. One with a number that is not known was written by a newer version: refused."""
+
+FORMAT_OF_VIRTUAL = 2
+"""The same where the image is in some format, and the disk in it is written: not for who would take it for a raw one.
+"""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -70,7 +75,7 @@ _MOST = {"pid": (1 << 31) - 1, "token": LARGEST, "dirty_bytes": LARGEST}
 _MOST_DIGITS = 20
 """Of a number in JSON: as many as 64 bits need."""
 
-_NEWER = {"as_of": "", "dirty_since": "", "dirty_bytes": 0}
+_NEWER = {"as_of": "", "dirty_since": "", "dirty_bytes": 0, "image_format": RAW}
 """What the markers of the first versions do not have, with what is read instead."""
 
 
@@ -98,6 +103,8 @@ class Owner:
     dirty_bytes: int = 0
     """How much the image lacked when it was last counted."""
     format: int = FORMAT
+    image_format: str = RAW
+    """That of the image, where a checkpoint is of the disk in it."""
 
     @classmethod
     def of_this_process(cls, gateway: str, disk: str) -> Self:
@@ -113,6 +120,11 @@ class Owner:
             token=0,
         )
 
+    def of_image(self, image_format: str) -> Self:
+        """The same of an image in that format."""
+        version = FORMAT if image_format == RAW else FORMAT_OF_VIRTUAL
+        return replace(self, format=version, image_format=image_format)
+
     @classmethod
     def parse(cls, text: bytes) -> Self:
         """The owner that the text of a marker describes. Raises ValueError.
@@ -124,8 +136,8 @@ class Owner:
         version = found.get("format")
         if type(version) is not int:
             raise ValueError("not an owner file")
-        if version != FORMAT:
-            raise ValueError(f"format {version}, this version knows only {FORMAT}")
+        if version not in (FORMAT, FORMAT_OF_VIRTUAL):
+            raise ValueError(f"format {version}, this version knows only {FORMAT_OF_VIRTUAL}")
         for name, missing in _NEWER.items():
             found.setdefault(name, missing)
         for name, longest in _LONGEST.items():
@@ -136,6 +148,8 @@ class Owner:
             check_number(name, found.get(name), most)
         if found.get("state") not in ("clean", "dirty"):
             raise ValueError("'state' is neither clean nor dirty")
+        if found["image_format"] not in FORMATS:
+            raise ValueError("'image_format' is none")
         return cls(**{name: found[name] for name in cls.__dataclass_fields__})
 
     def __str__(self) -> str:

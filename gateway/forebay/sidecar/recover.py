@@ -9,14 +9,18 @@ They need no daemon.
 import contextlib
 import errno
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from forebay.config.model import Config
 from forebay.errors import ForebayError
+from forebay.formats.magic import RAW
 from forebay.origin.addresses import FileAddress, resolve
-from forebay.origin.opening import open_image
+from forebay.origin.opening import OpenImage, open_image
+from forebay.origin.virtual.opening import open_virtual
 from forebay.origin.worker import syscalls
+from forebay.sidecar.files import Sidecar
 from forebay.sidecar.record import NOBODY
 from forebay.sidecar.takeover import Recovered, recover_image
 from forebay.sidecar.user import as_owner, name_of_daemon
@@ -81,9 +85,9 @@ def _path(config: Config, text: str) -> Path:
 def _run(config: Config, text: str, *, take_over: bool, sure: bool) -> "Report":
     """The same as the user that we are. Raises ForebayError, and OSError."""
     address = find(config, text)
-    file = open_image(address, read_only=False, admitted=True)
+    need_locks = config.disk_settings(address.store or None).require_locks
+    address, file = _opened(config, address, need_locks=need_locks)
     try:
-        need_locks = config.disk_settings(address.store or None).require_locks
         found = recover_image(address, file, need_locks=need_locks, sure=sure and not take_over)
         if take_over:
             if found.lacks_data and not sure:
@@ -94,6 +98,26 @@ def _run(config: Config, text: str, *, take_over: bool, sure: bool) -> "Report":
     finally:
         syscalls.close(file.fd)
     return Report(text, found, taken=take_over and found.owner is not None)
+
+
+def _opened(
+    config: Config, address: FileAddress, *, need_locks: bool
+) -> tuple[FileAddress, OpenImage]:
+    """The image, open as its last owner had it: its bytes, or the disk in it. Raises ForebayError, OSError."""
+    if address.format == RAW:
+        with Sidecar(address) as sidecar, sidecar.find() or contextlib.nullcontext() as left:
+            if left is not None and left.owner is not None:
+                address = replace(address, format=left.owner.image_format)
+    if address.format == RAW:
+        return address, open_image(address, read_only=False, admitted=True)
+    return address, open_virtual(
+        address,
+        read_only=False,
+        run=None,
+        locate=partial(resolve, config),
+        admitted=True,
+        need_locks=need_locks,
+    )
 
 
 class Report:

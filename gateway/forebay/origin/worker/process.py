@@ -12,6 +12,7 @@ Everything here blocks and belongs in a thread, whose wait for an answer ends wi
 
 import errno
 import itertools
+import marshal
 import os
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from collections import deque
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from forebay.origin.worker import program
 from forebay.origin.worker.program import ENDED, Line
@@ -33,34 +34,84 @@ _FD_BITS = 32
 _FD_MASK = (1 << _FD_BITS) - 1
 
 FOLDER = "stores"
-"""The directory in RUN that has the lock files."""
+"""The directory in RUN that has the lock files, and for a moment the sockets of servers."""
 
 _numbers = itertools.count(1)
-_workers: dict[int, "Worker"] = {}
+_holders: dict[int, "Holder"] = {}
 """Those that live, by number."""
 
 here = threading.local()
-"""`here.process` is the StoreProcess for which the call of this thread is made; unset in others."""
+"""`here.process` is the Process for which the call of this thread is made; unset in others."""
+
+
+class Holder(Protocol):
+    """Who has descriptors that are named by handles. Every method raises OSError; EIO once it has ended."""
+
+    def call(self, name: str, *args: Any, **how: Any) -> Any:
+        """Make the call of that name, and return what that returns."""
+        ...
+
+    def open(self, name: str, *args: Any, **how: Any) -> int:
+        """As `call`, for one that opens a file: a handle."""
+        ...
+
+    def preadv(self, handle: int, buffers: list[bytearray | memoryview], offset: int) -> int:
+        """As os.preadv. May read less, as that may."""
+        ...
+
+    def pwritev(
+        self, handle: int, buffers: list[bytes | bytearray | memoryview], offset: int
+    ) -> int:
+        """As os.pwritev. May write less, as that may."""
+        ...
+
+
+class Process(Protocol):
+    """A process that makes the calls of a thread."""
+
+    def is_local(self, path: str) -> bool:
+        """True for a path whose calls this process makes itself."""
+        ...
+
+    def worker(self) -> "Worker":
+        """The life of it that there is now. Raises OSError."""
+        ...
+
+
+def hold(holder: Holder) -> int:
+    """A number for one that has descriptors, until it is let go."""
+    number = next(_numbers)
+    _holders[number] = holder
+    return number
+
+
+def let_go(number: int) -> None:
+    """From now on the handles of that number fail with EIO."""
+    _holders.pop(number, None)
+
+
+def handle_of(number: int, fd: int) -> int:
+    """The handle for a descriptor of the holder with that number."""
+    return (number << _FD_BITS) | fd | FIRST
 
 
 class Worker:
     """One life of a store's process. Every method raises OSError; EIO once it has ended."""
 
-    def __init__(self, store: str, lock: Path) -> None:
-        """Start it."""
-        self.number = next(_numbers)
+    def __init__(self, store: str, lock: Path | None) -> None:
+        """Start it. It does nothing before it has locked that file; None: it need not wait for any before it."""
         self.has_ended = False
         self._store = store
         self._lines: deque[Line] = deque()
         self._making = threading.Lock()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            held = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            held = _open_lock(lock)
             try:
                 self._process = _start(theirs.fileno(), held)
             finally:
                 os.close(held)
-        _workers[self.number] = self
+        self.number = hold(self)
 
     @property
     def pid(self) -> int:
@@ -75,7 +126,7 @@ class Worker:
     def open(self, name: str, *args: Any, **how: Any) -> int:
         """As `call`, for one that opens a file: a handle."""
         fd: int = self.call(name, *args, **how)
-        return (self.number << _FD_BITS) | fd | FIRST
+        return handle_of(self.number, fd)
 
     def preadv(self, handle: int, buffers: list[bytearray | memoryview], offset: int) -> int:
         """As os.preadv. May read less, as that may."""
@@ -120,13 +171,31 @@ class Worker:
                 os.ftruncate(memory, program.SHARED)
                 line = Line(ours, os.dup(memory))
                 try:
-                    socket.send_fds(self._control, [b"L"], [theirs.fileno(), memory])
+                    socket.send_fds(self._control, [program.LINE], [theirs.fileno(), memory])
                 except OSError as error:
                     self._end()
                     raise OSError(errno.EIO, f"{self._store}: {ENDED}") from error
                 finally:
                     os.close(memory)
             return line
+
+    def start_server(
+        self,
+        command: list[str],
+        listening: int,
+        errors: int,
+        *,
+        reads: list[int],
+        writes: list[int],
+    ) -> None:
+        """Have it start a server, which ends with it; see `program._start`. `reads` and `writes` are handles."""
+        what = (command, [_plain(one) for one in reads], [_plain(one) for one in writes])
+        message = program.SERVER + marshal.dumps(what)
+        try:
+            socket.send_fds(self._control, [message], [listening, errors])
+        except OSError as error:
+            self._end()
+            raise OSError(errno.EIO, f"{self._store}: {ENDED}") from error
 
     def give_back(self, line: Line) -> None:
         """Use the line for another call later."""
@@ -138,7 +207,7 @@ class Worker:
     def _end(self) -> None:
         """Note that it has ended."""
         self.has_ended = True
-        _workers.pop(self.number, None)
+        let_go(self.number)
         self._process.poll()
 
     def leave(self) -> None:
@@ -170,8 +239,8 @@ class StoreProcess:
         """`run` is the daemon's RUN. `is_local` returns True for a path whose calls this process makes itself."""
         self.is_local = is_local
         self._store = store
-        name = sha256(store.encode(errors="surrogateescape")).hexdigest()[:32]
-        self._lock = run / FOLDER / f"{name}.lock"
+        self._run = run
+        self._name = sha256(store.encode(errors="surrogateescape")).hexdigest()[:32]
         self._starting = threading.Lock()
         self._worker: Worker | None = None
 
@@ -179,8 +248,8 @@ class StoreProcess:
         """The one that lives now. Raises OSError where none can be started."""
         with self._starting:
             if self._worker is None or self._worker.has_ended:
-                self._lock.parent.mkdir(mode=0o700, exist_ok=True)
-                self._worker = Worker(self._store, self._lock)
+                lock = folder_in(self._run) / f"{self._name}.lock"
+                self._worker = Worker(self._store, lock)
             return self._worker
 
     def leave(self) -> None:
@@ -190,22 +259,45 @@ class StoreProcess:
                 self._worker.leave()
 
 
-def worker_of(handle: int) -> Worker:
-    """The worker that has the descriptor. Raises OSError(EIO) where that has ended."""
-    worker = _workers.get((handle - FIRST) >> _FD_BITS)
-    if worker is None:
+def worker_of(handle: int) -> Holder:
+    """Who has the descriptor. Raises OSError(EIO) where that has ended."""
+    holder = _holders.get((handle - FIRST) >> _FD_BITS)
+    if holder is None:
         raise OSError(errno.EIO, ENDED)
-    return worker
+    return holder
+
+
+def is_held(handle: int) -> bool:
+    """True while whoever has the descriptor has not ended."""
+    return (handle - FIRST) >> _FD_BITS in _holders
+
+
+def _open_lock(path: Path | None) -> int:
+    if path is None:
+        return os.memfd_create("forebay-lock", os.MFD_CLOEXEC)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def pids() -> set[int]:
     """The process ids of all that live."""
-    return {worker.pid for worker in list(_workers.values())}
+    return {worker.pid for worker in list(_holders.values()) if isinstance(worker, Worker)}
+
+
+def folder_in(run: Path) -> Path:
+    """The directory in the daemon's RUN that has lock files, and for a moment sockets."""
+    folder = run / FOLDER
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def number_at(handle: int) -> int:
+    """The descriptor that a handle stands for, in the process that has it."""
+    return handle & _FD_MASK
 
 
 def _plain(value: Any) -> Any:
     """What the worker is to see in place of a handle."""
-    return value & _FD_MASK if isinstance(value, int) and value >= FIRST else value
+    return number_at(value) if isinstance(value, int) and value >= FIRST else value
 
 
 def _start(control: int, lock: int) -> subprocess.Popen[bytes]:

@@ -10,6 +10,8 @@ and a piece of shared memory, for one call at a time, and has a thread. When the
 of the control socket closes. This process ends then, too; the kernel closes its descriptors, and that takes as long as
 the store does.
 
+It may start servers as well (server.py), whose files it has open: it is their parent then, and ends with them.
+
 A request is `HEAD` (bytes that follow), then `marshal` of (name of the call, arguments, keyword arguments). A reply is
 the same with (True, result), or (False, errno, text, file name). Data to read or write lies in the shared memory.
 
@@ -24,10 +26,12 @@ import fcntl
 import marshal
 import mmap
 import os
+import resource
 import select
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -42,6 +46,39 @@ LOCK_SECONDS = 0.02
 """Between two looks whether the process before has ended."""
 
 ENDED = "forebay: the process of this store has ended"
+
+LINE, SERVER = b"L", b"S"
+"""The first byte of what comes over the control socket: a new line, or a server to be started."""
+
+LONGEST_MESSAGE = 64 << 10
+"""Bytes of it, at most."""
+
+LISTENING = "@LISTENING@"
+"""What stands in the command of a server for the number of a descriptor."""
+
+SERVER_LIMITS = (
+    (resource.RLIMIT_CORE, 0),
+    (resource.RLIMIT_AS, 4 << 30),
+    (resource.RLIMIT_NOFILE, 256),
+)
+"""Bytes of a core file and of address space, and descriptors, that a server may have."""
+
+PROGRAM_FILES = (
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/nix",
+    "/etc/ld.so.cache",
+    "/etc/ld.so.preload",
+    "/dev/null",
+)
+"""What programs are made of."""
+
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
+_EXECUTE, _WRITE, _READ, _LIST, _TRUNCATE = 1, 2, 4, 8, 1 << 14
+_FILES_OF = ((1 << 13) - 1, (1 << 14) - 1, (1 << 15) - 1, (1 << 15) - 1, (1 << 16) - 1)
+"""The rights on files that each version of Landlock knows."""
 
 _AT_EMPTY_PATH = 0x1000
 _AT_STATX_FORCE_SYNC = 0x2000
@@ -249,12 +286,99 @@ def main(control: int, lock: int) -> None:
         signal.signal(number, signal.SIG_IGN)  # it ends with the daemon, not before
     sock = socket.socket(fileno=control)
     _wait_for_lock(sock, lock)
+    servers: list[subprocess.Popen[bytes]] = []
     while True:
-        _, fds, _, _ = socket.recv_fds(sock, 1, 2)
+        message, fds, _, _ = socket.recv_fds(sock, LONGEST_MESSAGE, 2)
         if len(fds) != 2:
+            _end(servers)
             os._exit(0)
+        if message[:1] == SERVER:
+            servers += _start(marshal.loads(message[1:]), *fds)  # noqa: S302  (as in `receive`)
+            continue
         line = Line(socket.socket(fileno=fds[0]), fds[1])
         threading.Thread(target=line.serve, daemon=True).start()
+
+
+def _start(
+    what: tuple[list[str], list[int], list[int]], listening: int, errors: int
+) -> list[subprocess.Popen[bytes]]:
+    """Start a server; what it, or we, have to say against that goes to the file `errors`. None where it cannot start.
+
+    `what` is the command, in which LISTENING stands for the descriptor of the socket at which it is to listen, and the
+    descriptors of the files that it may read, and those that it may write as well. It is ended when we are.
+    """
+    command, reads, writes = what
+    command = [part.replace(LISTENING, str(listening)) for part in command]
+    try:
+        return [
+            subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                pass_fds=(listening, *reads, *writes),
+                preexec_fn=lambda: confine(reads, writes),  # noqa: PLW1509  (no thread of ours is needed in it)
+                cwd="/",
+            )
+        ]
+    except (OSError, subprocess.SubprocessError) as fault:
+        os.write(errors, str(fault).encode())
+        return []
+    finally:
+        os.close(listening)
+        os.close(errors)
+
+
+def _end(servers: list[subprocess.Popen[bytes]]) -> None:
+    """Have all servers end, and return when they have: what they still have in memory is in their files then."""
+    for server in servers:
+        server.terminate()
+    for server in servers:
+        server.wait()
+
+
+def confine(reads: list[int], writes: list[int]) -> None:
+    """Take from this process, which is about to become a server, all that it does not need.
+
+    It ends when its parent does; it has no privileges to gain, no core file, bounded memory and descriptors. Where the
+    kernel has Landlock, it may open these files and what programs need, and no others, and (since Linux 6.7) neither
+    listen nor connect over TCP. Source: prctl(2), landlock(7), linux/landlock.h.
+    """
+    _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    for kind, most in SERVER_LIMITS:
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # the service manager's filter, or a lower limit
+            resource.setrlimit(kind, (most, most))
+    version = int(_libc.syscall(_SYS_LANDLOCK_CREATE, None, 0, 1))
+    if version < 1:
+        return
+    files = _FILES_OF[min(version, len(_FILES_OF)) - 1]
+    net, scoped = (3, 3 if version >= 6 else 0) if version >= 4 else (0, 0)
+    handled = struct.pack("=QQQ", files, net, scoped)[
+        : 8 if version < 4 else 16 if version < 6 else 24
+    ]
+    rules = int(_libc.syscall(_SYS_LANDLOCK_CREATE, handled, len(handled), 0))
+    if rules < 0:
+        return
+    for path in PROGRAM_FILES:
+        with contextlib.suppress(OSError):  # not every system has them all
+            fd = os.open(path, os.O_PATH)
+            access = _READ | _LIST | _EXECUTE if os.path.isdir(path) else _READ
+            _allow(rules, access & files, fd)
+            os.close(fd)
+    for fd in reads:
+        _allow(rules, _READ, fd)
+    for fd in writes:
+        _allow(rules, (_READ | _WRITE | _TRUNCATE) & files, fd)
+    _libc.syscall(_SYS_LANDLOCK_RESTRICT, rules, 0)
+    os.close(rules)
+
+
+def _allow(rules: int, access: int, fd: int) -> None:
+    """Add to a ruleset that what lies at, or beneath, the open file may be accessed so."""
+    _libc.syscall(_SYS_LANDLOCK_ADD, rules, 1, struct.pack("=Qi", access, fd), 0)
 
 
 def _wait_for_lock(sock: socket.socket, lock: int) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from forebay.origin.worker import program
-from forebay.origin.worker.process import FIRST, StoreProcess, here, worker_of
+from forebay.origin.worker.process import FIRST, Process, here, worker_of
 
 Buffer = bytes | bytearray | memoryview
 
@@ -36,9 +36,9 @@ def _call_at(name: str, folder: int, *args: Any, **how: Any) -> Any:
     return program.make(name, *args, **how)
 
 
-def _process_for(path: str) -> StoreProcess | None:
+def _process_for(path: str) -> Process | None:
     """The store's process, if it is to open that path."""
-    process: StoreProcess | None = getattr(here, "process", None)
+    process: Process | None = getattr(here, "process", None)
     return None if process is None or process.is_local(path) else process
 
 
@@ -59,7 +59,7 @@ def open(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None)
 
 def open_device(path: str, flags: int) -> int:
     """As os.open, for a block device: its driver may hang, wherever its node lies."""
-    process: StoreProcess | None = getattr(here, "process", None)
+    process: Process | None = getattr(here, "process", None)
     return os.open(path, flags) if process is None else process.worker().open("open", path, flags)
 
 
