@@ -9,6 +9,7 @@
 # make bench    against nbdkit and qemu-nbd   ROUNDS=5  QUICK=1  BENCH_ARGS="--only qd16"
 # make bench-doors   socket, FUSE file, nbdfuse, sshfs, plain file     QUICK=1  BENCH_ARGS="--only read"
 # make fuzz     what reads bytes from outside, with atheris     SECONDS=600  TARGETS="server client"
+# make fuzz-sanitized   the compiled core under AddressSanitizer and UBSan     SECONDS=60, for each target
 # make soak     kills, faults and changes, with guests that check all they read     SECONDS=3600  KILLS=2000  POINTS=1  SEED=
 # make lab      a file server and two hosts, emulated: what only real NFS shows   LAB="takeover"  LAB=all  LAB=--list  LAB_CORES=1
 # make docs     all pages as a site in build/site; a broken link fails
@@ -30,7 +31,7 @@ export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup setup-libvirt test test-without-core test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme bench-threads fuzz soak lab docs dist lint format install uninstall clean
+.PHONY: setup setup-libvirt test test-without-core test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme bench-threads fuzz fuzz-sanitized soak lab docs dist lint format install uninstall clean
 
 setup:
 	@tools/setup.sh
@@ -79,6 +80,10 @@ bench-doors-readme: setup
 fuzz: setup
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || FOREBAY_CORE_PLANTS=1 $(BIN)/python -m pip install --quiet --editable '.[fuzz]'
 	PYTHONPATH=tests $(BIN)/python -m fuzz.run --seconds $(or $(SECONDS),60) $(TARGETS)
+
+# compiles another core, in build/; needs gcc's libasan
+fuzz-sanitized: setup
+	PYTHONPATH=tests $(BIN)/python -m fuzz.sanitized --seconds $(or $(SECONDS),60) $(TARGETS)
 
 # exit code 1 on a loss, with the seed and a directory that is kept; tests/README.md
 soak: setup

@@ -4,11 +4,12 @@
 
 """Compiles forebay_fast/core.pyx, with door.pxi in it, in place.
 
-    fast/build.py [--c-only] [--plants]
+    fast/build.py [--c-only] [--plants] [--sanitized]
 
 Nothing is done where what was made is of these sources and flags. `--c-only` makes core.c, for an sdist. `--plants`
-compiles in what tests need to plant bugs with; never into what is installed. hatch_build.py, tools/setup.sh and tests
-call it. Wants Cython, unless core.c is there, a C compiler, and Python's headers.
+compiles in what tests need to plant bugs with; never into what is installed. `--sanitized` makes another package beside
+it, in build/, whose core looks at its memory. hatch_build.py, tools/setup.sh and tests call it. Wants Cython, unless
+core.c is there, a C compiler, and Python's headers.
 """
 
 import argparse
@@ -24,7 +25,16 @@ CODE = ("core.pyx", "door.pxi")
 SOURCES = (*CODE, "sector.h")
 GENERATED = PACKAGE / "core.c"
 LIBRARY = PACKAGE / f"core{sysconfig.get_config_var('EXT_SUFFIX')}"
+SANITIZED = PACKAGE.parent.parent / "build/sanitized"
+"""What has `forebay_fast` with sanitizers, for the first place of a Python path."""
 FLAGS = "-O3 -g1 -shared -fPIC -Wall -Wextra -Wno-unused-parameter -Wno-unused-function"
+
+SANITIZERS = (
+    "-O1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+)
 
 
 class CannotCompileError(Exception):
@@ -62,6 +72,21 @@ def build(*, plants: bool = False, flags: tuple[str, ...] = (), library: Path = 
     return library
 
 
+def build_sanitized() -> Path:
+    """SANITIZED, made anew where needed: its core ends the process that reads or writes where it must not.
+
+    That process has to have `libasan` loaded before it. Raises CannotCompileError.
+    """
+    package = SANITIZED / PACKAGE.name
+    package.mkdir(parents=True, exist_ok=True)
+    for source in PACKAGE.glob("*.py"):
+        link = package / source.name
+        if not link.is_symlink():
+            link.symlink_to(source)
+    build(plants=True, flags=SANITIZERS, library=package / LIBRARY.name)
+    return SANITIZED
+
+
 def _digest(*paths: Path, text: str = "") -> str:
     found = hashlib.sha256(text.encode())
     for path in paths:
@@ -90,10 +115,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--c-only", action="store_true")
     parser.add_argument("--plants", action="store_true")
+    parser.add_argument("--sanitized", action="store_true")
     options = parser.parse_args()
     try:
         if options.c_only:
             generate()
+        elif options.sanitized:
+            build_sanitized()
         else:
             build(plants=options.plants)
     except CannotCompileError as why:

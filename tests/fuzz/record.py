@@ -9,6 +9,7 @@
 import contextlib
 import json
 import os
+import random
 import socket
 import sys
 import tempfile
@@ -255,6 +256,16 @@ def files() -> None:
         b"*" + redo._RECORD.pack(redo._RECORD_MAGIC, redo.ZEROS, 0, 4096) + bytes(8) + b"!",
     )
     keep("index", "tables", _tables())
+    for number in range(4):
+        rng = random.Random(number)
+        keep("turns", str(number), rng.randbytes(8 * 60))
+        keep("door", str(number), rng.randbytes(9 * 60))
+    write, read = bytes((1, 10, 0, 1, 0, 0, 16, 0)), bytes((0, 0, 0, 0, 0, 0, 1, 0))
+    for number in range(4):  # some of them come in one piece
+        keep("turns", f"many-{number}", write + read * (1000 + number))
+    nonsense, connect = bytes((98,) * 8 + (0,)), bytes((224,) * 9)
+    asked = bytes((9, 0, 0, 0, 0, 0, 4, 7, 0)) * 80
+    keep("door", "away", nonsense + (asked + connect) * 2)
     for number, text in enumerate(
         (
             "images:a/b.raw", "/srv/images/x", "nbd://host:10810/export", "nbd+unix:///e?socket=/run/x.sock",

@@ -45,6 +45,7 @@ from forebay_nbd.protocol.requests import RequestReader, check_request, encode_r
 from forebay_nbd.protocol.wire import Cmd, CmdFlag, ProtocolError, RequestError
 from forebay_nbd.server.export import Export
 from forebay_nbd.server.negotiation import Negotiation
+from fuzz import live
 
 SIZE = 8 << 20
 LIMITS = Limits()
@@ -441,4 +442,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "owner": owner,
     "redo": redo_journal,
     "image": image,
+    "connection": live.connection,
+    "turns": live.turns,
+    "door": live.door,
 }

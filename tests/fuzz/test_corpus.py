@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from fuzz.sanitized import NAMES, damaged
 from fuzz.targets import TARGETS
 
 CORPUS = Path(__file__).parent / "corpus"
-INPUTS = sorted(path for path in CORPUS.glob("*/*") if path.is_file())
-MUTATIONS = 20
+INPUTS = sorted(path for name in TARGETS for path in (CORPUS / name).glob("*"))
+MUTATIONS = dict.fromkeys(TARGETS, 20) | dict.fromkeys(NAMES, 3)
 
 
 @pytest.mark.parametrize("path", INPUTS, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -33,17 +34,5 @@ def test_damaged_inputs(name: str, rng: random.Random) -> None:
     """Each input of a target cut short, and with some of its bytes changed."""
     for path in INPUTS:
         if path.parent.name == name:
-            for _ in range(MUTATIONS):
-                TARGETS[name](_damaged(rng, path.read_bytes()))
-
-
-def _damaged(rng: random.Random, data: bytes) -> bytes:
-    found = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 8))):
-        if found:
-            found[rng.randrange(len(found))] = rng.choice(
-                (0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256))
-            )
-    if rng.random() < 0.3:
-        del found[rng.randrange(len(found) + 1) :]
-    return bytes(found)
+            for _ in range(MUTATIONS[name]):
+                TARGETS[name](damaged(rng, path.read_bytes()))
