@@ -11,6 +11,7 @@ import json
 import os
 import random
 import socket
+import subprocess
 import sys
 import tempfile
 import uuid
@@ -275,6 +276,41 @@ def files() -> None:
         keep("image", str(number), text.encode())
 
 
+def imports() -> None:
+    """Files as `forebay import` is given them."""
+    disk = b"".join(bytes([n]) * 700 + bytes(3000) for n in range(1, 12))
+    with tempfile.TemporaryDirectory() as folder:
+        raw, made = Path(folder) / "raw", Path(folder) / "qcow2"
+        raw.write_bytes(disk.ljust(64 << 10, b"\0"))
+        for name, options in QCOW2.items():
+            convert: list[str | Path] = [
+                "qemu-img",
+                "convert",
+                "-f",
+                "raw",
+                "-O",
+                "qcow2",
+                *options,
+                raw,
+                made,
+            ]
+            subprocess.run(convert, check=True)
+            keep("qcow2", name, made.read_bytes())
+        for name, words in PACKERS.items():
+            told = subprocess.run(words, input=disk, capture_output=True, check=True).stdout
+            keep("packed", name, told + (told if name == "gzip" else b""))
+
+
+QCOW2 = {
+    "plain": ["-o", "cluster_size=512"],
+    "zlib": ["-c", "-o", "cluster_size=4k"],
+    "zstd": ["-c", "-o", "cluster_size=4k,compression_type=zstd"],
+    "parts": ["-o", "cluster_size=16k,extended_l2=on"],
+}
+"""Options of qemu-img for each kind of cluster."""
+PACKERS = {"gzip": ["gzip", "-n"], "xz": ["xz"], "zstd": ["zstd", "-q"]}
+
+
 def _owner() -> bytes:
     me = Owner.of_this_process("gateway", "disk")
     fixed = asdict(me) | {
@@ -325,3 +361,4 @@ if __name__ == "__main__":
     trio.run(clients)
     servers()
     files()
+    imports()

@@ -21,6 +21,10 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 from forebay.config.model import Config, OriginsSection, Store
 from forebay.errors import ForebayError
+from forebay.formats import qcow2
+from forebay.importing import guest_view
+from forebay.importing.sparse import STEP
+from forebay.importing.unpack import packed_how, unpack
 from forebay.origin.addresses import resolve
 from forebay.sidecar import redo, redo_header
 from forebay.sidecar.record import LARGEST, Owner
@@ -433,6 +437,47 @@ def image(data: bytes) -> None:
         assert "\0" not in found.key
 
 
+# --- what is imported ---------------------------------------------------------------------------
+
+
+def qcow2_image(data: bytes) -> None:
+    """All that a guest would see of a qcow2 image."""
+
+    def read(offset: int, length: int) -> bytes:
+        assert offset >= 0 <= length
+        return data[offset : offset + length]
+
+    with contextlib.suppress(ValueError):
+        header = qcow2.parse(data[: qcow2.HEAD], len(data))
+        guest_view.check(header)
+        if header.size > SIZE:
+            return
+        assert 0 <= guest_view.allocated(read, header, 0) <= header.size
+        end = 0
+        for at, part in guest_view.data(read, header, 0):
+            assert not part or end <= at <= at + len(part) <= header.size
+            end = at + len(part)
+
+
+def packed(data: bytes) -> None:
+    """A file that is packed, as a whole and in pieces."""
+    _both(lambda pieces: _unpacked(packed_how(data) or "gz", pieces), data)
+
+
+def _unpacked(kind: str, pieces: list[bytes]) -> Said:
+    said, length, crc = [], 0, 0
+    try:
+        for part in unpack(kind, iter(pieces)):
+            length, crc = length + len(part), zlib.crc32(part, crc)
+            assert len(part) <= STEP
+            if length > 64 * SIZE:
+                return []  # however it is cut, it is a bomb
+    except ValueError:
+        return []
+    said.append(f"{length} {crc}")
+    return said
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "server": server,
     "client": client,
@@ -445,4 +490,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "connection": live.connection,
     "turns": live.turns,
     "door": live.door,
+    "packed": packed,
+    "qcow2": qcow2_image,
 }
