@@ -6,6 +6,7 @@
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -258,3 +259,57 @@ def test_a_change_behind_our_back_is_noticed(
     gateway.attach("d", path.name, "--read-only")
     client = connect(gateway.uri("d"))
     assert bytes(client.pread(MIB, MIB)) == bytes([77]) * MIB
+
+
+def test_nobody_writes_what_an_image_in_use_lies_on(
+    gateway: GatewayProcess, connect: Connect, rng: random.Random
+) -> None:
+    content = rng.randbytes(SIZE)
+    (gateway.images / "base.raw").write_bytes(content)
+    words = ["-f", "qcow2", "-b", "base.raw", "-F", "raw"]
+    run("qemu-img", "create", "-q", *words, gateway.images / "top.qcow2")
+    gateway.attach("base", "base.raw")
+    refused = gateway.cli("attach", "top", "images:top.qcow2", "--overlay", check=False)
+    assert "lies on images:base.raw, which is written by" in refused.stderr
+    gateway.cli("detach", "base")
+    for way in ("--overlay", "--read-only", None):
+        gateway.attach("top", "top.qcow2", *([way] if way else []))
+        refused = gateway.cli("attach", "base", "images:base.raw", check=False)
+        assert "lies on it" in refused.stderr
+        assert run(
+            "qemu-io", "-c", "write 0 4k", gateway.images / "base.raw", check=False
+        ).returncode
+        client = connect(gateway.uri("top"))
+        assert bytes(client.pread(SIZE, 0)) == content
+        client.shutdown()
+        gateway.cli("detach", "top")
+    gateway.attach("base", "base.raw")
+
+
+def test_what_is_written_into_a_header_later_is_not_followed(
+    gateway: GatewayProcess, connect: Connect, rng: random.Random
+) -> None:
+    """Not while the image is in use, and not when its server is started again."""
+    content, secret = rng.randbytes(SIZE), gateway.directory / "secret"
+    secret.write_bytes(b"s" * SIZE)
+    (gateway.images / "base.raw").write_bytes(content)
+    path = gateway.images / "top.qcow2"
+    words = ["-f", "qcow2", "-b", "base.raw", "-F", "raw"]
+    run("qemu-img", "create", "-q", *words, path)
+    gateway.attach("d", "top.qcow2", "--overlay")
+    gateway.allow_log("WARNING|ERROR")
+    stamp = path.stat()
+    name = os.fsencode(secret)
+    with path.open("r+b") as file:
+        at = struct.unpack(">Q", file.read(16)[8:])[0]
+        file.write(struct.pack(">I", len(name)))
+        file.seek(at)
+        file.write(name)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    client = connect(gateway.uri("d"))
+    assert bytes(client.pread(MIB, 0)) == content[:MIB]
+    [server] = servers(gateway)
+    os.kill(server, signal.SIGKILL)
+    with pytest.raises(Exception, match="Input/output error"):
+        client.pread(MIB, SIZE - MIB)
+    assert "in no store" in gateway.status("d")["reason"]

@@ -19,7 +19,7 @@ from forebay.origin.calls import SystemCalls
 from forebay.origin.file import FileOrigin
 from forebay.origin.mounts import why_unsafe
 from forebay.origin.nbd import NbdOrigin
-from forebay.origin.opening import OpenImage, look, open_device, open_image
+from forebay.origin.opening import Backing, OpenImage, look, open_device, open_image
 from forebay.origin.protocol import Origin, close_quietly
 from forebay.origin.threads import Descriptor, StoreThreads, bounded
 from forebay.origin.virtual.naming import named_format
@@ -128,7 +128,8 @@ class Opener:
         try:
             await self._look_at_mount(file)
             for below in file.backing:
-                await self._check_unwritten(below)
+                await self._check_unwritten(below.address)
+                await self._keep_unwritten(below)
             if self._claim is not None:
                 await self._take(self._claim, address, file, origin.descriptor)
             else:
@@ -157,6 +158,10 @@ class Opener:
             raise ForebayError(
                 f"{self._key} lies on {address.key}, which is written by {owner}: detach it there first"
             )
+
+    async def _keep_unwritten(self, below: Backing) -> None:
+        """Lock a file that the image lies on: nobody is to write it. Raises InUseError and OSError."""
+        await self._locked(below.address.key, lambda: take_locks(below.fd, READS))
 
     @property
     def _servers_of_files(self) -> Servers:
@@ -284,10 +289,14 @@ class Opener:
             with descriptor as fd:
                 take_locks(fd, access)
 
+        await self._locked(self._key, lock)
+
+    async def _locked(self, key: str, lock: Callable[[], None]) -> None:
+        """Take locks in a thread, of the image with that key. Raises InUseError and OSError; no locks are no error."""
         try:
-            with bounded(self._timeout, f"locking {self._label}"):
+            with bounded(self._timeout, f"locking {key}"):
                 await self._threads.run(lock)
         except InUse as fault:
-            raise in_use_by_program(self._key, fault) from None
+            raise in_use_by_program(key, fault) from None
         except NoLocks as error:
-            log.info("%s: no file locks: %s", self._key, error.strerror)
+            log.info("%s: no file locks: %s", key, error.strerror)

@@ -27,6 +27,15 @@ _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+@dataclass(frozen=True)
+class Backing:
+    """A file that an open image lies on."""
+
+    address: FileAddress
+    fd: int
+    """Open for reading, until the image is closed."""
+
+
 @dataclass
 class OpenImage:
     """An open file or block device, as `open_image` and `open_device` return it. Whoever has it closes `fd`."""
@@ -44,7 +53,7 @@ class OpenImage:
     """What the file was when it was opened; None for a device."""
     format: str | None = None
     """The format that its first bytes are of; None for a device, and where nobody looked."""
-    backing: list[FileAddress] = field(default_factory=list)
+    backing: list[Backing] = field(default_factory=list)
     """The files that the image lies on."""
     fresh: Callable[[], int] | None = None
     """Returns a new descriptor of what the name of the image leads to now, for reading, which the caller closes."""

@@ -139,11 +139,16 @@ def _locked(fd: int, byte: int) -> bool:
 
 
 _PROGRAMS = ("qemu", "kvm", "libvirt")
+_SERVER = "qemu-storage-da"
+"""What the kernel keeps of the name of QEMU's storage daemon."""
 
 
 def _who(fd: int) -> list[str]:
     """The QEMUs of this host that have the file open, as far as this user may see that: "qemu-io (pid 17)"."""
     found = []
     for name, pid in syscalls.holders(fd, _PROGRAMS):
-        found.append(f"{name} (pid {pid})" if pid else "a call of this daemon that still hangs")
+        what = f"{name} (pid {pid})" if pid else "a call of this daemon that still hangs"
+        if name.startswith(_SERVER):
+            what = f"a disk on an image that it is of, or that lies on it ({_SERVER}, pid {pid})"
+        found.append(what)
     return sorted(found)

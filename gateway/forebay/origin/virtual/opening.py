@@ -19,7 +19,7 @@ from pathlib import Path
 
 from forebay.errors import ForebayError, InUseError
 from forebay.origin.addresses import FileAddress
-from forebay.origin.opening import OpenImage
+from forebay.origin.opening import Backing, OpenImage
 from forebay.origin.virtual.chain import Link, Locate, open_chain
 from forebay.origin.virtual.disk import VirtualDisk
 from forebay.origin.virtual.graph import PROGRAM, command
@@ -105,7 +105,7 @@ def open_virtual(
         size=top.header.size,
         status=replace(top.file.status, size=top.header.size),
         format=address.format,
-        backing=[link.address for link in chain[1:]],
+        backing=[Backing(link.address, link.file.fd) for link in chain[1:]],
         fresh=None,
     )
 

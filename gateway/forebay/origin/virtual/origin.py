@@ -26,8 +26,8 @@ class BlockingVirtual(BlockingFile):
         if not self._image.backing:
             return found
         seen: list[object] = [found.inode]
-        for address in self._image.backing:
-            status = look(address, self._calls)
+        for below in self._image.backing:
+            status = look(below.address, self._calls)
             seen += [status.device, status.inode, status.size, status.mtime_ns]
         return replace(found, inode=xxh3_64_intdigest(repr(seen).encode()) >> 1)
 
