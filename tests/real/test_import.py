@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -25,6 +26,10 @@ from forebay.importing import limits, web, work
 from forebay.importing.sparse import SparseFile
 from forebay.origin.worker import syscalls
 from real.web_bed import Web, make_authority, numbered, serving
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <function Popen.__del__:pytest.PytestUnraisableExceptionWarning"
+)  # the process of a vmdk image ends by itself when the command has let it go, in its own time
 
 MIB = 1 << 20
 DAEMON = 12345
@@ -93,12 +98,11 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def converted(disk: Path, folder: Path, *options: str) -> Path:
-    """The disk as a qcow2 image."""
-    path = folder / "disk.qcow2"
-    subprocess.run(
-        ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, disk, path], check=True
-    )
+def converted(disk: Path, folder: Path, *options: str, form: str = "qcow2") -> Path:
+    """The disk as an image in another format."""
+    path = folder / f"disk.{form}"
+    how = ["-f", "raw", "-O", form, *options]
+    subprocess.run(["qemu-img", "convert", *how, disk, path], check=True)
     return path
 
 
@@ -135,6 +139,26 @@ def test_what_is_packed_is_unpacked(bed: Bed, disk: Path, tool: str) -> None:
     copy = bed.folder / "disk.img"
     subprocess.run(["cp", "--sparse=always", disk, copy], check=True)
     assert bed.imported(packed(copy, tool)) == disk.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("vmdk", ()),
+        ("vmdk", ("-o", "subformat=streamOptimized")),
+        ("vdi", ()),
+        ("vhdx", ()),
+        ("vhdx", ("-o", "subformat=fixed")),
+    ],
+)
+@pytest.mark.skipif(shutil.which("qemu-storage-daemon") is None, reason="no qemu-storage-daemon")
+def test_an_image_in_another_format_becomes_the_disk_in_it(
+    bed: Bed, disk: Path, form: str, options: tuple[str, ...]
+) -> None:
+    source = converted(disk, bed.folder, *options, form=form)
+    assert bed.imported(source) == disk.read_bytes()
+    (bed.store / "new").unlink()
+    assert bed.imported(packed(source, "zst"), "--format", f"{form}.zst") == disk.read_bytes()
 
 
 def test_a_packed_qcow2_image_is_unpacked_and_read(bed: Bed, disk: Path) -> None:
@@ -297,6 +321,21 @@ def greedy_xz(_disk: Path, folder: Path) -> Path:
     return folder / "x.xz"
 
 
+def vmdk_on_another(disk: Path, folder: Path) -> Path:
+    path = converted(disk, folder, form="vmdk")
+    content = path.read_bytes().replace(b"parentCID=ffffffff", b"parentCID=12345678")
+    path.write_bytes(content)
+    return path
+
+
+def vdi_on_another(disk: Path, folder: Path) -> Path:
+    path = converted(disk, folder, form="vdi")
+    content = bytearray(path.read_bytes())
+    content[424 + 16 : 424 + 32] = b"u" * 16
+    path.write_bytes(content)
+    return path
+
+
 HOSTILE: list[tuple[str, Callable[[Path, Path], Path], str]] = [
     ("a backing file outside", backed("/etc/shadow"), "backing file"),
     ("a backing file above", backed("../../etc/shadow"), "backing file"),
@@ -326,8 +365,21 @@ HOSTILE: list[tuple[str, Callable[[Path, Path], Path], str]] = [
     ("nothing, packed", holding(gzip.compress(b"")), "empty"),
     ("a web page", holding(b"<!DOCTYPE html>\n<html>"), "web page"),
     ("a zip archive", holding(b"PK\x03\x04" + bytes(600)), "unpack it"),
-    ("a vmdk image", holding(b"KDMV" + bytes(600)), "vmdk"),
-    ("a vdi image", holding(bytes(64) + b"\x7f\x10\xda\xbe" + bytes(600)), "vdi"),
+    ("a vmdk image without a header", holding(b"KDMV" + bytes(600)), "not a sound image"),
+    (
+        "a vmdk text",
+        holding(b'# Disk DescriptorFile\nRW 1 FLAT "/etc/shadow" 0\n'.ljust(600)),
+        "text",
+    ),
+    ("a vmdk image on another", vmdk_on_another, "differs from another"),
+    (
+        "a vdi image without a header",
+        holding(bytes(64) + b"\x7f\x10\xda\xbe" + bytes(600)),
+        "VDI of",
+    ),
+    ("a vdi image on another", vdi_on_another, "differs from another"),
+    ("a vhdx image without a header", holding(b"vhdxfile" + bytes(600)), "not a sound image"),
+    ("a qed image", holding(b"QED\0" + bytes(600)), "qed"),
 ]
 
 
@@ -500,6 +552,7 @@ def shapes(disk: Path, folder: Path) -> Iterator[bytes]:
     yield disk.read_bytes()
     yield packed(copy, "zst").read_bytes()
     yield converted(disk, folder).read_bytes()
+    yield converted(disk, folder, form="vmdk").read_bytes()
     yield packed(folder / "disk.qcow2", "gz").read_bytes()
 
 

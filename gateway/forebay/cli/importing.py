@@ -30,7 +30,7 @@ def add_all(parser: argparse.ArgumentParser, check: Check, image: Callable[[str]
     add("target", metavar="STORE:NAME", type=image, help=text)
     text = "refuse it unless the file, as it is fetched, has this checksum"
     add("--sha256", metavar="HEX", type=check(_parse_sum), help=text)
-    text = "raw or qcow2, with .gz, .xz or .zst behind it if packed (default: by the first bytes)"
+    text = "raw, qcow2, vmdk, vdi, vhdx, with .gz, .xz or .zst behind it if packed (default: by its start)"
     add("--format", metavar="FORMAT", type=check(_parse_kind), help=text)
     text = "most that the image may have (default: 1 TiB, and no more than a bomb would have)"
     add("--max-size", metavar="SIZE", type=check(parse_size), help=text)

@@ -11,12 +11,12 @@ which `--format raw` keeps from happening.
 
 from dataclasses import dataclass
 
+from forebay.formats.magic import RAW, START, detect
 from forebay.importing.unpack import MAGIC, packed_how
 
-RAW, QCOW2 = "raw", "qcow2"
+QCOW2 = "qcow2"
 
-_DISKS = {b"QFI\xfb": QCOW2}
-DISKS = (RAW, *_DISKS.values())
+DISKS = (RAW, QCOW2, "vmdk", "vdi", "vhdx")
 
 _NEITHER = {
     b"PK\x03\x04": "a zip archive: unpack it first",
@@ -26,18 +26,14 @@ _NEITHER = {
     b"<!DOCTYPE": "a web page, and no image: check the URL",
     b"<!doctype": "a web page, and no image: check the URL",
     b"<html": "a web page, and no image: check the URL",
-    b"KDMV": "in vmdk format: convert it with 'qemu-img convert -O qcow2' first",
-    b"# Disk DescriptorFile": "in vmdk format: convert it with 'qemu-img convert -O qcow2' first",
-    b"vhdxfile": "in vhdx format: convert it with 'qemu-img convert -O qcow2' first",
     b"conectix": "in vpc format: convert it with 'qemu-img convert -O qcow2' first",
     b"QED\0": "in qed format: convert it with 'qemu-img convert -O qcow2' first",
 }
 """How files begin that are no disks: what they are, and what to do."""
-_VDI = (64, b"\x7f\x10\xda\xbe")
 _TAR = (257, b"ustar")
 
-HEAD = 512
-"""Bytes from the start that `guess` wants."""
+HEAD = START
+"""Bytes from the start that `packing_of` and `disk_of` want."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +70,6 @@ def disk_of(head: bytes) -> str:
     for magic, what in _NEITHER.items():
         if head.startswith(magic):
             raise ValueError(f"is {what}, or say --format raw if it is a disk")
-    for at, magic in (_VDI, _TAR):
-        if head.startswith(magic, at):
-            what = "in vdi format: convert it with 'qemu-img convert -O qcow2' first"
-            what = what if magic == _VDI[1] else "a tar archive: unpack it first"
-            raise ValueError(f"is {what}, or say --format raw if it is a disk")
-    return next((disk for magic, disk in _DISKS.items() if head.startswith(magic)), RAW)
+    if head.startswith(_TAR[1], _TAR[0]):
+        raise ValueError("is a tar archive: unpack it first, or say --format raw if it is a disk")
+    return detect(head)

@@ -14,17 +14,20 @@ import hashlib
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 from forebay.errors import ForebayError
 from forebay.formats import qcow2
-from forebay.importing import guest_view
+from forebay.formats.magic import RAW
+from forebay.importing import guest_view, other_formats
 from forebay.importing.ahead import ahead
-from forebay.importing.kinds import HEAD, RAW, Kind, disk_of, packing_of, parse_kind
+from forebay.importing.kinds import HEAD, QCOW2, Kind, disk_of, packing_of, parse_kind
 from forebay.importing.limits import Limits
 from forebay.importing.source import LocalFile, Source
-from forebay.importing.sparse import SparseFile, in_steps
+from forebay.importing.sparse import SparseFile, data_of, in_steps
 from forebay.importing.unpack import unpack
 from forebay.importing.work import INNER, SOURCE, Record, Work
 from forebay.units import format_size
@@ -74,6 +77,15 @@ class Report:
     """Of the source, as it was fetched; None where nobody asked for that of a file on this host."""
     resumed_bytes: int
     """Of the source, or of the image, that an earlier run had."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file that holds an image with tables."""
+
+    read: guest_view.Read
+    size: int
+    path: Callable[[], Path]
 
 
 class Making:
@@ -199,7 +211,7 @@ class Making:
         self._has(kind)
         if disk == RAW:
             return kind, self._copy_stream(content, 0)
-        return kind, self._copy_qcow2(self._as_file(content, packing))
+        return kind, self._copy_tables(disk, self._as_file(content, packing))
 
     def _in_advance(self, pieces: Iterator[T]) -> Iterator[T]:
         """The same pieces, made by another thread."""
@@ -239,16 +251,25 @@ class Making:
         self._write(pieces(), 0)
         return end
 
-    def _copy_qcow2(self, file: tuple[guest_view.Read, int]) -> int:
-        """The disk that a guest sees of a qcow2 image in a file: how many bytes it has."""
-        read, file_size = file
-        header = qcow2.parse(read(0, qcow2.HEAD), file_size)
+    def _copy_tables(self, disk: str, file: "_File") -> int:
+        """The disk that a guest sees of an image with tables, in a file: how many bytes it has."""
+        self._consumed = file.size
+        if disk == QCOW2:
+            return self._copy_qcow2(file)
+        with other_formats.opened(file.path(), disk, self._source.name) as found:
+            self._wish.limits.check_size(found.size)
+            pieces = data_of(found.fd, found.size, self._work.record.written)
+            return self._write(self._in_advance(pieces), found.size)
+
+    def _copy_qcow2(self, file: "_File") -> int:
+        header = qcow2.parse(file.read(0, qcow2.HEAD), file.size)
         guest_view.check(header)
         self._wish.limits.check_size(header.size)
         written = self._work.record.written
-        self._work.check_room(guest_view.allocated(read, header, written))
-        self._consumed = file_size
-        return self._write(self._in_advance(guest_view.data(read, header, written)), header.size)
+        self._work.check_room(guest_view.allocated(file.read, header, written))
+        return self._write(
+            self._in_advance(guest_view.data(file.read, header, written)), header.size
+        )
 
     # ------------------------------------------------------------------------------------------------- the source
 
@@ -297,19 +318,19 @@ class Making:
     def _tell_consumed(self) -> None:
         self._progress(WRITE, self._consumed, self._source.size or 0)
 
-    def _as_file(self, content: Iterator[bytes], packing: str) -> tuple[guest_view.Read, int]:
-        """What reads any part of the content, and how many bytes it has."""
+    def _as_file(self, content: Iterator[bytes], packing: str) -> "_File":
+        """The content in a file."""
         if packing:
             return self._unpacked_file(content)
         if self._summed:
             for _ in content:
                 self._progress(FETCH, self._consumed, self._source.size or 0)
         if isinstance(self._source, LocalFile):
-            return self._source.read, self._source.size or 0
+            return _File(self._source.read, self._source.size or 0, self._source.path)
         assert self._kept is not None
-        return self._kept.read, self._fetched
+        return _File(self._kept.read, self._fetched, partial(self._work.path, SOURCE))
 
-    def _unpacked_file(self, content: Iterator[bytes]) -> tuple[guest_view.Read, int]:
+    def _unpacked_file(self, content: Iterator[bytes]) -> "_File":
         file = self._work.file(INNER)
         file.cut(0)
         end = 0
@@ -319,7 +340,7 @@ class Making:
             self._check(file, end)
             self._progress(FETCH, self._consumed, self._source.size or 0)
         file.cut(end)
-        return file.read, end
+        return _File(file.read, end, partial(self._work.path, INNER))
 
     # ------------------------------------------------------------------------------------------------- the image
 

@@ -3,14 +3,15 @@
 
 """Where the bytes come from: what a file on this host and one on a web server have in common; the former."""
 
-import errno
 import os
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from forebay.errors import ForebayError
-from forebay.importing.sparse import STEP
+from forebay.importing.sparse import STEP, data_of
+from forebay.origin.worker import syscalls
 
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
@@ -85,27 +86,18 @@ class LocalFile:
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes at any place, less than `length` only at the end."""
-        parts = []
-        while length and (found := os.pread(self._fd, length, offset)):
-            parts.append(found)
-            offset, length = offset + len(found), length - len(found)
-        return b"".join(parts)
+        return syscalls.pread(self._fd, length, offset)
 
     def pieces(self, start: int) -> Iterator[tuple[int, bytes]]:
-        """(offset, data) of all that is no hole from `start` on, a STEP at most each."""
-        size = self._size
-        while start < size:
-            try:
-                start = os.lseek(self._fd, start, os.SEEK_DATA)
-            except OSError as fault:
-                if fault.errno == errno.ENXIO:  # no more data
-                    return
-                raise
-            end = min(os.lseek(self._fd, start, os.SEEK_HOLE), size)
-            while start < end:
-                length = min(STEP - start % STEP, end - start)
-                yield start, self.read(start, length)
-                start += length
+        """(offset, data) of all that is no hole from `start` on."""
+        return data_of(self._fd, self._size, start)
+
+    def path(self) -> Path:
+        """Where it lies now. Raises ForebayError where that is another file."""
+        path = Path(self.name).resolve()
+        if not os.path.samestat(path.stat(), os.fstat(self._fd)):
+            raise ForebayError(f"{self.name} is another file by now: import it when it is at rest")
+        return path
 
     @property
     def allocated(self) -> int:

@@ -3,6 +3,7 @@
 
 """A file that is written from its start to its end, in which zeros become holes."""
 
+import errno
 import os
 from collections.abc import Iterator
 
@@ -50,6 +51,22 @@ class SparseFile:
     def allocated(self) -> int:
         """Bytes that it takes in its store."""
         return syscalls.fstat(self.fd).st_blocks * 512
+
+
+def data_of(fd: int, size: int, start: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, data) of all that is no hole of an open file from `start` to `size`, a STEP at most each."""
+    while start < size:
+        try:
+            start = syscalls.lseek(fd, start, os.SEEK_DATA)
+        except OSError as fault:
+            if fault.errno == errno.ENXIO:  # no more data
+                return
+            raise
+        end = min(syscalls.lseek(fd, start, os.SEEK_HOLE), size)
+        while start < end:
+            length = min(STEP - start % STEP, end - start)
+            yield start, syscalls.pread(fd, length, start)
+            start += length
 
 
 def in_steps(chunks: Iterator[bytes]) -> Iterator[bytes]:

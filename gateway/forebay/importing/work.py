@@ -178,6 +178,10 @@ class Work:
         """The file of that kind, as it was left."""
         return SparseFile(self._opened(kind))
 
+    def path(self, kind: str) -> Path:
+        """Where that file lies."""
+        return (self.address.root / self.address.path).parent / self._name(kind)
+
     def save(self) -> None:
         """Have it durable how far we are. The data has to be so already."""
         fd = own_files.make(self.folder, self._name(NEXT_RECORD), 0o600)
