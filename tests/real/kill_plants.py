@@ -145,7 +145,7 @@ POINTS = (
     # attach, detach, change of mode
     Point("attach: origin opened", f"{GATEWAY}.image.source:Source.prepare"),
     Point("attach: disk opened", f"{GATEWAY}.daemon.arrivals:Arrivals._opened"),
-    Point("attach: socket", f"{GATEWAY}.doors.listener:Listener.open"),
+    Point("attach: socket", f"{GATEWAY}.doors.accepting:Accepting.open"),
     Point("detach: drained", f"{GATEWAY}.disk.disk:Disk.drain"),
     Point("detach: hung up", f"{GATEWAY}.daemon.departures:Departures._shut"),
     Point("detach: closed", f"{GATEWAY}.disk.disk:Disk.close"),

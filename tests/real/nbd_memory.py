@@ -7,13 +7,14 @@ import contextlib
 import errno
 import mmap
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import trio
 
-from forebay_nbd import Budgets, Buffer, Export, Limits, Server
+from forebay_nbd import Budgets, Buffer, Export, Exports, KnownExports, Limits, Server
 
 HOLE_AND_ZERO = 3
 
@@ -190,16 +191,21 @@ async def serving(
     export: MemoryExport | None = None,
     limits: Limits | None = None,
     budgets: Budgets | None = None,
+    exports: Callable[[MemoryExport], Exports] | None = None,
 ) -> AsyncIterator[Running]:
-    """Our server with one export, named and as the default. Whatever the test left waiting is let go at the end."""
+    """Our server with one export, named and as the default; or with what `exports` makes of that for each client.
+
+    Whatever the test left waiting is let go at the end.
+    """
     export = export or MemoryExport()
     checked: Export = export
-    server = Server(
-        lambda name: checked if name in ("", checked.name) else None,
-        lambda: [checked.name],
-        limits,
-        budgets=budgets,
-    )
+
+    def known() -> KnownExports:
+        return KnownExports(
+            lambda name: checked if name in ("", checked.name) else None, lambda: [checked.name]
+        )
+
+    server = Server(partial(exports, export) if exports else known, limits, budgets=budgets)
     scope, ended = trio.CancelScope(), trio.Event()
     path = directory / "disk.sock"
 

@@ -13,7 +13,8 @@ import trio
 import trio.testing
 
 from forebay.config.model import GatewaySection
-from forebay.doors.listener import Listener, socket_path
+from forebay.doors.accepting import socket_path
+from forebay.doors.listener import Listener
 from forebay.errors import ForebayError
 from forebay_nbd.client.client import Client
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from forebay_nbd import Connection, Limits, Phase
+from forebay_nbd import Connection, KnownExports, Limits, Phase
 from forebay_nbd.server.budget import Budget, Share
 from real.nbd_memory import MemoryExport, serving
 from real.nbd_raw import Raw, option, request, still_serves, until
@@ -482,7 +482,7 @@ def test_a_connection_needs_no_server() -> None:
         export = MemoryExport()
         async with trio.open_nursery() as nursery:
             connection = Connection(ours, Limits(), Share(Budget(1 << 20)))
-            nursery.start_soon(connection.run, lambda _: export, list)
+            nursery.start_soon(connection.run, KnownExports(lambda _: export, list))
             await trio.to_thread.run_sync(theirs.recv, 18)
             theirs.close()
 

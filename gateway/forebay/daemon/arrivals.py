@@ -20,7 +20,8 @@ from forebay.daemon.disks import Disks
 from forebay.daemon.parallel import run_all
 from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.disk import Disk
-from forebay.doors.listener import Listener, socket_path
+from forebay.doors.accepting import socket_path
+from forebay.doors.listener import Listener
 from forebay.doors.restart import EarlierSockets
 from forebay.doors.returns import Returns
 from forebay.doors.tenant import Rule, Tenant
@@ -36,7 +37,7 @@ from forebay.origin.mounts import is_local
 from forebay.origin.threads import StoreThreads
 from forebay.origin.virtual.opening import Servers
 from forebay.origin.worker.process import StoreProcess
-from forebay.units import parse_name
+from forebay.units import Mode, parse_name
 from forebay_cache import Cache, CacheError
 from forebay_nbd import Budgets
 
@@ -243,9 +244,10 @@ class Arrivals:
     # -- both
 
     def source(
-        self, name: str, record: DiskRecord, size: int | None
+        self, name: str, record: DiskRecord, size: int | None, *, is_base: bool = False
     ) -> tuple[Source, DiskSettings]:
-        """The source of the disk, and its settings. `size` in bytes, as recorded; None: not known yet.
+        """The source of the disk, and its settings. `size` in bytes, as recorded; None: not known yet. `is_base`: as
+        `Use` has it.
 
         Raises ForebayError for an image that may not be attached.
         """
@@ -259,6 +261,7 @@ class Arrivals:
             need_locks=settings.require_locks,
             refresh=settings.on_change == "refresh",
             as_bytes=record.format == RAW,
+            is_base=is_base,
         )
         source = Source(
             image,
@@ -279,6 +282,17 @@ class Arrivals:
         wanted = DiskRecord(image, "", 0, overlay=True)
         found = await _format_of(self.source(WARMING, wanted, None)[0])
         return self.source(WARMING, wanted.in_format(found), None)[0]
+
+    def base(self, image: str, size: int | None) -> tuple[Source, DiskSettings]:
+        """The source of an image for who reads it by its store's socket, and its settings. `size` as in `source`.
+
+        It is read through the cache, unless its store is in mode none. Raises ForebayError.
+        """
+        record = DiskRecord(image, "", 0, read_only=True, format="raw")
+        source, settings = self.source(image, record, size, is_base=True)
+        if settings.mode is not Mode.NONE:
+            settings = settings.model_copy(update={"mode": Mode.WRITE_THROUGH})
+        return source, settings
 
     def threads_of(self, store: str) -> StoreThreads:
         """The threads of a store, or of a device, and its process."""

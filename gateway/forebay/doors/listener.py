@@ -1,99 +1,24 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""A disk's own NBD socket, and who is connected to it."""
+"""A disk's own NBD socket."""
 
-import grp
 import logging
-import os
-import pwd
-import select
-import socket
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import trio
 
 from forebay.config.model import GatewaySection
-from forebay.doors.named import NamedListener, is_gone
-from forebay.doors.peers import Admission
+from forebay.doors.accepting import Accepting
 from forebay.doors.restart import Client, Sockets
 from forebay.doors.tenant import Rule, Tenant
-from forebay.errors import ForebayError, advice
-from forebay.image.boundary import Boundary
-from forebay_nbd import Budgets, Connection, Export, Phase, Server
+from forebay_nbd import Budgets, Export, KnownExports, Server
 
 log = logging.getLogger("forebay.daemon")
 
-LONGEST_ADDRESS = 107
-"""Bytes of a Unix socket's address (unix(7))."""
 
-BACKLOG = 4096
-"""Connections that may wait to be accepted, and as many as Linux allows at first (net.core.somaxconn). QEMU opens a few
-per disk; but where the queue is full, a client that does not block hears EAGAIN, and a stranger can fill a short one.
-"""
-
-HANDSHAKE_SECONDS = 0.2
-"""How long who is just connecting may take before a planned restart; clients need a millisecond."""
-
-CANCEL_SECONDS = 2.0
-"""How long cancelled requests may take to end. A connection with one that does not is aborted."""
-
-_NEW = ".new"
-"""What the name of a socket ends with until owner and mode are set."""
-
-
-def socket_path(run: Path, name: str) -> Path:
-    """Where the socket of the disk `name` lies. Raises ForebayError if no socket can have so long a path."""
-    path = run / "disks" / f"{name}.sock"
-    length = len(os.fsencode(path)) + len(_NEW)
-    if length > LONGEST_ADDRESS:
-        raise ForebayError(
-            f"'{name}' makes the socket's path {length - LONGEST_ADDRESS} bytes too long: "
-            "choose a shorter name, or a shorter gateway.run"
-        )
-    return path
-
-
-def listen(path: Path, section: GatewaySection) -> trio.SocketListener:
-    """A listening socket at `path`, which appears there when owner and mode are set. Raises OSError."""
-    new = path.with_name(path.name + _NEW)
-    path.parent.mkdir(exist_ok=True)  # somebody may have tidied up
-    new.unlink(missing_ok=True)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.bind(str(new))
-        _give(new, section)
-        sock.listen(BACKLOG)
-        new.rename(path)
-    except BaseException:
-        sock.close()
-        new.unlink(missing_ok=True)
-        raise
-    return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
-
-
-def _give(path: Path, section: GatewaySection) -> None:
-    owner = pwd.getpwnam(section.socket_owner).pw_uid if section.socket_owner else -1
-    group = grp.getgrnam(section.socket_group).gr_gid if section.socket_group else -1
-    if (owner, group) != (-1, -1):
-        os.chown(path, owner, group)
-    path.chmod(section.socket_mode)
-
-
-def _gone(connections: Iterable[Connection]) -> list[Connection]:
-    """Those of the connections whose client has closed both directions of its socket, as the end of a process does."""
-    poll = select.poll()
-    found = {one.sock.fileno(): one for one in connections}
-    for descriptor in found:
-        if descriptor >= 0:
-            poll.register(descriptor, 0)
-    ended = {descriptor for descriptor, event in poll.poll(0) if event & select.POLLHUP}
-    return [one for descriptor, one in found.items() if descriptor < 0 or descriptor in ended]
-
-
-class Listener:
+class Listener(Accepting):
     """The NBD socket of one disk: accepts clients while it is open, and serves them.
 
     The disk is the export of the name `export.name`, and the default export.
@@ -113,107 +38,18 @@ class Listener:
 
         `memory` is what the clients of all disks together may hold; without it this disk's have budgets of their own.
         """
-        self.path = path
         self._export = export
-        self._section = section
-        self.tenant = tenant or Tenant(export.name, section.run, Rule("any"))
-        """Who may connect. `open` gives it the users and groups that the configuration names: they exist by then."""
-        self._server = Server(
-            lambda name: export if name in ("", export.name) else None,
-            lambda: [export.name],
-            may_connect=self.tenant.may_connect,
+        tenant = tenant or Tenant(export.name, section.run, Rule("any"))
+        server = Server(
+            partial(
+                KnownExports,
+                lambda name: export if name in ("", export.name) else None,
+                lambda: [export.name],
+            ),
+            may_connect=tenant.may_connect,
             budgets=memory,
         )
-        self._scope: trio.CancelScope | None = None
-        """Of accepting; None while the socket is shut."""
-        self._shut = trio.Event()
-        """Set when the last connection has ended after the socket was shut."""
-        self._accepting: NamedListener | None = None
-        """While the socket is open."""
-        self._leaving = False
-        """True if the path stays for another process, after `suspend`."""
-
-    # -- who is there
-
-    @property
-    def clients(self) -> int:
-        """How many connections are past the handshake, without those whose client is gone: that has closed its end, or
-        was killed, and what it asked for last is still under way.
-        """
-        past = [one for one in self._server.connections if one.session is not None]
-        return len(past) - len(_gone(past))
-
-    @property
-    def unanswered_since(self) -> float | None:
-        """Trio time since when the oldest request without an answer is under way; None where there is none."""
-        since = (one.unanswered_since for one in self._server.connections)
-        return min((one for one in since if one is not None), default=None)
-
-    @property
-    def answered(self) -> int:
-        """A number that changes whenever a request that had to wait is answered."""
-        return sum(one.answered for one in self._server.connections)
-
-    # -- opening
-
-    async def open(self, nursery: trio.Nursery | Boundary, earlier: Sockets | None = None) -> None:
-        """Accept clients, and go on with those that the process before left. Raises ForebayError.
-
-        The task that does so is started in `nursery`. Sockets of `earlier` that are not used are closed.
-        """
-        sockets = earlier or Sockets()
-        try:
-            self.tenant.admission = Admission.to_disks(self._section)
-            listener = self._socket(sockets)
-        except (OSError, KeyError) as fault:
-            sockets.hang_up()
-            raise ForebayError(
-                f"cannot make the socket {self.path}: {fault}: "
-                f"{advice(fault, 'check [gateway] in the configuration')}"
-            ) from None
-        self._shut = trio.Event()
-        self._scope = trio.CancelScope()
-        again = partial(listen, self.path, self._section)
-        named = NamedListener(self.path, listener, again)
-        await nursery.start(self._serve, named, sockets.clients, self._scope)
-
-    def _socket(self, earlier: Sockets) -> trio.SocketListener:
-        """The listening socket: the earlier one if that lies at our path, or a new one. Raises OSError, KeyError."""
-        found, earlier.listener = earlier.listener, None
-        if found is None:
-            return listen(self.path, self._section)
-        if earlier.path != self.path or is_gone(self.path):
-            found.close()
-            return listen(self.path, self._section)
-        try:
-            _give(self.path, self._section)
-            found.setblocking(False)
-            return trio.SocketListener(trio.socket.from_stdlib_socket(found))
-        except BaseException:
-            found.close()
-            raise
-
-    async def _serve(
-        self,
-        listener: NamedListener,
-        clients: list[Client],
-        scope: trio.CancelScope,
-        *,
-        task_status: trio.TaskStatus[None],
-    ) -> None:
-        """Serve until `scope` is cancelled and the last connection has ended; then remove the socket's path."""
-        self._accepting = listener
-        try:
-            async with trio.open_nursery() as nursery:
-                for client in clients:
-                    self._go_on(client, nursery)
-                with scope:
-                    await self._server.serve(listener, task_status=task_status)
-        finally:
-            if not self._leaving:
-                listener.remove()
-            self._scope = self._accepting = None
-            self._shut.set()
+        super().__init__(server, path, section, tenant)
 
     def _go_on(self, client: Client, nursery: trio.Nursery) -> None:
         """Serve a client of the process before, if the disk still is what it was told."""
@@ -225,77 +61,3 @@ class Listener:
                 "%s: its size or access changed: a client has to reconnect", self._export.name
             )
             Sockets(clients=[client]).hang_up()
-
-    # -- shutting
-
-    async def shut(self, seconds: float) -> None:
-        """Accept nobody any more, let requests in flight finish, for at most so many seconds, then hang up.
-
-        Returns when the last connection has ended; at once where the socket is not open.
-        """
-        if self._scope is None:
-            return
-        self._scope.cancel()
-        for connection in _gone(self._server.connections):
-            connection.abort()  # nobody is there to hear what it waits for
-        with trio.move_on_after(seconds):
-            await self._shut.wait()
-            return
-        self._abort()
-        await self._shut.wait()
-
-    def hang_up(self) -> None:
-        """Accept nobody any more, and give up on requests in flight and on who is connected. Waits for nothing."""
-        if self._scope is not None:
-            self._scope.cancel()
-        self._abort()
-
-    def _abort(self) -> None:
-        for connection in list(self._server.connections):
-            connection.abort()
-
-    def evict(self) -> None:
-        """Hang up on everybody but doors, and have nobody have the disk: its VM is about to start."""
-        for connection in list(self._server.connections):
-            if not self.tenant.is_door(connection.sock):
-                connection.abort()
-        self.tenant.forget()
-
-    async def suspend(self, seconds: float) -> Sockets:
-        """Stop serving and leave the sockets as they are, for another process: listener, clients, the path.
-
-        Requests in flight have so many seconds to finish; then they move too, and are done again.
-        """
-        if self._scope is None or self._accepting is None:
-            return Sockets()
-        with trio.move_on_after(HANDSHAKE_SECONDS):
-            while any(one.session is None for one in self._server.connections):  # noqa: ASYNC110 - nobody tells
-                await trio.sleep(HANDSHAKE_SECONDS / 20)
-        found = Sockets(socket.socket(fileno=os.dup(self._accepting.socket.fileno())), self.path)
-        self._leaving = True
-        connections = list(self._server.connections)
-        for connection in connections:
-            connection.suspend()
-        self._scope.cancel()
-        await self._all_suspended(connections, seconds)
-        found.clients = [
-            self._suspended(one) for one in connections if one.phase is Phase.SUSPENDED
-        ]
-        return found
-
-    async def _all_suspended(self, connections: list[Connection], seconds: float) -> None:
-        """Wait for the connections to be suspended. In the end requests are cancelled, and then connections aborted."""
-        with trio.move_on_after(seconds):
-            await self._shut.wait()
-        for connection in connections:
-            connection.cancel_requests()
-        with trio.move_on_after(CANCEL_SECONDS):
-            await self._shut.wait()
-            return
-        self._abort()
-        await self._shut.wait()
-
-    def _suspended(self, connection: Connection) -> Client:
-        assert connection.session is not None
-        session, export = connection.session, self._export
-        return Client(connection.sock, session, export.size, export.read_only)

@@ -132,6 +132,8 @@ ClientOption = (
     | BadOption
 )
 
+NamesExport = ExportName | InfoOption | GoOption | ListContexts | SetContexts
+
 
 # --- handshake, server to client ----------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)

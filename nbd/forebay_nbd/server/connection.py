@@ -10,8 +10,8 @@ outbox.
 """
 
 import socket
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from os import sched_yield
 from time import perf_counter
 
@@ -24,8 +24,8 @@ from forebay_nbd.protocol.requests import RequestReader, encode_request
 from forebay_nbd.protocol.session import Session
 from forebay_nbd.server.batch import Batch, Outcome, compiled_turn
 from forebay_nbd.server.budget import Share
-from forebay_nbd.server.export import Export
-from forebay_nbd.server.handshaking import do_handshake
+from forebay_nbd.server.export import Export, Exports
+from forebay_nbd.server.handshaking import Handshaking, do_handshake
 from forebay_nbd.server.limits import Limits
 from forebay_nbd.server.negotiation import Negotiation
 from forebay_nbd.server.outbox import Outbox
@@ -57,8 +57,8 @@ class Connection:
         """Set once transmission has begun. In phase SUSPENDED it says how to go on with the socket."""
         self._serving = trio.CancelScope(shield=True)
         """All of run(); cancelled by abort()."""
-        self._handshaking = trio.CancelScope()
-        """The handshake; cancelled by stop()."""
+        self.handshaking = Handshaking(limits)
+        """The handshake's time; cancelled by stop()."""
         self._reading = trio.CancelScope()
         """Reading of requests; cancelled by stop()."""
         self._working = trio.CancelScope()
@@ -87,7 +87,7 @@ class Connection:
         """
         if self.phase in (Phase.HANDSHAKE, Phase.TRANSMISSION):
             self._enter(Phase.STOPPING)
-        self._handshaking.cancel()
+        self.handshaking.cancel()
         self._reading.cancel()
         self._serving.deadline = min(
             self._serving.deadline, trio.current_time() + self.limits.shutdown_seconds
@@ -130,22 +130,20 @@ class Connection:
         return self._out.stalled_since or self._slow.payload_pace.since
 
     # --- life ----------------------------------------------------------------------
-    async def run(
-        self, resolve: Callable[[str], Export | None], names: Callable[[], list[str]]
-    ) -> None:
+    async def run(self, exports: Exports) -> None:
         """Serves the client from the handshake on, until it leaves, or stop(), suspend() or abort() is called.
 
-        `resolve` returns the export of a name, `names` what LIST shows. Closes the socket, but in phase SUSPENDED.
+        `exports` are what the client may have; the caller closes them. Closes the socket, but in phase SUSPENDED.
         Raises ProtocolError if the client broke the protocol, and passes on what an export raises in a method that is
         not async, beside OSError. Shielded from cancellation: use stop() or abort().
         """
         with self._serving:
             try:
-                negotiation = Negotiation(resolve, names, self.limits.name_bytes)
-                self._handshaking.deadline = trio.current_time() + self.limits.handshake_seconds
-                with self._handshaking:
+                negotiation = Negotiation(exports.find, exports.names, self.limits.name_bytes)
+                look_up = partial(self.handshaking.look_up, exports)
+                with self.handshaking.scope():
                     self.session = await do_handshake(
-                        self.sock, self._out, self.limits, negotiation
+                        self.sock, self._out, self.limits, negotiation, look_up
                     )
                 if self.session is not None:
                     self.export = negotiation.export

@@ -1,11 +1,15 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""The interface between the server and a disk that it serves."""
+"""The interface between the server and what it serves: a disk, and which disks a client may have."""
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Final, Protocol, runtime_checkable
 
-from forebay_nbd.protocol.wire import Buffer, Flag
+from forebay_nbd.protocol.wire import Buffer, Flag, Rep
+
+LONGEST_REASON: Final = 500
+"""Characters of a refusal that a client is told: below the protocol's bound of a string, whatever name is in it."""
 
 
 class Flushing(Protocol):
@@ -127,6 +131,63 @@ class Export(Protocol):
 
         It does not imply a flush.
         """
+
+
+class Refused(Exception):
+    """Raised for an export that a client does not get: `reason` says why in one printable line, `reply` is ERR_POLICY,
+    or ERR_UNKNOWN where there is none of that name.
+    """
+
+    def __init__(self, reason: str, reply: Rep = Rep.ERR_POLICY) -> None:
+        text = "".join(c if c.isprintable() else "?" for c in " ".join(reason.split()))
+        half = LONGEST_REASON // 2  # what is long is a name that the client has sent
+        self.reason = text if len(text) <= LONGEST_REASON else f"{text[: half - 1]}…{text[-half:]}"
+        self.reply = reply
+        super().__init__(self.reason)
+
+
+class Exports(Protocol):
+    """What one client may have. Each connection gets one of its own, which `close` ends.
+
+    The server awaits `look` before it asks `find` about a name, and `look_around` before it asks for `names`. The time
+    that they take is not the client's, so both have to be bounded.
+    """
+
+    async def look(self, name: str) -> None:
+        """Finds out what `find` is going to say of that name. The name is hostile, and may be empty."""
+
+    async def look_around(self) -> None:
+        """Finds out what `names` is going to return."""
+
+    def find(self, name: str) -> Export | None:
+        """The export of that name, which stays what it is until another one is looked for, or close(); None if there is
+        none. find("") is the default export. Raises Refused, which says more.
+        """
+
+    def names(self) -> list[str]:
+        """What LIST shows."""
+
+    def close(self) -> None:
+        """Called once, when the connection has ended."""
+
+
+class KnownExports:
+    """Exports that are there all the time."""
+
+    def __init__(
+        self, resolve: Callable[[str], Export | None], names: Callable[[], list[str]]
+    ) -> None:
+        self.find = resolve
+        self.names = names
+
+    async def look(self, name: str) -> None:
+        """Implements Exports: nothing to do."""
+
+    async def look_around(self) -> None:
+        """Implements Exports: nothing to do."""
+
+    def close(self) -> None:
+        """Implements Exports: nothing to do."""
 
 
 def transmission_flags(export: Export, structured: bool) -> Flag:

@@ -3,7 +3,9 @@
 
 """The server's side of the handshake on a socket."""
 
+import math
 import socket
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -11,16 +13,54 @@ from forebay_nbd.protocol import events as ev
 from forebay_nbd.protocol.handshake import ServerHandshake, State
 from forebay_nbd.protocol.session import Session
 from forebay_nbd.protocol.wire import ProtocolError
+from forebay_nbd.server.export import Exports
 from forebay_nbd.server.limits import Limits
 from forebay_nbd.server.negotiation import Negotiation
 from forebay_nbd.server.outbox import Outbox
 
 
+class Handshaking:
+    """The time that a client has for its handshake. What the server takes to look for its export does not count."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.is_looking = False
+        """The server looks for the export that the client has named, or for all: it is not the client that is slow."""
+        self._limits = limits
+        self._scope = trio.CancelScope()
+
+    def scope(self) -> trio.CancelScope:
+        """Around the handshake: it ends the body when the client has been too slow. The time begins now."""
+        self._scope.deadline = trio.current_time() + self._limits.handshake_seconds
+        return self._scope
+
+    def cancel(self) -> None:
+        """Ends the handshake, now or as soon as it begins."""
+        self._scope.cancel()
+
+    async def look_up(self, exports: Exports, option: ev.ClientOption) -> None:
+        """Finds out what the answer to an option depends on. Names that are too long are unknown anyway."""
+        left = self._scope.deadline - trio.current_time()
+        self._scope.deadline, self.is_looking = math.inf, True
+        try:
+            if isinstance(option, ev.ListExports):
+                await exports.look_around()
+            name = option.name if isinstance(option, ev.NamesExport) else None
+            if name is not None and len(name.encode()) <= self._limits.name_bytes:
+                await exports.look(name)
+        finally:
+            self._scope.deadline, self.is_looking = trio.current_time() + left, False
+
+
 async def do_handshake(
-    sock: socket.socket, out: Outbox, limits: Limits, negotiation: Negotiation
+    sock: socket.socket,
+    out: Outbox,
+    limits: Limits,
+    negotiation: Negotiation,
+    look: Callable[[ev.ClientOption], Awaitable[None]],
 ) -> Session | None:
     """Greets a client and answers its options until it asks for transmission.
 
+    `look` finds out about an option what `negotiation` is going to be asked for.
     Returns the session, with what the client has sent beyond the handshake as `unparsed`; `negotiation` has the export.
     Returns None if the client left. Raises ProtocolError if it broke the protocol or sent too many options.
     """
@@ -40,6 +80,7 @@ async def do_handshake(
             options += 1
             if options > limits.options:
                 raise ProtocolError(f"more than {limits.options} options")
+            await look(event)
             await _send(out, b"".join(map(handshake.send, negotiation.answer(event))))
             if handshake.state is State.CLOSED or out.broken:
                 return None

@@ -17,13 +17,14 @@ from forebay_nbd.protocol.wire import (
     ProtocolError,
     Rep,
 )
-from forebay_nbd.server.export import Export, transmission_flags
+from forebay_nbd.server.export import Export, Refused, transmission_flags
 
 
 class Negotiation:
     """The server's side of one handshake: it answers options, and keeps what was agreed on so far.
 
-    `resolve` returns the export of a name, or None; resolve("") is the default export. `names` returns what LIST shows.
+    `resolve` returns the export of a name, or None; resolve("") is the default export. It may raise Refused. `names`
+    returns what LIST shows.
     Names longer than `name_bytes` bytes are unknown.
     """
 
@@ -57,6 +58,15 @@ class Negotiation:
         the size of an export is impossible, which is a bug of whoever made it.
         """
         number = option_number(option)
+        try:
+            return self._answer(number, option)
+        except Refused as refused:
+            if isinstance(option, ev.ExportName):
+                raise ProtocolError(f"EXPORT_NAME: {refused}") from None
+            return [ev.OptionError(number, refused.reply, refused.reason)]
+
+    def _answer(self, number: int, option: ev.ClientOption) -> list[ev.HandshakeReply]:
+        """As answer(). Raises Refused, too."""
         match option:
             case ev.ExportName(name=name):
                 return [self._answer_export_name(name)]
@@ -130,7 +140,7 @@ class Negotiation:
             ev.ExportInfo(number, export.size, transmission_flags(export, self.structured))
         ]
         if Info.NAME in wanted:
-            replies.append(ev.NameInfo(number, export.name))
+            replies.append(ev.NameInfo(number, name or export.name))
         if Info.BLOCK_SIZE in wanted:
             replies.append(ev.BlockSizeInfo(number, 1, export.preferred_block, MAX_PAYLOAD))
         return [*replies, ev.Ack(number)]

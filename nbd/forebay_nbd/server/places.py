@@ -153,10 +153,12 @@ class Places:
         """
         self._note_first()
         is_first = process is not None and process == self._first
-        busy = sum(one.session is not None for one in self._processes)
+        busy = sum(one.session is not None or one.handshaking.is_looking for one in self._processes)
         if busy >= self._most - (0 if is_first else self._kept):
             return False
-        waiting = [one for one in self._processes if one.session is None]
+        waiting = [
+            one for one in self._processes if one.session is None and not one.handshaking.is_looking
+        ]
         if len(waiting) >= HANDSHAKES:
             others = (one for one in waiting if self._processes[one] != self._first)
             dropped = next(others, waiting[0])

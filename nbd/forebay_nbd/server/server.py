@@ -14,7 +14,7 @@ from forebay_nbd.protocol.session import Session
 from forebay_nbd.protocol.wire import ProtocolError
 from forebay_nbd.server.budget import Budgets, Share
 from forebay_nbd.server.connection import Connection
-from forebay_nbd.server.export import Export
+from forebay_nbd.server.export import Exports, Refused
 from forebay_nbd.server.limits import OWN_CONNECTIONS, Limits
 from forebay_nbd.server.places import Places, Process
 
@@ -29,23 +29,22 @@ _PAUSE_SECONDS = 0.1
 class Server:
     """Serves exports to all clients of one listener.
 
-    `resolve` returns the export of a name, or None; resolve("") is the default export. `names` returns the names that
-    LIST shows. `may_connect` is given each new connection before a byte is sent; it is closed if that returns False.
-    All three are called in the event loop, and must not take long. `budgets` are the memory that all servers of the
-    process share; without them the server has some of its own.
+    `exports` makes what one client may have. `may_connect` is given each new connection before a byte is sent; it is
+    closed if that returns False. Both are called in the event loop, and must not take long. `budgets` are the memory
+    that all servers of the process share; without them the server has some of its own. One part of `share` of what is
+    there for connections is as much as this one gets of it.
     """
 
     def __init__(
         self,
-        resolve: Callable[[str], Export | None],
-        names: Callable[[], list[str]],
+        exports: Callable[[], Exports],
         limits: Limits | None = None,
         may_connect: Callable[[socket.socket], bool] = lambda _sock: True,
         budgets: Budgets | None = None,
+        share: int = 4,
     ) -> None:
         self._may_connect = may_connect
-        self._resolve = resolve
-        self._names = names
+        self._exports = exports
         self.limits = limits or Limits()
         self.connections: set[Connection] = set()
         self._places = Places(self.limits.connections)
@@ -55,7 +54,8 @@ class Server:
         self._status = Share(budgets.status, own, own + budgets.status.limit // 4)
         self._status.holders = self._budget.holders
         own = OWN_CONNECTIONS * self.limits.connection_bytes
-        self._memory = Share(budgets.connections, own, own + budgets.connections.limit // 4)
+        most = budgets.connections.limit // share
+        self._memory = Share(budgets.connections, own, own + most)
         self._held: dict[Connection, int] = {}
         """Bytes of the memory for connections that each of them has."""
 
@@ -90,13 +90,22 @@ class Server:
 
         The socket is closed at once if there is no export of that name any more.
         """
-        connection = self._add(sock)
-        export = self._resolve(session.export_name)
-        if export is None:
-            self._remove(connection)
-            sock.close()
-            return
-        await self._supervise(connection, connection.resume(session, export))
+        connection, exports = self._add(sock), self._exports()
+        await self._supervise(connection, exports, self._go_on(connection, exports, session))
+
+    async def _go_on(self, connection: Connection, exports: Exports, session: Session) -> None:
+        """Raises what Connection.resume() raises."""
+        export = None
+        try:
+            await exports.look(session.export_name)
+            export = exports.find(session.export_name)
+        except Refused as refused:
+            log.info("a connection of before is not gone on with: %s", refused)
+        finally:
+            if export is None:
+                connection.sock.close()
+        if export is not None:
+            await connection.resume(session, export)
 
     def _add(self, sock: socket.socket) -> Connection:
         """A new connection on a connected socket, counted as one of this server's. The caller has to run it.
@@ -144,10 +153,11 @@ class Server:
         return sock
 
     async def _run(self, connection: Connection) -> None:
-        await self._supervise(connection, connection.run(self._resolve, self._names))
+        exports = self._exports()
+        await self._supervise(connection, exports, connection.run(exports))
 
     async def _supervise(
-        self, connection: Connection, serving: Coroutine[object, object, None]
+        self, connection: Connection, exports: Exports, serving: Coroutine[object, object, None]
     ) -> None:
         """Awaits `serving`, the run() or resume() of a connection, and logs any exception that it raises.
 
@@ -164,6 +174,7 @@ class Server:
                 log.exception("connection failed")
         finally:
             self._remove(connection)
+            exports.close()
 
 
 def _set_options(sock: socket.socket, send_buffer: int) -> None:
