@@ -5,7 +5,7 @@
 #    source ~/.local/share/bash_completion/forebay
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_forebay_subparsers=(serve attach detach status stats flush mode peer preload images warm tag untag pin unpin purge import resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
+_shtab_forebay_subparsers=(serve attach detach status stats flush mode peer preload images stores warm tag untag pin unpin purge import resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
 _shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --format --peer --label --user --wait --json)
@@ -17,6 +17,7 @@ _shtab_forebay_mode_option_strings=(-h --help --config)
 _shtab_forebay_peer_option_strings=(-h --help --config --label --user --evict)
 _shtab_forebay_preload_option_strings=(-h --help --config)
 _shtab_forebay_images_option_strings=(-h --help --config --json)
+_shtab_forebay_stores_option_strings=(-h --help --config --json)
 _shtab_forebay_warm_option_strings=(-h --help --config --rate --json)
 _shtab_forebay_tag_option_strings=(-h --help --config --json)
 _shtab_forebay_untag_option_strings=(-h --help --config --json)
@@ -55,6 +56,7 @@ _shtab_forebay_peer___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_preload_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_preload___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_images___config_COMPGEN=_shtab_compgen_files
+_shtab_forebay_stores___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_warm___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_tag___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_untag___config_COMPGEN=_shtab_compgen_files
@@ -80,7 +82,7 @@ _shtab_forebay___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_attach___peer_choices=(first label any)
 _shtab_forebay_peer_pos_1_choices=(first label any)
 _shtab_forebay_cache_pos_0_choices=(check info create extend format remove repair scrub)
-_shtab_forebay_pos_0_choices=(serve attach detach status stats flush mode peer preload images warm tag untag pin unpin purge import resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
+_shtab_forebay_pos_0_choices=(serve attach detach status stats flush mode peer preload images stores warm tag untag pin unpin purge import resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
 _shtab_forebay___print_completion_choices=(bash zsh tcsh)
 
 _shtab_forebay_serve__h_nargs=0
@@ -117,6 +119,9 @@ _shtab_forebay_preload___help_nargs=0
 _shtab_forebay_images__h_nargs=0
 _shtab_forebay_images___help_nargs=0
 _shtab_forebay_images___json_nargs=0
+_shtab_forebay_stores__h_nargs=0
+_shtab_forebay_stores___help_nargs=0
+_shtab_forebay_stores___json_nargs=0
 _shtab_forebay_warm__h_nargs=0
 _shtab_forebay_warm___help_nargs=0
 _shtab_forebay_warm___json_nargs=0

@@ -22,7 +22,7 @@ complete forebay \
         'n/--run/d/' \
         'n/--peer/(first label any)/' \
         'n/--cacert/f/' \
-        'p/1/(serve attach detach status stats flush mode peer preload images warm tag untag pin unpin purge import resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)/' \
+        'p/1/(serve attach detach status stats flush mode peer preload images stores warm tag untag pin unpin purge import resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)/' \
         'n/cache/(check info create extend format remove repair scrub)/' \
         'p@3@`set cmd=($COMMAND_LINE "" "" "" "" "" "" "" "" ""); if ( $#cmd >= 2 && ("$cmd[2]" == "peer") ) echo first label any`@' \
         'p/*/()/'

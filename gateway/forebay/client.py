@@ -107,7 +107,7 @@ class Client:
         """What the daemon says at `target`, decoded from JSON."""
         with self._exchange("GET", target, None, ANSWER_TIMEOUT) as answer:
             found = self._whole(answer)
-        if target.partition("?")[0] in ("/disks", "/images"):
+        if target.partition("?")[0] in ("/disks", "/images", "/stores"):
             if isinstance(found, list) and all(isinstance(one, Answer) for one in found):
                 return found
             raise StrangeAnswerError(f"is no list of {target.partition('?')[0][1:]}")

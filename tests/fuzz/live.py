@@ -25,7 +25,7 @@ import trio
 import forebay_cache.cache
 import forebay_fast
 from forebay_cache.format.geometry import BLOCK, Buffer
-from forebay_nbd import Limits
+from forebay_nbd import KnownExports, Limits
 from forebay_nbd.protocol.session import Session
 from forebay_nbd.protocol.wire import REQUEST, REQUEST_MAGIC, SIMPLE_REPLY, Cmd, ProtocolError
 from forebay_nbd.server.budget import Budget, Share
@@ -127,7 +127,9 @@ async def _conversation(side: Side, data: bytes, session: Session | None) -> Non
             with contextlib.suppress(ProtocolError):
                 if session is None:
                     await served.run(
-                        lambda name: disk if name in ("", "disk") else None, lambda: ["disk"]
+                        KnownExports(
+                            lambda name: disk if name in ("", "disk") else None, lambda: ["disk"]
+                        )
                     )
                 else:
                     await served.resume(session, disk)

@@ -140,6 +140,36 @@ class FakeAdvice:
         return ADVICE
 
 
+STORE = {
+    "store": "images",
+    "path": "/mnt/nfs/images",
+    "socket": "/run/forebay/stores/images.sock",
+    "reason": None,
+    "clients": 3,
+    "refused_clients": 1,
+    "images": [
+        {
+            "image": "images:golden.raw",
+            "clients": 3,
+            "state": "ready",
+            "reason": None,
+            "size": 20 * GIB,
+            "cached_bytes": GIB,
+            "read_hits": 970,
+            "read_misses": 30,
+        }
+    ],
+}
+OTHER_STORE = STORE | {"store": "bare", "path": "/mnt/b", "socket": "", "clients": 0, "images": []}
+
+
+class FakeStores:
+    """Two stores, one of which has a socket."""
+
+    def status(self) -> list[dict[str, Any]]:
+        return [STORE, OTHER_STORE]
+
+
 class FakeGateway:
     """Holds statuses; work goes in `steps` of one MiB, and then waits for `finish` where that is set.
 
@@ -160,6 +190,7 @@ class FakeGateway:
         self.damage: list[dict[str, Any]] = []
         self.catalogue = FakeCatalogue(self)
         self.advice = FakeAdvice()
+        self.stores = FakeStores()
         self.began = trio.Event()
         self.ended = trio.Event()
 

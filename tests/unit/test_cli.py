@@ -31,7 +31,7 @@ from forebay.cli.wait import with_wait_closed
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
 from forebay.units import GIB, MIB
-from unit.control_fake import IMAGE, FakeGateway, disk, served
+from unit.control_fake import IMAGE, STORE, FakeGateway, disk, served
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -302,6 +302,18 @@ async def test_attach_sends_what_was_asked_for(capsys: Capture, tmp_path: Path) 
     }
     images = [call[2] for call in gateway.calls]
     assert images[1:3] == [str(Path.cwd() / "a:b.raw"), "nbd+unix:///x?socket=/s"]
+
+
+async def test_stores_are_shown_with_who_reads_them(capsys: Capture) -> None:
+    async with served(FakeGateway()) as run:
+        assert await forebay(run, "stores") == 0
+        assert capsys.readouterr().out.splitlines()[0].split()[0] == "STORE"
+        assert await forebay(run, "stores", "images") == 0
+        assert capsys.readouterr().out.splitlines()[1].split()[0] == "images:golden.raw"
+        assert await forebay(run, "stores", "images", "--json") == 0
+        assert json.loads(capsys.readouterr().out) == [STORE]
+        assert await forebay(run, "stores", "none") == 1
+        assert "no store 'none'" in capsys.readouterr().err
 
 
 async def test_peer_says_who_has_the_disk(capsys: Capture) -> None:
@@ -642,7 +654,7 @@ async def test_a_warm_prints_lines_of_json(
 def test_every_command_of_the_contract_is_there() -> None:
     contract = (
         "serve attach detach status stats flush mode peer preload xml cache check-config dump-config demo "
-        "fuse import libvirt-hook recover resolve takeover images warm tag untag pin unpin purge"
+        "fuse import libvirt-hook recover resolve takeover images stores warm tag untag pin unpin purge"
     )
     assert set(COMMANDS) == set(RUN) == set(contract.split())
 

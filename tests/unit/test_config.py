@@ -163,6 +163,7 @@ def test_shipped_file_shows_every_key_with_its_default(file: Path) -> None:
     shown = re.sub(r"(?m)^#(?=[a-z_]+ = |\[)", "", shipped)
     examples = (
         "purge_after",
+        "socket ",
         "socket_owner",
         "socket_group",
         "socket_peers",
@@ -186,7 +187,7 @@ def test_shipped_file_shows_every_key_with_its_default(file: Path) -> None:
         Config().origins,
         Config().fuse,
     )
-    assert keys == {"path", "purge_after"}.union(
+    assert keys == {"path", "purge_after", "socket"}.union(
         *(type(section).model_fields for section in sections)
     )
 

@@ -19,7 +19,7 @@ from forebay.control.server import serve_control
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
 from forebay.units import MIB, Mode
-from unit.control_fake import CACHE, GATEWAY, IMAGE, FakeGateway, disk, served
+from unit.control_fake import CACHE, GATEWAY, IMAGE, OTHER_STORE, STORE, FakeGateway, disk, served
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,6 +104,11 @@ async def test_attach_hands_checked_values_on() -> None:
         ("attach", "vm1", "images:a.raw", settings | flags | {"overlay": True, "rule": rule}),
         ("attach", "vm2", "x", nothing | flags),
     ]
+
+
+async def test_stores_are_told_of() -> None:
+    async with served(FakeGateway()) as run:
+        assert (await ask(run, "GET /stores")).json == [STORE, OTHER_STORE]
 
 
 async def test_what_is_done_with_images_is_handed_on() -> None:

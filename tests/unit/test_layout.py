@@ -123,7 +123,7 @@ ORDER: dict[str, list[str]] = {
         "disk",
         "catalogue",
         "doors",
-        "doors/fuse storage control libvirt importing",
+        "doors/fuse storage control libvirt importing stores",
         "daemon",
         "cli/terminal",
         "cli",

@@ -199,13 +199,15 @@ def test_the_script_adds_the_delay_to_our_disks_only(tmp_path: Path) -> None:
     ours, own = "/run/forebay/disks/vm1.sock", {"reconnect-delay": 5}
     program(tmp_path, "qemu", 'for word; do printf "%s\\0" "$word"; done')
     given = ["-name", "a 'b' \"c\" $d\n", "-blockdev", blockdev(ours), blockdev("/run/x/vm1.sock"),
-             blockdev(ours, **own), '{"driver":"file","filename":"/x"}', ""]  # fmt: skip
+             blockdev(ours, **own), '{"driver":"file","filename":"/x"}', "",
+             blockdev("/run/forebay/stores/images.sock")]  # fmt: skip
     done = subprocess.run(
         [WRAPPER, *given], check=True, capture_output=True, env={**os.environ, "QEMU": str(tmp_path / "qemu")}
     )  # fmt: skip
     got = done.stdout.decode().split("\0")[:-1]
-    assert json.loads(got[3]) == {**json.loads(given[3]), "reconnect-delay": 30}
-    assert [*got[:3], *got[4:]] == [*given[:3], *given[4:]]
+    for at in (3, 7):
+        assert json.loads(got.pop(at)) == {**json.loads(given.pop(at)), "reconnect-delay": 30}
+    assert got == given
 
 
 @pytest.mark.parametrize("state", ["failed", "stopped"])

@@ -82,3 +82,28 @@ async def test_an_overlay_and_other_images_disturb_no_warm(
         await trio.sleep(10)
     assert told == ["reads"]
     nursery.cancel_scope.cancel()
+
+
+async def test_work_that_needs_the_image_as_it_is_keeps_a_writer_out_as_long_as_it_is_busy(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    disks, busy = Disks(), ["3 clients read it"]
+    ended = trio.Event()
+
+    async def read() -> None:
+        with pytest.raises(ForebayError, match="wanted by a disk"):
+            async with disks.reading(source(), lambda: busy[0] if busy else None):
+                await trio.sleep_forever()
+        ended.set()
+
+    nursery.start_soon(read)
+    await trio.testing.wait_all_tasks_blocked()
+    with pytest.raises(ForebayError, match="3 clients read it"):
+        async with disks.arriving("vm", source(writes=True), nobody):
+            raise AssertionError("it must not get here")
+    assert not ended.is_set()
+    async with disks.arriving("overlay", source(), nobody):
+        pass
+    busy.clear()
+    async with disks.arriving("vm", source(writes=True), nobody):
+        await ended.wait()

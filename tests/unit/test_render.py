@@ -15,13 +15,15 @@ from forebay.cli.terminal.render import (
     mode_of,
     rate,
     reasons,
+    served_table,
     status_table,
+    stores_table,
     table,
     total_line,
     wants_colour,
 )
 from forebay.units import MIB
-from unit.control_fake import IMAGE, disk
+from unit.control_fake import IMAGE, OTHER_STORE, STORE, disk
 
 
 def test_columns_are_aligned() -> None:
@@ -61,6 +63,20 @@ def test_images_have_one_line_each() -> None:
     ]
     narrow = images_table([IMAGE | {"image": "images:" + "deep/" * 30 + "a.raw"}], 1000, width=80)
     assert max(map(len, narrow)) == 80
+
+
+def test_stores_and_what_is_read_by_their_sockets_have_one_line_each() -> None:
+    assert stores_table([STORE, OTHER_STORE]) == [
+        "STORE   CLIENTS  IMAGES  SOCKET                           PATH",
+        "images        3       1  /run/forebay/stores/images.sock  /mnt/nfs/images",
+        "bare          0       0  -                                /mnt/b",
+    ]
+    coming = {"image": "images:b.raw", "clients": 0, "state": "attaching", "reason": None}
+    assert served_table([STORE, OTHER_STORE | {"images": [coming]}]) == [
+        "IMAGE              SIZE  STATE      CACHED  HIT%  CLIENTS",
+        "images:golden.raw   20G  ready        1.0G  97.0        3",
+        "images:b.raw          0  attaching       0     -        0",
+    ]
 
 
 def test_image_is_cut_in_the_middle_to_fit_a_terminal() -> None:

@@ -115,6 +115,13 @@ class Catalogue:
         known = self._cache.records.get(RAW, key)
         return None if known is None else known.get("size")
 
+    def cached_size(self, key: str) -> int | None:
+        """Bytes of an image of which the cache has something; None where it has nothing, or nobody knows its size."""
+        layer = self._cache.layers.clean_of(key)
+        if layer is None or not layer.sectors:
+            return None
+        return self._size(key, self.entries.get(key) or Entry())
+
     def _known(self, image: str) -> tuple[str, Entry]:
         """Key and entry of an image that this host knows. Raises ForebayError for any other.
 

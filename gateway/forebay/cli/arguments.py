@@ -222,6 +222,10 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "peer": ("say which processes may use a disk", _peer),
     "preload": ("bring part of an image into the cache", _preload),
     "images": ("what the cache has of which image", partial(_images, add="add_list")),
+    "stores": (
+        "the sockets of stores, and who reads images by them",
+        partial(_images, add="add_list"),
+    ),
     "warm": ("bring an image in without a disk", partial(_images, add="add_warm")),
     "tag": ("give an image tags", partial(_images, add="add_tag")),
     "untag": ("take tags away", partial(_images, add="add_tag")),

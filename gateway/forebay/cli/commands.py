@@ -216,6 +216,13 @@ def images(arguments: Arguments) -> int:
     return show(arguments, daemon(arguments))
 
 
+def stores(arguments: Arguments) -> int:
+    """`forebay stores`: the sockets of stores, or who reads which image by the one."""
+    from forebay.cli.images import show_stores
+
+    return show_stores(arguments, daemon(arguments))
+
+
 def warm(arguments: Arguments) -> int:
     """`forebay warm`: bring an image into the cache without a disk."""
     from forebay.cli.images import warm as run
@@ -344,6 +351,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "peer": peer,
     "preload": preload,
     "images": images,
+    "stores": stores,
     "warm": warm,
     "tag": mark,
     "untag": mark,

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""`forebay images`, `warm`, `tag`, `untag`, `pin`, `unpin` and `purge`: images without a disk."""
+"""`forebay images`, `stores`, `warm`, `tag`, `untag`, `pin`, `unpin` and `purge`: images without a disk."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ Check = Callable[[Callable[[str], Any]], Callable[[str], Any]]
 
 
 def add_list(parser: argparse.ArgumentParser, check: Check, _image: Callable[[str], Any]) -> None:
-    """Add the arguments of `forebay images`."""
+    """Add the arguments of `forebay images` and `stores`."""
     text = "of this store only"
     parser.add_argument("store", metavar="STORE", type=check(parse_name), nargs="?", help=text)
     _json(parser)
@@ -102,6 +102,28 @@ def show(arguments: Arguments, client: Daemon) -> int:
     print("\n".join(lines))
     if terminal and not images:
         print("no images yet: 'forebay warm IMAGE' brings one in, 'forebay attach' serves one")
+    return 0
+
+
+def show_stores(arguments: Arguments, client: Daemon) -> int:
+    """`forebay stores`: print the table of stores, or of the images that are read by the socket of the one, or JSON."""
+    found = client.get("/stores")
+    if arguments.store is not None:
+        found = [one for one in found if one["store"] == arguments.store]
+        if not found:
+            raise ForebayError(f"no store '{arguments.store}': see forebay stores")
+    if arguments.json:
+        print_json(found)
+        return 0
+    from forebay.cli.terminal.render import served_table, stores_table, wants_colour
+
+    terminal = sys.stdout.isatty()
+    width = os.get_terminal_size().columns if terminal else None
+    draw = stores_table if arguments.store is None else served_table
+    print("\n".join(draw(found, colour=wants_colour(terminal), width=width)))
+    for one in found:
+        if one["reason"]:
+            print(f"{one['store']}: {one['reason']}")
     return 0
 
 

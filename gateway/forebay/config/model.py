@@ -190,6 +190,9 @@ class Store(_Section):
     require_locks: bool | None = None
     purge_after: Duration | None = None
     """Seconds after which what the cache has of an image that nobody uses is dropped; without it nothing is."""
+    socket: bool = False
+    """True: RUN/stores/NAME.sock serves every image of the store, read-only, by its path: base images of overlays. Who
+    may connect reads all of them."""
 
     @field_validator("purge_after")
     @classmethod
@@ -284,7 +287,7 @@ class Config(_Section):
         merged = self.defaults.model_dump()
         if store is not None:
             merged |= self.store(store).model_dump(
-                exclude_none=True, exclude={"path", "purge_after"}
+                exclude_none=True, exclude={"path", "purge_after", "socket"}
             )
         merged |= {key: value for key, value in (overrides or {}).items() if value is not None}
         try:

@@ -14,7 +14,7 @@ from forebay.control.arguments import IMAGES, MARK, PURGE, TAG, WARM, arguments
 from forebay.control.work import Operation, Progress
 
 Told = dict[str, Any]
-"""What is told about one image: the keys of `forebay images --json`."""
+"""What is told about one image, or one store: the keys of `forebay images --json` and `forebay stores --json`."""
 
 
 class Catalogue(Protocol):
@@ -46,15 +46,24 @@ class Catalogue(Protocol):
         """Drop the clean blocks of images; what was dropped, and what was kept."""
 
 
-class ImageRoutes:
-    """The endpoints, on one catalogue."""
+class Stores(Protocol):
+    """The sockets of stores."""
 
-    def __init__(self, catalogue: Catalogue) -> None:
+    def status(self) -> list[Told]:
+        """What is told of each store."""
+
+
+class ImageRoutes:
+    """The endpoints, on one catalogue, and on the stores that have the images."""
+
+    def __init__(self, catalogue: Catalogue, stores: Stores) -> None:
         self._catalogue = catalogue
+        self._stores = stores
 
     def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Response | Operation]]]]:
         """Method, path and endpoint of each route."""
         return [
+            ("GET", "/stores", self.stores),
             ("GET", "/images", self.images),
             ("POST", "/images/warm", self.warm),
             ("POST", "/images/tag", self.tag),
@@ -71,6 +80,10 @@ class ImageRoutes:
             json.dumps(one).encode() async for one in self._catalogue.images(given.get("store"))
         ]
         return Response(b"[" + b",".join(told) + b"]", media_type="application/json")
+
+    async def stores(self, _: Request) -> Response:
+        """All stores, a list: their sockets, and who reads what by these."""
+        return JSONResponse(self._stores.status())
 
     async def warm(self, request: Request) -> Operation:
         """Bring an image in; answers with what the cache has of it."""

@@ -96,6 +96,17 @@ CACHE_METRICS = (
     ),
 )
 
+STORE_METRICS = (
+    _one("store_connections", "gauge", "Clients of the store's socket.", "clients"),
+    _one("store_images", "gauge", "Images that are attached for them.", "images"),
+    _one(
+        "store_refused_connections_total",
+        "counter",
+        "Connections of processes that may not use the socket.",
+        "refused_clients",
+    ),
+)
+"""One sample for each store that has a socket."""
 
 MEMORY = {
     "client_memory": "requests and replies of clients hold",
@@ -118,11 +129,15 @@ GATEWAY_METRICS = (
 
 
 def metrics_text(
-    disks: Sequence[Values], cache: Values, gateway: Values = MappingProxyType({})
+    disks: Sequence[Values],
+    cache: Values,
+    gateway: Values = MappingProxyType({}),
+    stores: Sequence[Values] = (),
 ) -> str:
     """The text at `/metrics`.
 
-    `disks` is the status of each disk, `cache` what cache_info has, `gateway` what info has.
+    `disks` is the status of each disk, `cache` what cache_info has, `gateway` what info has, `stores` what is told of
+    each store.
     """
     lines = [
         *_family("build_info", "gauge", "What runs.", [(f'version="{__version__}"', 1)]),
@@ -130,6 +145,8 @@ def metrics_text(
     ]
     for metric in DISK_METRICS:
         lines += _family(metric.name, metric.kind, metric.text, _disk_samples(metric, disks))
+    for metric in STORE_METRICS:
+        lines += _family(metric.name, metric.kind, metric.text, _store_samples(metric, stores))
     for metrics, values in ((CACHE_METRICS, cache), (GATEWAY_METRICS, gateway)):
         for metric in metrics:
             found = [(labels, values[key]) for labels, key in metric.samples if key in values]
@@ -147,6 +164,18 @@ def _disk_samples(metric: Metric, disks: Iterable[Values]) -> Iterator[tuple[str
         for labels, key in metric.samples:
             if key in disk:
                 yield ",".join(filter(None, (_label("disk", disk["name"]), labels))), disk[key]
+
+
+def _store_samples(metric: Metric, stores: Iterable[Values]) -> Iterator[tuple[str, float]]:
+    """(labels, value) of a family, for each store that has a socket; the number of what is a list."""
+    for store in stores:
+        for _, key in metric.samples:
+            if store["socket"]:
+                value = store[key]
+                yield (
+                    _label("store", store["store"]),
+                    len(value) if isinstance(value, list) else value,
+                )
 
 
 def _words(disk: Values) -> str:

@@ -32,7 +32,7 @@ from forebay.control.arguments import (
     SAVE,
     arguments,
 )
-from forebay.control.images import Catalogue, ImageRoutes
+from forebay.control.images import Catalogue, ImageRoutes, Stores
 from forebay.control.work import Operation, Progress, error, failure
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
@@ -132,6 +132,10 @@ class Answers(Protocol):
         """Prometheus text."""
 
     @property
+    def stores(self) -> Stores:
+        """The sockets of stores."""
+
+    @property
     def catalogue(self) -> Catalogue:
         """The images, without disks."""
 
@@ -185,7 +189,7 @@ class Control:
             ("POST", "/cache/release", self.release),
             ("POST", "/cache/scrub", self.scrub),
             ("POST", "/cache/repair", self.repair),
-            *ImageRoutes(self._gateway.catalogue).table(),
+            *ImageRoutes(self._gateway.catalogue, self._gateway.stores).table(),
         ]
         return [Route(path, _guarded(call), methods=[method]) for method, path, call in table]
 

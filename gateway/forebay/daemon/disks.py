@@ -29,8 +29,14 @@ class _Reading:
     """Work that reads an image without being a disk."""
 
     source: Source
+    why_busy: Callable[[], str | None]
+    """Why nobody may write the image now, in one line; None if somebody may, which ends the work."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
+
+
+def _never_busy() -> str | None:
+    return None
 
 
 def _exclude(one: Source, other: Source) -> bool:
@@ -133,13 +139,15 @@ class Disks:
         """Hold name and image against another attach meanwhile. Raises ForebayError where either is taken.
 
         Another one that is on its way to the same image has to come to its end first: it may fail. `give_way` detaches
-        a reader's disk that is not to keep this one out; what reads the image without a disk is ended.
+        a reader's disk that is not to keep this one out; what reads the image without a disk is ended, unless it is
+        busy.
         """
         while others := [one for one in self._coming.values() if _exclude(one.source, source)]:
             await others[0].ended.wait()
         self.check_name_free(name)
         coming = self._coming[name] = _Coming(source)
         try:
+            self._check_readings(coming)
             for reader in self.all_attached():
                 if reader.record.gives_way and _exclude(reader.source, source):
                     await give_way(reader)
@@ -151,11 +159,14 @@ class Disks:
             coming.ended.set()
 
     @contextlib.asynccontextmanager
-    async def reading(self, source: Source) -> AsyncIterator[Attached | None]:
+    async def reading(
+        self, source: Source, why_busy: Callable[[], str | None] = _never_busy
+    ) -> AsyncIterator[Attached | None]:
         """Around work that reads an image without being a disk; gives the disk that writes the image, if there is one.
 
         The work has to go through that disk then, and ends with it; otherwise it ends when a disk comes that writes the
-        image, which waits for that end. Raises ForebayError where it was ended so.
+        image, which waits for that end. Raises ForebayError where it was ended so. Such a disk is refused as long as
+        `why_busy` says why, in one line.
         """
         while busy := [x for x in (*self._coming.values(), *self._alone) if _bars(x, source)]:
             await busy[0].ended.wait()
@@ -165,7 +176,7 @@ class Disks:
                 with disk.used():
                     yield disk
                 return
-        reading = _Reading(source)
+        reading = _Reading(source, why_busy)
         self._readings.add(reading)
         try:
             with reading.scope:
@@ -189,6 +200,12 @@ class Disks:
         finally:
             self._alone.remove(alone)
             alone.ended.set()
+
+    def _check_readings(self, coming: _Coming) -> None:
+        """Raise ForebayError where work that reads the image has to have it as it is."""
+        busy = (x.why_busy() for x in self._readings if _bars(coming, x.source))
+        if why := next((why for why in busy if why), None):
+            raise ForebayError(why)
 
     async def _end_readings(self, coming: _Coming) -> None:
         """End the work that reads the image without a disk, which is not to be read now."""

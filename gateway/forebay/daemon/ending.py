@@ -16,6 +16,7 @@ from forebay.daemon.parallel import run_all
 from forebay.daemon.record import DiskRecords
 from forebay.doors.restart import Sockets, leave_sockets
 from forebay.errors import ForebayError
+from forebay.stores.sockets import StoreSockets
 
 log = logging.getLogger("forebay.daemon")
 
@@ -24,7 +25,9 @@ RESTART_SECONDS = 0.25
 is done by the next process."""
 
 
-async def stop(disks: list[Attached], records: DiskRecords, *, restart: bool) -> bool:
+async def stop(
+    disks: list[Attached], stores: StoreSockets, records: DiskRecords, *, restart: bool
+) -> bool:
     """Answer what is in flight, hang up, end all work. Bounded; what is dirty stays in the cache, durably.
 
     `restart`: do not hang up, but leave the sockets with the service manager; clients wait, so it takes no longer than
@@ -33,9 +36,14 @@ async def stop(disks: list[Attached], records: DiskRecords, *, restart: bool) ->
     patience = RESTART_SECONDS if restart else RELEASE_SECONDS
     if restart:
         await records.commit()  # most of it while clients are served
-        restart = await _leave_sockets(disks)
+        restart = await _leave_sockets(disks, stores)
     else:
-        await _of_each(disks, lambda one: one.listener.shut(CLIENTS_SECONDS))
+        await run_all(
+            [
+                *_of_all(disks, lambda one: one.listener.shut(CLIENTS_SECONDS)),
+                *stores.shutting(CLIENTS_SECONDS),
+            ]
+        )
     for one in disks:
         await one.rest()
         one.leave()
@@ -49,6 +57,13 @@ async def stop(disks: list[Attached], records: DiskRecords, *, restart: bool) ->
 
 async def _of_each(disks: Iterable[Attached], do: Callable[[Attached], Awaitable[object]]) -> None:
     """Do it for all disks at once. A fault of Forebay itself with one of them goes to the log, and stops no other's."""
+    await run_all(_of_all(disks, do))
+
+
+def _of_all(
+    disks: Iterable[Attached], do: Callable[[Attached], Awaitable[object]]
+) -> list[Callable[[], Awaitable[object]]]:
+    """What `_of_each` does, to be called for each disk."""
 
     async def of_one(one: Attached) -> None:
         try:
@@ -56,10 +71,10 @@ async def _of_each(disks: Iterable[Attached], do: Callable[[Attached], Awaitable
         except Exception:
             log.exception("disk '%s': a fault of Forebay itself at the end", one.name)
 
-    await run_all(partial(of_one, one) for one in disks)
+    return [partial(of_one, one) for one in disks]
 
 
-async def _leave_sockets(disks: list[Attached]) -> bool:
+async def _leave_sockets(disks: list[Attached], stores: StoreSockets) -> bool:
     """What was acknowledged is in the journal: whatever happens from here on, the next process finds it."""
     began = trio.current_time()
     suspended: dict[str, Sockets] = {}
@@ -67,7 +82,7 @@ async def _leave_sockets(disks: list[Attached]) -> bool:
     async def suspend(one: Attached) -> None:
         suspended[one.name] = await one.listener.suspend(RESTART_SECONDS)
 
-    await _of_each(disks, suspend)
+    await run_all([*_of_all(disks, suspend), *stores.suspending(RESTART_SECONDS, suspended)])
     count = sum(len(sockets.clients) for sockets in suspended.values())
     if not leave_sockets(suspended):
         return False

@@ -41,6 +41,8 @@ from forebay.origin.threads import StoreThreads
 from forebay.storage.advice import Advice
 from forebay.storage.state import index_path
 from forebay.storage.upkeep import Upkeep
+from forebay.stores.served import Attaching
+from forebay.stores.sockets import StoreSockets
 from forebay.units import Mode, format_size
 from forebay_cache import Cache, CacheError, extend
 
@@ -105,7 +107,13 @@ class Gateway:
         self._saving = Saving(config, cache, self._disks, self._arrivals.threads_of)
         self._extending = trio.Lock()
         self.advice = Advice(cache, config.gateway.state / "advice")
-        self._upkeep = Upkeep(cache, lambda: [one.disk.image for one in self.attached()])
+        attaching = Attaching(images, self._disks, self._arrivals.base, self.catalogue.cached_size)
+        self.stores = StoreSockets(
+            config, nursery, attaching, self._arrivals.threads_of, self._memory
+        )
+        self._upkeep = Upkeep(
+            cache, lambda: [*(one.disk.image for one in self.attached()), *self.stores.images()]
+        )
 
     def _note_unused(self, key: str) -> None:
         self.catalogue.note_unused(key)
@@ -144,7 +152,11 @@ class Gateway:
 
     async def resume(self, earlier: EarlierSockets) -> None:
         """Bring back the disks on record, each whether or not its origin can be reached, and their clients."""
-        await self._arrivals.resume(earlier)
+        of_stores = self.stores.take(earlier)
+        await self._arrivals.resume(
+            earlier
+        )  # first: no base is to be read that a disk on record writes
+        await self.stores.open(of_stores)
         self._nursery.start_soon(self._saving.remove_left)
         self._nursery.start_soon(self._gone.run)
         self._nursery.start_soon(self.catalogue.run)
@@ -169,10 +181,11 @@ class Gateway:
         """Give up on all clients, and on what they wait for, at once: nothing of it can be answered any more."""
         for one in self.attached():
             one.listener.hang_up()
+        self.stores.hang_up()
 
     async def stop(self, *, restart: bool = False) -> bool:
         """End all work at the end of the process. True if the sockets were left for the next one; see `ending.stop`."""
-        left = await stop(self.attached(), self._records, restart=restart)
+        left = await stop(self.attached(), self.stores, self._records, restart=restart)
         await self.advice.save()
         return left
 
@@ -279,6 +292,7 @@ class Gateway:
     async def release_cache(self, progress: Progress) -> dict[str, Any]:
         """Write back all that is dirty, and make sure that nobody needs this cache; whom to end then."""
         busy = [one["name"] for one in self.status() if one["clients"]]
+        busy += [one.key for one in self.stores.served() if one.listener.clients]
         if busy:
             raise ForebayError(f"in use: {', '.join(busy)}: stop the VMs and detach these disks")
         await self.flush(None, progress=progress)
@@ -299,7 +313,8 @@ class Gateway:
 
     def metrics(self) -> str:
         """Prometheus text."""
-        return metrics_text(self.status(), self.cache_info() | METER.figures(), self.info())
+        cache = self.cache_info() | METER.figures()
+        return metrics_text(self.status(), cache, self.info(), self.stores.status())
 
 
 async def _drain(attached: Attached, progress: Progress) -> None:

@@ -20,7 +20,7 @@ DISKS: Final = 128
 """So many disks are reckoned with in `ceiling`."""
 
 STORES: Final = 8
-"""So many stores."""
+"""So many stores, each with a socket."""
 
 STORE_CALLS: Final = 36
 """Calls of one store at one time (`origin/threads.py`), each with at most 1 MiB."""
@@ -65,6 +65,8 @@ def ceiling() -> int:
     """Bytes that the daemon takes at most, with DISKS disks on STORES stores, and the kernel's pages for it."""
     limits, clients = Limits(), budgets()
     shared = clients.requests.limit + clients.status.limit + clients.connections.limit
-    of_each_disk = 2 * limits.own_bytes + OWN_CONNECTIONS * limits.connection_bytes
+    of_each_server = 2 * limits.own_bytes + OWN_CONNECTIONS * limits.connection_bytes
     reads = UNSTORED + STORES * STORE_CALLS * MIB
-    return shared + DISKS * of_each_disk + reads + JOURNAL_MOST + ITSELF + INDEX + PAGES
+    return (
+        shared + (DISKS + STORES) * of_each_server + reads + JOURNAL_MOST + ITSELF + INDEX + PAGES
+    )

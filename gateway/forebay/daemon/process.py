@@ -24,10 +24,12 @@ from forebay.config.model import Config
 from forebay.daemon.attached import Attached
 from forebay.daemon.loop_meter import METER
 from forebay.daemon.watchdog import feed
+from forebay.doors.accepting import DISKS
 from forebay.doors.restart import EarlierSockets
 from forebay.errors import ForebayError
 from forebay.storage.owner import check_not_roots
 from forebay.storage.state import FAULTS, STATE_MODE, held, one_line, open_cache
+from forebay.stores.listener import FOLDER as STORES
 from forebay.systemd import Starting, notify
 from forebay_cache import Cache
 
@@ -45,6 +47,9 @@ RUN_MODE = 0o755
 LOOK_SECONDS = 0.002
 """After a look of the garbage collector through all objects that took longer, the next ones leave out what is there."""
 
+SOCKETS = (DISKS, STORES)
+"""The folders of RUN that have sockets of NBD."""
+
 _OLDEST = 2
 """The generation whose collection looks through all objects."""
 
@@ -53,11 +58,15 @@ _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, loggin
 
 if TYPE_CHECKING:
     from forebay.control.server import Gateway as Controlled
+    from forebay.stores.sockets import StoreSockets
 
     class _Runnable(Controlled, Protocol):
         async def resume(self, earlier: EarlierSockets) -> None: ...
 
         def attached(self) -> list[Attached]: ...
+
+        @property
+        def stores(self) -> StoreSockets: ...
 
         def hang_up(self) -> None: ...
 
@@ -85,7 +94,8 @@ def run_process(config: Config, state: Path | None, run: Path | None, make: Make
             held(config.gateway.state, "--state", STATE_MODE),
             held(config.gateway.run, "--run", RUN_MODE),
         ):
-            (config.gateway.run / "disks").mkdir(exist_ok=True)
+            for folder in SOCKETS:
+                (config.gateway.run / folder).mkdir(exist_ok=True)
             _remove_stale_sockets(config.gateway.run, earlier.paths)
             are_sockets_left = _run(config, make, earlier)
     except ForebayError as fault:
@@ -197,7 +207,7 @@ async def _start(
     # 100 ms to import: after the guests that may be waiting, and beside what they do.
     server = await trio.to_thread.run_sync(import_module, "forebay.control.server")
     await control.start(server.serve_control, gateway, config.gateway.run / "control.sock")
-    nursery.start_soon(feed, gateway.attached)
+    nursery.start_soon(feed, gateway.attached, gateway.stores.served)
     notify("READY=1")
     gc.freeze()  # what is there now stays: a look through all of it takes 25 ms, and guests wait
     gc.callbacks.append(Survivors().note)
@@ -235,7 +245,7 @@ async def _stop(gateway: "_Runnable", *, restart: bool) -> bool:
 
 def _remove_stale_sockets(run: Path, earlier: set[Path]) -> None:
     """What a killed daemon left. Its lock is ours, so nobody answers there any more."""
-    for path in (run / "disks").glob("*.sock*"):
+    for path in (path for folder in SOCKETS for path in (run / folder).glob("*.sock*")):
         if path not in earlier:
             with contextlib.suppress(OSError):  # the disk whose place it is says what is wrong
                 path.unlink()

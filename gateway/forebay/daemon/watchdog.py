@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 import trio
 
 from forebay.daemon.attached import Attached
+from forebay.stores.served import ServedImage
 from forebay.systemd import notify, watchdog_seconds
 from forebay.units import format_size
 
@@ -27,6 +28,10 @@ STATUS_SECONDS = 10.0
 """How often `systemctl status` is told how the disks are, where no watchdog asks more often."""
 
 
+Watched = Attached | ServedImage
+"""What answers requests: a disk, or an image of a store's socket."""
+
+
 class Watch:
     """Judges at each look whether disks move."""
 
@@ -34,8 +39,8 @@ class Watch:
         self._moved: dict[str, tuple[object, float]] = {}
         """By disk: its pulse at the last look, and the trio time since when that is the same."""
 
-    def stuck(self, disks: Iterable[Attached]) -> str | None:
-        """Why the daemon has to be started anew, in one line; None if it has not. `disks` are all that are attached."""
+    def stuck(self, disks: Iterable[Watched]) -> str | None:
+        """Why the daemon has to be started anew, in one line; None if it has not. `disks` are all that are served."""
         now = trio.current_time()
         found = None
         moved: dict[str, tuple[object, float]] = {}
@@ -44,7 +49,7 @@ class Watch:
             last, since = self._moved.get(one.name, (None, now))
             moved[one.name] = (pulse, since if pulse == last else now)
             waiting = one.listener.unanswered_since
-            if waiting is None:
+            if waiting is None or one.disk is None:
                 continue
             still = now - max(waiting, moved[one.name][1])
             if still > one.disk.settings.origin_timeout + MARGIN_SECONDS:
@@ -53,10 +58,13 @@ class Watch:
         return found
 
 
-async def feed(disks: Callable[[], list[Attached]]) -> None:
+async def feed(
+    disks: Callable[[], list[Attached]], others: Callable[[], Iterable[ServedImage]] = list
+) -> None:
     """Feed the watchdog, if there is one, twice as often as asked, and tell the manager how the disks are.
 
-    A fault of Forebay itself in looking at a disk is logged, and is no reason to stop feeding: the loop turns.
+    `others` answer requests as well. A fault of Forebay itself in looking at one of them is logged, and is no reason to
+    stop feeding: the loop turns.
     """
     asked = watchdog_seconds()
     pause = min(STATUS_SECONDS, asked / 2 if asked else STATUS_SECONDS)
@@ -67,7 +75,7 @@ async def feed(disks: Callable[[], list[Attached]]) -> None:
         stuck, summary = None, "the state of the disks cannot be told: see the log"
         try:
             found = disks()
-            stuck, summary = watch.stuck(found), _summary(found)
+            stuck, summary = watch.stuck([*found, *others()]), _summary(found)
             is_blind = False
         except Exception:
             if not is_blind:

@@ -232,7 +232,9 @@ class Image:
         """From now on nothing of the image is read or written, not even from the cache. What is dirty is kept."""
         if self.conflict is None:
             disk = self.sources.name_of_one() or "DISK"
-            if self.sources.has_private():
+            if self.sources.are_bases():
+                what = "it is served as it is now when nobody reads it by the socket of its store any more"
+            elif self.sources.has_private():
                 what = f"'forebay resolve {disk}' keeps that data, or the image, or saves the data elsewhere"
             else:
                 what = f"'forebay resolve {disk} --keep-image' goes on with it as it is now"

@@ -242,11 +242,11 @@ class Opener:
         """
         owner = await self._owner(address)
         if owner is None or owner.gateway == self._use.gateway:
-            if self._use.overlay:
+            if self._use.needs_still:
                 self._check_left(owner)
             await self._lock(descriptor, READS)
             return
-        if self._use.overlay:
+        if self._use.needs_still:
             raise ForebayError(
                 f"{self._key} is written by {owner}, and an overlay needs an image that stays as it is: "
                 "detach it there first"

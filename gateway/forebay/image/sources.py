@@ -39,6 +39,10 @@ class Sources:
         """The name of the disk, if there is but one."""
         return self._sources[0].use.disk if len(self._sources) == 1 else None
 
+    def are_bases(self) -> bool:
+        """True if no disk is on it that an operator could resolve: it is read by the socket of its store only."""
+        return all(source.use.is_base for source in self._sources)
+
     def lacks(self, source: Source) -> int:
         """Bytes that only the cache has of the disk with that source."""
         layers = self._cache.layers.private_of(source.use.disk)

@@ -24,6 +24,14 @@ class Use:
     as_bytes: bool = False
     """True if the bytes of the image are meant, whatever they look like: those of a qcow2 file, say."""
 
+    is_base: bool = False
+    """True if disks of others lie over it, which are spoilt when it changes: qcow2 files of QEMU's."""
+
+    @property
+    def needs_still(self) -> bool:
+        """True if the image has to stay as it is."""
+        return self.overlay or self.is_base
+
     @property
     def writes(self) -> bool:
         """True if the disk writes the image itself."""

@@ -27,6 +27,10 @@ _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+class NoSuchImageError(ForebayError):
+    """The store is there, and nothing of that name in it."""
+
+
 @dataclass(frozen=True)
 class Backing:
     """A file that an open image lies on."""
@@ -218,7 +222,7 @@ def _file_refusal(address: FileAddress, error: OSError, read_only: bool) -> Exce
             f"{key}: {address.root} is not there: mount the store '{address.store}'"
         )
     if error.errno in _NO_SUCH_FILE:
-        return ForebayError(f"{key}: no such image in {address.root}: check the name")
+        return NoSuchImageError(f"{key}: no such image in {address.root}: check the name")
     if error.errno in (errno.ELOOP, errno.EXDEV):
         return ForebayError(f"{key}: a symbolic link is on the way: name the file it leads to")
     if error.errno == errno.EISDIR:

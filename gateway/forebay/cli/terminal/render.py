@@ -62,6 +62,22 @@ IMAGE_COLUMNS = (
     Column("USED", right=True),
 )
 
+STORE_COLUMNS = (
+    Column("STORE", narrow=(20, 12, 8)),
+    Column("CLIENTS", right=True),
+    Column("IMAGES", right=True),
+    Column("SOCKET", narrow=(40, 24)),
+    Column("PATH", narrow=(40, 24)),
+)
+SERVED_COLUMNS = (
+    Column("IMAGE", narrow=(32, 20, 12)),
+    Column("SIZE", right=True),
+    Column("STATE"),
+    Column("CACHED", right=True),
+    Column("HIT%", right=True),
+    Column("CLIENTS", right=True),
+)
+
 
 def wants_colour(terminal: bool) -> bool:
     """True if output is to be coloured: at a terminal that can, unless NO_COLOR (no-color.org) is set."""
@@ -182,6 +198,44 @@ def images_table(
     """The lines of `forebay images`; USED is how long ago, at `now` in seconds since the epoch."""
     rows = [_image_row(image, now) for image in images]
     return table(IMAGE_COLUMNS, rows, colour=colour, width=width)
+
+
+def stores_table(
+    stores: Iterable[Mapping[str, Any]], *, colour: bool = False, width: int | None = None
+) -> list[str]:
+    """The lines of `forebay stores`."""
+    rows = [
+        [
+            Cell(store["store"]),
+            Cell(str(store["clients"])),
+            Cell(str(len(store["images"]))),
+            Cell(store["socket"] or "-"),
+            Cell(store["path"]),
+        ]
+        for store in stores
+    ]
+    return table(STORE_COLUMNS, rows, colour=colour, width=width)
+
+
+def served_table(
+    stores: Iterable[Mapping[str, Any]], *, colour: bool = False, width: int | None = None
+) -> list[str]:
+    """The lines of `forebay stores STORE`: the images that are read by its socket."""
+    rows = [_served_row(image) for store in stores for image in store["images"]]
+    return table(SERVED_COLUMNS, rows, colour=colour, width=width)
+
+
+def _served_row(image: Mapping[str, Any]) -> list[Cell]:
+    hits, misses = image.get("read_hits", 0), image.get("read_misses", 0)
+    percent = f"{100 * hits / (hits + misses):.1f}" if hits + misses else "-"
+    return [
+        Cell(image["image"]),
+        Cell(format_size(image.get("size", 0))),
+        Cell(image["state"]),
+        Cell(format_size(image.get("cached_bytes", 0))),
+        Cell(percent),
+        Cell(str(image["clients"])),
+    ]
 
 
 def _image_row(image: Mapping[str, Any], now: float) -> list[Cell]:

@@ -1,0 +1,227 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""The socket of one store: its images are the exports, by their paths below the store."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from forebay.config.model import Config
+from forebay.doors.accepting import Accepting, socket_path
+from forebay.doors.restart import Client, Sockets
+from forebay.doors.tenant import Rule, Tenant
+from forebay.errors import ForebayError
+from forebay.formats.magic import RAW
+from forebay.image.boundary import Boundary
+from forebay.origin.addresses import FileAddress, resolve
+from forebay.stores.listing import Listing
+from forebay.stores.served import ServedImage
+from forebay_nbd import Budgets, Export, Limits, Refused, Server
+from forebay_nbd.protocol.wire import Rep
+
+log = logging.getLogger("forebay.stores")
+
+FOLDER = "stores"
+"""Below RUN: the sockets of stores."""
+
+MOST_IMAGES = 256
+"""Images of one store that are attached at one time. One that nobody reads any more makes room for another."""
+
+ATTEMPTS = 3
+"""How often an image is attached for a client, where it is let go at the same moment."""
+
+LIMITS = Limits(connections=MOST_IMAGES, receive_buffer=64 << 10, in_place_bytes=32 << 10)
+"""Those of a store's socket: hundreds of VMs connect to it, and what they send are requests to read."""
+
+SHARE = 2
+"""One part of so many of the memory for connections is as much as a store gets of it: so many VMs fit into that."""
+
+MakeImage = Callable[[str, "StoreListener", int | None], ServedImage]
+"""Makes what serves the image of a key to the clients of a store's socket. The last is the image's size in bytes, where
+clients were told one before."""
+
+
+class StoreListener(Accepting):
+    """The NBD socket of one store."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: str,
+        listing: Listing,
+        make: MakeImage,
+        nursery: trio.Nursery,
+        memory: Budgets,
+    ) -> None:
+        """`nursery` outlives the images. `memory` is what the clients of all sockets together may hold.
+
+        Raises ForebayError where no socket can have the path.
+        """
+        section = config.gateway
+        path = socket_path(section.run, store, FOLDER)
+        tenant = Tenant(f"store {store}", section.run, Rule("any"))
+        server = Server(lambda: _Asked(self), LIMITS, tenant.may_connect, memory, SHARE)
+        super().__init__(server, path, section, tenant)
+        self.store = store
+        self.listing = listing
+        self._config = config
+        self._make = make
+        self._nursery = nursery
+        self._served: dict[str, ServedImage] = {}
+
+    # -- images
+
+    def served(self) -> list[ServedImage]:
+        """Those that are attached, or about to be."""
+        return list(self._served.values())
+
+    async def hold(self, name: str, size: int | None = None) -> ServedImage:
+        """The image at the path `name` of the store, attached and held: the caller releases it.
+
+        `size` in bytes: what a client was told of it before. Raises Refused.
+        """
+        key = self._key(name)
+        for _ in range(ATTEMPTS):
+            one = self._served.get(key) or await self._new(key, size)
+            was_there = one.ready.is_set()
+            if await one.hold():
+                return one
+            if one.refusal is not None and not was_there:
+                raise one.refusal
+        raise Refused(f"{key} comes and goes: try again")
+
+    def _key(self, name: str) -> str:
+        """The key of the image that a client has named. Raises Refused."""
+        if not name:
+            raise Refused(
+                f"there is no default export: name an image by its path in the store '{self.store}'",
+                Rep.ERR_UNKNOWN,
+            )
+        try:
+            address = resolve(self._config, f"{self.store}:{name}")
+        except ForebayError as fault:
+            raise Refused(str(fault), Rep.ERR_UNKNOWN) from None
+        if not isinstance(address, FileAddress) or address.format != RAW:
+            raise Refused(
+                f"{name}: files are served here, as they are: name one by its path in the store '{self.store}'",
+                Rep.ERR_UNKNOWN,
+            )
+        return address.key
+
+    async def _new(self, key: str, size: int | None) -> ServedImage:
+        """One that begins to be attached. Raises Refused where too many are."""
+        if len(self._served) >= MOST_IMAGES:
+            await self._make_room()
+            if key in self._served:
+                return self._served[key]
+            if len(self._served) >= MOST_IMAGES:
+                raise Refused(
+                    f"{MOST_IMAGES} images of store '{self.store}' are read at this moment: try again later"
+                )
+        one = self._served[key] = self._make(key, self, size)
+        boundary = Boundary(self._nursery, f"image {key} on its store's socket", one.stop)
+        boundary.start_soon(self._run, one)
+        return one
+
+    async def _run(self, one: ServedImage) -> None:
+        try:
+            await one.run()
+        finally:
+            del self._served[one.key]
+
+    async def _make_room(self) -> None:
+        """Have the image let go that nobody has read for longest, if there is one."""
+        idle = [one for one in self._served.values() if one.is_idle]
+        if idle:
+            oldest = min(idle, key=lambda one: one.idle_since)
+            oldest.leave_at_once()
+            await oldest.ended.wait()
+
+    # -- a restart
+
+    def _go_on(self, client: Client, nursery: trio.Nursery) -> None:
+        nursery.start_soon(self._resume, client)
+
+    async def _resume(self, client: Client) -> None:
+        """Go on with a client of the process before, whether or not its image can be reached now."""
+        try:
+            one = await self.hold(client.session.export_name, client.size)
+        except Refused as refused:
+            log.error("store '%s': a client has to reconnect: %s", self.store, refused)
+            Sockets(clients=[client]).hang_up()
+            return
+        try:
+            assert one.disk is not None, "it is ready"
+            if (client.size, client.read_only) != (one.disk.size, one.disk.read_only):
+                log.error("%s: its size changed: a client has to reconnect", one.key)
+                Sockets(clients=[client]).hang_up()
+                return
+            self.tenant.go_on(client.sock)
+            await self._server.resume(client.sock, client.session)
+        finally:
+            one.release()
+
+    # -- the end
+
+    def leave_to_the_end(self) -> None:
+        """The daemon ends: so do the images, which are not given back one by one."""
+        for one in self.served():
+            one.leave_to_the_end()
+
+    # -- what is told
+
+    def status(self) -> dict[str, Any]:
+        """The keys of `forebay stores --json`, but for what the configuration says."""
+        return {
+            "clients": self.clients,
+            "refused_clients": self.tenant.refused,
+            "images": [one.status() for one in sorted(self.served(), key=lambda one: one.key)],
+        }
+
+
+class _Asked:
+    """What one client asks a store's socket for. Implements forebay_nbd.Exports."""
+
+    def __init__(self, listener: StoreListener) -> None:
+        self._listener = listener
+        self._held: ServedImage | None = None
+        self._refused: Refused | None = None
+        self._names: list[str] | Refused = []
+
+    async def look(self, name: str) -> None:
+        """Attach the image of that name. The one before is held until then, since it may be the same."""
+        try:
+            found, self._refused = await self._listener.hold(name), None
+        except Refused as refused:
+            found, self._refused = None, refused
+        before, self._held = self._held, found
+        if before is not None:
+            before.release()
+
+    async def look_around(self) -> None:
+        """Find out which images there are."""
+        try:
+            self._names = await self._listener.listing.names()
+        except Refused as refused:
+            self._names = refused
+
+    def find(self, name: str) -> Export | None:  # noqa: ARG002 - the server has given it to `look`
+        """What `look` has found; the name is the one that it was given."""
+        if self._refused is not None:
+            raise self._refused
+        return self._held.disk if self._held is not None else None
+
+    def names(self) -> list[str]:
+        """What `look_around` has found. Raises Refused."""
+        if isinstance(self._names, Refused):
+            raise self._names
+        return self._names
+
+    def close(self) -> None:
+        """The client is gone."""
+        if self._held is not None:
+            self._held.release()
+            self._held = None
