@@ -21,6 +21,7 @@ from bench.bed import (
     COLD_BYTES,
     MISS_BYTES,
     NEIGHBOUR_BYTES,
+    SNAPSHOT_BYTES,
     SYNC_BYTES,
     VMS,
     Bed,
@@ -160,6 +161,10 @@ class Run:
                 sample = measure.write_flush(target.uri, SYNC_BYTES, seconds, seed, target.pid)
                 target.settle()
             self._note(row, number, name, sample)
+
+    def _run_snapshots(self, bed: Bed, rows: list[Row]) -> None:
+        if self.forebay:
+            self._fio_rows(rows, bed.snapshotted(), SNAPSHOT_BYTES)
 
     def _run_checkpoint(self, bed: Bed, rows: list[Row]) -> None:
         if not self.forebay:

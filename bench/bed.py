@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measure import copy_out
+from bench.measure import copy_out, write_some
 
 from real.gateway_process import GatewayProcess
 from real.processes import NbdServer, nbdkit, qemu_nbd, random_image
@@ -56,6 +56,14 @@ LIMITS = {"C, one thread": "one", "C, a thread each": "each"}
 
 MISS_BYTES = 16 << 30
 """Enough different places that no miss hits what an earlier round brought in."""
+
+
+SNAPSHOTS = {"none": 0, "one": 1, "ten": 10, "forebay": 100}
+"""Snapshots of the overlays that are read."""
+
+SNAPSHOT_BYTES = 32 << 20
+SNAPSHOT_WRITES = 60
+"""Of 4 KiB, between two snapshots, in so many bytes of the disk: blocks whose sectors are of ten snapshots and more."""
 
 
 @dataclass
@@ -254,6 +262,24 @@ class Bed:
             gateway.attach(store, f"{store}:image.raw")
             copy_out(gateway.uri(store), self.size)
             found[store] = Target(gateway.uri(store), gateway.pid, gateway)
+        return found
+
+    def snapshotted(self) -> dict[str, Target]:
+        """An overlay for each of SNAPSHOTS: all with as many writes, at as many random places, in as many parts."""
+        gateway = self.gateway(self.memory, 6 * self.size + (1 << 30))
+        shared = gateway.images / "base.raw"
+        os.link(self.image, shared)
+        found = {}
+        for name, count in SNAPSHOTS.items():
+            gateway.attach(name, shared.name, "--overlay")
+            uri, turns = gateway.uri(name), max(SNAPSHOTS.values())
+            copy_out(uri, SNAPSHOT_BYTES)
+            for n in range(turns):
+                write_some(uri, SNAPSHOT_BYTES, SNAPSHOT_WRITES, seed=n)
+                if n % (turns // count if count else turns + 1) == 0:
+                    gateway.cli("snapshot", name, f"s{n}")
+            copy_out(uri, SNAPSHOT_BYTES)
+            found[name] = Target(uri, gateway.pid, gateway)
         return found
 
     def syncers(self, forebay: bool) -> Iterator[tuple[str, Target]]:

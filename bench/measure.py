@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,14 @@ def write(uri: str, size: int, count: int) -> None:
     options = {"rw": "randwrite", "bs": "4k", "iodepth": 16, "number_ios": count}
     job = {**options, **_job(uri, size)}
     subprocess.run(_command(job), check=True, stdout=subprocess.DEVNULL)
+
+
+def write_some(uri: str, size: int, count: int, seed: int) -> None:
+    """The same, a few: without a process of its own."""
+    handle, data = _connect(uri), random.Random(seed).randbytes(4096)
+    for offset in islice(_offsets(size, seed), count):
+        handle.pwrite(data, offset)
+    handle.shutdown()
 
 
 @contextmanager

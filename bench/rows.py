@@ -38,7 +38,16 @@ class Row:
     key: str
     title: str
     group: Literal[
-        "read", "write", "vms", "neighbour", "sync", "checkpoint", "miss", "cold", "memory"
+        "read",
+        "write",
+        "vms",
+        "neighbour",
+        "sync",
+        "checkpoint",
+        "snapshots",
+        "miss",
+        "cold",
+        "memory",
     ]
     measures: Field
     bars: tuple[Bar, ...]
@@ -152,6 +161,22 @@ ROWS = (
         "iops",
         (Bar("no checkpoint", "at least", 0.65),),
         {"rw": "randwrite", "bs": "4k", "iodepth": 16},
+    ),
+    Row(
+        "snapshots-qd1",
+        "4 KiB random read of an overlay with 100 snapshots, written at random between them, depth 1",
+        "snapshots",
+        "mean_us",
+        (Bar("none", "at most", 1.1), Bar("one", "at most", 1.1), Bar("ten", "at most", 1.1)),
+        {"rw": "randread", "bs": "4k", "iodepth": 1},
+    ),
+    Row(
+        "snapshots-qd16",
+        "4 KiB random read of an overlay with 100 snapshots, written at random between them, depth 16",
+        "snapshots",
+        "iops",
+        (Bar("none", "at least", 0.9), Bar("one", "at least", 0.9), Bar("ten", "at least", 0.9)),
+        {"rw": "randread", "bs": "4k", "iodepth": 16},
     ),
     Row(
         "misses",

@@ -7,6 +7,7 @@ It knows nothing of NBD, of images' homes or of modes: those are the business of
 """
 
 from forebay_cache.blocks.clean import invalidate, mark_hot, uncover
+from forebay_cache.blocks.join import join
 from forebay_cache.blocks.pin import pin_layer
 from forebay_cache.blocks.settle import settle
 from forebay_cache.cache import Cache
@@ -53,6 +54,7 @@ __all__ = [
     "extend_device",
     "format_device",
     "invalidate",
+    "join",
     "mark_hot",
     "open_cache",
     "pin_layer",

@@ -14,7 +14,8 @@ complete forebay \
         'c/--run=/d/' \
         'c/--peer=/(first label any)/' \
         'c/--cacert=/f/' \
-        'c/--/(advice all allow-http allow-other cacert cache-size config device discard dry-run evict file force format help json keep-image keep-mine label libvirt max-size metadata mode older-than overlay partial patience peer preload print-completion rate read-only restart run save sha256 size state tag target timeout user version vg wait yes)/' \
+        'c/--format=/(raw qcow2)/' \
+        'c/--/(advice all allow-http allow-other cacert cache-size config device discard drop-newer dry-run evict file force format help json keep keep-image keep-mine label libvirt max-size metadata mode older-than overlay partial patience peer preload print-completion rate read-only restart run save sha256 size snapshot state tag target timeout user version vg wait yes)/' \
         'c/-/(- h)/' \
         'n/--print-completion/(bash zsh tcsh)/' \
         'n/--config/f/' \
@@ -22,7 +23,8 @@ complete forebay \
         'n/--run/d/' \
         'n/--peer/(first label any)/' \
         'n/--cacert/f/' \
-        'p/1/(serve attach detach status stats flush mode peer preload images stores warm tag untag pin unpin purge import resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)/' \
+        'n/--format/(raw qcow2)/' \
+        'p/1/(serve attach detach status stats flush mode peer preload images stores warm tag untag pin unpin purge import overlays save commit revert snapshot snapshots rollback drop resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)/' \
         'n/cache/(check info create extend format remove repair scrub)/' \
         'p@3@`set cmd=($COMMAND_LINE "" "" "" "" "" "" "" "" ""); if ( $#cmd >= 2 && ("$cmd[2]" == "peer") ) echo first label any`@' \
         'p/*/()/'

@@ -107,10 +107,11 @@ class Client:
         """What the daemon says at `target`, decoded from JSON."""
         with self._exchange("GET", target, None, ANSWER_TIMEOUT) as answer:
             found = self._whole(answer)
-        if target.partition("?")[0] in ("/disks", "/images", "/stores"):
+        last = target.partition("?")[0].rpartition("/")[2]
+        if last in ("disks", "images", "stores", "overlays", "snapshots"):
             if isinstance(found, list) and all(isinstance(one, Answer) for one in found):
                 return found
-            raise StrangeAnswerError(f"is no list of {target.partition('?')[0][1:]}")
+            raise StrangeAnswerError(f"is no list of {last}")
         return _checked(found)
 
     def post(self, target: str, content: dict[str, Any]) -> Any:

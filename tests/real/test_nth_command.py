@@ -73,6 +73,53 @@ async def through(bed: Bed) -> None:
     await bed.write("d")
 
 
+async def attach_kept(bed: Bed) -> object:
+    return await bed.gateway.attach("d", "images:a.img", overlay=True, keep=True)
+
+
+async def kept(bed: Bed) -> None:
+    """An overlay that stays, with something in it."""
+    await attach_kept(bed)
+    await bed.write("d")
+
+
+async def away(bed: Bed) -> None:
+    """The same, detached."""
+    await kept(bed)
+    await detach(bed)
+
+
+async def snapped(bed: Bed) -> None:
+    """An overlay that was written to after a snapshot of the image as it is."""
+    await attach_kept(bed)
+    await bed.gateway.overlays.snapshot("d", "first")
+    await bed.write("d")
+
+
+async def twice(bed: Bed) -> None:
+    """An overlay with a snapshot between two writes."""
+    await kept(bed)
+    await bed.gateway.overlays.snapshot("d", "first")
+    await bed.write("d", OLD)
+    await bed.write("d", NEW)
+
+
+async def snapshot(bed: Bed) -> object:
+    return await bed.gateway.overlays.snapshot("d", "second")
+
+
+async def rollback(bed: Bed) -> object:
+    return await bed.gateway.overlays.rollback("d", "first", drop_newer=True, force=False)
+
+
+async def revert(bed: Bed) -> object:
+    return await bed.gateway.overlays.revert("d", sure=True, force=False)
+
+
+async def drop(bed: Bed) -> object:
+    return await bed.gateway.overlays.drop("d", "first", nothing)
+
+
 async def nobody(bed: Bed) -> None:
     """No disk at all."""
     assert not bed.told()
@@ -86,6 +133,12 @@ CASES: dict[str, tuple[Command, Command, bytes, bytes]] = {
     "detach an overlay": (over, detach, NEW, b""),
     "discard": (dirty, discard, NEW, b""),
     "leave write-back": (dirty, write_through, NEW, NEW),
+    "attach an overlay that was kept": (away, attach_kept, b"", NEW),
+    "detach an overlay that stays": (kept, detach, NEW, b""),
+    "take a snapshot": (kept, snapshot, NEW, NEW),
+    "go back to a snapshot": (snapped, rollback, NEW, OLD),
+    "give up the changes": (twice, revert, NEW, OLD),
+    "drop a snapshot": (twice, drop, NEW, NEW),
     "enter write-back": (through, write_back, NEW, NEW),
 }
 """By name: what there is before, the command, and what the disk reads before and after it; empty: there is none."""
@@ -133,6 +186,11 @@ async def _is(bed: Bed, reads: bytes, told: str) -> None:
         await bed.starts_with("d", reads)
         return
     assert not bed.told(), told
+    if bed.gateway.overlays.all():  # kept: it is nobody else's until it is given up
+        assert await outcome(lambda: attach_kept(bed)) == "", told
+        await bed.starts_with("d", NEW)
+        assert await outcome(lambda: detach(bed)) == "", told
+        return
     assert await outcome(lambda: bed.gateway.attach("other", "images:a.img")) == "", told
     assert await outcome(lambda: bed.gateway.detach("other", progress=nothing)) == "", told
     assert not (bed.images / "a.img.forebay").exists(), told

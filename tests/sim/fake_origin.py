@@ -357,6 +357,7 @@ class FakeSource:
         self.size = origin.size
         self.allocated: int | None = None
         self.format: str | None = None
+        self.shown_format = "raw"
         self.discarding = False  # the operator gives up what the image lacks
         self.claim = FakeClaim(self) if self.use.writes else None
         self.resumed = resumed

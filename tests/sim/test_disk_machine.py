@@ -14,8 +14,10 @@ import logging
 import os
 import shutil
 import tempfile
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -35,6 +37,8 @@ from forebay.disk.disk import Disk
 from forebay.disk.modes import PRIVATE_MODES
 from forebay.errors import ForebayError
 from forebay.image.reach import RETRY_MOST
+from forebay.keeping.kept import KeptOverlays
+from forebay.keeping.overlays import Overlays
 from forebay.units import Mode
 from forebay_cache.format.entry import data_of, has_slot, slot_of
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, sector_runs
@@ -92,6 +96,10 @@ class Change:
         return self.offset + len(self.new)
 
 
+def _nobody(_name: str) -> bool:
+    return False
+
+
 def differs(got: Bytes, want: Bytes) -> int:
     """Where the first difference is, or -1."""
     if got == want:
@@ -100,7 +108,7 @@ def differs(got: Bytes, want: Bytes) -> int:
 
 
 class DiskMachine(RuleBasedStateMachine):
-    """``model`` is what each disk must read, by name."""
+    """``model`` is what each disk must read, by name; ``snapshots`` what it showed at each, and what may be in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,6 +158,7 @@ class DiskMachine(RuleBasedStateMachine):
         self.origin.punchable = punches
         self.trimming = trio.Lock()
         self.model = {"d": bytearray(self.origin.visible)}
+        self.snapshots: dict[str, list[tuple[str, bytes, list[Change]]]] = {}
         self.loop = Loop()
         self.host = Host(self.directory, self.origin, self.loop.nursery)
         self.loop.run(self._start, mode if self._fits(mode) else Mode.WRITE_BACK)
@@ -259,6 +268,24 @@ class DiskMachine(RuleBasedStateMachine):
     @rule(mode=modes)
     def to_direct(self, mode: Mode) -> None:
         self.run_op(self._to_direct, mode)
+
+    @precondition(lambda self: "d" not in self.model)
+    @rule(disk=st.booleans(), ops=st.lists(guest_ops, max_size=3))
+    def snapshot(self, disk: bool, ops: list[Op]) -> None:
+        self.run_op(self._snapshot, self._name(disk), ops)
+
+    @precondition(lambda self: "d" not in self.model)
+    @rule(disk=st.booleans(), pick=st.integers(0, 99), what=st.sampled_from(("go", "drop", "drop")))
+    def of_a_snapshot(self, disk: bool, pick: int, what: str) -> None:
+        name = self._name(disk)
+        if self.snapshots.get(name):
+            at = pick % len(self.snapshots[name])
+            self.run_op(self._go_back if what == "go" else self._drop, name, at)
+
+    @precondition(lambda self: "d" not in self.model)
+    @rule(disk=st.booleans())
+    def revert(self, disk: bool) -> None:
+        self.run_op(self._revert, self._name(disk))
 
     @rule(
         call=st.sampled_from(
@@ -583,10 +610,67 @@ class DiskMachine(RuleBasedStateMachine):
         self.model = {"o1": bytearray(image), "o2": bytearray(image)}
         await self._attach()
 
+    # -- snapshots --------------------------------------------------------------------------------------------
+
+    def _overlays(self) -> Overlays:
+        cache, served = self.host.cache, self._served
+        index = self.directory / "index"
+        return Overlays(cache, index, KeptOverlays(cache), served, list, None, _nobody)  # type: ignore[arg-type]
+
+    @asynccontextmanager
+    async def _served(self, name: str) -> AsyncIterator[SimpleNamespace]:
+        disk = self.host.disks[name]
+        yield SimpleNamespace(name=name, disk=disk, clients=0, check_serves=lambda: None)
+
+    async def _snapshot(self, name: str, ops: list[Op]) -> None:
+        """One while the guest goes on: each of its changes is in it, as a whole or not."""
+        self.counter += 1
+        label, before = f"s{self.counter}", bytes(self.model[name])
+        planned = self._plan(name, ops)
+        changes = [change for _, change in planned if change is not None]
+        async with trio.open_nursery() as nursery:
+            for op, change in planned:
+                nursery.start_soon(self._do, name, op, change, changes)
+            await self._overlays().snapshot(name, label)
+        await self._adopt(name, changes)
+        self.snapshots.setdefault(name, []).append((label, before, changes))
+
+    async def _go_back(self, name: str, at: int) -> None:
+        label, shown, changes = self.snapshots[name][at]
+        del self.snapshots[name][at + 1 :]
+        await self._overlays().rollback(name, label, drop_newer=True, force=False)
+        self.model[name] = bytearray(shown)
+        await self._find_out(name, changes)
+        self.snapshots[name][at] = label, bytes(self.model[name]), []
+
+    async def _find_out(self, name: str, changes: list[Change]) -> None:
+        """Which of these were made before the snapshot, sector by sector."""
+        await self._heal()
+        for change in changes:
+            if change.new:
+                found = await self.host.disks[name].read(change.offset, len(change.new))
+                got = b"".join(bytes(b) for b in found)
+                old = bytes(self.model[name][change.offset : change.end])
+                self._explain(name, change.offset, got, old, [change])
+                self.model[name][change.offset : change.end] = got
+
+    async def _drop(self, name: str, at: int) -> None:
+        label, _, _ = self.snapshots[name].pop(at)
+        await self._overlays().drop(name, label, nothing)
+        frozen = self.host.disks[name].dirty.frozen
+        assert len(frozen) <= len(self.snapshots[name]) + 1, "what nobody needs is made one"
+
+    async def _revert(self, name: str) -> None:
+        await self._overlays().revert(name, sure=True, force=False)
+        self.snapshots.pop(name, None)
+        self.model[name] = bytearray(self.origin.visible)
+        assert not self.host.disks[name].dirty.private_bytes
+
     async def _to_direct(self, mode: Mode) -> None:
         for name in list(self.model):
             await self.host.detach(name, discard=False)
         assert self.origin.changes == self.untouched, "an overlay wrote to its image"
+        self.snapshots.clear()
         self.model = {"d": bytearray(self.origin.visible)}
         self.mode = mode if self._fits(mode) else Mode.WRITE_BACK
         await self._attach()

@@ -170,6 +170,56 @@ class FakeStores:
         return [STORE, OTHER_STORE]
 
 
+OVERLAY = {
+    "name": "web",
+    "image": "images:a.raw",
+    "size": 2 * GIB,
+    "private_bytes": MIB,
+    "snapshots": 1,
+    "keep": True,
+    "attached": True,
+    "since": None,
+}
+SNAPSHOT = {"name": "monday", "created": 1000}
+
+
+class FakeOverlays:
+    """Knows one overlay with one snapshot, and notes what is asked of it."""
+
+    def __init__(self, gateway: "FakeGateway") -> None:
+        self._gateway = gateway
+
+    def all(self) -> list[dict[str, Any]]:
+        self._gateway._called("overlays")
+        return [OVERLAY]
+
+    def snapshots(self, name: str) -> list[dict[str, Any]]:
+        self._gateway._called("snapshots", name)
+        return [SNAPSHOT]
+
+    async def snapshot(self, name: str, snapshot: str) -> dict[str, Any]:
+        self._gateway._called("snapshot", name, snapshot)
+        return SNAPSHOT
+
+    async def rollback(self, name: str, snapshot: str, **how: Any) -> dict[str, Any]:
+        self._gateway._called("rollback", name, snapshot, how)
+        return OVERLAY
+
+    async def drop(self, name: str, snapshot: str, progress: Progress) -> dict[str, Any]:
+        self._gateway._called("drop", name, snapshot)
+        await self._gateway._work("drop", progress)
+        return OVERLAY
+
+    async def revert(self, name: str, **how: Any) -> dict[str, Any]:
+        self._gateway._called("revert", name, how)
+        return {"name": name, "image": "images:a.raw", "freed_bytes": MIB}
+
+    async def commit(self, name: str, progress: Progress) -> dict[str, Any]:
+        self._gateway._called("commit", name)
+        await self._gateway._work("commit", progress)
+        return OVERLAY
+
+
 class FakeGateway:
     """Holds statuses; work goes in `steps` of one MiB, and then waits for `finish` where that is set.
 
@@ -191,6 +241,7 @@ class FakeGateway:
         self.catalogue = FakeCatalogue(self)
         self.advice = FakeAdvice()
         self.stores = FakeStores()
+        self.overlays = FakeOverlays(self)
         self.began = trio.Event()
         self.ended = trio.Event()
 
@@ -268,9 +319,17 @@ class FakeGateway:
         return self.disks[name]
 
     async def save(
-        self, name: str, to: str, *, partial: bool, progress: Progress
+        self,
+        name: str,
+        to: str,
+        *,
+        partial: bool,
+        form: str,
+        snapshot: str | None,
+        progress: Progress,
     ) -> dict[str, Any]:
-        self.calls.append(("save", name, to, partial))
+        how = {"partial": partial, "form": form, "snapshot": snapshot}
+        self.calls.append(("save", name, to, how))
         await self._work("save", progress)
         missing = [[4096, 8192]] if partial else []
         return {

@@ -23,10 +23,10 @@ from forebay import client
 from forebay.cli import stats as cli_stats
 from forebay.cli.arguments import COMMANDS
 from forebay.cli.commands import RUN
-from forebay.cli.completion import completion
 from forebay.cli.main import build_parser, command_in, main
 from forebay.cli.stats import Wanted, difference, parse_wanted, rates
 from forebay.cli.terminal import progress as render_progress
+from forebay.cli.terminal.completion import completion
 from forebay.cli.wait import with_wait_closed
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
@@ -296,6 +296,7 @@ async def test_attach_sends_what_was_asked_for(capsys: Capture, tmp_path: Path) 
         "preload": "all",
         "read_only": True,
         "overlay": True,
+        "keep": False,
         "rule": Rule("label", "libvirt-1", 65534),
         "gives_way": False,
         "image_format": "raw",
@@ -382,6 +383,10 @@ async def test_flush_is_done_only_when_nothing_is_dirty(capsys: Capture) -> None
         assert capsys.readouterr() == ("", "forebay: 12M are dirty after 2s: wait longer\n")
 
 
+def _saved(*, partial: bool) -> dict[str, object]:
+    return {"partial": partial, "form": "raw", "snapshot": None}
+
+
 async def test_resolve_asks_before_data_is_given_up_and_tells_what_is_missing(
     capsys: Capture,
 ) -> None:
@@ -405,8 +410,8 @@ async def test_resolve_asks_before_data_is_given_up_and_tells_what_is_missing(
         ("resolve", "a", "image", False),
         ("resolve", "a", "image", True),
         ("resolve", "a", "mine", True),
-        ("save", "a", "images:new.raw", False),
-        ("save", "a", "images:new.raw", True),
+        ("save", "a", "images:new.raw", _saved(partial=False)),
+        ("save", "a", "images:new.raw", _saved(partial=True)),
     ]
 
 
@@ -654,7 +659,8 @@ async def test_a_warm_prints_lines_of_json(
 def test_every_command_of_the_contract_is_there() -> None:
     contract = (
         "serve attach detach status stats flush mode peer preload xml cache check-config dump-config demo "
-        "fuse import libvirt-hook recover resolve takeover images stores warm tag untag pin unpin purge"
+        "fuse import libvirt-hook recover resolve takeover images stores warm tag untag pin unpin purge "
+        "overlays save commit revert snapshot snapshots rollback drop"
     )
     assert set(COMMANDS) == set(RUN) == set(contract.split())
 

@@ -19,7 +19,18 @@ from forebay.control.server import serve_control
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
 from forebay.units import MIB, Mode
-from unit.control_fake import CACHE, GATEWAY, IMAGE, OTHER_STORE, STORE, FakeGateway, disk, served
+from unit.control_fake import (
+    CACHE,
+    GATEWAY,
+    IMAGE,
+    OTHER_STORE,
+    OVERLAY,
+    SNAPSHOT,
+    STORE,
+    FakeGateway,
+    disk,
+    served,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,7 +109,7 @@ async def test_attach_hands_checked_values_on() -> None:
     settings = {"mode": Mode.WRITE_BACK, "cache_size": 1 << 30, "preload": "trace"}
     nothing = dict.fromkeys(settings)
     flags = {"read_only": False, "overlay": False, "rule": Rule(), "gives_way": False}
-    flags["image_format"] = None
+    flags |= {"image_format": None, "keep": False}
     rule = Rule("label", "libvirt-1", 107)
     assert gateway.calls == [
         ("attach", "vm1", "images:a.raw", settings | flags | {"overlay": True, "rule": rule}),
@@ -109,6 +120,36 @@ async def test_attach_hands_checked_values_on() -> None:
 async def test_stores_are_told_of() -> None:
     async with served(FakeGateway()) as run:
         assert (await ask(run, "GET /stores")).json == [STORE, OTHER_STORE]
+
+
+async def test_what_is_done_with_overlays_is_handed_on() -> None:
+    gateway = FakeGateway("web")
+    async with served(gateway) as run:
+        assert (await ask(run, "GET /overlays")).json == [OVERLAY]
+        path = "/overlays/web"
+        assert (await ask(run, f"GET {path}/snapshots")).json == [SNAPSHOT]
+        named = {"snapshot": "monday"}
+        assert (await ask(run, f"POST {path}/snapshots", named)).status == 201
+        assert (await ask(run, f"POST {path}/snapshots", {"snapshot": "../x"})).status == 400
+        assert (await ask(run, f"POST {path}/snapshots")).status == 400
+        back = named | {"drop_newer": True}
+        assert (await ask(run, f"POST {path}/rollback", back)).json == OVERLAY
+        assert (await ask(run, f"POST {path}/drop", named)).lines[-1]["result"] == OVERLAY
+        assert (await ask(run, f"POST {path}/revert", {"yes": True})).json["freed_bytes"] == 1 << 20
+        assert (await ask(run, f"POST {path}/commit")).lines[-1]["result"] == OVERLAY
+        wanted = {"to": "images:b", "format": "qcow2", "snapshot": "monday"}
+        assert (await ask(run, "POST /disks/web/save", wanted)).status == 200
+        assert (await ask(run, "POST /disks/web/save", wanted | {"format": "vmdk"})).status == 400
+    assert gateway.calls == [
+        ("overlays",),
+        ("snapshots", "web"),
+        ("snapshot", "web", "monday"),
+        ("rollback", "web", "monday", {"drop_newer": True, "force": False}),
+        ("drop", "web", "monday"),
+        ("revert", "web", {"sure": True, "force": False}),
+        ("commit", "web"),
+        ("save", "web", "images:b", {"partial": False, "form": "qcow2", "snapshot": "monday"}),
+    ]
 
 
 async def test_what_is_done_with_images_is_handed_on() -> None:

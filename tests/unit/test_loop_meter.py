@@ -12,7 +12,7 @@ import trio
 
 import forebay.daemon.process
 from forebay.control.metrics import metrics_text
-from forebay.daemon.loop_meter import LoopMeter
+from forebay.daemon.figures.loop_meter import LoopMeter
 from forebay.daemon.process import Survivors
 
 

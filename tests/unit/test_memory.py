@@ -7,7 +7,7 @@ import re
 import uuid
 from pathlib import Path
 
-from forebay.daemon import memory
+from forebay.daemon.figures import memory
 from forebay.origin.threads import BACKGROUND_THREADS, FOREGROUND_THREADS
 from forebay_cache.format.superblock import plan
 from forebay_cache.read.fill import CHUNK

@@ -82,7 +82,7 @@ async def _settle(
         _hand_over(cache, frozen, clean, number, i, copied.get(i, (NO_SLOT, 0)))
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
     """Sectors of one block of the page to be copied from one slot to another."""
 
     i: int
@@ -91,17 +91,17 @@ class _Job(NamedTuple):
     mask: int
 
 
-_Copied = dict[int, tuple[int, int]]
+Copied = dict[int, tuple[int, int]]
 """What was copied, by block of the page: (slot, sectors)."""
 
 
-def _jobs(cache: Cache, frozen: Layer, clean: Layer, number: int, blocks: range) -> list[_Job]:
+def _jobs(cache: Cache, frozen: Layer, clean: Layer, number: int, blocks: range) -> list[Job]:
     """What has to be copied so that each block ends in one slot.
 
     Where the clean block has data that the private one lacks, its slot stays and gets the private sectors. Elsewhere
     the private slot with more of the data takes its place, and gets the sectors that lie in the other one.
     """
-    jobs: list[_Job] = []
+    jobs: list[Job] = []
     page, target = frozen.pages.page(number), clean.pages.page(number)
     for i in blocks:
         entry = entry_at(page, i)
@@ -109,14 +109,14 @@ def _jobs(cache: Cache, frozen: Layer, clean: Layer, number: int, blocks: range)
         old = slot_of(target[i])
         if old >= 0 and data_of(target[i]) & ~entry.valid:
             if not cache.slots.is_evicting(old) and old not in cache.in_flight.storing:
-                jobs += [_Job(i, slots[side], old, data[side]) for side in (0, 1) if data[side]]
+                jobs += [Job(i, slots[side], old, data[side]) for side in (0, 1) if data[side]]
         elif data[0] and data[1]:
             major = _major(data)
-            jobs.append(_Job(i, slots[1 - major], slots[major], data[1 - major]))
+            jobs.append(Job(i, slots[1 - major], slots[major], data[1 - major]))
     return jobs
 
 
-def _drop_shadowed(cache: Cache, clean: Layer, number: int, jobs: list[_Job]) -> None:
+def _drop_shadowed(cache: Cache, clean: Layer, number: int, jobs: list[Job]) -> None:
     """Forget clean sectors before others are copied over them: a copy that is not finished damages nothing then.
 
     The records that are noted here still have to be published.
@@ -131,10 +131,15 @@ def _major(data: tuple[int, int]) -> int:
     return 1 if data[1].bit_count() > data[0].bit_count() else 0
 
 
-async def _copy(cache: Cache, clean: Layer, number: int, jobs: list[_Job]) -> _Copied:
+async def _copy(cache: Cache, clean: Layer, number: int, jobs: list[Job]) -> Copied:
     """Do the jobs. Nobody looks at the places written: the frozen layer names others, and lies above the clean one."""
-    copied: _Copied = {}
     _drop_shadowed(cache, clean, number, jobs)
+    return await copy_all(cache, jobs)
+
+
+async def copy_all(cache: Cache, jobs: list[Job]) -> Copied:
+    """Copy sectors to places that nothing durable names, and that nobody looks at. Raises OSError."""
+    copied: Copied = {}
     if not jobs:
         return copied
     token = cache.quarantine.pin()
@@ -163,7 +168,7 @@ async def _copy(cache: Cache, clean: Layer, number: int, jobs: list[_Job]) -> _C
     return copied
 
 
-def _copy_sectors(cache: Cache, jobs: list[_Job]) -> dict[_Job, list[int]]:
+def _copy_sectors(cache: Cache, jobs: list[Job]) -> dict[Job, list[int]]:
     """In a thread. Returns checksums of what was copied, by sector."""
     found = {}
     for job in jobs:
@@ -176,7 +181,7 @@ def _copy_sectors(cache: Cache, jobs: list[_Job]) -> dict[_Job, list[int]]:
     return found
 
 
-def _take_sums(cache: Cache, job: _Job, crcs: list[int]) -> int:
+def _take_sums(cache: Cache, job: Job, crcs: list[int]) -> int:
     """The copies have the checksums of their source, so a bad copy shows when it is read; the good ones as a mask."""
     for slot in (job.to, job.source):
         cache.sums.load_now(slot)  # unless loaded just now

@@ -281,9 +281,9 @@ class PageTable:
 
     def _read(self, numbers: list[int]) -> list[bytes | None]:
         """What the index has of these pages; runs in a thread."""
-        return [self._ask(number) for number in numbers]
+        return [self.ask(number) for number in numbers]
 
-    def _ask(self, number: int) -> bytes | None:
+    def ask(self, number: int) -> bytes | None:
         """What the index has of a page. Raises IndexFault. One of a clean layer has nothing where the index is lost."""
         try:
             return self._index.page(self._layer, number)
@@ -305,7 +305,7 @@ class PageTable:
                     continue
                 self._loading[number] = event = trio.Event()
                 try:
-                    raw = await trio.to_thread.run_sync(self._ask, number)
+                    raw = await trio.to_thread.run_sync(self.ask, number)
                     self.adopt(number, raw)
                 finally:
                     del self._loading[number]
@@ -319,7 +319,7 @@ class PageTable:
         """
         page = self.look(number)
         if page is None:
-            page = self.adopt(number, self._ask(number))
+            page = self.adopt(number, self.ask(number))
         return page
 
     def adopt(self, number: int, raw: bytes | None) -> Page:

@@ -20,7 +20,7 @@ from forebay.errors import ForebayError
 from forebay.image.formats import KIND as RAW
 from forebay.image.registry import Images
 from forebay.image.source import Source
-from forebay.origin.addresses import keys_of_name, resolve
+from forebay.origin.addresses import is_scratch, keys_of_name, resolve
 from forebay.units import format_size
 from forebay_cache import Cache, Layer, pin_layer
 from forebay_cache.format.geometry import BLOCK, SECTOR
@@ -56,7 +56,8 @@ class Catalogue:
         images.is_pinned = self.entries.is_pinned
 
     def _note_used(self, source: Source) -> None:
-        self.entries.note_used(source.key, source.size, source.allocated, source.format)
+        if not is_scratch(source.key):
+            self.entries.note_used(source.key, source.size, source.allocated, source.format)
 
     def note_unused(self, key: str) -> None:
         """The last disk has left that image."""
@@ -84,7 +85,7 @@ class Catalogue:
         for n, key in enumerate(sorted(shown)):
             if n % 64 == 0:
                 await trio.lowlevel.checkpoint()
-            if store is None or is_in_store(key, store):
+            if not is_scratch(key) and (store is None or is_in_store(key, store)):
                 yield self._told(key, disks.get(key, []))
 
     def _told(self, key: str, disks: list[str]) -> dict[str, Any]:

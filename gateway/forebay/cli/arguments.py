@@ -63,7 +63,8 @@ def _serve(parser: Parser) -> None:
 def _attach(parser: Parser) -> None:
     _name(parser)
     add = parser.add_argument
-    add("image", metavar="IMAGE", type=IMAGE, help="STORE:PATH, a path in a store, or an NBD URI")
+    text = "STORE:PATH, a path in a store, an NBD URI, or scratch:SIZE"
+    add("image", metavar="IMAGE", type=IMAGE, help=text)
     add("--mode", metavar="MODE", type=MODE, help=", ".join(Mode))
     add(
         "--cache-size", metavar="SIZE", type=SIZE, help="most it may hold of the cache; 0: no limit"
@@ -73,6 +74,7 @@ def _attach(parser: Parser) -> None:
     add("--overlay", action="store_true", help="keep writes private and drop them at detach")
     text = "raw: serve the bytes of the image; qcow2, vmdk, vdi or vhdx: the disk in it"
     add("--format", metavar="FORMAT", type=checked(parse_format), help=text)
+    add("--keep", action="store_true", help="with --overlay: keep them beyond detach")
     add_rule(parser)
     text = "while another host has the image, wait until it is free, or for as long as this says"
     add("--wait", metavar="TIME", type=checked(_patience), nargs="?", const=float("inf"), help=text)
@@ -84,6 +86,11 @@ def _detach(parser: Parser) -> None:
     add = parser.add_argument
     add("--discard", action="store_true", help="drop what is dirty instead of writing it back")
     add("--force", action="store_true", help="even while a client is connected to it")
+
+
+def _status_of(parser: Parser) -> None:
+    _name(parser)
+    _json(parser)
 
 
 def _status(parser: Parser) -> None:
@@ -132,6 +139,11 @@ def _images(parser: Parser, add: str) -> None:
 
 def _import(parser: Parser) -> None:
     __import__("forebay.cli.importing", fromlist=["add_all"]).add_all(parser, checked, IMAGE)
+
+
+def _overlays(parser: Parser, add: str) -> None:
+    module = __import__("forebay.cli.overlays", fromlist=[add])
+    getattr(module, add)(parser, NAME, IMAGE)
 
 
 def _resolve(parser: Parser) -> None:
@@ -236,6 +248,23 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
         partial(_images, add="add_purge"),
     ),
     "import": ("make a raw image in a store of a file, here or on the web", _import),
+    "overlays": ("the overlays, attached or kept", partial(_overlays, add="add_list")),
+    "save": ("make a new image of what a disk shows", partial(_overlays, add="add_save")),
+    "commit": (
+        "write the changes of an overlay to its image",
+        partial(_overlays, add="add_commit"),
+    ),
+    "revert": ("give up the changes of an overlay", partial(_overlays, add="add_revert")),
+    "snapshot": (
+        "give what an overlay shows now a name",
+        partial(_overlays, add="add_snapshot"),
+    ),
+    "snapshots": ("the snapshots of an overlay", _status_of),
+    "rollback": (
+        "have an overlay show what it did at a snapshot",
+        partial(_overlays, add="add_rollback"),
+    ),
+    "drop": ("forget a snapshot", partial(_overlays, add="add_snapshot")),
     "resolve": ("go on after somebody else changed an image, with its data kept", _resolve),
     "xml": ("the libvirt <disk> element of a disk", _xml),
     "libvirt-hook": ("what libvirt's hook calls, with the domain's XML on stdin", _libvirt_hook),

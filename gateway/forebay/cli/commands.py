@@ -75,6 +75,7 @@ def attach(arguments: Arguments) -> int:
         "read_only": arguments.read_only,
         "overlay": arguments.overlay,
         "format": arguments.format,
+        "keep": arguments.keep,
         **rule(arguments),
     }
     client = daemon(arguments)
@@ -251,6 +252,22 @@ def import_image(arguments: Arguments) -> int:
     return run(arguments, _image(arguments.target))
 
 
+def overlays(arguments: Arguments) -> int:
+    """`forebay overlays`, `commit`, `revert`, `snapshot`, `snapshots`, `rollback` and `drop`."""
+    from forebay.cli import overlays as commands
+
+    name = "show" if arguments.command == "overlays" else arguments.command
+    done: int = getattr(commands, name)(arguments, daemon(arguments))
+    return done
+
+
+def save(arguments: Arguments) -> int:
+    """`forebay save`: make a new image of what a disk shows."""
+    from forebay.cli.overlays import save as run
+
+    return run(arguments, daemon(arguments), _image(arguments.to))
+
+
 def resolve(arguments: Arguments) -> int:
     """`forebay resolve`: end a conflict, with the cache's data or with the image's; or save what the disk shows."""
     from forebay.cli.resolve import keep, save
@@ -359,6 +376,14 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "unpin": mark,
     "purge": purge,
     "import": import_image,
+    "overlays": overlays,
+    "save": save,
+    "commit": overlays,
+    "revert": overlays,
+    "snapshot": overlays,
+    "snapshots": overlays,
+    "rollback": overlays,
+    "drop": overlays,
     "resolve": resolve,
     "xml": xml,
     "libvirt-hook": libvirt_hook,

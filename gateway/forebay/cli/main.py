@@ -27,7 +27,7 @@ class _Completion(argparse.Action):
     """`--print-completion SHELL`: for packagers; the results are shipped in config/completions."""
 
     def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
-        from forebay.cli.completion import completion
+        from forebay.cli.terminal.completion import completion
 
         try:
             print(completion(build_parser(), rest[1]), end="")

@@ -43,7 +43,7 @@ def keep(arguments: Arguments, client: Daemon, what: str) -> int:
     try:
         disk = _keep(arguments.name, client, what, sure=sure)
     except ForebayError as fault:
-        if sure or not str(fault).endswith(_SAY_YES) or not _agreed(str(fault)):
+        if sure or not str(fault).endswith(_SAY_YES) or not agreed(str(fault)):
             raise
         disk = _keep(arguments.name, client, what, sure=True)
     if arguments.json:
@@ -57,7 +57,7 @@ _SAY_YES = ("say --yes", "say --yes, or --save them first")
 """What the daemon's answer ends with where only a word is missing."""
 
 
-def _agreed(what: str) -> bool:
+def agreed(what: str) -> bool:
     """Ask at a terminal. False where there is none, or the answer is not yes."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
@@ -80,11 +80,17 @@ def save(arguments: Arguments, client: Daemon, to: str) -> int:
         found = client.follow("POST", f"/disks/{name}/save", content, progress)
     if arguments.json:
         print_json(found)
-        return 0
+    else:
+        print_saved(found)
+    return 0
+
+
+def print_saved(found: Any) -> None:
+    """Say what was saved, and what is missing there."""
+    name = found["name"]
     print(f"{name}: saved as {found['image']}, {format_size(found['saved_bytes'])} of data")
     for offset, length in found["missing"]:
         print(f"{name}: missing, zeros now: {length} bytes at {offset}", file=sys.stderr)
     if found["missing_bytes"]:
         much = format_size(found["missing_bytes"])
         print(f"{name}: {much} are missing in {found['image']}", file=sys.stderr)
-    return 0

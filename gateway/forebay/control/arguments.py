@@ -110,6 +110,13 @@ def _uid(value: Any) -> int:
     raise ValueError("not the number of a user")
 
 
+def _format_saved(value: Any) -> str:
+    """The format of an image that is made."""
+    if value in ("raw", "qcow2"):
+        return str(value)
+    raise ValueError(f"{value!r} is neither raw nor qcow2")
+
+
 def _keep(value: Any) -> str:
     """Whose data is kept in a conflict."""
     if value in ("mine", "image"):
@@ -125,6 +132,7 @@ ATTACH: dict[str, Parse] = {
     "preload": parse_preload,
     "read_only": _flag,
     "overlay": _flag,
+    "keep": _flag,
     "gives_way": _flag,
     "format": parse_format,
     "peer": _peer,
@@ -143,8 +151,17 @@ PEER: dict[str, Parse] = {
     "evict": _flag,
 }
 RESOLVE: dict[str, Parse] = {"keep": _keep, "yes": _flag}
-SAVE: dict[str, Parse] = {"to": _text, "partial": _flag}
+SAVE: dict[str, Parse] = {
+    "to": _text,
+    "partial": _flag,
+    "format": _format_saved,
+    "snapshot": parse_name,
+}
 PRELOAD: dict[str, Parse] = {"amount": parse_preload}
+
+REVERT: dict[str, Parse] = {"yes": _flag, "force": _flag}
+SNAPSHOT: dict[str, Parse] = {"snapshot": parse_name}
+ROLLBACK: dict[str, Parse] = {"snapshot": parse_name, "drop_newer": _flag, "force": _flag}
 
 IMAGES: dict[str, Parse] = {"store": _text}
 WARM: dict[str, Parse] = {"image": _text, "amount": parse_amount, "rate": parse_rate}

@@ -33,6 +33,7 @@ from forebay.control.arguments import (
     arguments,
 )
 from forebay.control.images import Catalogue, ImageRoutes, Stores
+from forebay.control.overlays import OverlayRoutes, Overlays
 from forebay.control.work import Operation, Progress, error, failure
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
@@ -73,6 +74,7 @@ class Answers(Protocol):
         preload: int | str | None,
         read_only: bool,
         overlay: bool,
+        keep: bool,
         rule: Rule,
         gives_way: bool,
         image_format: str | None,
@@ -104,8 +106,17 @@ class Answers(Protocol):
     ) -> Status:
         """Go on with an image that was changed, with the disk's own data or without it."""
 
-    async def save(self, name: str, to: str, *, partial: bool, progress: Progress) -> Status:
-        """Make a new image of what the disk shows."""
+    async def save(
+        self,
+        name: str,
+        to: str,
+        *,
+        partial: bool,
+        form: str,
+        snapshot: str | None,
+        progress: Progress,
+    ) -> Status:
+        """Make a new image of what the disk shows, or showed at a snapshot; `form` is raw or qcow2."""
 
     async def preload(self, name: str, amount: int | str, progress: Progress) -> None:
         """Bring in bytes from the start, or `trace`, or `all`."""
@@ -142,6 +153,10 @@ class Answers(Protocol):
     @property
     def advice(self) -> Advice:
         """What a cache of another size would find."""
+
+    @property
+    def overlays(self) -> Overlays:
+        """The overlays, attached or kept."""
 
 
 Endpoint = Callable[[Request], Awaitable["Response | Operation"]]
@@ -190,6 +205,7 @@ class Control:
             ("POST", "/cache/scrub", self.scrub),
             ("POST", "/cache/repair", self.repair),
             *ImageRoutes(self._gateway.catalogue, self._gateway.stores).table(),
+            *OverlayRoutes(self._gateway.overlays).table(),
         ]
         return [Route(path, _guarded(call), methods=[method]) for method, path, call in table]
 
@@ -238,6 +254,7 @@ class Control:
             preload=given.get("preload"),
             read_only=given.get("read_only", False),
             overlay=given.get("overlay", False),
+            keep=given.get("keep", False),
             rule=_rule(given),
             gives_way=given.get("gives_way", False),
             image_format=given.get("format"),
@@ -332,10 +349,14 @@ class Control:
     async def save(self, request: Request) -> Operation:
         """Make a new image of what the disk shows; answers with what was saved."""
         name, given = self._name(request), await arguments(request, SAVE, ("to",))
-        partial = given.get("partial", False)
         return Operation(
             lambda progress: self._gateway.save(
-                name, given["to"], partial=partial, progress=progress
+                name,
+                given["to"],
+                partial=given.get("partial", False),
+                form=given.get("format", "raw"),
+                snapshot=given.get("snapshot"),
+                progress=progress,
             )
         )
 

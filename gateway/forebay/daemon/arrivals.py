@@ -6,6 +6,7 @@
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from forebay.config.model import Config, DiskSettings
 from forebay.daemon.attached import Absent, Attached
 from forebay.daemon.disks import Disks
 from forebay.daemon.parallel import run_all
-from forebay.daemon.record import DiskRecord, DiskRecords
+from forebay.daemon.record import DiskRecord, DiskRecords, in_conflict
 from forebay.disk.disk import Disk
 from forebay.doors.accepting import socket_path
 from forebay.doors.listener import Listener
@@ -32,7 +33,8 @@ from forebay.image.formats import Formats
 from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.image.use import Use
-from forebay.origin.addresses import FileAddress, in_format, resolve
+from forebay.keeping.kept import Kept, KeptOverlays
+from forebay.origin.addresses import FileAddress, ScratchAddress, in_format, resolve
 from forebay.origin.mounts import is_local
 from forebay.origin.threads import StoreThreads
 from forebay.origin.virtual.opening import Servers
@@ -62,6 +64,7 @@ class Arrivals:
         memory: Budgets,
         returns: Returns,
         give_way: Callable[[Attached], Awaitable[None]] = _nobody_gives_way,
+        kept: KeptOverlays | None = None,
     ) -> None:
         """`nursery` is the one long-lived nursery of the process: the tasks of disks and of connections live in it.
 
@@ -79,6 +82,7 @@ class Arrivals:
         self._returns = returns
         self._formats = Formats(cache)
         self._servers = Servers(config.gateway.run, partial(resolve, config), images.is_open)
+        self._kept = KeptOverlays(cache) if kept is None else kept
         self._threads: dict[str, StoreThreads] = {}
         """By store, or by image where that lies in none."""
 
@@ -86,21 +90,30 @@ class Arrivals:
 
     async def attach(self, name: str, wanted: DiskRecord) -> Attached:
         """Serve an image as a disk; of `wanted`, key and size are found out here. Raises ForebayError and OSError."""
+        if isinstance(resolve(self._config, wanted.image), ScratchAddress):
+            wanted = replace(wanted, overlay=True)  # there is no image to be written
         self._check_new(name, wanted)
         path = socket_path(self._config.gateway.run, name)
-        source, settings = self.source(name, wanted, None)
+        kept = self._kept.get(name)
         if wanted.format is None:
+            source, _ = self.source(name, wanted, None)
             wanted = wanted.in_format(await _format_of(source))
-            source, settings = self.source(name, wanted, None)
+        wanted = replace(wanted, keep=wanted.keep or kept is not None)
+        source, settings = self.source(name, wanted, None, comes_back=kept is not None)
+        self._kept.check(name, source)
         async with self._disks.arriving(name, source, self._give_way), _abandoned_on_fault(source):
+            if self._kept.get(name) != kept:
+                raise ForebayError(f"what was kept of '{name}' has changed meanwhile: try again")
             await self._returns.call_off(source)
             await _prepared(source)
             source.check_safe(settings.mode)
+            if kept is not None:
+                await self._check_unchanged(name, wanted, kept, source)
             self._disks.check_alone(source)
             record = wanted.of_image(source.key, source.size)
             attached = await self._opened(record, source, settings, path)
             attached.listener.tenant.forget()
-            await self._put_to_use(attached)
+            await self._put_to_use(attached, kept)
         log.info("%s: %s attached, %s", name, source.key, settings.mode)
         return attached
 
@@ -112,17 +125,30 @@ class Arrivals:
         self._disks.check_name_free(name)
         if wanted.read_only and wanted.overlay:
             raise ForebayError("a disk is either read-only or an overlay: leave one of the two out")
+        if wanted.keep and not wanted.overlay:
+            raise ForebayError("what is kept are the changes of an overlay: add --overlay")
 
-    async def _put_to_use(self, attached: Attached) -> None:
+    async def _check_unchanged(
+        self, name: str, wanted: DiskRecord, kept: Kept, source: Source
+    ) -> None:
+        """Raise ForebayError where the image is not what the overlay was detached from: it is in conflict then."""
+        record = await in_conflict(name, wanted, kept, source, self._cache)
+        if record is not None:
+            await self._records.take_over(name, record, self._kept)
+            self._disks.add(self._absent(name, record, record.conflict))
+            raise ForebayError(record.conflict)
+
+    async def _put_to_use(self, attached: Attached, kept: Kept | None) -> None:
         """Put the disk on record, durably, then serve it. If that fails, nothing of it is left."""
         self._disks.add(attached)
         async with attached.busy:  # whoever wants to change it waits until it is there
-            await self._served_first(attached)
+            await self._served_first(attached, kept)
 
-    async def _served_first(self, attached: Attached) -> None:
+    async def _served_first(self, attached: Attached, kept: Kept | None) -> None:
         try:
             await attached.source.close_prepared()
             self._records.put(attached.name, attached.record)
+            self._kept.put(attached.name, None)
             await self._records.commit()
             await attached.start(self._nursery)
             if attached.fault is not None:
@@ -133,14 +159,15 @@ class Arrivals:
                 )
         except BaseException:
             with trio.CancelScope(shield=True):
-                await self._undo(attached)
+                await self._undo(attached, kept)
             raise
 
-    async def _undo(self, attached: Attached) -> None:
+    async def _undo(self, attached: Attached, kept: Kept | None) -> None:
         self._disks.remove(attached)
         self._records.put(attached.name, None)
+        self._kept.put(attached.name, kept)
         with contextlib.suppress(OSError, CacheError):
-            await attached.disk.close(discard=True)
+            await attached.disk.close(discard=True, keep=kept is not None)
         with contextlib.suppress(ForebayError):
             await self._records.commit()
 
@@ -148,6 +175,7 @@ class Arrivals:
 
     async def resume(self, earlier: EarlierSockets) -> None:
         """Bring back the disks on record, each whether or not its origin can be reached, and their clients."""
+        self._kept.finish()
         known = self._records.all()
         left = {name: record for name, record in known.items() if record.leaving}
         await self._finish_leaving(left)
@@ -190,7 +218,7 @@ class Arrivals:
         except ForebayError as fault:
             log.warning("the disks that were detached are still on record: %s", fault)
         for name, record in left.items():
-            if record.read_only or record.overlay:
+            if not record.writes:
                 continue
             with contextlib.suppress(ForebayError):  # of a store that is no longer configured
                 self._returns.give_back_later(self.source_of(name, record))
@@ -199,6 +227,10 @@ class Arrivals:
         """A disk that cannot be brought back is shown as such; the others are not kept from coming."""
         if record.conflict:
             self._disks.add(self._absent(name, record, record.conflict))
+            return
+        if record.committing:
+            why = f"its changes are being written to its image: 'forebay commit {name}' waits for that"
+            self._disks.add(self._absent(name, record, why))
             return
         try:
             await self._bring_back(name, record, earlier)
@@ -244,10 +276,16 @@ class Arrivals:
     # -- both
 
     def source(
-        self, name: str, record: DiskRecord, size: int | None, *, is_base: bool = False
+        self,
+        name: str,
+        record: DiskRecord,
+        size: int | None,
+        *,
+        is_base: bool = False,
+        comes_back: bool = False,
     ) -> tuple[Source, DiskSettings]:
-        """The source of the disk, and its settings. `size` in bytes, as recorded; None: not known yet. `is_base`: as
-        `Use` has it.
+        """The source of the disk, and its settings. `size` in bytes, as recorded; None: not known yet. `is_base` and
+        `comes_back`: as `Use` has it.
 
         Raises ForebayError for an image that may not be attached.
         """
@@ -257,7 +295,9 @@ class Arrivals:
             name,
             self._cache.uuid,
             record.read_only,
-            record.overlay,
+            record.overlay and not record.committing,
+            record.keep,
+            comes_back,
             need_locks=settings.require_locks,
             refresh=settings.on_change == "refresh",
             as_bytes=record.format == RAW,

@@ -93,6 +93,11 @@ class Attached:
         """The disk's name."""
         return self.source.use.disk
 
+    @property
+    def clients(self) -> int:
+        """How many clients are connected."""
+        return self.listener.clients
+
     # -- life
 
     async def start(self, nursery: trio.Nursery, earlier: Sockets | None = None) -> None:
@@ -227,7 +232,9 @@ class Attached:
         assert self.fault is not None, "it is not stopped"
         again = "restart the daemon to serve it again"
         again += (
-            " (a detach drops it)" if self.disk.overlay else ", or detach it and attach it again"
+            " (a detach drops it)"
+            if self.disk.overlay and not self.record.keep
+            else ", or detach it and attach it again"
         )
         return f"a fault of Forebay itself ({in_short(self.fault)}): its data is kept: {again}; the log says more"
 
@@ -326,6 +333,7 @@ def _at_rest(
         "state": state.value,
         "read_only": record.read_only,
         "overlay": record.overlay,
+        "keep": record.keep,
         "size": record.size,
         **record.limits(),
         **dict.fromkeys(counters, 0),

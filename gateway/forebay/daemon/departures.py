@@ -23,6 +23,7 @@ from forebay.doors.returns import Returns
 from forebay.errors import ForebayError
 from forebay.image.registry import Images
 from forebay.image.source import Source
+from forebay.keeping.kept import Kept, KeptOverlays, identity_of
 
 log = logging.getLogger("forebay.daemon")
 
@@ -44,8 +45,10 @@ class Departures:
         records: DiskRecords,
         returns: Returns,
         source_of: Callable[[str, DiskRecord], Source],
+        kept: KeptOverlays,
     ) -> None:
         """`source_of` makes the source of a disk on record. It raises ForebayError."""
+        self._kept = kept
         self._images = images
         self._disks = disks
         self._records = records
@@ -108,23 +111,47 @@ class Departures:
     async def _decide(self, attached: Attached, discard: bool) -> None:
         """Note, durably, that the disk is leaving: a start goes on with that. Raises ForebayError."""
         disk, record = attached.disk, attached.record
+        if record.keep and not discard and disk.dirty.has_changes():
+            await self._keep(attached)
+            return
         if discard:
             await finish_checkpoint(disk.image, attached.source, disk.writeback)
         await self._records.change(attached.name, record, record.as_leaving())
+
+    async def _keep(self, attached: Attached) -> None:
+        """Note, durably, that the disk is not attached any more, and that its changes are kept. Raises ForebayError."""
+        image, record = attached.disk.image, attached.record
+        if identity_of(image.cache, image.key) is None:
+            await image.look()
+        try:
+            await image.cache.make_durable()
+        except OSError as fault:
+            raise ForebayError(
+                f"what '{attached.name}' has cannot be made durable ({fault.strerror or fault}): "
+                "see forebay cache info, or give it up with --discard"
+            ) from fault
+        self._kept.put(attached.name, Kept.now(record.write(), image.cache))
+        try:
+            await self._records.remove(attached.name, record)
+        except BaseException:
+            self._kept.put(attached.name, None)
+            raise
 
     async def _forget(self, attached: Attached, discard: bool) -> None:
         """Drop what the cache has of the disk alone, take it off the record, and give the image back."""
         await attached.rest()
         given_up = discard and attached.disk.image.conflict is not None
+        is_kept = self._kept.get(attached.name) is not None
         try:
-            await attached.disk.close(discard=discard)
+            await attached.disk.close(discard=discard, keep=is_kept)
         except Exception as fault:
             attached.stop(fault)  # it is shown as what it is, and can be detached once more
             raise
         self._disks.remove(attached)
         attached.leave()
         attached.listener.tenant.forget()
-        await self._take_off_record(attached.name)
+        if not is_kept:
+            await self._take_off_record(attached.name)
         await self._returns.give_back(attached.source, drop_checkpoint=given_up)
 
     async def _take_off_record(self, name: str) -> None:
@@ -146,7 +173,7 @@ class Departures:
         self._disks.remove(disk)
         self._images.drop_disk(disk.name, record.key)
         await self._take_off_record(disk.name)
-        if not (record.read_only or record.overlay):
+        if record.writes:
             with contextlib.suppress(ForebayError):  # its store is not configured any more
                 source = self._source_of(disk.name, record)
                 self._returns.give_back_later(source, drop_checkpoint=bool(record.conflict))

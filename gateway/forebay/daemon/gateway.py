@@ -17,18 +17,19 @@ import forebay_fast
 from forebay.catalogue.catalogue import Catalogue
 from forebay.config.model import Config
 from forebay.control.metrics import metrics_text
-from forebay.daemon import memory
 from forebay.daemon.arrivals import Arrivals
 from forebay.daemon.attached import Attached
+from forebay.daemon.committing import Committing
 from forebay.daemon.departures import Departures
 from forebay.daemon.disks import Disks
 from forebay.daemon.ending import stop
-from forebay.daemon.loop_meter import METER
+from forebay.daemon.figures import memory
+from forebay.daemon.figures.loop_meter import METER
 from forebay.daemon.parallel import Progress, Shares, run_all
 from forebay.daemon.process import run_process
 from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.daemon.resolving import Keeps, Resolving
-from forebay.daemon.saving import Saving
+from forebay.daemon.saving import Saving, Wanted
 from forebay.doors.restart import EarlierSockets
 from forebay.doors.returns import Returns
 from forebay.doors.tenant import Rule
@@ -37,6 +38,8 @@ from forebay.image.gone import GoneImages
 from forebay.image.kept import MOST_IN_ALL
 from forebay.image.registry import Images
 from forebay.image.source import Source
+from forebay.keeping.kept import KeptOverlays
+from forebay.keeping.overlays import Overlays
 from forebay.origin.threads import StoreThreads
 from forebay.storage.advice import Advice
 from forebay.storage.state import index_path
@@ -68,6 +71,7 @@ class Gateway:
         returns = Returns(nursery)
         self._disks = Disks()
         self._records = DiskRecords(cache, index_path(config))
+        self._kept = KeptOverlays(cache)
         self._memory = memory.budgets()
         self._gone = GoneImages(
             config,
@@ -82,6 +86,7 @@ class Gateway:
             self._records,
             returns,
             self._source_of,
+            self._kept,
         )
         self._arrivals = Arrivals(
             config,
@@ -93,6 +98,7 @@ class Gateway:
             self._memory,
             returns,
             self._departures.give_way,
+            self._kept,
         )
         self.catalogue = Catalogue(
             config,
@@ -105,6 +111,18 @@ class Gateway:
         )
         self._resolving = Resolving(self._arrivals, self._disks, self._records)
         self._saving = Saving(config, cache, self._disks, self._arrivals.threads_of)
+        self._committing = Committing(
+            self._arrivals, self._disks, self._records, images, returns, self._kept
+        )
+        self.overlays = Overlays(
+            cache,
+            index_path(config),
+            self._kept,
+            self._disks.turn_attached,
+            self._disks.all_attached,
+            self._committing,
+            self._disks.is_attached,
+        )
         self._extending = trio.Lock()
         self.advice = Advice(cache, config.gateway.state / "advice")
         attaching = Attaching(images, self._disks, self._arrivals.base, self.catalogue.cached_size)
@@ -134,6 +152,7 @@ class Gateway:
         preload: int | str | None = None,
         read_only: bool = False,
         overlay: bool = False,
+        keep: bool = False,
         rule: Rule = BY_SETTINGS,
         gives_way: bool = False,
         image_format: str | None = None,
@@ -146,7 +165,7 @@ class Gateway:
         if gives_way and not read_only:
             raise ForebayError("a disk that gives way is read-only: leave one of the two out")
         wanted = DiskRecord(image, "", 0, read_only, overlay, chosen, cache_size, preload)
-        wanted = replace(wanted, gives_way=gives_way, format=image_format)
+        wanted = replace(wanted, gives_way=gives_way, format=image_format, keep=keep)
         attached = await self._arrivals.attach(name, wanted.with_rule(rule))
         return attached.status()
 
@@ -161,6 +180,7 @@ class Gateway:
         self._nursery.start_soon(self._gone.run)
         self._nursery.start_soon(self.catalogue.run)
         self._nursery.start_soon(self.advice.run)
+        self._nursery.start_soon(self._committing.run)
 
     def _threads_of(self, store: str) -> StoreThreads:
         return self._arrivals.threads_of(store)
@@ -253,9 +273,19 @@ class Gateway:
         """Go on with an image that was changed, with the disk's own data or without it. The disk's status."""
         return await self._resolving.keep(name, keeps, sure=sure, progress=progress)
 
-    async def save(self, name: str, to: str, *, partial: bool, progress: Progress) -> Status:
-        """Make a new image of what the disk shows; what was saved."""
-        return await self._saving.save(name, to, partial=partial, progress=progress)
+    async def save(
+        self,
+        name: str,
+        to: str,
+        *,
+        partial: bool,
+        form: str = "raw",
+        snapshot: str | None = None,
+        progress: Progress,
+    ) -> Status:
+        """Make a new image of what the disk shows, or showed at a snapshot; what was saved. `form`: raw or qcow2."""
+        wanted = Wanted(to, form, snapshot, partial=partial)
+        return await self._saving.save(name, wanted, progress)
 
     async def preload(self, name: str, amount: int | str, progress: Progress) -> None:
         """Bring in bytes from the start, `trace`, or `all`."""
@@ -297,6 +327,11 @@ class Gateway:
             raise ForebayError(f"in use: {', '.join(busy)}: stop the VMs and detach these disks")
         await self.flush(None, progress=progress)
         names = sorted(self._disks.names())
+        if kept := sorted(self._kept.all()):
+            raise ForebayError(
+                f"overlays that are kept: {', '.join(kept)}: save them, or give their changes up with "
+                "'forebay revert NAME' first"
+            )
         if names:
             raise ForebayError(
                 f"attached: {', '.join(names)}: detach them with 'forebay detach NAME' first"

@@ -22,7 +22,7 @@ import forebay_cache
 import forebay_fast
 from forebay.config.model import Config
 from forebay.daemon.attached import Attached
-from forebay.daemon.loop_meter import METER
+from forebay.daemon.figures.loop_meter import METER
 from forebay.daemon.watchdog import feed
 from forebay.doors.accepting import DISKS
 from forebay.doors.restart import EarlierSockets

@@ -11,6 +11,9 @@ from forebay.catalogue.entries import commit_records
 from forebay.config.fields import PeerRule
 from forebay.config.model import Config, DiskSettings
 from forebay.doors.tenant import Rule
+from forebay.image.source import Source
+from forebay.keeping.kept import Kept, KeptOverlays, identity_of
+from forebay.origin.protocol import Identity
 from forebay.units import Mode
 from forebay_cache import Cache
 
@@ -41,6 +44,10 @@ class DiskRecord:
     format: str | None = None
     """`raw`: the bytes of the image, whatever format they are of. None: the image has to be a raw disk. Any other: the
     virtual disk in an image of that format."""
+    keep: bool = False
+    """True if what an overlay has is kept when it is detached."""
+    committing: bool = False
+    """True while what an overlay has is being written to its image: a start goes on with that."""
     leaving: bool = False
     """True once the disk is being forgotten, whatever comes: a start goes on with that."""
     keeps: str = ""
@@ -59,6 +66,11 @@ class DiskRecord:
     def write(self) -> dict[str, Any]:
         """What the index is to keep."""
         return asdict(self)
+
+    @property
+    def writes(self) -> bool:
+        """True if the disk writes its image, be it only now."""
+        return not self.read_only and (self.committing or not self.overlay)
 
     def settings(self, config: Config, store: str | None) -> DiskSettings:
         """The settings of the disk, with what the configuration says now. Raises ForebayError."""
@@ -106,6 +118,10 @@ class DiskRecord:
         """The same of a disk that is to stay in conflict."""
         return replace(self, conflict=why, is_behind=self.is_behind or behind)
 
+    def as_committing(self, *, begins: bool) -> Self:
+        """The same of an overlay whose changes are being written to its image, or (not `begins`) are there."""
+        return replace(self, committing=begins)
+
     def as_leaving(self) -> Self:
         """The same of a disk that is being forgotten."""
         return replace(self, leaving=True)
@@ -141,6 +157,48 @@ class DiskRecords:
             self.put(name, was)
             raise
 
+    async def remove(self, name: str, was: DiskRecord) -> None:
+        """Have no record of the disk, durably. Raises ForebayError; `was` is on record then."""
+        self.put(name, None)
+        try:
+            await self.commit()
+        except BaseException:
+            self.put(name, was)
+            raise
+
+    async def take_over(self, name: str, record: DiskRecord, kept: KeptOverlays) -> None:
+        """Have it on record, durably, in the place of what is kept of that name. Raises ForebayError; that is then."""
+        before = kept.get(name)
+        kept.put(name, None)
+        self.put(name, record)
+        try:
+            await self.commit()
+        except BaseException:
+            kept.put(name, before)
+            self.put(name, None)
+            raise
+
     async def commit(self) -> None:
         """Make all changes durable. Raises ForebayError where the index cannot be written."""
         await commit_records(self._cache, self._index)
+
+
+async def in_conflict(
+    name: str, wanted: DiskRecord, kept: Kept, source: Source, cache: Cache
+) -> DiskRecord | None:
+    """The record of a kept overlay that is attached again to an image which was changed; None: it was not.
+
+    The image of `source` is open. Raises OSError.
+    """
+    assert source.prepared is not None, "it was opened just now"
+    found = await source.prepared.identity()
+    if kept.is_of(found):
+        return None
+    known = identity_of(cache, source.key)
+    others_went_on = known is not None and Identity(*known).content == found.content
+    record = wanted.of_image(source.key, kept.record["size"])
+    return record.in_conflict(
+        f"{source.key} was changed while '{name}' was detached: 'forebay resolve {name}' keeps its changes, or drops "
+        "them, or saves them elsewhere",
+        behind=others_went_on,
+    )

@@ -281,17 +281,18 @@ class Disk(HotPath):
 
     # -- the end ----------------------------------------------------------------------------------------------
 
-    async def close(self, *, discard: bool) -> None:
+    async def close(self, *, discard: bool, keep: bool = False) -> None:
         """At detach, when nobody uses the disk any more: drop what is private, and leave the image.
 
-        `discard` says that what is dirty is meant to be lost; without it nothing may be dirty. What fails is said in
-        the log: it goes in any case.
+        `discard` says that what is dirty is meant to be lost; without it nothing may be dirty. `keep`: what is private
+        stays in the cache. What fails is said in the log: it goes in any case.
         """
         dirty = self.dirty.bytes
         assert discard or not dirty, "drain first"
         if dirty:
             log.warning("%s: %d dirty bytes are dropped as asked", self.name, dirty)
-        drop_private(self.image, self.dirty, discard=discard)
+        if not keep:
+            drop_private(self.image, self.dirty, discard=discard)
         with in_any_case(self.name):
             await self.modes.copy.release()
         self.image.clean.set_cap(self.name, None)

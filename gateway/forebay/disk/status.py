@@ -106,6 +106,7 @@ class Status:
             "reason": self.reason(),
             "read_only": self._source.use.read_only,
             "overlay": self._source.use.overlay,
+            "keep": self._source.use.keep,
             "size": self._source.size,
         }
 

@@ -21,7 +21,7 @@ import trio
 
 from forebay.config.model import Config
 from forebay.errors import ForebayError
-from forebay.origin.addresses import FileAddress, resolve
+from forebay.origin.addresses import FileAddress, is_scratch, resolve
 from forebay.origin.calls import SystemCalls
 from forebay.origin.opening import look_in_store
 from forebay.origin.threads import StoreThreads, bounded
@@ -154,6 +154,8 @@ class GoneImages:
 
     async def _is_gone(self, key: str) -> bool:
         """True if the name of an image leads nowhere in a store that is there."""
+        if is_scratch(key):
+            return True
         try:
             address = resolve(self._config, key)
         except ForebayError:

@@ -13,14 +13,14 @@ from forebay.errors import ForebayError
 from forebay.formats.magic import RAW
 from forebay.image.formats import Formats, is_marked, mark
 from forebay.image.use import Use
-from forebay.origin.addresses import Address, DeviceAddress, FileAddress
+from forebay.origin.addresses import Address, DeviceAddress, FileAddress, ScratchAddress
 from forebay.origin.block import BlockOrigin
 from forebay.origin.calls import SystemCalls
 from forebay.origin.file import FileOrigin
 from forebay.origin.mounts import why_unsafe
 from forebay.origin.nbd import NbdOrigin
 from forebay.origin.opening import Backing, OpenImage, look, open_device, open_image
-from forebay.origin.protocol import Origin, close_quietly
+from forebay.origin.protocol import Nothing, Origin, close_quietly
 from forebay.origin.threads import Descriptor, StoreThreads, bounded
 from forebay.origin.virtual.naming import named_format
 from forebay.origin.virtual.opening import Servers, open_virtual, start_server
@@ -104,6 +104,8 @@ class Opener:
             return await self._open_file(self._address, first)
         if isinstance(self._address, DeviceAddress):
             return await self._open_device(self._address)
+        if isinstance(self._address, ScratchAddress):
+            return Nothing(self._address.size, self._label)
         return await NbdOrigin.open(
             self._nursery,
             self._address,

@@ -90,7 +90,8 @@ class Images:
         layers = self._cache.layers.private_of(disk)
         for layer in layers:
             self._cache.layers.drop(layer)
-        self._cache.records.put("dirty", disk, None)
+        for kind in ("dirty", "snapshots"):
+            self._cache.records.put(kind, disk, None)
         image, clean = self._open.get(key), self._cache.layers.clean_of(key)
         if len(layers) > 1 and image is not None:
             image.clean.refresh()  # a pass may have written to the image under its clean blocks
@@ -109,7 +110,7 @@ class Images:
         """
         if drops_own:
             self.drop_disk(disk, key)
-        if has_moved:
+        if has_moved and key not in self._open:  # else they have gone on with it as it is now
             clean = self._cache.layers.clean_of(key)
             if clean is not None:
                 self._cache.layers.drop(clean)

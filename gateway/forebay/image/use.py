@@ -16,6 +16,10 @@ class Use:
     """The uuid of this gateway's cache, by which other gateways know it."""
     read_only: bool = False
     overlay: bool = False
+    keep: bool = False
+    """True if what an overlay has is kept when it is detached."""
+    comes_back: bool = False
+    """True if the overlay is attached again, and goes on with what was kept of it."""
     need_locks: bool = True
     """True if an image without file locks is refused."""
     refresh: bool = True

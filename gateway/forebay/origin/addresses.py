@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote
 
 from forebay.config.model import Config
 from forebay.errors import ForebayError
-from forebay.units import FORMATS
+from forebay.units import FORMATS, parse_size
 
 SIDECAR = ".forebay"
 """What the name of the directory beside an image ends in (design section 3)."""
@@ -25,6 +25,12 @@ NBD_PORT = 10809
 
 LONGEST_EXPORT = 4096
 """The most bytes that the name of an export may have (NBD protocol, "String")."""
+
+SCRATCH = "scratch"
+"""What stands in the place of a store where there is no image; a store of that name hides it."""
+
+SCRATCH_UNIT = 4096
+"""Bytes of which the size of such a disk is a multiple."""
 
 _STORE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63}):(?!//)(.*)", re.DOTALL | re.ASCII)
 _TCP = re.compile(
@@ -111,7 +117,21 @@ class NbdAddress:
         return f"nbd://{host}" + ("" if self.port == NBD_PORT else f":{self.port}"), ""
 
 
-Address = FileAddress | DeviceAddress | NbdAddress
+@dataclass(frozen=True)
+class ScratchAddress:
+    """The address of no image at all: what a disk has that lies in the cache only, and is empty at first."""
+
+    size: int
+    """Bytes."""
+    store: None = None
+
+    @property
+    def key(self) -> str:
+        """The one name that this has in the index and in messages."""
+        return f"{SCRATCH}:{self.size}"
+
+
+Address = FileAddress | DeviceAddress | NbdAddress | ScratchAddress
 """The address of an image of any kind. `key` names the image for ever; `store` is the name of its store, or None."""
 
 
@@ -140,6 +160,8 @@ def resolve(config: Config, text: str) -> Address:
     if text.startswith("/"):
         return _resolve_path(config, text)
     match = _STORE.fullmatch(text)
+    if match is not None and match[1] == SCRATCH not in config.stores:
+        return ScratchAddress(_scratch_size(text, match[2]))
     if match is None:
         raise ForebayError(f"'{text}' is in no store: write STORE:{text}, or the whole path")
     store, path = match.groups()
@@ -156,6 +178,24 @@ def _split_format(path: str) -> tuple[str, str]:
 def keys_of_name(name: str) -> list[str]:
     """The keys that virtual disks in an image of that name, STORE:path, may have."""
     return [f"{name}{_AS}{one}" for one in FORMATS if one != "raw"]
+
+
+def is_scratch(key: str) -> bool:
+    """True if that is the key of an image which is empty, and lies nowhere."""
+    return key.startswith(f"{SCRATCH}:") and key.removeprefix(f"{SCRATCH}:").isdecimal()
+
+
+def _scratch_size(text: str, size: str) -> int:
+    """Bytes of a disk that lies in the cache only. Raises ForebayError."""
+    try:
+        found = parse_size(size)
+    except ValueError as fault:
+        raise ForebayError(f"'{text}': {fault}: write {SCRATCH}:20G") from None
+    if not found or found % SCRATCH_UNIT:
+        raise ForebayError(
+            f"'{text}' is no size of a disk: write a multiple of {SCRATCH_UNIT} bytes, as in {SCRATCH}:20G"
+        )
+    return found
 
 
 def path_in_store(text: str, path: str) -> str:

@@ -3,10 +3,12 @@
 
 """What the rest of the gateway asks of an image where it lives: the protocol `Origin`, and what an image looked like.
 
-`FileOrigin` (file.py), `BlockOrigin` (block.py) and `NbdOrigin` (nbd.py) implement it.
+`FileOrigin` (file.py), `BlockOrigin` (block.py) and `NbdOrigin` (nbd.py) implement it, and so does `Nothing`, the image
+of a disk that has none.
 """
 
 import contextlib
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -139,6 +141,70 @@ class Origin(Protocol):
     async def close(self) -> None:
         """Let go of the image, without a flush."""
         ...
+
+
+class Nothing:
+    """Zeros that lie nowhere, and that nobody writes: under a disk that lies in the cache only."""
+
+    read_only = True
+    sync_failures = 0
+    punches: bool | None = False
+
+    def __init__(self, size: int, label: str) -> None:
+        self.size = size
+        self.label = label
+
+    async def read(self, offset: int, length: int, background: Background = False) -> Buffer:
+        """Zeros."""
+        return bytes(length)
+
+    async def write(self, offset: int, data: Sequence[Buffer], background: bool = False) -> None:
+        """Refused."""
+        raise OSError(errno.EROFS, f"{self.label} is not written")
+
+    async def write_ranges(
+        self, ranges: Sequence[tuple[int, Buffer]], background: bool = False
+    ) -> None:
+        """Refused."""
+        raise OSError(errno.EROFS, f"{self.label} is not written")
+
+    async def flush(self, *, times: bool = False) -> None:
+        """Nothing was written."""
+
+    async def ask_punches(self) -> bool:
+        """There is no space to give back."""
+        return False
+
+    async def zero(self, offset: int, length: int, may_trim: bool) -> None:
+        """Refused."""
+        raise OSError(errno.EROFS, f"{self.label} is not written")
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Refused."""
+        raise OSError(errno.EROFS, f"{self.label} is not written")
+
+    async def extents(
+        self, offset: int, length: int, background: Background = False
+    ) -> list[tuple[int, int]]:
+        """One hole."""
+        return [(length, HOLE | ZERO)]
+
+    async def identity(self) -> Identity:
+        """Always the same."""
+        return Identity(self.size)
+
+    async def is_dead(self) -> bool:
+        """Never."""
+        return False
+
+    async def forget(self) -> None:
+        """Nothing was kept."""
+
+    async def quiesce(self) -> None:
+        """No call can be under way."""
+
+    async def close(self) -> None:
+        """Nothing is open."""
 
 
 async def close_quietly(origin: Origin) -> None:

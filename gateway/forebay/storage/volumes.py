@@ -300,12 +300,18 @@ def _checked_empty(config: Config) -> str:
     cache = open_cache(path, state / "index")  # what was journaled since the last commit counts
     try:
         disks = sorted(cache.records.all("disk"))
+        kept = sorted(cache.records.all("kept"))
         dirty = sum(x.sectors for x in cache.layers if x.private and not x.is_dead) * SECTOR
     finally:
         cache.release()
     if disks:
         raise ForebayError(
             f"attached: {', '.join(disks)}: start the daemon, and detach them with 'forebay detach NAME'"
+        )
+    if kept:
+        raise ForebayError(
+            f"overlays that are kept: {', '.join(kept)}: start the daemon, and save them, or give their changes up "
+            "with 'forebay revert NAME'"
         )
     if dirty:
         raise ForebayError(

@@ -1,0 +1,225 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""Many private layers of one disk: what is read through them merged, and what is left when they are made fewer.
+
+A real cache on real files. A model of sectors says what each snapshot shows. Every read is made twice, by the merged
+pages and layer by layer.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from forebay_cache import Cache, Layer, LayerName, View, join, open_cache
+from forebay_cache.blocks import private
+from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, SECTORS, Buffer
+from forebay_cache.read.merged import LEVELS, Merged, seen_through
+from sim.fake_host import check_cache
+
+BLOCKS = 6
+SIZE = BLOCKS * BLOCK
+FAR = 3 * PAGE_BLOCKS * BLOCK
+"""Where the second half of the blocks lies, in a page of its own."""
+
+Model = dict[int, bytes]
+"""By sector."""
+
+
+class Stack:
+    """The layers of one disk, newest first, and what each of them and those below it show."""
+
+    def __init__(self, cache: Cache, rng: random.Random) -> None:
+        self.cache = cache
+        self.rng = rng
+        self.layers: list[Layer] = []
+        self.shown: list[Model] = []
+        self.merged: Merged | None = None
+        self.generation = 0
+        self.add()
+
+    def add(self) -> None:
+        """A snapshot: a new layer takes the writes."""
+        if self.layers:
+            self.layers[0].freeze()
+        self.generation += 1
+        layer = self.cache.layers.make(LayerName.of_disk("d", self.generation, "images:x"))
+        self.layers.insert(0, layer)
+        self.shown.insert(0, dict(self.shown[0]) if self.shown else {})
+        self.merged = seen_through(self.cache.index, self.layers[1:], self.merged)
+
+    async def write(self) -> None:
+        first = self.rng.randrange(BLOCKS * SECTORS)
+        count = min(self.rng.choice([1, 1, 1, 2, 5, SECTORS]), BLOCKS * SECTORS - first)
+        data = self.rng.randbytes(count * SECTOR)
+        zeros = self.rng.random() < 0.2
+        if zeros:
+            data = bytes(len(data))
+        for n in range(count):
+            self.shown[0][first + n] = data[n * SECTOR : (n + 1) * SECTOR]
+        half = BLOCKS * SECTORS // 2
+        for start, stop in ((first, min(first + count, half)), (max(first, half), first + count)):
+            if start < stop:
+                part = data[(start - first) * SECTOR : (stop - first) * SECTOR]
+                await self._put(place(start), memoryview(part), zeros=zeros)
+
+    async def _put(self, offset: int, data: memoryview, *, zeros: bool) -> None:
+        layer = self.layers[0]
+        while not (
+            private.zero(self.cache, layer, offset, len(data))
+            if zeros
+            else private.write(self.cache, layer, offset, data)
+        ):
+            await private.prepare(self.cache, layer, offset, len(data), zeros=zeros)
+        self.cache.intent.publish()
+
+    async def check(self, at: int = 0) -> None:
+        """What is read of the layers from the one at that place on down, merged and one by one."""
+        layers = self.layers[at:]
+        views = [View(self.cache, layers, None, nothing_there)]
+        if at == 0 and self.merged is not None:
+            views.append(View(self.cache, [layers[0], *self.merged.levels], None, nothing_there))
+        if (merged := seen_through(self.cache.index, layers, None)) is not None:
+            views.append(View(self.cache, list(merged.levels), None, nothing_there))
+        for view in views:
+            for sector in range(BLOCKS * SECTORS):
+                want = self.shown[at].get(sector, b"image" * 819 + b"!")
+                now = view.read_now(place(sector), SECTOR)
+                got = b"".join(bytes(x) for x in await view.read(place(sector), SECTOR))
+                assert got == want, (at, sector, len(view.private))
+                assert now is None or bytes(now) == want, (at, sector, len(view.private))
+
+    async def unite(self, at: int) -> None:
+        """The frozen layers at that place and below it become one."""
+        await self.cache.make_durable()
+        upper, lower = self.layers[at : at + 2]
+        gone = await join(self.cache, lower, upper, turn, self._forget)
+        self.layers.remove(gone)
+        del self.shown[at + 1]
+        self.merged = seen_through(self.cache.index, self.layers[1:], self.merged)
+        self.cache.layers.drop(gone)
+        await self.cache.commit()
+
+    def _forget(self, number: int) -> None:
+        if self.merged is not None:
+            self.merged.forget(number)
+
+
+def place(sector: int) -> int:
+    """Where a sector of the model lies on the disk."""
+    half = BLOCKS * SECTORS // 2
+    return sector * SECTOR if sector < half else FAR + (sector - half) * SECTOR
+
+
+async def turn(_moved: int) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+async def nothing_there(_offset: int, length: int) -> Buffer:
+    assert length == SECTOR
+    return b"image" * 819 + b"!"
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    return random.Random(7)
+
+
+async def with_cache(home: Path, do: Callable[[Cache], object]) -> None:
+    cache = open_cache(home / "cache.img", home / "index", size=64 << 20)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(cache.run)
+        await do(cache)  # type: ignore[misc]
+        await check_cache(cache)
+        nursery.cancel_scope.cancel()
+    await cache.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_many_layers_read_as_one_and_are_made_fewer(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+
+    async def life(cache: Cache) -> None:
+        stack = Stack(cache, rng)
+        for _ in range(25):
+            for _ in range(rng.randrange(5)):
+                await stack.write()
+            stack.add()
+        await stack.check()
+        while len(stack.layers) > 2:
+            await stack.unite(rng.randrange(1, len(stack.layers) - 1))
+            await stack.write()
+            await stack.check()
+            await stack.check(rng.randrange(1, len(stack.layers)))
+
+    await with_cache(tmp_path, life)
+
+
+async def test_a_block_of_which_each_sector_is_of_another_layer_goes_through_all_levels(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    async def life(cache: Cache) -> None:
+        stack = Stack(cache, rng)
+        for sector in range(SECTORS):
+            data = rng.randbytes(SECTOR)
+            stack.shown[0][sector] = data
+            await stack._put(sector * SECTOR, memoryview(data), zeros=False)
+            stack.add()
+        await stack.check()
+        assert stack.merged is not None
+        assert all(layer.sectors for layer in stack.merged.levels), "each level has two of them"
+        assert len(stack.merged.levels) == LEVELS
+        while len(stack.layers) > 2:
+            await stack.unite(1)
+        await stack.check()
+        assert sum(layer.slots for layer in stack.layers) <= 2, "a block has two slots"
+
+    await with_cache(tmp_path, life)
+
+
+async def test_what_a_lower_layer_held_and_an_upper_one_too_comes_free(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    async def life(cache: Cache) -> None:
+        stack = Stack(cache, rng)
+        free = cache.slots.placement.free
+        for _ in range(4):
+            data = rng.randbytes(BLOCK)
+            for n in range(SECTORS):
+                stack.shown[0][n] = data[n * SECTOR : (n + 1) * SECTOR]
+            await stack._put(0, memoryview(data), zeros=False)
+            stack.add()
+        assert cache.slots.placement.free == free - 4
+        while len(stack.layers) > 2:
+            await stack.unite(1)
+        await cache.commit()
+        assert cache.slots.placement.free == free - 1
+        await stack.check()
+
+    await with_cache(tmp_path, life)
+
+
+async def test_a_join_that_is_cut_short_is_gone_on_with(tmp_path: Path, rng: random.Random) -> None:
+    async def life(cache: Cache) -> None:
+        stack = Stack(cache, rng)
+        for _ in range(3):
+            for _ in range(40):
+                await stack.write()
+            stack.add()
+        await cache.make_durable()
+        upper, lower = stack.layers[1:3]
+
+        async def enough(_moved: int) -> None:
+            raise OSError(5, "enough")
+
+        with pytest.raises(OSError, match="enough"):
+            await join(cache, lower, upper, enough, stack._forget)
+        await stack.check()
+        await check_cache(cache)
+        await stack.unite(1)
+        await stack.check()
+
+    await with_cache(tmp_path, life)
