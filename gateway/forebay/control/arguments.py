@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from forebay.config.fields import PeerRule
+from forebay.doors.tenant import Rule
 from forebay.units import (
     Mode,
     did_you_mean,
@@ -173,6 +174,11 @@ PURGE: dict[str, Parse] = {
     "older_than": parse_duration,
     "dry_run": _flag,
 }
+
+
+def rule_in(given: Mapping[str, Any]) -> Rule:
+    """Which processes may use a disk, as a request says."""
+    return Rule(given.get("peer"), given.get("peer_label"), given.get("peer_user"))
 
 
 async def arguments(

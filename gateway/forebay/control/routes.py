@@ -9,7 +9,7 @@ answered as every other error: a 4xx or 5xx status with `{"error": text}`. If a 
 for any more; no data is lost by that. The routes stand in gateway/README.md.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal, Protocol
 
 from starlette.applications import Starlette
@@ -31,6 +31,7 @@ from forebay.control.arguments import (
     RESOLVE,
     SAVE,
     arguments,
+    rule_in,
 )
 from forebay.control.images import Catalogue, ImageRoutes, Stores
 from forebay.control.overlays import OverlayRoutes, Overlays
@@ -255,7 +256,7 @@ class Control:
             read_only=given.get("read_only", False),
             overlay=given.get("overlay", False),
             keep=given.get("keep", False),
-            rule=_rule(given),
+            rule=rule_in(given),
             gives_way=given.get("gives_way", False),
             image_format=given.get("format"),
         )
@@ -324,7 +325,7 @@ class Control:
         """Change which processes may use the disk; answers with the disk's status."""
         name, given = self._name(request), await arguments(request, PEER)
         evict = given.get("evict", False)
-        return JSONResponse(await self._gateway.set_peer(name, _rule(given), evict=evict))
+        return JSONResponse(await self._gateway.set_peer(name, rule_in(given), evict=evict))
 
     async def preload(self, request: Request) -> Operation:
         """Bring part of the image in; answers with the disk's status."""
@@ -380,11 +381,6 @@ class Control:
     async def repair(self, _: Request) -> Operation:
         """Use a cache device again that has failed, then do the same."""
         return Operation(self._gateway.repair_cache)
-
-
-def _rule(given: Mapping[str, Any]) -> Rule:
-    """Which processes may use a disk, as a request says."""
-    return Rule(given.get("peer"), given.get("peer_label"), given.get("peer_user"))
 
 
 def _method(route: Route) -> str:
