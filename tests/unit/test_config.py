@@ -172,6 +172,8 @@ def test_shipped_file_shows_every_key_with_its_default(file: Path) -> None:
         "device ",
         "nbd",
         "devices",
+        "https",
+        "ca_file",
         "owner",
         "group",
     )

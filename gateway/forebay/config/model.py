@@ -211,6 +211,10 @@ class OriginsSection(_Section):
     """NBD URIs, as `nbd://storage1/*`."""
     devices: list[str] = Field(default_factory=list)
     """Block devices, as `/dev/vg1/vm-*`."""
+    https: list[str] = Field(default_factory=list)
+    """URLs, as `https://cloud.debian.org/images/`: all below it. Redirections lead to what is allowed here only."""
+    ca_file: Directory | None = None
+    """Certificates of who signs those of web servers, instead of the host's own."""
 
 
 class FuseSection(_Section):
@@ -313,7 +317,7 @@ class Config(_Section):
                 f"gateway.socket_group: no group '{KVM}' on this host, sockets are the daemon's own: "
                 "name the group that QEMU runs in"
             )
-        if not (self.stores or self.origins.nbd or self.origins.devices):
+        if not (self.stores or self.origins.nbd or self.origins.devices or self.origins.https):
             found.append(
                 "no image can be attached: add a [stores.NAME] with a path, a directory of images"
             )

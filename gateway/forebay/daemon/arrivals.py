@@ -37,7 +37,7 @@ from forebay.keeping.kept import Kept, KeptOverlays
 from forebay.origin.addresses import FileAddress, ScratchAddress, in_format, resolve
 from forebay.origin.mounts import is_local
 from forebay.origin.threads import StoreThreads
-from forebay.origin.virtual.opening import Servers
+from forebay.origin.virtual.servers import Servers, Web
 from forebay.origin.worker.process import StoreProcess
 from forebay.units import Mode, parse_name
 from forebay_cache import Cache, CacheError
@@ -81,7 +81,8 @@ class Arrivals:
         self._give_way = give_way
         self._returns = returns
         self._formats = Formats(cache)
-        self._servers = Servers(config.gateway.run, partial(resolve, config), images.is_open)
+        web = Web(config.origins.https, config.origins.ca_file)
+        self._servers = Servers(config.gateway.run, web, partial(resolve, config), images.is_open)
         self._kept = KeptOverlays(cache) if kept is None else kept
         self._threads: dict[str, StoreThreads] = {}
         """By store, or by image where that lies in none."""

@@ -13,7 +13,13 @@ from forebay.errors import ForebayError
 from forebay.formats.magic import RAW
 from forebay.image.formats import Formats, is_marked, mark
 from forebay.image.use import Use
-from forebay.origin.addresses import Address, DeviceAddress, FileAddress, ScratchAddress
+from forebay.origin.addresses import (
+    Address,
+    DeviceAddress,
+    FileAddress,
+    ScratchAddress,
+    WebAddress,
+)
 from forebay.origin.block import BlockOrigin
 from forebay.origin.calls import SystemCalls
 from forebay.origin.file import FileOrigin
@@ -23,8 +29,10 @@ from forebay.origin.opening import Backing, OpenImage, look, open_device, open_i
 from forebay.origin.protocol import Nothing, Origin, close_quietly
 from forebay.origin.threads import Descriptor, StoreThreads, bounded
 from forebay.origin.virtual.naming import named_format
-from forebay.origin.virtual.opening import Servers, open_virtual, start_server
+from forebay.origin.virtual.opening import open_virtual, start_server
 from forebay.origin.virtual.origin import VirtualOrigin
+from forebay.origin.virtual.servers import Servers
+from forebay.origin.virtual.web import WebOrigin, open_web
 from forebay.origin.worker import syscalls
 from forebay.sidecar.claim import Claim
 from forebay.sidecar.files import read_owner
@@ -106,6 +114,8 @@ class Opener:
             return await self._open_device(self._address)
         if isinstance(self._address, ScratchAddress):
             return Nothing(self._address.size, self._label)
+        if isinstance(self._address, WebAddress):
+            return await self._open_web(self._address, first)
         return await NbdOrigin.open(
             self._nursery,
             self._address,
@@ -208,6 +218,15 @@ class Opener:
             await close_quietly(origin)
             raise
         return origin
+
+    async def _open_web(self, address: WebAddress, first: bool) -> WebOrigin:
+        if self._use.writes:
+            raise ForebayError(
+                f"{self._key} is on a web server: attach it with --overlay or --read-only"
+            )
+        servers = self._servers_of_files
+        file = await self._in_thread(lambda: open_web(address, servers, first=first))
+        return WebOrigin(file, self._label, threads=self._threads, timeout=self._timeout)
 
     async def _in_thread(self, do: Callable[[], OpenImage]) -> OpenImage:
         """Open something in a thread; the descriptor of one that comes too late is closed. Raises what `do` raises."""

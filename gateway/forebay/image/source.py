@@ -16,7 +16,7 @@ from forebay.image.use import Use
 from forebay.origin.addresses import Address, DeviceAddress, FileAddress
 from forebay.origin.protocol import Origin, close_quietly
 from forebay.origin.threads import StoreThreads, bounded
-from forebay.origin.virtual.opening import Servers
+from forebay.origin.virtual.servers import Servers
 from forebay.sidecar.claim import Claim
 from forebay.sidecar.record import ChangedError, TakenOver, UnreadableError
 from forebay.units import Mode

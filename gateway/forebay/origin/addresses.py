@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from forebay.config.model import Config
+from forebay.config.urls import is_allowed_url, written_url
 from forebay.errors import ForebayError
 from forebay.units import FORMATS, parse_size
 
@@ -131,7 +132,20 @@ class ScratchAddress:
         return f"{SCRATCH}:{self.size}"
 
 
-Address = FileAddress | DeviceAddress | NbdAddress | ScratchAddress
+@dataclass(frozen=True)
+class WebAddress:
+    """The address of an image that a web server has: its URL, always written in the same way."""
+
+    url: str
+    store: None = None
+
+    @property
+    def key(self) -> str:
+        """The one name that this image has in the index and in messages: its URL."""
+        return self.url
+
+
+Address = FileAddress | DeviceAddress | NbdAddress | ScratchAddress | WebAddress
 """The address of an image of any kind. `key` names the image for ever; `store` is the name of its store, or None."""
 
 
@@ -157,6 +171,8 @@ def resolve(config: Config, text: str) -> Address:
         raise ForebayError(f"{text!r} cannot name an image: write STORE:relative/path")
     if text.startswith(("nbd:", "nbd+", "nbds")):
         return _resolve_nbd(config, text)
+    if text.startswith("https:"):
+        return _resolve_web(config, text)
     if text.startswith("/"):
         return _resolve_path(config, text)
     match = _STORE.fullmatch(text)
@@ -248,6 +264,26 @@ def _resolve_nbd(config: Config, text: str) -> NbdAddress:
     raise ForebayError(
         f"'{text}' may not be attached: allow it with nbd = [\"{address.key}\"] in [origins]"
     )
+
+
+def _resolve_web(config: Config, text: str) -> WebAddress:
+    address = parse_url(text)
+    if is_allowed_url(config.origins.https, address.url):
+        return address
+    server = address.url[: address.url.index("/", len("https://")) + 1]
+    raise ForebayError(
+        f'{_in_short(text)} may not be attached: allow it with https = ["{server}"] in [origins]'
+    )
+
+
+def parse_url(text: str) -> WebAddress:
+    """The address in `https://host[:port]/path`. Raises ForebayError for anything else, and for more than that."""
+    url = written_url(text)
+    if url is None:
+        raise ForebayError(
+            f"{_in_short(text)} is no URL of an image: write https://host[:port]/path"
+        )
+    return WebAddress(url)
 
 
 def _is_allowed(pattern: str, address: NbdAddress) -> bool:

@@ -23,7 +23,7 @@ from forebay.origin.calls import PUNCH_HOLE, ZERO_RANGE
 from forebay.origin.protocol import ZERO
 from forebay.origin.worker import process
 from forebay.origin.worker.process import Worker
-from forebay.origin.worker.server import CONNECTIONS, Start
+from forebay.origin.worker.server import CONNECTIONS, Connection, Start
 from forebay_nbd.client.blocking import BlockingClient
 
 LONGEST = 4 << 20
@@ -58,7 +58,7 @@ class VirtualDisk:
         self._start = start
         self._starting = threading.Lock()
         self._places = threading.BoundedSemaphore(CONNECTIONS)
-        self._free: list[BlockingClient] | None = None
+        self._free: list[Connection] | None = None
         """Connections that nobody uses; None before the server was started."""
         self._number = process.hold(self)
         self.handle = process.handle_of(self._number, 0)
@@ -125,13 +125,12 @@ class VirtualDisk:
     def _connection(self) -> Iterator[BlockingClient]:
         """A connection to the server, for the body. Where it breaks, this has ended."""
         with self._places:
-            server = self._taken()
+            server = self._with_handshake(self._taken())
             try:
                 yield server
             except ConnectionError as error:
                 server.close()
-                self._end()
-                raise OSError(errno.EIO, f"{self._name}: its server has ended") from error
+                raise self._ended() from error
             except OSError:  # of the server, which says so and goes on
                 self._give_back(server)
                 raise
@@ -140,7 +139,20 @@ class VirtualDisk:
                 raise
             self._give_back(server)
 
-    def _taken(self) -> BlockingClient:
+    def _with_handshake(self, connection: Connection) -> BlockingClient:
+        if isinstance(connection, BlockingClient):
+            return connection
+        try:
+            return BlockingClient(connection)
+        except OSError as error:
+            raise self._ended() from error
+
+    def _ended(self) -> OSError:
+        """End, and return what to raise."""
+        self._end()
+        return OSError(errno.EIO, f"{self._name}: its server has ended")
+
+    def _taken(self) -> Connection:
         with self._starting:
             if not process.is_held(self.handle):
                 raise OSError(errno.EIO, f"{self._name}: its server has ended")
@@ -159,12 +171,17 @@ class VirtualDisk:
                 return
         server.close()
 
+    def close(self) -> None:
+        """As closing the descriptor; the second call does nothing."""
+        if process.is_held(self.handle):
+            self._end()
+
     def _end(self) -> None:
         """From now on all calls fail. The server writes what it still has in memory, and ends."""
         process.let_go(self._number)
         free, self._free = self._free or [], []
-        for server in free:
-            server.close()
+        for connection in free:
+            connection.close()
         self._worker.leave()
 
     def _flush(self) -> None:

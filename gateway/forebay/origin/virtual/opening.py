@@ -11,8 +11,8 @@ the files. Whoever writes the image next waits for that, by a lock.
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -25,20 +25,8 @@ from forebay.origin.virtual.disk import VirtualDisk
 from forebay.origin.virtual.graph import PROGRAM, command
 from forebay.origin.worker import process
 from forebay.origin.worker.process import Worker, folder_in, here
-from forebay.origin.worker.server import start
+from forebay.origin.worker.server import Connection, Server, start
 from forebay_nbd.client.blocking import BlockingClient
-
-
-@dataclass(frozen=True)
-class Servers:
-    """What is needed to serve images in formats."""
-
-    run: Path
-    """The daemon's RUN."""
-    locate: Locate
-    """Finds the files that an image lies on."""
-    is_open: Callable[[str], bool]
-    """True of an image, by its key, that disks use already."""
 
 
 class Keeper:
@@ -127,7 +115,7 @@ def _lock(address: FileAddress, run: Path | None, *, read_only: bool) -> Path | 
 
 def _serve(
     chain: list[Link], run: Path | None, worker: Worker, *, writable: bool, need_locks: bool
-) -> list[BlockingClient]:
+) -> list[Connection]:
     """Start the server of a chain; connections to it. Raises ForebayError, OSError."""
     handles = [link.file.fd for link in chain]
     fds = [process.number_at(handle) for handle in handles]
@@ -138,22 +126,25 @@ def _serve(
             folder = Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix="forebay-")))
         else:
             folder = folder_in(run)
-        servers = start(
-            worker,
+        server = Server(
             command(chain, fds, writable=writable, need_locks=need_locks),
-            folder,
             reads=handles[writes:],
             writes=handles[:writes],
-            refused=partial(_refusal, name),
         )
-    if any(server.negotiated.size != size for server in servers):
-        for server in servers:
-            server.close()
+        found = start(worker, server, folder, partial(_refusal, name))
+    check_size(found, size, f"{name}: {PROGRAM}", "its header")
+    return found
+
+
+def check_size(found: list[Connection], size: int, who: str, other: str) -> None:
+    """Raise ForebayError, with all connections closed, unless a server has the size that something else told."""
+    told = {one.negotiated.size for one in found if isinstance(one, BlockingClient)}
+    if told != {size}:
+        for one in found:
+            one.close()
         raise ForebayError(
-            f"{name}: {PROGRAM} takes it for a disk of {servers[0].negotiated.size} bytes, and its header says {size}: "
-            "see qemu-img check"
+            f"{who} takes it for a disk of {told} bytes, and {other} says {size}: see qemu-img check"
         )
-    return servers
 
 
 def _refusal(name: str, said: str) -> ForebayError:

@@ -187,9 +187,11 @@ class Worker:
         *,
         reads: list[int],
         writes: list[int],
+        network: list[str],
     ) -> None:
         """Have it start a server, which ends with it; see `program._start`. `reads` and `writes` are handles."""
-        what = (command, [_plain(one) for one in reads], [_plain(one) for one in writes])
+        files = ([_plain(one) for one in reads], [_plain(one) for one in writes])
+        what = (command, *files, network)
         message = program.SERVER + marshal.dumps(what)
         try:
             socket.send_fds(self._control, [message], [listening, errors])

@@ -34,7 +34,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 HEAD = struct.Struct("<I")
@@ -300,14 +300,15 @@ def main(control: int, lock: int) -> None:
 
 
 def _start(
-    what: tuple[list[str], list[int], list[int]], listening: int, errors: int
+    what: tuple[list[str], list[int], list[int], list[str]], listening: int, errors: int
 ) -> list[subprocess.Popen[bytes]]:
     """Start a server; what it, or we, have to say against that goes to the file `errors`. None where it cannot start.
 
-    `what` is the command, in which LISTENING stands for the descriptor of the socket at which it is to listen, and the
-    descriptors of the files that it may read, and those that it may write as well. It is ended when we are.
+    `what` is the command, in which LISTENING stands for the descriptor of the socket at which it is to listen; the
+    descriptors of the files that it may read, and those that it may write as well; and the paths of what it needs for
+    the network, if it does. It is ended when we are.
     """
-    command, reads, writes = what
+    command, reads, writes, network = what
     command = [part.replace(LISTENING, str(listening)) for part in command]
     try:
         return [
@@ -317,7 +318,7 @@ def _start(
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 pass_fds=(listening, *reads, *writes),
-                preexec_fn=lambda: confine(reads, writes),  # noqa: PLW1509  (no thread of ours is needed in it)
+                preexec_fn=lambda: confine(reads, writes, network),  # noqa: PLW1509  (no thread of ours is needed in it)
                 cwd="/",
             )
         ]
@@ -337,12 +338,13 @@ def _end(servers: list[subprocess.Popen[bytes]]) -> None:
         server.wait()
 
 
-def confine(reads: list[int], writes: list[int]) -> None:
+def confine(reads: list[int], writes: list[int], network: Sequence[str] = ()) -> None:
     """Take from this process, which is about to become a server, all that it does not need.
 
     It ends when its parent does; it has no privileges to gain, no core file, bounded memory and descriptors. Where the
     kernel has Landlock, it may open these files and what programs need, and no others, and (since Linux 6.7) neither
-    listen nor connect over TCP. Source: prctl(2), landlock(7), linux/landlock.h.
+    listen nor connect over TCP. With `network`, it may connect, and read what lies at these paths. Source: prctl(2),
+    landlock(7), linux/landlock.h.
     """
     _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -355,18 +357,18 @@ def confine(reads: list[int], writes: list[int]) -> None:
     if version < 1:
         return
     files = _FILES_OF[min(version, len(_FILES_OF)) - 1]
-    net, scoped = (3, 3 if version >= 6 else 0) if version >= 4 else (0, 0)
+    net, scoped = (1 if network else 3, 3 if version >= 6 else 0) if version >= 4 else (0, 0)
     handled = struct.pack("=QQQ", files, net, scoped)[
         : 8 if version < 4 else 16 if version < 6 else 24
     ]
     rules = int(_libc.syscall(_SYS_LANDLOCK_CREATE, handled, len(handled), 0))
     if rules < 0:
         return
-    for path in PROGRAM_FILES:
+    for path in (*PROGRAM_FILES, *network):
         with contextlib.suppress(OSError):  # not every system has them all
             fd = os.open(path, os.O_PATH)
-            access = _READ | _LIST | _EXECUTE if os.path.isdir(path) else _READ
-            _allow(rules, access & files, fd)
+            more = _LIST | _EXECUTE if os.path.isdir(path) else _WRITE if path == os.devnull else 0
+            _allow(rules, (_READ | more) & files, fd)
             os.close(fd)
     for fd in reads:
         _allow(rules, _READ, fd)

@@ -10,6 +10,7 @@ import itertools
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from forebay.origin.worker.process import Worker
@@ -21,22 +22,33 @@ CONNECTIONS = 16
 MOST_SAID = 8192
 """Bytes that are read of what a server says when it ends."""
 
-Start = Callable[[Worker], list[BlockingClient]]
+Connection = BlockingClient | socket.socket
+"""A connection, or one whose handshake is still to be done."""
+
+Start = Callable[[Worker], list[Connection]]
 """Starts a server as a child of the worker; the connections to it. Raises ForebayError with what it says, OSError."""
 
 _numbers = itertools.count(1)
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server to be started."""
+
+    command: list[str]
+    reads: list[int] = field(default_factory=list)
+    """Handles of the files that it may open for reading, and, below, for writing as well."""
+    writes: list[int] = field(default_factory=list)
+    network: list[str] = field(default_factory=list)
+    """If it may connect to others: paths of what it needs for that."""
+    at_once: bool = True
+    """Do all handshakes at once, which some servers do not wait for; else each with the first use of its connection."""
+
+
 def start(
-    worker: Worker,
-    command: list[str],
-    folder: Path,
-    *,
-    reads: list[int],
-    writes: list[int],
-    refused: Callable[[str], Exception],
-) -> list[BlockingClient]:
-    """Have the worker start a server, which may open these files of it; all connections to it.
+    worker: Worker, server: Server, folder: Path, refused: Callable[[str], Exception]
+) -> list[Connection]:
+    """Have the worker start a server; all connections to it, of which the first has done its handshake.
 
     The socket lies in `folder` for a moment. `refused` makes an exception of what the server has said, in one line,
     where it ends instead of serving. Raises that, and OSError.
@@ -45,9 +57,17 @@ def start(
         socks = _connected(listening, folder / f"{next(_numbers)}.nbd")
         errors = os.memfd_create("forebay-server", os.MFD_CLOEXEC)
         try:
-            worker.start_server(command, listening.fileno(), errors, reads=reads, writes=writes)
+            worker.start_server(
+                server.command,
+                listening.fileno(),
+                errors,
+                reads=server.reads,
+                writes=server.writes,
+                network=server.network,
+            )
             listening.close()
-            return [BlockingClient(sock) for sock in socks]
+            count = len(socks) if server.at_once else 1
+            return [*socks[count:], *(BlockingClient(sock) for sock in socks[:count])]
         except ConnectionError as error:
             raise refused(_said(errors)) from error
         finally:
