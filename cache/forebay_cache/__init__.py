@@ -24,6 +24,7 @@ from forebay_cache.read.ahead import ReadAhead
 from forebay_cache.read.fill import Filler, Reader
 from forebay_cache.read.salvage import salvage
 from forebay_cache.read.survey import Holding, survey
+from forebay_cache.read.used import Use, uses_of, watch_uses
 from forebay_cache.read.view import View
 from forebay_cache.upkeep.growth import extend, extend_device
 from forebay_cache.upkeep.presence import watch_files
@@ -47,6 +48,7 @@ __all__ = [
     "Repaired",
     "Report",
     "Revived",
+    "Use",
     "View",
     "check",
     "come_back",
@@ -65,5 +67,7 @@ __all__ = [
     "settle",
     "survey",
     "uncover",
+    "uses_of",
     "watch_files",
+    "watch_uses",
 ]

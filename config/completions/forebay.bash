@@ -5,7 +5,7 @@
 #    source ~/.local/share/bash_completion/forebay
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_forebay_subparsers=(serve attach detach status stats flush mode peer preload images stores warm tag untag pin unpin purge import overlays save commit revert snapshot snapshots rollback drop resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
+_shtab_forebay_subparsers=(serve attach detach status stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
 _shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --format --keep --peer --label --user --wait --json)
@@ -23,6 +23,7 @@ _shtab_forebay_tag_option_strings=(-h --help --config --json)
 _shtab_forebay_untag_option_strings=(-h --help --config --json)
 _shtab_forebay_pin_option_strings=(-h --help --config --json)
 _shtab_forebay_unpin_option_strings=(-h --help --config --json)
+_shtab_forebay_trace_option_strings=(-h --help --config --json)
 _shtab_forebay_purge_option_strings=(-h --help --config --tag --older-than --dry-run --json)
 _shtab_forebay_import_option_strings=(-h --help --config --sha256 --format --max-size --cacert --allow-http --restart --json)
 _shtab_forebay_overlays_option_strings=(-h --help --config --json)
@@ -70,6 +71,7 @@ _shtab_forebay_tag___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_untag___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_pin___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_unpin___config_COMPGEN=_shtab_compgen_files
+_shtab_forebay_trace___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_purge___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_import___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_import___cacert_COMPGEN=_shtab_compgen_files
@@ -104,9 +106,10 @@ _shtab_forebay___config_COMPGEN=_shtab_compgen_files
 
 _shtab_forebay_attach___peer_choices=(first label any)
 _shtab_forebay_peer_pos_1_choices=(first label any)
+_shtab_forebay_trace_pos_0_choices=(show drop export)
 _shtab_forebay_save___format_choices=(raw qcow2)
 _shtab_forebay_cache_pos_0_choices=(check info create extend format remove repair scrub)
-_shtab_forebay_pos_0_choices=(serve attach detach status stats flush mode peer preload images stores warm tag untag pin unpin purge import overlays save commit revert snapshot snapshots rollback drop resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
+_shtab_forebay_pos_0_choices=(serve attach detach status stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
 _shtab_forebay___print_completion_choices=(bash zsh tcsh)
 
 _shtab_forebay_serve__h_nargs=0
@@ -164,6 +167,9 @@ _shtab_forebay_pin___json_nargs=0
 _shtab_forebay_unpin__h_nargs=0
 _shtab_forebay_unpin___help_nargs=0
 _shtab_forebay_unpin___json_nargs=0
+_shtab_forebay_trace__h_nargs=0
+_shtab_forebay_trace___help_nargs=0
+_shtab_forebay_trace___json_nargs=0
 _shtab_forebay_purge_pos_0_nargs='*'
 _shtab_forebay_purge__h_nargs=0
 _shtab_forebay_purge___help_nargs=0

@@ -24,7 +24,8 @@ complete forebay \
         'n/--peer/(first label any)/' \
         'n/--cacert/f/' \
         'n/--format/(raw qcow2)/' \
-        'p/1/(serve attach detach status stats flush mode peer preload images stores warm tag untag pin unpin purge import overlays save commit revert snapshot snapshots rollback drop resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)/' \
+        'p/1/(serve attach detach status stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)/' \
+        'n/trace/(show drop export)/' \
         'n/cache/(check info create extend format remove repair scrub)/' \
         'p@3@`set cmd=($COMMAND_LINE "" "" "" "" "" "" "" "" ""); if ( $#cmd >= 2 && ("$cmd[2]" == "peer") ) echo first label any`@' \
         'p/*/()/'

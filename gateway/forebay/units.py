@@ -164,14 +164,6 @@ def parse_preload(text: str | int) -> int | str:
         raise ValueError(f"{fault}, or 'trace' or 'all'") from None
 
 
-def parse_amount(text: str | int) -> int | str:
-    """The same where it is asked for now: a trace can only be wished for, in settings. Raises ValueError."""
-    amount = parse_preload(text)
-    if amount == "trace":
-        raise ValueError("'trace' (what the last boot read) is not there yet: use a size, or 'all'")
-    return amount
-
-
 def parse_duration(text: str | float) -> float:
     """Seconds, from `30s`, `500ms`, `2m`, `1h`, `1d` or a bare number of seconds. Raises ValueError."""
     if isinstance(text, (int, float)) and not isinstance(text, bool):

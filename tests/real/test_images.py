@@ -156,7 +156,6 @@ REFUSED = [
     (("warm", "images:link.raw"), 1, "a symbolic link is on the way"),
     (("warm", "images:a.img"), 1, "is in qcow2 format"),
     (("warm", "images:none.raw"), 1, "no such image"),
-    (("warm", "images:a.raw", "trace"), 2, "is not there yet"),
     (("warm", "images:a.raw", "--rate", "1K"), 2, "is too slow: use at least 64 KiB"),
     (("pin", "images:a.raw"), 1, "nothing is known of images:a.raw"),
     (("tag", "images:a.raw", "x" * 65), 2, "is not a tag"),
@@ -164,6 +163,7 @@ REFUSED = [
     (("purge",), 2, "name images, or say --tag or --older-than"),
     (("purge", "images:a.raw"), 1, "nothing is known of images:a.raw"),
     (("purge", "--older-than", "soon"), 2, "is not a duration"),
+    (("warm", "images:a.raw", "trace"), 1, "no boot trace of images:a.raw is there"),
 ]
 """Words, exit code, and what the one line says."""
 

@@ -11,6 +11,8 @@ import pytest
 import trio
 import trio.testing
 
+from forebay.boot.boots import Boots
+from forebay.boot.files import TraceFiles
 from forebay.catalogue.catalogue import Catalogue
 from forebay.config.model import Config
 from forebay.disk.disk import Disk
@@ -48,8 +50,9 @@ def catalogue_of(host: Host, disks: dict[str, str] | None = None) -> Catalogue:
     """A catalogue over the present life of the host; `disks` are on record, by the keys of their images."""
     config = Config.model_validate({"stores": {"images": {"path": "/images"}}})
     nobody = cast("Any", None)
+    boots = Boots(TraceFiles(host.directory, host.cache.uuid), nobody, nobody)
     return Catalogue(
-        config, host.cache, host.images, host.directory, nobody, nobody, lambda: disks or {}
+        config, host.cache, host.images, host.directory, nobody, nobody, lambda: disks or {}, boots
     )
 
 

@@ -11,11 +11,14 @@ from typing import Any
 
 import trio
 
+from forebay.boot.files import Found
+from forebay.boot.trace import Read, Trace
 from forebay.config.model import Config, GatewaySection
 from forebay.control.metrics import metrics_text
 from forebay.control.server import serve_control
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
+from forebay.origin.protocol import Identity
 from forebay.units import GIB, MIB, Mode
 
 Progress = Callable[[int, int], None]
@@ -75,11 +78,29 @@ IMAGE = {
 }
 
 
+class FakeTraces:
+    """Has a trace of each image."""
+
+    def __init__(self, gateway: "FakeGateway") -> None:
+        self._gateway = gateway
+
+    async def find(self, image: str) -> Found:
+        self._gateway._called("trace", image)
+        blocks = {n: Read(1500, 2, 3) for n in range(16)}
+        trace = Trace(GIB, boots=3, recorded=1000, blocks=blocks)
+        return Found.of(image, trace, "a.raw.forebay/trace", Identity(GIB))
+
+    async def drop(self, image: str) -> dict[str, Any]:
+        self._gateway._called("drop_trace", image)
+        return {"image": image, "dropped": True}
+
+
 class FakeCatalogue:
     """Knows one image, and notes what is asked of it."""
 
     def __init__(self, gateway: "FakeGateway") -> None:
         self._gateway = gateway
+        self.traces = FakeTraces(gateway)
 
     async def images(self, store: str | None) -> AsyncIterator[dict[str, Any]]:
         self._gateway._called("images", store)

@@ -14,6 +14,8 @@ import pytest
 import trio
 import trio.testing
 
+from forebay.boot.boots import Boots
+from forebay.boot.files import TraceFiles
 from forebay.catalogue import entries as entries_module
 from forebay.catalogue.catalogue import Catalogue
 from forebay.catalogue.entries import KIND, MOST_TAGS, NOTED_AGAIN, Entry
@@ -62,6 +64,7 @@ class Place:
             nobody,
             nobody,
             lambda: self.disks,
+            Boots(TraceFiles(self.directory, "here"), nobody, nobody),
         )
 
     @property
@@ -394,7 +397,8 @@ async def test_no_more_warms_than_there_may_be(monkeypatch: pytest.MonkeyPatch) 
     async def no_source(_image: str) -> Source:
         return cast("Source", None)
 
-    warming = Warming(cast("Any", None), cast("Any", Readers()), no_source)
+    nobody = cast("Any", None)
+    warming = Warming(nobody, cast("Any", Readers()), no_source, nobody)
     monkeypatch.setattr(warming, "_through", reads)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(warming.warm, "s:a.raw", "all", None, cast("Any", None))

@@ -80,10 +80,6 @@ def no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("status a/b", "argument NAME: 'a/b' is not a name: use 1 to 64"),
         ("attach a", "required: IMAGE"),
         ("attach -- -a images:x", "argument NAME: '-a' is not a name"),
-        (
-            "attach a images:x --preload trace",
-            "argument --preload: 'trace' (what the last boot read)",
-        ),
         ("attach a images:x --mode writebck", "argument --mode: 'writebck' is not a mode (did you"),
         ("attach a images:x --cache-size 20GB", "argument --cache-size: '20GB' is not a size"),
         ("attach a images:x --cache-size=-1", "argument --cache-size: '-1' is not a size"),
@@ -94,13 +90,11 @@ def no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("flush --timeout soon", "argument --timeout: 'soon' is not a duration: write 30s"),
         ("mode a", "required: MODE"),
         ("mode a fast", "argument MODE: 'fast' is not a mode: use one of none, write-around"),
-        ("preload a", "required: SIZE|all"),
+        ("preload a", "required: SIZE|trace|all"),
         ("warm", "required: IMAGE"),
         ("warm images:a --rate 1K", "argument --rate: '1K' is too slow: use at least 64 KiB"),
-        (
-            "warm images:a trace",
-            "argument SIZE|all: 'trace' (what the last boot read) is not there",
-        ),
+        ("trace images:a", "argument action: no action 'images:a': use one of 'show'"),
+        ("trace show", "required: IMAGE"),
         ("tag images:a", "required: TAG"),
         ("tag images:a a,b", "argument TAG: 'a,b' is not a tag: use 1 to 64"),
         ("purge", "name images, or say --tag or --older-than"),
@@ -660,7 +654,7 @@ def test_every_command_of_the_contract_is_there() -> None:
     contract = (
         "serve attach detach status stats flush mode peer preload xml cache check-config dump-config demo "
         "fuse import libvirt-hook recover resolve takeover images stores warm tag untag pin unpin purge "
-        "overlays save commit revert snapshot snapshots rollback drop"
+        "overlays save commit revert snapshot snapshots rollback drop trace"
     )
     assert set(COMMANDS) == set(RUN) == set(contract.split())
 

@@ -121,6 +121,7 @@ ORDER: dict[str, list[str]] = {
         "image",
         "checkpoint",
         "disk",
+        "boot",
         "catalogue",
         "keeping",
         "doors",

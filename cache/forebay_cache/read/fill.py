@@ -106,6 +106,8 @@ class Filler:
         self._exact: dict[int, Flight] = {}  # the last one of each block that was read exactly
         self.waiting = 0
         """How many guests wait for a miss: background work looks at it and stands aside."""
+        self.on_ahead: Callable[[range], None] | None = None
+        """Told of the blocks that are fetched before anybody asks for them, when that begins."""
 
     async def fetch(self, offset: int, length: int, tally: Tally) -> Buffer:
         """Bytes of the origin for a guest. Raises OSError. Cancelling leaves the flights to the others."""
@@ -193,6 +195,8 @@ class Filler:
         flight = Flight(offset, length, background=background)
         for n in range(block, stop):
             self._flights[n] = flight
+        if background and self.on_ahead is not None:
+            self.on_ahead(flight.blocks())
         self._nursery.start_soon(self._fly, flight)
         return flight
 

@@ -12,6 +12,7 @@ The module knows slots (0 .. slots - 1) and opaque integer keys of blocks. It do
 """
 
 from collections import deque
+from collections.abc import Callable
 from itertools import product
 from typing import Final
 
@@ -99,6 +100,8 @@ class Placement:
         self.free = slots - frontier
         self.examined = 0
         """Bytes of `state` that searches have looked at: the cost of the policy."""
+        self.on_forgotten: Callable[[int], None] | None = None
+        """Told of each slot that was touched when that is forgotten, but for what a hand does."""
         self._frontier = frontier
         self._unscanned = frontier
         self._scanned = frontier == 0
@@ -225,7 +228,17 @@ class Placement:
         """
         self._fresh.append(slot)
         if len(self._fresh) > self._fresh_limit:
-            self.state[self._fresh.popleft()] &= ~TOUCHED & 0xFF
+            self.forget_touch(self._fresh.popleft())
+
+    def forget_touch(self, slot: int) -> bool:
+        """Forget that the block in a slot was touched. True if it was."""
+        state = self.state[slot]
+        if not state & TOUCHED:
+            return False
+        self.state[slot] = state & ~TOUCHED
+        if self.on_forgotten is not None:
+            self.on_forgotten(slot)
+        return True
 
     def hold(self, slot: int) -> None:
         """The block must stay (dirty, private, pinned), until unhold(). Holds do not nest."""

@@ -19,7 +19,7 @@ import trio
 from forebay_cache.format.records import Meta
 from forebay_cache.index.sums import Sums
 from forebay_cache.slots.numbers import SlotNumbers
-from forebay_cache.slots.placement import TOUCHED, Placement
+from forebay_cache.slots.placement import Placement
 from forebay_cache.slots.quarantine import Quarantine
 from forebay_cache.slots.ready import ReadyMap
 from forebay_cache.slots.samples import PUT, Samples
@@ -162,9 +162,7 @@ class SlotPool:
 
     def clear_touch(self, slot: int) -> bool:
         """Forget that the block in a slot was asked for. True if it was, since the last time or a hand passed."""
-        state = self.placement.state[slot]
-        self.placement.state[slot] = state & ~TOUCHED
-        return bool(state & TOUCHED)
+        return self.placement.forget_touch(slot)
 
     def missing(self) -> int:
         """How many slots have to be evicted so that enough are free, or about to be. Negative where there are more."""

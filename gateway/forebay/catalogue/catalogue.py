@@ -11,8 +11,10 @@ from typing import Any
 
 import trio
 
+from forebay.boot.boots import Boots
 from forebay.catalogue.entries import Entries, Entry, tagged, untagged
 from forebay.catalogue.purge import Purge, Selection, is_in_store
+from forebay.catalogue.traces import Traces
 from forebay.catalogue.warm import Readers, Warming
 from forebay.checkpoint.steps import Progress
 from forebay.config.model import Config
@@ -41,6 +43,7 @@ class Catalogue:
         readers: Readers,
         source_of: Callable[[str], Awaitable[Source]],
         keys_of_disks: Callable[[], dict[str, str]],
+        boots: Boots,
     ) -> None:
         """`keys_of_disks` returns the key of the image of each disk, by the name of the disk, served or only on record.
         The rest is as `Warming` and `Entries` have it.
@@ -50,7 +53,8 @@ class Catalogue:
         self._images = images
         self._keys_of_disks = keys_of_disks
         self.entries = Entries(cache, index)
-        self._warming = Warming(images, readers, source_of)
+        self.traces = Traces(config, self.entries, boots, self._is_known)
+        self._warming = Warming(images, readers, source_of, boots)
         self._purge = Purge(config, cache, images, self.entries, self._disks_on)
         images.on_used = self._note_used
         images.is_pinned = self.entries.is_pinned
@@ -106,7 +110,7 @@ class Catalogue:
             "tags": entry.tags,
             "disks": disks,
             "last_used": entry.used or None,
-            "traces": [],
+            "traces": [] if entry.trace is None else [entry.trace],
         }
 
     def _size(self, key: str, entry: Entry) -> int | None:

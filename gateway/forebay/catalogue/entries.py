@@ -45,6 +45,8 @@ class Entry:
     pinned: bool = False
     tags: list[str] = field(default_factory=list)
     """Sorted."""
+    trace: dict[str, Any] | None = None
+    """What was known of its boot trace when that was looked at last: some keys of `Found.told`."""
     used: int = 0
     """When a disk or a warm used it last, seconds since the epoch."""
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import trio
 
+from forebay.boot.boots import Boots
 from forebay.checkpoint.counters import Counters
 from forebay.checkpoint.steps import Progress
 from forebay.disk.copy import preload_range
@@ -86,19 +87,29 @@ class Warming:
     """All warms that are under way."""
 
     def __init__(
-        self, images: Images, readers: Readers, source_of: Callable[[str], Awaitable[Source]]
+        self,
+        images: Images,
+        readers: Readers,
+        source_of: Callable[[str], Awaitable[Source]],
+        boots: Boots,
     ) -> None:
-        """`source_of` makes a source of what an operator names. It raises ForebayError for what may not be attached."""
+        """`source_of` makes a source of what an operator names. It raises ForebayError for what may not be attached.
+
+        `boots` knows the traces.
+        """
         self._images = images
         self._readers = readers
         self._source_of = source_of
+        self._boots = boots
         self._rate = Rate()
         self._under_way = 0
 
     async def warm(
         self, image: str, amount: int | str, rate: int | None, progress: Progress
     ) -> dict[str, Any]:
-        """Have the first `amount` bytes of an image, or `all`, in the cache; what the cache has of it then.
+        """Have the first `amount` bytes of an image, what boots read (`trace`), or `all`, in the cache.
+
+        Returns what the cache has of it then.
 
         `rate` bounds all warms together, in bytes a second. Raises ForebayError and OSError. Cancelled, it leaves what
         was read.
@@ -125,7 +136,7 @@ class Warming:
             raise ForebayError(
                 f"{source.key} is written by disk '{disk.name}' in mode none, which caches nothing: change its mode"
             )
-        return await self._read(disk.image, amount, progress)
+        return await self._read(disk.image, source, amount, progress)
 
     async def _by_itself(
         self, source: Source, amount: int | str, progress: Progress
@@ -141,7 +152,7 @@ class Warming:
             image = await self._images.acquire(source)
             try:
                 await source.close_prepared()
-                return await self._read(image, amount, progress)
+                return await self._read(image, source, amount, progress)
             finally:
                 with trio.CancelScope(shield=True):
                     await image.leave(source)
@@ -154,11 +165,18 @@ class Warming:
             with trio.CancelScope(shield=True), contextlib.suppress(OSError, ForebayError):
                 await source.abandon()
 
-    async def _read(self, image: Image, amount: int | str, progress: Progress) -> dict[str, Any]:
+    async def _read(
+        self, image: Image, source: Source, amount: int | str, progress: Progress
+    ) -> dict[str, Any]:
         """Bring it in. Raises OSError, and ForebayError where somebody else has changed the image meanwhile."""
-        length = image.size if amount == "all" else min(int(amount), image.size)
         layer, counters = image.layer, Counters()
-        await preload_range(image, counters, length, progress, self._rate.spend)
+        if amount == "trace":
+            await self._boots.replay(
+                image, source.address, counters, progress, spend=self._rate.spend
+            )
+        else:
+            length = image.size if amount == "all" else min(int(amount), image.size)
+            await preload_range(image, counters, length, progress, self._rate.spend)
         await image.look()
         if image.conflict is not None:
             raise ForebayError(image.conflict)

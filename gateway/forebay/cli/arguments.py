@@ -12,10 +12,10 @@ from forebay.cli.peer import add_change, add_rule
 from forebay.cli.terminal.parser import Parser, checked, imported
 from forebay.units import (
     Mode,
-    parse_amount,
     parse_duration,
     parse_format,
     parse_name,
+    parse_preload,
     parse_size,
 )
 
@@ -39,7 +39,7 @@ def _path(text: str) -> str:
 
 
 NAME, SIZE, MODE = checked(parse_name), checked(parse_size), checked(Mode.parse)
-PRELOAD, DURATION, IMAGE = checked(parse_amount), checked(parse_duration), checked(_some_text)
+PRELOAD, DURATION, IMAGE = checked(parse_preload), checked(parse_duration), checked(_some_text)
 PATH = checked(_path)
 
 
@@ -69,7 +69,7 @@ def _attach(parser: Parser) -> None:
     add(
         "--cache-size", metavar="SIZE", type=SIZE, help="most it may hold of the cache; 0: no limit"
     )
-    add("--preload", metavar="SIZE|all", type=PRELOAD, help="what to bring in at once")
+    add("--preload", metavar="SIZE|trace|all", type=PRELOAD, help="what to bring in at once")
     add("--read-only", action="store_true", help="refuse writes")
     add("--overlay", action="store_true", help="keep writes private and drop them at detach")
     text = "raw: serve the bytes of the image; qcow2, vmdk, vdi or vhdx: the disk in it"
@@ -128,8 +128,8 @@ def _mode(parser: Parser) -> None:
 
 def _preload(parser: Parser) -> None:
     _name(parser)
-    text = "so much from the start of the image, or all of it"
-    parser.add_argument("amount", metavar="SIZE|all", type=PRELOAD, help=text)
+    text = "so much from the start of the image, what boots read, or all of it"
+    parser.add_argument("amount", metavar="SIZE|trace|all", type=PRELOAD, help=text)
 
 
 def _images(parser: Parser, add: str) -> None:
@@ -243,6 +243,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "untag": ("take tags away", partial(_images, add="add_tag")),
     "pin": ("keep an image in the cache", partial(_images, add="add_pin")),
     "unpin": ("let it leave the cache again", partial(_images, add="add_pin")),
+    "trace": ("what boots from an image read", partial(_images, add="add_trace")),
     "purge": (
         "drop what the cache has of images",
         partial(_images, add="add_purge"),

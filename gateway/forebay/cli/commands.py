@@ -138,14 +138,16 @@ def status(arguments: Arguments) -> int:
     if arguments.json:
         print_json(disks)
         return 0
-    from forebay.cli.terminal.render import reasons, status_table, total_line, wants_colour
+    from forebay.cli.terminal import render
 
     terminal = sys.stdout.isatty()
     width = os.get_terminal_size().columns if terminal else None
-    print("\n".join(status_table(disks, colour=wants_colour(terminal), width=width)))
+    print("\n".join(render.status_table(disks, colour=render.wants_colour(terminal), width=width)))
     if terminal and len(disks) > 1:
-        print("", total_line(disks), sep="\n")
-    if terminal and (why := reasons(disks)):
+        print("", render.total_line(disks), sep="\n")
+    if arguments.name and (line := render.boot_line(disks[0])):
+        print("", line, sep="\n")
+    if terminal and (why := render.reasons(disks)):
         print("", *why, sep="\n")
     if terminal and not disks:
         print("no disks yet: 'forebay attach NAME IMAGE' serves one")
@@ -224,17 +226,11 @@ def stores(arguments: Arguments) -> int:
     return show_stores(arguments, daemon(arguments))
 
 
-def warm(arguments: Arguments) -> int:
-    """`forebay warm`: bring an image into the cache without a disk."""
-    from forebay.cli.images import warm as run
+def image(arguments: Arguments) -> int:
+    """`forebay warm`, `trace`, `tag`, `untag`, `pin` and `unpin`."""
+    from forebay.cli import images as commands
 
-    return run(arguments, daemon(arguments), _image(arguments.image))
-
-
-def mark(arguments: Arguments) -> int:
-    """`forebay tag`, `untag`, `pin` and `unpin`."""
-    from forebay.cli.images import mark as run
-
+    run = {"warm": commands.warm, "trace": commands.trace}.get(arguments.command, commands.mark)
     return run(arguments, daemon(arguments), _image(arguments.image))
 
 
@@ -369,11 +365,12 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "preload": preload,
     "images": images,
     "stores": stores,
-    "warm": warm,
-    "tag": mark,
-    "untag": mark,
-    "pin": mark,
-    "unpin": mark,
+    "warm": image,
+    "tag": image,
+    "untag": image,
+    "pin": image,
+    "unpin": image,
+    "trace": image,
     "purge": purge,
     "import": import_image,
     "overlays": overlays,

@@ -17,9 +17,9 @@ from forebay.cli.asking import Arguments, Daemon, Progress, print_json, progress
 from forebay.errors import ForebayError
 from forebay.units import (
     format_size,
-    parse_amount,
     parse_duration,
     parse_name,
+    parse_preload,
     parse_rate,
     parse_tag,
 )
@@ -38,10 +38,10 @@ def add_list(parser: argparse.ArgumentParser, check: Check, _image: Callable[[st
 def add_warm(parser: argparse.ArgumentParser, check: Check, image: Callable[[str], Any]) -> None:
     """Add the arguments of `forebay warm`."""
     _image(parser, image)
-    text = "so much from the start of the image, or all of it (the default)"
-    amount = check(parse_amount)
+    text = "so much from the start of the image, what boots read, or all of it (the default)"
+    amount = check(parse_preload)
     parser.add_argument(
-        "amount", metavar="SIZE|all", type=amount, nargs="?", default="all", help=text
+        "amount", metavar="SIZE|trace|all", type=amount, nargs="?", default="all", help=text
     )
     text = "bytes a second, of all warms together: the lowest that is asked for holds"
     parser.add_argument("--rate", metavar="SIZE", type=check(parse_rate), help=text)
@@ -72,6 +72,14 @@ def add_purge(parser: argparse.ArgumentParser, check: Check, image: Callable[[st
     text = "those that were not used for so long: 30d, 12h"
     add("--older-than", metavar="TIME", type=check(parse_duration), help=text)
     add("--dry-run", action="store_true", help="say what would go, and change nothing")
+    _json(parser)
+
+
+def add_trace(parser: argparse.ArgumentParser, _check: Check, image: Callable[[str], Any]) -> None:
+    """Add the arguments of `forebay trace`."""
+    text = "show what is known, drop the trace, or export it, with every block, as JSON"
+    parser.add_argument("action", choices=("show", "drop", "export"), help=text)
+    _image(parser, image)
     _json(parser)
 
 
@@ -164,6 +172,30 @@ def mark(arguments: Arguments, client: Daemon, image: str) -> int:
         print(f"{told['image']}: {' '.join(told['tags']) or 'no tags'}")
     else:
         print(f"{told['image']}: {'pinned' if told['pinned'] else 'not pinned'}")
+    return 0
+
+
+def trace(arguments: Arguments, client: Daemon, image: str) -> int:
+    """`forebay trace`: what is known of the boots from an image; or forget that."""
+    if arguments.action == "drop":
+        dropped = client.post("/images/trace/drop", {"image": image})
+        if arguments.json:
+            print_json(dropped)
+        else:
+            print(
+                f"{dropped['image']}: {'dropped' if dropped['dropped'] else 'there was no trace'}"
+            )
+        return 0
+    export = arguments.action == "export"
+    told = client.get(f"/images/trace?image={quote(image)}&export={int(export)}")
+    if export:
+        print(json.dumps(told))
+    elif arguments.json:
+        print_json(told)
+    else:
+        from forebay.cli.terminal.render import trace_lines
+
+        print("\n".join(trace_lines(told, time.time())))
     return 0
 
 

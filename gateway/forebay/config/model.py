@@ -8,7 +8,7 @@ so a host without a file is served too. A wrong file is refused as a whole, with
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -152,8 +152,8 @@ class DiskSettings(_Section):
     cache_size: Size = 0
     """Most that the disk may hold of the cache, bytes; 0: no limit of its own."""
     preload: Preload = 0
-    """What attach brings in: bytes from the start of the image, or `all`; `trace` (what the last boot read) is accepted
-    here, and not there yet."""
+    """What attach brings in: bytes from the start of the image, `all`, or `trace`, what boots read. That is the default
+    for overlays."""
     max_lag: Duration = 30.0
     """Seconds for which data may be dirty before it is written back."""
     max_dirty: Size = GIB
@@ -322,22 +322,16 @@ class Config(_Section):
                 "no image can be attached: add a [stores.NAME] with a path, a directory of images"
             )
         found += (
-            f"{where}.preload: 'trace' (what the last boot read) is not there yet, and brings in nothing: "
-            "use a size, or 'all'"
-            for where, section in self._with_preload()
-            if section.preload == "trace"
-        )
-        found += (
             f"stores.{name}.path: {store.path} is no directory now: mount it before attaching"
             for name, store in self.stores.items()
             if not store.path.is_dir()
         )
         return found
 
-    def _with_preload(self) -> Iterator[tuple[str, "DiskSettings | Store"]]:
-        """The sections in which `preload` may stand, each with its name."""
-        yield "defaults", self.defaults
-        yield from ((f"stores.{name}", store) for name, store in self.stores.items())
+    def says_preload(self, store: str | None) -> bool:
+        """True if the file says what attach brings in of images in `store` (None: outside all stores)."""
+        in_store = store in self.stores and self.stores[store].preload is not None
+        return in_store or "preload" in self.defaults.model_fields_set
 
     def to_toml(self) -> str:
         """The effective configuration as TOML; reading it back gives an equal one."""

@@ -17,7 +17,6 @@ from forebay.doors.tenant import Rule
 from forebay.units import (
     Mode,
     did_you_mean,
-    parse_amount,
     parse_duration,
     parse_format,
     parse_name,
@@ -165,8 +164,9 @@ SNAPSHOT: dict[str, Parse] = {"snapshot": parse_name}
 ROLLBACK: dict[str, Parse] = {"snapshot": parse_name, "drop_newer": _flag, "force": _flag}
 
 IMAGES: dict[str, Parse] = {"store": _text}
-WARM: dict[str, Parse] = {"image": _text, "amount": parse_amount, "rate": parse_rate}
+WARM: dict[str, Parse] = {"image": _text, "amount": parse_preload, "rate": parse_rate}
 MARK: dict[str, Parse] = {"image": _text}
+TRACE: dict[str, Parse] = {"image": _text, "export": _flag}
 TAG: dict[str, Parse] = {"image": _text, "tags": _tags}
 PURGE: dict[str, Parse] = {
     "images": _images,

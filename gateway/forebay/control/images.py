@@ -7,18 +7,34 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
+import trio
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from forebay.control.arguments import IMAGES, MARK, PURGE, TAG, WARM, arguments
+from forebay.boot.files import Found
+from forebay.control.arguments import IMAGES, MARK, PURGE, TAG, TRACE, WARM, arguments
 from forebay.control.work import Operation, Progress
 
 Told = dict[str, Any]
 """What is told about one image, or one store: the keys of `forebay images --json` and `forebay stores --json`."""
 
 
+class Traces(Protocol):
+    """What these routes need to know of boot traces. Everything raises ForebayError and OSError."""
+
+    async def find(self, image: str) -> Found:
+        """What boots from an image read."""
+
+    async def drop(self, image: str) -> Told:
+        """Forget that."""
+
+
 class Catalogue(Protocol):
     """What these routes need of the daemon. Amounts are bytes. Everything raises ForebayError and OSError."""
+
+    @property
+    def traces(self) -> Traces:
+        """The boot traces."""
 
     def images(self, store: str | None) -> AsyncIterator[Told]:
         """Each image, of one store or of all."""
@@ -26,7 +42,7 @@ class Catalogue(Protocol):
     async def warm(
         self, image: str, amount: int | str, rate: int | None, progress: Progress
     ) -> Told:
-        """Bring bytes in from the start, or `all`, at most at that many bytes a second."""
+        """Bring bytes in from the start, what boots read (`trace`), or `all`, at most at that many bytes a second."""
 
     async def tag(self, image: str, tags: list[str]) -> Told:
         """Give it tags."""
@@ -71,6 +87,8 @@ class ImageRoutes:
             ("POST", "/images/pin", self.pin),
             ("POST", "/images/unpin", self.unpin),
             ("POST", "/images/purge", self.purge),
+            ("GET", "/images/trace", self.trace),
+            ("POST", "/images/trace/drop", self.drop_trace),
         ]
 
     async def images(self, request: Request) -> Response:
@@ -113,6 +131,20 @@ class ImageRoutes:
         """End that."""
         given = await arguments(request, MARK, ("image",))
         return JSONResponse(await self._catalogue.unpin(given["image"]))
+
+    async def trace(self, request: Request) -> Response:
+        """What boots from an image read; with `export` every block of it."""
+        given = await arguments(request, TRACE, ("image",))
+        found = await self._catalogue.traces.find(given["image"])
+        if not given.get("export"):
+            return JSONResponse(found.told())
+        text = await trio.to_thread.run_sync(found.exported)
+        return Response(text, media_type="application/json")
+
+    async def drop_trace(self, request: Request) -> Response:
+        """Forget what boots from an image read."""
+        given = await arguments(request, MARK, ("image",))
+        return JSONResponse(await self._catalogue.traces.drop(given["image"]))
 
     async def purge(self, request: Request) -> Response:
         """Drop the clean blocks of images; answers with what was dropped and what was kept."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import trio
 
+from forebay.boot.boots import Boots
+from forebay.boot.disk_boot import boot_of
 from forebay.catalogue.warm import WARMING
 from forebay.checkpoint.dirty import left_dirty
 from forebay.config.model import Config, DiskSettings
@@ -65,11 +67,12 @@ class Arrivals:
         returns: Returns,
         give_way: Callable[[Attached], Awaitable[None]] = _nobody_gives_way,
         kept: KeptOverlays | None = None,
+        boots: Boots | None = None,
     ) -> None:
         """`nursery` is the one long-lived nursery of the process: the tasks of disks and of connections live in it.
 
         `memory` is what the clients of all disks together may hold. `give_way` detaches a disk that is to keep no other
-        out of its image.
+        out of its image. `boots` records the boots of disks, and replays them; None: nobody does.
         """
         self._config = config
         self._cache = cache
@@ -79,6 +82,7 @@ class Arrivals:
         self._records = records
         self._memory = memory
         self._give_way = give_way
+        self._boots = boots
         self._returns = returns
         self._formats = Formats(cache)
         web = Web(config.origins.https, config.origins.ca_file)
@@ -357,7 +361,7 @@ class Arrivals:
         gateway = self._config.gateway
         tenant = Tenant(source.use.disk, gateway.run, record.rule(settings))
         listener = Listener(disk, path, gateway, tenant, self._memory)
-        return Attached(record, source, disk, listener)
+        return Attached(record, source, disk, listener, boot_of(disk, self._boots))
 
 
 @contextlib.asynccontextmanager

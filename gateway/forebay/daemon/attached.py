@@ -11,6 +11,7 @@ from typing import Any
 
 import trio
 
+from forebay.boot.disk_boot import DiskBoot
 from forebay.checkpoint.dirty import left_dirty
 from forebay.daemon.parallel import Progress
 from forebay.daemon.record import DiskRecord
@@ -69,11 +70,19 @@ LIFE: Table[Life] = {
 class Attached:
     """A disk that was attached, with everything that lives as long as it."""
 
-    def __init__(self, record: DiskRecord, source: Source, disk: Disk, listener: Listener) -> None:
+    def __init__(
+        self,
+        record: DiskRecord,
+        source: Source,
+        disk: Disk,
+        listener: Listener,
+        boot: DiskBoot | None = None,
+    ) -> None:
         self.record = record
         self.source = source
         self.disk = disk
         self.listener = listener
+        self.boot = boot
         self.busy = trio.Lock()
         """Held by what changes the disk as a whole: see `Disks.turn`."""
         self._life = Machine(LIFE, Life.ATTACHING, f"disk '{source.use.disk}'")
@@ -122,7 +131,10 @@ class Attached:
         """The background work of the disk, until `rest` or `stop`."""
         try:
             with self._scope:
-                await self.disk.run(task_status=task_status)
+                async with trio.open_nursery() as nursery:
+                    if self.boot is not None:
+                        nursery.start_soon(self.boot.run)
+                    await self.disk.run(task_status=task_status)
         finally:
             self._ended.set()
 
@@ -205,6 +217,8 @@ class Attached:
 
     def leave(self) -> None:
         """Note that it is no disk of the gateway any more."""
+        if self.boot is not None:
+            self.boot.leave()
         self._life.become(Life.GONE)
 
     async def drain(self, progress: Progress) -> None:
@@ -223,6 +237,16 @@ class Attached:
                 f"'{self.name}' is stopped, and what is dirty cannot be written back ({in_short(fault)}): restart "
                 "the daemon to try again, or detach it with --discard to give that data up"
             ) from fault
+
+    async def preload_trace(self, progress: Progress) -> None:
+        """Bring in what boots read. Raises ForebayError where there is no trace of the image, or no room; OSError."""
+        if self.disk.view.clean is None:
+            raise ForebayError(
+                f"'{self.name}' is in mode none, which caches nothing: change its mode"
+            )
+        if self.boot is None:
+            raise ForebayError(f"'{self.name}' has no image, and so no boot trace: leave that out")
+        await self.boot.replay(progress)
 
     # -- what is told
 
@@ -264,6 +288,7 @@ class Attached:
         told = {
             **self.disk.status(),
             **self.record.limits(),
+            **(self.boot.status() if self.boot is not None else {}),
             "clients": self.listener.clients,
             "socket": str(self.listener.path),
             **self.listener.tenant.status(),

@@ -14,6 +14,8 @@ from typing import Any
 import trio
 
 import forebay_fast
+from forebay.boot.boots import Boots
+from forebay.boot.files import TraceFiles
 from forebay.catalogue.catalogue import Catalogue
 from forebay.config.model import Config
 from forebay.control.metrics import metrics_text
@@ -80,6 +82,8 @@ class Gateway:
             self._threads_of,
         )
         images.on_unused = self._note_unused
+        files = TraceFiles(config.gateway.state, cache.uuid)
+        boots = Boots(files, nursery, self._threads_of)
         self._departures = Departures(
             images,
             self._disks,
@@ -99,6 +103,7 @@ class Gateway:
             returns,
             self._departures.give_way,
             self._kept,
+            boots,
         )
         self.catalogue = Catalogue(
             config,
@@ -108,6 +113,7 @@ class Gateway:
             self._disks,
             self._arrivals.reader_of,
             self._records.keys,
+            boots,
         )
         self._resolving = Resolving(self._arrivals, self._disks, self._records)
         self._saving = Saving(config, cache, self._disks, self._arrivals.threads_of)
@@ -292,7 +298,10 @@ class Gateway:
         attached = self._disks.attached(name)
         attached.check_serves()
         with attached.used():
-            await attached.disk.preload(amount, progress)
+            if amount == "trace":
+                await attached.preload_trace(progress)
+            else:
+                await attached.disk.preload(amount, progress)
 
     def info(self) -> dict[str, Any]:
         """What belongs to no disk, and not to the cache: see "Memory" and "The compiled core" in gateway/README.md."""

@@ -73,11 +73,15 @@ class DiskRecord:
         return not self.read_only and (self.committing or not self.overlay)
 
     def settings(self, config: Config, store: str | None) -> DiskSettings:
-        """The settings of the disk, with what the configuration says now. Raises ForebayError."""
+        """The settings of the disk, with what the configuration says now. Raises ForebayError.
+
+        What an overlay's boot reads is brought in, unless anybody has said something else.
+        """
+        is_unsaid = self.preload is None and not config.says_preload(store)
         overrides = {
             "mode": self.mode,
             "cache_size": self.cache_size,
-            "preload": self.preload,
+            "preload": "trace" if self.overlay and is_unsaid else self.preload,
             "peer": self.peer,
         }
         return config.disk_settings(store, overrides)

@@ -104,12 +104,12 @@ Spend = Callable[[int], Awaitable[None]]
 """Waits until so many bytes may be read from the image."""
 
 
-async def _at_once(_length: int) -> None:
+async def at_once(_length: int) -> None:
     """No limit of its own."""
 
 
 async def preload_range(
-    image: Image, counters: Counters, length: int, progress: Progress, spend: Spend = _at_once
+    image: Image, counters: Counters, length: int, progress: Progress, spend: Spend = at_once
 ) -> None:
     """Have the first `length` bytes in the cache; what is there already costs nothing.
 
@@ -130,7 +130,7 @@ async def bring_in(
     offset: int,
     length: int,
     unread: Unread,
-    spend: Spend = _at_once,
+    spend: Spend = at_once,
 ) -> bool:
     """Have one range in the cache, by STREAMS fetches at the same time; `unread` gets what cannot be read.
 

@@ -5,6 +5,7 @@
 
 import errno
 import logging
+from collections.abc import Callable
 from typing import Any, Self
 
 import trio
@@ -84,6 +85,8 @@ class Disk(HotPath):
         self.modes.on_choice = self.bind
         super().__init__(image, self.reads, self.modes)
         self._watch = Watch(source, image, self.dirty, self.modes)
+        self.on_opened: Callable[[], None] = _nothing
+        """Told of each client that comes."""
         self.report = Status(
             source, image, self.view, self.dirty, self.writeback, self.modes, self.counters
         )
@@ -244,7 +247,8 @@ class Disk(HotPath):
     # -- clients ----------------------------------------------------------------------------------------------
 
     def opened(self) -> None:
-        """Implements Export: nothing to do."""
+        """Implements Export."""
+        self.on_opened()
 
     def closed(self) -> None:
         """Implements Export: nothing to do."""
@@ -258,7 +262,7 @@ class Disk(HotPath):
                 nursery.start_soon(self.writeback.run)
             self._watch.start(nursery)
             self.modes.start(nursery)
-            if self.settings.preload and self.mode is not Mode.NONE:
+            if self.settings.preload not in (0, "trace") and self.mode is not Mode.NONE:
                 nursery.start_soon(self._preload_at_attach)
             task_status.started()
 
@@ -270,8 +274,6 @@ class Disk(HotPath):
 
     async def preload(self, amount: int | str, progress: Progress) -> None:
         """Bring in the first `amount` bytes, or `all`. Raises ForebayError or OSError."""
-        if amount == "trace":
-            raise ForebayError("preload of a boot trace is not there yet: give a size, or 'all'")
         length = self.size if amount == "all" else min(int(amount), self.size)
         if self.view.clean is None:
             raise ForebayError(
@@ -303,4 +305,8 @@ class Disk(HotPath):
 
 
 def _silent(done: int, total: int) -> None:
+    pass
+
+
+def _nothing() -> None:
     pass

@@ -45,6 +45,8 @@ class Reads:
         by = forebay_fast.core.Reads(self.view) if forebay_fast.serves() else self.view
         self.read_now: Callable[[int, int], Buffer | None] = by.read_now
         """See :meth:`View.read_now`; by the compiled core, where this process serves with it."""
+        self.on_miss: Callable[[int, int], None] | None = None
+        """Told of each range (offset, length) that a guest has to wait for, as it is not in the cache."""
 
     async def read(self, offset: int, length: int) -> list[Buffer]:
         """See :meth:`forebay_nbd.Export.read`. Raises OSError."""
@@ -67,6 +69,8 @@ class Reads:
 
     async def _fetch(self, offset: int, length: int) -> Buffer:
         """What the view lacks, from the image; kept in the clean layer unless the disk has none. Raises OSError."""
+        if self.on_miss is not None:
+            self.on_miss(offset, length)
         with self._counters.errors_counted():
             await arrive(self._image, self._timeout)
             if self.view.clean is None:

@@ -268,6 +268,33 @@ def reasons(disks: Iterable[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def boot_line(disk: Mapping[str, Any]) -> str:
+    """`boot read 143M, 97% prefetched`; empty for a disk that has not booted, or of which nobody knows."""
+    boot = disk.get("boot") or {}
+    if not boot.get("read_bytes"):
+        return ""
+    so_far = "" if boot["state"] == "over" else " so far"
+    return (
+        f"boot read {format_size(boot['read_bytes'])}{so_far}, {boot['ready_percent']:.0f}% prefetched; "
+        f"trace: {printable(boot['trace'])}"
+    )
+
+
+def trace_lines(trace: Mapping[str, Any], now: float) -> list[str]:
+    """The lines of `forebay trace show`; `now` in seconds since the epoch."""
+    plural = "boot" if trace["boots"] == 1 else "boots"
+    age = format_duration(max(0.0, now - trace["recorded"]))
+    amount, seconds = format_size(trace["bytes"]), format_duration(trace["seconds"])
+    found = [
+        f"{trace['image']}: {trace['boots']} {plural}, the last recorded {age} ago",
+        f"most of them read {amount} in {seconds}, fetched with {trace['requests']} requests",
+        f"kept in {trace['path']}",
+    ]
+    if trace["fits"] is False:
+        found.append("the image was changed since: it is not replayed")
+    return [printable(line) for line in found]
+
+
 def key_values(values: Mapping[str, Any]) -> list[str]:
     """`key  value` lines; what is counted in bytes or seconds is shown in units."""
     wide = max(map(len, values), default=0)

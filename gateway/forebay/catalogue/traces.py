@@ -1,0 +1,59 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the catalogue knows of boot traces: the commands on them, and what the list of images tells."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from forebay.boot.boots import NO_TRACE, Boots
+from forebay.boot.files import Found
+from forebay.catalogue.entries import Entries
+from forebay.config.model import Config
+from forebay.errors import ForebayError
+from forebay.origin.addresses import Address, keys_of_name, resolve
+
+LISTED = ("path", "fits", "boots", "recorded", "bytes", "requests", "seconds")
+"""What the list of images tells of a trace: keys of `Found.told`."""
+
+
+class Traces:
+    """The boot traces of all images."""
+
+    def __init__(
+        self, config: Config, entries: Entries, boots: Boots, is_known: Callable[[str], bool]
+    ) -> None:
+        """`is_known`: true of the key of an image of which the cache has something, or which has an entry."""
+        self._config = config
+        self._entries = entries
+        self._boots = boots
+        self._is_known = is_known
+        boots.on_known = self._note
+
+    def _note(self, key: str, found: Found | None) -> None:
+        entry = self._entries.get(key)
+        told = None if found is None else {name: found.told()[name] for name in LISTED}
+        if entry is not None and entry.trace != told:
+            self._entries.put(key, replace(entry, trace=told))
+
+    async def find(self, image: str) -> Found:
+        """What boots from the image read. Raises ForebayError and OSError."""
+        address = self._address(image)
+        found = await self._boots.find(address, None)
+        if found is None:
+            raise ForebayError(NO_TRACE.format(address.key))
+        return found
+
+    async def drop(self, image: str) -> dict[str, Any]:
+        """Forget what boots from the image read. Raises ForebayError and OSError."""
+        address = self._address(image)
+        return {"image": address.key, "dropped": await self._boots.drop(address)}
+
+    def _address(self, image: str) -> Address:
+        """The address of an image: where nothing is known of its bytes, that of the virtual disk in it."""
+        address = resolve(self._config, image)
+        if self._is_known(address.key):
+            return address
+        known = [key for key in keys_of_name(address.key) if self._is_known(key)]
+        return resolve(self._config, known[0]) if known else address
