@@ -14,7 +14,7 @@ from pathlib import Path
 
 import trio
 
-from forebay_nbd import Budgets, Buffer, Export, Exports, KnownExports, Limits, Server
+from forebay_nbd import Budgets, Buffer, Connection, Export, Exports, KnownExports, Limits, Server
 
 HOLE_AND_ZERO = 3
 
@@ -191,7 +191,7 @@ async def serving(
     export: MemoryExport | None = None,
     limits: Limits | None = None,
     budgets: Budgets | None = None,
-    exports: Callable[[MemoryExport], Exports] | None = None,
+    exports: Callable[[MemoryExport, Connection], Exports] | None = None,
 ) -> AsyncIterator[Running]:
     """Our server with one export, named and as the default; or with what `exports` makes of that for each client.
 
@@ -200,7 +200,7 @@ async def serving(
     export = export or MemoryExport()
     checked: Export = export
 
-    def known() -> KnownExports:
+    def known(_connection: Connection) -> Exports:
         return KnownExports(
             lambda name: checked if name in ("", checked.name) else None, lambda: [checked.name]
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import trio
 
-from forebay_nbd import Export, Limits, Refused
+from forebay_nbd import Connection, Export, Limits, Refused
 from forebay_nbd.protocol.wire import Rep
 from real.nbd_memory import MemoryExport, serving
 from real.nbd_raw import Raw, go, option, request, until
@@ -20,7 +20,9 @@ ACK = 1
 class Looked:
     """What one client may have: each look waits for `gate`, and finds the export of the name `disk`."""
 
-    def __init__(self, seen: list[str], gate: trio.Event, export: MemoryExport) -> None:
+    def __init__(
+        self, seen: list[str], gate: trio.Event, export: MemoryExport, _connection: Connection
+    ) -> None:
         self.seen = seen
         self.gate = gate
         self.export: Export = export

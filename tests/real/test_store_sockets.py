@@ -121,8 +121,12 @@ def test_list_names_the_images_of_the_store_and_nothing_else(
     (gateway.images / "link.raw").symlink_to("a.raw")
     os.mkfifo(gateway.images / "fifo")
     gateway.attach("d", "a.raw", "--overlay")
+    many = [f"many/{number:02}.raw" for number in range(20)]
+    (gateway.images / "many").mkdir()
+    for name in many:
+        (gateway.images / name).write_bytes(content)
     found = json.loads(run("nbdinfo", "--list", "--json", uri(gateway, "")).stdout)
-    assert [one["export-name"] for one in found["exports"]] == ["a.raw", "sub/b c.qcow2"]
+    assert [one["export-name"] for one in found["exports"]] == ["a.raw", *many, "sub/b c.qcow2"]
     assert all(one["is_read_only"] for one in found["exports"])
 
 
@@ -264,6 +268,27 @@ def test_another_program_that_has_the_image_open_for_writing_is_named(
     assert "is being written by qemu-nbd" in refusal(gateway, "a.raw")
     server.stop()
     assert refusal(gateway, "a.raw") == ""
+
+
+def test_an_image_that_was_replaced_is_served_anew_when_those_who_read_the_old_one_are_gone(
+    gateway: GatewayProcess, content: bytes, connect: Connect
+) -> None:
+    nbd = pytest.importorskip("nbd")
+    gateway.allow_log("was deleted or replaced while in use|its cached blocks are dropped")
+    reader = connect(uri(gateway, "a.raw"))
+    assert bytes(reader.pread(MIB, 0)) == content[:MIB]
+    other = random_image(gateway.directory / "other", SIZE, 9)
+    (gateway.directory / "other").rename(gateway.images / "a.raw")
+    wait_for(lambda: told(gateway)["images"][0]["state"] == "conflict", "it is noticed")
+    with pytest.raises(nbd.Error):  # never the new content, below what was written over the old
+        reader.pread(MIB, 0)
+    said = refusal(gateway, "a.raw")
+    assert "it is served as it is now when nobody reads it by the socket of its store" in said
+    reader.shutdown()
+    wait_for(lambda: refusal(gateway, "a.raw") == "", "it is served again")
+    again = connect(uri(gateway, "a.raw"))
+    assert bytes(again.pread(SIZE, 0)) == other
+    again.shutdown()
 
 
 def test_who_may_connect_is_what_the_configuration_says_of_disks(make_gateway: Make) -> None:

@@ -226,7 +226,7 @@ async def test_what_somebody_needs_is_kept(running: Place, why: str) -> None:
     found = await running.purge.purge(Selection(older_than=0.0))
     said = {
         "disk": "in use by vm0, vm1, vm2 and others",
-        "open": "being warmed, or let go just now",
+        "open": "read by the socket of its store, being warmed, or let go just now",
         "private": "the cache has data of a disk for it",
         "pinned": "pinned",
     }

@@ -139,7 +139,7 @@ class Purge:
         if disks := self._disks_on(key):
             return f"in use by {', '.join(disks[:3])}" + (" and others" if len(disks) > 3 else "")
         if self._images.is_open(key):
-            return "being warmed, or let go just now"
+            return "read by the socket of its store, being warmed, or let go just now"
         if self._cache.layers.has_private_on(key):
             return "the cache has data of a disk for it"
         return "pinned" if self._entries.is_pinned(key) else None

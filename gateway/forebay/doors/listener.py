@@ -4,7 +4,6 @@
 """A disk's own NBD socket."""
 
 import logging
-from functools import partial
 from pathlib import Path
 
 import trio
@@ -41,10 +40,8 @@ class Listener(Accepting):
         self._export = export
         tenant = tenant or Tenant(export.name, section.run, Rule("any"))
         server = Server(
-            partial(
-                KnownExports,
-                lambda name: export if name in ("", export.name) else None,
-                lambda: [export.name],
+            lambda _connection: KnownExports(
+                lambda name: export if name in ("", export.name) else None, lambda: [export.name]
             ),
             may_connect=tenant.may_connect,
             budgets=memory,

@@ -17,9 +17,9 @@ from forebay.errors import ForebayError
 from forebay.formats.magic import RAW
 from forebay.image.boundary import Boundary
 from forebay.origin.addresses import FileAddress, resolve
-from forebay.stores.listing import Listing
+from forebay.stores.listing import MOST_LISTED, Listing
 from forebay.stores.served import ServedImage
-from forebay_nbd import Budgets, Export, Limits, Refused, Server
+from forebay_nbd import Budgets, Connection, Export, Limits, Refused, Server
 from forebay_nbd.protocol.wire import Rep
 
 log = logging.getLogger("forebay.stores")
@@ -33,15 +33,20 @@ MOST_IMAGES = 256
 ATTEMPTS = 3
 """How often an image is attached for a client, where it is let go at the same moment."""
 
-LIMITS = Limits(connections=MOST_IMAGES, receive_buffer=64 << 10, in_place_bytes=32 << 10)
-"""Those of a store's socket: hundreds of VMs connect to it, and what they send are requests to read."""
+LIMITS = Limits(
+    connections=MOST_IMAGES,
+    options=4 * MOST_LISTED,
+    receive_buffer=64 << 10,
+    in_place_bytes=32 << 10,
+)
+"""Those of a store's socket: hundreds of VMs connect to it, and what they send are requests to read. `nbdinfo --list`
+asks for three things of each image that is listed, over one connection."""
 
 SHARE = 2
 """One part of so many of the memory for connections is as much as a store gets of it: so many VMs fit into that."""
 
-MakeImage = Callable[[str, "StoreListener", int | None], ServedImage]
-"""Makes what serves the image of a key to the clients of a store's socket. The last is the image's size in bytes, where
-clients were told one before."""
+MakeImage = Callable[[str, int | None], ServedImage]
+"""Makes what serves the image of a key; its size in bytes is given where clients were told one before."""
 
 
 class StoreListener(Accepting):
@@ -63,7 +68,9 @@ class StoreListener(Accepting):
         section = config.gateway
         path = socket_path(section.run, store, FOLDER)
         tenant = Tenant(f"store {store}", section.run, Rule("any"))
-        server = Server(lambda: _Asked(self), LIMITS, tenant.may_connect, memory, SHARE)
+        server = Server(
+            lambda connection: _Asked(self, connection), LIMITS, tenant.may_connect, memory, SHARE
+        )
         super().__init__(server, path, section, tenant)
         self.store = store
         self.listing = listing
@@ -71,6 +78,9 @@ class StoreListener(Accepting):
         self._make = make
         self._nursery = nursery
         self._served: dict[str, ServedImage] = {}
+        self._sizes: dict[str, int] = {}
+        """By image, what clients of the process before were told, bytes, until it was attached once: it comes up with
+        that whether or not it can be reached."""
 
     # -- images
 
@@ -78,19 +88,22 @@ class StoreListener(Accepting):
         """Those that are attached, or about to be."""
         return list(self._served.values())
 
-    async def hold(self, name: str, size: int | None = None) -> ServedImage:
-        """The image at the path `name` of the store, attached and held: the caller releases it.
+    async def hold(self, name: str, connection: Connection) -> ServedImage:
+        """The image at the path `name` of the store, attached and held for the connection: the caller releases it.
 
-        `size` in bytes: what a client was told of it before. Raises Refused.
+        Raises Refused.
         """
         key = self._key(name)
         for _ in range(ATTEMPTS):
-            one = self._served.get(key) or await self._new(key, size)
+            one = self._served.get(key) or await self._new(key)
             was_there = one.ready.is_set()
-            if await one.hold():
+            if await one.hold(connection):
                 return one
             if one.refusal is not None and not was_there:
                 raise one.refusal
+            if one.conflict is not None and not one.is_idle:
+                raise Refused(one.conflict)
+            await one.ended.wait()
         raise Refused(f"{key} comes and goes: try again")
 
     def _key(self, name: str) -> str:
@@ -111,7 +124,7 @@ class StoreListener(Accepting):
             )
         return address.key
 
-    async def _new(self, key: str, size: int | None) -> ServedImage:
+    async def _new(self, key: str) -> ServedImage:
         """One that begins to be attached. Raises Refused where too many are."""
         if len(self._served) >= MOST_IMAGES:
             await self._make_room()
@@ -121,7 +134,7 @@ class StoreListener(Accepting):
                 raise Refused(
                     f"{MOST_IMAGES} images of store '{self.store}' are read at this moment: try again later"
                 )
-        one = self._served[key] = self._make(key, self, size)
+        one = self._served[key] = self._make(key, self._sizes.get(key))
         boundary = Boundary(self._nursery, f"image {key} on its store's socket", one.stop)
         boundary.start_soon(self._run, one)
         return one
@@ -131,6 +144,7 @@ class StoreListener(Accepting):
             await one.run()
         finally:
             del self._served[one.key]
+            self._sizes.pop(one.key, None)
 
     async def _make_room(self) -> None:
         """Have the image let go that nobody has read for longest, if there is one."""
@@ -143,26 +157,17 @@ class StoreListener(Accepting):
     # -- a restart
 
     def _go_on(self, client: Client, nursery: trio.Nursery) -> None:
-        nursery.start_soon(self._resume, client)
-
-    async def _resume(self, client: Client) -> None:
-        """Go on with a client of the process before, whether or not its image can be reached now."""
         try:
-            one = await self.hold(client.session.export_name, client.size)
+            key = self._key(client.session.export_name)
         except Refused as refused:
             log.error("store '%s': a client has to reconnect: %s", self.store, refused)
             Sockets(clients=[client]).hang_up()
             return
-        try:
-            assert one.disk is not None, "it is ready"
-            if (client.size, client.read_only) != (one.disk.size, one.disk.read_only):
-                log.error("%s: its size changed: a client has to reconnect", one.key)
-                Sockets(clients=[client]).hang_up()
-                return
-            self.tenant.go_on(client.sock)
-            await self._server.resume(client.sock, client.session)
-        finally:
-            one.release()
+        if self._sizes.setdefault(key, client.size) != client.size or not client.read_only:
+            log.error("%s: its size or access changed: a client has to reconnect", key)
+            Sockets(clients=[client]).hang_up()
+            return
+        nursery.start_soon(self._server.resume, client.sock, client.session)
 
     # -- the end
 
@@ -185,8 +190,9 @@ class StoreListener(Accepting):
 class _Asked:
     """What one client asks a store's socket for. Implements forebay_nbd.Exports."""
 
-    def __init__(self, listener: StoreListener) -> None:
+    def __init__(self, listener: StoreListener, connection: Connection) -> None:
         self._listener = listener
+        self._connection = connection
         self._held: ServedImage | None = None
         self._refused: Refused | None = None
         self._names: list[str] | Refused = []
@@ -194,12 +200,12 @@ class _Asked:
     async def look(self, name: str) -> None:
         """Attach the image of that name. The one before is held until then, since it may be the same."""
         try:
-            found, self._refused = await self._listener.hold(name), None
+            found, self._refused = await self._listener.hold(name, self._connection), None
         except Refused as refused:
             found, self._refused = None, refused
         before, self._held = self._held, found
         if before is not None:
-            before.release()
+            before.release(self._connection)
 
     async def look_around(self) -> None:
         """Find out which images there are."""
@@ -223,5 +229,5 @@ class _Asked:
     def close(self) -> None:
         """The client is gone."""
         if self._held is not None:
-            self._held.release()
+            self._held.release(self._connection)
             self._held = None

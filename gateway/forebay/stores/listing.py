@@ -45,7 +45,7 @@ class Listing:
         self._root = root
         self._threads = threads
         self._alone = trio.Lock()
-        self._names: list[str] = []
+        self._names: list[str] | Refused = []
         self._found_at = float("-inf")
 
     async def names(self) -> list[str]:
@@ -54,14 +54,17 @@ class Listing:
             if trio.current_time() - self._found_at > FRESH_SECONDS:
                 self._names = await self._look()
                 self._found_at = trio.current_time()
+        if isinstance(self._names, Refused):
+            raise self._names
         return self._names
 
-    async def _look(self) -> list[str]:
+    async def _look(self) -> list[str] | Refused:
+        """The names; or why there are none, which is one answer for all who wait for it."""
         try:
             with bounded(STORE_SECONDS, f"listing {self._root}"):
                 return await self._threads.run(lambda: images_below(self._root), background=True)
         except OSError as fault:
-            raise Refused(f"{self._root} cannot be listed: {fault.strerror or fault}") from None
+            return Refused(f"{self._root} cannot be listed: {fault.strerror or fault}")
 
 
 def images_below(root: Path) -> list[str]:

@@ -4,7 +4,7 @@
 """One image of a store while clients of the store's socket read it: attached by the first, let go after the last."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -69,12 +69,9 @@ class ServedImage:
         self,
         key: str,
         attaching: Attaching,
-        connections: Callable[[], Iterable[Connection]],
         size: int | None = None,
     ) -> None:
-        """`key` names the image. `connections` gives those of the store's socket. `size` in bytes: what clients of the
-        process before were told.
-        """
+        """`key` names the image. `size` in bytes: what clients of the process before were told."""
         self.key = key
         self.name = key
         """As a disk has one, for the watchdog."""
@@ -87,12 +84,11 @@ class ServedImage:
         self.ended = trio.Event()
         self.is_ending = False
         """True once nobody can have it any more."""
-        self.listener = Clients(
-            lambda: [x for x in connections() if x.export and x.export is self.disk]
-        )
+        self.listener = Clients(lambda: [one for one in self._holders if one.export is self.disk])
         self.idle_since = float("-inf")
         """Trio time since when nobody holds it."""
-        self._holds = 0
+        self._holders: dict[Connection, int] = {}
+        """The connections that may use it, and how often each of them holds it: its clients, and who is about to be."""
         self._changed = trio.Event()
         self._scope = trio.CancelScope()
         self._leaves_at_once = False
@@ -103,29 +99,39 @@ class ServedImage:
     # -- who holds it
 
     @property
+    def conflict(self) -> str | None:
+        """Why nothing of it is read any more: somebody has changed the image. It ends when nobody holds it."""
+        return self.disk.image.conflict if self.disk is not None else None
+
+    @property
     def is_idle(self) -> bool:
         """True if nobody holds it."""
-        return not self._holds
+        return not self._holders
 
-    async def hold(self) -> bool:
-        """Count one more who may use it, once it is attached; False if it is not, or not any more."""
+    async def hold(self, connection: Connection) -> bool:
+        """Keep it for a connection once more, as soon as it is attached; False if it is not, or not any more."""
         if self.is_ending:
             await self.ended.wait()
             return False
-        self._holds += 1
+        self._holders[connection] = self._holders.get(connection, 0) + 1
         self._tell()
         has_come = False
         try:
             await self.ready.wait()
-            has_come = not self.is_ending
+            has_come = self._may_be_read()
         finally:
             if not has_come:
-                self.release()
+                self.release(connection)
         return has_come
 
-    def release(self) -> None:
-        """Count one less."""
-        self._holds -= 1
+    def _may_be_read(self) -> bool:
+        return not self.is_ending and self.conflict is None
+
+    def release(self, connection: Connection) -> None:
+        """Take one such hold back."""
+        self._holders[connection] -= 1
+        if not self._holders[connection]:
+            del self._holders[connection]
         self.idle_since = trio.current_time()
         self._tell()
 
@@ -253,21 +259,25 @@ class ServedImage:
     async def _until_idle(self) -> None:
         """Return when nobody has held it for long enough. From then on nobody may."""
         while True:
-            while self._holds:
+            while not self.is_idle:
                 await self._changed.wait()
             with trio.move_on_after(LINGER_SECONDS):
-                while self.is_idle and not self._leaves_at_once:
+                while self._lingers():
                     await self._changed.wait()
             if self.is_idle:
                 self.is_ending = True
                 return
 
+    def _lingers(self) -> bool:
+        """True if it may stay for a while although nobody holds it."""
+        return self.is_idle and not self._leaves_at_once and self.conflict is None
+
     async def _close(self, disk: Disk) -> None:
         """Hang up on who is left, and give the image back."""
-        for connection in self.listener.connected():
+        for connection in list(self._holders):
             connection.abort()
         with trio.move_on_after(CLOSE_SECONDS):
-            while self._holds:
+            while not self.is_idle:
                 await self._changed.wait()
             await disk.close(discard=False)
         log.debug("%s: let go", self.key)

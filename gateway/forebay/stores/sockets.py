@@ -66,10 +66,9 @@ class StoreSockets:
 
     async def _open(self, name: str, sockets: Sockets) -> None:
         listing = Listing(self._config.store(name).path, self._threads_of(name))
+        make = partial(_made, self._attaching)
         try:
-            listener = StoreListener(
-                self._config, name, listing, self._served, self._nursery, self._memory
-            )
+            listener = StoreListener(self._config, name, listing, make, self._nursery, self._memory)
         except ForebayError:
             sockets.hang_up()
             raise
@@ -89,9 +88,6 @@ class StoreSockets:
         listener = self._listeners.pop(name, None)
         if listener is not None:
             listener.hang_up()
-
-    def _served(self, key: str, listener: StoreListener, size: int | None) -> ServedImage:
-        return ServedImage(key, self._attaching, listener.connected, size)
 
     def hang_up(self) -> None:
         """Give up on all clients, and on what they wait for, at once."""
@@ -132,6 +128,10 @@ class StoreSockets:
         if listener is None:
             return told | {"clients": 0, "refused_clients": 0, "images": []}
         return told | listener.status()
+
+
+def _made(attaching: Attaching, key: str, size: int | None) -> ServedImage:
+    return ServedImage(key, attaching, size)
 
 
 async def _shut(listener: StoreListener, seconds: float) -> None:

@@ -29,15 +29,15 @@ _PAUSE_SECONDS = 0.1
 class Server:
     """Serves exports to all clients of one listener.
 
-    `exports` makes what one client may have. `may_connect` is given each new connection before a byte is sent; it is
-    closed if that returns False. Both are called in the event loop, and must not take long. `budgets` are the memory
-    that all servers of the process share; without them the server has some of its own. One part of `share` of what is
-    there for connections is as much as this one gets of it.
+    `exports` makes what the client of a connection may have. `may_connect` is given each new connection before a byte
+    is sent; it is closed if that returns False. Both are called in the event loop, and must not take long. `budgets`
+    are the memory that all servers of the process share; without them the server has some of its own. One part of
+    `share` of what is there for connections is as much as this one gets of it.
     """
 
     def __init__(
         self,
-        exports: Callable[[], Exports],
+        exports: Callable[[Connection], Exports],
         limits: Limits | None = None,
         may_connect: Callable[[socket.socket], bool] = lambda _sock: True,
         budgets: Budgets | None = None,
@@ -90,7 +90,8 @@ class Server:
 
         The socket is closed at once if there is no export of that name any more.
         """
-        connection, exports = self._add(sock), self._exports()
+        connection = self._add(sock)
+        exports = self._exports(connection)
         await self._supervise(connection, exports, self._go_on(connection, exports, session))
 
     async def _go_on(self, connection: Connection, exports: Exports, session: Session) -> None:
@@ -153,7 +154,7 @@ class Server:
         return sock
 
     async def _run(self, connection: Connection) -> None:
-        exports = self._exports()
+        exports = self._exports(connection)
         await self._supervise(connection, exports, connection.run(exports))
 
     async def _supervise(
