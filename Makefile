@@ -8,6 +8,8 @@
 # make demo     everything on a throw-away directory
 # make bench    against nbdkit and qemu-nbd   ROUNDS=5  QUICK=1  BENCH_ARGS="--only qd16"
 # make bench-doors   socket, FUSE file, nbdfuse, sshfs, plain file     QUICK=1  BENCH_ARGS="--only read"
+# make bench-policy      what the placement finds, against other policies; how far off the advice is; ten minutes
+# make bench-overlays    what a thousand overlays cost; exit code 1 where a bar is missed
 # make fuzz     what reads bytes from outside, with atheris     SECONDS=600  TARGETS="server client"
 # make fuzz-sanitized   the compiled core under AddressSanitizer and UBSan     SECONDS=60, for each target
 # make soak     kills, faults and changes, with guests that check all they read     SECONDS=3600  KILLS=2000  POINTS=1  SEED=
@@ -31,7 +33,7 @@ export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup setup-libvirt test test-without-core test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme bench-threads fuzz fuzz-sanitized soak lab docs dist lint format install uninstall clean
+.PHONY: setup setup-libvirt test test-without-core test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme bench-threads bench-policy bench-overlays fuzz fuzz-sanitized soak lab docs dist lint format install uninstall clean
 
 setup:
 	@tools/setup.sh
@@ -68,6 +70,14 @@ bench-profile: setup
 # five minutes; cache/THREADS.md
 bench-threads: setup
 	$(BIN)/python -m bench.threads $(BENCH_ARGS)
+
+# bench/POLICY.md, which BENCH_ARGS=--readme writes anew
+bench-policy: setup
+	@$(BIN)/python -c 'import libcachesim' 2>/dev/null || FOREBAY_CORE_PLANTS=1 $(BIN)/python -m pip install --quiet --editable '.[policy]'
+	PYTHONPATH=tests $(BIN)/python -m bench.policy $(BENCH_ARGS)
+
+bench-overlays: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.overlays $(BENCH_ARGS)
 
 # needs sshfs, openssh-server and nbdfuse, and says which of them is missing
 bench-doors: setup

@@ -44,8 +44,8 @@ async def scanned(it: Big) -> None:
 
 
 async def told(it: Big) -> None:
-    it.gateway.status()
-    it.gateway.metrics()
+    assert [one async for one in it.gateway.statuses()]
+    await it.gateway.metrics()
     it.gateway.cache_info()
 
 

@@ -53,16 +53,18 @@ class _Host:
     disk has in place of the image's). By day a machine reads a working set, in part shared.
     """
 
-    def __init__(self, seed: int, images: int, machines: int) -> None:
+    def __init__(self, seed: int, images: int, machines: int, scale: int) -> None:
+        """`scale`: how many times larger than IMAGE_BLOCKS and BOOT_BLOCKS an image is, and what a boot reads of it."""
         self.random = Random(seed)
-        self.images = [_image(i) for i in range(images)]
+        self.images = [_image(i, scale) for i in range(images)]
         self.machines = range(machines)
-        self._private = [_image(images + machine)[:40] for machine in self.machines]
+        self._scale = scale
+        self._private = [_image(images + machine, scale)[:40] for machine in self.machines]
         self._boot_files = [self._files(image) for image in self.images]
 
     def _files(self, image: range) -> list[range]:
         files: list[range] = []
-        left = BOOT_BLOCKS
+        left = BOOT_BLOCKS * self._scale
         while left:
             start = self.random.randrange(len(image) - 32)
             length = min(left, self.random.randint(1, 32))
@@ -94,23 +96,23 @@ class _Host:
         return _requests([key for extent in chosen for key in extent], 4)
 
 
-def _image(number: int) -> range:
-    return range(number * _IMAGE_KEYS, number * _IMAGE_KEYS + IMAGE_BLOCKS)
+def _image(number: int, scale: int) -> range:
+    return range(number * _IMAGE_KEYS, number * _IMAGE_KEYS + IMAGE_BLOCKS * scale)
 
 
-def boot(seed: int) -> list[int]:
+def boot(seed: int, scale: int = 1) -> list[int]:
     """Four golden images, 16 machines, four days: boot storms and daily work, no scans."""
-    return list(_days(_Host(seed, images=4, machines=16), scans=False))
+    return list(_days(_Host(seed, images=4, machines=16, scale=scale), scans=False))
 
 
-def boot_and_scan(seed: int) -> list[int]:
+def boot_and_scan(seed: int, scale: int = 1) -> list[int]:
     """The same with what hosts do at night: whole images read for a backup, most of one for viruses."""
-    return list(_days(_Host(seed, images=4, machines=16), scans=True))
+    return list(_days(_Host(seed, images=4, machines=16, scale=scale), scans=True))
 
 
-def boot_and_scan_whole_blocks(seed: int) -> list[int]:
+def boot_and_scan_whole_blocks(seed: int, scale: int = 1) -> list[int]:
     """The same as every policy would like it: no reader sends a second request to a block."""
-    return [request for request in boot_and_scan(seed) if request >= 0]
+    return [request for request in boot_and_scan(seed, scale) if request >= 0]
 
 
 def _days(host: _Host, *, scans: bool) -> Iterator[int]:
@@ -177,4 +179,17 @@ def recency(seed: int, visits: int = 60_000) -> list[int]:
         else:
             distance = int(4000 ** random.random())
             trace.append(trace[-min(distance, len(trace))])
+    return trace
+
+
+def zipf_and_scans(seed: int, blocks: int = 30_000, visits: int = 150_000) -> list[int]:
+    """Independent draws (zipf, skew 0.9), and five times a reader that goes once through what nobody else wants."""
+    random = Random(seed)
+    drawn = zipf(random, random.sample(range(blocks), blocks), visits, 0.9)
+    scan = visits // 10
+    trace: list[int] = []
+    for turn in range(5):
+        start = (1 << 30) + turn * scan
+        trace += drawn[turn * visits // 5 : (turn + 1) * visits // 5]
+        trace += _requests(range(start, start + scan), 2)
     return trace

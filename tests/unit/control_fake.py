@@ -390,7 +390,11 @@ class FakeGateway:
         await self._work("repair", progress)
         return {"checked_bytes": 3 * GIB, "damage": self.damage}
 
-    def metrics(self) -> str:
+    async def statuses(self) -> AsyncIterator[dict[str, Any]]:
+        for one in self.status():
+            yield one
+
+    async def metrics(self) -> str:
         self._called("metrics")
         return metrics_text(self.status(), CACHE, GATEWAY)
 

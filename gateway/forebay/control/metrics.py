@@ -134,28 +134,36 @@ def metrics_text(
     gateway: Values = MappingProxyType({}),
     stores: Sequence[Values] = (),
 ) -> str:
-    """The text at `/metrics`.
+    """The text at `/metrics`; see `metrics_lines`."""
+    return (
+        "\n".join(line for lines in metrics_lines(disks, cache, gateway, stores) for line in lines)
+        + "\n"
+    )
+
+
+def metrics_lines(
+    disks: Sequence[Values], cache: Values, gateway: Values, stores: Sequence[Values]
+) -> Iterator[list[str]]:
+    """The lines of each family: as many as there are disks, so each is a slice of work.
 
     `disks` is the status of each disk, `cache` what cache_info has, `gateway` what info has, `stores` what is told of
     each store.
     """
-    lines = [
-        *_family("build_info", "gauge", "What runs.", [(f'version="{__version__}"', 1)]),
-        *_family("disk_info", "gauge", "The disks, by words.", [(_words(d), 1) for d in disks]),
-    ]
+    yield [*_family("build_info", "gauge", "What runs.", [(f'version="{__version__}"', 1)])]
+    words = ((_words(disk), 1) for disk in disks)
+    yield [*_family("disk_info", "gauge", "The disks, by words.", words)]
     for metric in DISK_METRICS:
-        lines += _family(metric.name, metric.kind, metric.text, _disk_samples(metric, disks))
+        yield [*_family(metric.name, metric.kind, metric.text, _disk_samples(metric, disks))]
     for metric in STORE_METRICS:
-        lines += _family(metric.name, metric.kind, metric.text, _store_samples(metric, stores))
+        yield [*_family(metric.name, metric.kind, metric.text, _store_samples(metric, stores))]
     for metrics, values in ((CACHE_METRICS, cache), (GATEWAY_METRICS, gateway)):
         for metric in metrics:
             found = [(labels, values[key]) for labels, key in metric.samples if key in values]
-            lines += _family(metric.name, metric.kind, metric.text, found)
+            yield [*_family(metric.name, metric.kind, metric.text, found)]
     working = cache.get("state")
     if working is not None:
         ok = int(working == "ok")
-        lines += _family("cache_ok", "gauge", "1 while the cache device works.", [("", ok)])
-    return "\n".join(lines) + "\n"
+        yield [*_family("cache_ok", "gauge", "1 while the cache device works.", [("", ok)])]
 
 
 def _disk_samples(metric: Metric, disks: Iterable[Values]) -> Iterator[tuple[str, float]]:

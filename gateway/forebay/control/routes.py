@@ -9,7 +9,8 @@ answered as every other error: a 4xx or 5xx status with `{"error": text}`. If a 
 for any more; no data is lost by that. The routes stand in gateway/README.md.
 """
 
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Literal, Protocol
 
 from starlette.applications import Starlette
@@ -19,6 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from forebay import __version__
+from forebay.control.advice import Advice, AdviceRoutes
 from forebay.control.arguments import (
     ATTACH,
     DETACH,
@@ -52,13 +54,6 @@ WRITES_BACK = (Mode.WRITE_BACK, Mode.FULL_COPY)
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Advice(Protocol):
-    """What the daemon knows about the size of its cache."""
-
-    def report(self) -> dict[str, Any]:
-        """What `forebay status --advice --json` prints."""
-
-
 class Answers(Protocol):
     """What the control API needs of the daemon. Amounts are bytes, time-outs seconds.
 
@@ -90,6 +85,9 @@ class Answers(Protocol):
 
     def status(self, name: str | None = None) -> list[Status]:
         """All disks, or the one with this name."""
+
+    def statuses(self) -> AsyncIterator[Status]:
+        """All disks, in slices of work."""
 
     async def flush(
         self, names: list[str] | None, *, timeout: float | None, progress: Progress
@@ -140,7 +138,7 @@ class Answers(Protocol):
     async def repair_cache(self, progress: Progress) -> dict[str, Any]:
         """Use a cache device again that has failed, then check it; what was found."""
 
-    def metrics(self) -> str:
+    async def metrics(self) -> str:
         """Prometheus text."""
 
     @property
@@ -199,12 +197,12 @@ class Control:
             ("POST", "/disks/{name}/resolve", self.resolve),
             ("POST", "/disks/{name}/save", self.save),
             ("POST", "/flush", self.flush_many),
-            ("GET", "/advice", self.advice),
             ("GET", "/cache", self.cache),
             ("POST", "/cache/extend", self.extend),
             ("POST", "/cache/release", self.release),
             ("POST", "/cache/scrub", self.scrub),
             ("POST", "/cache/repair", self.repair),
+            *AdviceRoutes(self._gateway.advice).table(),
             *ImageRoutes(self._gateway.catalogue, self._gateway.stores).table(),
             *OverlayRoutes(self._gateway.overlays).table(),
         ]
@@ -226,19 +224,16 @@ class Control:
 
     async def metrics(self, _: Request) -> Response:
         """Prometheus text."""
-        return PlainTextResponse(self._gateway.metrics(), media_type=PROMETHEUS_TEXT)
+        return PlainTextResponse(await self._gateway.metrics(), media_type=PROMETHEUS_TEXT)
 
     async def gateway(self, _: Request) -> Response:
         """What belongs to no disk, and not to the cache."""
         return JSONResponse({"forebay": __version__, **self._gateway.info()})
 
-    async def advice(self, _: Request) -> Response:
-        """What a cache of another size would find of what is read."""
-        return JSONResponse(self._gateway.advice.report())
-
     async def disks(self, _: Request) -> Response:
-        """The status of all disks, a list."""
-        return JSONResponse(self._gateway.status())
+        """The status of all disks, a list; written as JSON one by one, since there may be very many."""
+        told = [json.dumps(one).encode() async for one in self._gateway.statuses()]
+        return Response(b"[" + b",".join(told) + b"]", media_type="application/json")
 
     async def disk(self, request: Request) -> Response:
         """The status of one disk."""

@@ -6,6 +6,7 @@
 import contextlib
 import logging
 import os
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from forebay.boot.boots import Boots
 from forebay.boot.files import TraceFiles
 from forebay.catalogue.catalogue import Catalogue
 from forebay.config.model import Config
-from forebay.control.metrics import metrics_text
+from forebay.control.metrics import metrics_lines
 from forebay.daemon.arrivals import Arrivals
 from forebay.daemon.attached import Attached
 from forebay.daemon.committing import Committing
@@ -39,7 +40,6 @@ from forebay.errors import ForebayError
 from forebay.image.gone import GoneImages
 from forebay.image.kept import MOST_IN_ALL
 from forebay.image.registry import Images
-from forebay.image.source import Source
 from forebay.keeping.kept import KeptOverlays
 from forebay.keeping.overlays import Overlays
 from forebay.origin.threads import StoreThreads
@@ -56,6 +56,9 @@ log = logging.getLogger("forebay.daemon")
 Status = dict[str, Any]
 """What is told about one disk: the keys of `forebay status --json`."""
 
+
+_AT_ONCE = 16
+"""Disks whose status is told between two turns of others: about a millisecond."""
 
 BY_SETTINGS = Rule()
 """Which processes may use a disk, where only the store's settings say so."""
@@ -89,7 +92,7 @@ class Gateway:
             self._disks,
             self._records,
             returns,
-            self._source_of,
+            lambda name, record: self._arrivals.source_of(name, record),  # noqa: PLW0108 (made later)
             self._kept,
         )
         self._arrivals = Arrivals(
@@ -142,9 +145,6 @@ class Gateway:
     def _note_unused(self, key: str) -> None:
         self.catalogue.note_unused(key)
         self._gone.note_unused(key)
-
-    def _source_of(self, name: str, record: DiskRecord) -> Source:
-        return self._arrivals.source_of(name, record)
 
     # -- disks come and go
 
@@ -226,6 +226,14 @@ class Gateway:
         disks = self._disks if name is None else [self._disks.find(name)]
         info = self.info()
         return [{**one.status(), "gateway": info} for one in disks]
+
+    async def statuses(self) -> AsyncIterator[Status]:
+        """As `status` of all disks, in slices: there may be a thousand."""
+        info = self.info()
+        for n, one in enumerate(list(self._disks)):
+            if n % _AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            yield {**one.status(), "gateway": info}
 
     async def flush(
         self, names: list[str] | None, *, timeout: float | None = None, progress: Progress
@@ -355,10 +363,15 @@ class Gateway:
         """Use a cache device again that has failed, then scrub; what was found."""
         return await self._upkeep.repair(progress)
 
-    def metrics(self) -> str:
-        """Prometheus text."""
+    async def metrics(self) -> str:
+        """Prometheus text, made in slices."""
+        disks = [one async for one in self.statuses()]
         cache = self.cache_info() | METER.figures()
-        return metrics_text(self.status(), cache, self.info(), self.stores.status())
+        found: list[str] = []
+        for lines in metrics_lines(disks, cache, self.info(), self.stores.status()):
+            await trio.lowlevel.checkpoint()
+            found += lines
+        return "\n".join(found) + "\n"
 
 
 async def _drain(attached: Attached, progress: Progress) -> None:
