@@ -16,9 +16,13 @@ import trio
 
 from forebay_cache import Cache, Layer, LayerName, View, join, open_cache
 from forebay_cache.blocks import private
-from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, SECTORS, Buffer
+from forebay_cache.format.entry import block_key, layer_of_key, slots_in
+from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, PAGE_SHIFT, SECTOR, SECTORS, Buffer
 from forebay_cache.read.merged import LEVELS, Merged, seen_through
 from sim.fake_host import check_cache
+
+NOTHING = b"image" * 819 + b"!"
+"""A sector that no layer has."""
 
 BLOCKS = 6
 SIZE = BLOCKS * BLOCK
@@ -86,7 +90,7 @@ class Stack:
             views.append(View(self.cache, list(merged.levels), None, nothing_there))
         for view in views:
             for sector in range(BLOCKS * SECTORS):
-                want = self.shown[at].get(sector, b"image" * 819 + b"!")
+                want = self.shown[at].get(sector, NOTHING)
                 now = view.read_now(place(sector), SECTOR)
                 got = b"".join(bytes(x) for x in await view.read(place(sector), SECTOR))
                 assert got == want, (at, sector, len(view.private))
@@ -96,7 +100,13 @@ class Stack:
         """The frozen layers at that place and below it become one."""
         await self.cache.make_durable()
         upper, lower = self.layers[at : at + 2]
-        gone = await join(self.cache, lower, upper, turn, self._forget)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._read_on)
+            gone = await join(self.cache, lower, upper, turn, self._forget)
+            for _ in range(20):
+                await trio.lowlevel.checkpoint()
+            self.check_owners()
+            nursery.cancel_scope.cancel()
         self.layers.remove(gone)
         del self.shown[at + 1]
         self.merged = seen_through(self.cache.index, self.layers[1:], self.merged)
@@ -106,6 +116,32 @@ class Stack:
     def _forget(self, number: int) -> None:
         if self.merged is not None:
             self.merged.forget(number)
+
+    async def _read_on(self) -> None:
+        """A guest that reads all the time, of what is merged while the layers below it change."""
+        if self.merged is None:
+            return
+        view = View(self.cache, [self.layers[0], *self.merged.levels], None, nothing_there)
+        while True:
+            sector = self.rng.randrange(BLOCKS * SECTORS)
+            want = self.shown[0].get(sector, NOTHING)
+            now = view.read_now(place(sector), SECTOR)
+            assert now is None or bytes(now) == want, sector
+            got = b"".join(bytes(x) for x in await view.read(place(sector), SECTOR))
+            assert got == want, sector
+            await trio.lowlevel.checkpoint()
+
+    def check_owners(self) -> None:
+        """Each slot is known to be that of the block that names it, and what is merged names no others."""
+        owner = self.cache.slots.owner
+        for table in self.merged.tables if self.merged is not None else []:
+            for _, page in table.held():
+                for _, slot in slots_in(page):
+                    assert layer_of_key(owner[slot]) in {layer.id for layer in self.layers}
+        for layer in self.layers:
+            for number, page in layer.pages.held():
+                for i, slot in slots_in(page):
+                    assert owner[slot] == block_key(layer.id, number * PAGE_BLOCKS + i)
 
 
 def place(sector: int) -> int:
@@ -120,7 +156,7 @@ async def turn(_moved: int) -> None:
 
 async def nothing_there(_offset: int, length: int) -> Buffer:
     assert length == SECTOR
-    return b"image" * 819 + b"!"
+    return NOTHING
 
 
 @pytest.fixture
@@ -148,9 +184,12 @@ async def test_many_layers_read_as_one_and_are_made_fewer(seed: int, tmp_path: P
             for _ in range(rng.randrange(5)):
                 await stack.write()
             stack.add()
+            if rng.random() < 0.3:
+                await stack.check()
         await stack.check()
         while len(stack.layers) > 2:
             await stack.unite(rng.randrange(1, len(stack.layers) - 1))
+            stack.check_owners()
             await stack.write()
             await stack.check()
             await stack.check(rng.randrange(1, len(stack.layers)))
@@ -221,5 +260,30 @@ async def test_a_join_that_is_cut_short_is_gone_on_with(tmp_path: Path, rng: ran
         await check_cache(cache)
         await stack.unite(1)
         await stack.check()
+
+    await with_cache(tmp_path, life)
+
+
+async def test_a_snapshot_that_is_taken_while_a_page_is_merged_is_not_left_out(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    async def life(cache: Cache) -> None:
+        stack = Stack(cache, rng)
+        for _ in range(5):
+            for _ in range(10):
+                await stack.write()
+            stack.add()
+        merged = Merged(cache.index, stack.layers[2:])
+        view = View(cache, merged.levels, None, nothing_there)
+        async with trio.open_nursery() as nursery:
+            for number in (0, FAR >> PAGE_SHIFT):
+                nursery.start_soon(merged.make, number)
+            for _ in range(3):
+                await trio.lowlevel.checkpoint()
+            assert not len(merged.tables[0]), "it takes several turns"
+            merged.replace(stack.layers[1:])
+        for sector in range(BLOCKS * SECTORS):
+            got = b"".join(bytes(x) for x in await view.read(place(sector), SECTOR))
+            assert got == stack.shown[1].get(sector, NOTHING)
 
     await with_cache(tmp_path, life)

@@ -39,8 +39,11 @@ LEVELS: Final = SECTORS // 2
 FEW: Final = 2
 """So many layers are not merged: a lookup in each is as quick."""
 
-_PAGES_KEPT: Final = 4096
+_PAGES_KEPT: Final = 256
 """Where a newer layer has more pages than this, what was merged so far is made anew, and not looked through."""
+
+_STRETCH: Final = 8
+"""Blocks that are merged in one go, while others wait: a millisecond at most, however many layers there are."""
 
 
 class _Part(NamedTuple):
@@ -55,6 +58,8 @@ class Merged:
 
     def __init__(self, index: Index, layers: Iterable[Layer]) -> None:
         self.layers = list(layers)
+        self._making: dict[int, object] = {}
+        """By number of a page that is being merged: another object once it has to be merged anew."""
         self.tables = [_Table(self, index, level) for level in range(LEVELS)]
         self.levels = [
             Layer(0, LayerRecord(LayerName.of_disk("", table.level, "")), table)
@@ -73,6 +78,7 @@ class Merged:
         """
         before = set(self.layers)
         self.layers = list(layers)
+        self._making.clear()
         for layer in self.layers:
             if layer not in before:
                 for number, _ in layer.pages.held():
@@ -86,8 +92,10 @@ class Merged:
 
     def forget(self, number: int) -> None:
         """The layers hold something else in that page: merge it again when it is read."""
-        for table in self.tables:
-            table.drop(number)
+        self._making.pop(number, None)
+        for table, level in zip(self.tables, self.levels, strict=True):
+            if level.sectors:
+                table.drop(number)
 
     async def load(self, numbers: list[int]) -> None:
         """Have pages loaded, in all layers by one thread. Raises IndexFault."""
@@ -102,20 +110,41 @@ class Merged:
             for (pages, number), raw in zip(missing, found, strict=True):
                 pages.adopt(number, raw)
 
+    async def make(self, number: int) -> None:
+        """Have the page of that number merged, unless it is. Raises IndexFault."""
+        while self.tables[0].look(number) is None:
+            await self.load([number])
+            mark = self._making.setdefault(number, object())
+            pages, made = self._pages(number), list[Page]()
+            for start in range(0, PAGE_BLOCKS if len(pages) >= FEW else 0, _STRETCH):
+                _merge(made, pages, range(start, start + _STRETCH))
+                await trio.lowlevel.checkpoint()
+            if self._making.get(number) is mark:
+                self._place(number, pages, made)
+
     def merge(self, number: int) -> Page:
-        """Make the page of that number in each table; that of the first one. Raises IndexFault."""
-        pages = [layer.pages.page(number) for layer in self.layers if layer.sectors]
-        pages = [page for page in pages if page is not EMPTY]
+        """The same at once, of a page that was merged not long ago; the first one of those that it became."""
+        pages, made = self._pages(number), list[Page]()
+        _merge(made, pages, range(PAGE_BLOCKS if len(pages) >= FEW else 0))
+        return self._place(number, pages, made)
+
+    def _pages(self, number: int) -> list[Page]:
+        """Those of that number that hold anything, newest first. Raises IndexFault."""
+        found = [layer.pages.page(number) for layer in self.layers if layer.sectors]
+        return [page for page in found if page is not EMPTY]
+
+    def _place(self, number: int, pages: list[Page], made: list[Page]) -> Page:
+        """Have what these pages became in the tables; one that is the only one is taken as it is."""
+        self._making.pop(number, None)
         if len(pages) < FEW:
-            made = pages or [EMPTY]
-        else:
-            made = _merged(pages)
-        for table, page in zip_longest(self.tables, made, fillvalue=None):
-            assert table is not None
+            made = pages
+        made = made or [EMPTY]
+        for table, page in zip_longest(self.tables, made):
+            level = self.levels[table.level]
             if page is not None:
                 table.place(number, page)
-                self.levels[table.level].sectors = max(1, self.levels[table.level].sectors)
-            else:
+                level.sectors = max(1, level.sectors)
+            elif level.sectors:
                 table.drop(number)
         return made[0]
 
@@ -142,12 +171,12 @@ class _Table(PageTable):
 
     async def load(self, numbers: Iterable[int]) -> None:
         """See PageTable. Raises IndexFault."""
+        if self.level:
+            return  # the first one has them made
         wanted = [number for number in numbers if self.look(number) is None]
         await self._merged.load(wanted)
         for number in wanted:
-            if self.look(number) is None:
-                self._merged.merge(number)
-                await trio.lowlevel.checkpoint()  # each of them may be a slice of work
+            await self._merged.make(number)
 
     async def load_all(self, numbers: Iterable[int]) -> None:
         """See PageTable. Raises IndexFault."""
@@ -175,30 +204,21 @@ def _read(pages: list[tuple[PageTable, int]]) -> list[bytes | None]:
     return [table.ask(number) for table, number in pages]
 
 
-def _merged(pages: list[Page]) -> list[Page]:
-    """The pages, newest first, as one page for each level."""
-    made: list[Page] = []
-    for i in range(PAGE_BLOCKS):
-        entries = _newest(pages, i)
+def _merge(made: list[Page], pages: list[Page], blocks: range) -> None:
+    """Put these blocks of the pages, newest first, into one page for each level."""
+    for i in blocks:
+        need, entries = FULL, list[tuple[int, Entry]]()
+        for page in pages:
+            mask = page[i] & need
+            if mask:
+                entries.append((mask, entry_at(page, i)))
+                need &= ~mask
+                if not need:
+                    break
         if len(entries) == 1 and entries[0][0] == entries[0][1].valid:
             _put(made, 0, i, entries[0][1])
         elif entries:
             _put_all(made, i, entries)
-    return made or [EMPTY]
-
-
-def _newest(pages: list[Page], i: int) -> list[tuple[int, Entry]]:
-    """(sectors, entry) of each page that has the newest data of any sector of a block."""
-    found: list[tuple[int, Entry]] = []
-    need = FULL
-    for page in pages:
-        mask = page[i] & need
-        if mask:
-            found.append((mask, entry_at(page, i)))
-            need &= ~mask
-            if not need:
-                break
-    return found
 
 
 def _put_all(made: list[Page], i: int, entries: list[tuple[int, Entry]]) -> None:
