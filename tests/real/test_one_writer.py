@@ -156,7 +156,7 @@ class Case:
             os.truncate(sidecar / "owner", 0)
         elif self.name == "newer":
             text = (sidecar / "owner").read_text()
-            (sidecar / "owner").write_text(text.replace('"format": 1', '"format": 2'))
+            (sidecar / "owner").write_text(text.replace('"format": 1', '"format": 3'))
         elif self.name == "folder":
             (sidecar / "owner").unlink()
             (sidecar / "owner").mkdir()
@@ -174,7 +174,7 @@ CASES = [
     Case("taken", "was taken over by host elsewhere"),
     Case("removed", "was taken over"),
     Case("truncated", "owner cannot be read (not JSON text"),
-    Case("newer", "owner cannot be read (format 2, this version knows only 1), so another gateway"),
+    Case("newer", "owner cannot be read (format 3, this version knows only 2), so another gateway"),
     Case("folder", "owner cannot be read (not a file)"),
     Case("replaced", "replaced"),
     Case("cut", "bytes and had"),

@@ -64,7 +64,7 @@ def local(make_gateway: Callable[..., GatewayProcess]) -> GatewayProcess:
 
 def workers(gateway: GatewayProcess) -> list[int]:
     """Those that make calls for stores of this daemon: they hold its lock files."""
-    locks = {(one.stat().st_dev, one.stat().st_ino) for one in (gateway.run / "stores").iterdir()}
+    locks = {(one.stat().st_dev, one.stat().st_ino) for one in (gateway.run / "processes").iterdir()}
     found = []
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
@@ -139,7 +139,7 @@ def push(client: Any, seconds: float) -> None:
 def test_a_store_of_this_host_needs_no_process(local: GatewayProcess) -> None:
     random_image(local.images / "d.raw", MIB, 7)
     local.attach("d", "d.raw")
-    assert not (local.run / "stores").exists()
+    assert not (local.run / "processes").exists()
 
 
 def test_a_process_that_was_killed_is_started_again(

@@ -33,7 +33,7 @@ FIRST = 1 << 63
 _FD_BITS = 32
 _FD_MASK = (1 << _FD_BITS) - 1
 
-FOLDER = "stores"
+FOLDER = "processes"
 """The directory in RUN that has the lock files, and for a moment the sockets of servers."""
 
 _numbers = itertools.count(1)
