@@ -443,6 +443,23 @@ def test_the_preload_of_a_store_is_done_once_for_an_image(
     again.shutdown()
 
 
+def test_what_a_boot_reads_by_the_socket_is_recorded_and_brought_in_for_the_next_one(
+    gateway: GatewayProcess, connect: Connect
+) -> None:
+    random_image(gateway.images / "a.raw", SIZE, 6)
+    first = connect(uri(gateway, "a.raw"))
+    first.pread(2 * MIB, MIB)
+    first.shutdown()
+    wait_for(lambda: clients(gateway) == {}, "nobody reads it any more")
+    trace = gateway.images / "a.raw.forebay" / "trace"
+    wait_for(trace.exists, "the boot is recorded")
+    gateway.cli("purge", "images:a.raw")
+    again = connect(uri(gateway, "a.raw"))
+    wait_for(lambda: told(gateway)["images"][0]["cached_bytes"] >= 2 * MIB, "it is brought in")
+    assert told(gateway)["images"][0]["read_misses"] == 0
+    again.shutdown()
+
+
 def test_metrics_tell_how_many_read_by_the_socket(
     gateway: GatewayProcess, content: bytes, connect: Connect
 ) -> None:

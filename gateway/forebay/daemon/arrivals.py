@@ -331,13 +331,14 @@ class Arrivals:
     def base(self, image: str, size: int | None) -> tuple[Source, DiskSettings]:
         """The source of an image for who reads it by its store's socket, and its settings. `size` as in `source`.
 
-        It is read through the cache, unless its store is in mode none. Raises ForebayError.
+        Unless the configuration says something else, what boots read of it is brought in. Raises ForebayError.
         """
-        record = DiskRecord(image, "", 0, read_only=True, format="raw")
+        store = resolve(self._config, image).store
+        preload = None if self._config.says_preload(store) else "trace"
+        record = DiskRecord(image, "", 0, read_only=True, format="raw", preload=preload)
         source, settings = self.source(image, record, size, is_base=True)
-        if settings.mode is not Mode.NONE:
-            settings = settings.model_copy(update={"mode": Mode.WRITE_THROUGH})
-        return source, settings
+        mode = Mode.NONE if settings.mode is Mode.NONE else Mode.WRITE_THROUGH
+        return source, settings.model_copy(update={"mode": mode})
 
     def threads_of(self, store: str) -> StoreThreads:
         """The threads of a store, or of a device, and its process."""

@@ -16,6 +16,7 @@ import trio
 
 import forebay_fast
 from forebay.boot.boots import Boots
+from forebay.boot.disk_boot import boot_of
 from forebay.boot.files import TraceFiles
 from forebay.catalogue.catalogue import Catalogue
 from forebay.config.model import Config
@@ -134,7 +135,13 @@ class Gateway:
         )
         self._extending = trio.Lock()
         self.advice = Advice(cache, config.gateway.state / "advice")
-        attaching = Attaching(images, self._disks, self._arrivals.base, self.catalogue.cached_size)
+        attaching = Attaching(
+            images,
+            self._disks,
+            self._arrivals.base,
+            self.catalogue.cached_size,
+            lambda disk: boot_of(disk, boots),
+        )
         self.stores = StoreSockets(
             config, nursery, attaching, self._arrivals.threads_of, self._memory
         )

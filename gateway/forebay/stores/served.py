@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import trio
 
+from forebay.boot.disk_boot import DiskBoot
 from forebay.config.model import DiskSettings
 from forebay.disk.disk import Disk
 from forebay.doors.accepting import Clients
@@ -58,6 +59,8 @@ class Attaching:
     ForebayError."""
     cached_size: Callable[[str], int | None]
     """Returns the bytes of an image of which the cache has something; None where it has nothing, or it is not known."""
+    boot_of: Callable[[Disk], DiskBoot | None] = lambda _disk: None
+    """Makes what records the boots from an image, and replays them."""
     preloaded: set[str] = field(default_factory=set)
     """The keys of the images that were preloaded since the daemon was started."""
 
@@ -206,19 +209,23 @@ class ServedImage:
             source = await self._prepared(source)
         try:
             self._attaching.readers.check_alone(source)
-            without_preload = settings.model_copy(update={"preload": 0})
-            self.disk = disk = await Disk.open(self._attaching.images, source, without_preload)
+            amount = settings.preload if settings.preload != "trace" else 0
+            settings = settings.model_copy(update={"preload": 0 if amount else settings.preload})
+            self.disk = disk = await Disk.open(self._attaching.images, source, settings)
         except BaseException:
             with trio.move_on_after(CLOSE_SECONDS, shield=True):
                 await source.abandon()
             raise
+        boot = self._attaching.boot_of(disk)
         try:
             await source.close_prepared()
             log.debug("%s: attached for the socket of its store", self.key)
             async with trio.open_nursery() as nursery:
                 await nursery.start(disk.run)
-                if settings.preload and self.key not in self._attaching.preloaded:
-                    nursery.start_soon(self._preload, disk, settings.preload)
+                if boot is not None:
+                    nursery.start_soon(boot.run)
+                if amount and self.key not in self._attaching.preloaded:
+                    nursery.start_soon(self._preload, disk, amount)
                 self.ready.set()
                 await self._until_idle()
                 nursery.cancel_scope.cancel()
@@ -227,6 +234,8 @@ class ServedImage:
             if not self._daemon_ends:
                 with trio.CancelScope(shield=True):
                     await self._close(disk)
+            if boot is not None:
+                boot.leave()
 
     async def _prepared(self, source: Source) -> Source:
         """The source with the image open. One that the store does not give now, and of which the cache has something,
