@@ -627,6 +627,44 @@ async def test_images_are_shown_and_changed(capsys: pytest.CaptureFixture[str]) 
     assert said.err.startswith("forebay: images:a.raw is kept (in use by web): detach its disks")
 
 
+async def test_a_boot_trace_is_shown_exported_and_dropped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time", lambda: 1060.0)
+    gateway = FakeGateway("a")
+    async with served(gateway) as run:
+        assert await forebay(run, "trace", "show", "images:a.raw") == 0
+        assert capsys.readouterr().out.splitlines() == [
+            "images:a.raw: 3 boots, the last recorded 1m00s ago",
+            "most of them read 1.0M in 1.5s, fetched with 1 requests",
+            "kept in a.raw.forebay/trace",
+        ]
+        assert await forebay(run, "trace", "show", "images:a.raw", "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["boots"], told["fits"], told["blocks"]) == (3, True, 16)
+        assert await forebay(run, "trace", "export", "images:a.raw") == 0
+        assert json.loads(capsys.readouterr().out)["trace"][1] == [1, 1500, 2, 3]
+        assert await forebay(run, "trace", "drop", "images:a.raw") == 0
+        assert capsys.readouterr().out == "images:a.raw: dropped\n"
+
+
+async def test_the_boot_of_a_disk_is_told_below_its_status(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gateway = FakeGateway("a")
+    boot = {"trace": "replayed", "state": "over", "read_bytes": 143 * MIB, "ready_percent": 97.2}
+    async with served(gateway) as run:
+        assert await forebay(run, "status", "a") == 0
+        assert "boot" not in capsys.readouterr().out
+        gateway.disks["a"]["boot"] = boot
+        assert await forebay(run, "status", "a") == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last == "boot read 143M, 97% prefetched; trace: replayed"
+        gateway.disks["a"]["boot"] = boot | {"read_bytes": 0, "ready_percent": None}
+        assert await forebay(run, "status", "a") == 0
+        assert "prefetched" not in capsys.readouterr().out
+
+
 async def test_a_warm_prints_lines_of_json(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -362,7 +362,7 @@ class Arrivals:
         gateway = self._config.gateway
         tenant = Tenant(source.use.disk, gateway.run, record.rule(settings))
         listener = Listener(disk, path, gateway, tenant, self._memory)
-        return Attached(record, source, disk, listener, boot_of(disk, self._boots))
+        return Attached(record, source, disk, listener, boot_of(disk, None if record.gives_way else self._boots))
 
 
 @contextlib.asynccontextmanager
