@@ -397,6 +397,24 @@ def test_an_image_that_changes_during_a_boot_is_not_recorded(tmp_path: Path) -> 
     play(tmp_path, story)
 
 
+def test_an_image_that_changes_right_behind_a_boot_is_not_recorded(
+    tmp_path: Path, expect_log: Expect
+) -> None:
+    expect_log("images:fake.raw was changed by somebody else")
+
+    async def story(bed: Bed) -> None:
+        disk = await bed.attach("a")
+        await read(disk, READ)
+        bed.host.origin.changes += 1
+        bed.files.now = await bed.host.origin.identity()
+        await bed.detach("a")
+        await trio.sleep(10)
+        assert bed.files.trace is None
+        assert not bed.boots._recordings
+
+    play(tmp_path, story)
+
+
 def test_a_trace_for_which_the_cache_is_too_small_is_not_replayed(tmp_path: Path) -> None:
     async def story(bed: Bed) -> None:
         bed.files.trace = bed.before().with_boot(Boot(dict.fromkeys(READ, 0)), 1.0)
