@@ -14,7 +14,6 @@ from typing import Any
 import trio
 
 from forebay.boot.boots import Boots
-from forebay.boot.disk_boot import boot_of
 from forebay.catalogue.warm import WARMING
 from forebay.checkpoint.dirty import left_dirty
 from forebay.config.model import Config, DiskSettings
@@ -362,7 +361,7 @@ class Arrivals:
         gateway = self._config.gateway
         tenant = Tenant(source.use.disk, gateway.run, record.rule(settings))
         listener = Listener(disk, path, gateway, tenant, self._memory)
-        return Attached(record, source, disk, listener, boot_of(disk, None if record.gives_way else self._boots))
+        return Attached(record, source, disk, listener, self._boots)
 
 
 @contextlib.asynccontextmanager

@@ -11,7 +11,8 @@ from typing import Any
 
 import trio
 
-from forebay.boot.disk_boot import DiskBoot
+from forebay.boot.boots import Boots
+from forebay.boot.disk_boot import boot_of
 from forebay.checkpoint.dirty import left_dirty
 from forebay.daemon.parallel import Progress
 from forebay.daemon.record import DiskRecord
@@ -76,13 +77,14 @@ class Attached:
         source: Source,
         disk: Disk,
         listener: Listener,
-        boot: DiskBoot | None = None,
+        boots: Boots | None = None,
     ) -> None:
+        """`boots` records its boot, and replays those of before; None: nobody does."""
         self.record = record
         self.source = source
         self.disk = disk
         self.listener = listener
-        self.boot = boot
+        self.boot = None if record.gives_way else boot_of(disk, boots)
         self.busy = trio.Lock()
         """Held by what changes the disk as a whole: see `Disks.turn`."""
         self._life = Machine(LIFE, Life.ATTACHING, f"disk '{source.use.disk}'")
