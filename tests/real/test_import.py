@@ -18,18 +18,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from forebay.cli.main import main
-from forebay.importing import limits, web, work
+from forebay.importing import feed, limits, making, web, work
 from forebay.importing.sparse import SparseFile
 from forebay.origin.worker import syscalls
 from real.web_bed import Web, make_authority, numbered, serving
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <function Popen.__del__:pytest.PytestUnraisableExceptionWarning"
-)  # the process of a vmdk image ends by itself when the command has let it go, in its own time
 
 MIB = 1 << 20
 DAEMON = 12345
@@ -743,16 +740,35 @@ def test_what_is_no_url_is_refused(bed: Bed, url: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- its end
 
 
+CHECKPOINTS = """
+import sys, time
+from forebay.importing import making
+from forebay.importing import feed
+making.CHECKPOINT = feed.CHECKPOINT = 1 << 20
+note = making.Making._note_written
+def slowly(self, end):
+    note(self, end)
+    print(end, flush=True)
+    time.sleep(0.05)
+making.Making._note_written = slowly
+"""
+INNER = """
+import sys, time
+from forebay.importing import making
+unpacked = making.Making._unpacked_file
+def slowly(self, content):
+    found = unpacked(self, content)
+    print(found.size, flush=True)
+    time.sleep(60)
+    return found
+making.Making._unpacked_file = slowly
+"""
+
+
 @contextlib.contextmanager
-def running(bed: Bed, *words: str) -> Iterator[subprocess.Popen[str]]:
-    """The command as a process, at a checkpoint of each mebibyte."""
-    code = (
-        "import sys, time; from forebay.importing import making; making.CHECKPOINT = 1 << 20; "
-        "note = making.Making._note_written\n"
-        "def slowly(self, end):\n    note(self, end); print(end, flush=True); time.sleep(0.05)\n"
-        "making.Making._note_written = slowly\n"
-        "from forebay.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    )
+def running(bed: Bed, *words: str, at: str = CHECKPOINTS) -> Iterator[subprocess.Popen[str]]:
+    """The command as a process, which says a line at each checkpoint, of a mebibyte each, or where `at` says."""
+    code = f"{at}\nfrom forebay.cli.main import main; sys.exit(main(sys.argv[1:]))"
     with subprocess.Popen(
         [sys.executable, "-c", code, *words],
         stdout=subprocess.PIPE,
@@ -763,6 +779,104 @@ def running(bed: Bed, *words: str) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
+
+
+def test_what_is_on_record_and_what_has_a_name_is_durable(
+    bed: Bed, disk: Path, server: Web, authority: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record follows a sync of the file that it speaks of, and the name follows one of the image: in each way that
+    the bytes may take."""
+    for module in (feed, making):
+        monkeypatch.setattr(module, "CHECKPOINT", MIB)
+    steps: list[tuple[str, str]] = []
+
+    def noted(name: str) -> None:
+        call = getattr(syscalls, name)
+
+        def made(*words: Any, **how: Any) -> Any:
+            at = words[0]
+            found = call(*words, **how)
+            if isinstance(at, int):
+                at = os.readlink(f"/proc/self/fd/{at}")
+            steps.append((name, at.split(".")[-2] if at.endswith(".forebay") else at))
+            return found
+
+        monkeypatch.setattr(syscalls, name, made)
+
+    for name in ("pwritev", "fdatasync", "fsync", "rename", "link"):
+        noted(name)
+    for content in shapes(disk, bed.folder):
+        server.content = content
+        steps.clear()
+        assert bed.imported(server.url, "--cacert", str(authority)) == disk.read_bytes()
+        (bed.store / "new").unlink()
+        assert ("rename", "next") in steps
+        for n, step in enumerate(steps):
+            before = steps[:n]
+            if step == ("rename", "next"):
+                written = [x for x in before if x[1] == "next"]
+                assert written[-2:] == [("pwritev", "next"), ("fsync", "next")]
+            if step == ("link", "image"):
+                assert [x for x in before if x[1] == "image"][-1] == ("fsync", "image")
+                assert steps[n + 1] == ("fsync", str(bed.store))
+
+
+def test_a_record_says_no_more_than_was_synced(
+    bed: Bed, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (feed, making):
+        monkeypatch.setattr(module, "CHECKPOINT", MIB)
+    durable: list[int] = []
+    written = [0]
+    write, sync, save = SparseFile.write, SparseFile.sync, work.Work._save
+
+    def writing(self: SparseFile, offset: int, data: bytes) -> None:
+        write(self, offset, data)
+        written[0] = offset + len(data)
+
+    def syncing(self: SparseFile) -> None:
+        before = written[0]
+        sync(self)
+        durable.append(before)
+
+    def saving(self: work.Work) -> None:
+        assert self.record.written <= max(durable, default=0)
+        save(self)
+
+    monkeypatch.setattr(SparseFile, "write", writing)
+    monkeypatch.setattr(SparseFile, "sync", syncing)
+    monkeypatch.setattr(work.Work, "_save", saving)
+    assert bed.imported(converted(disk, bed.folder)) == disk.read_bytes()
+    assert len(durable) > 3
+
+
+def test_what_a_lost_host_left_behind_what_is_on_record_is_not_believed(
+    bed: Bed, disk: Path
+) -> None:
+    source = converted(disk, bed.folder)
+    with running(bed, *bed.words(source, "new")) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+    (record,) = bed.store.glob("*.record.forebay")
+    (image,) = bed.store.glob("*.image.forebay")
+    written = json.loads(record.read_text())["written"]
+    assert 0 < written < SIZE
+    with image.open("r+b") as file:
+        file.seek(written)
+        file.write(b"x" * (SIZE - written))
+    code, _, err = bed.run(source)
+    assert (code, "goes on where it was" in err) == (0, True)
+    assert (bed.store / "new").read_bytes() == disk.read_bytes()
+
+
+def test_an_import_that_had_nothing_yet_says_that_it_starts_over(bed: Bed, disk: Path) -> None:
+    source = packed(converted(disk, bed.folder), "zst")
+    with running(bed, *bed.words(source, "new"), at=INNER) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+    code, _, err = bed.run(source)
+    assert (code, "starts over" in err) == (0, True)
+    assert (bed.store / "new").read_bytes() == disk.read_bytes()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -847,6 +961,27 @@ def test_two_imports_of_one_name_do_not_meet(bed: Bed, disk: Path) -> None:
     assert (bed.store / "new").read_bytes() == disk.read_bytes()
 
 
+def test_a_file_that_has_become_somebodys_image_meanwhile_is_not_gone_on_with(
+    bed: Bed, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another import ends between our open and our lock: what we have open is the image that it has made."""
+    opened, others = work.Work._opened, [Bed.run]
+
+    def opening(self: work.Work, kind: str) -> int:
+        fd = opened(self, kind)
+        if others:
+            assert others.pop()(bed, disk)[0] == 0
+            (bed.store / "new").rename(bed.store / "made")
+        return fd
+
+    monkeypatch.setattr(work.Work, "_opened", opening)
+    other = bed.folder / "other"
+    other.write_bytes(numbered(512))
+    assert bed.run(other)[0] == 0
+    assert (bed.store / "made").read_bytes() == disk.read_bytes()
+    assert (bed.store / "new").read_bytes() == numbered(512)
+
+
 def test_what_a_kill_has_left_is_dropped_where_the_source_was_changed_or_it_is_asked_for(
     bed: Bed, disk: Path
 ) -> None:
@@ -872,11 +1007,15 @@ def test_what_a_kill_has_left_is_dropped_where_the_source_was_changed_or_it_is_a
 def test_a_kill_between_the_two_names_of_an_image_leaves_one_to_the_next_run(
     bed: Bed, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: object, **__: object) -> None:
+    link = syscalls.link
+
+    def killed(*words: Any, **how: Any) -> None:
+        link(*words, **how)
         raise SystemExit
 
     with monkeypatch.context() as patched:
-        patched.setattr("forebay.origin.new_image.syscalls.unlink", killed)
+        patched.setattr(syscalls, "link", killed)
+        patched.setattr(work.Work, "drop", lambda _: None)
         with pytest.raises(SystemExit):
             bed.run(disk)
     assert (bed.store / "new").stat().st_nlink == 2

@@ -10,20 +10,17 @@ can begin at the start only.
 """
 
 import contextlib
-import hashlib
-import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
 
 from forebay.errors import ForebayError
 from forebay.formats import qcow2
 from forebay.formats.magic import RAW
 from forebay.importing import guest_view, other_formats
-from forebay.importing.ahead import ahead
+from forebay.importing.feed import CHECKPOINT, Feed
 from forebay.importing.kinds import HEAD, QCOW2, Kind, disk_of, packing_of, parse_kind
 from forebay.importing.limits import Limits
 from forebay.importing.source import LocalFile, Source
@@ -32,16 +29,11 @@ from forebay.importing.unpack import unpack
 from forebay.importing.work import INNER, SOURCE, Record, Work
 from forebay.units import format_size
 
-CHECKPOINT = 64 << 20
-"""Bytes after which what was fetched, or written, is made durable."""
-
 SECTOR = 512
 """An image has whole ones: QEMU would round its size up, too."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done, and how many bytes of how many are; the latter is 0 where nobody knows."""
-
-T = TypeVar("T")
 
 FETCH, WRITE = "fetch", "write"
 
@@ -104,19 +96,9 @@ class Making:
         self._work = work
         self._progress = progress
         self._tell = tell
-        self._hash = hashlib.sha256()
-        self._summed = wish.sha256 is not None or not source.is_here
-        self._consumed = 0
-        """Bytes of the source that went in so far."""
-        self._kept: SparseFile | None = None
-        """The source beside the image, where it is fetched and has to be a file."""
-        self._fetched = 0
-        """Bytes of that which were written."""
+        self._feed = Feed(source, work, wish.limits, wish.sha256)
         self._reached = 0
         """Up to where the image was written."""
-        self._ahead: list[Generator[Any, None, None]] = []
-        self._lock = threading.Lock()
-        """Of the record: one thread fetches, another writes."""
 
     def run(self) -> Report:
         """Make it. Raises ForebayError, ValueError that says what the source is, and OSError."""
@@ -124,35 +106,32 @@ class Making:
         resumed = self._begin()
         kind, size = self._copy()
         self._source.check_unchanged()
-        self._check_sum()
+        self._feed.check_sum()
         if size == 0:
             raise ForebayError(f"{self._source.name} is empty: name the file of an image")
         size = -(-size // SECTOR) * SECTOR
         self._work.image.sync()
         allocated = self._work.image.allocated
         self._work.publish(size)
-        sha256 = self._hash.hexdigest() if self._summed else None
-        where = self._work.address.key
+        where, sha256 = self._work.address.key, self._feed.sha256
         return Report(where, self._source.name, str(kind), size, allocated, sha256, resumed)
 
     def stop(self) -> None:
         """Read no more of the source, whatever happened."""
-        self._source.close()
-        for stream in self._ahead:
-            stream.close()
+        self._feed.stop()
 
-    def keep(self) -> None:
-        """Leave what there is for another run, if that is of any use. Raises nothing: then less is left, or nothing."""
+    def keep(self) -> bool:
+        """Leave what there is for another run; False where that is nothing. Raises nothing."""
         with contextlib.suppress(OSError, ForebayError):
-            if self._kept is not None:
-                self._note_fetched()
+            self._feed.note()
             if self._reached > self._work.record.written:
                 self._note_written(self._reached)
         record = self._work.record
         if record.fetched or record.written:
             self._work.keep()
-        else:
-            self._work.drop()
+            return True
+        self._work.drop()
+        return False
 
     # ------------------------------------------------------------------------------------------------- the beginning
 
@@ -161,21 +140,28 @@ class Making:
         known = self._known()
         had = known.written if known.format == RAW else known.fetched
         same = self._source.begin(known.source, 0 if self._source.is_here else had)
-        done = max(known.fetched, known.written)
-        if done and not same:
-            self._tell(
-                "starts over: the server does not go on with what was fetched before, or has another file now"
-                if not self._source.is_here
-                else "starts over: the file was changed since"
-            )
-        elif done:
-            self._tell(f"goes on where it was, after {format_size(done)}")
+        done = max(known.fetched, known.written) if same else 0
+        self._tell_begin(known, done)
         record = known if same else Record()
         record.source = self._source.identity
         self._work.record = record
         self._work.image.cut(record.written)
-        self._fetched = record.fetched
-        return done if same else 0
+        return done
+
+    def _tell_begin(self, known: Record, done: int) -> None:
+        """Say what an earlier run was good for, if there was one."""
+        if done:
+            anew = ", and unpacks anew" if "." in known.format else ""
+            self._tell(f"goes on where it was, after {format_size(done)}{anew}")
+        elif not (known.fetched or known.written):
+            if known.format:
+                self._tell("starts over: nothing was made yet that is of use")
+        elif self._source.is_here:
+            self._tell("starts over: the file was changed since")
+        else:
+            self._tell(
+                "starts over: the server does not go on with what was fetched before, or has another file now"
+            )
 
     def _known(self) -> Record:
         """What an earlier run left, if it is of use to this one."""
@@ -202,8 +188,8 @@ class Making:
         if disk == RAW and not packing:
             self._has(Kind(RAW))
             return Kind(RAW), self._copy_raw(chunks)
-        stream = self._from_start(chunks)
-        content = unpack(packing, self._in_advance(stream)) if packing else stream
+        stream = self._feed.from_start(chunks)
+        content = unpack(packing, self._feed.in_advance(stream)) if packing else stream
         if not disk:
             head, content = _peek(content)
             disk = disk_of(head)
@@ -213,28 +199,22 @@ class Making:
             return kind, self._copy_stream(content, 0)
         return kind, self._copy_tables(disk, self._as_file(content, packing))
 
-    def _in_advance(self, pieces: Iterator[T]) -> Iterator[T]:
-        """The same pieces, made by another thread."""
-        self._ahead.append(ahead(pieces))
-        return self._ahead[-1]
-
     def _has(self, kind: Kind) -> None:
-        with self._lock:
-            self._work.record.format = str(kind)
+        self._work.note(format=str(kind))
 
     def _copy_raw(self, chunks: Iterator[bytes]) -> int:
         """A raw disk as it is: how many bytes it has."""
         source, written = self._source, self._work.record.written
         if source.size is not None:
             self._wish.limits.check_size(source.size)
-        if isinstance(source, LocalFile) and not self._summed:
+        if isinstance(source, LocalFile) and not self._feed.is_summed:
             self._work.check_room(max(0, source.allocated - written))
-            return self._write(self._in_advance(source.pieces(written)), source.size or 0)
+            return self._write(self._feed.in_advance(source.pieces(written)), source.size or 0)
         if source.is_here:
-            return self._copy_stream(self._in_advance(self._counted(chunks)), 0)
+            return self._copy_stream(self._feed.in_advance(self._feed.counted(chunks)), 0)
         for part in self._work.image.steps(written):
-            self._count(part)
-        return self._copy_stream(self._in_advance(self._counted(chunks)), written)
+            self._feed.count(part)
+        return self._copy_stream(self._feed.in_advance(self._feed.counted(chunks)), written)
 
     def _copy_stream(self, content: Iterator[bytes], at: int) -> int:
         """A raw disk whose bytes from `at` on are these: how many bytes it has."""
@@ -246,20 +226,20 @@ class Making:
                 end += len(part)
                 if end > self._work.record.written:
                     yield end - len(part), part
-                self._tell_consumed()
+                self._tell_consumed(WRITE)
 
         self._write(pieces(), 0)
         return end
 
     def _copy_tables(self, disk: str, file: "_File") -> int:
         """The disk that a guest sees of an image with tables, in a file: how many bytes it has."""
-        self._consumed = file.size
+        self._feed.consumed = file.size
         if disk == QCOW2:
             return self._copy_qcow2(file)
         with other_formats.opened(file.path(), disk, self._source.name) as found:
             self._wish.limits.check_size(found.size)
             pieces = data_of(found.fd, found.size, self._work.record.written)
-            return self._write(self._in_advance(pieces), found.size)
+            return self._write(self._feed.in_advance(pieces), found.size)
 
     def _copy_qcow2(self, file: "_File") -> int:
         header = qcow2.parse(file.read(0, qcow2.HEAD), file.size)
@@ -268,67 +248,23 @@ class Making:
         written = self._work.record.written
         self._work.check_room(guest_view.allocated(file.read, header, written))
         return self._write(
-            self._in_advance(guest_view.data(file.read, header, written)), header.size
+            self._feed.in_advance(guest_view.data(file.read, header, written)), header.size
         )
 
-    # ------------------------------------------------------------------------------------------------- the source
-
-    def _from_start(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        """All bytes of the source, counted: a file that is fetched is kept beside the image on the way."""
-        if self._source.is_here:
-            return self._counted(chunks)
-        self._kept = self._work.file(SOURCE)
-        self._kept.cut(self._fetched)
-        if self._source.size is not None:
-            self._work.check_room(self._source.size - self._fetched)
-        return self._counted(chain(self._kept.steps(self._fetched), self._keeping(chunks)))
-
-    def _keeping(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        assert self._kept is not None
-        for part in in_steps(chunks):
-            self._kept.write(self._fetched, part)
-            self._fetched += len(part)
-            self._wish.limits.check_size(self._fetched)
-            if self._fetched - self._work.record.fetched >= CHECKPOINT:
-                self._note_fetched()
-                self._work.check_room()
-            yield part
-        self._kept.cut(self._fetched)  # it may end with zeros, which were not written
-        self._note_fetched()
-
-    def _note_fetched(self) -> None:
-        """Have it durable what was fetched, and how much that is."""
-        assert self._kept is not None
-        fetched = self._fetched
-        self._kept.sync()
-        with self._lock:
-            self._work.record.fetched = fetched
-            self._work.save()
-
-    def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        for chunk in chunks:
-            self._count(chunk)
-            yield chunk
-
-    def _count(self, chunk: bytes) -> None:
-        self._consumed += len(chunk)
-        if self._summed:
-            self._hash.update(chunk)
-
-    def _tell_consumed(self) -> None:
-        self._progress(WRITE, self._consumed, self._source.size or 0)
+    # -------------------------------------------------------------------------------------------------------- in a file
 
     def _as_file(self, content: Iterator[bytes], packing: str) -> "_File":
         """The content in a file."""
         if packing:
             return self._unpacked_file(content)
-        if self._summed:
+        if self._feed.is_summed:
             for _ in content:
-                self._progress(FETCH, self._consumed, self._source.size or 0)
+                self._tell_consumed(FETCH)
         if isinstance(self._source, LocalFile):
             return _File(self._source.read, self._source.size or 0, self._source.path)
-        assert self._kept is not None
-        return _File(self._kept.read, self._fetched, partial(self._work.path, SOURCE))
+        kept = self._feed.kept
+        assert kept is not None, "what is fetched, and has to be a file, is kept"
+        return _File(kept.read, self._feed.fetched, partial(self._work.path, SOURCE))
 
     def _unpacked_file(self, content: Iterator[bytes]) -> "_File":
         file = self._work.file(INNER)
@@ -338,7 +274,7 @@ class Making:
             file.write(end, part)
             end += len(part)
             self._check(file, end)
-            self._progress(FETCH, self._consumed, self._source.size or 0)
+            self._tell_consumed(FETCH)
         file.cut(end)
         return _File(file.read, end, partial(self._work.path, INNER))
 
@@ -361,23 +297,16 @@ class Making:
     def _check(self, file: SparseFile, end: int) -> None:
         """Raises ForebayError where a file becomes too large, or too much of too little."""
         self._wish.limits.check_size(end)
-        self._wish.limits.check_data(file.data, self._consumed)
+        self._wish.limits.check_data(file.data, self._feed.consumed)
 
     def _note_written(self, end: int) -> None:
         """Have it durable what the image has from its start to `end`."""
         self._work.image.sync()
-        with self._lock:
-            self._work.record.written = end
-            self._work.save()
+        self._work.note(written=end)
         self._work.check_room()
 
-    def _check_sum(self) -> None:
-        wanted = self._wish.sha256
-        if wanted is not None and self._hash.hexdigest() != wanted.lower():
-            raise ForebayError(
-                f"{self._source.name} has the SHA-256 {self._hash.hexdigest()}, which is not the one that was given: "
-                "nothing was made of it"
-            )
+    def _tell_consumed(self, what: str) -> None:
+        self._progress(what, self._feed.consumed, self._source.size or 0)
 
 
 def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:

@@ -13,8 +13,7 @@ from pathlib import Path
 from forebay.errors import ForebayError
 from forebay.origin.addresses import Address, FileAddress
 from forebay.origin.opening import OpenImage
-from forebay.origin.virtual.opening import open_virtual
-from forebay.origin.worker import syscalls
+from forebay.origin.virtual.opening import closing, open_virtual
 
 
 @contextmanager
@@ -28,10 +27,8 @@ def opened(path: Path, disk: str, source: str) -> Iterator[OpenImage]:
         found = open_virtual(address, read_only=True, run=None, locate=_nowhere, admitted=True)
     except ForebayError as fault:
         raise ForebayError(str(fault).replace(address.name, source)) from None
-    try:
+    with closing(found.fd):
         yield found
-    finally:
-        syscalls.close(found.fd)
 
 
 def _nowhere(name: str) -> Address:

@@ -53,21 +53,19 @@ def _made(making: Making, work: Work, source: Source) -> Report:
         return making.run()
     except BaseException as fault:
         making.stop()
-        if _may_pass(fault):
-            making.keep()
-        else:
+        again = "run the same command again"
+        if not _may_pass(fault):
             work.drop()
+        elif making.keep():
+            again += ", which goes on where it was"
         if isinstance(fault, KeyboardInterrupt):
-            raise ForebayError(f"interrupted: {_AGAIN}") from None
+            raise ForebayError(f"interrupted: {again}") from None
         if isinstance(fault, OSError):
-            what = advice(fault, f"see that the storage answers, and {_AGAIN}")
+            what = advice(fault, f"see that the storage answers, and {again}")
             raise ForebayError(f"{work.address.key}: {fault.strerror}: {what}") from None
         if isinstance(fault, ValueError):
             raise ForebayError(f"{source.name} {fault}") from None
         raise
-
-
-_AGAIN = "run the same command again, which goes on where it was"
 
 
 def _may_pass(fault: BaseException) -> bool:

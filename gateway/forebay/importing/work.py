@@ -13,8 +13,9 @@ import json
 import os
 import re
 import stat
+import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ class Work:
         self.address = address
         self.folder = open_folder_of(address)
         self._open: list[int] = []
+        self._lock = threading.Lock()
+        """Of the record: one thread fetches, another writes."""
         try:
             self._check_free()
             self.image = SparseFile(self._locked())
@@ -114,10 +117,9 @@ class Work:
                 raise ForebayError(
                     f"{self.address.key} is being imported by another command: wait for it, or choose another name"
                 ) from None
-            if self._leads_to(
-                IMAGE, fd
-            ):  # else another import ended just now, and this is its image
+            if self._leads_to(IMAGE, fd):
                 return fd
+            # another import ended just now, and this is the image that it has made
             self._open.remove(fd)
             syscalls.close(fd)
 
@@ -182,8 +184,13 @@ class Work:
         """Where that file lies."""
         return (self.address.root / self.address.path).parent / self._name(kind)
 
-    def save(self) -> None:
-        """Have it durable how far we are. The data has to be so already."""
+    def note(self, **changes: Any) -> None:
+        """Change the record, durably. The data that it speaks of has to be durable already."""
+        with self._lock:
+            self.record = replace(self.record, **changes)
+            self._save()
+
+    def _save(self) -> None:
         fd = own_files.make(self.folder, self._name(NEXT_RECORD), 0o600)
         try:
             syscalls.pwrite_all(fd, json.dumps(asdict(self.record)).encode(), 0)

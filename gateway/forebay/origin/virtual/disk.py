@@ -121,6 +121,10 @@ class VirtualDisk:
         with self._connection():
             pass
 
+    def wait(self, seconds: float) -> None:
+        """Wait until its processes have ended, which closing it has them do, or for so long."""
+        self._worker.wait(seconds)
+
     @contextmanager
     def _connection(self) -> Iterator[BlockingClient]:
         """A connection to the server, for the body. Where it breaks, this has ended."""

@@ -23,10 +23,13 @@ from forebay.origin.opening import Backing, OpenImage
 from forebay.origin.virtual.chain import Link, Locate, open_chain
 from forebay.origin.virtual.disk import VirtualDisk
 from forebay.origin.virtual.graph import PROGRAM, command
-from forebay.origin.worker import process
+from forebay.origin.worker import process, syscalls
 from forebay.origin.worker.process import Worker, folder_in, here
 from forebay.origin.worker.server import Connection, Server, start
 from forebay_nbd.client.blocking import BlockingClient
+
+END_SECONDS = 10.0
+"""How long a command waits for the processes of an image that it has closed."""
 
 
 class Keeper:
@@ -80,6 +83,8 @@ def open_virtual(
             chain = open_chain(address, read_only=read_only, admitted=admitted, locate=locate)
     except BaseException:
         worker.leave()
+        if run is None:
+            worker.wait(END_SECONDS)
         raise
     top = chain[0]
     assert top.file.status is not None, "a file has one"
@@ -103,6 +108,18 @@ def start_server(fd: int) -> None:
     disk = process.worker_of(fd)
     assert isinstance(disk, VirtualDisk), "a virtual disk"
     disk.start()
+
+
+@contextlib.contextmanager
+def closing(fd: int) -> Iterator[None]:
+    """For a command: after the body the virtual disk is closed, and its processes have ended."""
+    disk = process.worker_of(fd)
+    assert isinstance(disk, VirtualDisk), "a virtual disk"
+    try:
+        yield
+    finally:
+        syscalls.close(fd)
+        disk.wait(END_SECONDS)
 
 
 def _lock(address: FileAddress, run: Path | None, *, read_only: bool) -> Path | None:

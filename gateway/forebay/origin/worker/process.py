@@ -10,6 +10,7 @@ anew.
 Everything here blocks and belongs in a thread, whose wait for an answer ends with the daemon, whatever the store does.
 """
 
+import contextlib
 import errno
 import itertools
 import marshal
@@ -218,6 +219,11 @@ class Worker:
         self._control.close()
         while self._lines:
             self._lines.pop().sock.close()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it has ended, which `leave` has it do, or for so long."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
 
 
 class _Borrowed:
