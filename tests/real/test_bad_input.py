@@ -165,7 +165,11 @@ def busy() -> Iterator[GatewayProcess]:
 )
 def test_a_wrong_command_is_one_line(busy: GatewayProcess, words: list[str], says: str) -> None:
     def everything() -> Any:
-        run = {k: v for k, v in files(busy.run).items() if not k.startswith(("peers", "stores", "processes"))}
+        run = {
+            k: v
+            for k, v in files(busy.run).items()
+            if not k.startswith(("peers", "stores", "processes"))
+        }
         return files(busy.images), run, ask(busy, "/disks"), cache_info(busy)
 
     before = everything()

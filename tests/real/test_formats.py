@@ -313,3 +313,19 @@ def test_what_is_written_into_a_header_later_is_not_followed(
     with pytest.raises(Exception, match="Input/output error"):
         client.pread(MIB, SIZE - MIB)
     assert "in no store" in gateway.status("d")["reason"]
+
+
+def test_an_image_is_free_when_its_disk_is_detached(
+    gateway: GatewayProcess, connect: Connect, rng: random.Random
+) -> None:
+    gateway.allow_log("WARNING .*(was changed|opened anew|reached again)")  # we do that
+    path = make(gateway, rng.randbytes(SIZE))
+    for n in range(4):
+        gateway.attach("d", path.name)
+        client = connect(gateway.uri("d"))
+        client.pwrite(bytes([n]) * MIB, n * MIB)
+        client.shutdown()
+        [server] = servers(gateway)
+        gateway.cli("detach", "d")
+        assert not is_running(server)
+        run("qemu-io", "-c", f"read -P {n} {n}M 1M", "-c", f"write -P {n} {n}M 64k", path)

@@ -64,7 +64,9 @@ def local(make_gateway: Callable[..., GatewayProcess]) -> GatewayProcess:
 
 def workers(gateway: GatewayProcess) -> list[int]:
     """Those that make calls for stores of this daemon: they hold its lock files."""
-    locks = {(one.stat().st_dev, one.stat().st_ino) for one in (gateway.run / "processes").iterdir()}
+    locks = {
+        (one.stat().st_dev, one.stat().st_ino) for one in (gateway.run / "processes").iterdir()
+    }
     found = []
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:

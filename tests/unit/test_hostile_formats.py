@@ -7,6 +7,7 @@ What is refused here would have its reader open other files, talk to the network
 """
 
 import os
+import random
 import struct
 import subprocess
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import pytest
 from forebay.config.model import Config
 from forebay.errors import ForebayError
 from forebay.origin.addresses import Address, FileAddress, in_format, resolve
-from forebay.origin.virtual.chain import MOST_FILES, close_all, open_chain
+from forebay.origin.virtual.chain import MOST_FILES, close_all, look_at, open_chain
 
 MIB = 1 << 20
 Change = Callable[[bytearray], None]
@@ -300,3 +301,24 @@ def test_every_cut_of_an_image_is_refused_or_understood(
             assert opened(config, f"images:{path.name}", image_format) == 1
         except ForebayError as fault:
             assert len(str(fault).splitlines()) == 1  # noqa: PT017  (either is right)
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "vmdk", "vdi", "vhdx"])
+def test_an_image_with_any_bytes_changed_is_refused_in_one_line_or_understood(
+    tmp_path: Path, rng: random.Random, image_format: str
+) -> None:
+    options = ("-b", "base.raw", "-F", "raw") if image_format == "qcow2" else ()
+    path = make(tmp_path / "whole", image_format, *options)
+    whole = path.read_bytes()
+    places = [*range(600)] if image_format != "vhdx" else [*range(600), *range(192 << 10, 197000)]
+    fd = os.open(path, os.O_RDWR)
+    for _ in range(500):
+        at = rng.choice(places)
+        data = rng.choice((b"\xff", b"\0", b"\xff" * 8, b"\0" * 8, rng.randbytes(4)))
+        os.pwrite(fd, data, at)
+        try:
+            look_at("images:a", fd, len(whole), image_format)
+        except ForebayError as fault:
+            assert str(fault).isprintable()  # noqa: PT017  (either is right)
+        os.pwrite(fd, whole[at : at + len(data)], at)
+    os.close(fd)

@@ -64,7 +64,7 @@ class VirtualDisk:
         self.handle = process.handle_of(self._number, 0)
         """The descriptor."""
         self._calls: dict[str, Callable[..., Any]] = {
-            "close": self._end,
+            "close": self.close,
             "fallocate": self._fallocate,
             "fcntl": self._fcntl,
             "fdatasync": self._flush,
@@ -176,9 +176,13 @@ class VirtualDisk:
         server.close()
 
     def close(self) -> None:
-        """As closing the descriptor; the second call does nothing."""
+        """As closing the descriptor: return when the server has ended, and the locks of the files are free.
+
+        The second call does nothing.
+        """
         if process.is_held(self.handle):
             self._end()
+            self._worker.wait()
 
     def _end(self) -> None:
         """From now on all calls fail. The server writes what it still has in memory, and ends."""

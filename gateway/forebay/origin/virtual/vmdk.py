@@ -87,7 +87,7 @@ def _check_descriptor(file: File, raw: bytes) -> None:
         for name, equals, value in (line.partition("=") for line in text.splitlines())
         if equals
     }
-    if told.get("parentcid", "ffffffff") != "ffffffff" or "parentfilenamehint" in told:
+    if told.get("parentcid", "ffffffff") != "ffffffff" or "parentfilenamehint" in text.lower():
         raise file.refused("holds only what differs from another image", CONVERT)
     if told.get("createtype") not in _KINDS:
         kind = told.get("createtype", "")

@@ -220,8 +220,8 @@ class Worker:
         while self._lines:
             self._lines.pop().sock.close()
 
-    def wait(self, seconds: float) -> None:
-        """Wait until it has ended, which `leave` has it do, or for so long."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until it has ended, which `leave` has it do, or for so long: what it had open is closed then."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
 
