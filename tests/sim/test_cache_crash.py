@@ -37,7 +37,10 @@ import trio
 import trio.testing
 
 from forebay.checkpoint.passes import Pass
+from forebay.checkpoint.schedule import FREEZE_ROOM
+from forebay.checkpoint.snapshots import Snapshot
 from forebay.disk.disk import Disk
+from forebay.keeping.compact import compact
 from forebay.units import Mode
 from forebay_cache import View, check
 from forebay_cache.device.device import Device
@@ -314,6 +317,24 @@ class History:
                 mode = self.random.choice(self.modes)
                 self._only_back &= mode is Mode.WRITE_BACK
                 await self._disk.set_mode(mode, nothing)
+            elif self.overlay:
+                await self._snapshots(self._disk)
+
+    async def _snapshots(self, disk: Disk) -> None:
+        """Take one, or drop one, with which layers are made one."""
+        cache, dirty = self.host.cache, disk.dirty
+        found = dirty.snapshots.all()
+        if len(found) > 3 or (found and self.random.random() < 0.4):
+            found.pop(self.random.randrange(len(found)))
+            dirty.snapshots.put(found)
+            await cache.commit.records()
+            await compact(cache, dirty, nothing)
+            return
+        await cache.journal_room(FREEZE_ROOM)
+        generation = dirty.freeze_changes()
+        await cache.make_durable()
+        dirty.snapshots.put([*found, Snapshot(f"s{generation}", generation, 0)])
+        await cache.commit.records()
 
     # -- looking ----------------------------------------------------------------------------------------------
 
