@@ -7,6 +7,7 @@
 # make test-without-core   the tests that reach the compiled core, served by Python
 # make demo     everything on a throw-away directory
 # make bench    against nbdkit and qemu-nbd   ROUNDS=5  QUICK=1  BENCH_ARGS="--only qd16"
+# make bench-boot    boots alone and in storms, with a trace and without   BENCH_ARGS="--storms 1,25"
 # make bench-doors   socket, FUSE file, nbdfuse, sshfs, plain file     QUICK=1  BENCH_ARGS="--only read"
 # make bench-policy      what the placement finds, against other policies; how far off the advice is; ten minutes
 # make bench-overlays    what a thousand overlays cost; exit code 1 where a bar is missed
@@ -33,7 +34,7 @@ export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup setup-libvirt test test-without-core test-unit test-sim test-real demo bench bench-readme bench-profile bench-doors bench-doors-readme bench-threads bench-policy bench-overlays fuzz fuzz-sanitized soak lab docs dist lint format install uninstall clean
+.PHONY: setup setup-libvirt test test-without-core test-unit test-sim test-real demo bench bench-boot bench-boot-readme bench-readme bench-profile bench-doors bench-doors-readme bench-threads bench-policy bench-overlays fuzz fuzz-sanitized soak lab docs dist lint format install uninstall clean
 
 setup:
 	@tools/setup.sh
@@ -59,6 +60,12 @@ demo: setup
 
 bench: setup
 	PYTHONPATH=tests $(BIN)/python -m bench --rounds $(ROUNDS) $(if $(QUICK),--quick) $(BENCH_ARGS)
+
+bench-boot: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.boot $(BENCH_ARGS)
+
+bench-boot-readme: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.boot --readme
 
 # puts what the last run kept into bench/README.md
 bench-readme: setup
