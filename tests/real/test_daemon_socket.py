@@ -5,6 +5,7 @@
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import trio
 import trio.testing
 
 from forebay.config.model import GatewaySection
-from forebay.doors.accepting import socket_path
+from forebay.doors.accepting import make_folder, socket_path
 from forebay.doors.listener import Listener
 from forebay.errors import ForebayError
 from forebay_nbd.client.client import Client
@@ -119,6 +120,18 @@ async def test_a_listener_opens_and_shuts_and_opens_again(run: Path) -> None:
             with pytest.raises(ConnectionError):
                 await client.pread(5, 100)
         await listener.shut(5)  # once more does no harm
+
+
+def test_a_folder_of_sockets_is_made_so_that_clients_can_reach_them(short_path: Path) -> None:
+    """Also where systemd-tmpfiles has made none, as for a further instance; one that is there keeps its mode."""
+    before = os.umask(0o027)  # that of the unit
+    try:
+        for mode in (0o755, 0o711):
+            make_folder(short_path / "stores")
+            assert stat.S_IMODE((short_path / "stores").stat().st_mode) == mode
+            (short_path / "stores").chmod(0o711)
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.expect_log("somebody removed .*d.sock: made anew")

@@ -11,12 +11,14 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from real.disk_fixture import ask_text, run, wait_for
+from real.fault_fs import FaultFs
 from real.gateway_process import GatewayProcess
 from real.nbd_raw import go
 from real.processes import MIB, end, need, random_image
@@ -206,11 +208,11 @@ def test_a_name_that_leads_to_no_image_is_refused_with_one_line(
     assert refusal(gateway, "a.raw") == "", "and who asks for an image gets it"
 
 
-def refusal(gateway: GatewayProcess, name: str) -> str:
+def refusal(gateway: GatewayProcess, name: str, store: str = "images") -> str:
     """What the server says to GO of that name; empty where it serves it."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(20)
-        sock.connect(str(socket_of(gateway)))
+        sock.connect(str(socket_of(gateway, store)))
         stream = sock.makefile("rwb")
         stream.read(18)
         stream.write(struct.pack(">I", 3) + go(name.encode()))
@@ -424,6 +426,37 @@ def test_a_client_that_was_handed_over_needs_no_store(connect: Connect) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- the store
+
+
+def test_a_store_that_hangs_holds_up_no_client_of_another_one_and_no_stop(
+    make_gateway: Make, connect: Connect, tmp_path: Path
+) -> None:
+    faulty = FaultFs(tmp_path)
+    try:
+        slow = {"path": str(faulty.path), "socket": True, "origin_timeout": "3s"}
+        gateway = make_gateway({**STORE, "stores.slow": slow})
+        gateway.allow_log("no answer|cannot be reached|is not recorded")
+        content = random_image(gateway.images / "a.raw", SIZE, 7)
+        warm = random_image(faulty.backing / "warm.raw", SIZE, 8)
+        (faulty.backing / "cold.raw").write_bytes(content)
+        reader = connect(f"nbd+unix:///warm.raw?socket={socket_of(gateway, 'slow')}")
+        assert bytes(reader.pread(SIZE, 0)) == warm
+        for call in ("open", "read", "getattr", "readdir"):
+            faulty.fail(call, hang=True)
+        with ThreadPoolExecutor() as pool:
+            cold = [pool.submit(refusal, gateway, "cold.raw", "slow") for _ in range(20)]
+            other = connect(uri(gateway, "a.raw"))
+            assert bytes(other.pread(SIZE, 0)) == content
+            assert not any(one.done() for one in cold), "it is the other one that hangs"
+            assert bytes(reader.pread(SIZE, 0)) == warm, "what is cached is served"
+            assert all("no answer within 3 s" in one.result() for one in cold)
+        gateway.restart(kill=True)
+        again = connect(f"nbd+unix:///warm.raw?socket={socket_of(gateway, 'slow')}")
+        assert bytes(again.pread(SIZE, 0)) == warm, "although nobody can open it now"
+        assert gateway.stop() == 0
+        faulty.lift()
+    finally:
+        faulty.remove()
 
 
 def test_the_preload_of_a_store_is_done_once_for_an_image(

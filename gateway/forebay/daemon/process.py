@@ -24,7 +24,7 @@ from forebay.config.model import Config
 from forebay.daemon.attached import Attached
 from forebay.daemon.figures.loop_meter import METER
 from forebay.daemon.watchdog import feed
-from forebay.doors.accepting import DISKS
+from forebay.doors.accepting import DISKS, make_folder
 from forebay.doors.restart import EarlierSockets
 from forebay.errors import ForebayError
 from forebay.storage.owner import check_not_roots
@@ -95,7 +95,7 @@ def run_process(config: Config, state: Path | None, run: Path | None, make: Make
             held(config.gateway.run, "--run", RUN_MODE),
         ):
             for folder in SOCKETS:
-                (config.gateway.run / folder).mkdir(exist_ok=True)
+                make_folder(config.gateway.run / folder)
             _remove_stale_sockets(config.gateway.run, earlier.paths)
             are_sockets_left = _run(config, make, earlier)
     except ForebayError as fault:

@@ -29,6 +29,9 @@ log = logging.getLogger("forebay.daemon")
 DISKS = "disks"
 """The folder of RUN that has the sockets of disks."""
 
+FOLDER_MODE = 0o755
+"""Of such folders where they are made: clients have to reach the sockets, whose own modes say who may use them."""
+
 LONGEST_ADDRESS = 107
 """Bytes of a Unix socket's address (unix(7))."""
 
@@ -62,10 +65,19 @@ def socket_path(run: Path, name: str, folder: str = DISKS) -> Path:
     return path
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder of RUN for sockets, if it is not there. Raises OSError."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return
+    path.chmod(FOLDER_MODE)
+
+
 def listen(path: Path, section: GatewaySection) -> trio.SocketListener:
     """A listening socket at `path`, which appears there when owner and mode are set. Raises OSError."""
     new = path.with_name(path.name + _NEW)
-    path.parent.mkdir(exist_ok=True)  # somebody may have tidied up
+    make_folder(path.parent)  # somebody may have tidied up
     new.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
