@@ -44,7 +44,7 @@ from forebay.image.registry import Images
 from forebay.keeping.kept import KeptOverlays
 from forebay.keeping.overlays import Overlays
 from forebay.origin.threads import StoreThreads
-from forebay.storage.advice import Advice
+from forebay.storage.advice import LAST_SECONDS, Advice
 from forebay.storage.state import index_path
 from forebay.storage.upkeep import Upkeep
 from forebay.stores.served import Attaching
@@ -134,7 +134,7 @@ class Gateway:
             self._disks.is_attached,
         )
         self._extending = trio.Lock()
-        self.advice = Advice(cache, config.gateway.state / "advice")
+        self.advice = Advice(cache, config.gateway.state)
         attaching = Attaching(
             images,
             self._disks,
@@ -219,7 +219,8 @@ class Gateway:
     async def stop(self, *, restart: bool = False) -> bool:
         """End all work at the end of the process. True if the sockets were left for the next one; see `ending.stop`."""
         left = await stop(self.attached(), self.stores, self._records, restart=restart)
-        await self.advice.save()
+        with trio.move_on_after(LAST_SECONDS):
+            await self.advice.save()
         return left
 
     # -- asking about them, and changing them

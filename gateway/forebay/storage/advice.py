@@ -26,16 +26,26 @@ FADE_SECONDS = 60.0
 """How often what was counted is made to count for less."""
 HALF_LIFE_SECONDS = 86400.0
 """What was counted so long ago counts for half."""
+FILE = "advice"
+"""In STATE."""
+LAST_SECONDS = 0.25
+"""So long the end of the daemon waits for it to be stored."""
 SAVE_SECONDS = 300.0
 """How often it is stored: so much is lost when the daemon is killed."""
 
 
-class Advice:
-    """The advisor of one cache, with its file."""
+def forget(state: Path) -> None:
+    """Remove what is kept in STATE: the cache that it is about is gone. Raises OSError."""
+    for name in (FILE, f"{FILE}.new"):
+        (state / name).unlink(missing_ok=True)
 
-    def __init__(self, cache: Cache, path: Path) -> None:
+
+class Advice:
+    """The advisor of one cache, with its file in STATE."""
+
+    def __init__(self, cache: Cache, state: Path) -> None:
         self._cache = cache
-        self._path = path
+        self._path = state / FILE
         self._advisor: Advisor | None = self._new()
         self._is_complete = False  # it knows what its file knew
         self._saving = trio.Lock()
@@ -90,12 +100,12 @@ class Advice:
         await advisor.drain()
 
     async def save(self) -> None:
-        """Store what is known. The log says so where that fails."""
+        """Store what is known. The log says so where that fails; cancelled, it may be stored all the same."""
         if self._advisor is None or not self._is_complete:
             return
         async with self._saving:
             kept = await self._advisor.kept(self._cache.uuid)
             try:
-                await trio.to_thread.run_sync(save, self._path, kept)
+                await trio.to_thread.run_sync(save, self._path, kept, abandon_on_cancel=True)
             except OSError as fault:
-                log.warning("%s cannot be written: %s", self._path, fault.strerror or fault)
+                log.info("%s cannot be written: %s", self._path, fault.strerror or fault)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from forebay.client import NoDaemonError, Progress
 from forebay.config.model import Config
 from forebay.errors import ForebayError
-from forebay.storage import lvm
+from forebay.storage import advice, lvm
 from forebay.storage.kinds import storage_of
 from forebay.storage.owner import as_owner, as_root
 from forebay.storage.record import (
@@ -250,6 +250,7 @@ def remove(config: Config, daemon: Daemon, progress: Progress) -> VolumeRecord:
             write_record(state, record)
         storage_of(record).drop()
         shutil.rmtree(state / "index", ignore_errors=True)
+        advice.forget(state)
         sync_directory(state)
         write_record(state, None)
     return record
