@@ -13,7 +13,16 @@ from pathlib import Path
 
 from lab.build import build
 from lab.case import Case, chosen
-from lab.cases import full_store, hung_server, lost_locks, no_holes, smoke, squashed_root, two_hosts
+from lab.cases import (
+    full_store,
+    hung_server,
+    lost_locks,
+    no_holes,
+    slow_device,
+    smoke,
+    squashed_root,
+    two_hosts,
+)
 from lab.debian import install_needed
 from lab.machine import Parts
 from lab.outcome import Failure, Lacking
@@ -27,6 +36,7 @@ CASES: list[Case] = [
     *no_holes.CASES,
     *lost_locks.CASES,
     *hung_server.CASES,
+    *slow_device.CASES,
     *two_hosts.CASES,
 ]
 
