@@ -53,8 +53,11 @@ log = logging.getLogger(__name__)
 class Follower(Protocol):
     """Holds on to the ready masks and the map of the device, which are other objects after the device has grown."""
 
-    hits: int
     misses: int
+
+    @property
+    def hits(self) -> int:
+        """Reads that needed nothing of the origin."""
 
     def follow(self) -> None:
         """Take them anew."""

@@ -103,6 +103,8 @@ cdef enum:
     IN_SECTOR = SECTOR_BYTES - 1
     TOUCHED = 1      # slots.placement
     CHANGED = 2      # index.sums
+    HITS = 0         # read.view
+    READ_BYTES = 1
     WRITE = 1        # format.ops
     RECORD = 16      # bytes of a record before its checksums
     MIXED = -1
@@ -244,11 +246,13 @@ cdef class Reads:
     cdef uint16_t *ready
     cdef uint8_t *state
     cdef uint64_t data_offset, lookahead
-    cdef list tables
+    cdef list layers, tables  # that are looked through, and their pages
     cdef uint64_t *addresses[TABLES]
     cdef int privates, count
     cdef bint trusting
     cdef object clean, samples
+    cdef array counted        # of the view
+    cdef uint64_t *counts
     cdef uint64_t first_key
     cdef uint64_t *head
     cdef uint64_t *keys
@@ -258,6 +262,9 @@ cdef class Reads:
     def __init__(self, view):
         self.view = view
         self.data_offset = view.cache.device.data_offset
+        self.layers, self.tables = [], []
+        self.counted = view.counted
+        self.counts = <uint64_t *> self.counted.data.as_ulonglongs
         self.samples = samples = view.cache.slots.samples
         self.head = <uint64_t *> (<array> samples.head).data.as_ulonglongs
         self.keys = <uint64_t *> (<array> samples.keys).data.as_ulonglongs
@@ -266,6 +273,7 @@ cdef class Reads:
 
     cdef int refresh(self) except -1:
         """Look at the view anew. Needed after whatever may have changed it, which is any await and any write."""
+        cdef int count
         view = self.view
         if view._map is not self.map_view:
             self.map_view = view._map
@@ -276,18 +284,32 @@ cdef class Reads:
         self.state = <uint8_t *> PyByteArray_AS_STRING(view._state)
         self.lookahead = view.lookahead
         self.trusting = PLANTS and "stale ready" in bugs
-        self.tables = [layer.pages for layer in view.private if layer.sectors]
-        self.privates = <int> len(self.tables)
+        count = 0
+        for layer in view.private:
+            if layer.sectors:
+                self.take(count, layer)
+                count += 1
+        self.privates = count
         clean = view.clean
         if clean is not None:
-            self.tables.append(clean.pages)
+            self.take(count, clean)
+            count += 1
             if clean is not self.clean:
                 self.clean, self.first_key = clean, <uint64_t> clean.id << 32
-        self.count = 0
-        if len(self.tables) <= TABLES:
-            for pages in self.tables:
-                self.addresses[self.count] = addresses_of(pages)
-                self.count += 1
+        if len(self.layers) > count:
+            del self.layers[count:], self.tables[count:]
+        self.count = count if count <= TABLES else 0
+        return 0
+
+    cdef int take(self, int n, layer) except -1:
+        """Look through this layer as the n-th one. Its pages are the same object for ever, their addresses are not."""
+        if n == len(self.layers):
+            self.layers.append(layer)
+            self.tables.append(layer.pages)
+        elif self.layers[n] is not layer:
+            self.layers[n], self.tables[n] = layer, layer.pages
+        if n < TABLES:
+            self.addresses[n] = addresses_of(self.tables[n])
         return 0
 
     cdef int64_t one_slot(self, uint64_t block, uint32_t need) except? -3:
@@ -365,6 +387,10 @@ cdef class Reads:
             self.keys[n], self.kinds[n], self.times[n] = key, HIT, 1
         self.head[USED] = n + 1
 
+    cdef inline void note_hit(self, uint64_t length) noexcept:
+        self.counts[HITS] += 1
+        self.counts[READ_BYTES] += length
+
     cdef inline const uint8_t *place(self, int64_t slot, uint32_t start) noexcept:
         return self.map + self.data_offset + (<uint64_t> slot << 16) + start
 
@@ -378,9 +404,8 @@ cdef class Reads:
         slot = self.one_slot(offset >> 16, mask_of(start, <uint32_t> length))
         if slot == MIXED:
             return None
-        self.view.hits += 1
+        self.note_hit(length)
         self.head[VISITS] += 1
-        self.view.read_bytes += length
         if slot == ALL_ZERO:
             return ZERO_BLOCK[:length] if length != BLOCK else ZERO_BLOCK
         at = self.data_offset + (<uint64_t> slot << 16) + start
@@ -803,8 +828,9 @@ cdef enum:
     BUFFERS = 1024             # UIO_MAXIOV
     HEADS = BUFFERS // 2 * CHUNK
     ROOM = 2 + SECTORS         # buffers that a request of one block takes at most
+    COPIED_AT_ONCE = 65536     # bytes of replies; more are sent without the GIL
 
-cdef double TURN_SECONDS = 500e-6  # server.limits
+cdef double TURN_SECONDS = 500e-6  # of what has no limits of its own
 cdef double FLUSH_SECONDS = 0.05   # a flush that takes longer is waited for by Python, which knows limits of time
 cdef uint64_t PLAIN_READ = 0x2560951300000000
 cdef uint64_t PLAIN_WRITE = 0x2560951300000001
@@ -841,9 +867,10 @@ cdef class Rest:
     cdef uint32_t events, watched  # of epoll: looked for, and as the epoll object has them
     cdef Wait wait                 # None: not at rest
     cdef object woken
-    cdef double asleep, longest_poll
+    cdef double turn_seconds, turn_share
+    cdef double asleep, longest_poll, soon_seconds
     cdef bint soon
-    cdef int polls_lost, waits_without
+    cdef int polls_lost, most_lost, waits_without, pause
     # the FLUSH that was begun
     cdef object flushing           # as the export gave it; None if there is none
     cdef double flush_began
@@ -851,6 +878,7 @@ cdef class Rest:
 
     def __cinit__(self):
         self.events = EPOLLIN
+        self.turn_seconds, self.turn_share = TURN_SECONDS, 0.2
 
     cdef int look_for(self, uint32_t events) except -1:
         """Have `run` called at these events of epoll from now on."""
@@ -876,7 +904,7 @@ cdef class Turn(Rest):
 
     What `forebay_nbd.server.batch.Batch` does with them, with `RequestReader` and `Outbox`. The export is asked as it
     is there; reads of a view that has `Reads` do not leave the core. `refusal` makes the reply to a WRITE that was not
-    published: (cookie, error).
+    published: (cookie, error). `polling` is the module that has the numbers of polls and turns.
 
     If `may_flush`, it begins a FLUSH where the export can, one at a time, and answers it when it is run after the end
     of that. Meanwhile it goes on with what else comes. Whoever takes the connection from it takes the flush as well.
@@ -898,11 +926,10 @@ cdef class Turn(Rest):
     cdef size_t total, sent
     cdef uint8_t heads[HEADS]
     cdef size_t heads_used
-    cdef uint64_t hits, hit_bytes
     cdef public bint may_flush
     cdef uint64_t flush_cookie
 
-    def __init__(self, reader, export, out, int sock, limits, *, bint structured, refusal):
+    def __init__(self, reader, export, out, int sock, limits, *, bint structured, refusal, polling):
         self.reader, self.out, self.sock, self.structured = reader, out, sock, structured
         self.refusal = refusal
         self.view = reader.view
@@ -915,7 +942,9 @@ cdef class Turn(Rest):
         self.batch_bytes = limits.batch_bytes
         self.batch_buffers = max(ROOM, min(limits.batch_buffers, BUFFERS))
         self.in_place = limits.in_place_bytes
-        self.longest_poll = limits.poll_seconds
+        self.turn_seconds, self.turn_share = limits.turn_seconds, polling.TURN_SHARE
+        self.longest_poll, self.soon_seconds = limits.poll_seconds, polling.SOON_POLLS * limits.poll_seconds
+        self.most_lost, self.pause = polling.LOST_IN_A_ROW, polling.WAITS_WITHOUT
         self.held = []
 
     def may_receive(self):
@@ -963,11 +992,13 @@ cdef class Turn(Rest):
         Whatever an export raises beside OSError is passed on.
         """
         cdef int status
+        cdef Py_ssize_t start, end
         if self.out.broken:
             return GONE
         if self.out._unsent and not (PLANTS and "past the outbox" in bugs):
             return UNSENT
-        self.start, self.end = self.reader.start, self.reader.end
+        start, end = self.reader.start, self.reader.end
+        self.start, self.end = start, end
         self.looked = self.has_written = False
         self.waits_early = PLANTS and "waits too early" in bugs
         self.answers_early = PLANTS and "record after reply" in bugs
@@ -976,11 +1007,10 @@ cdef class Turn(Rest):
                 return OTHER
             status = self.serve(turn_ends)
         finally:
-            self.reader.start, self.reader.end = self.start, self.end
-            if self.hits:
-                self.reads.view.hits += self.hits
-                self.reads.view.read_bytes += self.hit_bytes
-                self.hits = self.hit_bytes = 0
+            if self.start == self.end:
+                self.start = self.end = 0
+            if self.start != start or self.end != end:
+                self.reader.start, self.reader.end = self.start, self.end
             self.forget()
         return status
 
@@ -1013,9 +1043,8 @@ cdef class Turn(Rest):
                 return WAIT  # who sends one request at a time has not sent the next one yet
             self.make_room()
             room = self.capacity - self.end
-            with nogil:
-                got = recv(self.sock, self.received + self.end, room, MSG_DONTWAIT)
-                error = last_error()
+            got = recv(self.sock, self.received + self.end, room, MSG_DONTWAIT)
+            error = last_error()
             if got <= 0:
                 return WAIT if got < 0 and error == EAGAIN else GONE
             self.end += got
@@ -1109,8 +1138,7 @@ cdef class Turn(Rest):
                 self.looked = True
             if not self.gather_sectors(request.offset, request.length):
                 return False
-            self.hits += 1
-            self.hit_bytes += request.length
+            self.reads.note_hit(request.length)
             return True
         try:
             data = self.read_now(request.offset, request.length)
@@ -1259,7 +1287,11 @@ cdef class Turn(Rest):
         cdef int error
         memset(&message, 0, sizeof(message))
         message.msg_iov, message.msg_iovlen = self.buffers, self.count
-        with nogil:
+        if self.total > COPIED_AT_ONCE:
+            with nogil:
+                sent = sendmsg(self.sock, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
+                error = last_error()
+        else:
             sent = sendmsg(self.sock, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
             error = last_error()
         if sent == <ssize_t> self.total:
@@ -1299,8 +1331,6 @@ cdef class Turn(Rest):
 
 cdef enum:
     EVENTS = 64
-    LOST_IN_A_ROW = 3    # server.polling
-    WAITS_WITHOUT = 200
 
 
 cdef class Wait:
@@ -1483,8 +1513,8 @@ cdef class Wait:
             n = epoll_wait(self.epoll, events, EVENTS, 0)
             if seconds_now() >= limit:  # also where something came: others wanted the processor, and had it for long
                 turn.polls_lost += 1
-                if turn.polls_lost == LOST_IN_A_ROW:
-                    turn.polls_lost, turn.waits_without = 0, WAITS_WITHOUT
+                if turn.polls_lost == turn.most_lost:
+                    turn.polls_lost, turn.waits_without = 0, turn.pause
                 return n or -2
             if n:
                 turn.polls_lost = 0
@@ -1493,9 +1523,9 @@ cdef class Wait:
     cdef bint serve(self, Rest turn, bint alone) except -1:
         """Give a connection its turn. True if Python has to go on with it: it is not at rest any more."""
         cdef double now = seconds_now()
-        turn.soon = now - turn.asleep < 4 * turn.longest_poll
+        turn.soon = now - turn.asleep < turn.soon_seconds
         try:
-            told = turn.run(now + (TURN_SECONDS if alone else TURN_SECONDS / 5))
+            told = turn.run(now + turn.turn_seconds * (1 if alone else turn.turn_share))
             if told == WAIT or told == YIELD:
                 self.follow_flush(turn)
         except Exception as error:

@@ -28,6 +28,7 @@ from forebay_nbd.protocol.wire import (
     SIMPLE_REPLY_MAGIC,
     Cmd,
 )
+from forebay_nbd.server import polling
 
 core = pytest.importorskip("forebay_fast.core", reason="the core is not compiled: make setup")
 
@@ -124,6 +125,7 @@ async def test_a_loop_that_waits_in_the_core_does_all_that_it_did() -> None:
             Limits(),
             structured=False,
             refusal=len,
+            polling=polling,
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(rest, wait, turn)
@@ -147,7 +149,14 @@ async def test_what_comes_to_a_connection_at_rest_is_answered_or_told() -> None:
         ours.setblocking(False)
         reader, out = RequestReader(), Nothing()
         turn = core.Turn(
-            reader, Nothing(), out, ours.fileno(), Limits(), structured=False, refusal=len
+            reader,
+            Nothing(),
+            out,
+            ours.fileno(),
+            Limits(),
+            structured=False,
+            refusal=len,
+            polling=polling,
         )
         theirs.send(REQUEST.pack(REQUEST_MAGIC, 0, Cmd.READ, 5, 0, 4))
         theirs.send(REQUEST.pack(REQUEST_MAGIC, 0, Cmd.FLUSH, 6, 0, 0))
@@ -176,6 +185,7 @@ async def test_an_export_that_breaks_ends_its_connection_and_not_the_loop() -> N
             Limits(),
             structured=False,
             refusal=len,
+            polling=polling,
         )
         theirs.send(REQUEST.pack(REQUEST_MAGIC, 0, Cmd.READ, 5, 0, 4))
         with pytest.raises(TypeError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import resource
+from array import array
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 
@@ -43,6 +44,8 @@ from forebay_cache.turns import next_turn
 Fetch = Callable[[int, int], Awaitable[Buffer]]
 """``fetch(offset, length)``: the bytes of the origin, which it also keeps in the clean layer. Raises OSError."""
 
+HITS, READ_BYTES = 0, 1
+
 NEVER = 1 << 63
 """An offset that no read reaches."""
 
@@ -65,9 +68,9 @@ class View:
         """The private layers, newest first. The gateway replaces the list when it freezes a layer, or drops one."""
         self.clean = clean
         self.fetch = fetch
-        self.hits = 0
         self.misses = 0
-        self.read_bytes = 0
+        self.counted = array("Q", [0, 0])
+        """HITS and READ_BYTES. The compiled core counts there."""
         self.lookahead = NEVER
         """Reads at or beyond this offset take the slow path, so that read-ahead can go on."""
         self._data = cache.device.data_offset
@@ -75,6 +78,16 @@ class View:
         self._samples = cache.slots.samples
         self.follow()
         cache.views.add(self)
+
+    @property
+    def hits(self) -> int:
+        """Reads that needed nothing of the origin."""
+        return self.counted[HITS]
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of all reads."""
+        return self.counted[READ_BYTES]
 
     def follow(self) -> None:
         """Take the map of the device and the ready masks anew: they are other objects when it has grown."""
@@ -114,9 +127,9 @@ class View:
                 self._samples.note(block_key(clean.id, offset >> BLOCK_SHIFT), HIT)
         except KeyError:  # a page that is not loaded
             return None
-        self.hits += 1
+        self.counted[HITS] += 1
         self._samples.head[VISITS] += 1
-        self.read_bytes += length
+        self.counted[READ_BYTES] += length
         at = self._data + (slot << BLOCK_SHIFT) + start
         return self._map[at : at + length]
 
@@ -124,9 +137,9 @@ class View:
         """What :meth:`read_now` returns where the sectors are not ready in one ``slot``: zeros if they are that."""
         if slot != ALL_ZERO:
             return None
-        self.hits += 1
+        self.counted[HITS] += 1
         self._samples.head[VISITS] += 1
-        self.read_bytes += length
+        self.counted[READ_BYTES] += length
         return ZERO_BLOCK[:length] if length != BLOCK else ZERO_BLOCK
 
     async def read(self, offset: int, length: int, *, slices: bool = False) -> list[Buffer]:
@@ -137,13 +150,13 @@ class View:
 
         Raises OSError: EIO for damaged private data, or what the origin answered.
         """
-        self.read_bytes += length
+        self.counted[READ_BYTES] += length
         if length <= _PART:
             found, missed = await self._read(offset, length, slices=slices)
         else:
             found, missed = await self._read_parts(offset, length)
         self.misses += missed
-        self.hits += not missed
+        self.counted[HITS] += not missed
         return found
 
     async def _read_parts(self, offset: int, length: int) -> tuple[list[Buffer], bool]:

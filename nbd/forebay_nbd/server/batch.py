@@ -28,6 +28,7 @@ from forebay_nbd.protocol.wire import (
     CmdFlag,
     ProtocolError,
 )
+from forebay_nbd.server import polling
 from forebay_nbd.server.answers import data_header, error_reply, refusal, success_reply
 from forebay_nbd.server.export import Export
 from forebay_nbd.server.limits import Limits
@@ -324,4 +325,5 @@ def compiled_turn(
         limits,
         structured=structured,
         refusal=refusal(structured),
+        polling=polling,
     )

@@ -30,7 +30,7 @@ from forebay_nbd.server.limits import Limits
 from forebay_nbd.server.negotiation import Negotiation
 from forebay_nbd.server.outbox import Outbox
 from forebay_nbd.server.phase import MOVES, Phase
-from forebay_nbd.server.polling import Polling, Served
+from forebay_nbd.server.polling import SOON_POLLS, TURN_SHARE, Polling, Served
 from forebay_nbd.server.slow import SlowRequests
 
 
@@ -342,7 +342,8 @@ class Connection:
         Served.last = self
         await trio.lowlevel.checkpoint()
         self._alone = Served.last is self
-        self._turn_ends = perf_counter() + self.limits.turn_seconds * (1.0 if self._alone else 0.2)
+        share = 1.0 if self._alone else TURN_SHARE
+        self._turn_ends = perf_counter() + self.limits.turn_seconds * share
 
     async def _receive(self, space: memoryview) -> int:
         """Receives into `space` and returns how many bytes; 0 if the client is gone. Awaits only if nothing is there.
@@ -382,6 +383,6 @@ class Connection:
         Served.last = self
         await trio.lowlevel.wait_readable(self.sock)
         now = perf_counter()
-        self._polling.slept(soon=now - asleep < 4 * self.limits.poll_seconds)
+        self._polling.slept(soon=now - asleep < SOON_POLLS * self.limits.poll_seconds)
         self._alone = Served.last is self
         self._turn_ends = now + self.limits.turn_seconds

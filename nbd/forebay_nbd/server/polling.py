@@ -9,6 +9,12 @@ LOST_IN_A_ROW = 3
 WAITS_WITHOUT = 200
 """How long that is, in waits. Then it is tried again: the client may have a processor of its own by now."""
 
+SOON_POLLS = 4
+"""A request that came within the time of so many polls: the next one may come during one."""
+
+TURN_SHARE = 0.2
+"""Part of `turn_seconds` that a connection has while others of the process are served as well."""
+
 
 class Served:
     """Which connection of this process was served last: one that shares the event loop with others must not poll."""
