@@ -255,7 +255,9 @@ def test_a_change_behind_our_back_is_noticed(
     client.shutdown()
     gateway.cli("detach", "d")
     run("qemu-io", "-c", "write -P 77 1M 1M", path)
-    gateway.allow_log(r"WARNING .*(was changed|was replaced|opened anew|reached again|closing it)")
+    gateway.allow_log(
+        r"WARNING .*(was changed|was replaced|opened anew|reached again|closing it|not recorded)"
+    )
     gateway.attach("d", path.name, "--read-only")
     client = connect(gateway.uri("d"))
     assert bytes(client.pread(MIB, MIB)) == bytes([77]) * MIB
@@ -318,7 +320,9 @@ def test_what_is_written_into_a_header_later_is_not_followed(
 def test_an_image_is_free_when_its_disk_is_detached(
     gateway: GatewayProcess, connect: Connect, rng: random.Random
 ) -> None:
-    gateway.allow_log("WARNING .*(was changed|opened anew|reached again)")  # we do that
+    gateway.allow_log(
+        "WARNING .*(was changed|opened anew|reached again|not recorded)"
+    )  # we do that
     path = make(gateway, rng.randbytes(SIZE))
     for n in range(4):
         gateway.attach("d", path.name)
