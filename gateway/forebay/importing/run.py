@@ -62,6 +62,8 @@ def _made(making: Making, work: Work, source: Source) -> Report:
             raise ForebayError(f"interrupted: {again}") from None
         if isinstance(fault, OSError):
             what = advice(fault, f"see that the storage answers, and {again}")
+            if isinstance(fault, PermissionError):
+                what = f"let the daemon's user read {source.name}, and write to the store"
             raise ForebayError(f"{work.address.key}: {fault.strerror}: {what}") from None
         if isinstance(fault, ValueError):
             raise ForebayError(f"{source.name} {fault}") from None
