@@ -173,7 +173,7 @@ class Boots:
                     recording.give_up()
             await self._keep(booting, recording, began)
         except (OSError, ForebayError) as fault:
-            log.warning("%s: its boot is not recorded: %s", key, fault)
+            log.info("%s: its boot is not recorded: %s", key, fault)
         except Exception as fault:
             if breaks_the_cache(fault):
                 raise
