@@ -29,6 +29,9 @@ from forebay.importing.unpack import unpack
 from forebay.importing.work import INNER, SOURCE, Record, Work
 from forebay.units import format_size
 
+ZEROS = 16
+"""How many times as many bytes of zeros may come between: they are made again in no time."""
+
 SECTOR = 512
 """An image has whole ones: QEMU would round its size up, too."""
 
@@ -282,15 +285,15 @@ class Making:
 
     def _write(self, pieces: Pieces, size: int) -> int:
         """Write the pieces into the image; `size` again, 0 where that is not known."""
-        image, noted = self._work.image, self._work.record.written
+        image, noted = self._work.image, (self._work.image.data, self._work.record.written)
         for at, part in pieces:
             image.write(at, part)
             self._reached = end = at + len(part)
             self._check(image, end)
             if size:
                 self._progress(WRITE, end, size)
-            if end - noted >= CHECKPOINT:
-                noted = end
+            if image.data - noted[0] >= CHECKPOINT or end - noted[1] >= ZEROS * CHECKPOINT:
+                noted = image.data, end
                 self._note_written(end)
         return size
 
