@@ -85,7 +85,7 @@ def hit_ratio(ask: Callable[[int], Any], trace: Trace) -> float:
 
 def other(name: str, blocks: int) -> Callable[[int], bool]:
     """A policy of libCacheSim in front of that many blocks."""
-    import libcachesim  # type: ignore[import-untyped]  # noqa: PLC0415 (for this bench only)
+    import libcachesim  # noqa: PLC0415 (for this bench only)
 
     cache = getattr(libcachesim, name)(blocks, hashpower=_HASH_BITS)
     request = libcachesim.Request()

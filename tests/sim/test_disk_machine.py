@@ -298,7 +298,7 @@ class DiskMachine(RuleBasedStateMachine):
         self.origin.faults[call] = times
         self.origin.lose = lose
         self.expected |= {"write-back failed", "copying paused", "fake.raw: injected"}
-        self.expected |= {"cannot be reached", "can be reached again"}
+        self.expected |= {"cannot be reached", "can be reached again", "a flush failed"}
 
     @rule()
     def heal_origin(self) -> None:
