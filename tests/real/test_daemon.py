@@ -207,7 +207,7 @@ REFUSED = [
     (["x", "images:link"], "symbolic link"),
     (["x", "images:folder"], "is a directory"),
     (["x", "images:empty"], "is empty"),
-    (["x", "images:q.qcow2"], "qemu-img convert"),
+    (["x", "images:q.qcow2"], "qemu-img check"),
     (["d", "images:a.raw"], "there is a disk 'd' already"),
     (["x", "images:a.raw"], "written by disk 'd'"),
     (["x", "images:a.raw", "--read-only"], "written by disk 'd'"),

@@ -160,10 +160,14 @@ def test_the_statuses_of_blocks_are_told_as_of_a_disk(
         found[name] = list(entries)
         return 0
 
+    def is_kept() -> bool:
+        """What was read is kept behind the reader's back."""
+        handle.block_status(SIZE, 0, take)
+        return found["x-forebay:cached"][:2] == [MIB, 1]
+
     handle.pread(MIB, 0)
-    handle.block_status(SIZE, 0, take)
+    wait_for(is_kept, "what was read is kept")
     assert found["base:allocation"] == [MIB, 0, 2 * MIB, 3, MIB, 0]
-    assert found["x-forebay:cached"][:2] == [MIB, 1]
 
 
 # ------------------------------------------------------------------------------------------------------- who is refused

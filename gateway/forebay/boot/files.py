@@ -142,9 +142,11 @@ class TraceFiles:
             return [(decoded(data), place)]
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, UnreadableError) as fault:
-            why = fault.strerror if isinstance(fault, OSError) else fault
-            log.warning("%s: its boot trace, %s, is passed over: %s", address.key, place, why)
+        except OSError as fault:
+            log.info("%s: its boot trace, %s, is passed over: %s", address.key, place, fault)
+            return []
+        except (ValueError, UnreadableError) as fault:
+            log.warning("%s: its boot trace, %s, is passed over: %s", address.key, place, fault)
             return []
 
     def _in_state(self, address: Address) -> list[tuple[Trace, str]]:
@@ -178,9 +180,7 @@ class TraceFiles:
                 self._keep_beside(address, data)
             except (OSError, ForebayError) as fault:
                 if not _is_refusal(fault):
-                    log.warning(
-                        "%s: its boot trace is kept on this host only: %s", address.key, fault
-                    )
+                    log.info("%s: its boot trace is kept on this host only: %s", address.key, fault)
             else:
                 self._path(address).unlink(missing_ok=True)
                 return _place(address)

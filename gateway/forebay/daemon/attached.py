@@ -22,7 +22,7 @@ from forebay.doors.listener import Listener
 from forebay.doors.restart import Sockets
 from forebay.errors import ForebayError
 from forebay.formats.magic import RAW
-from forebay.image.boundary import Boundary, breaks_the_cache, in_short
+from forebay.image.boundary import Boundary, breaks_the_cache, in_short, sole_fault
 from forebay.image.source import Source
 from forebay_cache import CacheError
 from forebay_cache.states import Machine, Table
@@ -132,7 +132,7 @@ class Attached:
     async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """The background work of the disk, until `rest` or `stop`."""
         try:
-            with self._scope:
+            with self._scope, sole_fault():
                 async with trio.open_nursery() as nursery:
                     if self.boot is not None:
                         nursery.start_soon(self.boot.run)

@@ -9,8 +9,9 @@ the cache itself ends the process, and so does an assertion that failed in the c
 it: what all disks share may be wrong then. The journal of the cache has what was acknowledged.
 """
 
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import trio
@@ -110,6 +111,18 @@ def leaves(fault: BaseException) -> list[BaseException]:
     if isinstance(fault, BaseExceptionGroup):
         return [leaf for inner in fault.exceptions for leaf in leaves(inner)]
     return [fault]
+
+
+@contextlib.contextmanager
+def sole_fault() -> Iterator[None]:
+    """Where a nursery in the body raises a group of one exception, that is raised: who expects its kind catches it."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        inner = leaves(group)
+        if len(inner) > 1:
+            raise
+        raise inner[0] from None
 
 
 def breaks_the_cache(fault: BaseException) -> bool:
