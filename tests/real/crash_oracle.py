@@ -403,7 +403,7 @@ class Oracle:
                 return
             config, images = self._host.config, Images(cache, nursery)
             records = DiskRecords(cache, config.gateway.state)
-            returns = Returns(nursery)
+            returns = Returns(nursery, cache.records)
             arrivals = Arrivals(
                 config, cache, nursery, images, Disks(), records, Budgets(), returns
             )

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import trio
 
-from forebay.image.boundary import LONGEST_TEXT, Boundary, breaks_the_cache, in_short
+from forebay.errors import ForebayError
+from forebay.image.boundary import (
+    LONGEST_TEXT,
+    Boundary,
+    breaks_the_cache,
+    in_short,
+    sole_fault,
+)
 from forebay_cache.states import Machine
 
 EXPECTED = "d: stopped by a fault of Forebay itself"
@@ -199,3 +206,32 @@ def test_a_fault_in_short_is_one_printable_line(fault: Exception, told: str) -> 
 def test_a_fault_in_short_is_short() -> None:
     told = in_short(ValueError("x" * 10000))
     assert len(told) == len("ValueError: ") + LONGEST_TEXT
+
+
+async def together(*faults: Exception | None) -> None:
+    """Tasks beside each other: each fails so, or (None) goes on until it is cancelled."""
+
+    async def task(fault: Exception | None) -> None:
+        if fault is not None:
+            raise fault
+        await trio.sleep_forever()
+
+    with sole_fault():
+        async with trio.open_nursery() as nursery:
+            for fault in faults:
+                nursery.start_soon(task, fault)
+
+
+@pytest.mark.parametrize("fault", [OSError("away"), ForebayError("refused")], ids=type)
+async def test_the_fault_of_one_task_beside_another_keeps_its_kind(fault: Exception) -> None:
+    with pytest.raises(type(fault)) as raised:
+        await together(None, fault)
+    assert raised.value is fault
+
+
+async def test_two_faults_stay_a_group_and_cancelling_is_none() -> None:
+    with pytest.raises(ExceptionGroup):
+        await together(OSError(), OSError())
+    with trio.move_on_after(0) as scope:
+        await together(None, None)
+    assert scope.cancelled_caught

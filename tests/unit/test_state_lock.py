@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from forebay.config.model import Config, GatewaySection
 from forebay.errors import ForebayError
 from forebay.storage import state
 
@@ -78,5 +79,20 @@ def test_a_lock_that_stays_without_a_daemon_is_told_of(
         pytest.raises(ForebayError, match="in use by"),
         state.held(tmp_path / "state", None, 0o700),
     ):
+        pass
+    os.close(left)
+
+
+def test_so_it_is_for_a_command_that_only_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(gateway=GatewaySection(state=tmp_path, run=tmp_path, socket_group=None))
+    left = left_by(tmp_path, a_dead_process())
+    monkeypatch.setattr("time.sleep", lambda _seconds: os.close(left))
+    with state.untouched(config):
+        pass
+    left = left_by(tmp_path, os.getpid())
+    monkeypatch.setattr("time.sleep", pytest.fail)
+    with pytest.raises(ForebayError, match="in use by a daemon"), state.untouched(config):
         pass
     os.close(left)

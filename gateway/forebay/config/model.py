@@ -212,7 +212,7 @@ class OriginsSection(_Section):
     devices: list[str] = Field(default_factory=list)
     """Block devices, as `/dev/vg1/vm-*`."""
     https: list[str] = Field(default_factory=list)
-    """URLs, as `https://cloud.debian.org/images/`: all below it. Redirections lead to what is allowed here only."""
+    """URLs, as `https://images.example.org/`: all below it. Redirections lead to what is allowed here only."""
     ca_file: Directory | None = None
     """Certificates of who signs those of web servers, instead of the host's own."""
 

@@ -5,11 +5,10 @@
 
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import trio
 
@@ -19,15 +18,16 @@ from forebay.checkpoint.dirty import left_dirty
 from forebay.config.model import Config, DiskSettings
 from forebay.daemon.attached import Absent, Attached
 from forebay.daemon.disks import Disks
+from forebay.daemon.opening import abandoned_on_fault, format_of, prepared
 from forebay.daemon.parallel import run_all
 from forebay.daemon.record import DiskRecord, DiskRecords, in_conflict
 from forebay.disk.disk import Disk
 from forebay.doors.accepting import socket_path
 from forebay.doors.listener import Listener
 from forebay.doors.restart import EarlierSockets
-from forebay.doors.returns import Returns
+from forebay.doors.returns import Owed, Returns
 from forebay.doors.tenant import Rule, Tenant
-from forebay.errors import ForebayError, advice
+from forebay.errors import ForebayError
 from forebay.formats.magic import RAW
 from forebay.image.boundary import breaks_the_cache, in_short
 from forebay.image.formats import Formats
@@ -101,15 +101,15 @@ class Arrivals:
         kept = self._kept.get(name)
         if wanted.format is None:
             source, _ = self.source(name, wanted, None)
-            wanted = wanted.in_format(await _format_of(source))
+            wanted = wanted.in_format(await format_of(source))
         wanted = replace(wanted, keep=wanted.keep or kept is not None)
         source, settings = self.source(name, wanted, None, comes_back=kept is not None)
         self._kept.check(name, source)
-        async with self._disks.arriving(name, source, self._give_way), _abandoned_on_fault(source):
+        async with self._disks.arriving(name, source, self._give_way), abandoned_on_fault(source):
             if self._kept.get(name) != kept:
                 raise ForebayError(f"what was kept of '{name}' has changed meanwhile: try again")
             await self._returns.call_off(source)
-            await _prepared(source)
+            await prepared(source)
             source.check_safe(settings.mode)
             if kept is not None:
                 await self._check_unchanged(name, wanted, kept, source)
@@ -152,6 +152,7 @@ class Arrivals:
         try:
             await attached.source.close_prepared()
             self._records.put(attached.name, attached.record)
+            self._returns.take_over(attached.source)
             self._kept.put(attached.name, None)
             await self._records.commit()
             await attached.start(self._nursery)
@@ -210,22 +211,26 @@ class Arrivals:
             log.warning("%s: what was resolved is not on record yet: %s", name, fault)
 
     async def _finish_leaving(self, left: dict[str, DiskRecord]) -> None:
-        """Forget the disks whose detach was decided before the process before this one ended."""
+        """Forget the disks whose detach was decided in the process before this one, and give back what that owed."""
         for name, record in left.items():
             log.info("%s: detached, as was begun before", name)
             self._images.drop_disk(name, record.key)
             self._records.put(name, None)
-        if not left:
-            return
-        try:
-            await self._records.commit()
-        except ForebayError as fault:
-            log.warning("the disks that were detached are still on record: %s", fault)
-        for name, record in left.items():
-            if not record.writes:
-                continue
-            with contextlib.suppress(ForebayError):  # of a store that is no longer configured
-                self._returns.give_back_later(self.source_of(name, record))
+            if record.writes:
+                with contextlib.suppress(ForebayError):  # of a store that is no longer configured
+                    self._returns.owe(self.source_of(name, record), record.write())
+        if left:
+            try:
+                await self._records.commit()
+            except ForebayError as fault:
+                log.warning("the disks that were detached are still on record: %s", fault)
+        await run_all(partial(self._give_back, owed) for owed in self._returns.owed())
+
+    async def _give_back(self, owed: Owed) -> None:
+        """One try before disks are on their images again, which would keep it from being done; the rest later."""
+        with contextlib.suppress(ForebayError):  # of a store that is no longer configured
+            source = self.source_of(owed.disk, DiskRecord.read(dict(owed.record)))
+            await self._returns.give_back(source, drop_checkpoint=owed.drop_checkpoint)
 
     async def _resume(self, name: str, record: DiskRecord, earlier: EarlierSockets) -> None:
         """A disk that cannot be brought back is shown as such; the others are not kept from coming."""
@@ -324,7 +329,7 @@ class Arrivals:
     async def reader_of(self, image: str) -> Source:
         """The source of a warm, which reads the image as an overlay does. Raises ForebayError."""
         wanted = DiskRecord(image, "", 0, overlay=True)
-        found = await _format_of(self.source(WARMING, wanted, None)[0])
+        found = await format_of(self.source(WARMING, wanted, None)[0])
         return self.source(WARMING, wanted.in_format(found), None)[0]
 
     def base(self, image: str, size: int | None) -> tuple[Source, DiskSettings]:
@@ -362,38 +367,3 @@ class Arrivals:
         tenant = Tenant(source.use.disk, gateway.run, record.rule(settings))
         listener = Listener(disk, path, gateway, tenant, self._memory)
         return Attached(record, source, disk, listener, self._boots)
-
-
-@contextlib.asynccontextmanager
-async def _abandoned_on_fault(source: Source) -> Any:
-    """Let the image go if the body fails."""
-    try:
-        yield
-    except BaseException:
-        with trio.CancelScope(shield=True), contextlib.suppress(OSError, ForebayError):
-            await source.abandon()
-        raise
-
-
-async def _format_of(source: Source) -> str:
-    """The format of an image that nobody has told that of. Raises ForebayError."""
-    with _told(source):
-        return await source.find_format()
-
-
-async def _prepared(source: Source) -> None:
-    """Open the image and claim it. Raises ForebayError."""
-    with _told(source):
-        await source.prepare()
-
-
-@contextlib.contextmanager
-def _told(source: Source) -> Iterator[None]:
-    """An error of storage in the body is a ForebayError, which says what to do."""
-    try:
-        yield
-    except OSError as fault:
-        raise ForebayError(
-            f"{source.label}: {fault.strerror or fault}: "
-            f"{advice(fault, 'see that its storage answers, then try again')}"
-        ) from fault

@@ -29,6 +29,7 @@ from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.disk import Disk
 from forebay.doors.returns import Returns
 from forebay.errors import ForebayError
+from forebay.image.boundary import breaks_the_cache
 from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.keeping.kept import KeptOverlays
@@ -88,6 +89,10 @@ class Committing:
                     await self.commit(name, _silent)
                 except ForebayError as fault:
                     log.warning("%s: its changes are not in its image yet: %s", name, fault)
+                except Exception as fault:
+                    if breaks_the_cache(fault):
+                        raise
+                    log.exception("%s: its changes are not in its image yet", name)
             await trio.sleep(AGAIN_SECONDS)
 
     def _check(self, disk: Attached) -> None:
@@ -134,9 +139,10 @@ class Committing:
                 if isinstance(disk, Attached):
                     await disk.take_down(CLIENTS_SECONDS)
                 await self._begin(source, was)
+                self._returns.take_over(source)
                 await self._records.change(disk.name, was, record)
                 now = record
-                await self._write(source, settings, progress)
+                await self._write(source, record, settings, progress)
                 now = overlay
             log.info("%s: its changes are in %s", disk.name, source.key)
         except _HalfDone as fault:
@@ -151,7 +157,7 @@ class Committing:
                 await _leave(source)
             else:
                 now = overlay
-                await self._returns.give_back(source)
+                await self._give_back(source, record)
             raise ForebayError(
                 f"{why}: the changes of '{disk.name}' stay in the cache; commit it again when that is put right"
             ) from fault
@@ -173,12 +179,15 @@ class Committing:
         if was.committing:
             await source.prepare_again()
             return
+        await self._returns.call_off(source)
         await source.prepare()
         if source.size != was.size:
             raise ForebayError(f"{source.key} has {source.size} bytes, and had {was.size}")
         source.check_safe(Mode.WRITE_BACK)
 
-    async def _write(self, source: Source, settings: DiskSettings, progress: Progress) -> None:
+    async def _write(
+        self, source: Source, record: DiskRecord, settings: DiskSettings, progress: Progress
+    ) -> None:
         """Take the disk's private layers to the image, and drop them. Raises ForebayError and OSError, and _HalfDone
         where the image may have a part of them.
         """
@@ -198,6 +207,15 @@ class Committing:
                 raise _HalfDone(str(fault)) from fault
             raise
         await disk.close(discard=False)
+        await self._give_back(source, record)
+
+    async def _give_back(self, source: Source, record: DiskRecord) -> None:
+        """Let nothing of ours stay beside the image, as soon as its store lets us; it may never have been ours."""
+        if source.claim is None or not source.claim.is_of_before:
+            with contextlib.suppress(OSError, ForebayError):
+                await source.abandon()
+            return
+        self._returns.owe(source, record.write())
         await self._returns.give_back(source)
 
 

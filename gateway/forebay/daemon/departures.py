@@ -150,6 +150,9 @@ class Departures:
         self._disks.remove(attached)
         attached.leave()
         attached.listener.tenant.forget()
+        if attached.record.writes:
+            record = attached.record.write()
+            self._returns.owe(attached.source, record, drop_checkpoint=given_up)
         if not is_kept:
             await self._take_off_record(attached.name)
         await self._returns.give_back(attached.source, drop_checkpoint=given_up)
@@ -172,11 +175,15 @@ class Departures:
         await self._records.change(disk.name, record, record.as_leaving())
         self._disks.remove(disk)
         self._images.drop_disk(disk.name, record.key)
-        await self._take_off_record(disk.name)
+        drop_checkpoint = bool(record.conflict)
+        source = None
         if record.writes:
             with contextlib.suppress(ForebayError):  # its store is not configured any more
                 source = self._source_of(disk.name, record)
-                self._returns.give_back_later(source, drop_checkpoint=bool(record.conflict))
+                self._returns.owe(source, record.write(), drop_checkpoint=drop_checkpoint)
+        await self._take_off_record(disk.name)
+        if source is not None:
+            self._returns.give_back_later(source, drop_checkpoint=drop_checkpoint)
 
 
 def _check_unused(attached: Attached, force: bool) -> None:

@@ -74,7 +74,7 @@ class Gateway:
         self._cache = cache
         self._images = images = Images(cache, nursery)
         self._nursery = nursery
-        returns = Returns(nursery)
+        returns = Returns(nursery, cache.records)
         self._disks = Disks()
         self._records = DiskRecords(cache, index_path(config))
         self._kept = KeptOverlays(cache)
@@ -185,9 +185,8 @@ class Gateway:
     async def resume(self, earlier: EarlierSockets) -> None:
         """Bring back the disks on record, each whether or not its origin can be reached, and their clients."""
         of_stores = self.stores.take(earlier)
-        await self._arrivals.resume(
-            earlier
-        )  # first: no base is to be read that a disk on record writes
+        # before stores: no base is to be read that a disk on record writes
+        await self._arrivals.resume(earlier)
         await self.stores.open(of_stores)
         self._nursery.start_soon(self._saving.remove_left)
         self._nursery.start_soon(self._gone.run)

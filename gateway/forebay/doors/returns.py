@@ -1,10 +1,17 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""Giving images back whose disks are gone: at once where their store lets us, else again and again until it is done."""
+"""Giving images back whose disks are gone: at once where their store lets us, else again and again until it is done.
 
+What is owed is on record in the index, from the commit that forgets the disk until the image is given back: otherwise
+a daemon that is killed in between would leave a marker that keeps all other hosts out of an image which nobody uses.
+"""
+
+import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import trio
 
@@ -22,11 +29,37 @@ RETRY_SECONDS = 1.0
 RETRY_MOST = 30.0
 
 
+KIND = "return"
+"""Kind of the record of what is owed; its name is made of the image's key, which may be too long for one."""
+
+
+class Records(Protocol):
+    """Those of the cache's index."""
+
+    def all(self, kind: str) -> dict[str, dict[str, Any]]:
+        """All of a kind, by name."""
+        ...
+
+    def put(self, kind: str, name: str, value: dict[str, Any] | None) -> None:
+        """Store one, or (None) remove it, durably with the next commit."""
+
+
+@dataclass(frozen=True)
+class Owed:
+    """An image that a process before this one did not give back."""
+
+    disk: str
+    record: Mapping[str, Any]
+    """What was on record of the disk."""
+    drop_checkpoint: bool
+
+
 @dataclass(eq=False)
 class _Return:
     """One that is tried again in the background."""
 
     source: Source
+    drop_checkpoint: bool
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
 
@@ -34,10 +67,25 @@ class _Return:
 class Returns:
     """The images that are on their way back: what nobody uses is not left locked, nor with a marker, for long."""
 
-    def __init__(self, nursery: trio.Nursery) -> None:
-        """`nursery` outlives every disk; what it has not done when it ends, the next attach of the image does."""
+    def __init__(self, nursery: trio.Nursery, records: Records) -> None:
+        """`nursery` outlives every disk; what it has not done when it ends is `owed` at the next start."""
         self._nursery = nursery
+        self._records = records
         self._under_way: list[_Return] = []
+
+    def owe(
+        self, source: Source, record: Mapping[str, Any], *, drop_checkpoint: bool = False
+    ) -> None:
+        """Note that an image is to be given back. Durable with the commit that forgets its disk, which had `record`."""
+        value = {"disk": source.use.disk, "record": record, "drop_checkpoint": drop_checkpoint}
+        self._records.put(KIND, _name_of(source), value)
+
+    def owed(self) -> list[Owed]:
+        """What is on record, which at the start nobody is about to do."""
+        return [Owed(**value) for value in self._records.all(KIND).values()]
+
+    def _paid(self, source: Source) -> None:
+        self._records.put(KIND, _name_of(source), None)
 
     async def give_back(self, source: Source, *, drop_checkpoint: bool = False) -> None:
         """Have the image given back, by the time this returns if its store lets us. Raises nothing that is expected.
@@ -49,28 +97,33 @@ class Returns:
             log.warning(
                 "%s: its owner marker stays for now, and is tried again: %s", source.use.disk, why
             )
-            self.give_back_later(source, drop_checkpoint=drop_checkpoint)
+            self.give_back_later(source, drop_checkpoint=drop_checkpoint, pause=RETRY_SECONDS)
+        else:
+            self._paid(source)
 
-    def give_back_later(self, source: Source, *, drop_checkpoint: bool = False) -> None:
-        """The same in the background, for as long as it takes."""
-        one = _Return(source)
+    def give_back_later(
+        self, source: Source, *, drop_checkpoint: bool = False, pause: float = 0.0
+    ) -> None:
+        """The same in the background, for as long as it takes; the first time after `pause` seconds."""
+        one = _Return(source, drop_checkpoint)
         self._under_way.append(one)
-        self._nursery.start_soon(self._go_on, one, drop_checkpoint)
+        self._nursery.start_soon(self._go_on, one, pause)
 
-    async def _go_on(self, one: _Return, drop_checkpoint: bool) -> None:
-        pause = RETRY_SECONDS
+    async def _go_on(self, one: _Return, pause: float) -> None:
         try:
             with one.scope:
-                while await _try(one.source, drop_checkpoint) is not None:
+                await trio.sleep(pause)
+                while await _try(one.source, one.drop_checkpoint) is not None:
+                    pause = min(2 * pause or RETRY_SECONDS, RETRY_MOST)
                     await trio.sleep(pause)
-                    pause = min(2 * pause, RETRY_MOST)
+                self._paid(one.source)
                 log.info("%s: its image was given back", one.source.use.disk)
         finally:
             self._under_way.remove(one)
             one.ended.set()
 
     async def call_off(self, source: Source) -> None:
-        """Before the same image is claimed by a new disk: that takes over what was left beside it."""
+        """Let the image be opened by a new disk. One that only reads it does not give it back: that goes on later."""
         for one in [x for x in self._under_way if x.source.is_same_image(source)]:
             one.scope.cancel()
             await one.ended.wait()
@@ -80,6 +133,22 @@ class Returns:
                         await one.source.leave()
                 except OSError as error:
                     log.warning("%s: %s", source.key, error.strerror)
+            if not source.use.writes:
+                self.give_back_later(
+                    one.source, drop_checkpoint=one.drop_checkpoint, pause=RETRY_MOST
+                )
+
+    def take_over(self, source: Source) -> None:
+        """A disk that writes the image has it now, and what was left beside it; nothing is owed any more.
+
+        Durable with the commit that puts the disk on record.
+        """
+        if source.use.writes:
+            self._paid(source)
+
+
+def _name_of(source: Source) -> str:
+    return hashlib.sha256(source.key.encode("utf-8", "surrogateescape")).hexdigest()[:40]
 
 
 async def _try(source: Source, drop_checkpoint: bool) -> str | None:

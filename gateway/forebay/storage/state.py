@@ -118,15 +118,11 @@ def untouched(config: Config) -> Iterator[None]:
 
 
 def _lock_shared(fd: int, state: Path) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as fault:
-        if fault.errno != errno.EWOULDBLOCK:
-            raise
+    if not _is_locked(fd, fcntl.LOCK_SH):
         raise ForebayError(
             f"{state} is in use by a daemon: 'forebay cache scrub' checks the cache meanwhile, "
             "or stop the daemon first"
-        ) from None
+        )
 
 
 # ---------------------------------------------------------------------------------------- holding a directory
@@ -170,26 +166,29 @@ def _open_lock(directory: Path, option: str | None, mode: int) -> int:
 
 
 def _lock(fd: int, directory: Path, option: str | None) -> None:
-    """Take the lock. A daemon that is dead may have left it to a process that it was just starting: for a moment."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while not _is_locked(fd, directory):
-        pid = _pid(fd)
-        if not _is_dead(pid) or time.monotonic() > deadline:
-            raise _in_use(directory, option, pid)
-        time.sleep(_LOCK_STEP)
-
-
-def _is_locked(fd: int, directory: Path) -> bool:
-    """Try to take the lock; False if somebody has it."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_locked = _is_locked(fd, fcntl.LOCK_EX)
     except OSError as fault:
-        if fault.errno != errno.EWOULDBLOCK:
-            raise ForebayError(
-                f"{directory}/lock: {fault.strerror}: use a local directory"
-            ) from fault
-        return False
-    return True
+        raise ForebayError(f"{directory}/lock: {fault.strerror}: use a local directory") from fault
+    if not is_locked:
+        raise _in_use(directory, option, _pid(fd))
+
+
+def _is_locked(fd: int, kind: int) -> bool:
+    """Take flock(2)'s lock of that kind; False if somebody has one that forbids it. Raises OSError.
+
+    A daemon that is dead may have left its lock to a process that it was just starting: that is waited for.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not _is_dead(_pid(fd)) or time.monotonic() > deadline:
+                return False
+        else:
+            return True
+        time.sleep(_LOCK_STEP)
 
 
 def _is_dead(pid: str) -> bool:

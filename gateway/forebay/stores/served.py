@@ -16,7 +16,7 @@ from forebay.config.model import DiskSettings
 from forebay.disk.disk import Disk
 from forebay.doors.accepting import Clients
 from forebay.errors import ForebayError
-from forebay.image.boundary import in_short
+from forebay.image.boundary import in_short, sole_fault
 from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.origin.opening import NoSuchImageError
@@ -220,15 +220,8 @@ class ServedImage:
         try:
             await source.close_prepared()
             log.debug("%s: attached for the socket of its store", self.key)
-            async with trio.open_nursery() as nursery:
-                await nursery.start(disk.run)
-                if boot is not None:
-                    nursery.start_soon(boot.run)
-                if amount and self.key not in self._attaching.preloaded:
-                    nursery.start_soon(self._preload, disk, amount)
-                self.ready.set()
-                await self._until_idle()
-                nursery.cancel_scope.cancel()
+            with sole_fault():
+                await self._serve(disk, boot, amount)
         finally:
             self.is_ending = True
             if not self._daemon_ends:
@@ -236,6 +229,18 @@ class ServedImage:
                     await self._close(disk)
             if boot is not None:
                 boot.leave()
+
+    async def _serve(self, disk: Disk, boot: DiskBoot | None, amount: int | str) -> None:
+        """Serve the image until nobody wants it any more; `amount` is what is brought in, once."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(disk.run)
+            if boot is not None:
+                nursery.start_soon(boot.run)
+            if amount and self.key not in self._attaching.preloaded:
+                nursery.start_soon(self._preload, disk, amount)
+            self.ready.set()
+            await self._until_idle()
+            nursery.cancel_scope.cancel()
 
     async def _prepared(self, source: Source) -> Source:
         """The source with the image open. One that the store does not give now, and of which the cache has something,
