@@ -15,7 +15,7 @@ STAMP=$VENV/.forebay-setup
 # What the tests, the demo and the bench run as real clients and servers, and what the core is compiled with. All Python
 # dependencies come as wheels: pyfuse3, which has none, is the distribution's here and not the extra `fuse`.
 PACKAGES=(gcc libc6-dev python3-dev python3-venv python3-libnbd libnbd-bin nbdkit nbdkit-plugin-python qemu-utils qemu-system-common fio curl python3-pyfuse3 fuse3
-    systemd-container)
+    systemd-container perl libjson-perl libperl-critic-perl)
 
 fail() { echo "setup: $*" >&2; exit 1; }
 

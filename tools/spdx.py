@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 COPYRIGHT = "SPDX-FileCopyrightText: Forebay developers"
 LICENCE = "SPDX-License-Identifier: Apache-2.0"
 
+OTHERS = {"config/proxmox": "SPDX-License-Identifier: AGPL-3.0-or-later"}
+"""Folders whose files have another licence, with its line."""
+
 WITHIN_LINES = 5
 """The lines of a file among which the identifier has to stand: below a shebang, above all else."""
 
@@ -40,6 +43,8 @@ HASH = {
     ".target",
     ".conf",
     ".rules",
+    ".pm",
+    ".pl",
 }
 """Endings of files in which a comment begins with a hash."""
 
@@ -71,6 +76,8 @@ def sources(*, python: bool = True) -> Iterator[Path]:
             hidden = any(part.startswith((".", "__pycache__")) for part in Path(name).parts[1:])
             if not path.is_file() or hidden or name.startswith(DATA) or path.suffix in NO_SOURCE:
                 continue
+            if path.name == "LICENSE":
+                continue
             if comment(path) is None:
                 raise ValueError(f"{name}: tools/spdx.py does not know how a comment begins there")
             if python or path.suffix != ".py":
@@ -91,20 +98,27 @@ def comment(path: Path) -> tuple[str, str] | None:
     return None
 
 
-def has_lines(text: str) -> bool:
-    """True if both lines stand at the top of a file that holds this text."""
+def licence(path: Path) -> str:
+    """The line that says which licence this file has."""
+    return next(
+        (line for folder, line in OTHERS.items() if path.is_relative_to(ROOT / folder)), LICENCE
+    )
+
+
+def has_lines(text: str, named: str = LICENCE) -> bool:
+    """True if both lines stand at the top of a file that holds this text; `named` is that of its licence."""
     top = text.splitlines()[:WITHIN_LINES]
-    return all(any(wanted in line for line in top) for wanted in (COPYRIGHT, LICENCE))
+    return all(any(wanted in line for line in top) for wanted in (COPYRIGHT, named))
 
 
-def with_lines(text: str, begin: str, end: str) -> str:
+def with_lines(text: str, begin: str, end: str, named: str = LICENCE) -> str:
     """The text with the two lines, below a shebang or an XML declaration, above all else; as it is if it has them."""
-    if has_lines(text):
+    if has_lines(text, named):
         return text
     lines = text.splitlines(keepends=True)
     first = lines[:1] if lines and lines[0].startswith(("#!", "<?xml")) else []
     rest = lines[len(first) :]
-    header = [f"{begin}{line}{end}\n" for line in (COPYRIGHT, LICENCE)]
+    header = [f"{begin}{line}{end}\n" for line in (COPYRIGHT, named)]
     if rest and not end and rest[0].startswith(begin.rstrip()):
         header.append(
             f"{begin.rstrip()}\n"
@@ -126,14 +140,14 @@ def main() -> int:
     chosen = [path.resolve() for path in options.files] or sources(python=not options.no_python)
     for path in chosen:
         text = path.read_text()
-        if has_lines(text):
+        if has_lines(text, licence(path)):
             continue
         lacking += 1
         print(path)
         if not options.check:
             style = comment(path)
             assert style is not None, f"{path}: unknown comment style"
-            path.write_text(with_lines(text, *style))
+            path.write_text(with_lines(text, *style, licence(path)))
     return int(bool(lacking) and options.check)
 
 
