@@ -5,12 +5,18 @@
 #    source ~/.local/share/bash_completion/forebay
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_forebay_subparsers=(serve attach detach status stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
+_shtab_forebay_hosts_subparsers=(status warm flush)
+_shtab_forebay_subparsers=(serve attach detach status summary hosts stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
 _shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --format --keep --peer --label --user --wait --json)
 _shtab_forebay_detach_option_strings=(-h --help --config --discard --force)
 _shtab_forebay_status_option_strings=(-h --help --config --advice --json)
+_shtab_forebay_summary_option_strings=(-h --help --config --json --opennebula)
+_shtab_forebay_hosts_status_option_strings=(-h --help --hosts --hosts-file --jobs --timeout --json --config)
+_shtab_forebay_hosts_warm_option_strings=(-h --help --hosts --hosts-file --jobs --timeout --json --config --rate)
+_shtab_forebay_hosts_flush_option_strings=(-h --help --hosts --hosts-file --jobs --timeout --json --config)
+_shtab_forebay_hosts_option_strings=(-h --help --config --hosts --hosts-file --jobs --timeout --json --images)
 _shtab_forebay_stats_option_strings=(-h --help --config --json)
 _shtab_forebay_flush_option_strings=(-h --help --config --all --timeout --json)
 _shtab_forebay_mode_option_strings=(-h --help --config)
@@ -55,6 +61,9 @@ _shtab_forebay_detach_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_detach___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_status_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_status___config_COMPGEN=_shtab_compgen_files
+_shtab_forebay_summary___config_COMPGEN=_shtab_compgen_files
+_shtab_forebay_hosts___config_COMPGEN=_shtab_compgen_files
+_shtab_forebay_hosts___hosts_file_COMPGEN=_shtab_compgen_files
 _shtab_forebay_stats___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_flush_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_flush___config_COMPGEN=_shtab_compgen_files
@@ -105,11 +114,12 @@ _shtab_forebay_demo___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay___config_COMPGEN=_shtab_compgen_files
 
 _shtab_forebay_attach___peer_choices=(first label any)
+_shtab_forebay_hosts_pos_0_choices=(status warm flush)
 _shtab_forebay_peer_pos_1_choices=(first label any)
 _shtab_forebay_trace_pos_0_choices=(show drop export)
 _shtab_forebay_save___format_choices=(raw qcow2)
 _shtab_forebay_cache_pos_0_choices=(check info create extend format remove repair scrub)
-_shtab_forebay_pos_0_choices=(serve attach detach status stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
+_shtab_forebay_pos_0_choices=(serve attach detach status summary hosts stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)
 _shtab_forebay___print_completion_choices=(bash zsh tcsh)
 
 _shtab_forebay_serve__h_nargs=0
@@ -129,6 +139,24 @@ _shtab_forebay_status__h_nargs=0
 _shtab_forebay_status___help_nargs=0
 _shtab_forebay_status___advice_nargs=0
 _shtab_forebay_status___json_nargs=0
+_shtab_forebay_summary__h_nargs=0
+_shtab_forebay_summary___help_nargs=0
+_shtab_forebay_summary___json_nargs=0
+_shtab_forebay_summary___opennebula_nargs=0
+_shtab_forebay_hosts_status__h_nargs=0
+_shtab_forebay_hosts_status___help_nargs=0
+_shtab_forebay_hosts_status___json_nargs=0
+_shtab_forebay_hosts_warm__h_nargs=0
+_shtab_forebay_hosts_warm___help_nargs=0
+_shtab_forebay_hosts_warm___json_nargs=0
+_shtab_forebay_hosts_flush__h_nargs=0
+_shtab_forebay_hosts_flush___help_nargs=0
+_shtab_forebay_hosts_flush___json_nargs=0
+_shtab_forebay_hosts_pos_0_nargs=A...
+_shtab_forebay_hosts__h_nargs=0
+_shtab_forebay_hosts___help_nargs=0
+_shtab_forebay_hosts___json_nargs=0
+_shtab_forebay_hosts___images_nargs=0
 _shtab_forebay_stats_pos_0_nargs='*'
 _shtab_forebay_stats__h_nargs=0
 _shtab_forebay_stats___help_nargs=0

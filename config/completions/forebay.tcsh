@@ -13,18 +13,21 @@ complete forebay \
         'c/--state=/d/' \
         'c/--run=/d/' \
         'c/--peer=/(first label any)/' \
+        'c/--hosts-file=/f/' \
         'c/--cacert=/f/' \
         'c/--format=/(raw qcow2)/' \
-        'c/--/(advice all allow-http allow-other cacert cache-size config device discard drop-newer dry-run evict file force format help json keep keep-image keep-mine label libvirt max-size metadata mode older-than overlay partial patience peer preload print-completion rate read-only restart run save sha256 size snapshot state tag target timeout user version vg wait yes)/' \
+        'c/--/(advice all allow-http allow-other cacert cache-size config device discard drop-newer dry-run evict file force format help hosts hosts-file images jobs json keep keep-image keep-mine label libvirt max-size metadata mode older-than opennebula overlay partial patience peer preload print-completion rate read-only restart run save sha256 size snapshot state tag target timeout user version vg wait yes)/' \
         'c/-/(- h)/' \
         'n/--print-completion/(bash zsh tcsh)/' \
         'n/--config/f/' \
         'n/--state/d/' \
         'n/--run/d/' \
         'n/--peer/(first label any)/' \
+        'n/--hosts-file/f/' \
         'n/--cacert/f/' \
         'n/--format/(raw qcow2)/' \
-        'p/1/(serve attach detach status stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)/' \
+        'p/1/(serve attach detach status summary hosts stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)/' \
+        'n/hosts/(status warm flush)/' \
         'n/trace/(show drop export)/' \
         'n/cache/(check info create extend format remove repair scrub)/' \
         'p@3@`set cmd=($COMMAND_LINE "" "" "" "" "" "" "" "" ""); if ( $#cmd >= 2 && ("$cmd[2]" == "peer") ) echo first label any`@' \

@@ -20,6 +20,8 @@ _SIZE = r"(\d{1,24})(?:\.(\d{1,12}))?\s*(?:B|([KMGTPE])(iB)?)?"
 _DECIMAL_UNIT = r"[\d.]+\s*([KMGTPE])B"
 _DURATION = r"(\d{1,12})(?:\.(\d{1,12}))?\s*(ms|s|m|min|h|d)?"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_USER = r"[A-Za-z_][A-Za-z0-9._-]{0,63}"
+_HOST = rf"(?:{_USER}@)?(?:[A-Za-z0-9_][A-Za-z0-9._-]{{0,252}}|[0-9A-Fa-f:]{{2,45}}(?:%[A-Za-z0-9._-]{{1,15}})?)"
 _LOOSELY = re.IGNORECASE | re.ASCII
 
 _MILLISECONDS = {
@@ -96,6 +98,18 @@ def parse_tag(text: object) -> str:
         return text
     raise ValueError(
         f"{str(text)[:80]!r} is not a tag: use 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or digit"
+    )
+
+
+def parse_host(text: object) -> str:
+    """A host as ssh takes it, unchanged: a name, an IPv4 or IPv6 address, with `USER@` in front where that is wanted.
+
+    It never begins with a dash, which ssh would take for an option. Raises ValueError.
+    """
+    if isinstance(text, str) and re.fullmatch(_HOST, text):
+        return text
+    raise ValueError(
+        f"{str(text)[:80]!r} is no host: write NAME or USER@NAME, with A-Z a-z 0-9 . _ - (an address may have : and %)"
     )
 
 

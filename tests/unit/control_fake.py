@@ -161,6 +161,39 @@ class FakeAdvice:
         return ADVICE
 
 
+SUMMARY: dict[str, Any] = {
+    "format": 1,
+    "version": "0.1.0",
+    "state": "ok",
+    "reasons": [],
+    "cache": {
+        "device": "/dev/vg0/forebay",
+        "size": 20 * GIB,
+        "used_bytes": 3 * GIB,
+        "private_bytes": 0,
+    },
+    "caches_by_default": True,
+    "hit_percent": 97.1,
+    "disk_count": 1,
+    "client_count": 1,
+    "dirty_bytes": 0,
+    "lag_seconds": 0.0,
+    "stores": [
+        {"store": "images", "state": "ok", "reason": None, "free_bytes": GIB, "size": 2 * GIB}
+    ],
+    "image_count": 1,
+    "images": [{"image": "images:a.raw", "size": 2 * GIB, "cached_bytes": GIB}],
+    "cold_images": [],
+}
+
+
+class FakeSummary:
+    """Says always the same."""
+
+    async def report(self) -> dict[str, Any]:
+        return SUMMARY
+
+
 STORE = {
     "store": "images",
     "path": "/mnt/nfs/images",
@@ -261,6 +294,7 @@ class FakeGateway:
         self.damage: list[dict[str, Any]] = []
         self.catalogue = FakeCatalogue(self)
         self.advice = FakeAdvice()
+        self.summary = FakeSummary()
         self.stores = FakeStores()
         self.overlays = FakeOverlays(self)
         self.began = trio.Event()

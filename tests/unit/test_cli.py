@@ -31,7 +31,7 @@ from forebay.cli.wait import with_wait_closed
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
 from forebay.units import GIB, MIB
-from unit.control_fake import IMAGE, STORE, FakeGateway, disk, served
+from unit.control_fake import IMAGE, STORE, SUMMARY, FakeGateway, disk, served
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -309,6 +309,24 @@ async def test_stores_are_shown_with_who_reads_them(capsys: Capture) -> None:
         assert json.loads(capsys.readouterr().out) == [STORE]
         assert await forebay(run, "stores", "none") == 1
         assert "no store 'none'" in capsys.readouterr().err
+
+
+async def test_summary_says_how_the_host_stands(capsys: Capture) -> None:
+    gateway = FakeGateway()
+    async with served(gateway) as run:
+        assert await forebay(run, "summary") == 0
+        assert capsys.readouterr().out.splitlines()[0] == "state   ok, forebay 0.1.0"
+        assert await forebay(run, "summary", "--json") == 0
+        assert json.loads(capsys.readouterr().out) == SUMMARY
+        assert await forebay(run, "summary", "--opennebula") == 0
+        assert 'FOREBAY_STATE="ok"' in capsys.readouterr().out.splitlines()
+
+
+def test_summary_without_a_daemon_is_a_state_and_code_1(capsys: Capture) -> None:
+    assert run_main("summary", "--json") == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["state"] == "down"
+    assert "start it with" in told["reasons"][0]
 
 
 async def test_peer_says_who_has_the_disk(capsys: Capture) -> None:
@@ -692,7 +710,7 @@ def test_every_command_of_the_contract_is_there() -> None:
     contract = (
         "serve attach detach status stats flush mode peer preload xml cache check-config dump-config demo "
         "fuse import libvirt-hook recover resolve takeover images stores warm tag untag pin unpin purge "
-        "overlays save commit revert snapshot snapshots rollback drop trace"
+        "overlays save commit revert snapshot snapshots rollback drop trace summary hosts"
     )
     assert set(COMMANDS) == set(RUN) == set(contract.split())
 

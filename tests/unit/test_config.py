@@ -176,6 +176,7 @@ def test_shipped_file_shows_every_key_with_its_default(file: Path) -> None:
         "ca_file",
         "owner",
         "group",
+        "names",
     )
     for key in (*examples, "path", 'mode = "write-back', 'max_lag = "10s'):
         shown = re.sub(rf"(?m)^{key}.*$", "", shown)
@@ -188,6 +189,7 @@ def test_shipped_file_shows_every_key_with_its_default(file: Path) -> None:
         Config().defaults,
         Config().origins,
         Config().fuse,
+        Config().hosts,
     )
     assert keys == {"path", "purge_after", "socket"}.union(
         *(type(section).model_fields for section in sections)

@@ -141,6 +141,11 @@ def _import(parser: Parser) -> None:
     __import__("forebay.cli.importing", fromlist=["add_all"]).add_all(parser, checked, IMAGE)
 
 
+def _hosts(parser: Parser, add: str) -> None:
+    module = __import__("forebay.cli.hosts.arguments", fromlist=[add])
+    getattr(module, add)(parser, checked, IMAGE)
+
+
 def _overlays(parser: Parser, add: str) -> None:
     module = __import__("forebay.cli.overlays", fromlist=[add])
     getattr(module, add)(parser, NAME, IMAGE)
@@ -228,6 +233,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "attach": ("serve an image as a disk", _attach),
     "detach": ("write back what is dirty and stop serving a disk", _detach),
     "status": ("what is served, and how it is", _status),
+    "summary": ("how this host stands, in one answer", partial(_hosts, add="add_summary")),
+    "hosts": ("how many hosts stand, asked by ssh", partial(_hosts, add="add_hosts")),
     "stats": ("rates, one line an interval", _stats),
     "flush": ("write back until nothing is dirty", _flush),
     "mode": ("change how a disk reads and writes", _mode),

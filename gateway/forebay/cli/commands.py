@@ -165,6 +165,20 @@ def _advice(told: Any, *, as_json: bool) -> int:
     return 0
 
 
+def summary(arguments: Arguments) -> int:
+    """`forebay summary`: print how this host stands."""
+    from forebay.cli.hosts.summary import run
+
+    return run(arguments, daemon(arguments))
+
+
+def hosts(arguments: Arguments) -> int:
+    """`forebay hosts`: ask other hosts by ssh, or have them do something."""
+    from forebay.cli.hosts.commands import run
+
+    return run(arguments, _image)
+
+
 def flush(arguments: Arguments) -> int:
     """`forebay flush`: write back. Raises ForebayError unless nothing is dirty then."""
     content = {
@@ -332,20 +346,16 @@ def fuse(arguments: Arguments) -> int:
 
 
 def recover(arguments: Arguments) -> int:
-    """`forebay recover`: finish or drop a checkpoint beside an image, and say what point in time the image is at."""
-    return _recover(arguments, take_over=False, sure=arguments.yes)
+    """`forebay recover`: finish or drop a checkpoint beside an image, and say what point in time the image is at.
 
-
-def takeover(arguments: Arguments) -> int:
-    """`forebay takeover`: the same, and free the image for another gateway."""
-    return _recover(arguments, take_over=True, sure=arguments.yes)
-
-
-def _recover(arguments: Arguments, *, take_over: bool, sure: bool) -> int:
+    `forebay takeover`: the same, and free the image for another gateway.
+    """
     from forebay.config.model import Config
     from forebay.sidecar.recover import run
 
-    report = run(Config.load(arguments.config), arguments.image, take_over=take_over, sure=sure)
+    take_over = arguments.command == "takeover"
+    config = Config.load(arguments.config)
+    report = run(config, arguments.image, take_over=take_over, sure=arguments.yes)
     if arguments.json:
         print_json(report.json())
     else:
@@ -358,6 +368,8 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "attach": attach,
     "detach": detach,
     "status": status,
+    "summary": summary,
+    "hosts": hosts,
     "stats": stats,
     "flush": flush,
     "mode": mode,
@@ -365,28 +377,18 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "preload": preload,
     "images": images,
     "stores": stores,
-    "warm": image,
-    "tag": image,
-    "untag": image,
-    "pin": image,
-    "unpin": image,
-    "trace": image,
+    **dict.fromkeys(("warm", "tag", "untag", "pin", "unpin", "trace"), image),
     "purge": purge,
     "import": import_image,
-    "overlays": overlays,
     "save": save,
-    "commit": overlays,
-    "revert": overlays,
-    "snapshot": overlays,
-    "snapshots": overlays,
-    "rollback": overlays,
-    "drop": overlays,
+    **dict.fromkeys(("overlays", "commit", "revert", "snapshot", "snapshots"), overlays),
+    **dict.fromkeys(("rollback", "drop"), overlays),
     "resolve": resolve,
     "xml": xml,
     "libvirt-hook": libvirt_hook,
     "cache": cache,
     "recover": recover,
-    "takeover": takeover,
+    "takeover": recover,
     "fuse": fuse,
     "check-config": check_config,
     "dump-config": dump_config,

@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from forebay.errors import ConfigError
+from forebay.units import parse_host
 
 DEFAULT_CONFIG = "/etc/forebay/forebay.toml"
 DEFAULT_RUN = "/run/forebay"
@@ -83,3 +84,18 @@ def run_directory(named: str | os.PathLike[str] | None = None) -> str:
             [f"{path}: gateway.run: not an absolute path: see 'forebay check-config'"]
         )
     return run
+
+
+def hosts_named(named: str | os.PathLike[str] | None = None) -> list[str]:
+    """`hosts.names` of the file alone; empty where it says nothing. Raises ConfigError."""
+    path = config_path(named)
+    if path is None:
+        return []
+    section = read_toml(path)[1].get("hosts", {})
+    names = section.get("names", []) if isinstance(section, dict) else None
+    try:
+        if not isinstance(names, list):
+            raise ValueError('is no list: write ["host1", "host2"]')  # noqa: TRY004  (told as all others)
+        return [parse_host(name) for name in names]
+    except ValueError as fault:
+        raise ConfigError([f"{path}: hosts.names: {fault}"]) from None

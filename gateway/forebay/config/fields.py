@@ -20,6 +20,7 @@ from forebay.units import (
     exact_duration,
     exact_size,
     parse_duration,
+    parse_host,
     parse_name,
     parse_preload,
     parse_size,
@@ -114,6 +115,7 @@ Duration = Annotated[
     AfterValidator(_above_zero),
     PlainSerializer(exact_duration, when_used="json"),
 ]
+HostName = Annotated[str, AfterValidator(parse_host)]
 StoreName = Annotated[str, AfterValidator(_store_name)]
 ModeName = Annotated[Mode, BeforeValidator(Mode.parse)]
 Directory = Annotated[Path, AfterValidator(_absolute)]

@@ -30,6 +30,7 @@ from forebay.config.fields import (
     Duration,
     FileMode,
     Group,
+    HostName,
     ModeName,
     OnChange,
     PeerRule,
@@ -227,6 +228,13 @@ class FuseSection(_Section):
     """Otherwise who may read an image in its store, but at most so: by default nobody but its owner and its group."""
 
 
+class HostsSection(_Section):
+    """`[hosts]`: the hosts that `forebay hosts` asks, where the command names none."""
+
+    names: list[HostName] = Field(default_factory=list)
+    """As ssh takes them: "ham0", "root@ham1.example.org"."""
+
+
 # ----------------------------------------------------------------------------------- the whole file
 
 
@@ -239,6 +247,7 @@ class Config(_Section):
     stores: dict[StoreName, Store] = Field(default_factory=dict)
     origins: OriginsSection = Field(default_factory=OriginsSection)
     fuse: FuseSection = Field(default_factory=FuseSection)
+    hosts: HostsSection = Field(default_factory=HostsSection)
 
     _source: Path | None = PrivateAttr(None)
 
@@ -348,4 +357,5 @@ def _sections() -> dict[str, type[BaseModel]]:
         "stores.NAME": Store,
         "origins": OriginsSection,
         "fuse": FuseSection,
+        "hosts": HostsSection,
     }

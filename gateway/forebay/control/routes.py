@@ -24,7 +24,6 @@ from forebay.control.advice import Advice, AdviceRoutes
 from forebay.control.arguments import (
     ATTACH,
     DETACH,
-    EXTEND,
     FLUSH,
     FLUSH_MANY,
     MODE,
@@ -35,8 +34,10 @@ from forebay.control.arguments import (
     arguments,
     rule_in,
 )
+from forebay.control.cache import CacheDevice, CacheRoutes
 from forebay.control.images import Catalogue, ImageRoutes, Stores
 from forebay.control.overlays import OverlayRoutes, Overlays
+from forebay.control.summary import Summary, SummaryRoutes
 from forebay.control.work import Operation, Progress, error, failure
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
@@ -54,7 +55,7 @@ WRITES_BACK = (Mode.WRITE_BACK, Mode.FULL_COPY)
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Answers(Protocol):
+class Answers(CacheDevice, Protocol):
     """What the control API needs of the daemon. Amounts are bytes, time-outs seconds.
 
     Everything raises ForebayError for what cannot be done, and OSError for what the host refused.
@@ -123,21 +124,6 @@ class Answers(Protocol):
     def info(self) -> dict[str, Any]:
         """What belongs to no disk, and not to the cache: how much memory clients hold, and may hold."""
 
-    def cache_info(self) -> dict[str, Any]:
-        """The cache device and what it holds."""
-
-    async def extend_cache(self, size: int | None, progress: Progress) -> dict[str, Any]:
-        """Use all of the cache device, made `size` bytes where it is a file; what it is then."""
-
-    async def release_cache(self, progress: Progress) -> dict[str, Any]:
-        """Write back all that is dirty. Raises ForebayError while there are disks."""
-
-    async def scrub(self, progress: Progress) -> dict[str, Any]:
-        """Check the whole cache device; what was found."""
-
-    async def repair_cache(self, progress: Progress) -> dict[str, Any]:
-        """Use a cache device again that has failed, then check it; what was found."""
-
     async def metrics(self) -> str:
         """Prometheus text."""
 
@@ -156,6 +142,10 @@ class Answers(Protocol):
     @property
     def overlays(self) -> Overlays:
         """The overlays, attached or kept."""
+
+    @property
+    def summary(self) -> Summary:
+        """How this host stands."""
 
 
 Endpoint = Callable[[Request], Awaitable["Response | Operation"]]
@@ -197,12 +187,9 @@ class Control:
             ("POST", "/disks/{name}/resolve", self.resolve),
             ("POST", "/disks/{name}/save", self.save),
             ("POST", "/flush", self.flush_many),
-            ("GET", "/cache", self.cache),
-            ("POST", "/cache/extend", self.extend),
-            ("POST", "/cache/release", self.release),
-            ("POST", "/cache/scrub", self.scrub),
-            ("POST", "/cache/repair", self.repair),
+            *CacheRoutes(self._gateway).table(),
             *AdviceRoutes(self._gateway.advice).table(),
+            *SummaryRoutes(self._gateway.summary).table(),
             *ImageRoutes(self._gateway.catalogue, self._gateway.stores).table(),
             *OverlayRoutes(self._gateway.overlays).table(),
         ]
@@ -355,27 +342,6 @@ class Control:
                 progress=progress,
             )
         )
-
-    async def cache(self, _: Request) -> Response:
-        """What the cache device is and holds."""
-        return JSONResponse(self._gateway.cache_info())
-
-    async def extend(self, request: Request) -> Operation:
-        """Use a cache device that has grown, or make the file larger first; answers as GET /cache."""
-        given = await arguments(request, EXTEND)
-        return Operation(lambda progress: self._gateway.extend_cache(given.get("size"), progress))
-
-    async def release(self, _: Request) -> Operation:
-        """Make sure that nothing needs the cache any more; answers with the daemon's pid."""
-        return Operation(self._gateway.release_cache)
-
-    async def scrub(self, _: Request) -> Operation:
-        """Read and check everything on the cache device."""
-        return Operation(self._gateway.scrub)
-
-    async def repair(self, _: Request) -> Operation:
-        """Use a cache device again that has failed, then do the same."""
-        return Operation(self._gateway.repair_cache)
 
 
 def _method(route: Route) -> str:

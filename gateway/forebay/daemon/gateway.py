@@ -44,13 +44,14 @@ from forebay.image.registry import Images
 from forebay.keeping.kept import KeptOverlays
 from forebay.keeping.overlays import Overlays
 from forebay.origin.threads import StoreThreads
+from forebay.overview.summary import Summary
 from forebay.storage.advice import LAST_SECONDS, Advice
 from forebay.storage.state import index_path
 from forebay.storage.upkeep import Upkeep
 from forebay.stores.served import Attaching
 from forebay.stores.sockets import StoreSockets
 from forebay.units import Mode, format_size
-from forebay_cache import Cache, CacheError, extend
+from forebay_cache import Cache
 
 log = logging.getLogger("forebay.daemon")
 
@@ -133,7 +134,6 @@ class Gateway:
             self._committing,
             self._disks.is_attached,
         )
-        self._extending = trio.Lock()
         self.advice = Advice(cache, config.gateway.state)
         attaching = Attaching(
             images,
@@ -147,6 +147,10 @@ class Gateway:
         )
         self._upkeep = Upkeep(
             cache, lambda: [*(one.disk.image for one in self.attached()), *self.stores.images()]
+        )
+
+        self.summary = Summary(
+            config, cache, nursery, self._threads_of, self.statuses, self.catalogue.images
         )
 
     def _note_unused(self, key: str) -> None:
@@ -192,6 +196,7 @@ class Gateway:
         self._nursery.start_soon(self._gone.run)
         self._nursery.start_soon(self.catalogue.run)
         self._nursery.start_soon(self.advice.run)
+        self._nursery.start_soon(self.summary.run)
         self._nursery.start_soon(self._committing.run)
 
     def _threads_of(self, store: str) -> StoreThreads:
@@ -335,13 +340,7 @@ class Gateway:
 
     async def extend_cache(self, size: int | None, progress: Progress) -> dict[str, Any]:
         """Use all of the cache device, after making it `size` bytes where it is a file. What the cache is then."""
-        async with self._extending:
-            try:
-                await extend(self._cache, size, progress)
-            except CacheError as fault:
-                raise ForebayError(str(fault)) from None
-        log.info("the cache has %s now", format_size(self._cache.device.layout.size))
-        return self._cache.info()
+        return await self._upkeep.extend(size, progress)
 
     async def release_cache(self, progress: Progress) -> dict[str, Any]:
         """Write back all that is dirty, and make sure that nobody needs this cache; whom to end then."""

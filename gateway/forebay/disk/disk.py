@@ -150,7 +150,7 @@ class Disk(HotPath):
 
     def status(self) -> dict[str, Any]:
         """The keys of `forebay status --json`, but for `clients` and `socket`."""
-        return self.report.keys()
+        return {**self.report.keys(), "max_lag_seconds": self.settings.max_lag}
 
     # -- reading ----------------------------------------------------------------------------------------------
 

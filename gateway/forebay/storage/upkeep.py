@@ -1,12 +1,13 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""Looking after the cache device: scrub and repair beside guests, check and repair while no daemon runs.
+"""Looking after the cache device: extend, scrub and repair beside guests, check and repair while no daemon runs.
 
 What the cache calls layers is told here as operators know it: disks and images.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -17,8 +18,11 @@ from forebay.config.model import Config
 from forebay.errors import ForebayError
 from forebay.storage.record import locate
 from forebay.storage.state import in_one_line, index_path, offline, untouched
-from forebay_cache import Cache, CacheError, Filler, Found, Layer, Report, Revived
+from forebay.units import format_size
+from forebay_cache import Cache, CacheError, Filler, Found, Layer, Report, Revived, extend
 from forebay_cache.device.extend import Progress
+
+log = logging.getLogger("forebay.daemon")
 
 
 def _name_disk_and_image(told: dict[str, Any]) -> None:
@@ -40,15 +44,29 @@ class CachedImage(Protocol):
 
 
 class Upkeep:
-    """Scrub and repair of a cache in use. One of them runs at a time."""
+    """Of a cache in use. One scrub or repair runs at a time, and one extension."""
 
     def __init__(self, cache: Cache, images: Callable[[], Iterable[CachedImage]]) -> None:
         """`images` gives the images that are in use at that moment."""
         self._cache = cache
         self._images = images
         self._running = trio.Lock()
+        self._extending = trio.Lock()
         self.origin_read_bytes = 0
         """Fetched again from images."""
+
+    async def extend(self, size: int | None, progress: Progress) -> dict[str, Any]:
+        """Use all of the device, after making it `size` bytes where it is a file. What the cache is then.
+
+        Raises ForebayError and OSError.
+        """
+        async with self._extending:
+            try:
+                await extend(self._cache, size, progress)
+            except CacheError as fault:
+                raise ForebayError(str(fault)) from None
+        log.info("the cache has %s now", format_size(self._cache.device.layout.size))
+        return self._cache.info()
 
     async def scrub(self, progress: Progress) -> dict[str, Any]:
         """Check all of the device; what was found. Raises ForebayError while another scrub runs."""
