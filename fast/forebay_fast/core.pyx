@@ -97,6 +97,8 @@ crc_begin()
 cdef enum:
     BLOCK = 65536
     SECTORS = 16
+    FULL = 0xFFFF
+    MANY_RUNS = 4    # blocks.private
     PAGE_BLOCKS = 64
     NUMBERED = 131072  # index.pages
     TABLES = 16        # layers of a view that are looked through here
@@ -178,15 +180,20 @@ cdef inline uint32_t moved(uint64_t word, uint64_t second, uint32_t mask, uint32
     cdef uint32_t tied, sides, loose, follow
     if not word >> 32 and not second >> 32:
         return 0
-    tied = <uint32_t> (word & (~(word >> 16) | staying)) & 0xFFFF
+    tied = <uint32_t> (word & (~(word >> 16) | staying)) & FULL
     sides = (<uint32_t> second ^ mask & ~staying) & tied
     if not mask & ~tied:
         return sides & mask
-    loose = 0xFFFF & ~tied
+    loose = FULL & ~tied
     follow = loose & ~(loose + (sides << 1 & loose))
     if sides & tied & -tied:
         follow |= (tied & -tied) - 1
     return (sides | follow) & mask
+
+
+cdef inline int runs_of(uint32_t target) noexcept nogil:
+    """`entry.runs_of`: in how many runs a whole block is written, of which `target` goes to the second slot."""
+    return count_bits((target ^ target >> 1) & FULL >> 1) + 1
 
 
 cdef inline int64_t whole_slot(uint64_t word, uint64_t second, uint32_t need) noexcept nogil:
@@ -673,6 +680,7 @@ cdef class Writes:
         cdef uint32_t found[SECTORS]
         cdef Piece pieces[SECTORS]
         cdef int side, count = 0, error = 0, missing = 0, i = block & 63
+        cdef int64_t replaced = -1
         cdef uint64_t *words = words_at(self.pages, block >> 6, self.addresses)
         cdef PyObject *value
         if words == NULL:
@@ -693,6 +701,9 @@ cdef class Writes:
         slot[0] = had[0] = slot_of(word)
         slot[1] = had[1] = slot_of(second)
         self.two_sided = part[0] and part[1]
+        if mask == FULL and runs_of(part[1]) >= MANY_RUNS and self.slots.has_plenty:
+            replaced, slot[0] = slot[0], -1
+            part[0], part[1], opened = FULL, 0, 0
         for side in range(2):
             missing += part[side] and slot[side] < 0
         if missing and missing > self.slots.placement.free:
@@ -738,11 +749,13 @@ cdef class Writes:
             words = words_of(self.pages, block >> 6, self.addresses)
         else:
             self.dirty.add(self.first_key | block >> 6)
-        self.more_slots += (slot[0] != had[0]) + (slot[1] != had[1])
+        self.more_slots += (slot[0] != had[0]) + (slot[1] != had[1]) - (replaced >= 0)
         self.more_sectors += count_bits(<uint32_t> (mask & ~word))
         words[i] = (word & 0xFFFFFFFF & ~(<uint64_t> mask << 16)) | mask | <uint64_t> (slot[0] + 1) << 32
         words[PAGE_BLOCKS + i] = (second & 0xFFFFFFFF & ~<uint64_t> mask) | part[1] | <uint64_t> (slot[1] + 1) << 32
         self.open_sectors[key] = opened | mask
+        if replaced >= 0:
+            self.slots.abandon(replaced)
         return 1
 
     cdef int cut(self, int64_t slot, uint32_t mask, const uint8_t *data, uint32_t first, Piece *pieces) noexcept nogil:

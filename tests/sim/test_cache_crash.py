@@ -51,7 +51,7 @@ from forebay_cache.offline.claims import Judge
 from forebay_cache.read.plan import ORIGIN
 from sim import bugs
 from sim.fake_device import TEAR, Recorder, torn
-from sim.fake_host import Host, Listener, check_cache, nothing, settings
+from sim.fake_host import DEVICE_SIZE, Host, Listener, check_cache, nothing, settings
 from sim.fake_loop import Dice, simulated
 from sim.fake_origin import FakeJournal, FakeOrigin
 
@@ -177,8 +177,11 @@ class History:
             "max_dirty": self.random.choice((1 << 20, 1 << 30)),
             "max_lag": self.random.choice((0.05, 1.0, 30.0)),
         }
+        self._whole = self.random.random() < 0.2
         async with trio.open_nursery() as nursery:
-            host = Host(self.directory / "life", self.origin, nursery)
+            # Whole blocks are written into new slots only while many are free.
+            size = DEVICE_SIZE * 4 if self._whole else DEVICE_SIZE
+            host = Host(self.directory / "life", self.origin, nursery, size)
             await host.start()
             self._disk = await host.attach(
                 "d", settings(self.mode, **self.limits), overlay=self.overlay
@@ -231,7 +234,9 @@ class History:
             self._flush,
             self._read,
         ]
-        for _ in range(self.random.randrange(OPS)):
+        if self._whole:
+            do = [self._write, self._write, self._flush]
+        for _ in range(self.random.randrange(2 * OPS if self._whole else OPS)):
             try:
                 await self.random.choice(do)(guest)
             except (OSError, CacheFull):
@@ -278,7 +283,14 @@ class History:
                 ledger.flushed[s] = ledger.acked[s]
 
     def _own(self, guest: int) -> tuple[int, int]:
-        """A run of sectors of this guest's: of each 24 it has 8. Some places are written again and again."""
+        """A run of sectors of this guest's: of each 24 it has 8. Some places are written again and again.
+
+        Where guests write whole blocks, every third block is one's.
+        """
+        if self._whole:
+            block = self.random.choice((0, 0, 0, self.random.randrange(0, COUNT // 16 - 2, 3)))
+            first = self.random.choice((0, self.random.randrange(16)))
+            return (block + guest) * 16 + first, self.random.choice((16 - first, 16 - first, 1))
         period = self.random.choice((0, 1, 2, 3, 30, 31, self.random.randrange(COUNT // 24)))
         first = self.random.randrange(8)
         return period * 24 + guest * 8 + first, self.random.randrange(1, 9 - first)

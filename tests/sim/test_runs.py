@@ -43,8 +43,13 @@ class Block:
     @property
     def slots(self) -> int:
         """How many slots it has."""
+        return sum(slot >= 0 for slot in self.named)
+
+    @property
+    def named(self) -> tuple[int, int]:
+        """Both of them."""
         page = self.side.view.private[0].pages.by_number[0]
-        return sum(slot >= 0 for slot in entry_at(page, BLOCK).slots)
+        return entry_at(page, BLOCK).slots
 
 
 @pytest.fixture(params=["python", "core"])
@@ -117,12 +122,44 @@ def test_zeros_that_are_not_durable_keep_what_was_there(block: Block) -> None:
     assert block.side.cache.device.map[at : at + 65536] == before[at : at + 65536]
 
 
-def test_sectors_that_changed_sides_alone_stay_apart(block: Block) -> None:
-    """Both places of each are taken: one is durable, and what is written may only go to the other."""
+def by_turns(block: Block) -> None:
+    """Have the sectors of a block lie on both sides by turns, durably: either place of each may be the durable one."""
     block.write(WHOLE)
     block.sync()
     for sector in WHOLE[::2]:
         block.write(range(sector, sector + 1))
+    block.sync()
+
+
+def test_a_whole_block_over_sectors_on_both_sides_goes_to_a_new_slot(block: Block) -> None:
+    by_turns(block)
+    before = block.named
+    assert block.write(WHOLE) == 1
+    assert block.named[0] != before[0]
+    assert block.named[1] == before[1]
+    assert block.side.cache.quarantine._freed == [before[0]]
     for _ in range(2):
         block.sync()
+        assert block.write(WHOLE) == 1
+    assert block.slots == 2
+
+
+def test_what_was_written_since_the_sync_goes_to_the_new_slot_as_well(block: Block) -> None:
+    by_turns(block)
+    for sector in WHOLE[::3]:
+        block.write(range(sector, sector + 1))
+    assert block.write(WHOLE) == 1
+    assert block.write(WHOLE) == 1
+    assert block.named[0] not in block.side.cache.quarantine._freed
+
+
+@pytest.mark.parametrize("few", [11, 0])
+def test_where_few_slots_are_free_a_block_keeps_its_two(block: Block, few: int) -> None:
+    by_turns(block)
+    before = block.named
+    while block.side.cache.slots.placement.free > few:
+        block.side.cache.slots.take(0, held=True)
+    for _ in range(2):
         assert block.write(WHOLE) == 16
+        block.sync()
+    assert block.named == before

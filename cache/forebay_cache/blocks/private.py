@@ -22,6 +22,7 @@ from forebay_cache.device.pace import SLOW_SECONDS
 from forebay_cache.format import ops
 from forebay_cache.format.checksum import SUM_BITS, checksums
 from forebay_cache.format.entry import (
+    NO_SLOT,
     ZEROS,
     Entry,
     block_key,
@@ -30,6 +31,7 @@ from forebay_cache.format.entry import (
     has_slot,
     moved,
     put_entry,
+    runs_of,
     side_of,
     slot_of,
     with_slot,
@@ -56,12 +58,11 @@ from forebay_cache.index.pages import EMPTY
 from forebay_cache.index.sums import CHANGED
 from forebay_cache.layers.layer import Layer
 
-_target = moved
-"""Which sectors of ``mask`` go to the second slot: ``_target(word, second, mask, opened)``.
+MANY_RUNS = 4
+"""A whole block that would have to be written in so many pieces, or more, is written into a new slot instead."""
 
-A sector written since the last sync began (``opened``) stays where it is: nothing durable names that place. Any other
-that has data moves to the other side. One that is new, or durably zeros, goes where its neighbours are.
-"""
+_target = moved
+"""Which sectors of ``mask`` go to the second slot: ``_target(word, second, mask, opened)``."""
 
 
 def write(cache: Cache, layer: Layer, offset: int, data: memoryview) -> bool:
@@ -226,6 +227,10 @@ def _write_block(cache: Cache, layer: Layer, block: int, start: int, data: memor
     opened = cache.intent.open_sectors.get(key, 0)
     target = _target(word, second, mask, opened)
     had, slots = entry.slots, list(entry.slots)
+    replaced = NO_SLOT
+    if mask == FULL and runs_of(target) >= MANY_RUNS and cache.slots.has_plenty:
+        # All of it goes to a new slot, in place of the first one. A start may find that not all of it has arrived.
+        replaced, slots[0], target, opened = slots[0], NO_SLOT, 0, 0
     if not _slots_for(cache, layer, block, slots, mask & ~target, target):
         return False
     places = [
@@ -248,6 +253,7 @@ def _write_block(cache: Cache, layer: Layer, block: int, start: int, data: memor
     word, second = written(word, second, mask, target)
     put_entry(page, i, Entry(with_slot(word, slots[0]), with_slot(second, slots[1])))
     cache.intent.open_sectors[key] = cache.intent.open_sectors.get(key, 0) | mask
+    cache.removal.free(layer, replaced)
     return True
 
 
@@ -380,21 +386,15 @@ async def prepare(
 def _missing(cache: Cache, layer: Layer, block: int, start: int, length: int) -> int:
     """How many new slots a write to one block takes."""
     number, i = divmod(block, PAGE_BLOCKS)
-    page = layer.pages.page(number)
-    word, second = page[i], page[PAGE_BLOCKS + i]
+    word, second = entry_at(layer.pages.page(number), i)
     mask = MASKS[start >> SECTOR_SHIFT][(start + length - 1) >> SECTOR_SHIFT]
-    target = _target(
-        word, second, mask, cache.intent.open_sectors.get(block_key(layer.id, block), 0)
-    )
+    opened = cache.intent.open_sectors.get(block_key(layer.id, block), 0)
+    target = _target(word, second, mask, opened)
     return (bool(mask & ~target) and not has_slot(word)) + (bool(target) and not has_slot(second))
 
 
 def _known_slots(layer: Layer, runs: list[tuple[int, int, int]]) -> list[int]:
     """The slots that blocks of the layer have already."""
-    slots: list[int] = []
-    for block, _, _ in runs:
-        number, i = divmod(block, PAGE_BLOCKS)
-        page = layer.pages.look(number)
-        if page is not None:
-            slots += entry_at(page, i).slots
-    return [slot for slot in slots if slot >= 0]
+    pages = [(layer.pages.look(block // PAGE_BLOCKS), block % PAGE_BLOCKS) for block, _, _ in runs]
+    entries = [entry_at(page, i) for page, i in pages if page is not None]
+    return [slot for entry in entries for slot in entry.slots if slot >= 0]

@@ -204,6 +204,11 @@ def bound(word: int, staying: int) -> int:
     return word & (~(word >> _ZERO_SHIFT) | staying) & FULL
 
 
+def runs_of(target: int) -> int:
+    """In how many runs the sectors of a whole block lie, of which ``target`` lie on the second side."""
+    return ((target ^ target >> 1) & FULL >> 1).bit_count() + 1
+
+
 def written(word: int, second: int, mask: int, target: int) -> tuple[int, int]:
     """Both words of a private block once ``mask`` was written, ``target`` of it on the second side."""
     return word & ~(mask << _ZERO_SHIFT) | mask, second & ~mask | target

@@ -95,13 +95,18 @@ def _apply_block(cache: Cache, layer: Layer, block: int, claimed: Claimed, judge
 def _merged(cache: Cache, before: Entry, claimed: Claimed, judge: Judge) -> Entry:
     """The entry with what the claims say of it; the checksums of the sectors that they name are taken as well."""
     entry = Entry(0) if claimed.is_replaced else before
+    slots = [new if new >= 0 else old for new, old in zip(claimed.slots, entry.slots, strict=True)]
     valid, zero, side = entry.valid, entry.zero, side_of(entry.second)
     provisioned = entry.provisioned
     for sector in claimed.sectors:
         claim = judge.verdict(claimed, sector, before).claim
-        if claim is None:
-            continue
         bit = 1 << sector
+        if claim is None:
+            here = side >> sector & 1
+            old = entry.slots[here]
+            if entry.data & bit and old not in (NO_SLOT, slots[here]):
+                _bring(cache, old, slots[here], sector, judge.stored(old, sector))
+            continue
         valid |= bit
         if claim.is_zeros:
             zero |= bit
@@ -109,12 +114,25 @@ def _merged(cache: Cache, before: Entry, claimed: Claimed, judge: Judge) -> Entr
         else:
             zero &= ~bit
             side = side | bit if claim.side else side & ~bit
-            _take_sum(cache, claim.slot, sector, claim.checksum)
-    slots = [new if new >= 0 else old for new, old in zip(claimed.slots, entry.slots, strict=True)]
+            _bring(cache, claim.slot, slots[claim.side], sector, claim.checksum)
     data = valid & ~zero
     used = (data & ~side, data & side)
     first, second = (slot if mask else NO_SLOT for slot, mask in zip(slots, used, strict=True))
     return Entry(pack(first, zero, valid), pack_second(second, side, provisioned))
+
+
+def _bring(cache: Cache, old: int, slot: int, sector: int, value: int) -> None:
+    """Have ``slot`` hold a sector, whose checksum is ``value``, that lies in ``old``. Raises OSError.
+
+    These differ where a block was written as a whole into a new slot, and the machine went down before all of that was
+    there. What of it is missing is what the old slot has, which nobody has written to since; and the place in the new
+    one has nothing that counts. So this can be done again, should a start not get to its commit.
+    """
+    if old != slot:
+        data = _sector_at(cache, old, sector)
+        if data is not None and checksum(data) == value:  # else it is damaged there as well
+            cache.device.write(cache.device.at(slot, sector * SECTOR), data)
+    _take_sum(cache, slot, sector, value)
 
 
 def _take_sum(cache: Cache, slot: int, sector: int, value: int) -> None:
@@ -137,9 +155,15 @@ def _judge(cache: Cache, *, survived: bool) -> Judge:
 
 def _sum_at(cache: Cache, slot: int, sector: int) -> int:
     """The checksum of what lies on the device; UNREADABLE if it cannot be read."""
+    data = _sector_at(cache, slot, sector)
+    return UNREADABLE if data is None else checksum(data)
+
+
+def _sector_at(cache: Cache, slot: int, sector: int) -> bytearray | None:
+    """What lies on the device; None if it cannot be read."""
     data = bytearray(SECTOR)
     try:
         cache.device.read_into(cache.device.at(slot, sector * SECTOR), [data])
     except OSError:
-        return UNREADABLE
-    return checksum(data)
+        return None
+    return data

@@ -164,6 +164,11 @@ class SlotPool:
         """Forget that the block in a slot was asked for. True if it was, since the last time or a hand passed."""
         return self.placement.forget_touch(slot)
 
+    @property
+    def has_plenty(self) -> bool:
+        """True if a slot may be taken by who can do without: nobody has to wait, and nothing is evicted, for that."""
+        return self.placement.free > self.low
+
     def missing(self) -> int:
         """How many slots have to be evicted so that enough are free, or about to be. Negative where there are more."""
         return self.low - self.placement.free - self._quarantine.leaving
