@@ -43,9 +43,9 @@ MAY_IMPORT = {
 # the protocol nothing of the cache's index, and neither of the control API
 FOREIGN = {
     "forebay": set[str](),
-    "forebay_nbd": {"lmdb", "pydantic", "hypercorn", "starlette", "rich", "nbd"},
-    "forebay_cache": {"nbd", "pydantic", "hypercorn", "starlette", "rich"},
-    "forebay_fast": {"lmdb", "nbd", "pydantic", "hypercorn", "starlette", "rich"},
+    "forebay_nbd": {"lmdb", "pydantic", "h11", "rich", "nbd"},
+    "forebay_cache": {"nbd", "pydantic", "h11", "rich"},
+    "forebay_fast": {"lmdb", "nbd", "pydantic", "h11", "rich"},
 }
 
 
@@ -113,7 +113,7 @@ WORDS = "forebay_cache.format.entry"
 ORDER: dict[str, list[str]] = {
     "forebay": [
         "errors units systemd client __init__",
-        "config formats",
+        "config formats http",
         "origin/worker",
         "origin",
         "origin/virtual",

@@ -5,6 +5,7 @@ import re
 from itertools import groupby
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from forebay.control.metrics import metrics_text
 from unit.control_fake import CACHE, GATEWAY, disk
@@ -53,6 +54,20 @@ def test_names_follow_the_rules() -> None:
     for kind in re.findall(r"(?m)^# TYPE (\S+ \S+)$", text):
         name, what = kind.split()
         assert name.endswith("_total") == (what == "counter"), name
+
+
+@pytest.mark.parametrize("image", ['x"y\\z\nw', "\r\t", "ä\u2028", "a\\nb", "{}=,"])
+def test_prometheus_reads_what_is_told(image: str) -> None:
+    text = metrics_text([disk("a", image=image), disk("b", reads=5)], CACHE, GATEWAY)
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    of_image = {s.labels["image"] for s in families["forebay_disk_info"].samples}
+    assert image in of_image
+    assert {s.labels["disk"] for s in families["forebay_dirty_bytes"].samples} == {"a", "b"}
+    typed = set(re.findall(r"(?m)^# TYPE (\S+)", text))
+    assert {name.removesuffix("_total") for name in typed} == {
+        name.removesuffix("_total") for name in families
+    }
+    assert all(family.documentation for family in families.values())
 
 
 def test_labels_are_escaped() -> None:

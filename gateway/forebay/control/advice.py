@@ -6,8 +6,7 @@
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from forebay.http.messages import Answer, JSONResponse, Request, Response
 
 
 class Advice(Protocol):
@@ -23,7 +22,7 @@ class AdviceRoutes:
     def __init__(self, advice: Advice) -> None:
         self._advice = advice
 
-    def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Response]]]]:
+    def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Answer]]]]:
         """Method, path and endpoint of each route."""
         return [("GET", "/advice", self.advice)]
 

@@ -6,14 +6,11 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from contextlib import aclosing
 from typing import Any, get_args
-
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
 
 from forebay.config.fields import PeerRule
 from forebay.doors.tenant import Rule
+from forebay.http.messages import HTTPException, Request
 from forebay.units import (
     Mode,
     did_you_mean,
@@ -189,7 +186,7 @@ async def arguments(
     `known` says which keys there may be, `required` which there have to be.
     """
     given: dict[str, Any] = dict(request.query_params)
-    given |= _object(await _body(request))
+    given |= _object(await request.body(LONGEST_BODY))
     parsed = {}
     for key, value in given.items():
         if key not in known:
@@ -205,18 +202,6 @@ async def arguments(
     if missing := [key for key in required if key not in parsed]:
         raise HTTPException(400, f"{missing[0]}: is required: send it in a JSON object")
     return parsed
-
-
-async def _body(request: Request) -> bytes:
-    """The body of the request. Raises HTTPException (413) for more than LONGEST_BODY."""
-    body = b""
-    async with aclosing(request.stream()) as parts:
-        async for part in parts:
-            body += part
-            if len(body) > LONGEST_BODY:
-                text = f"the request is too long: send at most {LONGEST_BODY} bytes"
-                raise HTTPException(413, text)
-    return body
 
 
 def _object(body: bytes) -> dict[str, Any]:

@@ -6,11 +6,9 @@
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-
 from forebay.control.arguments import EXTEND, arguments
 from forebay.control.work import Operation, Progress
+from forebay.http.messages import Answer, JSONResponse, Request, Response
 
 
 class CacheDevice(Protocol):
@@ -38,7 +36,7 @@ class CacheRoutes:
     def __init__(self, gateway: CacheDevice) -> None:
         self._gateway = gateway
 
-    def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Response | Operation]]]]:
+    def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Answer]]]]:
         """Method, path and endpoint of each route."""
         return [
             ("GET", "/cache", self.cache),

@@ -8,12 +8,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
 import trio
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 
 from forebay.boot.files import Found
 from forebay.control.arguments import IMAGES, MARK, PURGE, TAG, TRACE, WARM, arguments
 from forebay.control.work import Operation, Progress
+from forebay.http.messages import Answer, JSONResponse, Request, Response
 
 Told = dict[str, Any]
 """What is told about one image, or one store: the keys of `forebay images --json` and `forebay stores --json`."""
@@ -76,7 +75,7 @@ class ImageRoutes:
         self._catalogue = catalogue
         self._stores = stores
 
-    def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Response | Operation]]]]:
+    def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Answer]]]]:
         """Method, path and endpoint of each route."""
         return [
             ("GET", "/stores", self.stores),
@@ -97,7 +96,7 @@ class ImageRoutes:
         told = [
             json.dumps(one).encode() async for one in self._catalogue.images(given.get("store"))
         ]
-        return Response(b"[" + b",".join(told) + b"]", media_type="application/json")
+        return Response(b"[" + b",".join(told) + b"]")
 
     async def stores(self, _: Request) -> Response:
         """All stores, a list: their sockets, and who reads what by these."""
@@ -139,7 +138,7 @@ class ImageRoutes:
         if not given.get("export"):
             return JSONResponse(found.told())
         text = await trio.to_thread.run_sync(found.exported)
-        return Response(text, media_type="application/json")
+        return Response(text)
 
     async def drop_trace(self, request: Request) -> Response:
         """Forget what boots from an image read."""

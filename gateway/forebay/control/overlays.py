@@ -6,11 +6,9 @@
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-
 from forebay.control.arguments import REVERT, ROLLBACK, SNAPSHOT, arguments
 from forebay.control.work import Operation, Progress
+from forebay.http.messages import Answer, JSONResponse, Request, Response
 
 Told = dict[str, Any]
 """What is told about one overlay, or about one snapshot: the keys of `forebay overlays --json`, and `snapshots`."""
@@ -47,7 +45,7 @@ class OverlayRoutes:
     def __init__(self, overlays: Overlays) -> None:
         self._overlays = overlays
 
-    def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Response | Operation]]]]:
+    def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Answer]]]]:
         """Method, path and endpoint of each route."""
         return [
             ("GET", "/overlays", self.all),

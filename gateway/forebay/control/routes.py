@@ -10,14 +10,8 @@ for any more; no data is lost by that. The routes stand in gateway/README.md.
 """
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any, Literal, Protocol
-
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
 
 from forebay import __version__
 from forebay.control.advice import Advice, AdviceRoutes
@@ -41,6 +35,8 @@ from forebay.control.summary import Summary, SummaryRoutes
 from forebay.control.work import Operation, Progress, error, failure
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
+from forebay.http.messages import Answer, HTTPException, JSONResponse, Request, Response
+from forebay.http.routing import Endpoint, Route
 from forebay.units import Mode
 
 Status = dict[str, Any]
@@ -148,14 +144,10 @@ class Answers(CacheDevice, Protocol):
         """How this host stands."""
 
 
-Endpoint = Callable[[Request], Awaitable["Response | Operation"]]
-"""Answers one request. What it raises is answered as an error."""
-
-
 def _guarded(endpoint: Endpoint) -> Endpoint:
     """The endpoint, which answers every fault in JSON: none of them may end the daemon."""
 
-    async def call(request: Request) -> Response | Operation:
+    async def call(request: Request) -> Answer:
         try:
             return await endpoint(request)
         except Exception as fault:  # noqa: BLE001
@@ -193,7 +185,7 @@ class Control:
             *ImageRoutes(self._gateway.catalogue, self._gateway.stores).table(),
             *OverlayRoutes(self._gateway.overlays).table(),
         ]
-        return [Route(path, _guarded(call), methods=[method]) for method, path, call in table]
+        return [Route(method, path, _guarded(call)) for method, path, call in table]
 
     def _name(self, request: Request) -> str:
         """The disk in the path. Raises HTTPException (404) when there is none."""
@@ -206,12 +198,13 @@ class Control:
 
     async def index(self, _: Request) -> Response:
         """Who answers, for a person with curl."""
-        routes = [f"{_method(route)} {route.path}" for route in self.routes()]
+        routes = [f"{route.method} {route.path}" for route in self.routes()]
         return JSONResponse({"forebay": __version__, "routes": routes})
 
     async def metrics(self, _: Request) -> Response:
         """Prometheus text."""
-        return PlainTextResponse(await self._gateway.metrics(), media_type=PROMETHEUS_TEXT)
+        text = await self._gateway.metrics()
+        return Response(text.encode(), media_type=PROMETHEUS_TEXT)
 
     async def gateway(self, _: Request) -> Response:
         """What belongs to no disk, and not to the cache."""
@@ -220,7 +213,7 @@ class Control:
     async def disks(self, _: Request) -> Response:
         """The status of all disks, a list; written as JSON one by one, since there may be very many."""
         told = [json.dumps(one).encode() async for one in self._gateway.statuses()]
-        return Response(b"[" + b",".join(told) + b"]", media_type="application/json")
+        return Response(b"[" + b",".join(told) + b"]")
 
     async def disk(self, request: Request) -> Response:
         """The status of one disk."""
@@ -342,19 +335,3 @@ class Control:
                 progress=progress,
             )
         )
-
-
-def _method(route: Route) -> str:
-    """The route's one method; starlette adds HEAD to GET by itself."""
-    return min(route.methods or ())
-
-
-def control_app(gateway: Answers) -> Starlette:
-    """The ASGI application."""
-
-    async def refuse(request: Request, fault: Exception) -> Response:
-        """Answer a request for which starlette's router has found no route or method."""
-        text = f"no {request.method} {request.url.path} here: GET / lists the routes"
-        return error(failure(fault)[0], text)
-
-    return Starlette(routes=Control(gateway).routes(), exception_handlers={HTTPException: refuse})

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""The control API's socket, and HTTP on it by hypercorn. What is answered: `forebay.control.routes`."""
+"""The control API's socket, and HTTP on it. What is answered: `forebay.control.routes`."""
 
 import grp
 import logging
@@ -9,25 +9,25 @@ import os
 import socket
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import trio
-from hypercorn.config import Config as HypercornConfig
-from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ConnectionState, Framework, LifespanState
-from hypercorn.utils import wrap_app
-from starlette.applications import Starlette
 
-from forebay.control.routes import Answers, control_app
+from forebay.control.routes import Answers, Control
 from forebay.doors.named import NamedListener
 from forebay.doors.peers import Admission
 from forebay.errors import ForebayError, advice
+from forebay.http.connection import serve_connection
+from forebay.http.routing import Router
 
 log = logging.getLogger("forebay.control")
 
 BACKLOG = 64
 """Connections that may wait to be accepted; scrapers and hooks come one at a time."""
+
+
+MOST_CONNECTIONS = 256
+"""Clients at once. Each has a descriptor, of which disks need theirs."""
 
 
 class _GatewaySection(Protocol):
@@ -62,7 +62,8 @@ async def serve_control(
     listener = NamedListener(path, again(), again)
     try:
         admission = Admission.to_control(group)
-        await _Server(control_app(gateway), admission).run(listener, task_status)
+        router = Router(Control(gateway).routes())
+        await _Server(router, admission).run(listener, task_status)
     finally:
         listener.socket.close()
         listener.remove()
@@ -108,44 +109,38 @@ def _answers(path: Path) -> bool:
 
 
 class _Server:
-    """Hypercorn's handling of one connection, over a listener and connections of our own.
+    """The connections of those who may ask."""
 
-    hypercorn.trio.serve would do for serving. But it sends under a shielded scope, so that one client that does not
-    read (a `forebay flush` stopped with Ctrl-Z is enough) would keep a cancelled daemon from ending. Here cancelling
-    shuts the connections down first.
-    """
-
-    def __init__(self, app: Starlette, admission: Admission) -> None:
+    def __init__(self, router: Router, admission: Admission) -> None:
+        self._router = router
         self._admission = admission
-        self._config = _hypercorn_config()
-        framework = cast("Framework", app)  # two spellings of the same ASGI types
-        self._app = wrap_app(framework, self._config.wsgi_max_body_size, "asgi")
-        self._context = WorkerContext(None)
-        self._streams: set[trio.SocketStream] = set()
+        self._connections = 0
 
     async def run(self, listener: NamedListener, task_status: trio.TaskStatus[None]) -> None:
         """Serve until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._hang_up_when_cancelled)
             nursery.start_soon(trio.serve_listeners, self._connection, [listener])
             task_status.started()
 
     async def _connection(self, stream: trio.SocketStream) -> None:
-        """Serve one client. Raises nothing."""
+        """Serve one client. trio closes the stream then. Raises nothing."""
         if not self._admits(stream):
             return
-        state = ConnectionState(LifespanState({}))
-        self._streams.add(stream)
-        plain: Any = stream  # hypercorn's types know TLS only, its code both
+        self._connections += 1
         try:
-            await TCPServer(self._app, self._config, self._context, state, plain).run()
-        except* Exception as faults:
-            log.error("control API: a connection failed", exc_info=faults)
+            await serve_connection(stream, self._router.answer)
+        except Exception as fault:
+            log.error("control API: a connection failed", exc_info=fault)
         finally:
-            self._streams.discard(stream)
+            self._connections -= 1
 
     def _admits(self, stream: trio.SocketStream) -> bool:
-        """True if the peer may ask. trio closes the stream where it may not."""
+        """True if the peer may ask."""
+        if self._connections >= MOST_CONNECTIONS:
+            log.warning(
+                "control API: more than %d clients at once: one is refused", MOST_CONNECTIONS
+            )
+            return False
         try:
             refused = self._admission.refused(stream.socket)
         except OSError:  # gone already
@@ -153,25 +148,3 @@ class _Server:
         if refused is not None:
             log.info("control API: %s is refused: see gateway.control_group", refused)
         return refused is None
-
-    async def _hang_up_when_cancelled(self) -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            for stream in self._streams:
-                _shut_down(stream)
-
-
-def _shut_down(stream: trio.SocketStream) -> None:
-    try:
-        stream.socket.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # it was gone already
-
-
-def _hypercorn_config() -> HypercornConfig:
-    config = HypercornConfig()
-    config.accesslog = None
-    config.errorlog = log
-    config.include_server_header = False
-    return config

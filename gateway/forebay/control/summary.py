@@ -6,8 +6,7 @@
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from forebay.http.messages import Answer, JSONResponse, Request, Response
 
 
 class Summary(Protocol):
@@ -23,7 +22,7 @@ class SummaryRoutes:
     def __init__(self, summary: Summary) -> None:
         self._summary = summary
 
-    def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Response]]]]:
+    def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Answer]]]]:
         """Method, path and endpoint of each route."""
         return [("GET", "/summary", self.summary)]
 

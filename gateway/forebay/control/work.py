@@ -9,11 +9,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
-from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
 
 from forebay.errors import ForebayError, InUseError, advice
+from forebay.http.messages import Answer, Exchange, HTTPException, HungUp, JSONResponse
+from forebay.image.boundary import sole_fault
 
 log = logging.getLogger("forebay.control")
 
@@ -45,21 +44,17 @@ def failure(fault: Exception, disk: str = "") -> tuple[int, str]:
     return 500, f"a fault of forebay itself ({type(fault).__name__}): look at the daemon's log"
 
 
-def error(status: int, text: str, fault: Exception | None = None) -> Response:
+def error(status: int, text: str, fault: Exception | None = None) -> Answer:
     """The response that says what is wrong; with `holder` where an image is in somebody else's hands."""
     holder = {"holder": fault.holder} if isinstance(fault, InUseError) else {}
     return JSONResponse({"error": text, **holder}, status)
 
 
 class Operation:
-    """An ASGI response that does some work and tells how far it is.
-
-    The work, and it alone, is cancelled when the client hangs up: hypercorn closes connections in the task that sends,
-    and what is cancelled in there stays open.
-    """
+    """An answer that does some work and tells how far it is. The work is cancelled when the client hangs up."""
 
     def __init__(self, work: Work) -> None:
-        """`work` is called once, when the response is sent. What it returns is the result, as JSON."""
+        """`work` is called once, when the answer is sent. What it returns is the result, as JSON."""
         self._work = work
         self._scope = trio.CancelScope()
         self._progress: tuple[int, int] | None = None
@@ -68,22 +63,22 @@ class Operation:
         self._outcome: dict[str, Any] = {}
         self._status = 200
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._hang_up, receive)
-            nursery.start_soon(self._run, scope.get("path_params", {}).get("name", ""))
-            await self._changed.wait()
-            if self._finished.is_set() and "result" not in self._outcome:
-                await self._refuse(scope, receive, send)
-            else:
-                await self._tell(send)
-            nursery.cancel_scope.cancel()
+    async def send(self, exchange: Exchange) -> None:
+        """Do the work, and answer. Raises HungUp."""
+        with sole_fault():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._hang_up, exchange)
+                nursery.start_soon(self._run, exchange.request.path_params.get("name", ""))
+                await self._changed.wait()
+                if self._finished.is_set() and "result" not in self._outcome:
+                    await self._refuse(exchange)
+                else:
+                    await self._tell(exchange)
+                nursery.cancel_scope.cancel()
 
-    async def _hang_up(self, receive: Receive) -> None:
+    async def _hang_up(self, exchange: Exchange) -> None:
         """Cancel the work when the client hangs up."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await exchange.hung_up()
         self._scope.cancel()
 
     async def _run(self, disk: str) -> None:
@@ -101,27 +96,27 @@ class Operation:
         self._progress = (done, total)
         self._changed.set()
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(self, exchange: Exchange) -> None:
         """Answer work that failed before it said anything."""
-        if self._outcome:
-            await error(self._status, self._outcome["error"])(scope, receive, send)
+        if not self._outcome:
+            raise HungUp
+        await error(self._status, self._outcome["error"]).send(exchange)
 
-    async def _tell(self, send: Send) -> None:
+    async def _tell(self, exchange: Exchange) -> None:
         """Answer with lines of progress, at most one each PROGRESS_INTERVAL, and the outcome as the last one."""
-        headers = [(b"content-type", b"application/x-ndjson")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await exchange.start(200, {"content-type": "application/x-ndjson"})
         while not self._finished.is_set():
             await self._changed.wait()
             self._changed = trio.Event()
             if self._progress is not None:
                 done, total = self._progress
-                await _line(send, {"done": done, "total": total}, more=True)
+                await exchange.write(_line({"done": done, "total": total}))
             with trio.move_on_after(PROGRESS_INTERVAL):
                 await self._finished.wait()
-        if self._outcome:
-            await _line(send, self._outcome, more=False)
+        if not self._outcome:
+            raise HungUp
+        await exchange.write(_line(self._outcome))
 
 
-async def _line(send: Send, content: dict[str, Any], *, more: bool) -> None:
-    body = json.dumps(content).encode() + b"\n"
-    await send({"type": "http.response.body", "body": body, "more_body": more})
+def _line(content: dict[str, Any]) -> bytes:
+    return json.dumps(content).encode() + b"\n"
