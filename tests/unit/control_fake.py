@@ -323,10 +323,11 @@ class FakeGateway:
 
     async def attach(self, name: str, image: str, **settings: Any) -> dict[str, Any]:
         self._called("attach", name, image, settings)
-        if name in self.disks:
+        again = name in self.disks
+        if again and self.disks[name]["image"] != image:
             raise ForebayError(f"'{name}' is attached already: detach it, or choose another name")
         self.disks[name] = disk(name, image=image, mode=str(settings["mode"] or "write-through"))
-        return self.disks[name]
+        return self.disks[name] | {"attached_already": again}
 
     async def detach(self, name: str, *, discard: bool, force: bool, progress: Progress) -> None:
         self.calls.append(("detach", name, discard, force))

@@ -282,8 +282,12 @@ async def test_attach_sends_what_was_asked_for(capsys: Capture, tmp_path: Path) 
         assert await forebay(run, "attach", "vm2", "./a:b.raw", "--json") == 0
         assert json.loads(capsys.readouterr().out)["name"] == "vm2"
         assert await forebay(run, "attach", "vm3", "nbd+unix:///x?socket=/s") == 0
-        assert await forebay(run, "attach", "vm1", "images:a.raw") == 1
+        assert await forebay(run, "attach", "vm1", "images:b.raw") == 1
         assert "'vm1' is attached already" in capsys.readouterr().err
+        assert await forebay(run, "attach", "vm1", "images:a.raw") == 0
+        told = capsys.readouterr()
+        assert told.out == "vm1: /run/forebay/disks/vm1.sock\n"
+        assert told.err.startswith("forebay: 'vm1' is attached already, just so\n")
     assert gateway.calls[0][3] == {
         "mode": "write-back",
         "cache_size": 1 << 30,

@@ -89,6 +89,8 @@ def attach(arguments: Arguments) -> int:
         print_json(status)
     else:
         print(f"{status['name']}: {status['socket']}")
+        if status.get("attached_already"):
+            print(f"forebay: '{arguments.name}' is attached already, just so", file=sys.stderr)
         from forebay.libvirt.version import installed_version
 
         _warn_of_old_libvirt(installed_version())

@@ -74,7 +74,7 @@ class Answers(CacheDevice, Protocol):
     ) -> Status:
         """Serve an image; None stands for what the store says. `gives_way`: to a disk that writes the image.
 
-        `image_format`: `raw` for its bytes, whatever they look like.
+        `image_format`: `raw` for its bytes, whatever they look like. The status says `attached_already`.
         """
 
     async def detach(self, name: str, *, discard: bool, force: bool, progress: Progress) -> None:
@@ -220,7 +220,7 @@ class Control:
         return JSONResponse(self._gateway.status(self._name(request))[0])
 
     async def attach(self, request: Request) -> Response:
-        """Attach an image; answers with the new disk's status."""
+        """Attach an image; answers with the disk's status, and 200 instead of 201 where the very same was there."""
         given = await arguments(request, ATTACH, ("name", "image"))
         status = await self._gateway.attach(
             given["name"],
@@ -235,7 +235,7 @@ class Control:
             gives_way=given.get("gives_way", False),
             image_format=given.get("format"),
         )
-        return JSONResponse(status, 201)
+        return JSONResponse(status, 200 if status["attached_already"] else 201)
 
     async def detach(self, request: Request) -> Operation:
         """Write back what is dirty (or drop it: `discard`) and let the image go."""

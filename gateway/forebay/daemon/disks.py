@@ -9,10 +9,15 @@ from dataclasses import dataclass, field
 
 import trio
 
+from forebay.config.model import Config
 from forebay.daemon.attached import Absent, Attached
+from forebay.daemon.record import DiskRecord, difference
 from forebay.errors import ForebayError
 from forebay.image.source import Source
 from forebay.units import did_you_mean
+
+Attach = Callable[[str, DiskRecord], Awaitable[Attached]]
+"""Serves an image as a disk of that name, as `Arrivals.attach`."""
 
 
 @dataclass(eq=False)
@@ -22,6 +27,14 @@ class _Coming:
     source: Source
     ended: trio.Event = field(default_factory=trio.Event)
     is_alone: bool = False
+
+
+@dataclass(eq=False)
+class Request:
+    """An attach that is being worked on, from before its image is known."""
+
+    wanted: DiskRecord
+    ended: trio.Event = field(default_factory=trio.Event)
 
 
 @dataclass(eq=False)
@@ -56,6 +69,7 @@ class Disks:
 
     def __init__(self) -> None:
         self._known: dict[str, Attached | Absent] = {}
+        self._requests: dict[str, Request] = {}
         self._coming: dict[str, _Coming] = {}
         self._alone: list[_Coming] = []
         self._readings: set[_Reading] = set()
@@ -78,6 +92,14 @@ class Disks:
             raise ForebayError(f"no disk '{name}'{hint}: see forebay status")
         return found
 
+    def known(self, name: str) -> Attached | Absent | None:
+        """The disk of that name, served or only on record; None where there is none."""
+        return self._known.get(name)
+
+    def request(self, name: str) -> Request | None:
+        """The attach of that name that is being worked on, if there is one."""
+        return self._requests.get(name)
+
     def attached(self, name: str) -> Attached:
         """The disk of that name, which is attached. Raises ForebayError where it is not."""
         found = self.find(name)
@@ -98,6 +120,16 @@ class Disks:
     def add(self, disk: Attached | Absent) -> None:
         """Make it a disk of the gateway."""
         self._known[disk.name] = disk
+
+    @contextlib.contextmanager
+    def requested(self, name: str, wanted: DiskRecord) -> Iterator[None]:
+        """Around an attach, which whoever wants the same waits for."""
+        request = self._requests[name] = Request(wanted)
+        try:
+            yield
+        finally:
+            del self._requests[name]
+            request.ended.set()
 
     def remove(self, disk: Attached | Absent) -> None:
         """Have it be none any more. Another one that has its name by now stays."""
@@ -228,3 +260,62 @@ class Disks:
                 f"{source.key} is in use by disk '{other.use.disk}', which needs it unchanged: "
                 "detach that first, or attach with --overlay or --read-only"
             )
+
+
+# -- the same attach once more: scripts repeat themselves
+
+
+async def attach_once(
+    config: Config, disks: Disks, attach: Attach, name: str, wanted: DiskRecord
+) -> tuple[Attached, bool]:
+    """The disk of that name, and True if it was there already, the same in all that was asked for.
+
+    An attach of the same that is on its way, or a detach, is waited for first. Raises ForebayError where something else
+    has the name, or the same is there and cannot be used; and what `attach` raises.
+    """
+    while (wait := _reason_to_wait(config, disks, name, wanted)) is not None:
+        await wait()
+    if (found := disks.known(name)) is not None:
+        return _usable(found), True
+    with disks.requested(name, wanted):
+        return await attach(name, wanted), False
+
+
+def _reason_to_wait(
+    config: Config, disks: Disks, name: str, wanted: DiskRecord
+) -> Callable[[], Awaitable[None]] | None:
+    """Waits for what decides whether the disk is there; None: it is known now.
+
+    Raises ForebayError where something else has the name.
+    """
+    request, found = disks.request(name), disks.known(name)
+    there = request.wanted if request is not None else found.record if found is not None else None
+    if there is None:
+        return None
+    if what := difference(config, there, wanted):
+        raise ForebayError(
+            f"there is a disk '{name}' already, {what}: detach it, or choose another name"
+        )
+    if request is not None:
+        return request.ended.wait
+    return _turn_of(found) if found is not None and found.busy.locked() else None
+
+
+def _turn_of(disk: Attached | Absent) -> Callable[[], Awaitable[None]]:
+    """Waits until nothing changes the disk as a whole: it may be gone then."""
+
+    async def wait() -> None:
+        async with disk.busy:
+            pass
+
+    return wait
+
+
+def _usable(disk: Attached | Absent) -> Attached:
+    """The disk, which can be used. Raises ForebayError, which says why it cannot."""
+    if isinstance(disk, Absent):
+        raise ForebayError(f"'{disk.name}' is attached already, and is not served: {disk.why}")
+    disk.check_serves()
+    if (why := disk.disk.image.conflict) is not None:
+        raise ForebayError(f"'{disk.name}' is attached already, and is in conflict: {why}")
+    return disk

@@ -25,7 +25,7 @@ from forebay.daemon.arrivals import Arrivals
 from forebay.daemon.attached import Attached
 from forebay.daemon.committing import Committing
 from forebay.daemon.departures import Departures
-from forebay.daemon.disks import Disks
+from forebay.daemon.disks import Disks, attach_once
 from forebay.daemon.ending import stop
 from forebay.daemon.figures import memory
 from forebay.daemon.figures.loop_meter import METER
@@ -174,7 +174,7 @@ class Gateway:
         gives_way: bool = False,
         image_format: str | None = None,
     ) -> Status:
-        """Serve an image as a disk; None stands for what the store says. The disk's status.
+        """Serve an image as a disk; None stands for what the store says. The disk's status, with `attached_already`.
 
         `image_format`: `raw` for the bytes of the image, whatever they look like.
         """
@@ -183,8 +183,9 @@ class Gateway:
             raise ForebayError("a disk that gives way is read-only: leave one of the two out")
         wanted = DiskRecord(image, "", 0, read_only, overlay, chosen, cache_size, preload)
         wanted = replace(wanted, gives_way=gives_way, format=image_format, keep=keep)
-        attached = await self._arrivals.attach(name, wanted.with_rule(rule))
-        return attached.status()
+        wanted, attach = wanted.with_rule(rule), self._arrivals.attach
+        attached, again = await attach_once(self.config, self._disks, attach, name, wanted)
+        return {**attached.status(), "attached_already": again}
 
     async def resume(self, earlier: EarlierSockets) -> None:
         """Bring back the disks on record, each whether or not its origin can be reached, and their clients."""

@@ -11,14 +11,24 @@ from forebay.catalogue.entries import commit_records
 from forebay.config.fields import PeerRule
 from forebay.config.model import Config, DiskSettings
 from forebay.doors.tenant import Rule
+from forebay.errors import ForebayError
+from forebay.formats.magic import RAW
 from forebay.image.source import Source
 from forebay.keeping.kept import Kept, KeptOverlays, identity_of
+from forebay.origin.addresses import Address, ScratchAddress, resolve
 from forebay.origin.protocol import Identity
 from forebay.units import Mode
 from forebay_cache import Cache
 
 KIND = "disk"
 """Under which kind of record the index keeps them; the name is that of the disk."""
+
+
+KINDS = {"read_only": "read-only", "overlay": "an overlay", "gives_way": "one that gives way"}
+"""Of a disk, with the words for them."""
+
+SETTINGS = ("mode", "cache_size", "preload")
+"""What an attach may say of a disk, and its store otherwise."""
 
 
 @dataclass(frozen=True)
@@ -206,3 +216,36 @@ async def in_conflict(
         "them, or saves them elsewhere",
         behind=others_went_on,
     )
+
+
+def difference(config: Config, there: DiskRecord, wanted: DiskRecord) -> str:
+    """What the disk that is there has otherwise than the one that is wanted, in words; empty if nothing.
+
+    What nobody told of mode and sizes is what the store says; of processes, it is what is there. Raises ForebayError
+    for an image that cannot be.
+    """
+    image = resolve(config, wanted.image)
+    if not _is_of(config, there, image):
+        return f"of {there.image}"
+    if isinstance(image, ScratchAddress):
+        wanted = replace(wanted, overlay=True)
+    if (there.format == RAW) != (wanted.format == RAW):
+        return "which shows its image in another way"
+    for key, word in KINDS.items():
+        if getattr(there, key) != getattr(wanted, key):
+            return f"which is {word}" if getattr(there, key) else f"which is not {word}"
+    if wanted.keep and not there.keep:
+        return "whose changes are not kept"
+    for key in ("peer", "peer_label", "peer_user"):
+        if getattr(wanted, key) not in (None, getattr(there, key)):
+            return "which is for other processes"
+    had, has = (replace(one, peer=None).settings(config, image.store) for one in (there, wanted))
+    others = [key for key in SETTINGS if getattr(had, key) != getattr(has, key)]
+    return f"with another {others[0].replace('_', ' ')}" if others else ""
+
+
+def _is_of(config: Config, there: DiskRecord, image: Address) -> bool:
+    try:
+        return resolve(config, there.image) == image
+    except ForebayError:  # its store is not configured any more
+        return False
