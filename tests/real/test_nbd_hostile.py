@@ -20,6 +20,7 @@ from forebay.config.model import Config, OriginsSection
 from forebay.errors import ForebayError
 from forebay.origin.addresses import resolve
 from forebay_nbd import Limits
+from forebay_nbd.server.limits import REFUSALS
 from real.gateway_process import GatewayProcess
 from real.nbd_hostile_cases import BREAKS, ENDS, ERRORS, MIB, REFUSED, STREAMS, contexts
 from real.nbd_memory import MemoryExport, Running, serving
@@ -257,7 +258,41 @@ async def test_too_many_connections(short_path: Path) -> None:
             for client in (one, two, three):
                 await client.enter()
             async with Raw(running.path) as four:
-                assert await four.hangs_up() == b""
+                await four.hello()
+                for asked in (go(b"disk"), option(3)):
+                    await four.send(asked)
+                    _, kind, text = await four.reply()
+                    assert (kind, text[:37]) == (
+                        2**31 + 2,
+                        b"3 connections to this socket at most:",
+                    )
+            async with Raw(
+                running.path
+            ) as five:  # which asks in the old way, where no reply says no
+                await five.hello()
+                await five.send(option(1, b"disk"))
+                assert await five.hangs_up() == b""
+            assert len(running.server.connections) == 3
+        await until(lambda: not running.server.connections)
+
+
+async def test_who_is_told_that_there_is_no_room_takes_none(short_path: Path) -> None:
+    async with serving(short_path, limits=Limits(connections=1)) as running:
+        async with contextlib.AsyncExitStack() as stack:
+            one = await stack.enter_async_context(Raw(running.path))
+            await one.enter()
+            silent = [await stack.enter_async_context(Raw(running.path)) for _ in range(REFUSALS)]
+            for client in silent:
+                await client.hello()
+            async with Raw(running.path) as another:
+                assert await another.hangs_up() == b""
+            await silent[0].stream.aclose()
+            await until(lambda: running.server.refusals < REFUSALS)
+            async with Raw(running.path) as another:
+                await another.hello()
+            with trio.fail_after(10):
+                for client in silent[1:]:  # they have had their time
+                    await client.hangs_up()
             await one.send(request(0, 0, 8))
             assert await one.simple(8) == (0, 1, bytes(8))
         await until(lambda: not running.server.connections)

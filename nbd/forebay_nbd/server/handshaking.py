@@ -6,6 +6,7 @@
 import math
 import socket
 from collections.abc import Awaitable, Callable
+from typing import NoReturn
 
 import trio
 
@@ -13,8 +14,9 @@ from forebay_nbd.protocol import events as ev
 from forebay_nbd.protocol.handshake import ServerHandshake, State
 from forebay_nbd.protocol.session import Session
 from forebay_nbd.protocol.wire import ProtocolError
-from forebay_nbd.server.export import Exports
-from forebay_nbd.server.limits import Limits
+from forebay_nbd.server.budget import Share
+from forebay_nbd.server.export import Exports, Refused
+from forebay_nbd.server.limits import REFUSAL_SECONDS, Limits
 from forebay_nbd.server.negotiation import Negotiation
 from forebay_nbd.server.outbox import Outbox
 
@@ -87,6 +89,27 @@ async def do_handshake(
     return Session(
         negotiation.export_name, negotiation.structured, negotiation.contexts, handshake.trailing()
     )
+
+
+async def refuse(sock: socket.socket, limits: Limits, budget: Share, reason: str) -> None:
+    """Answers whatever a client asks for with `reason`, until it leaves or has had REFUSAL_SECONDS, and hangs up."""
+
+    def raise_refused(*_: object) -> NoReturn:
+        raise Refused(reason)
+
+    async def look(_: ev.ClientOption) -> None:
+        """There is nothing to find out."""
+
+    with trio.move_on_after(REFUSAL_SECONDS) as scope:
+        out = Outbox(sock, limits, budget, scope.cancel)
+        try:
+            await do_handshake(sock, out, limits, Negotiation(raise_refused, raise_refused), look)
+        except ProtocolError:
+            pass  # EXPORT_NAME, which has no reply that says no, or a client that breaks the protocol
+        finally:
+            out.discard()
+            trio.lowlevel.notify_closing(sock)
+            sock.close()
 
 
 async def _receive(sock: socket.socket, most: int) -> bytes:

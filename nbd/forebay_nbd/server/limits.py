@@ -24,6 +24,10 @@ SERVER_REQUESTS: Final = 128
 """Requests of all connections of a server that may wait at one time, but for one of each connection, which always may.
 What they wait for may come for all of them at once, a flush say, and other servers have no turn until each of them was
 answered."""
+REFUSALS: Final = 16
+"""Clients for which there is no room that are told so at one time; on further ones the server hangs up."""
+REFUSAL_SECONDS: Final = 2.0
+"""How long one of them may take to hear it. It takes real clients a millisecond."""
 STATUS_REQUESTS: Final = 2
 """BLOCK_STATUS requests of one connection that are carried out, or whose replies are sent, at one time. Others wait
 their turn, and cost next to nothing meanwhile."""
@@ -36,8 +40,9 @@ class Limits:
     handshake_seconds: float = 10.0
     """A client that is not in transmission by then is dropped: half-open connections cost memory (CVE-2024-7409)."""
     connections: int = 100
-    """Connections of one server in transmission at one time; further ones are closed at once. QEMU's number for the
-    same CVE. A few of them are kept for the process that was first, and those in the handshake count separately."""
+    """Connections of one server in transmission at one time; further ones are refused what they ask for. QEMU's
+    number for the same CVE. A few are kept for the process that was first, and those in the handshake count separately.
+    """
     options: int = 32
     """Options of one handshake. Real clients need about five; with more the connection ends. nbdkit's number."""
     option_bytes: int = 8 << 10

@@ -15,7 +15,8 @@ from forebay_nbd.protocol.wire import ProtocolError
 from forebay_nbd.server.budget import Budgets, Share
 from forebay_nbd.server.connection import Connection
 from forebay_nbd.server.export import Exports, Refused
-from forebay_nbd.server.limits import OWN_CONNECTIONS, Limits
+from forebay_nbd.server.handshaking import refuse
+from forebay_nbd.server.limits import OWN_CONNECTIONS, REFUSALS, Limits
 from forebay_nbd.server.places import Places, Process
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Server:
         own = OWN_CONNECTIONS * self.limits.connection_bytes
         most = budgets.connections.limit // share
         self._memory = Share(budgets.connections, own, own + most)
+        self.refusals = 0
+        """Clients that are being told that there is no room for them."""
         self._held: dict[Connection, int] = {}
         """Bytes of the memory for connections that each of them has."""
 
@@ -75,7 +78,11 @@ class Server:
                 async with listener:
                     while True:
                         sock = await self._accept(listener)
-                        if sock is not None:
+                        if sock is None:
+                            continue
+                        if why := self._why_no_room(sock):
+                            nursery.start_soon(self._refuse, sock, why)
+                        else:
                             nursery.start_soon(self._run, self._add(sock))
             finally:
                 self.stop()
@@ -143,15 +150,28 @@ class Server:
         if not self._may_connect(sock):
             sock.close()
             return None
-        if not self._places.has_room_for(Process.at(sock)):
-            log.info("as many as %d connections: one refused", self.limits.connections)
-            sock.close()
-            return None
-        if not self._memory.has_room(self.limits.connection_bytes):
-            log.info("no memory is left for connections: one refused")
-            sock.close()
-            return None
         return sock
+
+    def _why_no_room(self, sock: socket.socket) -> str:
+        """Why there is no room for a client that has connected; empty if there is."""
+        if not self._places.has_room_for(Process.at(sock)):
+            return f"{self.limits.connections} connections to this socket at most: try again when others have ended"
+        if not self._memory.has_room(self.limits.connection_bytes):
+            return "no memory is left for connections: try again when others have ended"
+        return ""
+
+    async def _refuse(self, sock: socket.socket, why: str) -> None:
+        """Tells a client for which there is no room, unless too many are being told, and hangs up."""
+        log.info("a client is refused: %s", why)
+        if self.refusals >= REFUSALS:
+            sock.close()
+            return
+        sock.setblocking(False)
+        self.refusals += 1
+        try:
+            await refuse(sock, self.limits, self._budget, why)
+        finally:
+            self.refusals -= 1
 
     async def _run(self, connection: Connection) -> None:
         exports = self._exports(connection)
