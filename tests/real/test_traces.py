@@ -162,6 +162,28 @@ def test_an_image_that_was_changed_loses_its_trace(gateway: GatewayProcess) -> N
     assert gateway.status("d")["origin_read_bytes"] == 0
 
 
+def test_the_trace_of_an_image_goes_with_a_purge_that_says_so_and_with_the_image(
+    gateway: GatewayProcess,
+) -> None:
+    booted_once(gateway)
+    beside = gateway.images / "a.raw.forebay"
+    gateway.cli("warm", "images:a.raw")
+    gateway.cli("purge", "images:a.raw", "--traces", "--dry-run")
+    assert beside.exists()
+    said = gateway.cli("purge", "images:a.raw", "--traces").stdout.splitlines()[0]
+    assert said == "images:a.raw: freed 40M, boot trace: dropped"
+    assert not beside.exists()
+    booted_once(gateway)
+    (gateway.images / "a.raw").unlink()
+    assert gateway.cli("trace", "drop", "images:a.raw").stdout == "images:a.raw: dropped\n"
+    assert not beside.exists()
+    booted_once(gateway)
+    gateway.attach("d", "a.raw", "--overlay")
+    gateway.cli("detach", "d")
+    (gateway.images / "a.raw").unlink()
+    wait_for(lambda: not beside.exists(), "gone with its image")
+
+
 def test_a_kill_in_the_middle_of_a_recording_leaves_the_trace_of_before(
     gateway: GatewayProcess,
 ) -> None:

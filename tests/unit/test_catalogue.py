@@ -334,6 +334,25 @@ async def test_a_pinned_image_counts_with_what_it_takes_and_all_that_may_come(
     assert sorted(entries.pinned()) == [thin, whole]
 
 
+@pytest.mark.expect_log("s:grown.raw has grown, and is not pinned any more")
+async def test_a_pinned_image_that_comes_back_too_large_is_not_pinned_any_more(
+    running: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    room = running.cache.device.slots // 2 * BLOCK
+    grown = running.make("s:grown.raw", slots=1)
+    other = running.make("s:other.raw", slots=1)
+    for key in (grown, other):
+        await running.catalogue.pin(key)
+    assert running.images.is_pinned(grown, room - BLOCK)  # just fits
+    assert not caplog.records
+    assert not running.images.is_pinned(grown, room)
+    assert "s:grown.raw has grown, and is not pinned any more" in caplog.text
+    assert running.catalogue.entries.pinned() == [other]
+    layer = running.cache.layers.clean_of(grown)
+    assert layer is not None
+    assert not layer.pinned
+
+
 async def test_an_image_whose_size_nobody_knows_is_not_pinned(running: Place) -> None:
     key = running.make("s:a.raw")
     running.catalogue.entries.put(key, None)

@@ -167,8 +167,9 @@ async def test_what_is_done_with_images_is_handed_on() -> None:
         assert (await ask(run, "POST /images/pin", {"image": "x"})).json["pinned"]
         assert not (await ask(run, "POST /images/unpin", {"image": "x"})).json["pinned"]
         purge = {"images": ["x"], "tag": "a", "older_than": "30d", "dry_run": True}
+        purge |= {"traces": True}
         assert (await ask(run, "POST /images/purge", purge)).json["freed_bytes"] == 3 << 20
-    which = {"tag": "a", "older_than": 30 * 86400.0, "dry_run": True}
+    which = {"tag": "a", "older_than": 30 * 86400.0, "dry_run": True, "traces": True}
     assert gateway.calls == [
         ("images", None),
         ("images", "images"),

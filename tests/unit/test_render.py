@@ -9,6 +9,7 @@ from forebay.cli.terminal.render import (
     Cell,
     Column,
     hit_percent,
+    image_shown,
     images_table,
     key_values,
     megabytes,
@@ -77,6 +78,16 @@ def test_stores_and_what_is_read_by_their_sockets_have_one_line_each() -> None:
         "images:golden.raw   20G  ready        1.0G  97.0        3",
         "images:b.raw          0  attaching       0     -        0",
     ]
+
+
+def test_a_scratch_disk_is_named_as_operators_write_it() -> None:
+    shown = {
+        f"scratch:{20 << 30}": "scratch:20G",
+        "scratch:4096": "scratch:4K",
+        "scratch:x": "scratch:x",
+    }
+    shown |= {"images:4096": "images:4096", "scratch:": "scratch:", "/dev/sda": "/dev/sda"}
+    assert {image: image_shown(image) for image in shown} == shown
 
 
 def test_image_is_cut_in_the_middle_to_fit_a_terminal() -> None:

@@ -3,6 +3,7 @@
 
 """The catalogue: what `forebay images`, `warm`, `tag`, `pin` and `purge` ask the daemon for."""
 
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
@@ -26,6 +27,8 @@ from forebay.origin.addresses import is_scratch, keys_of_name, resolve
 from forebay.units import format_size
 from forebay_cache import Cache, Layer, pin_layer
 from forebay_cache.format.geometry import BLOCK, SECTOR
+
+log = logging.getLogger("forebay.image")
 
 PINNED_SHARE = 2
 """One part of so many of the cache may be pinned by operators: the rest is for what guests read and write."""
@@ -57,7 +60,7 @@ class Catalogue:
         self._warming = Warming(images, readers, source_of, boots)
         self._purge = Purge(config, cache, images, self.entries, self._disks_on)
         images.on_used = self._note_used
-        images.is_pinned = self.entries.is_pinned
+        images.is_pinned = self._is_pinned
 
     def _note_used(self, source: Source) -> None:
         if not is_scratch(source.key):
@@ -181,13 +184,31 @@ class Catalogue:
             await pin_layer(self._cache, layer, pinned=layer.pinned)
         return self._told(key, self._disks_on(key))
 
+    def _is_pinned(self, key: str, size: int) -> bool:
+        """True if an image that is being opened, of so many bytes, is pinned. One that has grown out of the bound is
+        not any more.
+        """
+        entry = self.entries.get(key)
+        if entry is None or not entry.pinned:
+            return False
+        if size > (entry.size or 0):
+            self.entries.put(key, entry := replace(entry, size=size))
+            try:
+                self._check_room(key, entry)
+            except ForebayError as fault:
+                log.warning("%s has grown, and is not pinned any more: %s", key, fault)
+                self.entries.put(key, replace(entry, pinned=False))
+                self._images.keep(key, wanted=False)
+                return False
+        return True
+
     def _check_room(self, key: str, entry: Entry) -> None:
         """Raise ForebayError where more than a part of the cache would be pinned with that image."""
         size = self._size(key, entry)
         if size is None:
             raise ForebayError(f"the size of {key} is not known yet: warm it first")
         room = self._cache.device.slots * BLOCK // PINNED_SHARE
-        held = sum(self._may_take(other) for other in self.entries.pinned())
+        held = sum(self._may_take(other) for other in self.entries.pinned() if other != key)
         wanted = self._may_take(key)
         if held + wanted > room:
             raise ForebayError(
@@ -234,9 +255,17 @@ class Catalogue:
         tag: str | None,
         older_than: float | None,
         dry_run: bool,
+        traces: bool = False,
     ) -> dict[str, Any]:
-        """Drop the clean blocks of the images for which all of it is true; see `Purge.purge`. Raises ForebayError."""
+        """Drop the clean blocks of the images for which all of it is true; see `Purge.purge`. Raises ForebayError.
+
+        `traces`: the boot traces of these images go with them; `trace` says of each what became of it.
+        """
         if not images and tag is None and older_than is None:
             raise ForebayError("say which images are to go: name them, or a tag, or an age")
         named = frozenset(self._known(image)[0] for image in images) if images else None
-        return await self._purge.purge(Selection(named, tag, older_than), dry_run=dry_run)
+        found = await self._purge.purge(Selection(named, tag, older_than), dry_run=dry_run)
+        if traces and not dry_run:
+            for one in found["purged"]:
+                one["trace"] = await self.traces.drop_if_possible(one["image"])
+        return found

@@ -3,6 +3,7 @@
 
 """What the catalogue knows of boot traces: the commands on them, and what the list of images tells."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,8 @@ from forebay.catalogue.entries import Entries
 from forebay.config.model import Config
 from forebay.errors import ForebayError
 from forebay.origin.addresses import Address, keys_of_name, resolve
+
+log = logging.getLogger("forebay.boot")
 
 LISTED = ("path", "fits", "boots", "recorded", "bytes", "requests", "seconds")
 """What the list of images tells of a trace: keys of `Found.told`."""
@@ -49,6 +52,20 @@ class Traces:
         """Forget what boots from the image read. Raises ForebayError and OSError."""
         address = self._address(image)
         return {"image": address.key, "dropped": await self._boots.drop(address)}
+
+    async def drop_if_possible(self, key: str) -> str:
+        """Forget what boots from the image with that key read: `dropped`, `none`, or why it could not be dropped."""
+        try:
+            dropped = await self._boots.drop(resolve(self._config, key))
+        except (OSError, ForebayError) as fault:
+            return getattr(fault, "strerror", None) or str(fault)
+        return "dropped" if dropped else "none"
+
+    async def forget(self, key: str) -> None:
+        """The image is gone: what boots from it read goes too."""
+        became = await self.drop_if_possible(key)
+        if became != "none":
+            log.info("%s is gone: its boot trace: %s", key, became)
 
     def _address(self, image: str) -> Address:
         """The address of an image: where nothing is known of its bytes, that of the virtual disk in it."""

@@ -71,6 +71,7 @@ def add_purge(parser: argparse.ArgumentParser, check: Check, image: Callable[[st
     add("--tag", metavar="TAG", type=check(parse_tag), help="those with this tag")
     text = "those that were not used for so long: 30d, 12h"
     add("--older-than", metavar="TIME", type=check(parse_duration), help=text)
+    add("--traces", action="store_true", help="their boot traces as well")
     add("--dry-run", action="store_true", help="say what would go, and change nothing")
     _json(parser)
 
@@ -206,6 +207,7 @@ def purge(arguments: Arguments, client: Daemon, images: list[str]) -> int:
         "tag": arguments.tag,
         "older_than": arguments.older_than,
         "dry_run": arguments.dry_run,
+        "traces": arguments.traces,
     }
     if not images and arguments.tag is None and arguments.older_than is None:
         raise argparse.ArgumentTypeError("name images, or say --tag or --older-than")
@@ -215,7 +217,8 @@ def purge(arguments: Arguments, client: Daemon, images: list[str]) -> int:
     else:
         would = "would free" if arguments.dry_run else "freed"
         for one in result["purged"]:
-            print(f"{one['image']}: {would} {format_size(one['freed_bytes'])}")
+            trace = f", boot trace: {one['trace']}" if "trace" in one else ""
+            print(f"{one['image']}: {would} {format_size(one['freed_bytes'])}{trace}")
         for one in result["kept"]:
             print(f"{one['image']}: kept, {one['why']}")
         print(

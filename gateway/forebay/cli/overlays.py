@@ -86,10 +86,12 @@ def show(arguments: Arguments, client: Daemon) -> int:
     if arguments.json:
         print_json(overlays)
         return 0
+    from forebay.cli.terminal.render import image_shown
+
     rows = [
         [
             one["name"],
-            one["image"],
+            image_shown(one["image"]),
             format_size(one["size"]),
             format_size(one["private_bytes"]),
             str(one["snapshots"]),

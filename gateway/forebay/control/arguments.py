@@ -170,6 +170,7 @@ PURGE: dict[str, Parse] = {
     "tag": parse_tag,
     "older_than": parse_duration,
     "dry_run": _flag,
+    "traces": _flag,
 }
 
 

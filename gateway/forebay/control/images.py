@@ -56,9 +56,15 @@ class Catalogue(Protocol):
         """End that."""
 
     async def purge(
-        self, images: list[str] | None, *, tag: str | None, older_than: float | None, dry_run: bool
+        self,
+        images: list[str] | None,
+        *,
+        tag: str | None,
+        older_than: float | None,
+        dry_run: bool,
+        traces: bool,
     ) -> Told:
-        """Drop the clean blocks of images; what was dropped, and what was kept."""
+        """Drop the clean blocks of images, and their boot traces; what was dropped, and what was kept."""
 
 
 class Stores(Protocol):
@@ -153,5 +159,6 @@ class ImageRoutes:
             tag=given.get("tag"),
             older_than=given.get("older_than"),
             dry_run=given.get("dry_run", False),
+            traces=given.get("traces", False),
         )
         return JSONResponse(found)

@@ -120,6 +120,7 @@ class Gateway:
             self._records.keys,
             boots,
         )
+        self._gone.on_gone = self.catalogue.traces.forget
         self._resolving = Resolving(self._arrivals, self._disks, self._records)
         self._saving = Saving(config, cache, self._disks, self._arrivals.threads_of)
         self._committing = Committing(

@@ -13,7 +13,7 @@ import errno
 import heapq
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -82,6 +82,8 @@ class GoneImages:
         self._threads: dict[str, StoreThreads] = {}
         self._away_until: dict[str, float] = {}
         self._wakeup = trio.Event()
+        self.on_gone: Callable[[str], Awaitable[None]] = _nothing
+        """Awaited with the key of an image that is gone."""
         self.reclaimed = 0
         """How many images turned out to be gone since the start."""
 
@@ -123,25 +125,27 @@ class GoneImages:
         """Look for one image once, and drop what the cache has of it if it is gone."""
         if self._cache.layers.clean_of(image.key) is None:
             return
-        self._judge(image, is_gone=await self._is_gone(image.key))
+        if self._judge(image, is_gone=await self._is_gone(image.key)):
+            await self.on_gone(image.key)
 
-    def _judge(self, image: _Watched, *, is_gone: bool) -> None:
-        """Drop what the cache has of an image that is gone, or look again later.
+    def _judge(self, image: _Watched, *, is_gone: bool) -> bool:
+        """Drop what the cache has of an image that is gone, or look again later. True if it is gone for good.
 
         A critical section: a disk may be attached to the image at any time.
         """
         layer = self._cache.layers.clean_of(image.key)
         if layer is None or self._is_in_use(image.key) or image.key in self._latest:
-            return
+            return False
         if (is_gone and image.is_missing) or not layer.sectors:
             self._drop(layer, is_gone=is_gone)
-            return
+            return is_gone and image.is_missing
         if not is_gone and image.is_missing:
             image.pause = FIRST_SECONDS
         image.due = trio.current_time() + (FIRST_SECONDS if is_gone else image.pause)
         image.pause = min(2 * image.pause, MOST_SECONDS)
         image.is_missing = is_gone
         self._watch(image)
+        return False
 
     def _drop(self, layer: Layer, *, is_gone: bool) -> None:
         """Have the slots of the clean layer of an image reclaimed that no disk is on."""
@@ -185,3 +189,7 @@ class GoneImages:
                 self._cache.records.put(KIND, store, {"inode": inode})
             return False
         return known is not None and known["inode"] == inode
+
+
+async def _nothing(_key: str) -> None:
+    """What is done about an image that is gone where nobody wants to know."""

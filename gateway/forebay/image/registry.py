@@ -34,8 +34,8 @@ class Images:
         """Told of each image that no disk is on any more, by its key, when it is closed."""
         self.on_used: Callable[[Source], None] = lambda _source: None
         """Told of each use of an image that begins, by its source."""
-        self.is_pinned: Callable[[str], bool] = lambda _key: False
-        """True of an image, by its key, that the operator wants to stay in the cache."""
+        self.is_pinned: Callable[[str, int], bool] = lambda _key, _size: False
+        """True of an image that is being opened, by its key and size, if the operator wants it to stay in the cache."""
 
     def is_open(self, key: str) -> bool:
         """True if the image with that key is in use, or is being closed."""
@@ -57,7 +57,7 @@ class Images:
         if image is None:
             image = Image(self._cache, self._nursery, source, self._close, self.kept)
             self._open[source.key] = image
-            if self.is_pinned(source.key):
+            if self.is_pinned(source.key, source.size):
                 self.keep(source.key, wanted=True)
         image.sources.add(source)
         source.bind(on_lost=image.stop, dirty_bytes=partial(image.sources.lacks, source))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from forebay.units import MIB, format_duration, format_size, printable
+from forebay.units import MIB, exact_size, format_duration, format_size, printable
 
 BOLD, RED, YELLOW = "1", "31", "33"
 
@@ -154,6 +154,14 @@ def mode_of(disk: Mapping[str, Any]) -> str:
     return ",".join([disk["mode"], *marks])
 
 
+def image_shown(image: str) -> str:
+    """The name of an image as operators write it: `scratch:20G` for one that has its size in bytes."""
+    scratch, colon, size = image.partition(":")
+    if scratch != "scratch" or not size.isdecimal():
+        return image
+    return f"{scratch}{colon}{exact_size(int(size)).removesuffix('iB').replace(' ', '')}"
+
+
 def status_row(disk: Mapping[str, Any]) -> list[Cell]:
     """One line of `forebay status`."""
     state = str(disk["state"])
@@ -161,7 +169,7 @@ def status_row(disk: Mapping[str, Any]) -> list[Cell]:
     attention = YELLOW if dirty else ""
     return [
         Cell(disk["name"]),
-        Cell(disk["image"]),
+        Cell(image_shown(disk["image"])),
         Cell(format_size(disk["size"])),
         Cell(mode_of(disk)),
         Cell(state, "" if state in _HEALTHY else RED),
