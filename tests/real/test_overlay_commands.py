@@ -12,10 +12,12 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import trio
 
+from forebay.daemon.committing import Committing
 from forebay.daemon.resolving import Keeps
 from forebay.errors import ForebayError
 from forebay.units import MIB, Mode
@@ -221,6 +223,37 @@ async def test_a_commit_that_fails_or_is_killed_anywhere_loses_nothing_and_can_b
         if not faults.hit:
             assert not refused
             return
+
+
+@pytest.mark.parametrize("by", ["nobody", "another", "its end"])
+async def test_a_commit_that_is_killed_when_its_image_was_given_back_is_done(
+    by: str, short_path: Path, expect_log: Callable[[str], None]
+) -> None:
+    """... whoever has changed the image since then."""
+    expect_log("a.img was changed by somebody else|no such image")
+    bed = Bed(short_path)
+    path = bed.image("a.img")
+    async with bed.life() as gateway:
+        await attach(bed)
+        await bed.write("d")
+        killed = mock.patch.object(Committing, "_note", side_effect=RuntimeError("killed"))
+        with killed, pytest.raises(RuntimeError, match="killed"):
+            await commit(bed)
+        assert path.read_bytes() == committed()
+        assert not path.with_name("a.img.forebay").exists()
+    if by == "another":
+        path.write_bytes(b"x" * SIZE)
+    elif by == "its end":
+        path.unlink()
+    async with bed.life() as gateway:
+        with trio.fail_after(30):
+            while gateway.status("d")[0]["state"] == "failed":  # noqa: ASYNC110 - nobody tells
+                await trio.sleep(0.01)
+        [status] = gateway.status("d")
+        assert (status["overlay"], status["private_bytes"]) == (True, 0)
+        assert not path.with_name("a.img.forebay").exists()
+        if by != "its end":
+            await bed.starts_with("d", b"x" if by == "another" else NEW)
 
 
 async def test_snapshots_of_a_thousand_are_the_most(short_path: Path) -> None:

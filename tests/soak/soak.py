@@ -25,6 +25,7 @@ from real.kill_daemon import Refused
 from real.kill_hunt import Ground
 from real.processes import MIB, random_image
 from soak.commands import Commands
+from soak.overlays import Overlays
 from soak.store import FaultyStore, why_not
 
 LIFE_SECONDS = 240.0
@@ -59,8 +60,9 @@ ACTIONS = (
     "restore",
     "device",
     "image",
+    "overlay",
 )
-WEIGHTS = (38, 10, 14, 9, 5, 4, 8, 5, 6, 1, 6, 4, 8, 8)
+WEIGHTS = (38, 10, 14, 9, 5, 4, 8, 5, 6, 1, 6, 4, 8, 8, 40)
 
 DEVICE_FAULTS: tuple[dict[str, Any], ...] = (
     {"operations": ["write"], "delay": 0.01},
@@ -72,6 +74,12 @@ DEVICE_SHARE = 0.3
 """Of the lives: their cache device is on a file system that is slow, or hangs for longer than DEVICE_TIMEOUT."""
 
 DEVICE_TIMEOUT = "2s"
+
+KILLED_SHARE = 0.4
+"""Of the commands on overlays that stay: the daemon is killed while one is under way, or just after it ..."""
+
+KILLED_SECONDS = 0.03
+"""... so long after it was sent, on average."""
 
 RESTORED = ("write-back", "write-through")
 """Disks over whose images somebody puts a backup while the daemon is stopped: their store never fails, so that the
@@ -99,7 +107,7 @@ class Soak:
         self.directory.mkdir(parents=True)
         self.store = None if why_not() else FaultyStore(self.directory)
         settings: dict[str, dict[str, Any]] = {
-            "cache": {"size": f"{self.rng.choice((12, 16, 32))} MiB"},
+            "cache": {"size": f"{self.rng.choice((24, 28, 44))} MiB"},
             "defaults": {
                 "max_lag": self.rng.choice(("100ms", "1s", "5s")),
                 "max_dirty": self.rng.choice(("512 KiB", "4 MiB")),
@@ -129,6 +137,15 @@ class Soak:
             depth=4,
         )
         self.commands = Commands(self.ground.gateway, self.tally)
+        self.overlays = Overlays(
+            self.ground,
+            self.commands,
+            self.tally,
+            random.Random(self.rng.getrandbits(32)),
+            self._at_rest,
+            is_fragile=self.device is not None,
+        )
+        self.overlays.counts = self.counts
         self.modes: dict[str, str] = {}
         self.next_action = self.next_return = self.fault_until = self.device_until = 0.0
         self.discarding: dict[str, int] = {}
@@ -147,6 +164,7 @@ class Soak:
         self.ground.base = random_image(base, MIB, self.seed, self.ground.holes)
         for number in (1, 2):
             self._add(f"f-overlay-{number}", store, base, overlay=True)
+        self.overlays.begin()
         for guest in self.ground.guests.all:
             guest.may_be_full = True
             if self.device is not None:  # while it hangs nobody knows whether a hole can be punched
@@ -189,6 +207,7 @@ class Soak:
         self._mend()
         self.commands.look()
         self._return()
+        self.overlays.look()
         if now > self.next_action:
             self.next_action = now + self.rng.expovariate(2.0)
             action = self.rng.choices(ACTIONS, WEIGHTS)[0]
@@ -365,8 +384,9 @@ class Soak:
         self.commands.begin(what, "POST", path, body)
         return True
 
-    def _some(self) -> Guest:
-        return self.rng.choice([g for g in self.ground.guests.all if not g.away])
+    def _some(self, *, but_kept: bool = False) -> Guest:
+        there = [guest for guest in self.ground.guests.all if not guest.away]
+        return self.rng.choice([g for g in there if not (but_kept and self.overlays.has(g))])
 
     def _do_mode(self) -> bool:
         guest, mode = self._some(), self.rng.choice(MODES)
@@ -381,7 +401,8 @@ class Soak:
 
     def _do_image(self) -> bool:
         """Something is done with an image, whether or not a disk is on it."""
-        image = f"images:{self.rng.choice(['base', *self.ground.images])}.raw"
+        names = ["base", "k-base", "k-own", *self.ground.images]
+        image = f"images:{self.rng.choice(names)}.raw"
         what, body = self.rng.choice(
             (
                 ("warm", {"image": image}),
@@ -410,15 +431,10 @@ class Soak:
         """Take a disk away whose guest has come to rest, and bring it back."""
         if self.commands.busy or (self.store and self.store.active):
             return False
-        guest = self._some()
-        deadline = time.monotonic() + 20
-        guest.quiet = True
-        while not guest.idle and time.monotonic() < deadline:
-            if not self.ground.guests.turn(0.02, self.ground.gateway.ended_fd):
-                self._fell()
-        guest.quiet = False
-        if not guest.idle:
+        guest = self._some(but_kept=True)
+        if not self._at_rest(guest):
             return False
+        guest.quiet = False
         guest.hang_up()
         guest.away = True
 
@@ -433,6 +449,26 @@ class Soak:
                 self.discarding[guest.name] = self._dirty_bytes(guest)
                 self._begin_pass(guest)
         self.commands.begin(f"detach of {guest.name}", "DELETE", path, then=then)
+        return True
+
+    def _at_rest(self, guest: Guest) -> bool:
+        """Have a guest come to rest, and be quiet; False: it does not, and goes on."""
+        deadline = time.monotonic() + 20
+        guest.quiet = True
+        while not guest.idle and time.monotonic() < deadline:
+            if not self.ground.guests.turn(0.02, self.ground.gateway.ended_fd):
+                self._fell()
+        guest.quiet = guest.idle
+        return guest.quiet
+
+    def _do_overlay(self) -> bool:
+        if not self.overlays.step():
+            return False
+        if self.rng.random() < KILLED_SHARE:
+            moment = time.monotonic() + self.rng.expovariate(1 / KILLED_SECONDS)
+            while time.monotonic() < moment and self.ground.guests.turn(0.001):
+                pass
+            self.counts["kill"] = self.counts.get("kill", 0) + self._do_kill()
         return True
 
     def _dirty_bytes(self, guest: Guest) -> int:
@@ -473,6 +509,9 @@ class Soak:
         """Attach it again if it is gone, and let its guest go on. What cannot be done now is tried again."""
         overlay = guest.name not in self.ground.images
         if not self.ground.gateway.alive:
+            return
+        if self.overlays.has(guest):
+            self.overlays.bring_back(guest, there=there)
             return
         if not there:
             options: dict[str, Any] = {"overlay": True} if overlay else {}
@@ -539,20 +578,30 @@ class Soak:
             if place is not None:
                 place.fail()
         self.commands.wait()
-        while any(guest.away for guest in self.ground.guests.all):
+        deadline = time.monotonic() + COMPARE_SECONDS
+        while away := [guest.name for guest in self.ground.guests.all if guest.away]:
+            assert time.monotonic() < deadline, f"{', '.join(away)} does not come back"
             self._return()
             time.sleep(0.05)
         assert self.ground.guests.quiesce(COMPARE_SECONDS), "the daemon is gone"
         self._flushed()
         for guest in self.ground.guests.all:
-            path = self.ground.images.get(guest.name)
+            path, content = self._image_of(guest)
             self.tally.origins += 1
-            found = (path or self.ground.images["f-none"].with_name("f-base.raw")).read_bytes()
-            if found != (bytes(guest.model) if path else self.ground.base):
+            if path.read_bytes() != content:
                 guest.lose("the image differs after a flush")
             guest.compare_all()
         assert self.ground.guests.quiesce(COMPARE_SECONDS), "the daemon is gone"
         self.ground.guests.go_on()
+
+    def _image_of(self, guest: Guest) -> tuple[Path, bytes]:
+        """The image of a guest, and what it has to be after a flush. Those without an image stand for their base."""
+        if self.overlays.has(guest):
+            return self.overlays.base_of(guest)
+        path = self.ground.images.get(guest.name)
+        if path is not None:
+            return path, bytes(guest.model)
+        return self.ground.images["f-none"].with_name("f-base.raw"), self.ground.base
 
     def _flushed(self) -> None:
         deadline = time.monotonic() + COMPARE_SECONDS
@@ -569,6 +618,7 @@ class Soak:
     def _last(self) -> None:
         """Scrub all of it, stop, and look at the log."""
         found = self.ground.gateway.ask("POST", "/cache/scrub", timeout=COMPARE_SECONDS)
+        self.overlays.last()
         damaged = {key: n for key, n in found.items() if n and ("damage" in key or "lost" in key)}
         if damaged:
             self.tally.lost.append(f"scrub found {damaged}")

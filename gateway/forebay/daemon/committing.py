@@ -138,11 +138,14 @@ class Committing:
             async with self._disks.alone(source):
                 if isinstance(disk, Attached):
                     await disk.take_down(CLIENTS_SECONDS)
-                await self._begin(source, was)
-                self._returns.take_over(source)
-                await self._records.change(disk.name, was, record)
-                now = record
-                await self._write(source, record, settings, progress)
+                if was.committing and not self._kept.bytes_of(disk.name):
+                    await self._give_back_again(source, record)
+                else:
+                    await self._begin(source, was)
+                    self._returns.take_over(source)
+                    await self._records.change(disk.name, was, record)
+                    now = record
+                    await self._write(source, record, settings, progress)
                 now = overlay
             log.info("%s: its changes are in %s", disk.name, source.key)
         except _HalfDone as fault:
@@ -184,6 +187,18 @@ class Committing:
         if source.size != was.size:
             raise ForebayError(f"{source.key} has {source.size} bytes, and had {was.size}")
         source.check_safe(Mode.WRITE_BACK)
+
+    async def _give_back_again(self, source: Source, record: DiskRecord) -> None:
+        """Give back an image that has everything, after a kill. It may have been given back before that, and be in
+        other hands by now, or gone: that is no fault.
+        """
+        try:
+            await source.prepare_again()
+        except (OSError, ForebayError) as fault:
+            log.info("%s: it has everything, and is not ours any more: %s", source.label, fault)
+            await _leave(source)
+        else:
+            await self._give_back(source, record)
 
     async def _write(
         self, source: Source, record: DiskRecord, settings: DiskSettings, progress: Progress

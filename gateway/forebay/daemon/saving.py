@@ -26,9 +26,10 @@ from forebay.image.reach import ImageState
 from forebay.keeping.forms import FORMS, Form
 from forebay.keeping.frozen import frozen_view
 from forebay.keeping.overlays import check_overlay
-from forebay.keeping.reading import Reader, refuse, without_zeros
+from forebay.keeping.reading import Reader, refuse
 from forebay.origin.addresses import FileAddress, resolve
 from forebay.origin.new_image import NewImage, remove_left
+from forebay.origin.pieces import data_in
 from forebay.origin.threads import StoreThreads, bounded
 from forebay_cache import Cache, View
 from forebay_cache.format.geometry import BLOCK
@@ -185,7 +186,8 @@ class Saving:
         saved = 0
         progress(0, size)
         for start in range(0, size, STEP):
-            parts = without_zeros(await reader.read(start, min(STEP, size - start)))
+            found = await reader.read(start, min(STEP, size - start))
+            parts = [part for offset, data in found for part in data_in(offset, data)]
             if parts:
                 await store.run(functools.partial(new.write, form.placed(parts)))
                 saved += sum(len(data) for _, data in parts)

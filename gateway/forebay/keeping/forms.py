@@ -12,7 +12,9 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-Parts = Sequence[tuple[int, bytes]]
+from forebay.origin.calls import Buffer
+
+Parts = Sequence[tuple[int, Buffer]]
 """(offset, data): in the disk, or in the file."""
 
 CLUSTER_BITS = 16
@@ -79,7 +81,7 @@ class Qcow2:
 
     def placed(self, parts: Parts) -> Parts:
         """See Form."""
-        found: list[tuple[int, bytes]] = []
+        found: list[tuple[int, Buffer]] = []
         for offset, data in parts:
             done = 0
             while done < len(data):

@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a disk shows, read for a new image: without zeros, and with what is missing told."""
+"""What a disk shows, read for a new image: without what is known to be zeros, and with what is missing told."""
 
 import errno
 from dataclasses import dataclass, field
 
 from forebay.units import format_size
 from forebay_cache import View
-from forebay_cache.format.geometry import BLOCK, SECTOR, Buffer
+from forebay_cache.format.geometry import SECTOR, Buffer
 from forebay_cache.read.survey import Holding, survey
 
 RANGES_TOLD = 64
@@ -100,14 +100,3 @@ _ZEROS = (Holding.CLEAN_ZEROS, Holding.PRIVATE_ZEROS)
 async def refuse(offset: int, length: int) -> Buffer:
     """The fetch of a view that has no image below it."""
     raise OSError(errno.EIO, f"{length} bytes at {offset} are in no layer")
-
-
-def without_zeros(parts: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-    """The data of the parts, but for blocks that are zeros: the new image has those already."""
-    found = []
-    for offset, data in parts:
-        for at in range(0, len(data), BLOCK):
-            block = data[at : at + BLOCK]
-            if block.count(0) != len(block):
-                found.append((offset + at, block))
-    return found

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from forebay.errors import ForebayError
 from forebay.origin.addresses import SIDECAR, FileAddress
+from forebay.origin.calls import Buffer
 from forebay.origin.opening import open_folder
 from forebay.origin.threads import Descriptor
 from forebay.origin.worker import syscalls
@@ -97,7 +98,7 @@ class NewImage:
             self.drop()
             raise
 
-    def write(self, parts: Sequence[tuple[int, bytes]]) -> None:
+    def write(self, parts: Sequence[tuple[int, Buffer]]) -> None:
         """Write some of it: (offset, data) each."""
         with self._file as fd:
             for offset, data in parts:
