@@ -71,8 +71,8 @@ async def told(it: Big) -> None:
     it.gateway.status()
     it.gateway.info()
     disks = it.gateway.attached()
-    assert Watch().stuck(disks) is None
-    assert _summary(disks).startswith(f"{len(DISKS)} disks")
+    assert await Watch().stuck(disks) is None
+    assert (await _summary(disks)).startswith(f"{len(DISKS)} disks")
 
 
 async def attached(it: Big) -> None:

@@ -28,7 +28,7 @@ OWN = "k-own"
 DISKS = {"k-1": "k-base", "k-2": "k-base", OWN: "k-own", "k-scratch": ""}
 """The image of each; without one it lies in the cache only."""
 
-MOST_SNAPSHOTS = 4
+MOST_SNAPSHOTS = 3
 """Of all disks together: each may take as much of the cache as a disk."""
 
 Taken = dict[str, bytes]

@@ -107,7 +107,7 @@ class Soak:
         self.directory.mkdir(parents=True)
         self.store = None if why_not() else FaultyStore(self.directory)
         settings: dict[str, dict[str, Any]] = {
-            "cache": {"size": f"{self.rng.choice((24, 28, 44))} MiB"},
+            "cache": {"size": f"{self.rng.choice((28, 36, 48))} MiB"},
             "defaults": {
                 "max_lag": self.rng.choice(("100ms", "1s", "5s")),
                 "max_dirty": self.rng.choice(("512 KiB", "4 MiB")),

@@ -49,25 +49,25 @@ class Fake:
         return (self.moved,)
 
 
-def stuck(watch: Watch, *disks: Fake) -> str | None:
-    return watch.stuck(cast("list[Attached]", disks))
+async def stuck(watch: Watch, *disks: Fake) -> str | None:
+    return await watch.stuck(cast("list[Attached]", disks))
 
 
 async def test_a_request_without_answer_counts_when_nothing_moves(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     watch, disk, other = Watch(), Fake(), Fake("other")
-    assert stuck(watch, disk, other) is None
+    assert await stuck(watch, disk, other) is None
     disk.listener.unanswered_since = trio.current_time()
     for _ in range(int(PATIENCE // 10)):
         await trio.sleep(10)
-        assert stuck(watch, disk, other) is None
+        assert await stuck(watch, disk, other) is None
     await trio.sleep(10)
-    found = stuck(watch, disk, other)
+    found = await stuck(watch, disk, other)
     assert found is not None
     assert "'d'" in found
     disk.listener.unanswered_since = None
-    assert stuck(watch, disk, other) is None
+    assert await stuck(watch, disk, other) is None
 
 
 async def test_a_slow_request_is_none_that_hangs(autojump_clock: trio.testing.MockClock) -> None:
@@ -77,16 +77,16 @@ async def test_a_slow_request_is_none_that_hangs(autojump_clock: trio.testing.Mo
     for _ in range(100):
         await trio.sleep(PATIENCE - 1)
         disk.moved += 1
-        assert stuck(watch, disk) is None
+        assert await stuck(watch, disk) is None
 
 
 async def test_an_idle_disk_is_none_that_hangs(autojump_clock: trio.testing.MockClock) -> None:
     watch, disk = Watch(), Fake()
     for _ in range(10):
         await trio.sleep(PATIENCE * 2)
-        assert stuck(watch, disk) is None
+        assert await stuck(watch, disk) is None
     disk.listener.unanswered_since = trio.current_time()
-    assert stuck(watch, disk) is None, "it counts from when the request came"
+    assert await stuck(watch, disk) is None, "it counts from when the request came"
 
 
 @pytest.mark.expect_log("the watchdog is not fed any more")

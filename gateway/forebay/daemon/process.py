@@ -47,6 +47,11 @@ RUN_MODE = 0o755
 LOOK_SECONDS = 0.002
 """After a look of the garbage collector through all objects that took longer, the next ones leave out what is there."""
 
+GENERATIONS = (700, 4, 4)
+"""How much more there may be before the garbage collector looks (gc.set_threshold): so that the longest look is at some
+ten thousand new objects. With Python's own numbers it is at eighty thousand, which takes 75 ms beside other work, each
+time that as much has come, as with every hundredth disk that is attached."""
+
 SOCKETS = (DISKS, STORES)
 """The folders of RUN that have sockets of NBD."""
 
@@ -211,6 +216,7 @@ async def _start(
     notify("READY=1")
     gc.freeze()  # what is there now stays: a look through all of it takes 25 ms, and guests wait
     gc.callbacks.append(Survivors().note)
+    gc.set_threshold(*GENERATIONS)
     gc.enable()
     log.info("ready: %d disks", len(gateway.status()))
 

@@ -28,6 +28,9 @@ STATUS_SECONDS = 10.0
 """How often `systemctl status` is told how the disks are, where no watchdog asks more often."""
 
 
+_AT_ONCE = 64
+"""Disks that are looked at between two turns of others."""
+
 Watched = Attached | ServedImage
 """What answers requests: a disk, or an image of a store's socket."""
 
@@ -39,12 +42,17 @@ class Watch:
         self._moved: dict[str, tuple[object, float]] = {}
         """By disk: its pulse at the last look, and the trio time since when that is the same."""
 
-    def stuck(self, disks: Iterable[Watched]) -> str | None:
-        """Why the daemon has to be started anew, in one line; None if it has not. `disks` are all that are served."""
+    async def stuck(self, disks: Iterable[Watched]) -> str | None:
+        """Why the daemon has to be started anew, in one line; None if it has not. `disks` are all that are served.
+
+        One look at a time.
+        """
         now = trio.current_time()
         found = None
         moved: dict[str, tuple[object, float]] = {}
-        for one in disks:
+        for n, one in enumerate(disks, 1):
+            if n % _AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
             pulse = one.pulse()
             last, since = self._moved.get(one.name, (None, now))
             moved[one.name] = (pulse, since if pulse == last else now)
@@ -75,7 +83,7 @@ async def feed(
         stuck, summary = None, "the state of the disks cannot be told: see the log"
         try:
             found = disks()
-            stuck, summary = watch.stuck([*found, *others()]), _summary(found)
+            stuck, summary = await watch.stuck([*found, *others()]), await _summary(found)
             is_blind = False
         except Exception:
             if not is_blind:
@@ -90,8 +98,12 @@ async def feed(
         await trio.sleep(pause)
 
 
-def _summary(disks: list[Attached]) -> str:
+async def _summary(disks: list[Attached]) -> str:
     """One line for `systemctl status`."""
-    clients = sum(one.listener.clients for one in disks)
-    dirty = sum(one.disk.dirty_bytes for one in disks)
+    clients = dirty = 0
+    for n, one in enumerate(disks, 1):
+        if n % _AT_ONCE == 0:
+            await trio.lowlevel.checkpoint()
+        clients += one.listener.clients
+        dirty += one.disk.dirty_bytes
     return f"{len(disks)} disks, {clients} clients, {format_size(dirty)} dirty"

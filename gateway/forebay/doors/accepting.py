@@ -125,7 +125,7 @@ class Clients:
         was killed, and what it asked for last is still under way.
         """
         past = [one for one in self.connected() if one.session is not None]
-        return len(past) - len(_gone(past))
+        return len(past) - len(_gone(past)) if past else 0
 
     @property
     def unanswered_since(self) -> float | None:
