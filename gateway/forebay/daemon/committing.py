@@ -139,7 +139,9 @@ class Committing:
                 if isinstance(disk, Attached):
                     await disk.take_down(CLIENTS_SECONDS)
                 if was.committing and not self._kept.bytes_of(disk.name):
-                    await self._give_back_again(source, record)
+                    # killed with everything in the image, which may be in other hands by now
+                    self._returns.owe(source, record.write())
+                    await self._returns.give_back(source)
                 else:
                     await self._begin(source, was)
                     self._returns.take_over(source)
@@ -187,18 +189,6 @@ class Committing:
         if source.size != was.size:
             raise ForebayError(f"{source.key} has {source.size} bytes, and had {was.size}")
         source.check_safe(Mode.WRITE_BACK)
-
-    async def _give_back_again(self, source: Source, record: DiskRecord) -> None:
-        """Give back an image that has everything, after a kill. It may have been given back before that, and be in
-        other hands by now, or gone: that is no fault.
-        """
-        try:
-            await source.prepare_again()
-        except (OSError, ForebayError) as fault:
-            log.info("%s: it has everything, and is not ours any more: %s", source.label, fault)
-            await _leave(source)
-        else:
-            await self._give_back(source, record)
 
     async def _write(
         self, source: Source, record: DiskRecord, settings: DiskSettings, progress: Progress
