@@ -16,7 +16,7 @@ complete forebay \
         'c/--hosts-file=/f/' \
         'c/--cacert=/f/' \
         'c/--format=/(raw qcow2)/' \
-        'c/--/(advice all allow-http allow-other cacert cache-size config device discard drop-newer dry-run evict file force format help hosts hosts-file images jobs json keep keep-image keep-mine label libvirt max-size metadata mode older-than opennebula overlay partial patience peer preload print-completion rate read-only restart run save sha256 size snapshot state tag target timeout user version vg wait yes)/' \
+        'c/--/(advice all allow-http allow-other cacert cache-size config device discard drop-newer dry-run evict file force format help hosts hosts-file images jobs json keep keep-image keep-mine label libvirt max-size metadata mode older-than opennebula overlay partial patience peer preload print-completion rate read-only restart run save sha256 size snapshot state tag target timeout traces user version vg wait yes)/' \
         'c/-/(- h)/' \
         'n/--print-completion/(bash zsh tcsh)/' \
         'n/--config/f/' \
