@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PACKAGES=(libvirt-daemon-system libvirt-clients libvirt-daemon-driver-qemu qemu-system-x86
+PACKAGES=(libvirt-daemon-system libvirt-clients libvirt-daemon-driver-qemu qemu-system-x86 virtinst
           busybox-static syslinux syslinux-common mtools e2fsprogs)
 KERNEL=linux-image-cloud-amd64      # a name without a version, for the one that Debian has now
 PLACE=.lab/kernel

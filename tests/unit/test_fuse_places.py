@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from forebay.doors.fuse.daemon import Served
-from forebay.doors.fuse.places import Found, Shown, passable
+from forebay.doors.fuse.places import Found, ImagesPlace, Shown, passable
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give directories away")
 
@@ -86,6 +86,37 @@ def test_what_the_configuration_shows(shown: Shown, folder: bool, found: int, mo
         assert (told.uid, told.gid) == (1, 2)
     else:
         assert (told.uid, told.gid) == (shown.uid or 0, shown.gid or 0)
+
+
+UNNAMEABLE = ["two\nlines.raw", "tab\t.raw", "no-text-\udcff.raw", "a.raw?format=qcow2"]
+
+
+async def test_what_has_a_name_that_no_image_can_have_is_not_there(tmp_path: Path) -> None:
+    """Whoever opens each file that is listed, as libvirt does for a pool, would fail at it."""
+    for name in (*UNNAMEABLE, "odd é.raw", "a?format=x.raw"):
+        (tmp_path / name).write_bytes(bytes(1))
+    place = ImagesPlace({"images": tmp_path}, 0)
+    assert sorted(await place.names(("images",))) == ["a?format=x.raw", "odd é.raw"]
+    for name in UNNAMEABLE:
+        with pytest.raises(FileNotFoundError):
+            await place.look(("images", name))
+    assert (await place.look(("images", "odd é.raw"))).size == 1
+
+
+async def test_a_sparse_image_takes_the_room_that_it_takes_in_its_store(tmp_path: Path) -> None:
+    with (tmp_path / "sparse.raw").open("wb") as file:
+        file.truncate(1 << 30)
+    place = ImagesPlace({"images": tmp_path}, 0)
+    assert (await place.look(("images", "sparse.raw"))).blocks == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "allocated", "blocks"),
+    [(0, 0, 0), (1, 0, 1), (513, None, 2), (1 << 20, 1 << 10, 2), (1 << 10, 1 << 20, 2)],
+)
+def test_no_file_with_a_size_takes_no_room(size: int, allocated: int | None, blocks: int) -> None:
+    """`tar` reads no file of no blocks, and the cache may have what the store lacks."""
+    assert Found(False, 0, size=size, allocated=allocated).blocks == blocks
 
 
 @pytest.mark.parametrize(

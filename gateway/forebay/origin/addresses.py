@@ -191,6 +191,11 @@ def _split_format(path: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else (path, "raw")
 
 
+def is_nameable(path: str) -> bool:
+    """True if `STORE:path` names the file at that path: the names of some files cannot be those of images."""
+    return path.isprintable() and _KEY.fullmatch(path) is None
+
+
 def keys_of_name(name: str) -> list[str]:
     """The keys that virtual disks in an image of that name, STORE:path, may have."""
     return [f"{name}{_AS}{one}" for one in FORMATS if one != "raw"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trio
 
-from forebay.origin.addresses import SIDECAR
+from forebay.origin.addresses import SIDECAR, is_nameable
 from forebay.origin.calls import open_beneath
 from forebay.origin.threads import StoreThreads, bounded
 from forebay.origin.worker import syscalls
@@ -112,6 +112,6 @@ def _entries(top: int, folder: str) -> Iterator[tuple[str, os.stat_result]]:
 
 def _may_be_listed(name: str, path: str) -> bool:
     """True for a name that is nobody's secret, and that a client can ask for."""
-    if name.startswith(".") or name.endswith(SIDECAR) or not path.isprintable():
+    if name.startswith(".") or name.endswith(SIDECAR) or not is_nameable(path):
         return False
     return len(path.encode()) <= LONGEST_NAME

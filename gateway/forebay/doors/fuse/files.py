@@ -163,7 +163,7 @@ class Files(pyfuse3.Operations):  # type: ignore[misc]  # pyfuse3 has no types
         entry.st_nlink = 2 if found.folder else 1
         entry.st_uid, entry.st_gid = found.uid, found.gid
         entry.st_size, entry.st_blksize = found.size, BLOCK
-        entry.st_blocks = -(-found.size // 512)
+        entry.st_blocks = found.blocks
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = found.mtime_ns
         entry.entry_timeout = entry.attr_timeout = ATTRIBUTE_SECONDS
         return entry

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from forebay.doors.fuse.daemon import Daemon, Served, disk_for
-from forebay.origin.addresses import SIDECAR
+from forebay.origin.addresses import SIDECAR, is_nameable
 from forebay.origin.calls import open_beneath
 
 Path = tuple[str, ...]
@@ -26,6 +26,9 @@ DISKS, IMAGES = "disks", "images"
 STORE_SECONDS = 20.0
 """Longest wait for a store's directory. Then the answer is EIO: a hung file server must not hang the mount."""
 
+BLOCK_UNIT = 512
+"""Bytes in which stat counts what a file takes."""
+
 STORE_THREADS = 4
 """Looks into one store at once; those that hang keep their place."""
 
@@ -34,7 +37,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Found:
-    """A directory or a file. `mode` has the permissions only; `size` in bytes, `mtime_ns` since the epoch."""
+    """A directory or a file. `mode` has the permissions only; `size` in bytes, `mtime_ns` since the epoch.
+
+    `allocated`: bytes that it takes where it lies, None where nobody knows.
+    """
 
     folder: bool
     mode: int
@@ -42,6 +48,16 @@ class Found:
     gid: int = 0
     size: int = 0
     mtime_ns: int = 0
+    allocated: int | None = None
+
+    @property
+    def blocks(self) -> int:
+        """What stat tells of the room that it takes, in units of 512 bytes.
+
+        Not nothing where there is a size: what the store lacks the cache may have, and `tar` reads no file without one.
+        """
+        full = -(-self.size // BLOCK_UNIT)
+        return full if self.allocated is None else min(full, max(1, self.allocated // BLOCK_UNIT))
 
 
 class Place(Protocol):
@@ -99,7 +115,10 @@ class Shown:
 
 
 class ImagesPlace:
-    """`images/`: the stores, and in them what is a regular file or a directory. Nobody writes here."""
+    """`images/`: the stores, and in them what is a regular file or a directory. Nobody writes here.
+
+    What has a name that no image can have is not there: it could not be opened.
+    """
 
     def __init__(
         self, stores: Mapping[str, FilePath], started_ns: int, shown: Shown | None = None
@@ -124,9 +143,10 @@ class ImagesPlace:
     async def _in_store(self, path: Path, look: Callable[[FilePath, str], T]) -> T:
         """What `look`, which blocks, returns for a path in a store. Raises OSError, EIO after STORE_SECONDS."""
         store, *parts = path
-        if store not in self._stores or any(part.endswith(SIDECAR) for part in parts):
+        root, inside = self._stores.get(store), "/".join(parts) or "."
+        ours = any(part.endswith(SIDECAR) for part in parts)
+        if root is None or ours or not is_nameable(inside):
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-        root, inside = self._stores[store], "/".join(parts) or "."
         with trio.move_on_after(STORE_SECONDS):
             return await trio.to_thread.run_sync(
                 look, root, inside, abandon_on_cancel=True, limiter=self._limits[store]
@@ -206,8 +226,9 @@ def _look(root: FilePath, inside: str) -> Found:
         allowed &= 0o505  # nobody knows what the group may
     if inside == ".":
         allowed = passable(root, seen.st_uid, seen.st_gid, allowed)
+    size, blocks = (0, 0) if folder else (seen.st_size, seen.st_blocks)
     return Found(
-        folder, allowed, seen.st_uid, seen.st_gid, 0 if folder else seen.st_size, seen.st_mtime_ns
+        folder, allowed, seen.st_uid, seen.st_gid, size, seen.st_mtime_ns, blocks * BLOCK_UNIT
     )
 
 
@@ -220,6 +241,7 @@ def _names(root: FilePath, inside: str) -> list[str]:
                 entry.name
                 for entry in entries
                 if not entry.name.endswith(SIDECAR)
+                and is_nameable(entry.name)
                 and (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False))
             ]
     finally:
