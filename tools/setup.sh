@@ -49,6 +49,21 @@ install_packages() {
         >/dev/null
 }
 
+# Prometheus and promtool, which read what is exported and config/prometheus in the tests. Their programs alone: the
+# package would start a server on this host.
+fetch_prometheus() {
+    [ ! -x "$VENV/prometheus/promtool" ] && command -v apt-get >/dev/null || return 0
+    local work; work=$(mktemp -d)
+    chmod 755 "$work"
+    if (cd "$work" && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb .) >/dev/null 2>&1; then
+        mkdir -p "$VENV/prometheus"
+        mv "$work"/usr/bin/{prometheus,promtool} "$VENV/prometheus/"
+    else
+        echo "setup: prometheus could not be fetched: what needs it is not tested" >&2
+    fi
+    rm -rf "$work"
+}
+
 # An environment that does not see the system's packages, belongs to another Python or has no pip is made anew. Without
 # python3-venv, `python3 -m venv` leaves one that has everything but pip.
 usable_venv() {
@@ -72,6 +87,7 @@ usable_venv || "$PYTHON" -m venv --system-site-packages --clear "$VENV"
 echo "setup: installing forebay and its dependencies into $VENV"
 FOREBAY_CORE_PLANTS=1 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 compile_core
+fetch_prometheus
 "$VENV/bin/python" -c 'import libnbdmod, nbd' || fail "libnbd's Python binding is not importable in $VENV"
 fingerprint >"$STAMP"
 echo "setup: $VENV/bin/forebay is ready"

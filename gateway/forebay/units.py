@@ -8,6 +8,7 @@ function takes what a person wrote and raises `ValueError` with a text that says
 """
 
 import enum
+import ipaddress
 import math
 import re
 from collections.abc import Iterable
@@ -111,6 +112,30 @@ def parse_host(text: object) -> str:
     raise ValueError(
         f"{str(text)[:80]!r} is no host: write NAME or USER@NAME, with A-Z a-z 0-9 . _ - (an address may have : and %)"
     )
+
+
+def parse_listen(text: object) -> tuple[str, int]:
+    """Where to listen, as "ADDRESS:PORT" or "[ADDRESS]:PORT": a numeric address and a port. Raises ValueError."""
+    if isinstance(text, tuple):
+        return text
+    given, _, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
+    bare = given[1:-1] if given.startswith("[") and given.endswith("]") else given
+    try:
+        address = ipaddress.ip_address(bare)
+    except ValueError:
+        address = None
+    is_written_right = address is not None and (address.version == 6) == (bare != given)
+    if is_written_right and re.fullmatch("[0-9]{1,5}", port, re.ASCII) and 0 < int(port) < 1 << 16:
+        return str(address), int(port)
+    raise ValueError(
+        f"{str(text)[:80]!r} is no address and port: write 127.0.0.1:9788, [::1]:9788, or 0.0.0.0:9788 for all"
+    )
+
+
+def listen_text(where: tuple[str, int]) -> str:
+    """As `parse_listen` takes it."""
+    address, port = where
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx")

@@ -177,6 +177,9 @@ def test_shipped_file_shows_every_key_with_its_default(file: Path) -> None:
         "owner",
         "group",
         "names",
+        "listen",
+        "tls_certificate",
+        "tls_key",
     )
     for key in (*examples, "path", 'mode = "write-back', 'max_lag = "10s'):
         shown = re.sub(rf"(?m)^{key}.*$", "", shown)
@@ -190,6 +193,7 @@ def test_shipped_file_shows_every_key_with_its_default(file: Path) -> None:
         Config().origins,
         Config().fuse,
         Config().hosts,
+        Config().metrics,
     )
     assert keys == {"path", "purge_after", "socket"}.union(
         *(type(section).model_fields for section in sections)

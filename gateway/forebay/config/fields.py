@@ -19,8 +19,10 @@ from forebay.units import (
     did_you_mean,
     exact_duration,
     exact_size,
+    listen_text,
     parse_duration,
     parse_host,
+    parse_listen,
     parse_name,
     parse_preload,
     parse_size,
@@ -114,6 +116,9 @@ Duration = Annotated[
     BeforeValidator(parse_duration),
     AfterValidator(_above_zero),
     PlainSerializer(exact_duration, when_used="json"),
+]
+Listen = Annotated[
+    tuple[str, int], BeforeValidator(parse_listen), PlainSerializer(listen_text, when_used="json")
 ]
 HostName = Annotated[str, AfterValidator(parse_host)]
 StoreName = Annotated[str, AfterValidator(_store_name)]

@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 
@@ -31,6 +32,7 @@ from forebay.config.fields import (
     FileMode,
     Group,
     HostName,
+    Listen,
     ModeName,
     OnChange,
     PeerRule,
@@ -235,6 +237,23 @@ class HostsSection(_Section):
     """As ssh takes them: "ham0", "root@ham1.example.org"."""
 
 
+class MetricsSection(_Section):
+    """`[metrics]`: where Prometheus reads, without a right to anything else. Off by default."""
+
+    listen: Listen | None = None
+    """Address and port, as "127.0.0.1:9788" or "[::1]:9788"."""
+    tls_certificate: Directory | None = None
+    """A file in PEM, with what is between it and its authority; with it TLS only. Read again when it has changed."""
+    tls_key: Directory | None = Field(default=None, validate_default=True)
+
+    @field_validator("tls_key")
+    @classmethod
+    def _with_certificate(cls, key: Path | None, info: ValidationInfo) -> Path | None:
+        if (info.data.get("tls_certificate") is None) != (key is None):
+            raise ValueError("tls_certificate and tls_key go together: give both, or neither")
+        return key
+
+
 # ----------------------------------------------------------------------------------- the whole file
 
 
@@ -248,6 +267,7 @@ class Config(_Section):
     origins: OriginsSection = Field(default_factory=OriginsSection)
     fuse: FuseSection = Field(default_factory=FuseSection)
     hosts: HostsSection = Field(default_factory=HostsSection)
+    metrics: MetricsSection = Field(default_factory=MetricsSection)
 
     _source: Path | None = PrivateAttr(None)
 
@@ -358,4 +378,5 @@ def _sections() -> dict[str, type[BaseModel]]:
         "origins": OriginsSection,
         "fuse": FuseSection,
         "hosts": HostsSection,
+        "metrics": MetricsSection,
     }

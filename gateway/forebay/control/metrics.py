@@ -17,6 +17,10 @@ from forebay import __version__
 Values = Mapping[str, Any]
 
 
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+"""The media type."""
+
+
 class Metric(NamedTuple):
     """A family with one sample for each `(labels, key)`: `key` is where status or cache_info has its value."""
 
@@ -69,6 +73,7 @@ DISK_METRICS = (
     ),
     _one("dirty_bytes", "gauge", "Bytes that only the cache holds.", "dirty_bytes"),
     _one("oldest_dirty_seconds", "gauge", "Age of the oldest of them.", "lag_seconds"),
+    _one("max_lag_seconds", "gauge", "Age that they are to reach at most.", "max_lag_seconds"),
     _one("nbd_connections", "gauge", "Clients that are connected.", "clients"),
 )
 """One sample for each disk; what a status does not have is left out."""

@@ -30,6 +30,7 @@ from forebay.control.arguments import (
 )
 from forebay.control.cache import CacheDevice, CacheRoutes
 from forebay.control.images import Catalogue, ImageRoutes, Stores
+from forebay.control.metrics import PROMETHEUS_TEXT
 from forebay.control.overlays import OverlayRoutes, Overlays
 from forebay.control.summary import Summary, SummaryRoutes
 from forebay.control.work import Operation, Progress, error, failure
@@ -47,8 +48,6 @@ NOT_SERVED = "failed"
 
 WRITES_BACK = (Mode.WRITE_BACK, Mode.FULL_COPY)
 """Modes in which something is written to the image behind the guest's back."""
-
-PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Answers(CacheDevice, Protocol):
@@ -203,8 +202,7 @@ class Control:
 
     async def metrics(self, _: Request) -> Response:
         """Prometheus text."""
-        text = await self._gateway.metrics()
-        return Response(text.encode(), media_type=PROMETHEUS_TEXT)
+        return Response((await self._gateway.metrics()).encode(), media_type=PROMETHEUS_TEXT)
 
     async def gateway(self, _: Request) -> Response:
         """What belongs to no disk, and not to the cache."""

@@ -212,6 +212,9 @@ async def _start(
     # 100 ms to import: after the guests that may be waiting, and beside what they do.
     server = await trio.to_thread.run_sync(import_module, "forebay.control.server")
     await control.start(server.serve_control, gateway, config.gateway.run / "control.sock")
+    if config.metrics.listen is not None:
+        scraping = await trio.to_thread.run_sync(import_module, "forebay.control.scraping")
+        control.start_soon(scraping.Scraping(gateway, config.metrics).run)
     nursery.start_soon(feed, gateway.attached, gateway.stores.served)
     notify("READY=1")
     gc.freeze()  # what is there now stays: a look through all of it takes 25 ms, and guests wait

@@ -6,6 +6,7 @@
 What a client may send has bounds: of a head by h11, of a body by who reads it, of time here.
 """
 
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from email.utils import formatdate
 from typing import Any
@@ -36,9 +37,14 @@ Handler = Callable[[Request], Awaitable[Answer]]
 """Answers one request. May raise HTTPException; any other fault ends the connection."""
 
 
-async def serve_connection(stream: trio.abc.HalfCloseableStream, handler: Handler) -> None:
-    """Answer one client until it hangs up, is too slow, or sends what is no HTTP. Raises what `handler` raises."""
-    connection = _Connection(stream)
+async def serve_connection(
+    stream: trio.abc.Stream, handler: Handler, *, send_seconds: float = math.inf
+) -> None:
+    """Answer one client until it hangs up, is too slow, or sends what is no HTTP. Raises what `handler` raises.
+
+    `send_seconds` is how long it may take to read what is sent, each part.
+    """
+    connection = _Connection(stream, send_seconds)
     try:
         while await connection.answer_one(handler):
             pass
@@ -54,8 +60,9 @@ def refusal(fault: HTTPException) -> Answer:
 class _Connection:
     """The exchange that goes on, and the parser between two."""
 
-    def __init__(self, stream: trio.abc.HalfCloseableStream) -> None:
+    def __init__(self, stream: trio.abc.Stream, send_seconds: float) -> None:
         self._stream = stream
+        self._send_seconds = send_seconds
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MOST_HEAD)
         self.request: Request
         self._needs_body = True
@@ -171,6 +178,7 @@ class _Connection:
         """Raises HungUp."""
         data = self._http.send(event)
         try:
-            await self._stream.send_all(data or b"")
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            with trio.fail_after(self._send_seconds):
+                await self._stream.send_all(data or b"")
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             raise HungUp from None
