@@ -16,7 +16,8 @@ complete forebay \
         'c/--hosts-file=/f/' \
         'c/--cacert=/f/' \
         'c/--format=/(raw qcow2)/' \
-        'c/--/(advice all allow-http allow-other cacert cache-size config device discard drop-newer dry-run evict file force format help hosts hosts-file images jobs json keep keep-image keep-mine label libvirt max-size metadata mode older-than opennebula overlay partial patience peer preload print-completion rate read-only restart run save sha256 size snapshot state tag target timeout traces user version vg wait yes)/' \
+        'c/--bundle=/f/' \
+        'c/--/(advice all allow-http allow-other bundle cacert cache-size config device discard drop-newer dry-run evict file force format help hosts hosts-file images jobs json keep keep-image keep-mine label libvirt max-size metadata mode older-than opennebula overlay partial patience peer preload print-completion rate read-only restart run save sha256 size snapshot state tag target timeout traces user version vg wait yes)/' \
         'c/-/(- h)/' \
         'n/--print-completion/(bash zsh tcsh)/' \
         'n/--config/f/' \
@@ -26,7 +27,8 @@ complete forebay \
         'n/--hosts-file/f/' \
         'n/--cacert/f/' \
         'n/--format/(raw qcow2)/' \
-        'p/1/(serve attach detach status summary hosts stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve xml libvirt-hook cache recover takeover fuse check-config dump-config demo)/' \
+        'n/--bundle/f/' \
+        'p/1/(serve attach detach status summary hosts stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve xml libvirt-hook cache recover takeover fuse doctor check-config dump-config demo)/' \
         'n/hosts/(status warm flush)/' \
         'n/trace/(show drop export)/' \
         'n/cache/(check info create extend format remove repair scrub)/' \

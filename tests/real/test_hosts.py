@@ -1,15 +1,17 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""`forebay summary` of a real daemon, and `forebay hosts` by a real sshd on loopback, with keys and port of its own."""
+"""`forebay summary` and `doctor` of a real daemon; `forebay hosts` by a real sshd on loopback."""
 
 import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import pytest
 
 from real.disk_fixture import wait_for
+from real.fault_fs import FaultFs
 from real.gateway_process import GatewayProcess
 from real.processes import end
 
@@ -178,3 +181,45 @@ def test_the_summary_of_a_daemon_is_one_answer(make_gateway: Callable[..., Gatew
     lines = gateway.cli("summary", "--opennebula", check=False).stdout.splitlines()
     assert lines[-1] == "FOREBAY_WARM_0123456789AB=0"
     assert gateway.cli("summary", check=False).stdout.startswith("state   degraded, forebay ")
+
+
+def test_a_store_that_hangs_is_told_by_summary_and_doctor_and_holds_up_neither(
+    make_gateway: Callable[..., GatewayProcess], short_path: Path
+) -> None:
+    faulty = FaultFs(short_path)
+    try:
+        gateway = make_gateway({"stores.far": {"path": str(faulty.path)}})
+        assert summary(gateway)["state"] == "ok"
+        doctor = gateway.cli("doctor", "--json", check=False)
+        lines = {
+            one["text"].partition(":")[0]: one for one in json.loads(doctor.stdout)["findings"]
+        }
+        assert (lines["far"]["level"], lines["images"]["level"]) == ("ok", "ok")
+
+        assert faulty.process is not None
+        faulty.process.send_signal(signal.SIGSTOP)
+        told = {one["store"]: one for one in summary(gateway, 1)["stores"]}
+        assert told["images"]["state"] == "ok"
+        assert (told["far"]["state"], told["far"]["reason"][:13]) == ("slow", "no answer for")
+        doctor = gateway.cli("doctor", "--json", check=False)
+        assert doctor.returncode == 2
+        lines = {
+            one["text"].partition(":")[0]: one for one in json.loads(doctor.stdout)["findings"]
+        }
+        assert lines["images"]["level"] == "ok"
+        assert (lines["far"]["level"], lines["far"]["todo"]) == (
+            "fault",
+            "see whether its server is up",
+        )
+        assert "no answer within 5 s" in lines["far"]["text"]
+
+        faulty.process.send_signal(signal.SIGCONT)
+        wait_for(lambda: gateway.cli("summary", check=False).returncode == 0, "it is not ok again")
+        bundle = short_path / "report.tgz"
+        gateway.cli("doctor", "--bundle", str(bundle), check=False)
+        with tarfile.open(bundle) as tar:
+            assert "forebay-report/daemon/summary.json" in tar.getnames()
+        gateway.kill()
+        assert "start it with" in gateway.cli("doctor", check=False).stdout
+    finally:
+        faulty.remove()

@@ -714,7 +714,7 @@ def test_every_command_of_the_contract_is_there() -> None:
     contract = (
         "serve attach detach status stats flush mode peer preload xml cache check-config dump-config demo "
         "fuse import libvirt-hook recover resolve takeover images stores warm tag untag pin unpin purge "
-        "overlays save commit revert snapshot snapshots rollback drop trace summary hosts"
+        "overlays save commit revert snapshot snapshots rollback drop trace summary hosts doctor"
     )
     assert set(COMMANDS) == set(RUN) == set(contract.split())
 

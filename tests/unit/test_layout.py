@@ -129,6 +129,7 @@ ORDER: dict[str, list[str]] = {
         "doors/fuse storage control libvirt importing overview",
         "daemon/figures",
         "daemon",
+        "doctor",
         "cli/terminal",
         "cli/hosts",
         "cli",

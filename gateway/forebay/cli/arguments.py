@@ -146,6 +146,12 @@ def _hosts(parser: Parser, add: str) -> None:
     getattr(module, add)(parser, checked, IMAGE)
 
 
+def _doctor(parser: Parser) -> None:
+    text = "write a tar for a bug report, without secrets, to this new file"
+    parser.add_argument("--bundle", metavar="FILE", type=PATH, help=text)
+    _json(parser)
+
+
 def _overlays(parser: Parser, add: str) -> None:
     module = __import__("forebay.cli.overlays", fromlist=[add])
     getattr(module, add)(parser, NAME, IMAGE)
@@ -286,6 +292,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
         partial(_beside, sure=_GIVE_UP),
     ),
     "fuse": ("mount disks and images as files, in the foreground", _fuse),
+    "doctor": ("what is wrong with this host and its daemon, and what to do", _doctor),
     "check-config": ("say what is wrong with the configuration", _nothing),
     "dump-config": ("print the effective configuration", _json),
     "demo": ("show everything on a throw-away directory", _nothing),

@@ -167,18 +167,13 @@ def _advice(told: Any, *, as_json: bool) -> int:
     return 0
 
 
-def summary(arguments: Arguments) -> int:
-    """`forebay summary`: print how this host stands."""
-    from forebay.cli.hosts.summary import run
-
-    return run(arguments, daemon(arguments))
-
-
 def hosts(arguments: Arguments) -> int:
-    """`forebay hosts`: ask other hosts by ssh, or have them do something."""
-    from forebay.cli.hosts.commands import run
+    """`forebay summary` and `hosts`: how this host stands, and how others do, asked by ssh."""
+    from forebay.cli.hosts import commands, summary
 
-    return run(arguments, _image)
+    if arguments.command == "summary":
+        return summary.run(arguments, daemon(arguments))
+    return commands.run(arguments, _image)
 
 
 def flush(arguments: Arguments) -> int:
@@ -229,17 +224,11 @@ def preload(arguments: Arguments) -> int:
 
 
 def images(arguments: Arguments) -> int:
-    """`forebay images`: the images that the cache knows."""
-    from forebay.cli.images import show
+    """`forebay images` and `stores`: the images that the cache knows; the sockets of stores, and who reads by them."""
+    from forebay.cli import images as commands
 
+    show = commands.show_stores if arguments.command == "stores" else commands.show
     return show(arguments, daemon(arguments))
-
-
-def stores(arguments: Arguments) -> int:
-    """`forebay stores`: the sockets of stores, or who reads which image by the one."""
-    from forebay.cli.images import show_stores
-
-    return show_stores(arguments, daemon(arguments))
 
 
 def image(arguments: Arguments) -> int:
@@ -334,6 +323,14 @@ def stats(arguments: Arguments) -> int:
     return run(arguments.what, daemon(arguments), json_lines=arguments.json)
 
 
+def doctor(arguments: Arguments) -> int:
+    """`forebay doctor`: check this host and its daemon."""
+    from forebay.cli.terminal.render import wants_colour
+    from forebay.doctor.run import run
+
+    return run(arguments, colour=wants_colour(sys.stdout.isatty()))
+
+
 def fuse(arguments: Arguments) -> int:
     """`forebay fuse`: mount disks and images as files until told to end."""
     from pathlib import Path
@@ -370,7 +367,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "attach": attach,
     "detach": detach,
     "status": status,
-    "summary": summary,
+    "summary": hosts,
     "hosts": hosts,
     "stats": stats,
     "flush": flush,
@@ -378,7 +375,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "peer": peer,
     "preload": preload,
     "images": images,
-    "stores": stores,
+    "stores": images,
     **dict.fromkeys(("warm", "tag", "untag", "pin", "unpin", "trace"), image),
     "purge": purge,
     "import": import_image,
@@ -392,6 +389,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "recover": recover,
     "takeover": recover,
     "fuse": fuse,
+    "doctor": doctor,
     "check-config": check_config,
     "dump-config": dump_config,
     "demo": demo,

@@ -84,9 +84,14 @@ def of_this_process() -> list[Mount]:
         return []
 
 
-def _latest(mounts: list[Mount], device: int) -> Mount | None:
+def latest(mounts: list[Mount], device: int) -> Mount | None:
     """The latest mount of the file system with that device number."""
     return next((mount for mount in reversed(mounts) if mount.device == device), None)
+
+
+def is_network(mount: Mount) -> bool:
+    """True for a file system whose calls wait for a server, or that is none of those known to be local."""
+    return mount.kind not in _LOCAL
 
 
 def is_local(path: str) -> bool:
@@ -122,7 +127,7 @@ def _link_at(path: str) -> str | None:
 
 def has_local_locks(mounts: list[Mount], device: int) -> bool:
     """True if the file system with that device number is NFS, and its client keeps locks to itself (nfs(5))."""
-    mount = _latest(mounts, device)
+    mount = latest(mounts, device)
     return mount is not None and mount.kind in _NFS and not mount.options.isdisjoint(_LOCAL_LOCKS)
 
 
@@ -131,7 +136,7 @@ def why_not(mounts: list[Mount], device: int, *, locks: bool = True) -> str | No
 
     With `locks` False its locks are not asked for: the operator keeps others away, and has said so.
     """
-    mount = _latest(mounts, device)
+    mount = latest(mounts, device)
     if mount is None or mount.kind not in _NFS:
         return None
     for wrong, right in ((_SOFT, "hard"), *(_FOR_LOCKS if locks else ())):
