@@ -38,6 +38,12 @@ cdef extern from "<unistd.h>" nogil:
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
+cdef extern from "<sys/ioctl.h>" nogil:
+    int ioctl(int fd, unsigned long what, int *value)
+
+cdef extern from "<linux/sockios.h>" nogil:
+    enum: SIOCOUTQ
+
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
         int fd
@@ -842,8 +848,11 @@ cdef enum:
     HEADS = BUFFERS // 2 * CHUNK
     ROOM = 2 + SECTORS         # buffers that a request of one block takes at most
     COPIED_AT_ONCE = 65536     # bytes of replies; more are sent without the GIL
+    SMALL_REPLY = 8192         # bytes
+    ENOUGH_TO_READ = 16384     # bytes in a socket, as the kernel counts them, that keep a client busy
 
 cdef double TURN_SECONDS = 500e-6  # of what has no limits of its own
+cdef double GATHER_SECONDS = 30e-6 # a client that has replies to read may send more meanwhile: Wait.gather
 cdef double FLUSH_SECONDS = 0.05   # a flush that takes longer is waited for by Python, which knows limits of time
 cdef uint64_t PLAIN_READ = 0x2560951300000000
 cdef uint64_t PLAIN_WRITE = 0x2560951300000001
@@ -884,6 +893,7 @@ cdef class Rest:
     cdef double asleep, longest_poll, soon_seconds
     cdef bint soon
     cdef int polls_lost, most_lost, waits_without, pause
+    cdef bint small_replies        # the last ones were: Wait.gather
     # the FLUSH that was begun
     cdef object flushing           # as the export gave it; None if there is none
     cdef double flush_began
@@ -1040,6 +1050,8 @@ cdef class Turn(Rest):
         while True:
             why = self.answer()
             is_alone = self.heads_used <= CHUNK  # what was answered
+            if self.count:
+                self.small_replies = self.total <= self.heads_used // SIMPLE * SMALL_REPLY
             if self.count and not self.send():
                 return UNSENT if not self.out.broken else GONE
             if self.has_written:
@@ -1519,8 +1531,11 @@ cdef class Wait:
 
     cdef int polled(self, Rest turn, epoll_event *events) noexcept nogil:
         """Look again and again for a while, giving the processor away: what epoll_wait returned, -2 for nothing."""
-        cdef double limit = seconds_now() + turn.longest_poll
+        cdef double limit
         cdef int n
+        if turn.small_replies:
+            self.gather(turn)
+        limit = seconds_now() + turn.longest_poll
         while True:
             sched_yield()
             n = epoll_wait(self.epoll, events, EVENTS, 0)
@@ -1532,6 +1547,16 @@ cdef class Wait:
             if n:
                 turn.polls_lost = 0
                 return n
+
+    cdef void gather(self, Rest turn) noexcept nogil:
+        """Give the processor away while the client has much to read, but not for long.
+
+        It waits for nothing then. What it sends meanwhile is answered together, and costs both of them less.
+        """
+        cdef double limit = seconds_now() + GATHER_SECONDS
+        cdef int unread = 0
+        while ioctl(turn.sock, SIOCOUTQ, &unread) == 0 and unread > ENOUGH_TO_READ and seconds_now() < limit:
+            sched_yield()
 
     cdef bint serve(self, Rest turn, bint alone) except -1:
         """Give a connection its turn. True if Python has to go on with it: it is not at rest any more."""

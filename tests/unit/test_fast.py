@@ -169,6 +169,36 @@ async def test_what_comes_to_a_connection_at_rest_is_answered_or_told() -> None:
         assert await rest(wait, turn) == core.GONE
 
 
+async def test_a_client_that_leaves_its_replies_unread_is_answered_on() -> None:
+    """And the loop goes on, which waits a moment for such a client before it looks for the next request."""
+    wait = wait_of_loop()
+    assert wait is not None
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        turn = core.Turn(
+            RequestReader(),
+            Nothing(),
+            Nothing(),
+            ours.fileno(),
+            Limits(),
+            structured=False,
+            refusal=len,
+            polling=polling,
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rest, wait, turn)
+            for cookie in range(60):  # of which the kernel counts a page or so each
+                theirs.send(REQUEST.pack(REQUEST_MAGIC, 0, Cmd.READ, cookie, 0, 4))
+                await trio.sleep(0.0001)
+            while len(theirs.recv(10000, socket.MSG_PEEK)) < 60 * 20:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
+        replies = theirs.recv(10000)
+        cookies = [SIMPLE_REPLY.unpack(replies[at : at + 16])[2] for at in range(0, 1200, 20)]
+        assert cookies == list(range(60))
+
+
 async def test_an_export_that_breaks_ends_its_connection_and_not_the_loop() -> None:
     wait = wait_of_loop()
     assert wait is not None
