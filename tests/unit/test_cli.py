@@ -272,6 +272,36 @@ async def test_status_is_a_table_and_json(capsys: Capture) -> None:
         assert json.loads(capsys.readouterr().out) == [gateway.disks["b"]]
 
 
+async def test_status_of_one_disk_is_its_page(capsys: Capture) -> None:
+    gateway = FakeGateway("a", "b")
+    setting = {"key": "mode", "value": "write-back", "from": "store"}
+    told = {
+        "store": "images",
+        "settings": [setting],
+        "layers": 2,
+        "peer_process": 7,
+        "peer": "first",
+    }
+    gateway.disks["a"] |= told | {
+        "connections": [{"pid": os.getpid(), "uid": 0}] * 2,
+        "overlay": True,
+    }
+    gateway.disks["b"] |= {"state": "conflict", "reason": "\x1b[2Jsomebody has it"}
+    async with served(gateway) as run:
+        assert await forebay(run, "status", "a") == 0
+        out = capsys.readouterr().out
+        assert "image      images:a.raw, raw, of store images" in out
+        assert f"clients    process {os.getpid()} (" in out
+        assert ") with 2 connections; process 7 has it (peer first)" in out
+        assert "reads      1000, 0, 90.0% without the image" in out
+        assert "snapshots  monday" in out
+        assert out.splitlines()[-1].split() == ["mode", "write-back", "store"]
+        assert await forebay(run, "status", "b") == 0
+        out = capsys.readouterr().out
+        assert "state      conflict: \\x1b[2Jsomebody has it" in out
+        assert "clients    nobody is connected" in out
+
+
 async def test_attach_sends_what_was_asked_for(capsys: Capture, tmp_path: Path) -> None:
     gateway = FakeGateway()
     async with served(gateway) as run:

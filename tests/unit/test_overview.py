@@ -5,6 +5,8 @@
 
 import gc
 import json
+import os
+import socket
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,13 +18,14 @@ import trio
 import trio.testing
 
 from forebay.cli.hosts.summary import opennebula, text
-from forebay.config.model import Config, GatewaySection, Store
+from forebay.config.model import Config, DiskSettings, GatewaySection, Store
 from forebay.origin.threads import StoreThreads
 from forebay.overview import health
+from forebay.overview.detail import MOST_CONNECTIONS, connected, settings_told
 from forebay.overview.hits import LOOK_SECONDS, WINDOW_SECONDS, RecentHits
 from forebay.overview.remembered import FILE, MOST, Remembered
 from forebay.overview.summary import MOST_REASONS, Summary, judged
-from forebay.units import GIB, MIB
+from forebay.units import GIB, MIB, Mode
 from unit.control_fake import CACHE, disk
 
 # --------------------------------------------------------------------------------------------------------- recent hits
@@ -123,6 +126,31 @@ async def test_one_question_at_a_time_waits_at_a_store_that_hangs(
         assert (await stores.look())[0]["reason"] == "took 40s to answer"
         assert (await stores.look())[0]["state"] == "ok"
         assert len(asked) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ one disk
+
+
+def test_each_setting_is_told_with_where_it_is_said() -> None:
+    store = Store(path=Path("/s"), mode=Mode.WRITE_BACK)
+    found = Config(defaults=DiskSettings(max_lag=5.0), stores={"s": store})
+    own = {"mode": None, "cache_size": GIB, "preload": None, "peer": None}
+    settings = found.disk_settings("s", own)
+    told = {one["key"]: one for one in settings_told(found, "s", settings, own)}
+    assert told["mode"] == {"key": "mode", "value": "write-back", "from": "store"}
+    assert told["max_lag"] == {"key": "max_lag", "value": "5s", "from": "defaults"}
+    assert told["cache_size"] == {"key": "cache_size", "value": "1 GiB", "from": "disk"}
+    assert told["max_dirty"]["from"] == "built in"
+    outside = settings_told(found, None, found.disk_settings(None), {})
+    assert {one["key"]: one["from"] for one in outside}["mode"] == "built in"
+
+
+def test_who_is_connected_is_told_of_a_bounded_number() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        assert connected([here]) == [{"pid": os.getpid(), "uid": os.geteuid()}]
+        assert len(connected([here] * 1000)) == MOST_CONNECTIONS
+    assert connected([here]) == []
 
 
 # --------------------------------------------------------------------------------------------------------- remembered

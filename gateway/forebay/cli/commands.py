@@ -147,9 +147,11 @@ def status(arguments: Arguments) -> int:
     print("\n".join(render.status_table(disks, colour=render.wants_colour(terminal), width=width)))
     if terminal and len(disks) > 1:
         print("", render.total_line(disks), sep="\n")
-    if arguments.name and (line := render.boot_line(disks[0])):
-        print("", line, sep="\n")
-    if terminal and (why := render.reasons(disks)):
+    if arguments.name:
+        from forebay.cli.terminal.detail import detail_lines
+
+        print("", *detail_lines(disks[0], client, colour=render.wants_colour(terminal)), sep="\n")
+    elif terminal and (why := render.reasons(disks)):
         print("", *why, sep="\n")
     if terminal and not disks:
         print("no disks yet: 'forebay attach NAME IMAGE' serves one")

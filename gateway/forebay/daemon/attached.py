@@ -14,6 +14,7 @@ import trio
 from forebay.boot.boots import Boots
 from forebay.boot.disk_boot import boot_of
 from forebay.checkpoint.dirty import left_dirty
+from forebay.config.model import Config
 from forebay.daemon.parallel import Progress
 from forebay.daemon.record import DiskRecord
 from forebay.disk.disk import Disk
@@ -24,6 +25,7 @@ from forebay.errors import ForebayError
 from forebay.formats.magic import RAW
 from forebay.image.boundary import Boundary, breaks_the_cache, in_short, sole_fault
 from forebay.image.source import Source
+from forebay.overview.detail import connected, settings_told
 from forebay_cache import CacheError
 from forebay_cache.states import Machine, Table
 
@@ -299,6 +301,18 @@ class Attached:
             told |= {"state": DiskState.STOPPED.value, "reason": self.reason}
         return told
 
+    def detail(self, config: Config) -> dict[str, Any]:
+        """What is told beyond `status` where this disk alone is asked for."""
+        record, store = self.record, self.source.address.store
+        own = {"mode": record.mode, "peer": record.peer, **record.limits()}
+        sockets = (one.sock for one in self.listener.connected() if one.session is not None)
+        return {
+            "store": store or None,
+            "settings": settings_told(config, store, self.disk.settings, own),
+            "connections": connected(sockets),
+            "layers": len(self.disk.image.cache.layers.private_of(self.name)),
+        }
+
     def _at_least(self, what: str) -> dict[str, Any]:
         """The keys of the contract, of a disk that a fault of Forebay itself, `what`, keeps from telling more."""
         lag = 0, 0.0
@@ -333,6 +347,11 @@ class Absent:
     def private_bytes(self) -> int:
         """Bytes that only the cache has of it."""
         return self._lag()[0]
+
+    def detail(self, config: Config) -> dict[str, Any]:
+        """Nothing: it is not served."""
+        del config
+        return {}
 
     def status(self) -> dict[str, Any]:
         """The same keys as those of a disk that does nothing."""

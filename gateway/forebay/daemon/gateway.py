@@ -236,10 +236,12 @@ class Gateway:
         return self._disks.all_attached()
 
     def status(self, name: str | None = None) -> list[Status]:
-        """All disks by name, or the one; each with `gateway`, what `info` tells."""
-        disks = self._disks if name is None else [self._disks.find(name)]
+        """All disks by name, or the one, in detail; each with `gateway`, what `info` tells."""
         info = self.info()
-        return [{**one.status(), "gateway": info} for one in disks]
+        if name is not None:
+            one = self._disks.find(name)
+            return [{**one.status(), **one.detail(self.config), "gateway": info}]
+        return [{**one.status(), "gateway": info} for one in self._disks]
 
     async def statuses(self) -> AsyncIterator[Status]:
         """As `status` of all disks, in slices: there may be a thousand."""
