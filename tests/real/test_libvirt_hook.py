@@ -418,7 +418,39 @@ def test_an_overlay_does_not_migrate(gateway: GatewayProcess, hook: Hook) -> Non
     done = hook("migrate", "begin", domain("name='a' image='images:a.raw' overlay='yes'"))
     assert done.returncode == 1
     assert "domain 'vm1' cannot come here: what it wrote to overlay 'a'" in done.stderr
-    assert hook("migrate", "begin", domain("name='a' image='images:a.raw'")).returncode == 0
+    assert names(gateway) == []
+
+
+def test_a_disk_comes_along_when_its_domain_migrates(
+    make_gateway: Callable[..., GatewayProcess], gateway: GatewayProcess, hook: Hook
+) -> None:
+    there = make_gateway({"stores.images": {"path": str(gateway.images), "mode": "write-back"}})
+    there.attach("a", "a.raw")
+    (gateway.images / "b.raw").write_bytes(bytes(MIB))
+    xml = domain("name='a' image='images:a.raw'", "name='b' image='images:b.raw' read-only='yes'")
+    assert hook("migrate", "begin", xml).returncode == 0
+    assert (gateway.status("a")["state"], gateway.status("b")["state"]) == ("incoming", "ready")
+    assert there.status("a")["handover"] in ("prepared", "released")
+    hook.prepare(xml)
+    assert gateway.status("a")["state"] == "incoming"
+    gateway.cli("handover", "finish", "a")
+    assert gateway.status("a")["state"] == "ready"
+    assert there.status("a")["state"] == "handed-over"
+    there.cli("detach", "a")
+    hook.release(xml)
+    assert names(gateway) == []
+    assert not (gateway.images / "a.raw.forebay").exists()
+
+
+def test_a_domain_stays_where_it_is_if_a_disk_cannot_come(
+    make_gateway: Callable[..., GatewayProcess], gateway: GatewayProcess, hook: Hook
+) -> None:
+    there = make_gateway({"stores.images": {"path": str(gateway.images), "mode": "write-back"}})
+    there.attach("a", "a.raw")
+    xml = domain("name='a' image='images:a.raw'", "name='b' image='images:not-there.raw'")
+    done = hook("migrate", "begin", xml)
+    assert done.returncode == 1
+    assert "domain 'vm1' cannot come here: disk 'b': images:not-there.raw" in done.stderr
     assert names(gateway) == []
 
 

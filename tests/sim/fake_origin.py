@@ -362,6 +362,8 @@ class FakeSource:
         self.claim = FakeClaim(self) if self.use.writes else None
         self.resumed = resumed
         self.opened = False
+        self.withheld = ""
+        self.asking = self.fresh = None
 
     def bind(self, **_: object) -> None:
         """Nothing of that is asked for here."""

@@ -274,6 +274,26 @@ class FakeOverlays:
         return OVERLAY
 
 
+class FakeMoves:
+    """Notes what is asked of it."""
+
+    def __init__(self, gateway: "FakeGateway") -> None:
+        self._gateway = gateway
+
+    async def prepare(self, name: str, to: str, patience: float, progress: Progress) -> Any:
+        self._gateway._called("prepare", name, to, patience)
+        await self._gateway._work("prepare", progress)
+        return self._gateway.disks[name] | {"handover": "prepared", "handover_to": to or "ham2"}
+
+    async def finish(self, name: str, patience: float) -> Any:
+        self._gateway._called("finish", name, patience)
+        return self._gateway.disks[name] | {"handover": "none", "handover_to": ""}
+
+    async def abort(self, name: str, patience: float) -> Any:
+        self._gateway._called("abort", name, patience)
+        return self._gateway.disks[name] | {"handover": "none", "handover_to": ""}
+
+
 class FakeGateway:
     """Holds statuses; work goes in `steps` of one MiB, and then waits for `finish` where that is set.
 
@@ -297,6 +317,7 @@ class FakeGateway:
         self.summary = FakeSummary()
         self.stores = FakeStores()
         self.overlays = FakeOverlays(self)
+        self.moves = FakeMoves(self)
         self.began = trio.Event()
         self.ended = trio.Event()
 

@@ -27,7 +27,7 @@ from forebay.cli.main import build_parser, command_in, main
 from forebay.cli.stats import Wanted, difference, parse_wanted, rates
 from forebay.cli.terminal import progress as render_progress
 from forebay.cli.terminal.completion import completion
-from forebay.cli.wait import with_wait_closed
+from forebay.cli.terminal.wait import with_wait_closed
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
 from forebay.units import GIB, MIB
@@ -319,6 +319,8 @@ async def test_attach_sends_what_was_asked_for(capsys: Capture, tmp_path: Path) 
         assert told.out == "vm1: /run/forebay/disks/vm1.sock\n"
         assert told.err.startswith("forebay: 'vm1' is attached already, just so\n")
     assert gateway.calls[0][3] == {
+        "incoming": False,
+        "patience": 30.0,
         "mode": "write-back",
         "cache_size": 1 << 30,
         "preload": "all",
@@ -744,7 +746,7 @@ def test_every_command_of_the_contract_is_there() -> None:
     contract = (
         "serve attach detach status stats flush mode peer preload xml cache check-config dump-config demo "
         "fuse import libvirt-hook recover resolve takeover images stores warm tag untag pin unpin purge "
-        "overlays save commit revert snapshot snapshots rollback drop trace summary hosts doctor"
+        "overlays save commit revert snapshot snapshots rollback drop trace summary hosts doctor handover"
     )
     assert set(COMMANDS) == set(RUN) == set(contract.split())
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from forebay.cli import wait as cli_wait
+from forebay.cli.terminal import wait as cli_wait
 from forebay.errors import ForebayError, InUseError
 
 HELD = "images:a.raw is in use by host one (disk 'd', dirty, since 2026): detach it there first"
@@ -60,8 +60,8 @@ def test_no_time_left_is_the_last_refusal(monkeypatch: pytest.MonkeyPatch) -> No
         clock[0] += seconds
 
     monkeypatch.setattr(cli_wait, "PAUSE", 1.0)
-    monkeypatch.setattr("forebay.cli.wait.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("forebay.cli.wait.time.sleep", sleep)
+    monkeypatch.setattr("forebay.cli.terminal.wait.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("forebay.cli.terminal.wait.time.sleep", sleep)
     daemon = Daemon(*[HELD] * 9)
     with pytest.raises(InUseError, match="detach it there first; waited 2.5s$") as refused:
         cli_wait.when_free(daemon.attach, "d", 2.5)
@@ -81,6 +81,6 @@ def test_an_interrupt_says_that_nothing_was_attached(monkeypatch: pytest.MonkeyP
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("forebay.cli.wait.time.sleep", interrupt)
+    monkeypatch.setattr("forebay.cli.terminal.wait.time.sleep", interrupt)
     with pytest.raises(ForebayError, match="'d' is not attached"):
         cli_wait.when_free(Daemon(HELD).attach, "d", 60)

@@ -109,7 +109,7 @@ async def test_attach_hands_checked_values_on() -> None:
     settings = {"mode": Mode.WRITE_BACK, "cache_size": 1 << 30, "preload": "trace"}
     nothing = dict.fromkeys(settings)
     flags = {"read_only": False, "overlay": False, "rule": Rule(), "gives_way": False}
-    flags |= {"image_format": None, "keep": False}
+    flags |= {"image_format": None, "keep": False, "incoming": False, "patience": 30.0}
     rule = Rule("label", "libvirt-1", 107)
     assert gateway.calls == [
         ("attach", "vm1", "images:a.raw", settings | flags | {"overlay": True, "rule": rule}),

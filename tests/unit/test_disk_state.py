@@ -14,16 +14,22 @@ ALL_WRONG = Facts(
     has_conflict=True,
     cache_has_failed=True,
     has_private=True,
+    is_coming=True,
+    is_given=True,
     is_away=True,
     has_failed_pass=True,
     is_copying=True,
     is_incomplete=False,
 )
 
+REACHED = replace(ALL_WRONG, is_coming=False, is_given=False, is_away=False)
+
 IN_ORDER = [
     (DiskState.CONFLICT, "has_conflict"),
     (DiskState.BROKEN, "has_private"),
     (DiskState.PASS_THROUGH, "cache_has_failed"),
+    (DiskState.INCOMING, "is_coming"),
+    (DiskState.HANDED_OVER, "is_given"),
     (DiskState.DEGRADED, "is_away"),
     (DiskState.LAGGING, "has_failed_pass"),
     (DiskState.COPYING, "is_copying"),
@@ -43,14 +49,14 @@ def test_of_several_states_the_first_counts() -> None:
 
 
 def test_a_copy_that_lacks_only_what_cannot_be_read_is_incomplete() -> None:
-    facts = replace(ALL_WRONG, has_conflict=False, cache_has_failed=False, is_away=False)
+    facts = replace(REACHED, has_conflict=False, cache_has_failed=False)
     facts = replace(facts, has_failed_pass=False, is_incomplete=True)
     assert state_of(facts) is DiskState.INCOMPLETE
     assert state_of(replace(facts, has_failed_pass=True)) is DiskState.LAGGING
 
 
 def test_dirty_data_alone_is_no_trouble() -> None:
-    facts = replace(ALL_WRONG, has_conflict=False, cache_has_failed=False, is_away=False)
+    facts = replace(REACHED, has_conflict=False, cache_has_failed=False)
     assert state_of(replace(facts, has_failed_pass=False, is_copying=False)) is DiskState.READY
 
 

@@ -122,6 +122,7 @@ ORDER: dict[str, list[str]] = {
         "checkpoint",
         "disk",
         "boot",
+        "handover",
         "catalogue",
         "keeping",
         "doors",

@@ -74,7 +74,7 @@ def test_the_marker_says_who(image: FileAddress, take: Callable[..., Marker]) ->
     assert found["pid"] == os.getpid()
     assert set(found) == {
         "format", "gateway", "host", "pid", "boot_id", "disk", "since", "state", "token", "as_of",
-        "dirty_since", "dirty_bytes", "image_format"
+        "dirty_since", "dirty_bytes", "image_format", "phase", "to"
     }  # fmt: skip
     assert read_owner(image) == Owner.parse((sidecar(image) / "owner").read_bytes())
 

@@ -13,6 +13,7 @@ import pytest
 
 from forebay.daemon import attached
 from forebay.disk import state as disk_state
+from forebay.handover import phase as handover
 from forebay.image import reach
 from forebay.storage import record
 from forebay_cache.layers import layer
@@ -37,6 +38,7 @@ MOVES: Table[Lamp] = {
 TABLES: list[tuple[str, str, Table[Any]]] = [
     ("gateway/README.md", "States of a disk", disk_state.MOVES),
     ("gateway/README.md", "States of an image", reach.MOVES),
+    ("gateway/README.md", "The phases of a handover", handover.MOVES),
     ("gateway/README.md", "The life of an attached disk", attached.LIFE),
     ("gateway/STORAGE.md", "States of a volume", record.MOVES),
     ("cache/README.md", "States of a layer", layer.MOVES),

@@ -27,7 +27,7 @@ def _some_text(text: str) -> str:
 
 
 def _patience(text: str) -> float:
-    from forebay.cli.wait import parse_patience
+    from forebay.cli.terminal.wait import parse_patience
 
     return parse_patience(text)
 
@@ -76,6 +76,8 @@ def _attach(parser: Parser) -> None:
     add("--format", metavar="FORMAT", type=checked(parse_format), help=text)
     add("--keep", action="store_true", help="with --overlay: keep them beyond detach")
     add_rule(parser)
+    text = "for a VM that is about to come: another host writes the image, and hands it over"
+    add("--incoming", action="store_true", help=text)
     text = "while another host has the image, wait until it is free, or for as long as this says"
     add("--wait", metavar="TIME", type=checked(_patience), nargs="?", const=float("inf"), help=text)
     _json(parser)
@@ -159,6 +161,11 @@ def _overlays(parser: Parser, add: str) -> None:
 
 def _resolve(parser: Parser) -> None:
     __import__("forebay.cli.resolve", fromlist=["add_all"]).add_all(parser, NAME, IMAGE)
+
+
+def _moving(parser: Parser, add: str) -> None:
+    module = __import__("forebay.cli.moving", fromlist=[add])
+    getattr(module, add)(parser, NAME, DURATION, IMAGE)
 
 
 def _xml(parser: Parser) -> None:
@@ -280,6 +287,10 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     ),
     "drop": ("forget a snapshot", partial(_overlays, add="add_snapshot")),
     "resolve": ("go on after somebody else changed an image, with its data kept", _resolve),
+    "handover": (
+        "hand the image of a running VM over to another host",
+        partial(_moving, add="add_handover"),
+    ),
     "xml": ("the libvirt <disk> element of a disk", _xml),
     "libvirt-hook": ("what libvirt's hook calls, with the domain's XML on stdin", _libvirt_hook),
     "cache": ("look at, make, extend, check or remove the cache device", _cache),

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from forebay.cli.asking import Arguments, daemon, print_json, progress_shown
-from forebay.cli.peer import rule
+from forebay.cli.moving import incoming
+from forebay.cli.peer import peer, rule
 from forebay.errors import ForebayError
 from forebay.units import format_size
 
@@ -77,12 +78,13 @@ def attach(arguments: Arguments) -> int:
         "format": arguments.format,
         "keep": arguments.keep,
         **rule(arguments),
+        **incoming(arguments),
     }
     client = daemon(arguments)
-    if arguments.wait is None:
+    if arguments.wait is None or arguments.incoming:
         status = client.post("/disks", content)
     else:
-        from forebay.cli.wait import when_free
+        from forebay.cli.terminal.wait import when_free
 
         status = when_free(lambda: client.post("/disks", content), arguments.name, arguments.wait)
     if arguments.json:
@@ -94,15 +96,6 @@ def attach(arguments: Arguments) -> int:
         from forebay.libvirt.version import installed_version
 
         _warn_of_old_libvirt(installed_version())
-    return 0
-
-
-def peer(arguments: Arguments) -> int:
-    """`forebay peer`: say which processes may use a disk from now on."""
-    content = {**rule(arguments), "evict": arguments.evict}
-    status = daemon(arguments).post(f"/disks/{arguments.name}/peer", content)
-    holder = status["peer_process"]
-    print(f"{arguments.name}: {status['peer']}" + (f", process {holder} has it" if holder else ""))
     return 0
 
 
@@ -280,6 +273,13 @@ def resolve(arguments: Arguments) -> int:
     return keep(arguments, daemon(arguments), "mine" if arguments.keep_mine else "image")
 
 
+def handover(arguments: Arguments) -> int:
+    """`forebay handover`: prepare, finish or abort one."""
+    from forebay.cli import moving
+
+    return moving.handover(arguments, daemon(arguments))
+
+
 def xml(arguments: Arguments) -> int:
     """`forebay xml`: print the <disk> element, or the metadata for the hook."""
     from forebay.libvirt.disk_xml import disk_element, metadata_element
@@ -385,6 +385,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     **dict.fromkeys(("overlays", "commit", "revert", "snapshot", "snapshots"), overlays),
     **dict.fromkeys(("rollback", "drop"), overlays),
     "resolve": resolve,
+    "handover": handover,
     "xml": xml,
     "libvirt-hook": libvirt_hook,
     "cache": cache,

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = command_in(words)
     parser = build_parser(command)
     if command == "attach":
-        from forebay.cli.wait import with_wait_closed
+        from forebay.cli.terminal.wait import with_wait_closed
 
         words = with_wait_closed(words)
     arguments = parser.parse_args(words)

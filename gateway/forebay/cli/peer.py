@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which processes may use a disk: the arguments of `forebay attach` and `forebay peer` that say so."""
+"""Which processes may use a disk: `forebay peer`, and the arguments of `forebay attach` that say so."""
 
 import argparse
 
-from forebay.cli.asking import Arguments
+from forebay.cli.asking import Arguments, daemon
 from forebay.errors import ForebayError
 
 PEER_RULES = ("first", "label", "any")
@@ -43,6 +43,15 @@ def rule(arguments: Arguments) -> dict[str, object]:
         "peer_label": arguments.label,
         "peer_user": None if user is None else _uid(user),
     }
+
+
+def peer(arguments: Arguments) -> int:
+    """`forebay peer`: say which processes may use a disk from now on."""
+    content = {**rule(arguments), "evict": arguments.evict}
+    status = daemon(arguments).post(f"/disks/{arguments.name}/peer", content)
+    holder = status["peer_process"]
+    print(f"{arguments.name}: {status['peer']}" + (f", process {holder} has it" if holder else ""))
+    return 0
 
 
 def _uid(user: str) -> int:

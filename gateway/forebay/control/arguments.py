@@ -29,6 +29,9 @@ LONGEST_BODY = 64 << 10
 LONGEST_LABEL = 512
 """Bytes of a label of a process. Those of domains have 60."""
 
+LONGEST_HOST = 255
+"""Characters of the name of a host."""
+
 NO_USER = (1 << 32) - 1
 """The number that no user has."""
 
@@ -121,6 +124,20 @@ def _keep(value: Any) -> str:
     raise ValueError(f"{value!r} is neither mine nor image")
 
 
+def _step(value: Any) -> str:
+    """What is done about a handover."""
+    if value in ("prepare", "finish", "abort"):
+        return str(value)
+    raise ValueError(f"{value!r} is neither prepare nor finish nor abort")
+
+
+def _host(value: Any) -> str:
+    """The name of a host."""
+    if isinstance(value, str) and 0 < len(value) <= LONGEST_HOST and value.isprintable():
+        return value
+    raise ValueError(f"not the name of a host: at most {LONGEST_HOST} printable characters")
+
+
 ATTACH: dict[str, Parse] = {
     "name": parse_name,
     "image": _text,
@@ -135,7 +152,10 @@ ATTACH: dict[str, Parse] = {
     "peer": _peer,
     "peer_label": _label,
     "peer_user": _uid,
+    "incoming": _flag,
+    "patience": parse_duration,
 }
+HANDOVER: dict[str, Parse] = {"step": _step, "to": _host, "patience": parse_duration}
 DETACH: dict[str, Parse] = {"discard": _flag, "force": _flag}
 EXTEND: dict[str, Parse] = {"size": parse_size}
 FLUSH: dict[str, Parse] = {"timeout": parse_duration}

@@ -31,6 +31,7 @@ from forebay.control.arguments import (
 from forebay.control.cache import CacheDevice, CacheRoutes
 from forebay.control.images import Catalogue, ImageRoutes, Stores
 from forebay.control.metrics import PROMETHEUS_TEXT
+from forebay.control.moves import PATIENCE, MoveRoutes, Moves
 from forebay.control.overlays import OverlayRoutes, Overlays
 from forebay.control.summary import Summary, SummaryRoutes
 from forebay.control.work import Operation, Progress, error, failure
@@ -70,10 +71,13 @@ class Answers(CacheDevice, Protocol):
         rule: Rule,
         gives_way: bool,
         image_format: str | None,
+        incoming: bool,
+        patience: float,
     ) -> Status:
         """Serve an image; None stands for what the store says. `gives_way`: to a disk that writes the image.
 
-        `image_format`: `raw` for its bytes, whatever they look like. The status says `attached_already`.
+        `image_format`: `raw` for its bytes. `incoming`: another host is to hand it over within `patience` seconds. The
+        status says `attached_already`.
         """
 
     async def detach(self, name: str, *, discard: bool, force: bool, progress: Progress) -> None:
@@ -135,6 +139,10 @@ class Answers(CacheDevice, Protocol):
         """What a cache of another size would find."""
 
     @property
+    def moves(self) -> Moves:
+        """Handovers of images to other hosts, and from them."""
+
+    @property
     def overlays(self) -> Overlays:
         """The overlays, attached or kept."""
 
@@ -183,6 +191,7 @@ class Control:
             *SummaryRoutes(self._gateway.summary).table(),
             *ImageRoutes(self._gateway.catalogue, self._gateway.stores).table(),
             *OverlayRoutes(self._gateway.overlays).table(),
+            *MoveRoutes(self._gateway.moves).table(),
         ]
         return [Route(method, path, _guarded(call)) for method, path, call in table]
 
@@ -232,6 +241,8 @@ class Control:
             rule=rule_in(given),
             gives_way=given.get("gives_way", False),
             image_format=given.get("format"),
+            incoming=given.get("incoming", False),
+            patience=given.get("patience", PATIENCE),
         )
         return JSONResponse(status, 200 if status["attached_already"] else 201)
 

@@ -18,7 +18,13 @@ from forebay.checkpoint.dirty import left_dirty
 from forebay.config.model import Config, DiskSettings
 from forebay.daemon.attached import Absent, Attached
 from forebay.daemon.disks import Disks
-from forebay.daemon.opening import abandoned_on_fault, format_of, prepared
+from forebay.daemon.opening import (
+    abandoned_on_fault,
+    add_handover,
+    check_may_come,
+    format_of,
+    prepared,
+)
 from forebay.daemon.parallel import run_all
 from forebay.daemon.record import DiskRecord, DiskRecords, in_conflict
 from forebay.disk.disk import Disk
@@ -29,6 +35,7 @@ from forebay.doors.returns import Owed, Returns
 from forebay.doors.tenant import Rule, Tenant
 from forebay.errors import ForebayError
 from forebay.formats.magic import RAW
+from forebay.handover.phase import Phase
 from forebay.image.boundary import breaks_the_cache, in_short
 from forebay.image.formats import Formats
 from forebay.image.registry import Images
@@ -92,8 +99,11 @@ class Arrivals:
 
     # -- a new disk
 
-    async def attach(self, name: str, wanted: DiskRecord) -> Attached:
-        """Serve an image as a disk; of `wanted`, key and size are found out here. Raises ForebayError and OSError."""
+    async def attach(self, name: str, wanted: DiskRecord, patience: float = 0.0) -> Attached:
+        """Serve an image as a disk; of `wanted`, key and size are found out here. Raises ForebayError and OSError.
+
+        `patience`, in seconds: how long an image is waited for that another host is to hand over.
+        """
         if isinstance(resolve(self._config, wanted.image), ScratchAddress):
             wanted = replace(wanted, overlay=True)  # there is no image to be written
         self._check_new(name, wanted)
@@ -105,11 +115,15 @@ class Arrivals:
         wanted = replace(wanted, keep=wanted.keep or kept is not None)
         source, settings = self.source(name, wanted, None, comes_back=kept is not None)
         self._kept.check(name, source)
+        if wanted.handover == Phase.INCOMING:
+            check_may_come(source)
         async with self._disks.arriving(name, source, self._give_way), abandoned_on_fault(source):
             if self._kept.get(name) != kept:
                 raise ForebayError(f"what was kept of '{name}' has changed meanwhile: try again")
             await self._returns.call_off(source)
-            await prepared(source)
+            await prepared(source, patience)
+            if source.asking is None:
+                wanted = wanted.coming(False)
             source.check_safe(settings.mode)
             if kept is not None:
                 await self._check_unchanged(name, wanted, kept, source)
@@ -310,6 +324,7 @@ class Arrivals:
             need_locks=settings.require_locks,
             refresh=settings.on_change == "refresh",
             as_bytes=record.format == RAW,
+            is_coming=record.handover == Phase.INCOMING and not self._left_by(name),
             is_base=is_base,
         )
         source = Source(
@@ -324,6 +339,8 @@ class Arrivals:
             formats=self._formats,
             servers=self._servers,
         )
+        if record.handover == Phase.RELEASED and not self._left_by(name):
+            source.withheld = "it was handed over to another host"
         return source, settings
 
     async def reader_of(self, image: str) -> Source:
@@ -366,4 +383,9 @@ class Arrivals:
         gateway = self._config.gateway
         tenant = Tenant(source.use.disk, gateway.run, record.rule(settings))
         listener = Listener(disk, path, gateway, tenant, self._memory)
-        return Attached(record, source, disk, listener, self._boots)
+        attached = Attached(record, source, disk, listener, self._boots)
+        add_handover(attached, self._records, self._detach_soon)
+        return attached
+
+    def _detach_soon(self, attached: Attached) -> None:
+        self._nursery.start_soon(self._give_way, attached)

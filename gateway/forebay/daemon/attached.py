@@ -23,6 +23,8 @@ from forebay.doors.listener import Listener
 from forebay.doors.restart import Sockets
 from forebay.errors import ForebayError
 from forebay.formats.magic import RAW
+from forebay.handover.handover import Handover
+from forebay.handover.phase import Phase
 from forebay.image.boundary import Boundary, breaks_the_cache, in_short, sole_fault
 from forebay.image.source import Source
 from forebay.overview.detail import connected, settings_told
@@ -86,7 +88,10 @@ class Attached:
         self.source = source
         self.disk = disk
         self.listener = listener
-        self.boot = None if record.gives_way else boot_of(disk, boots)
+        may_boot = not record.gives_way and record.handover == Phase.NONE
+        self.boot = boot_of(disk, boots) if may_boot else None
+        self.handover: Handover | None = None
+        """The handover of its image; None where that cannot be."""
         self.busy = trio.Lock()
         """Held by what changes the disk as a whole: see `Disks.turn`."""
         self._life = Machine(LIFE, Life.ATTACHING, f"disk '{source.use.disk}'")
@@ -138,6 +143,8 @@ class Attached:
                 async with trio.open_nursery() as nursery:
                     if self.boot is not None:
                         nursery.start_soon(self.boot.run)
+                    if self.handover is not None:
+                        nursery.start_soon(self.handover.run)
                     await self.disk.run(task_status=task_status)
         finally:
             self._ended.set()
@@ -164,6 +171,11 @@ class Attached:
         """Raises ForebayError, which says why and what to do, where the disk is stopped."""
         if self.fault is not None:
             raise ForebayError(f"'{self.name}' is stopped: {self.reason}")
+
+    def check_stays(self) -> None:
+        """Raises ForebayError where the image is about to go to another host, or to come from there."""
+        if self.handover is not None:
+            self.handover.check_idle()
 
     def begin_detach(self) -> None:
         """Note that the operator wants it gone."""
@@ -293,6 +305,7 @@ class Attached:
             **self.disk.status(),
             **self.record.limits(),
             **(self.boot.status() if self.boot is not None else {}),
+            **(self.handover.status() if self.handover is not None else {}),
             "clients": self.listener.clients,
             "socket": str(self.listener.path),
             **self.listener.tenant.status(),

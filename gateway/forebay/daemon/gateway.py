@@ -38,6 +38,7 @@ from forebay.doors.restart import EarlierSockets
 from forebay.doors.returns import Returns
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
+from forebay.handover.moves import Moves
 from forebay.image.gone import GoneImages
 from forebay.image.kept import MOST_IN_ALL
 from forebay.image.registry import Images
@@ -78,7 +79,7 @@ class Gateway:
         returns = Returns(nursery, cache.records)
         self._disks = Disks()
         self._records = DiskRecords(cache, index_path(config))
-        self._kept = KeptOverlays(cache)
+        kept = KeptOverlays(cache)
         self._memory = memory.budgets()
         self._gone = GoneImages(
             config,
@@ -95,7 +96,7 @@ class Gateway:
             self._records,
             returns,
             lambda name, record: self._arrivals.source_of(name, record),  # noqa: PLW0108 (made later)
-            self._kept,
+            kept,
         )
         self._arrivals = Arrivals(
             config,
@@ -107,7 +108,7 @@ class Gateway:
             self._memory,
             returns,
             self._departures.give_way,
-            self._kept,
+            kept,
             boots,
         )
         self.catalogue = Catalogue(
@@ -124,17 +125,18 @@ class Gateway:
         self._resolving = Resolving(self._arrivals, self._disks, self._records)
         self._saving = Saving(config, cache, self._disks, self._arrivals.threads_of)
         self._committing = Committing(
-            self._arrivals, self._disks, self._records, images, returns, self._kept
+            self._arrivals, self._disks, self._records, images, returns, kept
         )
         self.overlays = Overlays(
             cache,
             index_path(config),
-            self._kept,
+            kept,
             self._disks.turn_attached,
             self._disks.all_attached,
             self._committing,
             self._disks.is_attached,
         )
+        self.moves = Moves(self._disks.attached)
         self.advice = Advice(cache, config.gateway.state)
         attaching = Attaching(
             images,
@@ -149,7 +151,6 @@ class Gateway:
         self._upkeep = Upkeep(
             cache, lambda: [*(one.disk.image for one in self.attached()), *self.stores.images()]
         )
-
         self.summary = Summary(
             config, cache, nursery, self._threads_of, self.statuses, self.catalogue.images
         )
@@ -174,17 +175,20 @@ class Gateway:
         rule: Rule = BY_SETTINGS,
         gives_way: bool = False,
         image_format: str | None = None,
+        incoming: bool = False,
+        patience: float = 0.0,
     ) -> Status:
         """Serve an image as a disk; None stands for what the store says. The disk's status, with `attached_already`.
 
-        `image_format`: `raw` for the bytes of the image, whatever they look like.
+        `image_format`: as `Answers` has it, and `incoming`: another host is to hand it over in `patience` seconds.
         """
         chosen = mode.value if mode else None
         if gives_way and not read_only:
             raise ForebayError("a disk that gives way is read-only: leave one of the two out")
         wanted = DiskRecord(image, "", 0, read_only, overlay, chosen, cache_size, preload)
         wanted = replace(wanted, gives_way=gives_way, format=image_format, keep=keep)
-        wanted, attach = wanted.with_rule(rule), self._arrivals.attach
+        wanted = wanted.with_rule(rule).coming(incoming)
+        attach = partial(self._arrivals.attach, patience=patience)
         attached, again = await attach_once(self.config, self._disks, attach, name, wanted)
         return {**attached.status(), "attached_already": again}
 
@@ -276,6 +280,7 @@ class Gateway:
         """
         async with self._disks.turn_attached(name) as attached:
             attached.check_serves()
+            attached.check_stays()
             attached.disk.modes.check_may_enter(mode)
             was, now = attached.record, attached.record.with_mode(mode)
             await self._records.change(name, was, now)
@@ -354,7 +359,7 @@ class Gateway:
             raise ForebayError(f"in use: {', '.join(busy)}: stop the VMs and detach these disks")
         await self.flush(None, progress=progress)
         names = sorted(self._disks.names())
-        if kept := sorted(self._kept.all()):
+        if kept := sorted(one["name"] for one in self.overlays.all() if not one["attached"]):
             raise ForebayError(
                 f"overlays that are kept: {', '.join(kept)}: save them, or give their changes up with "
                 "'forebay revert NAME' first"

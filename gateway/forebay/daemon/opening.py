@@ -1,14 +1,25 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""Opening an image for a disk that is to come: what fails there says what to do, and nothing of it is left."""
+"""Opening an image for a disk that is to come: what fails there says what to do, and nothing of it is left.
+
+And the handover of its image, once the disk is there.
+"""
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+import errno
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import trio
 
+from forebay.daemon.attached import Attached
+from forebay.daemon.record import DiskRecords
 from forebay.errors import ForebayError, advice
+from forebay.formats.magic import RAW
+from forebay.handover.handover import handover_of
+from forebay.handover.phase import Phase
 from forebay.image.source import Source
 
 
@@ -29,10 +40,13 @@ async def format_of(source: Source) -> str:
         return await source.find_format()
 
 
-async def prepared(source: Source) -> None:
-    """Open the image and claim it. Raises ForebayError."""
+async def prepared(source: Source, patience: float) -> None:
+    """Open the image and claim it, or wait until its owner is about to hand it over. Raises ForebayError.
+
+    `patience` in seconds: for an owner that has to prepare that first.
+    """
     with _told(source):
-        await source.prepare()
+        await source.prepare(patience)
 
 
 @contextlib.contextmanager
@@ -45,3 +59,46 @@ def _told(source: Source) -> Iterator[None]:
             f"{source.label}: {fault.strerror or fault}: "
             f"{advice(fault, 'see that its storage answers, then try again')}"
         ) from fault
+
+
+def check_may_come(source: Source) -> None:
+    """Raise ForebayError where the image cannot be handed over to the disk."""
+    use = source.use
+    if not use.writes:
+        raise ForebayError(
+            "what an overlay has lies on its own host only, and a read-only disk needs no handover: attach it without "
+            "--incoming"
+        )
+    if source.asking is None or source.shown_format != RAW or not use.need_locks:
+        raise ForebayError(
+            f"{source.key} cannot be handed over by another host: only raw image files are, in a store with locks: "
+            "shut the VM down there, then attach it here without --incoming"
+        )
+
+
+def add_handover(
+    attached: Attached, records: DiskRecords, detach: Callable[[Attached], None]
+) -> None:
+    """Give the disk its handover. `detach` detaches a disk whose VM does not come."""
+    attached.handover = handover_of(
+        attached.disk,
+        lambda: attached.clients,
+        partial(_note, attached, records),
+        lambda: detach(attached),
+    )
+
+
+async def _note(attached: Attached, records: DiskRecords, phase: Phase) -> None:
+    """Put the phase on record, durably. Raises ForebayError; OSError where something else changes the disk just now."""
+    if attached.record.handover == phase.value:
+        return
+    try:
+        attached.busy.acquire_nowait()
+    except trio.WouldBlock:
+        raise OSError(errno.EBUSY, "another command is changing the disk") from None
+    try:
+        now = replace(attached.record, handover=phase.value)
+        await records.change(attached.name, attached.record, now)
+        attached.record = now
+    finally:
+        attached.busy.release()

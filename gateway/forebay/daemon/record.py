@@ -13,6 +13,7 @@ from forebay.config.model import Config, DiskSettings
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
 from forebay.formats.magic import RAW
+from forebay.handover.phase import Phase
 from forebay.image.source import Source
 from forebay.keeping.kept import Kept, KeptOverlays, identity_of
 from forebay.origin.addresses import Address, ScratchAddress, resolve
@@ -64,6 +65,8 @@ class DiskRecord:
     """How a conflict was just resolved, `mine` or `image`: until the cache has followed, which a start goes on with."""
     conflict: str = ""
     """Why the disk is kept in conflict, whatever its image looks like: until it is resolved."""
+    handover: str = Phase.NONE.value
+    """A `Phase`: how far the handover of the image is, where that is not the disk's own."""
     is_behind: bool = False
     """True if other disks have gone on with the image since: what the cache has of that is not this disk's."""
 
@@ -135,6 +138,10 @@ class DiskRecord:
     def as_committing(self, *, begins: bool) -> Self:
         """The same of an overlay whose changes are being written to its image, or (not `begins`) are there."""
         return replace(self, committing=begins)
+
+    def coming(self, comes: bool) -> Self:
+        """The same of a disk whose image another host is to hand over, or (not `comes`) of one that is its own."""
+        return replace(self, handover=(Phase.INCOMING if comes else Phase.NONE).value)
 
     def as_leaving(self) -> Self:
         """The same of a disk that is being forgotten."""

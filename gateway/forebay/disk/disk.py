@@ -176,8 +176,7 @@ class Disk(HotPath):
         if not len(data):
             return
         self.counters.written_bytes += len(data)
-        await self.modes.arrive_to_write()
-        async with self.modes.gate.passing():
+        async with self.modes.writing():
             await self.modes.policy.write(offset, data)
         if fua:
             await self.modes.policy.flush()
@@ -197,7 +196,7 @@ class Disk(HotPath):
     async def flush(self) -> None:
         """Implements Export."""
         check_conflict(self.image)
-        if not self.read_only:
+        if not self.read_only and not self.source.withheld:  # what was answered before is durable
             if not self.modes.writes_private and not self.image.is_all_durable():
                 await arrive(self.image, self.settings.origin_timeout)
             await self.modes.policy.flush()
@@ -209,8 +208,7 @@ class Disk(HotPath):
             raise OSError(errno.ENOTSUP, "zeroing may be as slow as writing here")
         if not length:
             return
-        await self.modes.arrive_to_write()
-        async with self.modes.gate.passing():
+        async with self.modes.writing():
             await self.modes.policy.zero(offset, length, may_trim=not no_hole)
         if fua:
             await self.modes.policy.flush()
@@ -234,7 +232,7 @@ class Disk(HotPath):
 
         A VM that goes on writing is let go on for most of it, and waits for the last, short, pass.
         """
-        if self.overlay or self.read_only:
+        if self.overlay or self.read_only or self.source.withheld:
             progress(0, 0)
             return
         if self.modes.writes_private:
@@ -262,7 +260,8 @@ class Disk(HotPath):
                 nursery.start_soon(self.writeback.run)
             self._watch.start(nursery)
             self.modes.start(nursery)
-            if self.settings.preload not in (0, "trace") and self.mode is not Mode.NONE:
+            may_preload = self.mode is not Mode.NONE and not self.source.withheld
+            if self.settings.preload not in (0, "trace") and may_preload:
                 nursery.start_soon(self._preload_at_attach)
             task_status.started()
 

@@ -3,7 +3,8 @@
 
 """The mode of a disk: which policy it means, and how it is changed while clients are connected."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 import trio
@@ -116,7 +117,7 @@ class Modes:
         self._writeback.automatic = self._writes_back
         self._admission.set_limits()
         self.policy = self._chosen_policy()
-        self._view.clean = None if self.mode is Mode.NONE else self._image.layer
+        self.show_clean(shown=not self._source.withheld)
         self.on_choice(self.policy)
 
     def _chosen_policy(self) -> Policy:
@@ -165,6 +166,23 @@ class Modes:
         is_announced = self._overlay or self._dirty.mark.is_set
         if not (self.writes_private and is_announced):
             await arrive(self._image, self._settings.origin_timeout)
+
+    @contextlib.asynccontextmanager
+    async def writing(self) -> AsyncIterator[None]:
+        """Around each write that has to wait for anything: for the image, and while the gate is shut. Raises OSError.
+
+        What waited at the gate may find that the image was handed over meanwhile, and waits for that again.
+        """
+        while True:
+            await self.arrive_to_write()
+            async with self.gate.passing():
+                if not self._image.reach.withheld:
+                    yield
+                    return
+
+    def show_clean(self, *, shown: bool) -> None:
+        """Have the disk read what the cache has of the image, or not: while another host may write that."""
+        self._view.clean = self._image.layer if shown and self.mode is not Mode.NONE else None
 
     async def change(self, mode: Mode, progress: Progress) -> None:
         """Enter another mode while clients are connected; writes wait for the last part of it, reads do not notice.

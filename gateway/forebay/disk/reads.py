@@ -72,6 +72,9 @@ class Reads:
         if self.on_miss is not None:
             self.on_miss(offset, length)
         with self._counters.errors_counted():
+            if (fresh := self._image.fresh) is not None:
+                self._counters.origin_read_bytes += length
+                return await fresh.read(offset, length)
             await arrive(self._image, self._timeout)
             if self.view.clean is None:
                 self._counters.origin_read_bytes += length

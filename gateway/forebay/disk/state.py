@@ -26,6 +26,10 @@ class DiskState(StrEnum):
     """The cache device does not work, and has data that is nowhere else."""
     PASS_THROUGH = "pass-through"  # noqa: S105  (no password)
     """The cache device does not work, and the image has everything."""
+    INCOMING = "incoming"
+    """Its image is about to come from another host."""
+    HANDED_OVER = "handed-over"
+    """Its image was given to another host."""
     DEGRADED = "degraded"
     """The image cannot be reached."""
     LAGGING = "lagging"
@@ -48,6 +52,10 @@ class Facts:
     cache_has_failed: bool
     has_private: bool
     """Whether the cache has data of the disk that is nowhere else."""
+    is_coming: bool
+    """Whether the image is another host's, which hands it over to this disk."""
+    is_given: bool
+    """Whether the image was handed over to another host."""
     is_away: bool
     """Whether the image cannot be reached."""
     has_failed_pass: bool
@@ -65,6 +73,10 @@ def state_of(facts: Facts) -> DiskState:
         return DiskState.BROKEN
     if facts.cache_has_failed:
         return DiskState.PASS_THROUGH
+    if facts.is_coming:
+        return DiskState.INCOMING
+    if facts.is_given:
+        return DiskState.HANDED_OVER
     if facts.is_away:
         return DiskState.DEGRADED
     if facts.has_failed_pass:
@@ -79,6 +91,8 @@ def state_of(facts: Facts) -> DiskState:
 _BECAUSE = {
     DiskState.BROKEN: "the cache device fails, and has data that is nowhere else",
     DiskState.PASS_THROUGH: "the cache device fails, and the image has everything",
+    DiskState.INCOMING: "its image is about to come from another host",
+    DiskState.HANDED_OVER: "its image was given to another host",
     DiskState.DEGRADED: "the image cannot be reached",
     DiskState.LAGGING: "a checkpoint fails, or a flush of the image",
     DiskState.COPYING: "a full copy is under way",

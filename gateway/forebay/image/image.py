@@ -20,6 +20,7 @@ from forebay.image.source import ResizedError, Source
 from forebay.image.sources import Sources
 from forebay.image.writes import OwnWrites
 from forebay.origin.calls import MAYBE_DEAD
+from forebay.origin.file import FreshFile
 from forebay.origin.protocol import Identity, Origin
 from forebay.origin.threads import Background
 from forebay.sidecar.record import TakenOver
@@ -55,6 +56,7 @@ class Image:
         """Those of the disks on it."""
         self.identity = KnownIdentity(cache, self.key)
         self.reach = Reach(self.key, self._open, self._compare_now, self.sources.let_go)
+        self.reach.withheld = source.withheld
         fetches = Boundary(nursery, f"image {self.key}", self.sources.stop_disks)
         self.clean = CleanBlocks(cache, self.key, self, fetches)
         self.filler = self.clean.filler
@@ -76,6 +78,12 @@ class Image:
     def origin(self) -> Origin | None:
         """The open origin; None while it cannot be reached, and after the image is closed."""
         return self.reach.origin
+
+    @property
+    def fresh(self) -> FreshFile | None:
+        """What reads an image that is about to come from another host, of which nothing is cached; else None."""
+        is_away = self.origin is None and self.conflict is None
+        return self.sources.latest.fresh if is_away else None
 
     @property
     def conflict(self) -> str | None:
@@ -103,12 +111,13 @@ class Image:
         try:
             return await source.open()
         except TakenOver as fault:
-            if isinstance(fault, ResizedError):
+            if isinstance(fault, ResizedError) or source.withheld:
                 self.stop(str(fault))
             else:
                 self._note_change(str(fault))
             if self.conflict is not None:
                 return None
+        self.identity.note_durable(self.identity.writes_ended)  # it is not ours to flush
         await source.begin_anew()
         try:
             return await source.open()
@@ -225,7 +234,8 @@ class Image:
             self.stop(f"{what}, and on_change is refuse")
         else:
             if self.layer.sectors:
-                log.warning("%s: its cached blocks are dropped", what)
+                level = logging.INFO if self.sources.are_withheld() else logging.WARNING
+                log.log(level, "%s: its cached blocks are dropped", what)
             self.clean.refresh()
 
     def stop(self, why: str) -> None:

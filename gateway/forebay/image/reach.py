@@ -55,7 +55,7 @@ MOVES: Table[ImageState] = {
         ImageState.CLOSED: "the last disk on it was detached",
     },
     ImageState.REACHED: {
-        ImageState.AWAY: "its descriptor fails for ever, as after its locks were lost; it is opened anew",
+        ImageState.AWAY: "its descriptor fails for ever, and it is opened anew; or it is handed over",
         ImageState.CONFLICT: "somebody else has it, or changed it, and it must not be gone on with",
         ImageState.CLOSED: "the last disk on it was detached",
     },
@@ -83,8 +83,14 @@ class Reach:
         """
         self.unreachable: str | None = None
         """Why the last attempt failed; None once one went well."""
+        self.withheld = ""
+        """Why the image is not opened now, although it could be; empty: it is. See `withhold`."""
+        self.on_wanted: Callable[[], None] = _nothing
+        """Called when somebody waits for an image that is withheld."""
         self.conflict: str | None = None
         """Why the image must not be touched any more, and what to do: what `stop` was told."""
+        self._is_told = False
+        """True if the log says that it cannot be reached."""
         self._key = key
         self._open = open_origin
         self._compare = compare
@@ -131,6 +137,9 @@ class Reach:
         One attempt at a time: whoever comes meanwhile waits for its end.
         """
         async with self._attempting:
+            if self.withheld:
+                self.unreachable = self.withheld
+                return
             if self._origin is not None or trio.current_time() < self._next_attempt:
                 return
             try:
@@ -140,6 +149,25 @@ class Reach:
             else:
                 if origin is not None:
                     self._succeeded(origin)
+
+    async def attempt_now(self) -> None:
+        """The same, whether or not its time has come, of an image that is not withheld any more."""
+        self.withheld, self._next_attempt, self._pause = "", 0.0, RETRY_SECONDS
+        await self.attempt()
+
+    async def withhold(self, why: str) -> None:
+        """Let the image go, and do not open it until `attempt_now`: another host is to have it. `why`: for operators.
+
+        What waits for the image goes on waiting. Nothing may be under way that changes it.
+        """
+        async with self._attempting:
+            origin, self._origin = self._origin, None
+            self.withheld = self.unreachable = why
+            if self.state is ImageState.REACHED:
+                self._machine.become(ImageState.AWAY)
+            if origin is not None:
+                await close_quietly(origin)
+            await self._let_go()
 
     async def made_again(self, call: Callable[[], Awaitable[T]]) -> T:
         """What the call returns, which is made once more where it failed by an origin that was dead, and is replaced.
@@ -164,7 +192,7 @@ class Reach:
                 log.warning("%s: its descriptor fails: it is opened anew", self._key)
                 self._origin = None
                 self._machine.become(ImageState.AWAY)
-                self.unreachable = "its descriptor fails"
+                self.unreachable, self._is_told = "its descriptor fails", True
                 self._next_attempt, self._pause = 0.0, RETRY_SECONDS
                 await close_quietly(origin)
                 await self._let_go()
@@ -195,14 +223,15 @@ class Reach:
     def _failed(self, why: str) -> None:
         if self.unreachable is None:
             log.warning("%s cannot be reached: %s", self._key, why)
+            self._is_told = True
         self.unreachable = why
         self._next_attempt = trio.current_time() + self._pause
         self._pause = min(2 * self._pause, RETRY_MOST)
 
     def _succeeded(self, origin: Origin) -> None:
-        if self.unreachable is not None:
+        if self._is_told:
             log.warning("%s can be reached again", self._key)
-        self.unreachable = None
+        self.unreachable, self._is_told = None, False
         self._pause = RETRY_SECONDS
         self._origin = origin
         if self.state is ImageState.AWAY:  # in a conflict it stays
@@ -216,6 +245,8 @@ class Reach:
         """
         with trio.move_on_after(timeout):
             while self.state is ImageState.AWAY:
+                if self.withheld:
+                    self.on_wanted()
                 await self._waiting.park()
         self.require_origin()
 
@@ -236,6 +267,11 @@ class Reach:
         self._looked_at = now
         return True
 
+    @property
+    def is_waited_for(self) -> bool:
+        """True while somebody is in `wait`."""
+        return self._waiting.statistics().tasks_waiting > 0
+
     # ------------------------------------------------------------------------------------------------------- the ends
 
     def stop(self, conflict: str) -> None:
@@ -251,3 +287,7 @@ class Reach:
         self._machine.become(ImageState.CLOSED)
         if origin is not None:
             await origin.close()
+
+
+def _nothing() -> None:
+    pass

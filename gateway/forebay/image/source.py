@@ -14,10 +14,12 @@ from forebay.image.formats import Formats
 from forebay.image.opener import Opener
 from forebay.image.use import Use
 from forebay.origin.addresses import Address, DeviceAddress, FileAddress
+from forebay.origin.file import FreshFile
 from forebay.origin.protocol import Origin, close_quietly
 from forebay.origin.threads import StoreThreads, bounded
 from forebay.origin.virtual.servers import Servers
 from forebay.sidecar.claim import Claim
+from forebay.sidecar.incoming import Asking, who_asks
 from forebay.sidecar.record import ChangedError, TakenOver, UnreadableError
 from forebay.units import Mode
 
@@ -60,13 +62,26 @@ class Source:
         self.label = label
         """The image as the operator wrote it."""
         self.use = use
-        self.resumed = size is not None
-        """True if the disk comes back after a restart: its clients are still there."""
+        self.resumed = size is not None and not use.is_coming
+        """True if the disk comes back after a restart, with an image that was its own: its clients are still there."""
+        self.withheld = ""
+        """Why the image is not to be opened now, although it could be: another host has it, or may have it."""
         self.stop_disk: Callable[[Exception], None] = lambda _fault: None
         """Stops the disk, by a fault of Forebay itself in what it shares with others on the image."""
         self.claim = self._claim_for(address, label, use, threads, timeout)
         """The claim of a disk that writes to a file; it says beside the image whether that lacks data. Else None."""
+        self.asking: Asking | None = None
+        """What asks for an image that another gateway hands over, until the disk has it. Else None."""
+        self.fresh: FreshFile | None = None
+        """How such an image is read until then."""
+        if use.is_coming and isinstance(address, FileAddress):
+            self.asking = Asking(
+                address, gateway=use.gateway, disk=use.disk, threads=threads, timeout=timeout
+            )
+            self.fresh = FreshFile(address, threads, timeout)
+            self.withheld = "it is about to come from another host"
         self._size = size
+        self._threads = threads
         self._opener = Opener(
             address,
             label,
@@ -99,6 +114,7 @@ class Source:
             timeout=timeout,
             need_locks=use.need_locks,
             is_ours=self.resumed,
+            is_coming=use.is_coming,
         )
 
     def bind(self, *, on_lost: Callable[[str], None], dirty_bytes: Callable[[], int]) -> None:
@@ -162,16 +178,26 @@ class Source:
         """The format in which the image is to be attached, where nobody has told that: see `Opener.find_format`."""
         return await self._opener.find_format()
 
-    async def prepare(self) -> None:
+    async def prepare(self, patience: float = 0.0) -> None:
         """Open the image now, for the next `open` to hand out. For attach: a fault shows before anything is changed.
 
+        Where another gateway is to hand it over, wait until that has prepared to, for at most `patience` seconds.
         Raises ForebayError, and OSError from failing storage.
         """
+        if self.asking is not None:
+            self._size = await self.asking.ask(patience)
+            if self._size is not None:
+                return
+            self.note_come()  # nobody else has it
         self._prepared = await self._open(first=True)
 
     async def look_for_owner(self) -> None:
         """Raise ForebayError where the image to be written is another gateway's, OSError where it is gone."""
         await self._opener.look_for_owner()
+
+    def note_come(self) -> None:
+        """Note that the image is the disk's own: it has come, or come back."""
+        self.asking, self.fresh, self.withheld = None, None, ""
 
     async def prepare_again(self) -> None:
         """The same for an image that a disk of ours has used: what keeps others from being attached does not count."""
@@ -254,6 +280,14 @@ class Source:
             except TakenOver:
                 await claim.leave()
                 return
+        if self.asking is not None:
+            await self.asking.withdraw()
+            if claim is not None and not claim.is_held:
+                return  # it has not come
+        elif self.withheld and await self._is_asked_for():
+            return  # the marker says who may take it
+        if claim is not None and not (claim.is_held or claim.is_of_before):
+            return  # somebody else took it
         if claim is not None and not claim.is_held and self._prepared is None:
             try:
                 self._prepared = await self._open(first=False)  # ours from before a restart
@@ -263,9 +297,18 @@ class Source:
             await claim.mark_clean_to_release()
         await self.abandon()
 
+    async def _is_asked_for(self) -> bool:
+        """True if a gateway asks for the image. Raises OSError."""
+        address = self.address
+        if not isinstance(address, FileAddress):
+            return False
+        return await self._threads.run(lambda: who_asks(address)) is not None
+
     async def abandon(self) -> None:
         """Give back what was taken, after an attach that failed. Raises OSError."""
         await self.close_prepared()
+        if self.asking is not None:
+            await self.asking.withdraw()
         if self.claim is not None:
             await self.claim.release()
 

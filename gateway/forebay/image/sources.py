@@ -43,6 +43,10 @@ class Sources:
         """True if no disk is on it that an operator could resolve: it is read by the socket of its store only."""
         return all(source.use.is_base for source in self._sources)
 
+    def are_withheld(self) -> bool:
+        """True if another host has had the image just now: that it has changed is nothing to be warned of."""
+        return any(source.withheld for source in self._sources)
+
     def lacks(self, source: Source) -> int:
         """Bytes that only the cache has of the disk with that source."""
         layers = self._cache.layers.private_of(source.use.disk)

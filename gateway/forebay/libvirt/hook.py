@@ -32,6 +32,13 @@ PREPARE_SECONDS = 30.0
 RELEASE_SECONDS = 5.0
 """How long a domain's end waits until its disks have drained. What takes longer goes on behind its back."""
 
+MIGRATE_SECONDS = 120.0
+"""How long a domain that is about to come waits for each disk: the host that it comes from writes back what is dirty.
+The domain runs there meanwhile."""
+
+_COMES = {"incoming": True, "patience": MIGRATE_SECONDS}
+"""What is told about a disk that the host has which the domain comes from."""
+
 DOMAIN_LOGS = "/var/log/libvirt/qemu"
 SHUTTING_DOWN = ": shutting down, reason="
 """What libvirt writes into a domain's log before it calls the hook (qemuProcessStop)."""
@@ -101,7 +108,7 @@ def run(domain: str, operation: str, sub_operation: str, extra: str, config: str
         case "release", "end":
             _end(domain, extra, config)
         case "migrate", "begin":
-            _migrate(read_domain(sys.stdin.read()))
+            _migrate(read_domain(sys.stdin.read()), config)
         case "restore", "begin":
             _restore(read_domain(sys.stdin.read()), config)
     return 0
@@ -119,13 +126,16 @@ def _start(name: str, config: str | None) -> None:
         raise ForebayError(f"domain '{name}' cannot start: {fault}") from None
 
 
-def _attach_all(domain: Domain, config: str | None) -> None:
-    """Attach all disks of a domain. If one cannot be, those that were attached here are detached again."""
+def _attach_all(domain: Domain, config: str | None, *, comes: bool = False) -> None:
+    """Attach all disks of a domain. If one cannot be, those that were attached here are detached again.
+
+    `comes`: the domain runs on another host, which hands over what it writes there.
+    """
     done: list[Held] = []
     try:
         for disk in domain.disks:
             daemon = Daemon(config, disk.instance)
-            if _attach(daemon, domain, disk):
+            if _attach(daemon, domain, disk, comes=comes):
                 done.append((daemon, daemon.hold(disk.name)))
     except BaseException:
         if done:
@@ -133,7 +143,7 @@ def _attach_all(domain: Domain, config: str | None) -> None:
         raise
 
 
-def _attach(daemon: Daemon, domain: Domain, disk: WantedDisk) -> bool:
+def _attach(daemon: Daemon, domain: Domain, disk: WantedDisk, *, comes: bool) -> bool:
     """See to it that the disk is attached, for this domain. True if it was not attached before. Raises ForebayError."""
     hold = daemon.hold(disk.name)
     try:
@@ -147,7 +157,9 @@ def _attach(daemon: Daemon, domain: Domain, disk: WantedDisk) -> bool:
             daemon.client.follow("DELETE", f"/disks/{disk.name}", None, _silent)
             found = None
         if found is None:
-            daemon.client.post("/disks", _arguments(disk))
+            daemon.client.post(
+                "/disks", _arguments(disk) | (_COMES if comes and not disk.read_only else {})
+            )
         else:
             _check_same(daemon, disk, found)
             if disk.mode is not None and disk.mode != found["mode"]:
@@ -219,14 +231,22 @@ def _check_same(daemon: Daemon, disk: WantedDisk, found: dict[str, Any]) -> None
         )
 
 
-def _migrate(domain: Domain) -> None:
-    """On the host that a domain is about to migrate to: raises ForebayError for disks that cannot come along."""
+def _migrate(domain: Domain, config: str | None) -> None:
+    """On the host that a domain is about to migrate to: have its disks come along, all of them or none.
+
+    Raises ForebayError where one cannot; the domain goes on where it is.
+    """
     for disk in domain.disks:
         if disk.overlay:
             raise ForebayError(
                 f"domain '{domain.name}' cannot come here: what it wrote to overlay '{disk.name}' "
                 "lies on its own host only"
             )
+    try:
+        with _at_most(MIGRATE_SECONDS + 10.0):
+            _attach_all(domain, config, comes=True)
+    except (ForebayError, OSError) as fault:
+        raise ForebayError(f"domain '{domain.name}' cannot come here: {fault}") from None
 
 
 def _restore(domain: Domain, config: str | None) -> None:

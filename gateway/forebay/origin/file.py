@@ -9,14 +9,17 @@ has ended: an old write can never land on top of a newer one, nor a read see fir
 """
 
 import errno
+import mmap
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import trio
 
+from forebay.origin.addresses import FileAddress
 from forebay.origin.blocking import BlockingFile
 from forebay.origin.calls import PUNCH_HOLE, UNSUPPORTED, ZERO_RANGE, Buffer, SystemCalls
-from forebay.origin.opening import OpenImage
+from forebay.origin.opening import OpenImage, open_fresh
 from forebay.origin.order import ChangeOrder, SyncOrder
 from forebay.origin.pieces import ZERO_PIECE, check_range, pieces
 from forebay.origin.protocol import Identity
@@ -27,6 +30,12 @@ _LAST = (1 << 63) - 1
 """No byte of a file lies behind that one."""
 
 _zeros = bytes(ZERO_PIECE)
+
+ALIGNED = 4096
+"""What offset, length and memory of a read with O_DIRECT are multiples of."""
+
+PIECE = 1 << 20
+"""Bytes of one call."""
 
 
 def _pass_over(_outcome: object) -> None:
@@ -286,3 +295,64 @@ class FileOrigin:
         if self.read_only:
             raise OSError(errno.EROFS, f"{self.label} is open for reading only")
         check_range(self.label, self.size, offset, length)
+
+
+class FreshFile:
+    """A file that another host writes, read as it is at its server now: while a VM is on its way here. It has no locks.
+
+    Each read opens the file anew, which has an NFS client ask whether the file has changed, and goes past the kernel's
+    pages (O_DIRECT) where the file system lets it. Elsewhere what the kernel has of the file is dropped first, nothing
+    is read ahead, and one read waits for the other. That is slow, and is asked for little: a VM that comes reads a
+    sector or two before it runs.
+    """
+
+    def __init__(self, address: FileAddress, threads: StoreThreads, timeout: float) -> None:
+        """`timeout` in seconds, for each read."""
+        self._address = address
+        self._threads = threads
+        self._timeout = timeout
+        self._turn = trio.Lock()
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Exactly `length` bytes; zeros beyond the end of the file. Raises OSError."""
+        found = bytearray()
+        while len(found) < length:
+            at, count = offset + len(found), min(PIECE, length - len(found))
+            async with self._turn:
+                with bounded(self._timeout, f"reading {self._address.key}"):
+                    found += await self._threads.run(partial(self._read, at, count))
+        return found
+
+    def _read(self, offset: int, length: int) -> bytes:
+        """The same in a thread."""
+        try:
+            return self._read_by(os.O_DIRECT, offset, length)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        return self._read_by(0, offset, length)
+
+    def _read_by(self, direct: int, offset: int, length: int) -> bytes:
+        """The same with O_DIRECT or without. Raises OSError: EINVAL where that cannot be done here."""
+        fd = open_fresh(self._address, direct)
+        try:
+            if not direct:
+                syscalls.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+                SystemCalls().forget(fd)
+            return _read_aligned(fd, offset, length)
+        finally:
+            syscalls.close(fd)
+
+
+def _read_aligned(fd: int, offset: int, length: int) -> bytes:
+    start = offset // ALIGNED * ALIGNED
+    end = -(-(offset + length) // ALIGNED) * ALIGNED
+    with mmap.mmap(-1, end - start) as memory, memoryview(memory) as view:
+        done = 0
+        while done < end - start:
+            with view[done:] as rest:
+                count = syscalls.preadv(fd, [rest], start + done)
+            done += count
+            if count == 0 or done % ALIGNED:  # the end of the file
+                break
+        return bytes(view[offset - start : offset - start + length])

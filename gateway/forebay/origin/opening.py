@@ -108,8 +108,16 @@ def open_image(
         lambda: look(address, calls),
         status=found,
         format=kind,
-        fresh=lambda: _open_in_store(address, address.path, _FRESH),
+        fresh=lambda: open_fresh(address),
     )
+
+
+def open_fresh(address: FileAddress, flags: int = 0) -> int:
+    """A new descriptor of what the name of the image leads to now, for reading, which the caller closes.
+
+    `flags`: further ones of open(2). Raises OSError.
+    """
+    return _open_in_store(address, address.path, _FRESH | flags)
 
 
 def open_folder(address: FileAddress) -> int:

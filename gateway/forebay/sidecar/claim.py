@@ -17,8 +17,9 @@ from forebay.origin.addresses import FileAddress
 from forebay.origin.opening import OpenImage
 from forebay.origin.threads import Call, Descriptor, StoreThreads, bounded
 from forebay.sidecar.applying import Before, Place
+from forebay.sidecar.incoming import Incoming
 from forebay.sidecar.marker import Marker
-from forebay.sidecar.record import Owner, State, TakenOver, UnreadableError
+from forebay.sidecar.record import Owner, TakenOver, UnreadableError
 from forebay.sidecar.redo import RedoFile
 from forebay_cache.blocks.frozen import Range
 
@@ -46,12 +47,16 @@ class Claim:
         timeout: float,
         need_locks: bool = True,
         is_ours: bool = False,
+        is_coming: bool = False,
     ) -> None:
         """`gateway` and `disk` are who claims, `label` is the image as the operator wrote it, `timeout` is in seconds.
 
         With `is_ours` a marker of this gateway was left at the last end, and the image is to be taken only if that
-        still lies there. With `need_locks` an image whose file system has no locks is refused.
+        still lies there. With `need_locks` an image whose file system has no locks is refused. With `is_coming` another
+        gateway hands the image over to us.
         """
+        self.asked_by: Incoming | None = None
+        """Which gateway asked for the image when `check` looked last."""
         self.on_lost: Callable[[str], None] = log.error
         """Called with a sentence that says who has the image now."""
         self.dirty_bytes: Callable[[], int] = lambda: 0
@@ -64,6 +69,7 @@ class Claim:
         self._timeout = timeout
         self._need_locks = need_locks
         self._is_ours = is_ours
+        self._is_coming = is_coming
         self._drops_checkpoint = False
         """True once the operator gave up what was committed beside the image."""
         self._marker: Marker | None = None
@@ -107,6 +113,7 @@ class Claim:
                     again=self._is_ours,
                     need_locks=self._need_locks,
                     drop_checkpoint=self._drops_checkpoint,
+                    handed_over=self._is_coming,
                 )
 
         with bounded(self._timeout, f"claiming {self._address.key}"):
@@ -136,18 +143,16 @@ class Claim:
 
         Raises OSError, also before the claim was taken; the marker then says what it said before, or this.
         """
-        await self._set_state("dirty")
+        with self._held() as marker:
+            await self._in_turn("marking", lambda: marker.set_state("dirty"))
 
     async def mark_clean(self) -> None:
         """Have the marker say, durably, that the image lacks nothing: after the last such write is durable in it.
 
         Raises OSError, as `mark_dirty`.
         """
-        await self._set_state("clean")
-
-    async def _set_state(self, state: State) -> None:
         with self._held() as marker:
-            await self._in_turn("marking", lambda: marker.set_state(state))
+            await self._in_turn("marking", lambda: marker.set_state("clean"))
 
     async def check(self) -> None:
         """See that the image is still ours to write, if it was, and have the marker say how much the image lacks.
@@ -159,11 +164,22 @@ class Claim:
         with self._held() as marker:
             dirty_bytes = self.dirty_bytes()
 
-            def check() -> None:
+            def check() -> Incoming | None:
                 marker.check()
                 marker.count(dirty_bytes)
+                return marker.asked_by()
 
-            await self._in_turn("looking at the owner of", check)
+            self.asked_by = await self._in_turn("looking at the owner of", check)
+
+    async def set_phase(self, phase: str, to: str) -> None:
+        """Have the marker say, durably, how far a handover is: see `Marker.set_phase`. Raises OSError."""
+        with self._held() as marker:
+            await self._in_turn("marking", lambda: marker.set_phase(phase, to))
+
+    async def forget_asked(self, by: Incoming) -> None:
+        """Remove what a gateway that is gone has asked. Raises OSError."""
+        with self._held() as marker:
+            await self._in_turn("looking at the owner of", lambda: marker.forget_asked(by))
 
     # ---------------------------------------------------------------------------------------------- the redo journal
 
@@ -239,15 +255,8 @@ class Claim:
         try:
             await self._in_turn(what, do)
         except BaseException:
-            trio.lowlevel.spawn_system_task(self._close_late, marker)
+            trio.lowlevel.spawn_system_task(_close_late, marker, self._last)
             raise
-
-    async def _close_late(self, marker: Marker) -> None:
-        """Close a marker whose last call failed, or was never made, in a thread of its own: it has the lock."""
-        if self._last is not None:
-            await self._last.wait()
-        with contextlib.suppress(OSError):
-            await trio.to_thread.run_sync(marker.close, abandon_on_cancel=True)
 
     # ------------------------------------------------------------------------------------------------- how it is done
 
@@ -296,6 +305,17 @@ class Claim:
                 self._last = call.ended
                 return await self._threads.wait_for(call)
         raise AssertionError("bounded() raises")
+
+
+async def _close_late(marker: Marker, last: trio.Event | None) -> None:
+    """Close a marker whose last call failed, or was never made, in a thread of its own: it has the lock.
+
+    `last`: set when the thread of the last call has ended.
+    """
+    if last is not None:
+        await last.wait()
+    with contextlib.suppress(OSError):
+        await trio.to_thread.run_sync(marker.close, abandon_on_cancel=True)
 
 
 class RedoJournal:

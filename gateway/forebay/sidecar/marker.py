@@ -29,8 +29,9 @@ from forebay.formats.magic import RAW
 from forebay.origin.addresses import FileAddress
 from forebay.origin.calls import Status, SystemCalls
 from forebay.origin.opening import OpenImage, look
-from forebay.sidecar import redo, redo_header
+from forebay.sidecar import incoming, redo, redo_header
 from forebay.sidecar.files import Sidecar, lock_image
+from forebay.sidecar.incoming import Incoming
 from forebay.sidecar.record import NOBODY, Owner, State, TakenOver, left_behind, now
 from forebay.sidecar.tenure import Tenure
 
@@ -55,6 +56,7 @@ class Marker:
         """What the image was when it was claimed: that is what its name has to lead to."""
         self._counted = time.monotonic()
         """When the marker was written last."""
+        self._handed_over = False
 
     @classmethod
     def take(
@@ -66,8 +68,11 @@ class Marker:
         again: bool = False,
         need_locks: bool = True,
         drop_checkpoint: bool = False,
+        handed_over: bool = False,
     ) -> Self:
         """Make `me` the owner of the open image `file`; with `again` only if its gateway is that already.
+
+        `handed_over`: also where another gateway is, whose marker says that we may.
 
         Raises InUseError that names the owner and says what to do, when there is another one; TakenOver with `again`;
         ForebayError, if `need_locks`, where the file system has none: then only the marker keeps others out.
@@ -81,6 +86,7 @@ class Marker:
                 sidecar.check_left_by(me)
             lock_image(address, file, lambda: _read_leniently(sidecar), need_locks=need_locks)
             marker = cls(sidecar, file)
+            marker._handed_over = handed_over and need_locks
             marker._begin(me, file, drop_checkpoint, has_locks=need_locks)
             undo.pop_all()
             return marker
@@ -112,7 +118,10 @@ class Marker:
         """What our marker is to say, once what the owner before left is finished. The directory of that one stays."""
         owner = before.owner
         if owner is not None and owner.gateway not in (me.gateway, NOBODY):
-            raise left_behind(self.address, owner)
+            # we have the locks, so its gateway does not go on with the image, whatever phase that had come to
+            given = self._handed_over and owner.is_for(me.gateway) and not before.has(redo.NAME)
+            if not given:
+                raise left_behind(self.address, owner)
         found = None
         if not drop_checkpoint:
             found = finish_checkpoint(self.address, before, file)
@@ -158,7 +167,29 @@ class Marker:
         if self._sidecar.is_marker_unsure or self.owner.state != state:
             self._check_ours()
             since = now() if state == "dirty" else ""
-            self._write(replace(self.owner, state=state, dirty_since=since, dirty_bytes=0))
+            owner = replace(self.owner, state=state, dirty_since=since, dirty_bytes=0)
+            self._write(owner if state == "clean" else replace(owner, phase="", to=""))
+
+    def set_phase(self, phase: str, to: str) -> None:
+        """Say durably how far a handover to the gateway `to` is: see `Owner.phase`. Raises TakenOver, as above.
+
+        The image has everything, durably, unless `phase` is empty.
+        """
+        assert self.owner is not None, "released"
+        if self._sidecar.is_marker_unsure or (self.owner.phase, self.owner.to) != (phase, to):
+            self._check_ours()
+            if phase:
+                assert self.owner.state == "clean", "what only the cache has is never handed over"
+                self._check_no_checkpoint()
+            self._write(replace(self.owner, phase=phase, to=to))
+
+    def asked_by(self) -> Incoming | None:
+        """Which gateway asks for the image; None if none does."""
+        return incoming.read(self._sidecar.fd, self._sidecar.look_beside())
+
+    def forget_asked(self, by: Incoming) -> None:
+        """Remove what that gateway has asked: it is gone."""
+        incoming.remove(self._sidecar.fd, by, self._sidecar.look_beside())
 
     @property
     def is_dirty(self) -> bool:

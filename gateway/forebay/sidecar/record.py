@@ -67,7 +67,10 @@ LARGEST = (1 << 63) - 1
 LONGEST_INSTANT = 40
 """Characters of an instant in ISO 8601, at most."""
 
-_LONGEST = {"gateway": 64, "host": 255, "boot_id": 64, "disk": 64}
+PREPARED, RELEASED = "prepared", "released"
+"""How far a handover is, in a marker: see `Owner.phase`."""
+
+_LONGEST = {"gateway": 64, "host": 255, "boot_id": 64, "disk": 64, "to": 64}
 """Characters of each text in a marker, at most."""
 _INSTANTS = ("since", "as_of", "dirty_since")
 _MOST = {"pid": (1 << 31) - 1, "token": LARGEST, "dirty_bytes": LARGEST}
@@ -75,7 +78,14 @@ _MOST = {"pid": (1 << 31) - 1, "token": LARGEST, "dirty_bytes": LARGEST}
 _MOST_DIGITS = 20
 """Of a number in JSON: as many as 64 bits need."""
 
-_NEWER = {"as_of": "", "dirty_since": "", "dirty_bytes": 0, "image_format": RAW}
+_NEWER = {
+    "as_of": "",
+    "dirty_since": "",
+    "dirty_bytes": 0,
+    "image_format": RAW,
+    "phase": "",
+    "to": "",
+}
 """What the markers of the first versions do not have, with what is read instead."""
 
 
@@ -105,6 +115,11 @@ class Owner:
     format: int = FORMAT
     image_format: str = RAW
     """That of the image, where a checkpoint is of the disk in it."""
+    phase: str = ""
+    """`prepared`: all that a flush has answered for is in the image, durably, and so it stays. `released`: the same,
+    and the locks are gone, or about to go. Empty: no handover is under way."""
+    to: str = ""
+    """The gateway that may take the image then."""
 
     @classmethod
     def of_this_process(cls, gateway: str, disk: str) -> Self:
@@ -150,11 +165,17 @@ class Owner:
             raise ValueError("'state' is neither clean nor dirty")
         if found["image_format"] not in FORMATS:
             raise ValueError("'image_format' is none")
+        if found["phase"] not in ("", PREPARED, RELEASED):
+            raise ValueError("'phase' is none")
         return cls(**{name: found[name] for name in cls.__dataclass_fields__})
 
     def __str__(self) -> str:
         """Which host it is, for which disk, and since when, for messages."""
         return f"host {self.host} (disk '{self.disk}', {self.state}, since {self.since})"
+
+    def is_for(self, gateway: str) -> bool:
+        """True if that gateway may take the image, once it has the locks: they are what the owner lets go last."""
+        return self.phase != "" and self.to == gateway and self.state == "clean"
 
     @property
     def dirty_in_words(self) -> str:

@@ -1,0 +1,82 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""`forebay handover`: what it takes, and what it tells."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from forebay.cli.asking import Arguments, Daemon, print_json, progress_shown
+from forebay.errors import ForebayError
+from forebay.units import parse_duration, printable
+
+Parse = Callable[[str], Any]
+
+_TOLD = {
+    "prepared": "prepared: host {handover_to} takes it when the VM writes there",
+    "released": "handed over to host {handover_to}",
+    "incoming": "is to come here, when the VM writes",
+    "none": "the image is here, and stays",
+}
+"""By the phase that the disk is in afterwards."""
+
+
+LONGEST_PATIENCE = 86400.0
+"""Seconds. Who says `forever` waits for a day."""
+
+
+def incoming(arguments: Arguments) -> dict[str, Any]:
+    """What `attach --incoming` tells the daemon, which waits for the other host as long as it thinks right."""
+    if not arguments.incoming:
+        return {}
+    wait = arguments.wait
+    return {"incoming": True, "patience": None if wait is None else min(wait, LONGEST_PATIENCE)}
+
+
+def add_handover(
+    parser: argparse.ArgumentParser, name: Parse, duration: Parse, text: Parse
+) -> None:
+    """Add the arguments of `forebay handover`."""
+    add = parser.add_argument
+    help_of_step = "prepare (on the host that has it), finish (on the other), or abort (on either)"
+    add("step", metavar="STEP", choices=("prepare", "finish", "abort"), help=help_of_step)
+    add("names", metavar="NAME", type=name, nargs="+", help="the disk")
+    add("--to", metavar="HOST", type=text, help="prepare: for this host alone")
+    help_of_timeout = "how long the other host may take (default: 30s)"
+    add(
+        "--timeout",
+        metavar="TIME",
+        type=duration,
+        default=parse_duration("30s"),
+        help=help_of_timeout,
+    )
+    add("--json", action="store_true", help="JSON instead of text")
+
+
+def handover(arguments: Arguments, client: Daemon) -> int:
+    """Do one step for each of the disks. The exit code: 1 if one of them failed."""
+    done: list[dict[str, Any]] = []
+    failed = False
+    for name in arguments.names:
+        try:
+            done.append(_step(name, arguments, client))
+        except ForebayError as fault:
+            failed = True
+            print(f"forebay: {printable(str(fault))}", file=sys.stderr)
+            continue
+        if not arguments.json:
+            disk = done[-1]
+            print(f"{name}: {_TOLD.get(disk['handover'], disk['handover']).format(**disk)}")
+    if arguments.json:
+        print_json(done)
+    return 1 if failed else 0
+
+
+def _step(name: str, arguments: Arguments, client: Daemon) -> dict[str, Any]:
+    """The disk's status, once the step is done."""
+    content = {"step": arguments.step, "to": arguments.to, "patience": arguments.timeout}
+    with progress_shown(f"{arguments.step} {name}") as progress:
+        told: dict[str, Any] = client.follow("POST", f"/disks/{name}/handover", content, progress)
+    return told

@@ -1,0 +1,255 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""The host that a VM leaves: another one asks for the image, it is prepared, let go, and taken back if need be.
+
+While the marker says `prepared` or `released` nothing that was flushed is anywhere but in the image, durably: whenever
+this host is lost, the other one finds all of it. The locks are what this host lets go last, so that as long as it
+serves the image nobody else can take it, whatever the marker says.
+"""
+
+import errno
+import logging
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from forebay.disk.disk import Disk
+from forebay.disk.modes import PRIVATE_MODES
+from forebay.errors import ForebayError
+from forebay.handover.phase import Phase, Phases
+from forebay.sidecar.claim import Claim
+from forebay.sidecar.incoming import STALE_SECONDS, Incoming
+from forebay.units import Mode
+
+log = logging.getLogger("forebay.handover")
+
+IDLE_SECONDS = 1.0
+"""How often it is looked whether somebody asks; the image's watch reads that beside it every five seconds."""
+
+PREPARED_SECONDS = 0.2
+"""How often the store is asked while the image is prepared: by so much a VM whose QEMU stays connected waits longer."""
+
+RETURN_SECONDS = 0.2
+"""Between two tries to take the image back."""
+
+Progress = Callable[[int, int], None]
+
+
+class Beats:
+    """Whether who asks is there, by how its number grows: the clocks of two hosts are not compared."""
+
+    def __init__(self) -> None:
+        self._last: Incoming | None = None
+        self._moved_at: float | None = None
+        """When its number was seen to grow last; None: not yet."""
+        self._since = 0.0
+        """When the number that it has now was seen first."""
+
+    def is_live(self, asked: Incoming | None) -> bool:
+        """True if it asks still. What was found at first counts once its number has grown: it may be years old."""
+        now = trio.current_time()
+        last, self._last = self._last, asked
+        if asked is None or last is None or last.gateway != asked.gateway:
+            self._moved_at, self._since = None, now
+            return False
+        if asked.beat != last.beat:
+            self._moved_at = self._since = now
+        return self._moved_at is not None and now - self._moved_at < STALE_SECONDS
+
+    def is_stale(self) -> bool:
+        """True if it has not moved for so long that it is gone."""
+        return self._last is not None and trio.current_time() - self._since >= STALE_SECONDS
+
+
+class Giving:
+    """Gives the image of one disk away, and takes it back. `run` has to be running."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        claim: Claim,
+        phases: Phases,
+        clients: Callable[[], int],
+        note: Callable[[Phase], Awaitable[None]],
+    ) -> None:
+        """`clients` returns how many are connected; `note` puts the phase on record, durably: it raises ForebayError
+        and OSError.
+        """
+        self.asked: Incoming | None = None
+        """Who asks for the image, or has it."""
+        self.error: str | None = None
+        """Why the last step failed; None: it did not. It is tried again."""
+        self.progress: Progress = _silent
+        """Told how much of what was dirty is written back."""
+        self.to = ""
+        """The host to which alone the image is given; empty: whichever asks."""
+        self.moved = trio.Event()
+        """Set when anything has changed; another event takes its place then."""
+        self._disk = disk
+        self._claim = claim
+        self._phases = phases
+        self._clients = clients
+        self._note = note
+        self._beats = Beats()
+        self._refused = ""
+        """The gateway to which the operator does not want to give it."""
+        self._mode: Mode | None = None
+        """The mode to go back to, where the disk is in write-through only for the handover."""
+        self._written = -1
+        """How much the VM had written when that was looked at last."""
+        self._woken = trio.Event()
+
+    def wake(self) -> None:
+        """Have `run` look now: somebody waits for the image, a client has left, or an operator asks."""
+        self._woken.set()
+
+    def refuse(self) -> None:
+        """Give the image to nobody who asks now."""
+        self._refused = self.asked.gateway if self.asked is not None else ""
+        self.wake()
+
+    async def run(self) -> None:
+        """Do what others ask for, until cancelled."""
+        while True:
+            await self._wait()
+            try:
+                await self._step()
+            except (OSError, ForebayError) as fault:
+                self._failed(fault)
+            else:
+                self.error = None
+            event, self.moved = self.moved, trio.Event()
+            event.set()
+
+    async def _wait(self) -> None:
+        seconds = {Phase.PREPARED: PREPARED_SECONDS, Phase.RELEASED: float("inf")}
+        with trio.move_on_after(seconds.get(self._phases.state, IDLE_SECONDS)):
+            await self._woken.wait()
+        self._woken = trio.Event()
+
+    def _failed(self, fault: Exception) -> None:
+        why = getattr(fault, "strerror", None) or str(fault)
+        if why != self.error:
+            log.warning("%s: its handover waits: %s", self._disk.name, why)
+        self.error = why
+
+    async def _step(self) -> None:
+        """One look, and what follows from it. Raises OSError and ForebayError, and is made again."""
+        if self._disk.image.conflict is not None:
+            return
+        if self._phases.state is Phase.RELEASED:
+            await self._take_back()
+            return
+        if self._claim.asked_by is not None or self._phases.state is Phase.PREPARED:
+            await self._claim.check()
+        asked = self._claim.asked_by
+        is_live = self._beats.is_live(asked)
+        if asked is None or asked.gateway != self._refused:
+            self._refused = ""
+        if self._phases.state is Phase.PREPARED:
+            await self._go_on(asked if is_live else None)
+        elif asked is not None and is_live and self._may_have(asked):
+            await self._prepare(asked)
+        else:
+            await self._go_back()
+            if asked is not None and self._beats.is_stale():
+                await self._claim.forget_asked(asked)
+
+    def _may_have(self, asked: Incoming) -> bool:
+        return asked.gateway != self._refused and self.to in ("", asked.host)
+
+    # ------------------------------------------------------------------------------------------------------ preparing
+
+    async def _prepare(self, asked: Incoming) -> None:
+        """Have everything in the image, and from now on what is flushed, and say beside it that it is so."""
+        disk = self._disk
+        if disk.mode in PRIVATE_MODES:
+            before = disk.mode
+            await disk.writeback.nearly_finish(self.progress)
+            await disk.modes.change(Mode.WRITE_THROUGH, self.progress)
+            self._mode = before
+        await disk.image.flush()
+        if disk.dirty.mark.is_set or disk.dirty.mark.is_stale():
+            await disk.dirty.mark.clear()
+        await self._claim.set_phase(Phase.PREPARED, asked.gateway)
+        self.asked = asked
+        self._written = -1
+        self._phases.become(Phase.PREPARED)
+        log.info("%s: prepared to be handed over to host %s", disk.name, asked.host)
+
+    async def _go_on(self, asked: Incoming | None) -> None:
+        """Let the image go as soon as that may be; `asked`: who asks still."""
+        assert self.asked is not None, "somebody was prepared for"
+        if asked is None or asked.gateway != self.asked.gateway or not self._may_have(asked):
+            await self._claim.set_phase("", "")
+            self._phases.become(Phase.NONE)
+            log.info("%s: stays: host %s does not ask any more", self._disk.name, self.asked.host)
+            self.asked = None
+            await self._go_back()
+            return
+        written, self._written = self._written, self._disk.counters.written_bytes
+        rests = written == self._written and self._disk.image.is_all_durable()
+        if not self._clients() or (asked.wants and rests):
+            await self._release(asked)
+
+    async def _go_back(self) -> None:
+        """Be in the mode of before."""
+        await self._note(Phase.NONE)
+        if self._mode is not None:
+            await self._disk.modes.change(self._mode, _silent)
+            self._mode = None
+
+    # ------------------------------------------------------------------------------------------------------- releasing
+
+    async def _release(self, asked: Incoming) -> None:
+        """Let the image go: the record first, the marker, and the locks last. What is asked for meanwhile waits."""
+        disk, image = self._disk, self._disk.image
+        async with disk.modes.gate.closed():
+            if self._clients() and not (asked.wants and image.is_all_durable()):
+                return  # something was written just before the gate was shut
+            await image.require_origin().quiesce()  # nothing that was given up may arrive later
+            await image.flush()
+            await image.look()
+            if image.conflict is not None:
+                return
+            if image.identity.is_withdrawn():  # nobody would know later what was written since
+                image.clean.refresh()
+            disk.modes.show_clean(shown=False)
+            try:
+                await self._note(Phase.RELEASED)
+                await self._claim.set_phase(Phase.RELEASED, asked.gateway)
+            except BaseException:
+                disk.modes.show_clean(shown=True)
+                raise
+            disk.source.withheld = f"it was handed over to host {asked.host}"
+            self._phases.become(Phase.RELEASED)
+            with trio.CancelScope(shield=True):
+                await image.reach.withhold(disk.source.withheld)
+        log.info("%s: handed over to host %s", disk.name, asked.host)
+
+    async def _take_back(self) -> None:
+        """Somebody waits for the image here: have it again, unless the other host has taken it."""
+        disk, reach = self._disk, self._disk.image.reach
+        if not reach.is_waited_for:
+            return
+        with trio.move_on_after(disk.settings.origin_timeout):
+            await reach.attempt_now()
+            while disk.image.origin is None and disk.image.conflict is None:
+                await trio.sleep(RETURN_SECONDS)
+                await reach.attempt_now()
+        if disk.image.conflict is not None:
+            return
+        if disk.image.origin is None:
+            why = reach.unreachable or "no answer"
+            await reach.withhold(disk.source.withheld)
+            raise OSError(errno.EIO, f"it cannot be taken back: {why}")
+        disk.source.note_come()
+        disk.modes.show_clean(shown=True)
+        self._phases.become(Phase.NONE)
+        log.info("%s: taken back, as a client wants it", disk.name)
+        self.wake()
+
+
+def _silent(_done: int, _total: int) -> None:
+    pass

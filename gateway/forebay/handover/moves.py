@@ -1,0 +1,68 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the control API asks of handovers."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from forebay.errors import ForebayError
+from forebay.handover.giving import Progress
+from forebay.handover.handover import Handover
+
+
+class Movable(Protocol):
+    """What is needed of a disk that is attached."""
+
+    @property
+    def name(self) -> str:
+        """The disk's name."""
+
+    @property
+    def handover(self) -> Handover | None:
+        """The handover of its image; None where that cannot be."""
+
+    def check_serves(self) -> None:
+        """Raises ForebayError where the disk is stopped."""
+
+    def status(self) -> dict[str, Any]:
+        """The keys of its status."""
+
+
+class Moves:
+    """Handovers, as operators and hooks ask for them. All calls return the disk's status, and raise ForebayError and
+    OSError. `patience` in seconds.
+    """
+
+    def __init__(self, find: Callable[[str], Movable]) -> None:
+        """`find` returns the attached disk of that name; it raises ForebayError."""
+        self._find = find
+
+    async def prepare(
+        self, name: str, to: str, patience: float, progress: Progress
+    ) -> dict[str, Any]:
+        """Have the disk prepared for the host that asks for it; `to`: for that host alone; empty: for any."""
+        disk, handover = self._of(name)
+        await handover.prepare(to, patience, progress)
+        return disk.status()
+
+    async def finish(self, name: str, patience: float) -> dict[str, Any]:
+        """Have the disk take its image now, without waiting for the first write."""
+        disk, handover = self._of(name)
+        await handover.finish(patience)
+        return disk.status()
+
+    async def abort(self, name: str, patience: float) -> dict[str, Any]:
+        """End the handover: the image stays where it is, and a disk that waits for it here is detached."""
+        disk, handover = self._of(name)
+        await handover.abort(patience)
+        return disk.status()
+
+    def _of(self, name: str) -> tuple[Movable, Handover]:
+        disk = self._find(name)
+        disk.check_serves()
+        if disk.handover is None:
+            raise ForebayError(
+                f"'{name}' cannot be handed over: only disks that write raw image files are, in a store with locks"
+            )
+        return disk, disk.handover

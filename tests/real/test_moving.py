@@ -1,0 +1,76 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""A running VM moves from one gateway to another: nothing acknowledged is missing, and never do two write.
+
+At one call of either host to the store that host is killed, or the call fails, or the host is cut off for a while.
+Some of the calls are tried by default, chosen by the seed; ``FOREBAY_MOVES=500`` tries so many.
+"""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from forebay.units import Mode
+from real.moving_bed import Bed2, Fault
+
+LOGGED = "(?s).*"
+MOVES = int(os.environ.get("FOREBAY_MOVES", "6"))
+KINDS = ("kill before", "kill after", "fail before", "fail after", "cut")
+
+
+async def lived(bed: Bed2, *, stays: bool, fails: bool, faults: dict[str, Fault]) -> None:
+    """A guest writes on A, moves to B (or not), and back."""
+    with bed.planted():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bed.a.run)
+            nursery.start_soon(bed.b.run)
+            await bed.a.up.wait()
+            await bed.b.up.wait()
+            await bed.a.gateway.attach("d", "images:vm.img")
+            bed.a.clients = 1
+            for _ in range(4):
+                await bed.write(bed.a)
+            await bed.flush(bed.a)
+            await bed.write(bed.a)
+            bed.a.fault, bed.b.fault = faults.get("a", bed.a.fault), faults.get("b", bed.b.fault)
+            now = await bed.move(bed.a, bed.b, stays=stays, fails=fails)
+            await bed.check(now)
+            other = bed.a if now is bed.b else bed.b
+            await bed.detach(other)
+            back = await bed.move(now, other, stays=not stays, fails=False)
+            await bed.check(back)
+            back.clients = now.clients = 0
+            await bed.detach(now)
+            await bed.detach(back)
+            nursery.cancel_scope.cancel()
+    whole = bed.image.read_bytes()
+    for n, may_be in enumerate(bed.may_be):
+        assert whole[n * 4096 : (n + 1) * 4096] in may_be, n
+    assert not bed.faults, bed.faults
+    assert not bed.image.with_name("vm.img.forebay").exists()
+
+
+@pytest.mark.parametrize("mode", [Mode.WRITE_BACK, Mode.WRITE_THROUGH, Mode.NONE])
+@pytest.mark.parametrize("stays", [False, True], ids=["disconnects", "stays connected"])
+@pytest.mark.parametrize("fails", [False, True], ids=["moves", "goes on where it was"])
+async def test_a_guest_moves_there_and_back(
+    mode: Mode, stays: bool, fails: bool, short_path: Path, rng: random.Random
+) -> None:
+    await lived(Bed2(short_path, rng, mode), stays=stays, fails=fails, faults={})
+
+
+@pytest.mark.parametrize("n", range(MOVES))
+async def test_a_host_fails_at_one_of_its_calls_while_a_guest_moves(
+    n: int, short_path: Path, expect_log: Callable[[str], None], rng: random.Random
+) -> None:
+    expect_log(LOGGED)
+    fault = Fault(rng.randint(1, 80), rng.choice(KINDS))
+    side = rng.choice("ab")
+    case = {"stays": rng.random() < 0.5, "fails": rng.random() < 0.3}
+    print(n, side, fault.number, fault.kind, case)
+    await lived(Bed2(short_path, rng), **case, faults={side: fault})
