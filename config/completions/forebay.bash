@@ -11,7 +11,7 @@ _shtab_forebay_subparsers=(serve attach detach status summary hosts stats flush 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
 _shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --format --keep --peer --label --user --incoming --wait --json)
 _shtab_forebay_detach_option_strings=(-h --help --config --discard --force)
-_shtab_forebay_status_option_strings=(-h --help --config --advice --json)
+_shtab_forebay_status_option_strings=(-h --help --config --advice -x --troubled --json)
 _shtab_forebay_summary_option_strings=(-h --help --config --json --opennebula)
 _shtab_forebay_hosts_status_option_strings=(-h --help --hosts --hosts-file --jobs --timeout --json --config)
 _shtab_forebay_hosts_warm_option_strings=(-h --help --hosts --hosts-file --jobs --timeout --json --config --rate)
@@ -52,7 +52,7 @@ _shtab_forebay_doctor_option_strings=(-h --help --config --bundle --json)
 _shtab_forebay_check_config_option_strings=(-h --help --config)
 _shtab_forebay_dump_config_option_strings=(-h --help --config --json)
 _shtab_forebay_demo_option_strings=(-h --help --config)
-_shtab_forebay_option_strings=(-h --help --version --print-completion --config)
+_shtab_forebay_option_strings=(-h --help -V --version --print-completion --config)
 
 _shtab_forebay_serve___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_serve___state_COMPGEN=_shtab_compgen_dirs
@@ -146,6 +146,8 @@ _shtab_forebay_detach___force_nargs=0
 _shtab_forebay_status__h_nargs=0
 _shtab_forebay_status___help_nargs=0
 _shtab_forebay_status___advice_nargs=0
+_shtab_forebay_status__x_nargs=0
+_shtab_forebay_status___troubled_nargs=0
 _shtab_forebay_status___json_nargs=0
 _shtab_forebay_summary__h_nargs=0
 _shtab_forebay_summary___help_nargs=0
@@ -291,6 +293,7 @@ _shtab_forebay_demo___help_nargs=0
 _shtab_forebay_pos_0_nargs=A...
 _shtab_forebay__h_nargs=0
 _shtab_forebay___help_nargs=0
+_shtab_forebay__V_nargs=0
 _shtab_forebay___version_nargs=0
 
 

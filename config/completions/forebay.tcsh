@@ -17,8 +17,8 @@ complete forebay \
         'c/--cacert=/f/' \
         'c/--format=/(raw qcow2)/' \
         'c/--bundle=/f/' \
-        'c/--/(advice all allow-http allow-other bundle cacert cache-size config device discard drop-newer dry-run evict file force format help hosts hosts-file images incoming jobs json keep keep-image keep-mine label libvirt max-size metadata mode older-than opennebula overlay partial patience peer preload print-completion rate read-only restart run save sha256 size snapshot state tag target timeout to traces user version vg wait yes)/' \
-        'c/-/(- h)/' \
+        'c/--/(advice all allow-http allow-other bundle cacert cache-size config device discard drop-newer dry-run evict file force format help hosts hosts-file images incoming jobs json keep keep-image keep-mine label libvirt max-size metadata mode older-than opennebula overlay partial patience peer preload print-completion rate read-only restart run save sha256 size snapshot state tag target timeout to traces troubled user version vg wait yes)/' \
+        'c/-/(- V h x)/' \
         'n/--print-completion/(bash zsh tcsh)/' \
         'n/--config/f/' \
         'n/--state/d/' \

@@ -37,6 +37,9 @@ _MILLISECONDS = {
 LOWEST_RATE = 64 * 1024
 """Bytes a second: what is brought in comes a megabyte at a time."""
 
+LAG_TIMES = 2
+"""A disk lags that is so many times `max_lag` behind: a checkpoint begins at half of it, and takes its time."""
+
 LARGEST_SIZE = (1 << 63) - 1
 """Bytes. NBD and lseek count in signed 64 bits; a larger number is a typing error."""
 
@@ -258,6 +261,19 @@ def format_duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def natural(text: str) -> tuple[list[tuple[bool, int, str]], str]:
+    """What to sort names by, so that `vm10` comes behind `vm9`: numbers in them count as such, before other text."""
+    return [_part(part) for part in re.findall(r"[0-9]+|[^0-9]+", text)], text
+
+
+def _part(text: str) -> tuple[bool, int, str]:
+    """Of digits, or of none. Digits are compared as text: there may be more of them than Python makes a number of."""
+    if text[0] not in "0123456789":
+        return True, 0, text
+    digits = text.lstrip("0")
+    return False, len(digits), digits
 
 
 def printable(text: str) -> str:

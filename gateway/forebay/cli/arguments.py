@@ -23,6 +23,8 @@ from forebay.units import (
 def _some_text(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty: write STORE:PATH, a path in a store, or an nbd:// URI")
+    if any("\ud800" <= one <= "\udfff" for one in text):
+        raise ValueError(f"{text!r} has bytes that are no UTF-8: no image has such a name")
     return text
 
 
@@ -100,6 +102,8 @@ def _status(parser: Parser) -> None:
     which.add_argument("name", metavar="NAME", type=NAME, nargs="?", help="the disk; default: all")
     text = "what a larger cache, or a smaller one, would find of what is read"
     which.add_argument("--advice", action="store_true", help=text)
+    text = "only disks that need a look, with what is wrong; exit code 1 if there are any"
+    parser.add_argument("-x", "--troubled", action="store_true", help=text)
     _json(parser)
 
 

@@ -7,7 +7,6 @@ import gc
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from forebay.cli.asking import Arguments, daemon, print_json, progress_shown
 from forebay.cli.moving import incoming
@@ -125,41 +124,10 @@ def detach(arguments: Arguments) -> int:
 
 
 def status(arguments: Arguments) -> int:
-    """`forebay status`: print the table of disks, or JSON; or what is told of the size of the cache."""
-    client = daemon(arguments)
-    if arguments.advice:
-        return _advice(client.get("/advice"), as_json=arguments.json)
-    disks = [client.get(f"/disks/{arguments.name}")] if arguments.name else client.get("/disks")
-    if arguments.json:
-        print_json(disks)
-        return 0
-    from forebay.cli.terminal import render
+    """`forebay status`: the table of disks, those that need a look, or what is told of the size of the cache."""
+    from forebay.cli.status import show
 
-    terminal = sys.stdout.isatty()
-    width = os.get_terminal_size().columns if terminal else None
-    print("\n".join(render.status_table(disks, colour=render.wants_colour(terminal), width=width)))
-    if terminal and len(disks) > 1:
-        print("", render.total_line(disks), sep="\n")
-    if arguments.name:
-        from forebay.cli.terminal.detail import detail_lines
-
-        print("", *detail_lines(disks[0], client, colour=render.wants_colour(terminal)), sep="\n")
-    elif terminal and (why := render.reasons(disks)):
-        print("", *why, sep="\n")
-    if terminal and not disks:
-        print("no disks yet: 'forebay attach NAME IMAGE' serves one")
-    return 0
-
-
-def _advice(told: Any, *, as_json: bool) -> int:
-    if as_json:
-        print_json(told)
-        return 0
-    from forebay.cli.advice import advice_lines
-    from forebay.cli.terminal.render import wants_colour
-
-    print("\n".join(advice_lines(told, colour=wants_colour(sys.stdout.isatty()))))
-    return 0
+    return show(arguments, daemon(arguments))
 
 
 def hosts(arguments: Arguments) -> int:

@@ -17,6 +17,7 @@ from forebay.cli.asking import Arguments, Daemon, Progress, print_json, progress
 from forebay.errors import ForebayError
 from forebay.units import (
     format_size,
+    natural,
     parse_duration,
     parse_name,
     parse_preload,
@@ -100,6 +101,7 @@ def show(arguments: Arguments, client: Daemon) -> int:
     """`forebay images`: print the table of images, or JSON."""
     query = f"?store={quote(arguments.store)}" if arguments.store else ""
     images = client.get(f"/images{query}")
+    images.sort(key=lambda image: natural(image["image"]))
     if arguments.json:
         print_json(images)
         return 0
@@ -117,6 +119,7 @@ def show(arguments: Arguments, client: Daemon) -> int:
 def show_stores(arguments: Arguments, client: Daemon) -> int:
     """`forebay stores`: print the table of stores, or of the images that are read by the socket of the one, or JSON."""
     found = client.get("/stores")
+    found.sort(key=lambda store: natural(store["store"]))
     if arguments.store is not None:
         found = [one for one in found if one["store"] == arguments.store]
         if not found:

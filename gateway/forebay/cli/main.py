@@ -15,7 +15,7 @@ from typing import Any
 
 from forebay import __version__
 from forebay.cli.arguments import COMMANDS
-from forebay.cli.terminal.parser import WRONG_USAGE, Parser
+from forebay.cli.terminal.parser import WRONG_USAGE, Parser, without_json_version
 from forebay.cli.terminal.streams import open_closed, show_any_text
 from forebay.errors import ForebayError
 from forebay.units import printable
@@ -46,7 +46,7 @@ def build_parser(command: str | None = None) -> Parser:
         description="VM disk images on shared storage, served to local VMs through a local cache.",
         epilog="Sizes are written 64K, 20 GiB or 1.5G; a bare number is bytes.",
     )
-    parser.add_argument("--version", action="version", version=f"forebay {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"forebay {__version__}")
     parser.add_argument(
         "--print-completion",
         action=_Completion,
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from forebay.cli.terminal.wait import with_wait_closed
 
         words = with_wait_closed(words)
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(without_json_version(words, parser.error))
     try:
         from forebay.cli.commands import RUN
 

@@ -13,7 +13,7 @@ from typing import Any
 from forebay.cli.asking import Arguments, Daemon, print_json, progress_shown
 from forebay.cli.resolve import agreed, print_saved
 from forebay.errors import ForebayError
-from forebay.units import format_size
+from forebay.units import format_size, natural
 
 Parse = Callable[[str], Any]
 
@@ -83,6 +83,7 @@ def _json(parser: argparse.ArgumentParser) -> None:
 def show(arguments: Arguments, client: Daemon) -> int:
     """`forebay overlays`: print the table of overlays, or JSON."""
     overlays = client.get("/overlays")
+    overlays.sort(key=lambda overlay: natural(overlay["name"]))
     if arguments.json:
         print_json(overlays)
         return 0

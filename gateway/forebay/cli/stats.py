@@ -14,7 +14,7 @@ from typing import Any
 
 from forebay.cli.asking import Daemon
 from forebay.cli.terminal.render import Cell, Column, hit_percent, megabytes, rate, table
-from forebay.units import format_duration, format_size, parse_duration, parse_name
+from forebay.units import format_duration, format_size, natural, parse_duration, parse_name
 
 Disk = Mapping[str, Any]
 
@@ -202,7 +202,7 @@ def stats(words: Sequence[str], client: Daemon, *, json_lines: bool) -> int:
     """Print totals, or a line an interval until interrupted; the exit code."""
     wanted = parse_wanted(words, lambda: [disk["name"] for disk in client.get("/disks")])
     if wanted.interval is None:
-        disks = sample(client, wanted.name)
+        disks = sorted(sample(client, wanted.name), key=lambda disk: natural(disk["name"]))
         if json_lines:
             print(json.dumps([_totals(disk) for disk in disks], indent=2))
         else:

@@ -17,7 +17,7 @@ from forebay.origin.threads import StoreThreads
 from forebay.overview.health import StoreHealth
 from forebay.overview.hits import RecentHits
 from forebay.overview.remembered import Remembered
-from forebay.units import Mode, format_duration
+from forebay.units import LAG_TIMES, Mode, format_duration
 from forebay_cache import Cache
 
 Told = dict[str, Any]
@@ -28,8 +28,6 @@ MOST_IMAGES = 1000
 """Images that are told: those of which the cache has most."""
 MOST_REASONS = 16
 """Lines that say why not all is well."""
-LAG_TIMES = 2
-"""A disk lags that is so many times `max_lag` behind: a checkpoint begins at half of it, and takes its time."""
 
 HEALTHY = (DiskState.READY.value, DiskState.COPYING.value)
 STATES = ("ok", "slow", "degraded")

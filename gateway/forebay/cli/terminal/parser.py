@@ -6,13 +6,16 @@
 import argparse
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from forebay.units import did_you_mean, printable
 
 WRONG_USAGE = 2
 """The exit code."""
+
+JSON_VERSION = 1
+"""Of what `--json` prints: docs/json.md."""
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -40,6 +43,21 @@ class Parser(argparse.ArgumentParser):
             hint = did_you_mean(word, known.replace("'", "").split(", "))
             text = f"argument {what}: no {what.lower()} '{word}'{hint}: use one of {known}"
         self.exit(WRONG_USAGE, f"{self.prog}: {printable(text)} (see '{self.prog} --help')\n")
+
+
+def without_json_version(words: Sequence[str], error: Callable[[str], NoReturn]) -> list[str]:
+    """The arguments with `--json` for `--json=1`. `error` is called, with a text, where another version is asked for.
+
+    argparse has no option whose value may only follow a `=`, and would take `vm1` of `status --json vm1` for it.
+    """
+    options = words[: words.index("--")] if "--" in words else words
+    for word in options:
+        if word.startswith("--json=") and word != f"--json={JSON_VERSION}":
+            error(
+                f"{word}: this forebay writes version {JSON_VERSION} of its JSON, --json={JSON_VERSION}"
+            )
+    plain = ["--json" if word == f"--json={JSON_VERSION}" else word for word in options]
+    return [*plain, *words[len(options) :]]
 
 
 def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -15,7 +15,7 @@ from forebay.units import MIB, exact_size, format_duration, format_size, printab
 
 BOLD, RED, YELLOW = "1", "31", "33"
 
-_HEALTHY = ("ready", "copying")
+HEALTHY = ("ready", "copying")
 """States that need no look; every other one is coloured."""
 
 
@@ -41,7 +41,7 @@ STATUS_COLUMNS = (
     Column("NAME", narrow=(20, 8, 5)),
     Column("IMAGE", narrow=(12, 8, 5)),
     Column("SIZE", right=True),
-    Column("MODE", narrow=(13, 8)),
+    Column("MODE", narrow=(13, 8, 6)),
     Column("STATE"),
     Column("CACHED", right=True),
     Column("DIRTY", right=True),
@@ -172,7 +172,7 @@ def status_row(disk: Mapping[str, Any]) -> list[Cell]:
         Cell(image_shown(disk["image"])),
         Cell(format_size(disk["size"])),
         Cell(mode_of(disk)),
-        Cell(state, "" if state in _HEALTHY else RED),
+        Cell(state, "" if state in HEALTHY else RED),
         Cell(format_size(disk["cached_bytes"])),
         Cell(format_size(dirty), attention),
         Cell(format_duration(disk["lag_seconds"]), attention),
