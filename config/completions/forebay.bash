@@ -6,7 +6,7 @@
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
 _shtab_forebay_hosts_subparsers=(status warm flush)
-_shtab_forebay_subparsers=(serve attach detach status summary hosts stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover xml libvirt-hook cache recover takeover fuse doctor check-config dump-config demo)
+_shtab_forebay_subparsers=(serve attach detach status summary hosts stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor check-config dump-config demo)
 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
 _shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --format --keep --peer --label --user --incoming --wait --json)
@@ -42,6 +42,7 @@ _shtab_forebay_rollback_option_strings=(-h --help --config --drop-newer --force 
 _shtab_forebay_drop_option_strings=(-h --help --config --json)
 _shtab_forebay_resolve_option_strings=(-h --help --config --json --keep-mine --keep-image --save --partial --yes)
 _shtab_forebay_handover_option_strings=(-h --help --config --to --timeout --json)
+_shtab_forebay_evacuate_option_strings=(-h --help --config --to --timeout --json)
 _shtab_forebay_xml_option_strings=(-h --help --config --target --libvirt --metadata)
 _shtab_forebay_libvirt_hook_option_strings=(-h --help --config)
 _shtab_forebay_cache_option_strings=(-h --help --config --vg --tag --device --file --size --force --yes --json)
@@ -105,6 +106,7 @@ _shtab_forebay_resolve_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_resolve___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_handover_pos_1_COMPGEN=_forebay_disks
 _shtab_forebay_handover___config_COMPGEN=_shtab_compgen_files
+_shtab_forebay_evacuate___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_xml_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_xml___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_libvirt_hook___config_COMPGEN=_shtab_compgen_files
@@ -126,7 +128,7 @@ _shtab_forebay_trace_pos_0_choices=(show drop export)
 _shtab_forebay_save___format_choices=(raw qcow2)
 _shtab_forebay_handover_pos_0_choices=(prepare finish abort)
 _shtab_forebay_cache_pos_0_choices=(check info create extend format remove repair scrub)
-_shtab_forebay_pos_0_choices=(serve attach detach status summary hosts stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover xml libvirt-hook cache recover takeover fuse doctor check-config dump-config demo)
+_shtab_forebay_pos_0_choices=(serve attach detach status summary hosts stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor check-config dump-config demo)
 _shtab_forebay___print_completion_choices=(bash zsh tcsh)
 
 _shtab_forebay_serve__h_nargs=0
@@ -259,6 +261,9 @@ _shtab_forebay_handover_pos_1_nargs=+
 _shtab_forebay_handover__h_nargs=0
 _shtab_forebay_handover___help_nargs=0
 _shtab_forebay_handover___json_nargs=0
+_shtab_forebay_evacuate__h_nargs=0
+_shtab_forebay_evacuate___help_nargs=0
+_shtab_forebay_evacuate___json_nargs=0
 _shtab_forebay_xml__h_nargs=0
 _shtab_forebay_xml___help_nargs=0
 _shtab_forebay_xml___metadata_nargs=0

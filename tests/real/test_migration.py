@@ -52,7 +52,7 @@ class Qemu:
     """One QEMU with the guest's disk: a blockdev as QMP has it."""
 
     def __init__(self, directory: Path, blockdev: dict[str, Any], *, incoming: bool) -> None:
-        directory.mkdir()
+        directory.mkdir(parents=True)
         self.directory = directory
         command = [
             str(EMULATOR), "-accel", "tcg", "-machine", "pc", "-m", "128", "-nodefaults", "-display", "none",

@@ -285,6 +285,12 @@ class FakeMoves:
         await self._gateway._work("prepare", progress)
         return self._gateway.disks[name] | {"handover": "prepared", "handover_to": to or "ham2"}
 
+    async def evacuate(self, to: str, patience: float, progress: Progress) -> Any:
+        self._gateway._called("evacuate", to, patience)
+        await self._gateway._work("evacuate", progress)
+        left = [{"name": name, "why": "its VM runs"} for name in self._gateway.disks]
+        return {"released": [], "left": left, "dirty_bytes": 0}
+
     async def finish(self, name: str, patience: float) -> Any:
         self._gateway._called("finish", name, patience)
         return self._gateway.disks[name] | {"handover": "none", "handover_to": ""}

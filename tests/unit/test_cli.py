@@ -746,7 +746,7 @@ def test_every_command_of_the_contract_is_there() -> None:
     contract = (
         "serve attach detach status stats flush mode peer preload xml cache check-config dump-config demo "
         "fuse import libvirt-hook recover resolve takeover images stores warm tag untag pin unpin purge "
-        "overlays save commit revert snapshot snapshots rollback drop trace summary hosts doctor handover"
+        "overlays save commit revert snapshot snapshots rollback drop trace summary hosts doctor handover evacuate"
     )
     assert set(COMMANDS) == set(RUN) == set(contract.split())
 
@@ -922,3 +922,20 @@ def test_nothing_that_is_opened_gets_the_number_of_a_closed_stream(tmp_path: Pat
     shell = 'exec "$@" <&- >&- 2>&-'
     subprocess.run(["sh", "-c", shell, "sh", sys.executable, "-c", probe, str(told)], check=False)
     assert told.read_text() == "0 ['/dev/null', '/dev/null', '/dev/null']"
+
+
+async def test_a_handover_is_asked_for_each_disk_and_an_evacuation_tells_what_is_left(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gateway = FakeGateway("a", "b")
+    async with served(gateway) as run:
+        prepare = ("handover", "prepare", "a", "b", "--to", "ham2", "--timeout", "1m")
+        assert await forebay(run, *prepare) == 0
+        assert await forebay(run, "handover", "abort", "a") == 0
+        assert await forebay(run, "evacuate", "--to", "ham2") == 1
+    told = capsys.readouterr()
+    assert "a: prepared: host ham2 takes it when the VM writes there" in told.out
+    assert "a: the image is here, and stays\nnothing was released\n" in told.out
+    assert "forebay: b stays: its VM runs" in told.err
+    assert gateway.calls[:2] == [("prepare", "a", "ham2", 60.0), ("prepare", "b", "ham2", 60.0)]
+    assert gateway.calls[-1] == ("evacuate", "ham2", 600.0)

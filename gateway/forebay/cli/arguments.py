@@ -295,6 +295,10 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
         "hand the image of a running VM over to another host",
         partial(_moving, add="add_handover"),
     ),
+    "evacuate": (
+        "write everything back, and give back what nobody uses: before maintenance of this host",
+        partial(_moving, add="add_evacuate"),
+    ),
     "xml": ("the libvirt <disk> element of a disk", _xml),
     "libvirt-hook": ("what libvirt's hook calls, with the domain's XML on stdin", _libvirt_hook),
     "cache": ("look at, make, extend, check or remove the cache device", _cache),

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from forebay.cli.asking import Arguments, daemon, print_json, progress_shown
-from forebay.cli.moving import incoming
+from forebay.cli.moving import evacuate, handover, incoming
 from forebay.cli.peer import peer, rule
 from forebay.errors import ForebayError
 from forebay.units import format_size
@@ -241,13 +241,6 @@ def resolve(arguments: Arguments) -> int:
     return keep(arguments, daemon(arguments), "mine" if arguments.keep_mine else "image")
 
 
-def handover(arguments: Arguments) -> int:
-    """`forebay handover`: prepare, finish or abort one."""
-    from forebay.cli import moving
-
-    return moving.handover(arguments, daemon(arguments))
-
-
 def xml(arguments: Arguments) -> int:
     """`forebay xml`: print the <disk> element, or the metadata for the hook."""
     from forebay.libvirt.disk_xml import disk_element, metadata_element
@@ -354,6 +347,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     **dict.fromkeys(("rollback", "drop"), overlays),
     "resolve": resolve,
     "handover": handover,
+    "evacuate": evacuate,
     "xml": xml,
     "libvirt-hook": libvirt_hook,
     "cache": cache,

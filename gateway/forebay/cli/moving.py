@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""`forebay handover`: what it takes, and what it tells."""
+"""`forebay handover` and `forebay evacuate`: what they take, and what they tell."""
 
 import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from forebay.cli.asking import Arguments, Daemon, print_json, progress_shown
+from forebay.cli.asking import Arguments, Daemon, daemon, print_json, progress_shown
 from forebay.errors import ForebayError
 from forebay.units import parse_duration, printable
 
@@ -55,8 +55,9 @@ def add_handover(
     add("--json", action="store_true", help="JSON instead of text")
 
 
-def handover(arguments: Arguments, client: Daemon) -> int:
-    """Do one step for each of the disks. The exit code: 1 if one of them failed."""
+def handover(arguments: Arguments) -> int:
+    """`forebay handover`: do one step for each of the disks. The exit code: 1 if one of them failed."""
+    client = daemon(arguments)
     done: list[dict[str, Any]] = []
     failed = False
     for name in arguments.names:
@@ -72,6 +73,33 @@ def handover(arguments: Arguments, client: Daemon) -> int:
     if arguments.json:
         print_json(done)
     return 1 if failed else 0
+
+
+def add_evacuate(
+    parser: argparse.ArgumentParser, _name: Parse, duration: Parse, text: Parse
+) -> None:
+    """Add the arguments of `forebay evacuate`."""
+    add = parser.add_argument
+    add(
+        "--to", metavar="HOST", type=text, help="wait for VMs that are moved to this host meanwhile"
+    )
+    help_of_timeout = "with --to: how long to wait for each (default: 10m)"
+    add("--timeout", metavar="TIME", type=duration, default=600.0, help=help_of_timeout)
+    add("--json", action="store_true", help="JSON instead of text")
+
+
+def evacuate(arguments: Arguments) -> int:
+    """`forebay evacuate`: empty this host. The exit code: 1 if anything is left."""
+    content = {"to": arguments.to, "patience": arguments.timeout}
+    with progress_shown("evacuate") as progress:
+        told = daemon(arguments).follow("POST", "/evacuate", content, progress)
+    if arguments.json:
+        print_json(told)
+    else:
+        print("\n".join(f"{name}: released" for name in told["released"]) or "nothing was released")
+    for one in told["left"]:
+        print(f"forebay: {printable(one['name'])} stays: {printable(one['why'])}", file=sys.stderr)
+    return 1 if told["left"] else 0
 
 
 def _step(name: str, arguments: Arguments, client: Daemon) -> dict[str, Any]:

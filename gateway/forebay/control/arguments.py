@@ -156,6 +156,7 @@ ATTACH: dict[str, Parse] = {
     "patience": parse_duration,
 }
 HANDOVER: dict[str, Parse] = {"step": _step, "to": _host, "patience": parse_duration}
+EVACUATE: dict[str, Parse] = {"to": _host, "patience": parse_duration}
 DETACH: dict[str, Parse] = {"discard": _flag, "force": _flag}
 EXTEND: dict[str, Parse] = {"size": parse_size}
 FLUSH: dict[str, Parse] = {"timeout": parse_duration}

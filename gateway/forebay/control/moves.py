@@ -6,7 +6,7 @@
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from forebay.control.arguments import HANDOVER, arguments
+from forebay.control.arguments import EVACUATE, HANDOVER, arguments
 from forebay.control.work import Operation, Progress
 from forebay.http.messages import Answer, Request
 
@@ -28,6 +28,10 @@ class Moves(Protocol):
     async def abort(self, name: str, patience: float) -> Status:
         """End the handover."""
 
+    @property
+    def evacuate(self) -> Callable[[str, float, Progress], Awaitable[Status]]:
+        """Empties the host: for VMs that go to that host meanwhile, for so many seconds."""
+
 
 class MoveRoutes:
     """The endpoints."""
@@ -37,7 +41,16 @@ class MoveRoutes:
 
     def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Answer]]]]:
         """Method, path and endpoint of each route."""
-        return [("POST", "/disks/{name}/handover", self.handover)]
+        return [
+            ("POST", "/disks/{name}/handover", self.handover),
+            ("POST", "/evacuate", self.evacuate),
+        ]
+
+    async def evacuate(self, request: Request) -> Operation:
+        """Write back what all disks have dirty, and give back what nobody uses; answers with what is left."""
+        given = await arguments(request, EVACUATE)
+        to, patience = given.get("to", ""), given.get("patience", PATIENCE)
+        return Operation(lambda progress: self._moves.evacuate(to, patience, progress))
 
     async def handover(self, request: Request) -> Operation:
         """Do one step; answers with the disk's status."""

@@ -383,7 +383,8 @@ class Arrivals:
         gateway = self._config.gateway
         tenant = Tenant(source.use.disk, gateway.run, record.rule(settings))
         listener = Listener(disk, path, gateway, tenant, self._memory)
-        attached = Attached(record, source, disk, listener, self._boots)
+        boots = None if source.withheld else self._boots  # no VM boots that comes from elsewhere
+        attached = Attached(record, source, disk, listener, boots)
         add_handover(attached, self._records, self._detach_soon)
         return attached
 

@@ -24,7 +24,6 @@ from forebay.doors.restart import Sockets
 from forebay.errors import ForebayError
 from forebay.formats.magic import RAW
 from forebay.handover.handover import Handover
-from forebay.handover.phase import Phase
 from forebay.image.boundary import Boundary, breaks_the_cache, in_short, sole_fault
 from forebay.image.source import Source
 from forebay.overview.detail import connected, settings_told
@@ -88,8 +87,7 @@ class Attached:
         self.source = source
         self.disk = disk
         self.listener = listener
-        may_boot = not record.gives_way and record.handover == Phase.NONE
-        self.boot = boot_of(disk, boots) if may_boot else None
+        self.boot = None if record.gives_way else boot_of(disk, boots)
         self.handover: Handover | None = None
         """The handover of its image; None where that cannot be."""
         self.busy = trio.Lock()
@@ -171,11 +169,6 @@ class Attached:
         """Raises ForebayError, which says why and what to do, where the disk is stopped."""
         if self.fault is not None:
             raise ForebayError(f"'{self.name}' is stopped: {self.reason}")
-
-    def check_stays(self) -> None:
-        """Raises ForebayError where the image is about to go to another host, or to come from there."""
-        if self.handover is not None:
-            self.handover.check_idle()
 
     def begin_detach(self) -> None:
         """Note that the operator wants it gone."""

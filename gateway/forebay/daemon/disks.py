@@ -6,6 +6,7 @@
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import trio
 
@@ -14,10 +15,14 @@ from forebay.daemon.attached import Absent, Attached
 from forebay.daemon.record import DiskRecord, difference
 from forebay.errors import ForebayError
 from forebay.image.source import Source
-from forebay.units import did_you_mean
+from forebay.units import did_you_mean, format_size
 
 Attach = Callable[[str, DiskRecord], Awaitable[Attached]]
 """Serves an image as a disk of that name, as `Arrivals.attach`."""
+
+
+MOST_NAMED = 5
+"""Disks that an error names, at most."""
 
 
 @dataclass(eq=False)
@@ -263,6 +268,18 @@ class Disks:
 
 
 # -- the same attach once more: scripts repeat themselves
+
+
+def still_dirty(disks: list[dict[str, Any]], timeout: float | None) -> ForebayError:
+    """The error for disks, by their status, that were not written back in that many seconds: it tells what is left."""
+    left = {one["name"]: one["dirty_bytes"] for one in disks if one["dirty_bytes"]}
+    most = sorted(left, key=lambda name: -left[name])[:MOST_NAMED]
+    named = ", ".join(f"{name} {format_size(left[name])}" for name in most)
+    others = f" and {len(left) - len(most)} more disks" if len(left) > len(most) else ""
+    return ForebayError(
+        f"{format_size(sum(left.values()))} are still dirty after {timeout:g} s ({named or 'being written'}{others}): "
+        "give it more time; what is dirty stays in the cache"
+    )
 
 
 async def attach_once(

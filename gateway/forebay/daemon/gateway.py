@@ -25,7 +25,7 @@ from forebay.daemon.arrivals import Arrivals
 from forebay.daemon.attached import Attached
 from forebay.daemon.committing import Committing
 from forebay.daemon.departures import Departures
-from forebay.daemon.disks import Disks, attach_once
+from forebay.daemon.disks import Disks, attach_once, still_dirty
 from forebay.daemon.ending import stop
 from forebay.daemon.figures import memory
 from forebay.daemon.figures.loop_meter import METER
@@ -38,6 +38,7 @@ from forebay.doors.restart import EarlierSockets
 from forebay.doors.returns import Returns
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
+from forebay.handover.evacuation import Evacuation
 from forebay.handover.moves import Moves
 from forebay.image.gone import GoneImages
 from forebay.image.kept import MOST_IN_ALL
@@ -51,7 +52,7 @@ from forebay.storage.state import index_path
 from forebay.storage.upkeep import Upkeep
 from forebay.stores.served import Attaching
 from forebay.stores.sockets import StoreSockets
-from forebay.units import Mode, format_size
+from forebay.units import Mode
 from forebay_cache import Cache
 
 log = logging.getLogger("forebay.daemon")
@@ -136,7 +137,8 @@ class Gateway:
             self._committing,
             self._disks.is_attached,
         )
-        self.moves = Moves(self._disks.attached)
+        evacuation = Evacuation(self.attached, self.detach, self.set_mode)
+        self.moves = Moves(self._disks.attached, evacuation.run)
         self.advice = Advice(cache, config.gateway.state)
         attaching = Attaching(
             images,
@@ -178,10 +180,7 @@ class Gateway:
         incoming: bool = False,
         patience: float = 0.0,
     ) -> Status:
-        """Serve an image as a disk; None stands for what the store says. The disk's status, with `attached_already`.
-
-        `image_format`: as `Answers` has it, and `incoming`: another host is to hand it over in `patience` seconds.
-        """
+        """Serve an image as a disk: see `Answers.attach`."""
         chosen = mode.value if mode else None
         if gives_way and not read_only:
             raise ForebayError("a disk that gives way is read-only: leave one of the two out")
@@ -267,10 +266,7 @@ class Gateway:
         with trio.move_on_after(timeout if timeout is not None else float("inf")) as scope:
             await run_all(partial(_drain, one, shares.of(i)) for i, one in enumerate(disks))
         if scope.cancelled_caught:
-            left = sum(one.disk.status()["dirty_bytes"] for one in disks)
-            raise ForebayError(
-                f"{format_size(left)} are still dirty after {timeout:g} s: give it more time"
-            )
+            raise still_dirty([one.status() for one in disks], timeout)
 
     async def set_mode(self, name: str, mode: Mode, progress: Progress) -> Status:
         """Change how a disk reads and writes, also while clients are connected. The disk's status.
@@ -280,7 +276,6 @@ class Gateway:
         """
         async with self._disks.turn_attached(name) as attached:
             attached.check_serves()
-            attached.check_stays()
             attached.disk.modes.check_may_enter(mode)
             was, now = attached.record, attached.record.with_mode(mode)
             await self._records.change(name, was, now)

@@ -97,6 +97,8 @@ class Modes:
         """Held by whoever changes the mode, the operator or :class:`forebay.disk.watch.Watch`."""
         self.mode = Mode(settings.mode)
         self.policy: Policy = self._to_origin(keep=False)
+        self.is_held = False
+        """True while nobody but a handover is to change the mode."""
         self.on_choice: Callable[[Policy], None] = _nothing
         """Called when `policy` has become another one, before the next await."""
 
@@ -197,11 +199,18 @@ class Modes:
     def check_may_enter(self, mode: Mode) -> None:
         """Raise ForebayError where the disk cannot be in that mode, unless it is in it."""
         if mode is not self.mode:
+            if self.is_held or self._source.withheld:
+                disk = self._source.use.disk
+                raise ForebayError(
+                    f"'{disk}' is being handed over to another host, or from it: 'forebay handover abort {disk}' ends "
+                    "that, if it can be ended"
+                )
             self.check_fits(mode)
             self._source.check_safe(mode)
 
     async def _change(self, mode: Mode, progress: Progress) -> None:
-        self.check_may_enter(mode)
+        self.check_fits(mode)
+        self._source.check_safe(mode)
         leaves_private = self.writes_private and not self._overlay and mode not in PRIVATE_MODES
         if leaves_private and self._dirty.bytes:
             await self._writeback.catch_up()  # most of it, while the VM goes on writing

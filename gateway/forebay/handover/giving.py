@@ -164,6 +164,7 @@ class Giving:
     async def _prepare(self, asked: Incoming) -> None:
         """Have everything in the image, and from now on what is flushed, and say beside it that it is so."""
         disk = self._disk
+        disk.modes.is_held = True
         if disk.mode in PRIVATE_MODES:
             before = disk.mode
             await disk.writeback.nearly_finish(self.progress)
@@ -199,6 +200,7 @@ class Giving:
         if self._mode is not None:
             await self._disk.modes.change(self._mode, _silent)
             self._mode = None
+        self._disk.modes.is_held = False
 
     # ------------------------------------------------------------------------------------------------------- releasing
 

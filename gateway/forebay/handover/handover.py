@@ -64,19 +64,6 @@ class Handover:
             await self.coming.run()
         await self.giving.run()
 
-    def client_left(self) -> None:
-        """Called when a client has left: it may have been the last one."""
-        if self.phase is Phase.PREPARED:
-            self.giving.wake()
-
-    def check_idle(self) -> None:
-        """Raise ForebayError where a handover is under way: nothing else is changed about the disk then."""
-        if self.phase is not Phase.NONE:
-            raise ForebayError(
-                f"'{self._disk.name}' is being handed over ({self.phase}): 'forebay handover abort {self._disk.name}' "
-                "ends that, if it can be ended"
-            )
-
     def status(self) -> dict[str, Any]:
         """Keys of the disk's status."""
         asked = self.giving.asked
@@ -105,7 +92,7 @@ class Handover:
                     with trio.move_on_after(1.0):
                         await moved.wait()
         finally:
-            giving.progress = _silent
+            giving.to, giving.progress = "", _silent
         if self.phase is Phase.NONE:
             who = f"host {to} does not ask" if to else "no host asks"
             why = giving.error or f"{who} for it: run 'forebay attach … --incoming' there"

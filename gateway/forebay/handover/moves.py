@@ -3,7 +3,7 @@
 
 """What the control API asks of handovers."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from forebay.errors import ForebayError
@@ -29,14 +29,19 @@ class Movable(Protocol):
         """The keys of its status."""
 
 
+Evacuate = Callable[[str, float, Progress], Awaitable[dict[str, Any]]]
+
+
 class Moves:
     """Handovers, as operators and hooks ask for them. All calls return the disk's status, and raise ForebayError and
     OSError. `patience` in seconds.
     """
 
-    def __init__(self, find: Callable[[str], Movable]) -> None:
-        """`find` returns the attached disk of that name; it raises ForebayError."""
+    def __init__(self, find: Callable[[str], Movable], evacuate: Evacuate) -> None:
+        """`find` returns the attached disk of that name; it raises ForebayError. `evacuate`: `Evacuation.run`."""
         self._find = find
+        self.evacuate = evacuate
+        """Empties this host: see `Evacuation.run`."""
 
     async def prepare(
         self, name: str, to: str, patience: float, progress: Progress
