@@ -17,7 +17,7 @@
 # make lab      a file server and two hosts, emulated: what only real NFS shows   LAB="takeover"  LAB=all  LAB=--list  LAB_CORES=1
 # make docs     all pages as a site in build/site; a broken link fails
 # make dist     wheel and sdist in dist/, and a look at what is in them
-# make lint     ruff and mypy
+# make lint     ruff, mypy, shellcheck
 # make install  puts it into this host, with systemd units   PREFIX=/usr/local  DESTDIR=  (and: make uninstall)
 
 SHELL := /bin/bash
@@ -28,7 +28,9 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 # only what exists: a source root may be empty in an early checkout
-SOURCES := $(wildcard gateway nbd cache fast bench tests tools hatch_build.py)
+SOURCES := $(wildcard gateway nbd cache fast bench tests tools config hatch_build.py)
+SHELL_SCRIPTS := config/opennebula/install.sh config/opennebula/remotes/im/kvm-probes.d/host/system/forebay.sh \
+  config/libvirt/qemu-forebay config/libvirt/hooks/qemu.d/forebay
 
 export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
@@ -123,6 +125,7 @@ lint: setup
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/mypy bench tests tools
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
 
 format: setup
 	$(BIN)/ruff check --fix $(SOURCES)

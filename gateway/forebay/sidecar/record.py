@@ -267,7 +267,7 @@ def in_use_by_gateway(address: FileAddress, owner: Owner | None) -> InUseError:
     return InUseError(
         f"{address.key} is in use by {owner or 'another gateway'}{lacks}: detach it there first, "
         "or attach it here with --read-only",
-        asdict(owner) if owner else {},
+        (asdict(owner) if owner else {}) | {"serves": True},
     )
 
 
@@ -280,5 +280,5 @@ def left_behind(address: FileAddress, owner: Owner) -> InUseError:
     return InUseError(
         f"{address.key} belongs to {owner}, which {has}: detach it there; only if that gateway is "
         f"gone for good, 'forebay takeover {address.key}' {then}",
-        asdict(owner),
+        asdict(owner) | {"serves": False},
     )
