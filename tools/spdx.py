@@ -51,6 +51,9 @@ HASH = {
 HASH_NAMES = {
     "Makefile", ".ci/run", "systemd/drain", "systemd/holds-cache", "config/libvirt/qemu-forebay",
     "config/libvirt/hooks/qemu.d/forebay", "config/apparmor/libvirt-qemu", "config/apparmor/libvirtd",
+    "config/opennebula/bin/forebay-one", "config/opennebula/remotes/tm/forebay/clone",
+    "config/opennebula/remotes/tm/forebay/mvds", "config/opennebula/remotes/vmm/kvm/attach_disk.forebay",
+    "config/opennebula/remotes/vmm/kvm/deploy.forebay",
 }  # fmt: skip
 """The same for files whose name does not tell."""
 

@@ -171,7 +171,7 @@ edit_configuration() {
 unedit() {
     local oned=$ETC/oned.conf rc=$ETC/vmm_exec/vmm_execrc
     if [ -z "$DESTDIR" ] && [ -w "$oned" ] && grep -Eq ',forebay|deploy\.forebay|^# forebay: begin' "$oned"; then
-        sed -i -E -e "/^$BEGIN/,/^$END/d" -e 's/,forebay//' \
+        sed -i -E -e "/^$BEGIN/,/^$END/d" -e '/^TM_MAD *= *\[/,/\]/ s/,forebay//' \
             -e 's/ -l deploy=deploy\.forebay,attach_disk=attach_disk\.forebay//' "$oned"
         [ ! -w "$rc" ] || sed -i 's/ kvm-forebay qemu-forebay//' "$rc"
         echo "install: $oned is without Forebay"

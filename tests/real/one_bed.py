@@ -57,7 +57,11 @@ printf '%s\\n' "$*" >>{directory}/virsh
 [ ! -e {directory}/virsh-fails ] || {{ echo "error: planted" >&2; exit 1; }}
 case $3 in
 attach-device) cat "$5" >{directory}/plugged ;;
-create) {hook} one-7 prepare begin - <"$4" || {{ echo "error: Failed to create domain from $4" >&2; exit 1; }} ;;
+create)
+    told=$({hook} one-7 prepare begin - <"$4" 2>&1) && exit
+    echo "error: Failed to create domain from $4"
+    echo "error: Hook script execution failed: internal error: Child process (hook) unexpected exit status 1: $told"
+    exit 1 ;;
 destroy) {hook} one-7 release end - <"$4" ;;
 esac
 """

@@ -25,8 +25,11 @@ REMOTES = HERE.parent.parent
 HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,254}")
 """What may stand for a host. None is taken for an option of ssh."""
 
-LONGEST_LINE = 400
-"""Characters of what is told of a failure on a host."""
+LONGEST_LINE = 1000
+"""Characters of what is told."""
+
+HOOK = re.compile(r"error: Hook script execution failed: .* unexpected exit status [0-9]+: ?(?=\S)")
+"""What libvirt puts before the line of a hook that refuses a start."""
 
 
 def called(main: Callable[[Sequence[str]], int]) -> NoReturn:
@@ -132,7 +135,7 @@ def run_on(host: str, script: str) -> Outcome:
     output, errors = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
     lines = errors.splitlines()
     told = [line for line in lines if ": " in line] or [line for line in lines if line.strip()]
-    why = in_line(told[-1]) if told else f"exit code {done.returncode}"
+    why = HOOK.sub("", in_line(told[-1])) if told else f"exit code {done.returncode}"
     return Outcome(done.returncode, output, errors, why)
 
 
