@@ -8,14 +8,15 @@ import os
 import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import trio
 
 from forebay.cli.main import main
-from forebay.errors import ForebayError
-from forebay.libvirt import hook, version
+from forebay.errors import ForebayError, InUseError
+from forebay.libvirt import free, hook, version
 from forebay.libvirt.disk_xml import disk_element, metadata_element
 from forebay.libvirt.domain import WantedDisk, read_domain
 from forebay.libvirt.hook import logged_reason
@@ -215,3 +216,52 @@ def test_a_domain_does_not_start_on_a_disk_that_serves_nobody(state: str) -> Non
     found = {"state": state, "reason": "why, and what to do"}
     with pytest.raises(ForebayError, match="it is not served: why, and what to do"):
         hook._check_same(cast("Any", None), WantedDisk("d", "images:d.raw"), found)
+
+
+# ------------------------------------------------------------------------------------------------- another host's image
+
+
+class TakenImage:
+    """A daemon whose answer is what `holders` says, one by one; then it attaches."""
+
+    def __init__(self, *holders: dict[str, object]) -> None:
+        self.holders = list(holders)
+        self.tries = 0
+
+    def post(self, target: str, content: dict[str, Any]) -> None:
+        assert (target, content) == ("/disks", {"name": "d"})
+        self.tries += 1
+        if self.holders:
+            raise InUseError("images:a is in use, with 12 MiB dirty", self.holders.pop(0))
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were slept, which pass at once."""
+    slept: list[float] = []
+    monkeypatch.setattr(
+        free, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append)
+    )
+    return slept
+
+
+def test_a_start_waits_while_another_gateway_serves_the_image(slept: list[float]) -> None:
+    taken = TakenImage(*[{"gateway": "g", "serves": True}] * 7)
+    free.attach_when_free(cast("Any", taken), {"name": "d"})
+    assert (taken.tries, len(slept)) == (8, 7)
+
+
+def test_it_is_refused_with_how_much_is_left_when_that_takes_too_long(slept: list[float]) -> None:
+    taken = TakenImage(*[{"gateway": "g", "serves": True}] * 100)
+    with pytest.raises(InUseError, match="12 MiB dirty"):
+        free.attach_when_free(cast("Any", taken), {"name": "d"})
+    assert sum(slept) == free.FREE_SECONDS
+
+
+@pytest.mark.parametrize("holder", [{"gateway": "g", "serves": False}, {"program": "qemu"}, {}])
+def test_nobody_waits_for_a_gateway_that_is_gone_or_for_a_program(
+    slept: list[float], holder: dict[str, object]
+) -> None:
+    with pytest.raises(InUseError):
+        free.attach_when_free(cast("Any", TakenImage(holder)), {"name": "d"})
+    assert slept == []

@@ -21,21 +21,14 @@ from typing import Any
 
 from forebay.client import Client
 from forebay.config.client import DEFAULT_CONFIG, config_path, run_directory
-from forebay.errors import ForebayError, InUseError
+from forebay.errors import ForebayError
 from forebay.libvirt.behind import detach_all
 from forebay.libvirt.domain import Domain, WantedDisk, read_domain
+from forebay.libvirt.free import attach_when_free
 from forebay.libvirt.hold import Hold
 
 PREPARE_SECONDS = 30.0
 """How long a domain's start waits for its disks. libvirt answers nothing about the domain meanwhile."""
-
-FREE_SECONDS = 20.0
-"""How long each disk of a domain waits for another gateway that serves its image. It is less than PREPARE_SECONDS, so
-that the refusal says who that is, and how much it has to write back.
-"""
-
-FREE_PAUSE = 1.0
-"""Seconds between two tries, each of which costs the store a few calls."""
 
 RELEASE_SECONDS = 5.0
 """How long a domain's end waits until its disks have drained. What takes longer goes on behind its back."""
@@ -166,7 +159,7 @@ def _attach(daemon: Daemon, domain: Domain, disk: WantedDisk, *, comes: bool) ->
             found = None
         if found is None:
             coming = _COMES if comes and not disk.read_only else {}
-            _attach_when_free(daemon, _arguments(disk) | coming)
+            attach_when_free(daemon.client, _arguments(disk) | coming)
         else:
             _check_same(daemon, disk, found)
             if disk.mode is not None and disk.mode != found["mode"]:
@@ -175,20 +168,6 @@ def _attach(daemon: Daemon, domain: Domain, disk: WantedDisk, *, comes: bool) ->
         return found is None
     except ForebayError as fault:
         raise ForebayError(f"disk '{disk.name}': {fault}") from None
-
-
-def _attach_when_free(daemon: Daemon, arguments: dict[str, Any]) -> None:
-    """Attach a disk, and give another gateway that serves its image time to write it back. Raises ForebayError."""
-    deadline = time.monotonic() + FREE_SECONDS
-    while True:
-        try:
-            daemon.client.post("/disks", arguments)
-        except InUseError as fault:
-            if not fault.holder.get("serves") or time.monotonic() >= deadline:
-                raise
-            time.sleep(FREE_PAUSE)
-        else:
-            return
 
 
 def _bind(name: str, config: str | None) -> None:
