@@ -103,13 +103,13 @@ async def test_where_the_first_of_two_fails_the_second_tries_itself(
         begun, tries = trio.Event(), []
         really = gateway._arrivals.attach
 
-        async def fails_once(*arguments: Any) -> Any:
+        async def fails_once(*arguments: Any, **how: Any) -> Any:
             tries.append(arguments)
             if len(tries) == 1:
                 begun.set()
                 await trio.testing.wait_all_tasks_blocked()
                 raise ForebayError("planted")
-            return await really(*arguments)
+            return await really(*arguments, **how)
 
         monkeypatch.setattr(gateway._arrivals, "attach", fails_once)
         results: list[str] = []
