@@ -94,15 +94,11 @@ ODD: list[str | bytes] = [
     "images:é漢字.raw:", b"images:\xff\xfe.raw", "images:a\nb.raw", "images:\x1b[31m", "\u202e", "",
 ]  # fmt: skip
 
-LOCALES = [
-    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
-    {"LC_ALL": "no_SUCH.locale"},
-]
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 
 
-@pytest.mark.parametrize("locale", LOCALES, ids=lambda locale: "-".join(locale.values()))
 def test_no_locale_and_no_odd_text_brings_a_traceback(
-    make_gateway: Callable[..., GatewayProcess], locale: dict[str, str]
+    make_gateway: Callable[..., GatewayProcess],
 ) -> None:
     gateway = make_gateway()
     random_image(gateway.images / "é漢字.raw", MIB, 1)
@@ -110,7 +106,7 @@ def test_no_locale_and_no_odd_text_brings_a_traceback(
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))
     }
-    environment |= locale | {"FOREBAY_CONFIG": str(gateway.config)}
+    environment |= ASCII | {"FOREBAY_CONFIG": str(gateway.config)}
 
     def run(*words: str | bytes) -> subprocess.CompletedProcess[bytes]:
         done = subprocess.run(
@@ -129,6 +125,8 @@ def test_no_locale_and_no_odd_text_brings_a_traceback(
     for words in (["status"], ["status", "-x"], ["status", "vm1"], ["images"], ["xml", "vm1"]):
         assert run(*words).returncode == 0
     [disk] = json.loads(run("status", "--json").stdout)
+    environment |= {"LC_ALL": "no_SUCH.locale"}
+    assert run("status").returncode == 0
     assert disk["image"] == "images:é漢字.raw"
     for odd in ODD:
         for before in ("attach", "vm2"), ("trace", "show"):

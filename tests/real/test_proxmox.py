@@ -236,11 +236,12 @@ def test_a_base_image_is_attached_read_only(node: Recorder) -> None:
     assert words[-1] == "--read-only"
 
 
-def test_live_migration_is_refused_before_anything_happens(node: Recorder) -> None:
+def test_a_guest_that_comes_by_live_migration_has_its_image_handed_over(node: Recorder) -> None:
     node.environment["PVE_MIGRATED_FROM"] = "ham1"
-    done = node.activate()
-    assert "live migration is not supported: shut the guest down" in done["died"]
-    assert done["ran"] == []
+    (words,) = node.ran(node.activate())
+    assert words[:1] + words[3:] == ["attach", "--wait", "30s", "--incoming"]
+    (words,) = node.ran(node.activate("100/base-100-disk-0.raw"))
+    assert words[-1] == "--read-only"
 
 
 def test_a_volume_may_be_activated_while_it_is_active(node: Recorder) -> None:
@@ -265,6 +266,7 @@ def test_a_mode_that_was_changed_meanwhile_holds_from_the_next_start_on(node: Re
         ({"overlay": True}, "is attached not to be written"),
         ({"state": "conflict", "reason": "somebody wrote it: resolve"}, "is not served: somebody wrote it"),
         ({"state": "failed", "reason": "no such file"}, "is not served: no such file"),
+        ({"state": "handed-over"}, "is not served: it is handed-over: 'forebay detach "),
     ],
 )  # fmt: skip
 def test_another_disk_of_the_name_is_not_taken_for_the_volume(
@@ -531,42 +533,54 @@ def daemon(gateway: GatewayProcess) -> Node:
     return node_of(gateway)
 
 
-def node_of(gateway: GatewayProcess) -> Node:
+def node_of(gateway: GatewayProcess, share: Path | None = None) -> Node:
     command = gateway.directory / "forebay"
     command.write_text(
         f'#!/bin/sh\nFOREBAY_CONFIG={gateway.config} exec {sys.executable} -m forebay "$@"\n'
     )
     command.chmod(0o755)
-    (gateway.images / "images").mkdir()
-    return Node(command, gateway.images, str(gateway.run))
+    if share is None:
+        (gateway.images / "images").mkdir()
+    return Node(command, share or gateway.images, str(gateway.run))
 
 
-@pytest.fixture
-def qemu(short_path: Path) -> Iterator[Callable[[Any], str]]:
-    """`qemu(options)`: QEMU's storage daemon with these options of a block device; the URI by which it serves that."""
-    started: list[subprocess.Popen[bytes]] = []
+class Guests:
+    """QEMU's storage daemons, each in place of a guest."""
 
-    def start(options: dict[str, Any]) -> str:
-        socket = short_path / f"qsd{len(started)}.sock"
-        blockdev = json.dumps({**options, "node-name": "disk"})
-        started.append(
-            subprocess.Popen(
-                ["qemu-storage-daemon", "--blockdev", blockdev,
-                 "--nbd-server", f"addr.type=unix,addr.path={socket}",
-                 "--export", "type=nbd,id=e,node-name=disk,name=disk,writable=on"],
-            )
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def start(self, options: dict[str, Any]) -> str:
+        """One with these options of a block device; the URI by which it serves that."""
+        socket = self._directory / f"guest{len(self._running)}.sock"
+        guest = subprocess.Popen(
+            ["qemu-storage-daemon", "--blockdev", json.dumps({**options, "node-name": "disk"}),
+             "--nbd-server", f"addr.type=unix,addr.path={socket}",
+             "--export", "type=nbd,id=e,node-name=disk,name=disk,writable=on"],
         )  # fmt: skip
+        self._running.append(guest)
         deadline = time.monotonic() + 20
         while not socket.exists():
-            assert started[-1].poll() is None
+            assert guest.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
         return f"nbd+unix:///disk?socket={socket}"
 
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
+    def end(self, number: int) -> None:
+        self._running[number].kill()
+        self._running[number].wait()
+
+    def end_all(self) -> None:
+        for number in range(len(self._running)):
+            self.end(number)
+
+
+@pytest.fixture
+def guests(short_path: Path) -> Iterator[Guests]:
+    guests = Guests(short_path)
+    yield guests
+    guests.end_all()
 
 
 def io(uri: str, *commands: str) -> str:
@@ -596,9 +610,9 @@ def new_volume(node: Node, size: int = 8 << 20) -> dict[str, Any]:
 
 
 def test_a_guest_writes_its_volume_and_the_share_has_it_afterwards(
-    daemon: Node, gateway: GatewayProcess, qemu: Callable[[Any], str]
+    daemon: Node, gateway: GatewayProcess, guests: Guests
 ) -> None:
-    io(qemu(new_volume(daemon)), "write -P 0x41 1M 1M", "flush")
+    io(guests.start(new_volume(daemon)), "write -P 0x41 1M 1M", "flush")
     assert gateway.status(DISK)["mode"] == "write-back"
     assert "died" not in daemon.activate(**{"forebay-mode": "write-back"}), "a backup does that"
     died = daemon.call("free_image", "share", daemon.scfg, VOLUME)["died"]
@@ -623,9 +637,9 @@ def test_a_stopped_guest_leaves_its_image_whole(daemon: Node, gateway: GatewayPr
 
 
 def test_a_guest_goes_on_when_the_daemon_is_killed(
-    daemon: Node, gateway: GatewayProcess, qemu: Callable[[Any], str]
+    daemon: Node, gateway: GatewayProcess, guests: Guests
 ) -> None:
-    uri = qemu(new_volume(daemon))
+    uri = guests.start(new_volume(daemon))
     io(uri, "write -P 0x41 0 1M", "flush")
     gateway.kill()
     gateway.start()
@@ -647,19 +661,47 @@ def test_a_daemon_that_is_away_is_said_in_one_line(daemon: Node, gateway: Gatewa
     assert "died" not in daemon.deactivate()
 
 
+def second_node(make_gateway: Callable[..., GatewayProcess], gateway: GatewayProcess) -> Node:
+    """Another node with the same share."""
+    second = make_gateway({"stores.images": {"path": str(gateway.images)}})
+    shutil.rmtree(second.images)
+    return node_of(second, gateway.images)
+
+
+def test_a_running_guest_moves_to_another_node(
+    daemon: Node,
+    make_gateway: Callable[..., GatewayProcess],
+    gateway: GatewayProcess,
+    guests: Guests,
+) -> None:
+    """In the order of Proxmox VE: the target activates and opens, the source's QEMU ends, the source deactivates.
+
+    A first attempt fails before the target has opened the disk.
+    """
+    uri = guests.start(new_volume(daemon))
+    other = second_node(make_gateway, gateway)
+    other.environment["PVE_MIGRATED_FROM"] = "ham0"
+    assert "died" not in other.activate()
+    assert "died" not in other.deactivate()
+    io(uri, "write -P 0x41 0 1M", "flush")
+    assert "died" not in other.activate()
+    (options,) = other.result("qemu_blockdev_options", other.scfg, "share", VOLUME, "10.1", {})
+    target = guests.start(options)
+    io(target, "read -P 0x41 0 1M")
+    io(uri, "write -P 0x42 1M 1M", "flush")
+    guests.end(0)
+    io(target, "read -P 0x42 1M 1M", "write -P 0x43 2M 1M", "flush")
+    assert "died" not in daemon.deactivate()
+    io(target, "read -P 0x41 0 1M", "read -P 0x42 1M 1M", "read -P 0x43 2M 1M")
+
+
 def test_a_missing_image_and_one_of_another_node_are_said_in_one_line(
     daemon: Node, make_gateway: Callable[..., GatewayProcess], gateway: GatewayProcess
 ) -> None:
     missing = daemon.died("activate_volume", "share", daemon.scfg, "100/vm-100-disk-7.raw")
     assert "vm-100-disk-7.raw" in missing
     new_volume(daemon)
-    second = make_gateway({"stores.images": {"path": str(gateway.images)}})
-    shutil.rmtree(second.images)
-    other = Node(second.directory / "forebay", gateway.images, str(second.run))
-    other.command.write_text(
-        (gateway.directory / "forebay").read_text().replace(str(gateway.config), str(second.config))
-    )
-    other.command.chmod(0o755)
+    other = second_node(make_gateway, gateway)
     assert "another node has it" in other.died("free_image", "share", other.scfg, VOLUME)
     assert "died" not in daemon.deactivate()
     assert "died" not in other.activate()

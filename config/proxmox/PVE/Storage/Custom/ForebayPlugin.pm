@@ -56,8 +56,8 @@ my $LONGEST_NAME = 64;
 # The versions of the storage interface that this was written for.
 my ($OLDEST_API, $NEWEST_API) = (12, 15);
 
-# States of a disk in which no guest can use it; the daemon says with them what to do.
-my %not_served = map { $_ => 1 } qw(failed stopped conflict);
+# States of a disk in which no guest that starts can use it; the daemon says with them what to do.
+my %not_served = map { $_ => 1 } qw(failed stopped conflict handed-over);
 
 # Otherwise a live migration would copy the volumes.
 push @PVE::Storage::Plugin::SHARED_STORAGE, 'forebay';
@@ -198,7 +198,8 @@ sub qemu_blockdev_options {
     };
 }
 
-# It may be active already: backups, clones and moves of a running guest activate it once more.
+# It may be active already: backups, clones and moves of a running guest activate it once more. For one that comes by
+# live migration, the other node's daemon is asked to hand the image over, and does that while QEMU moves.
 sub activate_volume {
     my ($class, $storeid, $scfg, $volname, $snapname, $cache, $hints) = @_;
 
@@ -206,11 +207,9 @@ sub activate_volume {
     my $isbase = ($class->parse_volname($volname))[5];
     my $disk = $class->disk_name($storeid, $volname);
     in_volume($storeid, $volname, sub {
-        die "live migration is not supported: shut the guest down, migrate it, and start it there\n"
-            if $ENV{PVE_MIGRATED_FROM};
         my $file = $class->filesystem_path($scfg, $volname);
         my @attach = ('attach', $disk, $file, '--wait', $WAIT_FOR_OTHERS);
-        push @attach, '--read-only' if $isbase;
+        push @attach, $isbase ? '--read-only' : $ENV{PVE_MIGRATED_FROM} ? '--incoming' : ();
         for my $key (qw(mode cache-size preload)) {
             push @attach, "--$key", $scfg->{"forebay-$key"} if defined($scfg->{"forebay-$key"});
         }
@@ -231,7 +230,8 @@ sub take_as_found {
         if $below eq '' || substr("/$file", -length("/$below")) ne "/$below";
     die "disk '$disk' is attached " . ($isbase ? '' : 'not ') . "to be written: 'forebay detach $disk'\n"
         if !$found->{read_only} != !$isbase || $found->{overlay};
-    die "disk '$disk' is not served: $found->{reason}\n" if $not_served{ $found->{state} };
+    die "disk '$disk' is not served: " . ($found->{reason} // "it is $found->{state}: 'forebay detach $disk'") . "\n"
+        if $not_served{ $found->{state} };
     run_forebay($DETACH_SECONDS, 'mode', $disk, $mode) if defined($mode) && $mode ne $found->{mode} && !$isbase;
     return;
 }
