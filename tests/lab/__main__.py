@@ -17,6 +17,7 @@ from lab.cases import (
     full_store,
     hung_server,
     lost_locks,
+    moving,
     no_holes,
     slow_device,
     smoke,
@@ -38,6 +39,7 @@ CASES: list[Case] = [
     *hung_server.CASES,
     *slow_device.CASES,
     *two_hosts.CASES,
+    *moving.CASES,
 ]
 
 

@@ -145,8 +145,15 @@ class Host(Bed):
 WAIT_FOR = StoreThreads.wait_for
 
 
-class TwoWriters(AssertionError):
-    """Somebody wrote the image that is another's."""
+async def until(what: Callable[[], bool]) -> None:
+    """Return when it is so."""
+    while not what():  # noqa: ASYNC110 (nobody tells)
+        await trio.sleep(0.01)
+
+
+async def _until_set(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
 
 
 class Bed2:
@@ -165,6 +172,8 @@ class Bed2:
         self.faults: list[str] = []
         self._owners: dict[int, str] = {}
         self._count = 0
+        self.nursery: trio.Nursery
+        """For what is asked of hosts: it outlives them."""
         self.a.drop_locks = self.b.drop_locks = self._drop_locks
 
     def _drop_locks(self, gateway: str) -> None:
@@ -237,30 +246,32 @@ class Bed2:
         self, host: Host, do: Callable[[], Awaitable[object]], seconds: float = 20.0
     ) -> Any:
         """What it returns, tried until it is done, as QEMU does whose daemon is away or whose disk fails."""
-        last: BaseException | None = None
+        last: list[BaseException] = []
         result: list[Any] = []
+
+        async def once(ended: trio.Event) -> None:
+            """What is shielded in a process that is gone is not waited for."""
+            try:
+                with trio.move_on_after(3.0):
+                    result.append(await do())
+            except (OSError, ForebayError, CacheError) as fault:
+                last[:] = [fault]
+            except RuntimeError:
+                if not host.killed.is_set():
+                    raise
+            ended.set()
+
         with trio.move_on_after(seconds):
             while not result:
                 await host.up.wait()
+                ended = trio.Event()
+                self.nursery.start_soon(once, ended)
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._kill_with, host, nursery.cancel_scope)
-                    try:
-                        with trio.move_on_after(3.0):
-                            result.append(await do())
-                    except (OSError, ForebayError, CacheError) as fault:
-                        last = fault
-                    except RuntimeError:
-                        if not host.killed.is_set():
-                            raise
-                    nursery.cancel_scope.cancel()
+                    for event in (ended, host.killed):
+                        nursery.start_soon(_until_set, event, nursery.cancel_scope)
                 await trio.sleep(0 if result else 0.02)
             return result[0]
         raise AssertionError(f"not done in {seconds} s: {last}")
-
-    @staticmethod
-    async def _kill_with(host: Host, scope: trio.CancelScope) -> None:
-        await host.killed.wait()
-        scope.cancel()
 
     async def write(self, host: Host) -> None:
         """Write one sector, acknowledged."""

@@ -31,7 +31,10 @@ from real.gateway_process import GatewayProcess
 from real.libvirt_host import EMULATOR, Console
 from real.processes import end, need
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800 if "FOREBAY_MIGRATIONS" in os.environ else 300),
+]
 
 MOVES = int(os.environ.get("FOREBAY_MIGRATIONS", "1"))
 COUNTING = (
@@ -288,6 +291,7 @@ def test_a_guest_moves_although_a_daemon_is_killed(
     assert last <= counted(image) <= last + 1
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif("FOREBAY_PAUSES" not in os.environ, reason="minutes: FOREBAY_PAUSES=1")
 def test_the_pause_is_not_much_longer_than_on_the_plain_file(
     hosts: tuple[GatewayProcess, GatewayProcess], short_path: Path

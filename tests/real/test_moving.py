@@ -16,7 +16,8 @@ import pytest
 import trio
 
 from forebay.units import Mode
-from real.moving_bed import Bed2, Fault
+from forebay_cache.format.geometry import BLOCK
+from real.moving_bed import Bed2, Fault, until
 
 LOGGED = "(?s).*"
 MOVES = int(os.environ.get("FOREBAY_MOVES", "6"))
@@ -27,6 +28,7 @@ async def lived(bed: Bed2, *, stays: bool, fails: bool, faults: dict[str, Fault]
     """A guest writes on A, moves to B (or not), and back."""
     with bed.planted():
         async with trio.open_nursery() as nursery:
+            bed.nursery = nursery
             nursery.start_soon(bed.a.run)
             nursery.start_soon(bed.b.run)
             await bed.a.up.wait()
@@ -74,3 +76,38 @@ async def test_a_host_fails_at_one_of_its_calls_while_a_guest_moves(
     case = {"stays": rng.random() < 0.5, "fails": rng.random() < 0.3}
     print(n, side, fault.number, fault.kind, case)
     await lived(Bed2(short_path, rng), **case, faults={side: fault})
+
+
+@pytest.mark.parametrize("hostile", [b"", b"garbage", b"{}\n" + bytes(100)])
+async def test_what_the_old_host_had_cached_is_brought_in_on_the_new_one(
+    hostile: bytes, short_path: Path, rng: random.Random
+) -> None:
+    bed = Bed2(short_path, rng)
+    with bed.planted():
+        async with trio.open_nursery() as nursery:
+            bed.nursery = nursery
+            nursery.start_soon(bed.a.run)
+            nursery.start_soon(bed.b.run)
+            await bed.a.up.wait()
+            await bed.b.up.wait()
+            await bed.a.gateway.attach("d", "images:vm.img")
+            await bed.a.disk("d").disk.read(0, 2 * BLOCK)
+            bed.a.clients = 1
+            await bed.write(bed.a)
+            await bed.attach_incoming(bed.b)
+            bed.b.clients = 1
+            beside = bed.image.with_name("vm.img.forebay") / "hot"
+            await until(beside.exists)
+            if hostile:
+                beside.write_bytes(hostile)
+            bed.a.clients = 0
+            await bed.write(bed.b)
+            await until(lambda: not beside.exists())
+            with trio.move_on_after(0.2 if hostile else 10) as waited:
+                await until(lambda: bed.b.disk("d").status()["cached_bytes"] >= 2 * BLOCK)
+            assert waited.cancelled_caught == bool(hostile)
+            await bed.check(bed.b)
+            await bed.detach(bed.a)
+            await bed.detach(bed.b)
+            nursery.cancel_scope.cancel()
+    assert not bed.image.with_name("vm.img.forebay").exists()

@@ -17,6 +17,7 @@ import trio
 from forebay.disk.disk import Disk
 from forebay.disk.modes import PRIVATE_MODES
 from forebay.errors import ForebayError
+from forebay.handover import hot
 from forebay.handover.phase import Phase, Phases
 from forebay.sidecar.claim import Claim
 from forebay.sidecar.incoming import STALE_SECONDS, Incoming
@@ -27,8 +28,14 @@ log = logging.getLogger("forebay.handover")
 IDLE_SECONDS = 1.0
 """How often it is looked whether somebody asks; the image's watch reads that beside it every five seconds."""
 
-PREPARED_SECONDS = 0.2
+PREPARED_SECONDS = 0.1
 """How often the store is asked while the image is prepared: by so much a VM whose QEMU stays connected waits longer."""
+
+WANTED_SECONDS = 0.02
+"""The same once the other host wants it now. In so long a VM that rests writes nothing."""
+
+LIST_SECONDS = 2.0
+"""How long it may take to write down which blocks are hot: it is a hint."""
 
 RETURN_SECONDS = 0.2
 """Between two tries to take the image back."""
@@ -123,7 +130,9 @@ class Giving:
             event.set()
 
     async def _wait(self) -> None:
-        seconds = {Phase.PREPARED: PREPARED_SECONDS, Phase.RELEASED: float("inf")}
+        asked = self._claim.asked_by
+        prepared = WANTED_SECONDS if asked is not None and asked.wants else PREPARED_SECONDS
+        seconds = {Phase.PREPARED: prepared, Phase.RELEASED: float("inf")}
         with trio.move_on_after(seconds.get(self._phases.state, IDLE_SECONDS)):
             await self._woken.wait()
         self._woken = trio.Event()
@@ -177,6 +186,8 @@ class Giving:
         self.asked = asked
         self._written = -1
         self._phases.become(Phase.PREPARED)
+        with trio.move_on_after(LIST_SECONDS):  # the VM runs on meanwhile
+            await hot.leave(disk)
         log.info("%s: prepared to be handed over to host %s", disk.name, asked.host)
 
     async def _go_on(self, asked: Incoming | None) -> None:
@@ -197,6 +208,8 @@ class Giving:
     async def _go_back(self) -> None:
         """Be in the mode of before."""
         await self._note(Phase.NONE)
+        if self._disk.modes.is_held:
+            await hot.forget(self._disk.source)
         if self._mode is not None:
             await self._disk.modes.change(self._mode, _silent)
             self._mode = None

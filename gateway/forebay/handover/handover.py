@@ -15,6 +15,7 @@ import trio
 from forebay.disk.disk import Disk
 from forebay.errors import ForebayError
 from forebay.formats.magic import RAW
+from forebay.handover import hot
 from forebay.handover.coming import Coming
 from forebay.handover.giving import Giving, Progress
 from forebay.handover.phase import MOVES, Phase
@@ -60,9 +61,11 @@ class Handover:
 
     async def run(self) -> None:
         """Do both halves, until cancelled."""
-        if self.coming is not None:
-            await self.coming.run()
-        await self.giving.run()
+        async with trio.open_nursery() as nursery:
+            if self.coming is not None:
+                await self.coming.run()
+                nursery.start_soon(hot.warm, self._disk)
+            await self.giving.run()
 
     def status(self) -> dict[str, Any]:
         """Keys of the disk's status."""

@@ -81,7 +81,7 @@ class Source:
             self.fresh = FreshFile(address, threads, timeout)
             self.withheld = "it is about to come from another host"
         self._size = size
-        self._threads = threads
+        self.threads = threads
         self._opener = Opener(
             address,
             label,
@@ -302,7 +302,7 @@ class Source:
         address = self.address
         if not isinstance(address, FileAddress):
             return False
-        return await self._threads.run(lambda: who_asks(address)) is not None
+        return await self.threads.run(lambda: who_asks(address)) is not None
 
     async def abandon(self) -> None:
         """Give back what was taken, after an attach that failed. Raises OSError."""
