@@ -96,7 +96,7 @@ def test_how_long_a_clone_takes(one: One, content: bytes) -> None:
         took.append(time.perf_counter() - began)
         began = time.perf_counter()
         subprocess.run(
-            ["/usr/bin/env", "python3", "-c", "import subprocess, xml.etree.ElementTree"],
+            ["/usr/bin/python3", "-c", "import subprocess, xml.etree.ElementTree"],
             check=True,
         )
         bare.append(time.perf_counter() - began)
@@ -514,3 +514,21 @@ def test_other_disks_are_plugged_in_by_the_hosts_own_script(one: One) -> None:
             "vmm/kvm/attach_disk.forebay", "one-7", "/x", "vdb", "1", message, "7", "ham0"
         )
         assert (done.returncode, one.called()[5]) == (0, message)
+
+
+# ------------------------------------------------------------------------------------------------------ probe of a host
+
+
+def test_the_probe_tells_the_scheduler_what_is_warm(one: One, content: bytes) -> None:
+    one.vm(one.disk())
+    assert one.clone().returncode == 0
+    run("qemu-io", "-f", "qcow2", "-r", "-c", "read 0 2M", one.sysdir / "disk.0")
+    done = one.run("im/kvm-probes.d/host/system/forebay.sh")
+    told = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert (done.returncode, told["FOREBAY_STATE"], told["LS_MAD"]) == (0, '"ok"', '"file"')
+    assert told["LS_MAX"] == "256"
+    assert {"FOREBAY_VERSION", "LS_PATH", "LS_FREE", "FOREBAY_DIRTY", "FOREBAY_LAG"} < set(told)
+    assert int(told[f"FOREBAY_WARM_{HASH[:12].upper()}"]) > 0
+    one.gateway.stop()
+    done = one.run("im/kvm-probes.d/host/system/forebay.sh")
+    assert (done.returncode, 'FOREBAY_STATE="down"' in done.stdout) == (0, True)

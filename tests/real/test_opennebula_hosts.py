@@ -4,14 +4,13 @@
 """Persistent disks of OpenNebula's VMs on two hosts: by the deploy driver, libvirt's hook and the end of the disk."""
 
 import json
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from real.disk_fixture import run
+from real.disk_fixture import run, wait_for
 from real.gateway_process import GatewayProcess
 from real.one_bed import RAW, One, one_of
 from real.processes import MIB, need, random_image
@@ -110,7 +109,7 @@ def test_a_start_waits_for_a_host_that_still_writes_the_image_back(one: One, oth
     write(one)
     with ThreadPoolExecutor() as pool:
         started = pool.submit(other.start, CACHE_MODE="BACK")
-        time.sleep(1)
+        wait_for((other.directory / "virsh").exists, "its start is begun")
         one.end()
         assert started.result().returncode == 0
     assert begins_with(other, 7)

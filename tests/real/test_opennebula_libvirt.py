@@ -5,7 +5,6 @@
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,7 +82,6 @@ def test_a_vm_on_a_clone_goes_on_when_the_daemon_is_killed(one: One, libvirt: Li
         one.gateway.kill()
         with ThreadPoolExecutor() as pool:
             read = pool.submit(console.run, "md5sum /bin/busybox /data/a", seconds=240.0)
-            time.sleep(0.5)
             one.gateway.start()
             assert read.result().split()[2] == written
     assert "error" not in console.run("dmesg | grep -i 'i/o error' || true").lower()

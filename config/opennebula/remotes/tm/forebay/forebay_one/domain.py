@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from xml.parsers import expat
 from xml.sax.saxutils import escape
 
@@ -24,7 +23,7 @@ RECONNECT_DELAY = 30
 """Seconds for which QEMU waits for a daemon that crashed."""
 
 DISK = ("domain", "devices", "disk")
-PARTS = {(*DISK, "source"): "source", (*DISK, "driver"): "driver"}
+PARTS: dict[tuple[str, ...], str] = {(*DISK, "source"): "source", (*DISK, "driver"): "driver"}
 METADATA = ("domain", "metadata")
 SYSTEM_DATASTORE = "system_datastore"
 
@@ -34,15 +33,16 @@ IN_TEXT = re.compile(
 A_DISK = re.compile(rb"""<source\s+file=['"](/[^'"<>\x00-\x1f]+)/disk\.[0-9]+['"]""")
 
 
-@dataclass
 class _Tag:
-    """An element of the text: where its start tag is, where all of it ends, and its attributes."""
+    """An element of the text: its attributes, where its start tag begins and ends, and where all of it ends."""
 
-    name: str
-    attributes: dict[str, str]
-    start: int
-    tag_end: int
-    end: int = 0
+    def __init__(self, attributes: dict[str, str], start: int, tag_end: int) -> None:
+        self.attributes = attributes
+        self.start = start
+        self.tag_end = tag_end
+        self.end = 0
+        self.parts: dict[str, _Tag] = {}
+        """Of a disk: its source, and its driver."""
 
     @property
     def is_empty(self) -> bool:
@@ -50,16 +50,11 @@ class _Tag:
         return self.end == self.tag_end
 
 
-@dataclass
-class _Disk(_Tag):
-    parts: dict[str, _Tag] = field(default_factory=dict)
-
-
 class _Reader:
     """Finds the elements that matter."""
 
     def __init__(self, text: bytes) -> None:
-        self.disks: list[_Disk] = []
+        self.disks: list[_Tag] = []
         self.metadata: _Tag | None = None
         self.system_datastore = ""
         self._text = text
@@ -79,18 +74,17 @@ class _Reader:
         self._open.append((name, self._tag(path, attributes)))
 
     def _tag(self, path: tuple[str, ...], attributes: dict[str, str]) -> _Tag | None:
+        if path not in (DISK, METADATA) and path not in PARTS:
+            return None
         start = self._parser.CurrentByteIndex
-        where = (path[-1], attributes, start, self._tag_end(start))
+        tag = _Tag(attributes, start, self._tag_end(start))
         if path == DISK:
-            self.disks.append(_Disk(*where))
-            return self.disks[-1]
-        if path in PARTS:
-            part = self.disks[-1].parts[PARTS[path]] = _Tag(*where)
-            return part
-        if path == METADATA:
-            self.metadata = _Tag(*where)
-            return self.metadata
-        return None
+            self.disks.append(tag)
+        elif path == METADATA:
+            self.metadata = tag
+        else:
+            self.disks[-1].parts[PARTS[path]] = tag
+        return tag
 
     def _tag_end(self, start: int) -> int:
         """Where the start tag ends that begins there; `>` may stand in the value of an attribute."""
@@ -162,7 +156,7 @@ def through_forebay(text: bytes, vm: str, disks: Iterable[Disk], run: str) -> by
     return text
 
 
-def _element(domain: _Reader, at: DiskPath) -> _Disk:
+def _element(domain: _Reader, at: DiskPath) -> _Tag:
     found = [
         disk
         for disk in domain.disks
@@ -184,7 +178,7 @@ def _is_path(source: _Tag | None, path: str) -> bool:
         return False
 
 
-def _edits(disk: _Disk, name: str, socket: str) -> list[tuple[int, int, str]]:
+def _edits(disk: _Tag, name: str, socket: str) -> list[tuple[int, int, str]]:
     source, driver = disk.parts["source"], disk.parts.get("driver")
     served = (
         f"<source protocol='nbd' name={_quoted(name)}><host transport='unix' socket={_quoted(socket)}/>"

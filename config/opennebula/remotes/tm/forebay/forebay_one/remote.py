@@ -11,9 +11,8 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, NoReturn
+from typing import Callable, NamedTuple, NoReturn
 
 from forebay_one.vm import Failed
 
@@ -71,8 +70,7 @@ def in_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text).strip()[:LONGEST_LINE]
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """driver.conf."""
 
     fallback: bool = True
@@ -115,8 +113,7 @@ def words(*given: object) -> str:
     return " ".join(shlex.quote(str(word)) for word in given)
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What came of a script on a host."""
 
     code: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 from xml.etree import ElementTree as ET
 
 MOST_XML = 16 << 20
@@ -33,8 +33,7 @@ def normalised(path: str) -> str:
     return "/" + os.path.normpath(path).lstrip("/")
 
 
-@dataclass(frozen=True)
-class DiskPath:
+class DiskPath(NamedTuple):
     """`SYSDIR/disk.I` on a host."""
 
     directory: str
@@ -54,8 +53,7 @@ class DiskPath:
         return f"{self.directory}/disk.{self.id}"
 
 
-@dataclass(frozen=True)
-class Disk:
+class Disk(NamedTuple):
     """A DISK of a VM. Attributes that neither template nor image nor datastore has are empty."""
 
     attributes: Mapping[str, str]
