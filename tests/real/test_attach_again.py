@@ -14,6 +14,7 @@ import trio
 import trio.testing
 
 from forebay.checkpoint.dirty import left_dirty
+from forebay.daemon import disks
 from forebay.daemon.attached import Absent, Attached
 from forebay.daemon.gateway import Gateway
 from forebay.errors import ForebayError
@@ -157,6 +158,30 @@ async def test_while_it_is_detached_the_same_waits_and_is_attached_anew(
         assert not told[0]["attached_already"]
         assert bed.disk("d") is not first
         await bed.starts_with("d", b"n")
+
+
+async def test_a_detach_that_does_not_end_is_told(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bed.life() as gateway:
+        await attach(gateway)
+        monkeypatch.setattr(disks, "WAIT_SECONDS", 0.01)
+        held, go_on = trio.Event(), trio.Event()
+
+        async def change() -> None:
+            async with bed.disk("d").busy:
+                held.set()
+                await go_on.wait()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(change)
+            await held.wait()
+            said = await outcome(lambda: attach(gateway))
+            assert said.startswith(
+                "'d' is being attached, detached or changed, for 0.01 s already: "
+            )
+            go_on.set()
+        assert (await attach(gateway))["attached_already"]
 
 
 async def test_a_detach_that_fails_leaves_the_disk_for_the_same(

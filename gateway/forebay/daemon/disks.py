@@ -20,6 +20,8 @@ from forebay.units import did_you_mean, format_size
 Attach = Callable[[str, DiskRecord], Awaitable[Attached]]
 """Serves an image as a disk of that name, as `Arrivals.attach`."""
 
+WAIT_SECONDS = 60.0
+"""How long an attach waits for another one, or for a detach, of that name: a store may be away."""
 
 MOST_NAMED = 5
 """Disks that an error names, at most."""
@@ -267,9 +269,6 @@ class Disks:
             )
 
 
-# -- the same attach once more: scripts repeat themselves
-
-
 def still_dirty(disks: list[dict[str, Any]], timeout: float | None) -> ForebayError:
     """The error for disks, by their status, that were not written back in that many seconds: it tells what is left."""
     left = {one["name"]: one["dirty_bytes"] for one in disks if one["dirty_bytes"]}
@@ -282,16 +281,25 @@ def still_dirty(disks: list[dict[str, Any]], timeout: float | None) -> ForebayEr
     )
 
 
+# -- the same attach once more: scripts repeat themselves
+
+
 async def attach_once(
     config: Config, disks: Disks, attach: Attach, name: str, wanted: DiskRecord
 ) -> tuple[Attached, bool]:
     """The disk of that name, and True if it was there already, the same in all that was asked for.
 
     An attach of the same that is on its way, or a detach, is waited for first. Raises ForebayError where something else
-    has the name, or the same is there and cannot be used; and what `attach` raises.
+    has the name, or the same is there and cannot be used, or is on its way for too long; and what `attach` raises.
     """
-    while (wait := _reason_to_wait(config, disks, name, wanted)) is not None:
-        await wait()
+    with trio.move_on_after(WAIT_SECONDS) as scope:
+        while (wait := _reason_to_wait(config, disks, name, wanted)) is not None:
+            await wait()
+    if scope.cancelled_caught:
+        raise ForebayError(
+            f"'{name}' is being attached, detached or changed, for {WAIT_SECONDS:g} s already: see forebay status, "
+            "and try again"
+        )
     if (found := disks.known(name)) is not None:
         return _usable(found), True
     with disks.requested(name, wanted):
