@@ -190,7 +190,7 @@ def test_without_the_fallback_it_fails_and_leaves_nothing(one: One, content: byt
     assert (vm_files(one), one.called()) == ([], [])
     one.gateway.kill()
     one.vm(one.disk())
-    assert "see 'systemctl status forebay' there" in log(one.clone())
+    assert "Failed to connect" in log(one.clone())
     assert (vm_files(one), one.called()) == ([], [])
     (one.directory / "off").touch()
     assert "No route to host" in log(one.clone())

@@ -28,6 +28,9 @@ from forebay_one.remote import (
 )
 from forebay_one.vm import Disk, DiskPath, Failed, disk_name, disks, normalised, read_xml
 
+NO_SOCKET = "Forebay is down there, or its configuration has no such store with socket = true"
+"""What is told before the socket's path."""
+
 LOCAL_SYSTEMS = ("ssh", "local")
 """System datastores without a shared directory: such a host is asked about its disks by ssh."""
 
@@ -50,9 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         info(f"{at.path} on {host} is a clone of {os.path.basename(image)} through Forebay")
         return 0
     if not conf.fallback:
-        raise Failed(
-            f"no clone through Forebay on {host}: {done.why}: see 'systemctl status forebay' there"
-        )
+        raise Failed(f"no clone through Forebay on {host}: {done.why}")
     warning(f"made on the mount of datastore {store}, since Forebay on {host} cannot: {done.why}")
     return _by_the_stock_script(arguments)
 
@@ -77,7 +78,7 @@ def script(disk: Disk, image: str, at: DiskPath, socket: str) -> str:
     drop = words("rm", "-rf", "--", at.path, f"{at.path}.snap")
     lines = [
         "set -e -o pipefail",
-        f"[ -S {words(socket)} ] || {{ {words('echo', f'no socket {socket} there')} >&2; exit 1; }}",
+        f"[ -S {words(socket)} ] || {{ {words('echo', f'{NO_SOCKET}: {socket}')} >&2; exit 1; }}",
         words("mkdir", "-p", "--", at.directory),
         *_monitoring(at),
         drop,
