@@ -17,6 +17,8 @@
 # make lab      a file server and two hosts, emulated: what only real NFS shows   LAB="takeover"  LAB=all  LAB=--list  LAB_CORES=1
 # make docs     all pages as a site in build/site; a broken link fails
 # make dist     wheel and sdist in dist/, and a look at what is in them
+# make deb      a package for Debian in dist/   VERSION=  MAINTAINER="NAME <MAIL>"
+# make lock     requirements.lock anew: the versions that packages carry
 # make lint     ruff, mypy, shellcheck
 # make install  puts it into this host, with systemd units   PREFIX=/usr/local  DESTDIR=  (and: make uninstall)
 
@@ -36,7 +38,7 @@ export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup setup-libvirt test test-without-core test-unit test-sim test-real demo bench bench-boot bench-boot-readme bench-readme bench-profile bench-doors bench-doors-readme bench-threads bench-policy bench-overlays fuzz fuzz-sanitized soak lab docs dist lint format install uninstall clean
+.PHONY: setup setup-libvirt test test-without-core test-unit test-sim test-real demo bench bench-boot bench-boot-readme bench-readme bench-profile bench-doors bench-doors-readme bench-threads bench-policy bench-overlays fuzz fuzz-sanitized soak lab docs dist deb lock lint format install uninstall clean
 
 setup:
 	@tools/setup.sh
@@ -116,6 +118,12 @@ lab: setup
 docs: setup
 	@$(BIN)/python -c 'import mkdocs, pymdownx' 2>/dev/null || FOREBAY_CORE_PLANTS=1 $(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/python -m mkdocs build --quiet
+
+deb: setup
+	@tools/deb.sh
+
+lock:
+	@tools/lock.sh
 
 dist:
 	@tools/dist.sh

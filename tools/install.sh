@@ -81,7 +81,7 @@ need_venv() {
 
 # What is in the environment is of these files; the second run compares them, and is done.
 fingerprint() {
-    { echo "$VENV"; "$PYTHON" --version; find pyproject.toml hatch_build.py README.md gateway nbd cache fast -type f \
+    { echo "$VENV"; "$PYTHON" --version; find pyproject.toml requirements.lock hatch_build.py README.md gateway nbd cache fast -type f \
         ! -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum; } | sha256sum
 }
 
@@ -94,7 +94,8 @@ make_environment() {
     [ ! -x "$place/bin/forebay" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ] || return 0
     "$place/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv --system-site-packages --clear "$place"
     rm -f "$stamp"
-    "$place/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade .
+    "$place/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
+    "$place/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade .
     # pip has compiled what it installed: a restart must not wait for that
     [ -z "$DESTDIR" ] || grep -rlIZ "$place" "$place/bin" "$place/pyvenv.cfg" | xargs -0r sed -i "s#$place#$VENV#g"
     fingerprint >"$stamp"

@@ -93,16 +93,20 @@ class Container:
         return found.stdout.strip() == "active"
 
     def run(
-        self, *command: str | Path, check: bool = True, **environment: str
+        self,
+        *command: str | Path,
+        check: bool = True,
+        within: float = COMMAND_SECONDS,
+        **environment: str,
     ) -> "subprocess.CompletedProcess[str]":
-        """Run a command in it to its end. AssertionError with its output and the journal when it fails."""
+        """Run a command in it to its end, `within` seconds. AssertionError, with output and journal, if it fails."""
         clean = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
         done = subprocess.run(
             ["nsenter", "--target", str(self.init), "--all", *map(str, command)],
             capture_output=True,
             text=True,
             check=False,
-            timeout=COMMAND_SECONDS,
+            timeout=within,
             env={**clean, **environment},
             stdin=subprocess.DEVNULL,
         )

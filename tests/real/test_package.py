@@ -1,0 +1,145 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""The package for Debian: installed, upgraded under a guest, removed and purged, in a container of its own."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from real.container import REPOSITORY, Container
+from real.disk_fixture import wait_for
+from real.processes import MIB, accepts, random_image
+from real.steady_guest import SteadyGuest
+
+pytestmark = pytest.mark.timeout(900)
+
+DPKG_SECONDS = 300.0
+"""What it installs is compiled, 30 s of processor time, and triggers of others run."""
+
+CONFIG = """
+[cache]
+size = "128 MiB"
+[stores.images]
+path = "/var/lib/images"
+"""
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The package of this checkout, and the same of a later version."""
+    for tool in ("dpkg-deb", "strip"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    place = tmp_path_factory.mktemp("deb")
+    named = {"OUT": str(place), "WORK": str(place / "work"), "VERSION": "1.0"}
+    command = [REPOSITORY / "tools/deb.sh"]
+    done = subprocess.run(
+        command, env={**os.environ, **named}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    control = place / "work/root/DEBIAN/control"
+    control.write_text(control.read_text().replace("Version: 1.0\n", "Version: 1.1\n"))
+    later = place / "later.deb"
+    root = place / "work/root"
+    build = ["dpkg-deb", "--root-owner-group", "-Znone", "--build", str(root), str(later)]
+    subprocess.run(build, check=True, capture_output=True)
+    return next(place.glob("forebay_1.0_*.deb")), later
+
+
+@pytest.fixture(scope="module")
+def container() -> Iterator[Container]:
+    found = Container()
+    try:
+        found.boot()
+        found.run("install", "-d", "-m", "1777", "/var/lib/images")
+        yield found
+    finally:
+        found.remove()
+
+
+def dpkg(container: Container, *words: str | Path) -> str:
+    command = ["env", "DEBIAN_FRONTEND=noninteractive", "dpkg", *words]
+    return container.run(*command, within=DPKG_SECONDS).stdout
+
+
+def left_of_it(container: Container) -> list[str]:
+    """What a purge should have taken, and has not."""
+    places = (
+        "/etc/forebay /usr/lib/forebay /usr/bin/forebay /usr/share/doc/forebay /run/forebay "
+        "/var/lib/forebay /usr/lib/systemd/system/forebay.service "
+        "/etc/libvirt/hooks/qemu.d/forebay /etc/systemd/system/multi-user.target.wants/forebay.service"
+    )
+    return [place for place in places.split() if os.path.lexists(container.inside(place))]
+
+
+def test_its_life(packages: tuple[Path, Path], container: Container) -> None:
+    first, later = packages
+    for package in packages:
+        shutil.copy(package, container.inside("/var/lib/images"))
+    told = dpkg(container, "-i", f"/var/lib/images/{first.name}")
+    assert "systemctl enable --now forebay" in told
+    assert container.run("/usr/bin/forebay", "--version").stdout.startswith("forebay ")
+    container.inside("/etc/forebay/forebay.toml").write_text(CONFIG)
+    container.run("systemctl", "enable", "--now", "forebay")
+
+    random_image(container.inside("/var/lib/images/a.raw"), 8 * MIB, 1)
+    container.run("chown", "forebay:", "/var/lib/images/a.raw")
+    container.run("forebay", "attach", "a", "images:a.raw", "--mode", "write-back")
+    [status] = json.loads(container.run("forebay", "status", "a", "--json").stdout)
+    assert status["mode"] == "write-back"
+    assert json.loads(container.run("forebay", "status", "--json").stdout)
+    uri = f"nbd+unix:///?socket={container.inside('/run/forebay/disks/a.sock')}"
+    pid = container.show("forebay.service", "MainPID")
+    with SteadyGuest(uri, length=4 * MIB, depth=4) as guest:
+        dpkg(container, "-i", f"/var/lib/images/{later.name}")
+        control = container.inside("/run/forebay/control.sock")
+        wait_for(lambda: accepts(control), "the daemon is back")
+        assert container.show("forebay.service", "MainPID") != pid, "the new version runs"
+        refused = container.run("dpkg", "--remove", "forebay", check=False)
+        assert refused.returncode != 0
+        assert "VMs use its disks" in refused.stdout + refused.stderr
+        assert container.show("forebay.service", "ActiveState") == "active"
+        assert guest.finish()["errors"] == []
+
+    # With a disk on record, what is in the cache stays, and the image says whose it is.
+    told = dpkg(container, "--purge", "forebay")
+    assert "images:a.raw" in told
+    assert "kept: /var/lib/forebay" in told
+    assert left_of_it(container) == ["/var/lib/forebay"]
+    assert container.inside("/var/lib/images/a.raw.forebay").exists()
+
+    dpkg(container, "-i", f"/var/lib/images/{later.name}")
+    container.inside("/etc/forebay/forebay.toml").write_text(CONFIG)
+    container.run("systemctl", "enable", "--now", "forebay")
+    container.run("forebay", "detach", "a")
+    assert not container.inside("/var/lib/images/a.raw.forebay").exists()
+    assert "kept" not in dpkg(container, "--purge", "forebay")
+    assert left_of_it(container) == []
+
+
+def test_lintian_finds_no_error(packages: tuple[Path, Path]) -> None:
+    if shutil.which("lintian") is None:
+        pytest.skip("lintian is not installed")
+    command = ["lintian", "--allow-root", "--fail-on", "error", str(packages[0])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_manual_page_is_one_that_man_reads(packages: tuple[Path, Path]) -> None:
+    if shutil.which("man") is None:
+        pytest.skip("man is not installed")
+    pages = list((packages[0].parent / "work/root/usr/share/man").glob("man*/*.gz"))
+    named = {"forebay.1.gz", "forebay-attach.1.gz", "forebay.toml.5.gz", "forebay.7.gz"}
+    assert named <= {path.name for path in pages}
+    plain = {"MANWIDTH": "100", "PATH": os.environ["PATH"]}
+    for page in pages:
+        command = ["man", "--warnings", "-l", str(page)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=plain)
+        assert done.stderr == "", page.name
+        assert "NAME" in done.stdout
