@@ -49,6 +49,8 @@ class Rest:
 
 class Turn(Rest):
     may_flush: bool
+    @property
+    def waits(self) -> bool: ...
     def __init__(
         self,
         reader: Any,

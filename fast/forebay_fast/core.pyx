@@ -404,6 +404,12 @@ cdef class Reads:
         self.counts[HITS] += 1
         self.counts[READ_BYTES] += length
 
+    cdef int note_waited(self) except -1:
+        """What was noted as a hit just now came from the origin: somebody waited for it."""
+        self.counts[HITS] -= 1
+        self.view.misses += 1
+        return 0
+
     cdef inline const uint8_t *place(self, int64_t slot, uint32_t start) noexcept:
         return self.map + self.data_offset + (<uint64_t> slot << 16) + start
 
@@ -888,6 +894,7 @@ cdef class Rest:
     cdef int sock
     cdef uint32_t events, watched  # of epoll: looked for, and as the epoll object has them
     cdef Wait wait                 # None: not at rest
+    cdef bint is_next              # in `Wait.again`
     cdef object woken
     cdef double turn_seconds, turn_share
     cdef double asleep, longest_poll, soon_seconds
@@ -898,6 +905,7 @@ cdef class Rest:
     cdef object flushing           # as the export gave it; None if there is none
     cdef double flush_began
     cdef bint flush_is_new         # to `Wait`
+    cdef readonly bint waits       # for something that is not of the socket, and is not to be polled
 
     def __cinit__(self):
         self.events = EPOLLIN
@@ -916,6 +924,8 @@ cdef class Rest:
 
     cdef bint polls(self) noexcept:
         """True if it pays to look for the next request before sleeping: as `server.polling.Polling.pays`."""
+        if self.waits:
+            return False
         if self.waits_without:
             self.waits_without -= 1
             return False
@@ -928,6 +938,10 @@ cdef class Turn(Rest):
     What `forebay_nbd.server.batch.Batch` does with them, with `RequestReader` and `Outbox`. The export is asked as it
     is there; reads of a view that has `Reads` do not leave the core. `refusal` makes the reply to a WRITE that was not
     published: (cookie, error). `polling` is the module that has the numbers of polls and turns.
+
+    At rest, a READ of what is being fetched for somebody else stays where it was received, and waits for that; unless
+    something else comes from the client, which Python then carries out beside it. One that misses right behind another
+    client's is put off for some turns of the loop, by when it is known whether both want the same.
 
     If `may_flush`, it begins a FLUSH where the export can, one at a time, and answers it when it is run after the end
     of that. Meanwhile it goes on with what else comes. Whoever takes the connection from it takes the flush as well.
@@ -951,6 +965,11 @@ cdef class Turn(Rest):
     cdef size_t heads_used
     cdef public bint may_flush
     cdef uint64_t flush_cookie
+    # the READ at `start` that waits for what is fetched for others: `waits`
+    cdef object join_read
+    cdef bint is_woken             # since that has ended, and until the READ is answered
+    cdef bint is_put_off           # `waits` for others to begin a fetch
+    cdef int put_off               # so often
 
     def __init__(self, reader, export, out, int sock, limits, *, bint structured, refusal, polling):
         self.reader, self.out, self.sock, self.structured = reader, out, sock, structured
@@ -961,7 +980,7 @@ cdef class Turn(Rest):
         self.read_now = export.read_now
         owner = getattr(export.read_now, "__self__", None)
         self.reads = owner if isinstance(owner, Reads) else None
-        self.export = export
+        self.export, self.join_read = export, export.join_read
         self.batch_bytes = limits.batch_bytes
         self.batch_buffers = max(ROOM, min(limits.batch_buffers, BUFFERS))
         self.in_place = limits.in_place_bytes
@@ -1028,6 +1047,11 @@ cdef class Turn(Rest):
         try:
             if self.flushing is not None and not self.end_flush():
                 return OTHER
+            if self.waits:
+                self.waits = False
+                if not (self.is_woken or self.is_put_off):
+                    return OTHER
+                self.is_put_off = False
             status = self.serve(turn_ends)
         finally:
             if self.start == self.end:
@@ -1059,6 +1083,8 @@ cdef class Turn(Rest):
                 self.export.answered()
             if why == OTHER:
                 return OTHER
+            if self.waits:
+                return WAIT
             if not is_first and seconds_now() > turn_ends:
                 return YIELD
             is_first = False
@@ -1094,7 +1120,12 @@ cdef class Turn(Rest):
                 return OTHER
             if request.head == PLAIN_READ:
                 if not self.read(&request):
-                    return OTHER
+                    return WAIT if self.joins(&request) else OTHER
+                self.put_off = 0
+                if self.is_woken:
+                    self.is_woken = False
+                    if self.reads is not None:
+                        self.reads.note_waited()
                 self.start += HEADER
                 if self.waits_early:
                     return WAIT
@@ -1110,6 +1141,30 @@ cdef class Turn(Rest):
                 return YIELD
             if self.count > self.batch_buffers - ROOM:
                 return YIELD
+
+    cdef bint joins(self, Request *request) except -1:
+        """Have the READ at `start`, with nothing behind it, wait for what is being fetched for others, if that is so.
+
+        Once: what was not there when that had ended is for Python to see to.
+        """
+        if not self.is_woken and self.wait is not None and self.flushing is None and self.end - self.start == HEADER:
+            if self.join_read(request.offset, request.length, self.woken_up):
+                self.put_off, self.waits = 0, True
+                return True
+            if self.wait.left and self.put_off < PUT_OFF:
+                self.put_off += 1
+                self.is_put_off = self.waits = True
+                self.wait.serve_next(self)
+                return True
+        self.put_off, self.is_woken = 0, False
+        return False
+
+    def woken_up(self):
+        """What a READ has joined has ended. It may be one of long ago, which Python has answered since."""
+        if self.waits and not self.is_woken:
+            self.is_woken = True
+            if self.wait is not None:
+                self.wait.serve_next(self)
 
     # --- replies
 
@@ -1356,6 +1411,7 @@ cdef class Turn(Rest):
 
 cdef enum:
     EVENTS = 64
+    PUT_OFF = 3  # turns of the loop: the client's own task, the one of its request, which begins the fetch, and one more
 
 
 cdef class Wait:
@@ -1369,6 +1425,7 @@ cdef class Wait:
     cdef int epoll, loops_fd
     cdef dict turns
     cdef list again, flushing
+    cdef int left  # not 0: so many turns of the loop ago, less than PUT_OFF, Python was given a request
 
     def __init__(self, loops):
         self.loops, self.loops_fd = loops, loops.fileno()
@@ -1414,10 +1471,17 @@ cdef class Wait:
         turn.wait = None
         if self.turns.pop(turn.sock, None) is not None:
             epoll_ctl(self.epoll, EPOLL_CTL_DEL, turn.sock, NULL)  # fails where the socket is closed: it is out then
-        if turn in self.again:
+        if turn.is_next:
+            turn.is_next = False
             self.again.remove(turn)
         if turn in self.flushing:
             self.flushing.remove(turn)
+
+    cdef void serve_next(self, Rest turn) noexcept:
+        """Serve it in the next turn of the loop, whether something comes or not. There may be hundreds of them."""
+        if not turn.is_next:
+            turn.is_next = True
+            self.again.append(turn)
 
     cdef int follow_flush(self, Rest turn) except -1:
         """Look on while a flush of a connection at rest is under way."""
@@ -1438,16 +1502,20 @@ cdef class Wait:
                 PyErr_SetFromErrno(OSError)
         return 0
 
-    cdef int see_flushes(self, list again, bint all_of_them) except -1:
-        """Have connections served whose flush has ended, as far as anybody has seen, or takes long; or all with one."""
+    cdef int see_flushes(self, list again) except -1:
+        """Have connections served whose flush has ended, as far as anybody has seen, or takes long.
+
+        With `again`, which is served now, all that have one: a descriptor says that one of them has ended.
+        """
         cdef double now = seconds_now()
         cdef Rest turn
         for one in self.flushing:
             turn = one
-            if turn not in again and (
-                all_of_them or turn.flushing.has_ended or now - turn.flush_began >= FLUSH_SECONDS
-            ):
-                again.append(turn)
+            if again is not None:
+                if turn not in again:
+                    again.append(turn)
+            elif turn.flushing.has_ended or now - turn.flush_began >= FLUSH_SECONDS:
+                self.serve_next(turn)
         return 0
 
     # What trio calls:
@@ -1479,11 +1547,13 @@ cdef class Wait:
         cdef Rest turn, last = None
         if not self.turns:
             return self.loops.poll(timeout, most)
+        if self.left:
+            self.left -= 1
         now = seconds_now()
         deadline = now + timeout
         while True:
             if self.flushing:
-                self.see_flushes(self.again, False)
+                self.see_flushes(None)
             milliseconds = 0 if self.again or asks else self.rest(deadline - now)
             if self.flushing:
                 milliseconds = min(milliseconds, <int> (FLUSH_SECONDS * 1000))
@@ -1501,7 +1571,10 @@ cdef class Wait:
             ready = 0
             flushed = False
             last = None
-            again, self.again = self.again, []
+            again, self.again = self.again[:EVENTS], self.again[EVENTS:]
+            for one in again:
+                turn = one
+                turn.is_next = False
             for k in range(n):
                 if events[k].data.fd == self.loops_fd:
                     ready = 1
@@ -1512,11 +1585,14 @@ cdef class Wait:
                 elif turn not in again:
                     again.append(turn)
             if flushed:
-                self.see_flushes(again, True)
+                self.see_flushes(again)
             for one in again:
                 turn = one
+                if turn.wait is None:  # what another one's turn brought about
+                    continue
                 if self.serve(turn, len(again) == 1):
                     asks = True
+                    self.left = PUT_OFF
                 else:
                     last = turn if len(again) == 1 and not self.again and turn.flushing is None and turn.polls() else None
             now = seconds_now()
@@ -1572,7 +1648,7 @@ cdef class Wait:
         if told == WAIT:
             return False
         if told == YIELD:
-            self.again.append(turn)
+            self.serve_next(turn)
             return False
         self.remove(turn)
         woken, turn.woken = turn.woken, None

@@ -92,6 +92,9 @@ class MemoryExport:
     def answered(self) -> None:
         pass
 
+    def join_read(self, offset: int, length: int, wake: Callable[[], None]) -> bool:
+        return False
+
     def begin_flush(self) -> None:
         pass
 

@@ -104,6 +104,16 @@ class Raw:
         return error, cookie, b"" if error else await self.receive(size)
 
 
+async def answers(client: Raw, sizes: dict[int, int]) -> dict[int, bytes]:
+    """The data of the replies to the requests `sizes` (cookie: length), in whatever order they come."""
+    got = {}
+    for _ in sizes:
+        error, cookie, _ = await client.simple()
+        assert error == 0
+        got[cookie] = await client.receive(sizes[cookie])
+    return got
+
+
 async def still_serves(path: str) -> None:
     """A well-behaved client gets what it asks for."""
     async with Raw(path) as good:

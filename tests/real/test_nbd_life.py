@@ -15,19 +15,9 @@ import trio
 from forebay_nbd import Connection, KnownExports, Limits, Phase
 from forebay_nbd.server.budget import Budget, Share
 from real.nbd_memory import MemoryExport, serving
-from real.nbd_raw import Raw, option, request, still_serves, until
+from real.nbd_raw import Raw, answers, option, request, still_serves, until
 
 MIB = 1 << 20
-
-
-async def answers(client: Raw, sizes: dict[int, int]) -> dict[int, bytes]:
-    """The data of the replies to the requests `sizes` (cookie: length), in whatever order they come."""
-    got = {}
-    for _ in sizes:
-        error, cookie, _ = await client.simple()
-        assert error == 0
-        got[cookie] = await client.receive(sizes[cookie])
-    return got
 
 
 async def test_hits_overtake_misses(short_path: Path) -> None:

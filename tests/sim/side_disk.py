@@ -45,6 +45,9 @@ class Disk:
     def answered(self) -> None:
         self.on_answer()
 
+    def join_read(self, offset: int, length: int, wake: Callable[[], None]) -> bool:
+        return False
+
     def begin_flush(self) -> Begun | None:
         return self._side.cache.sync.begin()
 

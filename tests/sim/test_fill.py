@@ -3,6 +3,7 @@
 
 """Misses: who may share an origin read with whom."""
 
+import errno
 from pathlib import Path
 
 import trio
@@ -22,6 +23,7 @@ class Origin:
         self.reads: list[tuple[int, int]] = []
         self.lanes: list[bool | trio.Event] = []
         self.gates: list[trio.Event] = []
+        self.fails = False
 
     async def read(self, offset: int, length: int, background: bool | trio.Event = False) -> bytes:
         self.lanes.append(background)
@@ -29,6 +31,8 @@ class Origin:
         data = self.content * length
         self.gates.append(trio.Event())
         await self.gates[-1].wait()
+        if self.fails:
+            raise OSError(errno.EIO, "the origin fails")
         return data
 
 
@@ -96,4 +100,49 @@ async def test_what_nobody_waits_for_lets_guests_go_first_until_one_joins(tmp_pa
         assert len(origin.reads) == 2, "what is on its way is not asked for again"
         for gate in origin.gates:
             gate.set()
+    cache.release()
+
+
+async def test_who_joins_is_told_when_it_is_stored_and_only_where_somebody_waits(
+    tmp_path: Path,
+) -> None:
+    cache = open_cache(tmp_path / "cache", tmp_path / "index", size=16 << 20, block_size=65536)
+    origin, woken = Origin(), []
+    async with trio.open_nursery() as nursery:
+        filler = Filler(cache, cache.layers.make(LayerName.of_image("i")), origin, nursery)
+
+        def join(block: int, count: int) -> bool:
+            return filler.join(block * BLOCK, count * BLOCK, lambda: woken.append(block))
+
+        assert not join(0, 2), "nobody fetches it"
+        filler.launch(0, 2 * BLOCK, Tally(), background=True)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not join(0, 2), "nobody waits for it"
+        nursery.start_soon(filler.fetch, 0, BLOCK, Tally())
+        nursery.start_soon(filler.fetch, 2 * BLOCK, BLOCK, Tally())
+        await trio.testing.wait_all_tasks_blocked()
+        assert join(0, 2)
+        assert join(1, 1)
+        assert not join(1, 2), "two fetches bring it"
+        assert not join(2, 2), "nobody fetches all of it"
+        assert woken == []
+        for gate in origin.gates:
+            gate.set()
+    assert woken == [0, 1]
+    assert len(origin.reads) == 2
+    cache.release()
+
+
+async def test_who_joins_a_fetch_that_fails_is_told(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "cache", tmp_path / "index", size=16 << 20, block_size=65536)
+    origin, woken = Origin(), []
+    async with trio.open_nursery() as nursery:
+        filler = Filler(cache, cache.layers.make(LayerName.of_image("i")), origin, nursery)
+        (flight,) = filler.launch(0, BLOCK, Tally())
+        await trio.testing.wait_all_tasks_blocked()
+        assert filler.join(0, BLOCK, lambda: woken.append(filler.join(0, BLOCK, print)))
+        origin.fails = True
+        origin.gates[0].set()
+        await flight.landed.wait()
+    assert woken == [False], "and does not find the one that has failed"
     cache.release()

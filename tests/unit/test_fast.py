@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import trio
@@ -231,3 +231,6 @@ class Nothing:
 
     def read_now(self, offset: int, length: int) -> bytes:
         return b"data"
+
+    def join_read(self, offset: int, length: int, wake: Callable[[], None]) -> bool:
+        return False

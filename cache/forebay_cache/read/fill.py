@@ -74,7 +74,17 @@ class Flight:
     ``background``: nobody waits for it yet.
     """
 
-    __slots__ = ("data", "error", "is_ahead", "landed", "length", "needed", "offset", "stored")
+    __slots__ = (
+        "data",
+        "error",
+        "is_ahead",
+        "joined",
+        "landed",
+        "length",
+        "needed",
+        "offset",
+        "stored",
+    )
 
     def __init__(self, offset: int, length: int, *, background: bool = False) -> None:
         self.offset = offset
@@ -85,6 +95,7 @@ class Flight:
             self.needed.set()
         self.landed = trio.Event()
         self.stored = trio.Event()  # what could be kept of it is kept
+        self.joined: list[Callable[[], None]] = []  # called then
         self.data = memoryview(b"")
         self.error: OSError | None = None
 
@@ -129,6 +140,20 @@ class Filler:
             else:
                 parts += await self._fetch_again(flight, start, stop - start, tally)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def join(self, offset: int, length: int, wake: Callable[[], None]) -> bool:
+        """Have `wake` called when a range is in the cache that others wait for, or when that failed.
+
+        For guests that find one waiting already: a hundred that boot together ask for the same bytes within a
+        millisecond, and a task for each costs ten times what a hit does. False, and it is not called, where no one
+        flight that somebody waits for brings all of the range.
+        """
+        flight = self._flights.get(offset >> BLOCK_SHIFT)
+        last = offset + length - 1 >> BLOCK_SHIFT
+        if flight is None or self._flights.get(last) is not flight or not flight.needed.is_set():
+            return False
+        flight.joined.append(wake)
+        return True
 
     async def _fetch_again(
         self, failed: Flight, offset: int, length: int, tally: Tally
@@ -233,6 +258,8 @@ class Filler:
                 flight.landed.set()
             self._forget(flight)
             flight.stored.set()
+            for wake in flight.joined:
+                wake()
 
     async def _store(self, flight: Flight, cells: Cells) -> None:
         """Keep the whole sectors of a flight that has landed."""

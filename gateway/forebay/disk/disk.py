@@ -39,12 +39,13 @@ log = logging.getLogger("forebay.disk")
 class HotPath:
     """The calls of forebay_nbd.Export that come with each request: those of the parts of a disk themselves.
 
-    `read_now` is the view's or the core's, `write_now` and `answered` the policy's, bound anew when the mode changes,
-    the others are the cache's.
+    `read_now` is the view's or the core's, `join_read` of the reads, `write_now` and `answered` the policy's, bound
+    anew when the mode changes, the others are the cache's.
     """
 
     def __init__(self, image: Image, reads: Reads, modes: Modes) -> None:
         self.read_now = reads.read_now
+        self.join_read = reads.join
         self.write_now = modes.policy.write_now
         self.answered = modes.policy.answered
         self.publish = image.cache.intent.publish

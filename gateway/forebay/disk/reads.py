@@ -61,6 +61,18 @@ class Reads:
             view.lookahead = self._look_ahead(offset, length)
         return buffers
 
+    def join(self, offset: int, length: int, wake: Callable[[], None]) -> bool:
+        """See :meth:`forebay_nbd.Export.join_read`."""
+        image = self._image
+        if image.conflict is not None or self.view.clean is None:
+            return False
+        if not image.filler.join(offset, length, wake):
+            return False
+        if self.on_miss is not None:
+            self.on_miss(offset, length)
+        self.view.lookahead = self._look_ahead(offset, length)
+        return True
+
     def _look_ahead(self, offset: int, length: int) -> int:
         """Have read ahead what a sequential reader wants next; the offset at which to look again."""
         if self._image.conflict is not None:

@@ -251,6 +251,9 @@ class Connection:
                         return
                 finally:
                     self._slow.take_over(turn.take_flush())
+                    if turn.waits and self.phase is Phase.STOPPING:  # a READ, which gets a task
+                        batch.run()
+                        self._out.send(*batch.take_replies())
                 continue
             count = await self._receive(reader.space())
             if not count:

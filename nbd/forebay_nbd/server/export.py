@@ -54,6 +54,13 @@ class Export(Protocol):
         holds a pin (see pin()) until it is sent or copied.
         """
 
+    def join_read(self, offset: int, length: int, wake: Callable[[], None]) -> bool:
+        """True if these bytes are on their way for somebody else already; False, and nothing is done, otherwise.
+
+        Then `wake` is called once, in the event loop, when read_now() may have them, or it has turned out that it will
+        not; perhaps after closed().
+        """
+
     def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
         """Carries out the first n of these writes (offset, data), and returns n; the server calls write() for the next.
 
