@@ -176,6 +176,8 @@ NAMES = [
     ("share", "100/vm-100-cloudinit.raw"),
     ("share", "1/100-vm-100-disk-0.raw"),
     ("share-1", "100/vm-100-disk-0.raw"),
+    ("share", "7/vm-7-x-100-vm-100-disk-0.raw"),
+    ("share-7-vm-7-x", "100/vm-100-disk-0.raw"),
     ("share", "100/vm-101-disk-0.raw"),
     ("share", "100/vm-100-state-before.raw"),
     ("share", "100/a$(reboot).raw"),
@@ -336,6 +338,20 @@ def test_deactivating_waits_for_connections_of_a_qemu_that_has_ended(node: Recor
     assert [words[0] for words in ran] == ["status", "status", "status", "detach"]
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_disk_that_somebody_else_has_detached_meanwhile_is_detached(
+    node: Recorder, gone: bool
+) -> None:
+    node.disk()
+    node.answer("detach", error="forebay: no disk of that name\n", code=1)
+    if gone:
+        status = node.command.parent / "answer-status.out"
+        node.command.write_text(
+            node.command.read_text().replace("[ -e", f"[ $1 = detach ] && echo [] >{status}; [ -e")
+        )
+    assert ("died" not in node.deactivate()) == gone
+
+
 FILE_CALLS = [
     ("free_image", "share", "scfg", VOLUME, 0, "raw"),
     ("create_base", "share", "scfg", VOLUME),
@@ -399,21 +415,21 @@ def test_a_running_guest_is_to_be_shut_down_before_its_disk_grows(node: Recorder
     assert "shut the guest down first" in died
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_new_volumes_belong_to_the_group_of_the_images(node: Recorder, shared: bool) -> None:
+@pytest.mark.parametrize("mode", [0o2775, 0o775, 0o755])
+def test_new_volumes_belong_to_the_group_of_the_images(node: Recorder, mode: int) -> None:
     """Where that may write there: the daemon is in it, and makes a directory of its own beside the image."""
     images = node.share / "images"
-    group = next(
-        number for number in (33, os.getgid()) if os.geteuid() == 0 or number == os.getgid()
-    )
+    group = 33 if os.geteuid() == 0 else os.getgid()
     os.chown(images, -1, group)
-    images.chmod(0o2775 if shared else 0o755)
+    images.chmod(mode)
     (volume,) = node.result("alloc_image", "share", node.scfg, "100", "raw", None, 1024)
     file = images / volume
     assert file.stat().st_size == 1 << 20
-    for path, bits in ((file, 0o660), (file.parent, 0o2070)):
-        assert (path.stat().st_gid == group) >= shared
-        assert (stat.S_IMODE(path.stat().st_mode) & bits == bits) == shared
+    writable = bool(mode & stat.S_IWGRP)
+    for path, bits in ((file, 0o060), (file.parent, mode & 0o2070)):
+        assert (path.stat().st_gid == group) >= writable
+        assert (path.stat().st_mode & bits == bits) >= writable
+        assert bool(path.stat().st_mode & stat.S_IWGRP) == writable
 
 
 def test_only_raw_images_are_made(node: Recorder) -> None:

@@ -225,7 +225,7 @@ sub activate_volume {
 sub take_as_found {
     my ($disk, $found, $file, $isbase, $mode) = @_;
 
-    my $below = $found->{image} =~ m/^[^:]+:(.+)$/s ? $1 : '';
+    my $below = ($found->{image} // '') =~ m/^[^:]+:(.+)$/s ? $1 : '';
     die "disk '$disk' is attached to another image, '$found->{image}': 'forebay detach $disk'\n"
         if $below eq '' || substr("/$file", -length("/$below")) ne "/$below";
     die "disk '$disk' is attached " . ($isbase ? '' : 'not ') . "to be written: 'forebay detach $disk'\n"
@@ -386,7 +386,7 @@ sub in_volume {
     my ($storeid, $volname, $code) = @_;
 
     return if eval { $code->(); 1 };
-    die "storage '$storeid', volume '" . one_line($volname) . "': $@";
+    die "storage '$storeid', volume '" . one_line("$volname': $@" =~ s/\n$//r) . "\n";
 }
 
 # The command's output. Dies with the one line that it says on stderr.
@@ -422,7 +422,7 @@ sub attached {
     return $found;
 }
 
-# Detach the disk, if it is there, as soon as QEMU's connections are closed.
+# Detach the disk, if it is there, as soon as QEMU's connections are closed. Somebody else may do the same meanwhile.
 sub detach {
     my ($disk) = @_;
 
@@ -431,7 +431,9 @@ sub detach {
         last if !$found->{clients} || $second == $HANG_UP_SECONDS;
         sleep 1;
     }
-    run_forebay($DETACH_SECONDS, 'detach', $disk);
+    return if eval { run_forebay($DETACH_SECONDS, 'detach', $disk); 1 };
+    my $refusal = $@;
+    die $refusal if !eval { !attached($disk) };
     return;
 }
 
