@@ -24,7 +24,7 @@ from forebay.overview import health
 from forebay.overview.detail import MOST_CONNECTIONS, connected, settings_told
 from forebay.overview.hits import LOOK_SECONDS, WINDOW_SECONDS, RecentHits
 from forebay.overview.remembered import FILE, MOST, Remembered
-from forebay.overview.summary import MOST_REASONS, Summary, judged
+from forebay.overview.summary import MOST_IMAGES, MOST_REASONS, Summary, Warmest, judged
 from forebay.units import GIB, MIB, Mode
 from unit.control_fake import CACHE, disk
 
@@ -228,6 +228,16 @@ async def test_the_summary_of_a_host_that_is_well(tmp_path: Path) -> None:
     lines = "\n".join(text(told))
     assert "state   ok" in lines
     assert "warm    images:b: 1.0G, 100%" in lines
+
+
+def test_of_very_many_images_those_are_told_of_which_the_cache_has_most() -> None:
+    warmest = Warmest()
+    for n in range(3 * MOST_IMAGES):
+        cached = (n * 7919) % (3 * MOST_IMAGES)
+        warmest.add({"image": f"images:{n}", "size": GIB, "cached_bytes": cached})
+    told = [one["cached_bytes"] for one in warmest.told()]
+    assert told == list(range(3 * MOST_IMAGES - 1, 2 * MOST_IMAGES - 1, -1))
+    assert warmest.count == 3 * MOST_IMAGES - 1
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@
 
 import heapq
 from collections.abc import AsyncIterator, Callable, Iterable
-from operator import itemgetter
 from typing import Any
 
 import trio
@@ -67,9 +66,10 @@ class Summary:
         disks = Disks()
         async for disk in self._statuses():
             disks.add(disk)
-        known = [one async for one in self._images(None) if one["cached_bytes"]]
-        images = heapq.nlargest(MOST_IMAGES, known, key=itemgetter("cached_bytes"))
-        warm = [{key: one[key] for key in ("image", "size", "cached_bytes")} for one in images]
+        warmest = Warmest()
+        async for image in self._images(None):
+            warmest.add(image)
+        warm = warmest.told()
         cache = self._cache.info()
         state, reasons = judged([*_of_cache(cache), *_of_stores(stores), *disks.found])
         return {
@@ -82,7 +82,7 @@ class Summary:
             **self._hits.told(trio.current_time()),
             **disks.told(),
             "stores": stores,
-            "image_count": len(known),
+            "image_count": warmest.count,
             "images": warm,
             "cold_images": await self._remembered.gone(one["image"] for one in warm),
         }
@@ -118,6 +118,34 @@ def _of_stores(stores: Iterable[Told]) -> Iterable[Finding]:
 def _cache_told(cache: Told) -> Told:
     keys = ("device", "state", "size", "used_bytes", "clean_bytes", "private_bytes")
     return {key: cache[key] for key in keys}
+
+
+class Warmest:
+    """The images of which the cache has most, found in as many steps as there are images: there may be very many."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """All of which it has anything."""
+        self._heap: list[tuple[int, str, int]] = []
+        """Bytes that the cache has, name, size; the one of which it has least comes first."""
+
+    def add(self, image: Told) -> None:
+        """One image more, as `forebay images` tells it."""
+        if not image["cached_bytes"]:
+            return
+        self.count += 1
+        one = (image["cached_bytes"], image["image"], image["size"])
+        if len(self._heap) < MOST_IMAGES:
+            heapq.heappush(self._heap, one)
+        else:
+            heapq.heappushpop(self._heap, one)
+
+    def told(self) -> list[Told]:
+        """The list of the summary."""
+        return [
+            {"image": name, "size": size, "cached_bytes": cached}
+            for cached, name, size in sorted(self._heap, reverse=True)
+        ]
 
 
 class Disks:
