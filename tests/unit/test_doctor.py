@@ -200,6 +200,7 @@ def test_places_that_are_as_they_should_be(tmp_path: Path) -> None:
 DEVICE = "/dev/vg0/gone"
 DIR: dict[str, Any] = {
     "kind": "dir",
+    "owner": f"{ME.name}:x",
     "may_read": True,
     "may_write": True,
     "free": GIB,
@@ -248,6 +249,14 @@ def test_what_is_wrong_with_a_place_is_told(
     bad = [one for one in found if one.level is not Level.OK and one.check != "udev"]
     assert [one.level.value for one in bad] == [level], found
     assert said in bad[0].line()
+
+
+@as_root
+def test_a_state_of_another_user_is_refused_to_roots_daemon(tmp_path: Path) -> None:
+    os.chown(tmp_path, NOBODY.uid, NOBODY.gid)
+    found = list(places.check(config(tmp_path), Daemon("/x", "no", user=ME)))
+    (bad,) = [one for one in found if one.level is not Level.OK]
+    assert "belongs to nobody: root's daemon refuses it: run the daemon as nobody" in bad.line()
 
 
 def test_a_device_that_is_gone_is_a_fault(tmp_path: Path) -> None:

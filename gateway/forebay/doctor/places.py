@@ -84,11 +84,15 @@ def _directories(config: Config, user: User, mounts: list[Mount]) -> Iterator[Fi
     else:
         where = index
     mount = latest(mounts, seen.device)
+    owner = seen.owner.partition(":")[0]
     if seen.kind == "missing":
         yield ok("index", f"{index} is made at the first start")
     elif seen.error or not (seen.may_read and seen.may_write):
         text = seen.error or f"is {seen.owner}'s, mode {seen.mode:04o}"
         yield fault("index", f"{where} {text}", f"chown -R {user.name} {state}")
+    elif user.uid == 0 and owner != user.name:
+        todo = f"run the daemon as {owner} (its unit does), or as root with another gateway.state"
+        yield fault("index", f"{where} belongs to {owner}: root's daemon refuses it", todo)
     elif mount is not None and is_network(mount):
         todo = "put gateway.state on a local disk: LMDB needs one"
         yield fault("index", f"{where} lies on {mount.kind} of {mount.source}", todo)
