@@ -79,18 +79,21 @@ def percent(image: Told) -> int:
 
 def opennebula(told: Told) -> Iterator[str]:
     """Attributes of a host, `NAME=VALUE`, as probes print them: sizes in MB, times in seconds, shares in percent."""
-    cache = told.get("cache") or {"device": "", "size": 0, "private_bytes": 0}
     yield f"FOREBAY_VERSION={_quoted(told['version'])}"
     yield f"FOREBAY_STATE={_quoted(told['state'])}"
+    if "cache" not in told:  # nobody knows; what was told before stays, but for the room
+        yield "LS_FREE=0"
+        return
+    cache = told["cache"]
     yield f"LS_MAD={_quoted(_kind(told, cache['device']))}"
     yield f"LS_PATH={_quoted(cache['device'])}"
     yield f"LS_MAX={cache['size'] // MIB}"
     yield f"LS_FREE={max(0, cache['size'] - cache['private_bytes']) // MIB}"
-    yield f"FOREBAY_DIRTY={told.get('dirty_bytes', 0) // MIB}"
-    yield f"FOREBAY_LAG={round(told.get('lag_seconds', 0))}"
-    yield f"FOREBAY_HIT={round(told.get('hit_percent') or 0)}"
-    warm = {_attribute(one["image"]): percent(one) for one in told.get("images", ())}
-    cold = dict.fromkeys(map(_attribute, told.get("cold_images", ())), 0)
+    yield f"FOREBAY_DIRTY={told['dirty_bytes'] // MIB}"
+    yield f"FOREBAY_LAG={round(told['lag_seconds'])}"
+    yield f"FOREBAY_HIT={round(told['hit_percent'] or 0)}"
+    warm = {_attribute(one["image"]): percent(one) for one in told["images"]}
+    cold = dict.fromkeys(map(_attribute, told["cold_images"]), 0)
     for found in (warm, {name: 0 for name in cold if name not in warm}):
         named = ((name, share) for name, share in found.items() if name)
         for _, (name, share) in zip(range(MOST_WARM), named, strict=False):
@@ -99,7 +102,7 @@ def opennebula(told: Told) -> Iterator[str]:
 
 def _kind(told: Told, device: str) -> str:
     """What #2827 of OpenNebula's backlog calls the kind of local storage."""
-    if not told.get("caches_by_default"):
+    if not told["caches_by_default"]:
         return "dummy"
     return "lvm" if device.startswith("/dev/") and not os.path.isfile(device) else "file"
 
