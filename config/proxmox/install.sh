@@ -66,7 +66,8 @@ install)
     ;;
 uninstall)
     running && grep -qs '^forebay:' /etc/pve/storage.cfg && fail "storages use it: 'pvesm remove' them first"
-    rm -rf "$DESTDIR$PERL/$PLUGIN" "$DESTDIR$DOC"
+    rm -f "$DESTDIR$PERL/$PLUGIN" "$DESTDIR$DOC"/{README.md,copyright}
+    [ ! -d "$DESTDIR$DOC" ] || rmdir --ignore-fail-on-non-empty "$DESTDIR$DOC"
     ! running || reload
     ;;
 deb) make_deb ;;
