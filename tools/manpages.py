@@ -21,6 +21,10 @@ from forebay.cli.main import build_parser
 ROOT = Path(__file__).resolve().parents[1]
 
 EXIT_STATUS = "0: done; 1: failed, and stderr says in one line what and what to do; 2: wrong usage."
+OTHER_STATUS = {
+    "forebay doctor": "0: all is well; 1: a warning, or what could not be looked at; 2: a fault, or wrong usage."
+}
+"""By command, where it is another one."""
 
 
 def escaped(text: str) -> str:
@@ -45,7 +49,7 @@ def of_command(parser: argparse.ArgumentParser, name: str, short: str) -> str:
     if parser.epilog:
         page += f".PP\n{escaped(parser.epilog)}\n"
     page += "".join(of_group(parser, group) for group in parser._action_groups)
-    page += f".SH EXIT STATUS\n{EXIT_STATUS}\n"
+    page += f".SH EXIT STATUS\n{OTHER_STATUS.get(parser.prog, EXIT_STATUS)}\n"
     page += ".SH SEE ALSO\n.BR forebay (1),\n.BR forebay.toml (5),\n.BR forebay (7)\n"
     return page
 
