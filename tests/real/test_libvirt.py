@@ -3,7 +3,9 @@
 
 """Forebay under a real libvirt and a real guest: boot, restarts, hot-plug, block jobs, save and restore, the hook."""
 
+import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -210,6 +212,58 @@ def test_overlays_of_one_image_start_from_the_hook_and_leave_nothing(
         libvirt.virsh("destroy", "vm1")
         assert disks(gateway) == []
     assert md5(image.read_bytes()) == before
+
+
+def delta_over(gateway: GatewayProcess, libvirt: Libvirt, name: str, base: str) -> str:
+    """A qcow2 file of the domain's own over an image of the store, by the store's socket; its element."""
+    path = libvirt.vm / f"{name}.qcow2"
+    backing = f"nbd+unix:///{base}?socket={gateway.run / 'stores' / 'images.sock'}"
+    what = ["-F", base.rpartition(".")[2], "-b", backing, str(path)]
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *what], check=True)
+    path.chmod(0o666)
+    return (
+        f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{path}'/>"
+        "<target dev='vda' bus='virtio'/></disk>"
+    )
+
+
+def test_domains_on_qcow2_files_over_one_image_by_the_socket_of_its_store(
+    libvirt: Libvirt, make_gateway: Callable[..., GatewayProcess], guest_image: Path
+) -> None:
+    """One over the bytes of a qcow2 file, one over a raw one, while the daemon comes and goes."""
+    gateway = make_gateway(SETTINGS | {"stores.images": {"socket": True}})
+    gateway.directory.chmod(0o711)
+    bases = [gateway.images / "guest.raw", gateway.images / "guest.qcow2"]
+    shutil.copy(guest_image, bases[0])
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", *map(str, bases)], check=True)
+    before = [md5(base.read_bytes()) for base in bases]
+    with contextlib.ExitStack() as stack:
+        consoles = []
+        for name, base in zip(("raw1", "qcow1"), bases, strict=True):
+            element = delta_over(gateway, libvirt, name, base.name)
+            libvirt.define(name, element, emulator=libvirt.wrapper)
+            stack.enter_context(libvirt.domain(name))
+            consoles.append(libvirt.start_domain(name))
+        for name, console in zip(("raw1", "qcow1"), consoles, strict=True):
+            console.wait_up()
+            assert "images.sock" in libvirt.virsh("dumpxml", name).stdout
+            console.run(WRITER)
+            wait_rounds(console, 1)
+        [store] = json.loads(gateway.cli("stores", "--json").stdout)
+        served = {one["image"]: one for one in store["images"]}
+        assert sorted(served) == ["images:guest.qcow2", "images:guest.raw"]
+        for kill in (False, True):
+            gateway.restart(kill=kill)
+            for console in consoles:
+                console.run("echo 3 >/proc/sys/vm/drop_caches; md5sum /bin/busybox")
+                wait_rounds(console, 1)
+        for console in consoles:
+            console.run("rm /tmp/go; until [ -e /tmp/ended ]; do usleep 50000; done")
+            assert console.run("cat /tmp/bad 2>/dev/null; true") == ""
+            assert console.run("dmesg | grep -ciE 'i/o error|remount' ; true") == "0"
+            console.close()
+        assert gateway.cli("detach", "raw1", check=False).returncode == 1  # they are no disks
+    assert [md5(base.read_bytes()) for base in bases] == before
 
 
 def test_a_domain_that_the_hook_serves_from_start_to_end(
