@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from forebay.origin.worker import program
+from real.confined import CODE, EXPECTED, landlock
 from real.container import REPOSITORY, Container
 from real.disk_fixture import wait_for
 from real.processes import MIB, accepts, random_image
@@ -180,6 +182,46 @@ def test_it_runs_as_its_own_user_and_may_do_nothing_else(host: Host) -> None:
     stat = host.run("stat", "-c", "%U:%G %a", "/run/forebay/disks/rights.sock").stdout.strip()
     assert stat == "forebay:kvm 660"
     assert accepts(host.socket("rights"))
+
+
+def test_the_server_of_an_image_in_a_format_is_shut_in_as_the_units_leave_it(host: Host) -> None:
+    """What the unit allows is enough for it, and for taking the rest away: the kernel refuses what is not its own."""
+    raw, path = (host.container.inside(f"{IMAGES}/{name}") for name in ("plain", "f.qcow2"))
+    content = random_image(raw, SIZE, 1)
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path], check=True)
+    host.run("chown", "forebay:", f"{IMAGES}/f.qcow2")
+    host.cli("attach", "f", "images:f.qcow2", "--mode", "write-through")
+    raw.with_name("seen").unlink(missing_ok=True)
+    subprocess.run(["nbdcopy", host.uri("f"), raw.with_name("seen")], check=True)
+    assert raw.with_name("seen").read_bytes() == content
+    pid = host.run("pgrep", "--newest", "qemu-storage-da").stdout.strip()
+    status = host.container.inside(f"/proc/{pid}/status").read_text()
+    found = dict(line.split(":\t", 1) for line in status.splitlines())
+    uid = int(host.run("id", "-u", "forebay").stdout)
+    assert [int(x) for x in found["Uid"].split()] == [uid] * 4
+    assert {int(found[key], 16) for key in ("CapEff", "CapPrm", "CapBnd", "CapAmb")} == {0}
+    assert (found["NoNewPrivs"], found["Seccomp"].strip()) == ("1", "2")
+    limits = host.container.inside(f"/proc/{pid}/limits").read_text()
+    for name, most in (("address space", 4 << 30), ("core file size", 0)):
+        assert f"Max {name} {most} {most}" in " ".join(limits.split()), limits
+    host.cli("detach", "f")
+    if landlock() >= 4:
+        host.run("install", "-d", "-o", "forebay", "/opt/probe")
+        host.run("runuser", "-u", "forebay", "--", "touch", *(f"/opt/probe/{x}" for x in "abc"))
+        shell = 'exec 8</opt/probe/a 9<>/opt/probe/b; exec "$@"'
+        python = (VENV.resolve() / "bin" / "python", "-I", "-S", "-c", CODE)
+        words = ("sh", "-c", shell, "sh", *python, program.__file__, "8", "9", "/opt/probe/c")
+        rules = [word for rule in shut_in("forebay.service") for word in ("-p", rule)]
+        said = host.run("systemd-run", "--quiet", "--pipe", "--wait", *rules, *words).stdout
+        assert said.splitlines() == EXPECTED
+
+
+def shut_in(unit: str) -> list[str]:
+    """The settings of a unit that say what its processes may do."""
+    text = (UNITS / unit).read_text().partition("[Service]")[2].partition("[Install]")[0]
+    keys = "User Group Capability Ambient NoNew Lock Memory Restrict System Keyring RemoveIPC Protect Private Device"
+    wanted = (*keys.split(), "LimitCORE", "OOM", "UMask")
+    return [line for line in text.splitlines() if line.startswith(wanted)]
 
 
 def test_no_guest_error_in_planned_restarts(host: Host) -> None:

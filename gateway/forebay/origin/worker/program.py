@@ -341,10 +341,10 @@ def _end(servers: list[subprocess.Popen[bytes]]) -> None:
 def confine(reads: list[int], writes: list[int], network: Sequence[str] = ()) -> None:
     """Take from this process, which is about to become a server, all that it does not need.
 
-    It ends when its parent does; it has no privileges to gain, no core file, bounded memory and descriptors. Where the
-    kernel has Landlock, it may open these files and what programs need, and no others, and (since Linux 6.7) neither
-    listen nor connect over TCP. With `network`, it may connect, and read what lies at these paths. Source: prctl(2),
-    landlock(7), linux/landlock.h.
+    It ends when its parent does; it has no privileges to gain, no core file, bounded memory and descriptors, and is
+    ended before the daemon where memory runs out. Where the kernel has Landlock, it may open these files and what
+    programs need, and no others, and (since Linux 6.7) neither listen nor connect over TCP. With `network`, it may
+    connect, and read what lies at these paths. Source: prctl(2), landlock(7), linux/landlock.h.
     """
     _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -353,6 +353,11 @@ def confine(reads: list[int], writes: list[int], network: Sequence[str] = ()) ->
             OSError, ValueError
         ):  # the service manager's filter, or a lower limit
             resource.setrlimit(kind, (most, most))
+    with contextlib.suppress(OSError):
+        badness = os.open("/proc/self/oom_score_adj", os.O_RDWR)
+        if int(os.pread(badness, 16, 0)) < 0:  # of the daemon, after which this is to go
+            os.write(badness, b"0")
+        os.close(badness)
     version = int(_libc.syscall(_SYS_LANDLOCK_CREATE, None, 0, 1))
     if version < 1:
         return
