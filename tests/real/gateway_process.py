@@ -27,6 +27,12 @@ from real.processes import START_TIMEOUT, accepts, end, pid_descriptor
 COMMAND_TIMEOUT = 60.0
 """Seconds one command may take. Tests that drain much give their own."""
 
+COMPILED = {
+    "PYTHONDONTWRITEBYTECODE": "",
+    "PYTHONPYCACHEPREFIX": str(Path(__file__).parents[2] / ".pytest_cache" / "pyc"),
+}
+"""Compiled modules, as an installation has them, wherever the tests run: compiling is half of a start."""
+
 LOUD = re.compile(
     r"\b(WARNING|ERROR|CRITICAL)\b|^Traceback|Task exception|never retrieved", re.MULTILINE
 )
@@ -107,6 +113,7 @@ class GatewayProcess:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, self.log.open("ab") as log:
             notify.bind(str(address))
             environment = {**os.environ, "NOTIFY_SOCKET": str(address), "PYTHONUNBUFFERED": "1"}
+            environment |= COMPILED
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, cwd="/"
             )
@@ -193,6 +200,7 @@ class GatewayProcess:
             timeout=timeout,
             check=False,
             stdin=subprocess.DEVNULL,
+            env={**os.environ, **COMPILED},
         )
         assert not check or done.returncode == 0, (
             f"forebay {' '.join(map(str, arguments))}: exit {done.returncode}\n"

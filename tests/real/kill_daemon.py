@@ -217,28 +217,7 @@ class KillableGateway(GatewayProcess):
         self, method: str, path: str, body: Mapping[str, Any] | None = None, timeout: float = 60.0
     ) -> Any:
         """What the control API answers. Raises Refused."""
-        connection = _Control(self.control, timeout)
-        try:
-            connection.request(method, path, json.dumps(body) if body is not None else None)
-            response = connection.getresponse()
-            lines = response.read().splitlines()
-        except (OSError, http.client.HTTPException) as fault:
-            raise Refused(f"{method} {path}: {fault!r}") from fault
-        finally:
-            connection.close()
-        try:
-            found = json.loads(lines[-1]) if lines else None
-        except ValueError:
-            raise Refused(f"{method} {path}: cut short") from None
-        is_state = isinstance(found, dict) and "state" in found  # its `error` is why it is that
-        said = found.get("error") if isinstance(found, dict) and not is_state else None
-        if response.status >= 400 or said:
-            raise Refused(f"{method} {path}: {said}", response.status)
-        if isinstance(found, dict) and set(found) == {"result"}:
-            return found["result"]
-        if isinstance(found, dict) and set(found) == {"done", "total"}:
-            raise Refused(f"{method} {path}: cut short")
-        return found
+        return asked(self.control, method, path, body, timeout)
 
     def attach_disk(self, name: str, image: str, **options: Any) -> Any:
         """Attach by the control API, without starting a command."""
@@ -254,3 +233,35 @@ class _Control(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))
+
+
+def asked(
+    control: Path,
+    method: str,
+    path: str,
+    body: Mapping[str, Any] | None = None,
+    timeout: float = 60.0,
+) -> Any:
+    """What the control API at that socket answers. Raises Refused."""
+    connection = _Control(control, timeout)
+    try:
+        connection.request(method, path, json.dumps(body) if body is not None else None)
+        response = connection.getresponse()
+        lines = response.read().splitlines()
+    except (OSError, http.client.HTTPException) as fault:
+        raise Refused(f"{method} {path}: {fault!r}") from fault
+    finally:
+        connection.close()
+    try:
+        found = json.loads(lines[-1]) if lines else None
+    except ValueError:
+        raise Refused(f"{method} {path}: cut short") from None
+    is_state = isinstance(found, dict) and "state" in found  # its `error` is why it is that
+    said = found.get("error") if isinstance(found, dict) and not is_state else None
+    if response.status >= 400 or said:
+        raise Refused(f"{method} {path}: {said}", response.status)
+    if isinstance(found, dict) and set(found) == {"result"}:
+        return found["result"]
+    if isinstance(found, dict) and set(found) == {"done", "total"}:
+        raise Refused(f"{method} {path}: cut short")
+    return found

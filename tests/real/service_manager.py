@@ -17,15 +17,12 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from real.gateway_process import GatewayProcess
+from real.gateway_process import COMPILED, GatewayProcess
 from real.processes import START_TIMEOUT, end, pid_descriptor
 
 MOST_FDS = 253  # of one message (SCM_MAX_FD)
-
-CACHE = Path(__file__).parents[2] / ".pytest_cache" / "pyc"
 
 _START = """
 import os, sys
@@ -47,8 +44,7 @@ class ManagedGateway(GatewayProcess):
         super().__init__(*arguments, **options)
         self.store: list[tuple[str, int]] = []
         self.said: list[str] = []
-        # Compiled modules, as an installation has them: compiling is most of a start.
-        self.environment = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(CACHE)}
+        self.environment = dict(COMPILED)
         self.refusing = False
         self._ready = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,35 @@ import pytest
 from real.disk_fixture import MODES, run, wait_for
 from real.gateway_process import GatewayProcess
 from real.processes import MIB, need
+from real.shared_gateway import SharedGateways
 
 pytestmark = pytest.mark.usefixtures("tools")
 
 Connect = Callable[..., Any]
-Make = Callable[..., GatewayProcess]
 
 SIZE = 24 * MIB
 FORMATS = ("qcow2", "vmdk", "vdi", "vhdx")
 LATE = {"defaults": {"max_lag": "1h"}}
 """No pass begins by itself."""
+
+
+@pytest.fixture(scope="module")
+def gateways() -> Iterator[SharedGateways]:
+    shared = SharedGateways()
+    yield shared
+    shared.remove()
+
+
+@pytest.fixture
+def gateway(gateways: SharedGateways) -> Iterator[GatewayProcess]:
+    with gateways.emptied() as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def late(gateways: SharedGateways) -> Iterator[GatewayProcess]:
+    with gateways.emptied(LATE) as gateway:
+        yield gateway
 
 
 @pytest.fixture
@@ -133,9 +152,9 @@ def test_a_guest_sees_the_disk_in_an_image(
 
 @pytest.mark.parametrize("mode", ["write-through", "write-back"])
 def test_what_was_acknowledged_survives_a_kill_of_the_daemon(
-    make_gateway: Make, connect: Connect, rng: random.Random, mode: str
+    late: GatewayProcess, connect: Connect, rng: random.Random, mode: str
 ) -> None:
-    gateway = make_gateway(LATE)
+    gateway = late
     content = rng.randbytes(SIZE)
     path = make(gateway, content)
     gateway.attach("d", path.name, mode=mode)
@@ -157,9 +176,9 @@ def test_what_was_acknowledged_survives_a_kill_of_the_daemon(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_that_was_flushed_is_lost_when_the_server_of_an_image_is_killed(
-    make_gateway: Make, connect: Connect, rng: random.Random, mode: str
+    late: GatewayProcess, connect: Connect, rng: random.Random, mode: str
 ) -> None:
-    gateway = make_gateway(LATE)
+    gateway = late
     gateway.allow_log(r"WARNING .*(opened anew|reached|a flush failed|closing it)")
     content = rng.randbytes(SIZE)
     path = make(gateway, content)
@@ -179,9 +198,9 @@ def test_nothing_that_was_flushed_is_lost_when_the_server_of_an_image_is_killed(
 
 
 def test_a_checkpoint_that_was_committed_is_finished_by_recover(
-    make_gateway: Make, connect: Connect, rng: random.Random
+    late: GatewayProcess, connect: Connect, rng: random.Random
 ) -> None:
-    gateway = make_gateway(LATE)
+    gateway = late
     content = rng.randbytes(SIZE)
     path = make(gateway, content)
     gateway.attach("d", path.name, mode="write-back")
@@ -226,9 +245,9 @@ def test_overlays_share_the_server_and_the_blocks_of_their_image(
 
 
 def test_a_planned_restart_loses_nothing_and_knows_the_image_again(
-    make_gateway: Make, connect: Connect, rng: random.Random
+    late: GatewayProcess, connect: Connect, rng: random.Random
 ) -> None:
-    gateway = make_gateway(LATE)
+    gateway = late
     gateway.allow_log(r"WARNING .*reached")  # on a busy host its processes start slowly
     content = rng.randbytes(SIZE)
     path = make(gateway, content)

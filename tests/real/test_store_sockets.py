@@ -23,6 +23,7 @@ from real.gateway_process import GatewayProcess
 from real.nbd_raw import go
 from real.processes import MIB, end, need, random_image
 from real.service_manager import ManagedGateway
+from real.shared_gateway import SharedGateways
 
 Make = Callable[..., GatewayProcess]
 Connect = Callable[..., Any]
@@ -52,9 +53,17 @@ def clients(gateway: GatewayProcess) -> dict[str, int]:
     return {one["image"]: one["clients"] for one in told(gateway)["images"]}
 
 
+@pytest.fixture(scope="module")
+def gateways() -> Iterator[SharedGateways]:
+    shared = SharedGateways()
+    yield shared
+    shared.remove()
+
+
 @pytest.fixture
-def gateway(make_gateway: Make) -> GatewayProcess:
-    return make_gateway(STORE)
+def gateway(gateways: SharedGateways) -> Iterator[GatewayProcess]:
+    with gateways.emptied(STORE) as gateway:
+        yield gateway
 
 
 @pytest.fixture
@@ -369,8 +378,7 @@ def slow_copy(gateway: GatewayProcess, to: Path) -> Iterator["subprocess.Popen[b
 
 
 @pytest.mark.parametrize("way", ["killed", "restarted"])
-def test_a_clone_goes_on_when_the_daemon_comes_back(make_gateway: Make, way: str) -> None:
-    gateway = make_gateway(STORE)
+def test_a_clone_goes_on_when_the_daemon_comes_back(gateway: GatewayProcess, way: str) -> None:
     size = 64 * MIB
     content = random_image(gateway.images / "a.raw", size, 3)
     copy = gateway.directory / "copy.raw"

@@ -158,7 +158,7 @@ class Purge:
             return freed
         if layer is not None:
             self._cache.layers.drop(layer)
-            self._cache.records.put("image", key, None)
+        self._cache.records.put("image", key, None)
         self._entries.forget_unmarked(key)
         return freed
 
