@@ -64,13 +64,8 @@ SERVER_LIMITS = (
 """Bytes of a core file and of address space, and descriptors, that a server may have."""
 
 PROGRAM_FILES = (
-    "/usr",
-    "/lib",
-    "/lib64",
-    "/nix",
-    "/etc/ld.so.cache",
-    "/etc/ld.so.preload",
-    "/dev/null",
+    *("/usr", "/lib", "/lib64", "/nix"),
+    *("/etc/ld.so.cache", "/etc/ld.so.preload", "/dev/null"),
 )
 """What programs are made of."""
 
@@ -349,9 +344,7 @@ def confine(reads: list[int], writes: list[int], network: Sequence[str] = ()) ->
     _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     for kind, most in SERVER_LIMITS:
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # the service manager's filter, or a lower limit
+        with contextlib.suppress(OSError, ValueError):  # the unit's filter, or a lower limit
             resource.setrlimit(kind, (most, most))
     with contextlib.suppress(OSError):
         badness = os.open("/proc/self/oom_score_adj", os.O_RDWR)
@@ -363,9 +356,8 @@ def confine(reads: list[int], writes: list[int], network: Sequence[str] = ()) ->
         return
     files = _FILES_OF[min(version, len(_FILES_OF)) - 1]
     net, scoped = (1 if network else 3, 3 if version >= 6 else 0) if version >= 4 else (0, 0)
-    handled = struct.pack("=QQQ", files, net, scoped)[
-        : 8 if version < 4 else 16 if version < 6 else 24
-    ]
+    length = 8 if version < 4 else 16 if version < 6 else 24
+    handled = struct.pack("=QQQ", files, net, scoped)[:length]
     rules = int(_libc.syscall(_SYS_LANDLOCK_CREATE, handled, len(handled), 0))
     if rules < 0:
         return
