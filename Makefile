@@ -11,6 +11,7 @@
 # make bench-doors   socket, FUSE file, nbdfuse, sshfs, plain file     QUICK=1  BENCH_ARGS="--only read"
 # make bench-policy      what the placement finds, against other policies; how far off the advice is; ten minutes
 # make bench-overlays    what a thousand overlays cost; exit code 1 where a bar is missed
+# make bench-stage   an image to eight gateways, each held to a rate, and a simulation of thousands   BENCH_ARGS="--size 4096 --rate 117"
 # make fuzz     what reads bytes from outside, with atheris     SECONDS=600  TARGETS="server client"
 # make fuzz-sanitized   the compiled core under AddressSanitizer and UBSan     SECONDS=60, for each target
 # make soak     kills, faults and changes, with guests that check all they read     SECONDS=3600  KILLS=2000  POINTS=1  SEED=
@@ -38,7 +39,7 @@ export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup setup-libvirt test test-without-core test-unit test-sim test-real demo bench bench-boot bench-boot-readme bench-readme bench-profile bench-doors bench-doors-readme bench-threads bench-policy bench-overlays fuzz fuzz-sanitized soak lab docs dist deb lock lint format install uninstall clean
+.PHONY: setup setup-libvirt test test-without-core test-unit test-sim test-real demo bench bench-boot bench-boot-readme bench-readme bench-profile bench-doors bench-doors-readme bench-threads bench-policy bench-overlays bench-stage fuzz fuzz-sanitized soak lab docs dist deb lock lint format install uninstall clean
 
 setup:
 	@tools/setup.sh
@@ -89,6 +90,9 @@ bench-policy: setup
 
 bench-overlays: setup
 	PYTHONPATH=tests $(BIN)/python -m bench.overlays $(BENCH_ARGS)
+
+bench-stage: setup
+	PYTHONPATH=tests $(BIN)/python -m bench.staging $(BENCH_ARGS)
 
 # needs sshfs, openssh-server and nbdfuse, and says which of them is missing
 bench-doors: setup

@@ -29,7 +29,7 @@ fail() { echo "install: $*" >&2; exit 1; }
 # mode, file of the checkout, where it goes
 files() {
     local unit
-    for unit in forebay.service forebay@.service forebay-fuse.service forebay-nbdkit.service \
+    for unit in forebay.service forebay@.service forebay-fuse.service forebay-nbdkit.service forebay-stage.service \
         forebay.target machine-.scope.d/10-forebay.conf; do
         echo "644 systemd/$unit $SYSTEMD/systemd/system/$unit"
     done
@@ -129,7 +129,7 @@ uninstall_it() {
     if running; then
         ! systemctl --quiet is-active 'forebay*.service' ||
             fail "Forebay runs: shut the VMs down, then: systemctl disable --now forebay 'forebay@*' forebay-fuse"
-        systemctl --quiet disable forebay.service forebay-fuse.service forebay-nbdkit.service 2>/dev/null || true
+        systemctl --quiet disable forebay.service forebay-fuse.service forebay-nbdkit.service forebay-stage.service 2>/dev/null || true
     fi
     local _ to
     while read -r _ _ to; do

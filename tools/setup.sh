@@ -86,6 +86,8 @@ install_packages
 usable_venv || "$PYTHON" -m venv --system-site-packages --clear "$VENV"
 echo "setup: installing forebay and its dependencies into $VENV"
 FOREBAY_CORE_PLANTS=1 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[stage]' ||
+    echo "setup: without libtorrent, so tests of staging are skipped" >&2
 compile_core
 fetch_prometheus
 "$VENV/bin/python" -c 'import libnbdmod, nbd' || fail "libnbd's Python binding is not importable in $VENV"

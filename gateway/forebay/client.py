@@ -108,7 +108,7 @@ class Client:
         with self._exchange("GET", target, None, ANSWER_TIMEOUT) as answer:
             found = self._whole(answer)
         last = target.partition("?")[0].rpartition("/")[2]
-        if last in ("disks", "images", "stores", "overlays", "snapshots"):
+        if last in ("disks", "images", "stores", "overlays", "snapshots", "stages"):
             if isinstance(found, list) and all(isinstance(one, Answer) for one in found):
                 return found
             raise StrangeAnswerError(f"is no list of {last}")

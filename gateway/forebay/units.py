@@ -284,3 +284,27 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+STAGING_PORT = 10881
+"""Where the stagers of other hosts are reached, unless something else is said."""
+
+_LONGEST_HOST = 253
+"""Characters of a name (RFC 1035)."""
+
+
+def parse_peer(text: str) -> tuple[str, int]:
+    """Host and port of `host`, `host:port` or `[address]:port`. Raises ValueError; also for what begins with a dash."""
+    has_port = text.count(":") == 1 or "]:" in text
+    host, _, port = text.rpartition(":") if has_port else (text, "", "")
+    host = host.removeprefix("[").removesuffix("]")
+    plain = re.sub("[-._:]", "", host)
+    if not 0 < len(host) <= _LONGEST_HOST or not (plain.isascii() and plain.isalnum()):
+        raise ValueError(f"{text[:64]!r} is not the name or the address of a host")
+    if host[0] in "-.":
+        raise ValueError(f"{text[:64]!r} is not the name of a host: it begins with {host[0]}")
+    if not has_port:
+        return host, STAGING_PORT
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 1 << 16):
+        raise ValueError(f"{text[:64]!r}: a port is a number from 1 to 65535")
+    return host, int(port)

@@ -86,7 +86,7 @@ def test_disks_and_images_are_files(
     (gateway.images / "link.raw").symlink_to(gateway.images / "a.raw")
     (gateway.images / "empty.raw").touch()
     os.mkfifo(gateway.images / "fifo")
-    assert sorted(os.listdir(mount.path)) == ["disks", "images"]
+    assert sorted(os.listdir(mount.path)) == ["disks", "images", "stage"]
     assert os.listdir(mount.path / "disks") == ["d"]
     # neither links, nor fifos, nor what Forebay itself keeps beside an image
     assert (gateway.images / "a.raw.forebay").is_dir()
@@ -647,7 +647,7 @@ def test_a_daemon_that_stays_away_is_an_error_and_no_hang_and_it_comes_back(
     with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is compared
         os.listdir(mount.path / "disks")
     assert caught.value.errno == errno.EIO
-    assert sorted(os.listdir(mount.path)) == ["disks", "images"]
+    assert sorted(os.listdir(mount.path)) == ["disks", "images", "stage"]
     os.statvfs(mount.path)
     gateway.start()
     before = work.done

@@ -157,6 +157,10 @@ def test_the_fuse_door_is_shut_in_as_far_as_mounting_allows() -> None:
     assert not [line for line in lines if line.startswith(hiding)]
 
 
+def test_the_process_that_stages_is_shut_in() -> None:
+    assert exposure("forebay-stage.service") <= 2.0
+
+
 def test_instances_are_what_the_daemon_is() -> None:
     """All lines but those that name it."""
 

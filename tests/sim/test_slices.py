@@ -35,7 +35,7 @@ from forebay_cache.blocks.store import store
 from forebay_cache.format.entry import NO_SLOT, block_key, pack
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS
 from forebay_cache.format.records import LayerName
-from forebay_cache.read.fill import Flight
+from forebay_cache.read.flight import Flight
 from forebay_cache.slots.placement import TOUCHED
 from sim.fake_host import Host, settings
 from sim.fake_loop import Dice, simulated

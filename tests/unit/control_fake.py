@@ -4,7 +4,7 @@
 """A gateway without disks, for what stands in front of it: the control API and the command."""
 
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -300,6 +300,57 @@ class FakeMoves:
         return self._gateway.disks[name] | {"handover": "none", "handover_to": ""}
 
 
+STAGED: dict[str, Any] = {
+    "image": "images:a.raw",
+    "size": 20 * GIB,
+    "state": "staging",
+    "reason": None,
+    "cached_bytes": 5 * GIB,
+    "down_bytes_a_second": 90 * MIB,
+    "up_bytes_a_second": 30 * MIB,
+    "hosts": 40,
+    "connected": 12,
+    "source": False,
+    "origin_read_bytes": 0,
+    "refused_pieces": 0,
+}
+
+
+class FakeStaging:
+    """One image is staged; what is asked for is taken down."""
+
+    def __init__(self, gateway: "FakeGateway") -> None:
+        self._gateway = gateway
+
+    def status(self) -> list[dict[str, Any]]:
+        return [STAGED]
+
+    async def make(self, image: str, progress: Progress) -> dict[str, Any]:
+        self._gateway._called("make_torrent", image)
+        progress(GIB, 20 * GIB)
+        return {"image": image, "size": 20 * GIB, "path": f"{image}.forebay/torrent", "made": True}
+
+    async def torrent(self, image: str) -> dict[str, Any]:
+        return {"image": image, "torrent": "ZA=="}
+
+    async def lacking(self, image: str) -> dict[str, Any]:
+        return {"image": image, "pieces": 9, "lacking": [[0, 4]]}
+
+    async def order(
+        self, image: str, peers: Iterable[tuple[str, int]], *, source: bool, rate: int | None
+    ) -> dict[str, Any]:
+        self._gateway._called("stage", image, list(peers), source, rate)
+        return STAGED
+
+    async def end(self, image: str) -> dict[str, Any]:
+        self._gateway._called("end_stage", image)
+        return {"image": image, "ended": True}
+
+    def report(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        self._gateway._called("report", list(rows))
+        return []
+
+
 class FakeGateway:
     """Holds statuses; work goes in `steps` of one MiB, and then waits for `finish` where that is set.
 
@@ -324,6 +375,7 @@ class FakeGateway:
         self.stores = FakeStores()
         self.overlays = FakeOverlays(self)
         self.moves = FakeMoves(self)
+        self.staging = FakeStaging(self)
         self.began = trio.Event()
         self.ended = trio.Event()
 

@@ -194,6 +194,7 @@ def test_shipped_file_shows_every_key_with_its_default(file: Path) -> None:
         Config().fuse,
         Config().hosts,
         Config().metrics,
+        Config().staging,
     )
     assert keys == {"path", "purge_after", "socket"}.union(
         *(type(section).model_fields for section in sections)

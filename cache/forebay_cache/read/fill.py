@@ -29,6 +29,7 @@ from forebay_cache.errors import NO_ANSWER, IndexFault
 from forebay_cache.format.geometry import BLOCK, BLOCK_SHIFT, FULL, PAGE_BLOCKS, SECTOR, Buffer
 from forebay_cache.layers.in_flight import UNSTORED, Cells
 from forebay_cache.layers.layer import Layer
+from forebay_cache.read.flight import Flight
 
 CHUNK = 1 << 20
 """Bytes of one origin read at most: enough for a slow link, short enough to spread over several."""
@@ -66,42 +67,6 @@ class Starter(Protocol):
 
     def start_soon(self, task: Callable[..., Awaitable[object]], /, *args: Any) -> None:
         """As trio.Nursery.start_soon."""
-
-
-class Flight:
-    """One origin read that is on its way: of whole blocks, as far as the image has them, but for a guest's own bytes.
-
-    ``background``: nobody waits for it yet.
-    """
-
-    __slots__ = (
-        "data",
-        "error",
-        "is_ahead",
-        "joined",
-        "landed",
-        "length",
-        "needed",
-        "offset",
-        "stored",
-    )
-
-    def __init__(self, offset: int, length: int, *, background: bool = False) -> None:
-        self.offset = offset
-        self.length = length
-        self.is_ahead = background  # it was begun when nobody waited
-        self.needed = trio.Event()  # somebody waits
-        if not background:
-            self.needed.set()
-        self.landed = trio.Event()
-        self.stored = trio.Event()  # what could be kept of it is kept
-        self.joined: list[Callable[[], None]] = []  # called then
-        self.data = memoryview(b"")
-        self.error: OSError | None = None
-
-    def blocks(self) -> range:
-        """The numbers of the blocks that it brings."""
-        return range(self.offset >> BLOCK_SHIFT, (self.offset + self.length - 1 >> BLOCK_SHIFT) + 1)
 
 
 class Filler:
@@ -214,6 +179,28 @@ class Filler:
             block = flight.blocks().stop
         return flights
 
+    async def take(self, layer: Layer, offset: int, data: Buffer) -> None:
+        """Keep whole blocks of the origin, as far as it has them, that came from elsewhere and were found to be right.
+
+        Whoever needs one of them meanwhile has it from here. Nothing is kept where `layer` is not the clean layer any
+        more: what was found to be right is of an origin that has changed since.
+        """
+        flight = Flight(offset, len(data), background=True)
+        while under_way := [self._flights[n] for n in flight.blocks() if n in self._flights]:
+            await under_way[0].stored.wait()
+        if layer is not self.layer:
+            return
+        # a copy: whoever waits for it may keep a part for longer than this
+        flight.data = memoryview(bytes(data))
+        flight.landed.set()
+        self._flights.update(dict.fromkeys(flight.blocks(), flight))
+        try:
+            with self.cache.in_flight.filling(self.layer, flight.blocks()) as cells:
+                await self._store(flight, cells)
+        finally:
+            self._forget(flight)
+            flight.end()
+
     def _start(self, block: int, stop: int, background: bool) -> Flight:
         offset = block << BLOCK_SHIFT
         length = min(stop << BLOCK_SHIFT, self.reader.size) - offset
@@ -257,9 +244,7 @@ class Filler:
                 flight.error = OSError(errno.ESHUTDOWN, "the gateway is stopping")
                 flight.landed.set()
             self._forget(flight)
-            flight.stored.set()
-            for wake in flight.joined:
-                wake()
+            flight.end()
 
     async def _store(self, flight: Flight, cells: Cells) -> None:
         """Keep the whole sectors of a flight that has landed."""

@@ -245,6 +245,14 @@ def _fuse(parser: Parser) -> None:
     add("--patience", metavar="TIME", type=DURATION, default=120.0, help=text)
 
 
+def _stager(parser: Parser) -> None:
+    parser.add_argument("mount", metavar="MOUNT", help="where 'forebay fuse' is mounted")
+
+
+def _stage(parser: Parser) -> None:
+    __import__("forebay.cli.staging.arguments", fromlist=["add"]).add(parser, checked, IMAGE)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "serve": ("run the daemon in the foreground", _serve),
     "attach": ("serve an image as a disk", _attach),
@@ -312,6 +320,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     ),
     "fuse": ("mount disks and images as files, in the foreground", _fuse),
     "doctor": ("what is wrong with this host and its daemon, and what to do", _doctor),
+    "stage": ("have an image in the caches of many hosts", _stage),
+    "stager": ("exchange what is staged with other hosts, in the foreground", _stager),
     "check-config": ("say what is wrong with the configuration", _nothing),
     "dump-config": ("print the effective configuration", _json),
     "demo": ("show everything on a throw-away directory", _nothing),

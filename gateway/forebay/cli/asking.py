@@ -40,6 +40,14 @@ def daemon(arguments: Arguments) -> Daemon:
     return Client(os.path.join(run_directory(arguments.config), "control.sock"))
 
 
+def absolute_image(text: str) -> str:
+    """An image as the daemon takes it. A path is made absolute: the daemon has a working directory of its own."""
+    store, colon, _ = text.partition(":")
+    if text.startswith("/") or (colon and "/" not in store):
+        return text
+    return os.path.abspath(text)
+
+
 def print_json(content: Any) -> None:
     """Print an object, indented, and a line feed."""
     print(json.dumps(content, indent=2))

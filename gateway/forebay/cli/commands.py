@@ -4,11 +4,11 @@
 """What each sub-command does. Arguments are checked already; the result is the exit code."""
 
 import gc
-import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 
-from forebay.cli.asking import Arguments, daemon, print_json, progress_shown
+from forebay.cli.asking import Arguments, absolute_image, daemon, print_json, progress_shown
 from forebay.cli.moving import evacuate, handover, incoming
 from forebay.cli.peer import peer, rule
 from forebay.errors import ForebayError
@@ -68,7 +68,7 @@ def attach(arguments: Arguments) -> int:
     """`forebay attach`: serve an image, and print where."""
     content = {
         "name": arguments.name,
-        "image": _image(arguments.image),
+        "image": absolute_image(arguments.image),
         "mode": arguments.mode,
         "cache_size": arguments.cache_size,
         "preload": arguments.preload,
@@ -106,14 +106,6 @@ def _warn_of_old_libvirt(version: tuple[int, int, int] | None) -> None:
         print(f"forebay: warning: {reconnect_warning(version)}", file=sys.stderr)
 
 
-def _image(text: str) -> str:
-    """An image as the daemon takes it. A path is made absolute: the daemon has a working directory of its own."""
-    store, colon, _ = text.partition(":")
-    if text.startswith("/") or (colon and "/" not in store):
-        return text
-    return os.path.abspath(text)
-
-
 def detach(arguments: Arguments) -> int:
     """`forebay detach`: write back what is dirty, then stop serving."""
     flags = f"discard={int(arguments.discard)}&force={int(arguments.force)}"
@@ -136,7 +128,7 @@ def hosts(arguments: Arguments) -> int:
 
     if arguments.command == "summary":
         return summary.run(arguments, daemon(arguments))
-    return commands.run(arguments, _image)
+    return commands.run(arguments, absolute_image)
 
 
 def flush(arguments: Arguments) -> int:
@@ -199,21 +191,21 @@ def image(arguments: Arguments) -> int:
     from forebay.cli import images as commands
 
     run = {"warm": commands.warm, "trace": commands.trace}.get(arguments.command, commands.mark)
-    return run(arguments, daemon(arguments), _image(arguments.image))
+    return run(arguments, daemon(arguments), absolute_image(arguments.image))
 
 
 def purge(arguments: Arguments) -> int:
     """`forebay purge`: drop what the cache has of images that nobody uses."""
     from forebay.cli.images import purge as run
 
-    return run(arguments, daemon(arguments), [_image(image) for image in arguments.images])
+    return run(arguments, daemon(arguments), [absolute_image(image) for image in arguments.images])
 
 
 def import_image(arguments: Arguments) -> int:
     """`forebay import`: make a new image of a file."""
     from forebay.cli.importing import run
 
-    return run(arguments, _image(arguments.target))
+    return run(arguments, absolute_image(arguments.target))
 
 
 def overlays(arguments: Arguments) -> int:
@@ -229,7 +221,7 @@ def save(arguments: Arguments) -> int:
     """`forebay save`: make a new image of what a disk shows."""
     from forebay.cli.overlays import save as run
 
-    return run(arguments, daemon(arguments), _image(arguments.to))
+    return run(arguments, daemon(arguments), absolute_image(arguments.to))
 
 
 def resolve(arguments: Arguments) -> int:
@@ -237,7 +229,7 @@ def resolve(arguments: Arguments) -> int:
     from forebay.cli.resolve import keep, save
 
     if arguments.save:
-        return save(arguments, daemon(arguments), _image(arguments.save))
+        return save(arguments, daemon(arguments), absolute_image(arguments.save))
     return keep(arguments, daemon(arguments), "mine" if arguments.keep_mine else "image")
 
 
@@ -325,20 +317,23 @@ def recover(arguments: Arguments) -> int:
     return 0
 
 
+def stage(arguments: Arguments) -> int:
+    """`forebay stage` and `forebay stager`: an image in the caches of many hosts."""
+    return int(import_module("forebay.cli.staging.run").run(arguments))
+
+
 RUN: dict[str, Callable[[Arguments], int]] = {
     "serve": serve,
     "attach": attach,
     "detach": detach,
     "status": status,
-    "summary": hosts,
-    "hosts": hosts,
+    **dict.fromkeys(("summary", "hosts"), hosts),
     "stats": stats,
     "flush": flush,
     "mode": mode,
     "peer": peer,
     "preload": preload,
-    "images": images,
-    "stores": images,
+    **dict.fromkeys(("images", "stores"), images),
     **dict.fromkeys(("warm", "tag", "untag", "pin", "unpin", "trace"), image),
     "purge": purge,
     "import": import_image,
@@ -355,6 +350,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "takeover": recover,
     "fuse": fuse,
     "doctor": doctor,
+    **dict.fromkeys(("stage", "stager"), stage),
     "check-config": check_config,
     "dump-config": dump_config,
     "demo": demo,

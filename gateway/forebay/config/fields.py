@@ -9,6 +9,7 @@ A value that is refused raises ValueError with a text that says what is wrong, a
 import grp
 import os
 import pwd
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -107,6 +108,21 @@ def _preload_text(value: int | str) -> str:
     return value if isinstance(value, str) else exact_size(value)
 
 
+def _address(text: str) -> str:
+    """An IP address."""
+    try:
+        return str(ip_address(text))
+    except ValueError:
+        raise ValueError(f"'{text}' is no IP address: write it as 192.0.2.7") from None
+
+
+def _port(number: int) -> int:
+    """The number of a port."""
+    if not 0 < number < 1 << 16:
+        raise ValueError(f"{number} is no port: use 1 to 65535")
+    return number
+
+
 Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(exact_size, when_used="json")]
 Preload = Annotated[
     int | str, BeforeValidator(parse_preload), PlainSerializer(_preload_text, when_used="json")
@@ -127,6 +143,8 @@ Directory = Annotated[Path, AfterValidator(_absolute)]
 FileMode = Annotated[
     int, BeforeValidator(_octal), PlainSerializer(lambda mode: f"{mode:04o}", when_used="json")
 ]
+ListenAddress = Annotated[str, AfterValidator(_address)]
+Port = Annotated[int, AfterValidator(_port)]
 OnChange = Literal["refresh", "refuse"]
 PeerRule = Literal["first", "label", "any"]
 User = Annotated[str, AfterValidator(_known_user)]

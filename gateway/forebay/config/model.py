@@ -33,9 +33,11 @@ from forebay.config.fields import (
     Group,
     HostName,
     Listen,
+    ListenAddress,
     ModeName,
     OnChange,
     PeerRule,
+    Port,
     Preload,
     Size,
     SocketGroup,
@@ -46,7 +48,7 @@ from forebay.config.fields import (
 )
 from forebay.config.toml_text import toml_lines
 from forebay.errors import ConfigError, ForebayError
-from forebay.units import GIB, KIB, Mode, did_you_mean, exact_duration, exact_size
+from forebay.units import GIB, KIB, STAGING_PORT, Mode, did_you_mean, exact_duration, exact_size
 from forebay_cache.format.superblock import SMALLEST
 
 __all__ = ["Config", "ConfigError", "DiskSettings", "Mode", "Store"]
@@ -254,6 +256,15 @@ class MetricsSection(_Section):
         return key
 
 
+class StagingSection(_Section):
+    """`[staging]`: where `forebay stager` is reached by the stagers of other hosts."""
+
+    listen: ListenAddress = "0.0.0.0"  # noqa: S104  (only hosts that are named are let in)
+    """The address that it listens at, and sends from."""
+    port: Port = STAGING_PORT
+    """TCP."""
+
+
 # ----------------------------------------------------------------------------------- the whole file
 
 
@@ -268,6 +279,7 @@ class Config(_Section):
     fuse: FuseSection = Field(default_factory=FuseSection)
     hosts: HostsSection = Field(default_factory=HostsSection)
     metrics: MetricsSection = Field(default_factory=MetricsSection)
+    staging: StagingSection = Field(default_factory=StagingSection)
 
     _source: Path | None = PrivateAttr(None)
 
@@ -379,4 +391,5 @@ def _sections() -> dict[str, type[BaseModel]]:
         "fuse": FuseSection,
         "hosts": HostsSection,
         "metrics": MetricsSection,
+        "staging": StagingSection,
     }

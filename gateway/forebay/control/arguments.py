@@ -17,6 +17,7 @@ from forebay.units import (
     parse_duration,
     parse_format,
     parse_name,
+    parse_peer,
     parse_preload,
     parse_rate,
     parse_size,
@@ -70,6 +71,9 @@ def _names(value: Any) -> list[str]:
         return [parse_name(name) for name in value]
     raise ValueError(f"{value!r} is not a list of names")
 
+
+MOST_PEERS = 1000
+"""Hosts that stage together, at most."""
 
 MOST_IMAGES = 1024
 """Images, or tags, that one request may name."""
@@ -138,6 +142,33 @@ def _host(value: Any) -> str:
     raise ValueError(f"not the name of a host: at most {LONGEST_HOST} printable characters")
 
 
+def _peers(value: Any) -> list[tuple[str, int]]:
+    """A list of hosts, each with a port."""
+    if not isinstance(value, list) or len(value) > MOST_PEERS:
+        raise ValueError(f"not a list of at most {MOST_PEERS} hosts")
+    return [parse_peer(_text(one)) for one in value]
+
+
+_REPORT: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("image", "state"), str),
+    "reason": (str, type(None)),
+    **dict.fromkeys(("down", "up", "connected"), int),
+}
+
+
+def _reports(value: Any) -> list[dict[str, Any]]:
+    """A list of how far orders are."""
+    if not isinstance(value, list) or len(value) > MOST_IMAGES:
+        raise ValueError(f"not a list of at most {MOST_IMAGES} reports")
+    if not all(isinstance(row, dict) and _is_report(row) for row in value):
+        raise ValueError(f"not a list of reports, each with {', '.join(_REPORT)}")
+    return value
+
+
+def _is_report(row: dict[str, Any]) -> bool:
+    return all(isinstance(row.get(key), kind) for key, kind in _REPORT.items())
+
+
 ATTACH: dict[str, Parse] = {
     "name": parse_name,
     "image": _text,
@@ -185,6 +216,13 @@ IMAGES: dict[str, Parse] = {"store": _text}
 WARM: dict[str, Parse] = {"image": _text, "amount": parse_preload, "rate": parse_rate}
 MARK: dict[str, Parse] = {"image": _text}
 TRACE: dict[str, Parse] = {"image": _text, "export": _flag}
+ORDER: dict[str, Parse] = {
+    "image": _text,
+    "peers": _peers,
+    "source": _flag,
+    "rate": parse_rate,
+}
+REPORT: dict[str, Parse] = {"stages": _reports}
 TAG: dict[str, Parse] = {"image": _text, "tags": _tags}
 PURGE: dict[str, Parse] = {
     "images": _images,

@@ -33,6 +33,7 @@ from forebay.control.images import Catalogue, ImageRoutes, Stores
 from forebay.control.metrics import PROMETHEUS_TEXT
 from forebay.control.moves import PATIENCE, MoveRoutes, Moves
 from forebay.control.overlays import OverlayRoutes, Overlays
+from forebay.control.staging import Staging, StagingRoutes
 from forebay.control.summary import Summary, SummaryRoutes
 from forebay.control.work import Operation, Progress, error, failure
 from forebay.doors.tenant import Rule
@@ -150,6 +151,10 @@ class Answers(CacheDevice, Protocol):
     def summary(self) -> Summary:
         """How this host stands."""
 
+    @property
+    def staging(self) -> Staging:
+        """What is staged with other hosts."""
+
 
 def _guarded(endpoint: Endpoint) -> Endpoint:
     """The endpoint, which answers every fault in JSON: none of them may end the daemon."""
@@ -192,6 +197,7 @@ class Control:
             *ImageRoutes(self._gateway.catalogue, self._gateway.stores).table(),
             *OverlayRoutes(self._gateway.overlays).table(),
             *MoveRoutes(self._gateway.moves).table(),
+            *StagingRoutes(self._gateway.staging).table(),
         ]
         return [Route(method, path, _guarded(call)) for method, path, call in table]
 

@@ -41,12 +41,12 @@ from forebay.errors import ForebayError
 from forebay.handover.evacuation import Evacuation
 from forebay.handover.moves import Moves
 from forebay.image.gone import GoneImages
-from forebay.image.kept import MOST_IN_ALL
 from forebay.image.registry import Images
 from forebay.keeping.kept import KeptOverlays
 from forebay.keeping.overlays import Overlays
 from forebay.origin.threads import StoreThreads
 from forebay.overview.summary import Summary
+from forebay.staging.staging import Staging
 from forebay.storage.advice import LAST_SECONDS, Advice
 from forebay.storage.state import index_path
 from forebay.storage.upkeep import Upkeep
@@ -59,7 +59,6 @@ log = logging.getLogger("forebay.daemon")
 
 Status = dict[str, Any]
 """What is told about one disk: the keys of `forebay status --json`."""
-
 
 _AT_ONCE = 16
 """Disks whose status is told between two turns of others: about a millisecond."""
@@ -75,19 +74,15 @@ class Gateway:
         """`nursery` is the one long-lived nursery of the process; `cache` is running in it."""
         self.config = config
         self._cache = cache
-        self._images = images = Images(cache, nursery)
+        images = Images(cache, nursery)
         self._nursery = nursery
         returns = Returns(nursery, cache.records)
         self._disks = Disks()
         self._records = DiskRecords(cache, index_path(config))
         kept = KeptOverlays(cache)
-        self._memory = memory.budgets()
-        self._gone = GoneImages(
-            config,
-            cache,
-            partial(self._is_in_use, images),
-            self._threads_of,
-        )
+        budgets = memory.budgets()
+        self._figures = partial(memory.figures, budgets, cache, images.kept)
+        self._gone = GoneImages(config, cache, partial(self._is_in_use, images), self._threads_of)
         images.on_unused = self._note_unused
         files = TraceFiles(config.gateway.state, cache.uuid)
         boots = Boots(files, nursery, self._threads_of)
@@ -106,7 +101,7 @@ class Gateway:
             images,
             self._disks,
             self._records,
-            self._memory,
+            budgets,
             returns,
             self._departures.give_way,
             kept,
@@ -147,9 +142,9 @@ class Gateway:
             self.catalogue.cached_size,
             lambda disk: boot_of(disk, boots),
         )
-        self.stores = StoreSockets(
-            config, nursery, attaching, self._arrivals.threads_of, self._memory
-        )
+        threads_of = self._arrivals.threads_of
+        self.stores = StoreSockets(config, nursery, attaching, threads_of, budgets)
+        self.staging = Staging(config, cache, nursery, attaching, threads_of, budgets)
         self._upkeep = Upkeep(
             cache, lambda: [*(one.disk.image for one in self.attached()), *self.stores.images()]
         )
@@ -197,6 +192,7 @@ class Gateway:
         # before stores: no base is to be read that a disk on record writes
         await self._arrivals.resume(earlier)
         await self.stores.open(of_stores)
+        await self.staging.resume()
         self._nursery.start_soon(self._saving.remove_left)
         self._nursery.start_soon(self._gone.run)
         self._nursery.start_soon(self.catalogue.run)
@@ -224,9 +220,11 @@ class Gateway:
         for one in self.attached():
             one.listener.hang_up()
         self.stores.hang_up()
+        self.staging.hang_up()
 
     async def stop(self, *, restart: bool = False) -> bool:
         """End all work at the end of the process. True if the sockets were left for the next one; see `ending.stop`."""
+        self.staging.hang_up()  # who stages comes back, with what it has
         left = await stop(self.attached(), self.stores, self._records, restart=restart)
         with trio.move_on_after(LAST_SECONDS):
             await self.advice.save()
@@ -329,12 +327,7 @@ class Gateway:
 
     def info(self) -> dict[str, Any]:
         """What belongs to no disk, and not to the cache: see "Memory" and "The compiled core" in gateway/README.md."""
-        others = {
-            "core": forebay_fast.serves(),
-            "kept_write_memory_bytes": self._images.kept.used,
-            "kept_write_memory_limit_bytes": MOST_IN_ALL,
-        }
-        return memory.figures(self._memory, self._cache) | others
+        return {"core": forebay_fast.serves(), **self._figures()}
 
     # -- the cache
 

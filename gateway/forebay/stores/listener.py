@@ -5,7 +5,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
@@ -17,8 +17,8 @@ from forebay.errors import ForebayError
 from forebay.formats.magic import RAW
 from forebay.image.boundary import Boundary
 from forebay.origin.addresses import FileAddress, resolve
-from forebay.stores.listing import MOST_LISTED, Listing
-from forebay.stores.served import ServedImage
+from forebay.stores.listing import MOST_LISTED
+from forebay.stores.served import Holder, ServedImage
 from forebay_nbd import Budgets, Connection, Export, Limits, Refused, Server
 from forebay_nbd.protocol.wire import Rep
 
@@ -49,6 +49,13 @@ MakeImage = Callable[[str, int | None], ServedImage]
 """Makes what serves the image of a key; its size in bytes is given where clients were told one before."""
 
 
+class Lists(Protocol):
+    """What LIST shows."""
+
+    async def names(self) -> list[str]:
+        """Names of exports. Raises Refused."""
+
+
 class StoreListener(Accepting):
     """The NBD socket of one store."""
 
@@ -56,17 +63,19 @@ class StoreListener(Accepting):
         self,
         config: Config,
         store: str,
-        listing: Listing,
+        listing: Lists,
         make: MakeImage,
         nursery: trio.Nursery,
         memory: Budgets,
+        folder: str = FOLDER,
     ) -> None:
-        """`nursery` outlives the images. `memory` is what the clients of all sockets together may hold.
+        """`nursery` outlives the images. `memory` is what the clients of all sockets together may hold. `folder` is
+        the one of RUN.
 
         Raises ForebayError where no socket can have the path.
         """
         section = config.gateway
-        path = socket_path(section.run, store, FOLDER)
+        path = socket_path(section.run, store, folder)
         tenant = Tenant(f"store {store}", section.run, Rule("any"))
         server = Server(
             lambda connection: _Asked(self, connection), LIMITS, tenant.may_connect, memory, SHARE
@@ -88,7 +97,7 @@ class StoreListener(Accepting):
         """Those that are attached, or about to be."""
         return list(self._served.values())
 
-    async def hold(self, name: str, connection: Connection) -> ServedImage:
+    async def hold(self, name: str, connection: Holder) -> ServedImage:
         """The image at the path `name` of the store, attached and held for the connection: the caller releases it.
 
         Raises Refused.
@@ -218,7 +227,7 @@ class _Asked:
         """What `look` has found; the name is the one that it was given."""
         if self._refused is not None:
             raise self._refused
-        return self._held.disk if self._held is not None else None
+        return self._held.export if self._held is not None else None
 
     def names(self) -> list[str]:
         """What `look_around` has found. Raises Refused."""

@@ -21,7 +21,7 @@ from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.origin.opening import NoSuchImageError
 from forebay_cache import CacheError
-from forebay_nbd import Connection, Refused
+from forebay_nbd import Connection, Export, Refused
 from forebay_nbd.protocol.wire import Rep
 
 log = logging.getLogger("forebay.stores")
@@ -46,6 +46,17 @@ class Readers(Protocol):
 
     def check_alone(self, source: Source) -> None:
         """Raises ForebayError where a disk excludes the use of the image that the source is for."""
+
+
+class Holder(Protocol):
+    """Who may use an image: a connection, or work of the daemon's own."""
+
+    @property
+    def export(self) -> Export | None:
+        """What it has of the image as a client; None before that, and of what is no client."""
+
+    def abort(self) -> None:
+        """Have it let the image go at once."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +98,13 @@ class ServedImage:
         self.ended = trio.Event()
         self.is_ending = False
         """True once nobody can have it any more."""
-        self.listener = Clients(lambda: [one for one in self._holders if one.export is self.disk])
+        self.listener = Clients(
+            lambda: [x for x in self._holders if isinstance(x, Connection) and x.export]
+        )
         self.idle_since = float("-inf")
         """Trio time since when nobody holds it."""
-        self._holders: dict[Connection, int] = {}
-        """The connections that may use it, and how often each of them holds it: its clients, and who is about to be."""
+        self._holders: dict[Holder, int] = {}
+        """Who may use it, and how often each of them holds it: its clients, and who is about to be."""
         self._changed = trio.Event()
         self._scope = trio.CancelScope()
         self._leaves_at_once = False
@@ -111,7 +124,7 @@ class ServedImage:
         """True if nobody holds it."""
         return not self._holders
 
-    async def hold(self, connection: Connection) -> bool:
+    async def hold(self, connection: Holder) -> bool:
         """Keep it for a connection once more, as soon as it is attached; False if it is not, or not any more."""
         if self.is_ending:
             await self.ended.wait()
@@ -130,7 +143,7 @@ class ServedImage:
     def _may_be_read(self) -> bool:
         return not self.is_ending and self.conflict is None
 
-    def release(self, connection: Connection) -> None:
+    def release(self, connection: Holder) -> None:
         """Take one such hold back."""
         self._holders[connection] -= 1
         if not self._holders[connection]:
@@ -220,6 +233,7 @@ class ServedImage:
         try:
             await source.close_prepared()
             log.debug("%s: attached for the socket of its store", self.key)
+            await self.opened(disk)
             with sole_fault():
                 await self._serve(disk, boot, amount)
         finally:
@@ -241,6 +255,14 @@ class ServedImage:
             self.ready.set()
             await self._until_idle()
             nursery.cancel_scope.cancel()
+
+    @property
+    def export(self) -> Export | None:
+        """What clients get, once it is attached. Raises Refused."""
+        return self.disk
+
+    async def opened(self, disk: Disk) -> None:
+        """Called once, before anybody has it. Raises ForebayError and OSError, which end it."""
 
     async def _prepared(self, source: Source) -> Source:
         """The source with the image open. One that the store does not give now, and of which the cache has something,

@@ -10,6 +10,7 @@ from `ceiling`; a test compares them.
 
 from typing import Final
 
+from forebay.image.kept import MOST_IN_ALL, KeptInAll
 from forebay_cache import UNSTORED, Cache
 from forebay_nbd import Budgets, Limits
 from forebay_nbd.server.limits import OWN_CONNECTIONS
@@ -44,7 +45,7 @@ def budgets() -> Budgets:
     return Budgets()
 
 
-def figures(clients: Budgets, cache: Cache) -> dict[str, int]:
+def figures(clients: Budgets, cache: Cache, kept: KeptInAll) -> dict[str, int]:
     """What is held of each budget, and its limit, in bytes. The keys are a contract."""
     told: dict[str, int] = {}
     for name, budget in (
@@ -58,6 +59,8 @@ def figures(clients: Budgets, cache: Cache) -> dict[str, int]:
     told["fill_memory_limit_bytes"] = UNSTORED
     told["record_memory_bytes"] = cache.intent.noted_bytes
     told["record_memory_limit_bytes"] = cache.intent.journal.size
+    told["kept_write_memory_bytes"] = kept.used
+    told["kept_write_memory_limit_bytes"] = MOST_IN_ALL
     return told
 
 

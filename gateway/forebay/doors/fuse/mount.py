@@ -28,7 +28,16 @@ from forebay.doors.fuse.awake import kept_awake
 from forebay.doors.fuse.daemon import Daemon
 from forebay.doors.fuse.link import Link
 from forebay.doors.fuse.open_files import OpenFiles
-from forebay.doors.fuse.places import DISKS, IMAGES, DisksPlace, ImagesPlace, Place, Shown
+from forebay.doors.fuse.places import (
+    DISKS,
+    IMAGES,
+    STAGE,
+    DisksPlace,
+    ImagesPlace,
+    Place,
+    Shown,
+    StagePlace,
+)
 from forebay.doors.fuse.rights import Keeper, drop, may_mount
 from forebay.errors import ForebayError
 from forebay.origin.addresses import resolve
@@ -116,12 +125,16 @@ async def _main(
     stores = {name: store.path for name, store in config.stores.items()}
     images = ImagesPlace(stores, started, _shown(config.fuse))
     places: dict[str, Place] = {DISKS: DisksPlace(daemon, started), IMAGES: images}
+    places[STAGE] = StagePlace(images)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             door = _core_door(nursery) if config.gateway.core else None
             make_link = door.link if door is not None else partial(Link, nursery)
             make_link = partial(make_link, wait=settings.wait, patience=settings.patience)
-            files = OpenFiles(daemon, images, _keys(config), nursery, make_link=make_link)
+            pieces = str(config.gateway.run / "stage" / "pieces.sock")
+            files = OpenFiles(
+                daemon, images, _keys(config), nursery, make_link=make_link, pieces=pieces
+            )
             Turns.install(door)
             _mount(Files(places, files, daemon, door), where, options)
             if keeper is not None:

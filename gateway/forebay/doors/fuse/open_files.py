@@ -16,7 +16,7 @@ import trio
 
 from forebay.doors.fuse.daemon import Daemon, Refused, Served, disk_for
 from forebay.doors.fuse.link import Check, Connected, Lasting
-from forebay.doors.fuse.places import DISKS, Found, Path, Place, found_disk
+from forebay.doors.fuse.places import DISKS, STAGE, Found, Path, Place, StagePlace, found_disk
 
 log = logging.getLogger("forebay.fuse")
 
@@ -61,16 +61,20 @@ class OpenFiles:
         nursery: trio.Nursery,
         *,
         make_link: MakeLink,
+        pieces: str = "",
     ) -> None:
         """`key_of` returns the key of the image that a disk was attached from, None if it has none here.
 
-        `nursery` is for tasks that let images go; `make_link` makes connections: (path of the socket, export).
+        `nursery` is for tasks that let images go; `make_link` makes connections: (path of the socket, export);
+        `pieces` is the path of the socket for what is staged.
         """
         self._daemon = daemon
         self._images = images
+        self._stage = StagePlace(images)
         self._key_of = key_of
         self._nursery = nursery
         self._make_link = make_link
+        self._pieces = pieces
         self._files: dict[Path, OpenFile] = {}
         self._locks: defaultdict[Path, trio.Lock] = defaultdict(trio.Lock)
         self._kept: dict[Path, str] = {}
@@ -96,7 +100,8 @@ class OpenFiles:
         async with self._locks[path]:
             file = self._files.get(path)
             if file is None:
-                opened = await (self._disk(path) if path[0] == DISKS else self._image(path))
+                open_there = {DISKS: self._disk, STAGE: self._staged}.get(path[0], self._image)
+                opened = await open_there(path)
                 file = self._files[path] = opened
             file.users += 1
             return file
@@ -165,6 +170,13 @@ class OpenFiles:
                     log.warning("%s: %s", key, fault)
                     raise OSError(errno.EIO, str(fault)) from None
         raise AssertionError("the last attempt returns or raises")
+
+    async def _staged(self, path: Path) -> OpenFile:
+        """An image whose pieces come from other hosts. Raises OSError."""
+        found = await self._stage.look(path[1:])
+        link = self._make_link(self._pieces, f"{path[1]}:{'/'.join(path[2:])}")
+        await link.open()
+        return OpenFile(path, found, link, live=True)
 
     async def _writer(self, key: str) -> Served | None:
         """The disk that writes to the image, if there is one. Raises OSError."""

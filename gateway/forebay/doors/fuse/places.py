@@ -1,7 +1,10 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""The directories of the mount and what they hold: `disks/NAME`, and `images/STORE/path` as the stores have them."""
+"""The directories of the mount and what they hold: `disks/NAME`, `images/STORE/path` as the stores have them.
+
+`stage/STORE/path` are the images once more, for the process that stages.
+"""
 
 import errno
 import os
@@ -21,7 +24,7 @@ from forebay.origin.calls import open_beneath
 Path = tuple[str, ...]
 """Names from the root of the mount on; () is the root."""
 
-DISKS, IMAGES = "disks", "images"
+DISKS, IMAGES, STAGE = "disks", "images", "stage"
 
 STORE_SECONDS = 20.0
 """Longest wait for a store's directory. Then the answer is EIO: a hung file server must not hang the mount."""
@@ -152,6 +155,23 @@ class ImagesPlace:
                 look, root, inside, abandon_on_cancel=True, limiter=self._limits[store]
             )
         raise OSError(errno.EIO, f"store {store} does not answer")
+
+
+class StagePlace:
+    """`stage/`: the images once more, for the mount's own user. What is written there is compared with a torrent."""
+
+    def __init__(self, images: Place) -> None:
+        self._images = images
+
+    async def look(self, path: Path) -> Found:
+        """A directory, or an image."""
+        found = await self._images.look(path)
+        mode = 0o700 if found.folder else 0o600
+        return replace(found, mode=mode, uid=os.geteuid(), gid=os.getegid())
+
+    async def names(self, path: Path) -> list[str]:
+        """As the stores have them."""
+        return await self._images.names(path)
 
 
 def found_disk(disk: Served) -> Found:

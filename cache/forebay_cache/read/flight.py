@@ -1,0 +1,54 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""One read of the origin, as those see it who wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from forebay_cache.format.geometry import BLOCK_SHIFT
+
+
+class Flight:
+    """One origin read that is on its way: of whole blocks, as far as the image has them, but for a guest's own bytes.
+
+    ``background``: nobody waits for it yet.
+    """
+
+    __slots__ = (
+        "data",
+        "error",
+        "is_ahead",
+        "joined",
+        "landed",
+        "length",
+        "needed",
+        "offset",
+        "stored",
+    )
+
+    def __init__(self, offset: int, length: int, *, background: bool = False) -> None:
+        self.offset = offset
+        self.length = length
+        self.is_ahead = background  # it was begun when nobody waited
+        self.needed = trio.Event()  # somebody waits
+        if not background:
+            self.needed.set()
+        self.landed = trio.Event()
+        self.stored = trio.Event()  # what could be kept of it is kept
+        self.joined: list[Callable[[], None]] = []  # called then
+        self.data = memoryview(b"")
+        self.error: OSError | None = None
+
+    def end(self) -> None:
+        """Say that nothing more becomes of it."""
+        self.stored.set()
+        for wake in self.joined:
+            wake()
+
+    def blocks(self) -> range:
+        """The numbers of the blocks that it brings."""
+        return range(self.offset >> BLOCK_SHIFT, (self.offset + self.length - 1 >> BLOCK_SHIFT) + 1)

@@ -1,0 +1,90 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""What this host is to stage, and with whom. It is kept in STATE, and gone on with after a start."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from forebay.units import parse_peer
+
+FILE = "staging.json"
+"""In STATE."""
+
+MOST_ORDERS = 64
+"""Images that one host stages at one time."""
+
+MOST_PEERS = 1000
+"""Hosts of one order, as the control API takes them."""
+
+LONGEST = 4 << 20
+"""Bytes of the file."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """One image. `peers` are (host, port); a `source` has all of it to give, from its cache or from the store."""
+
+    image: str
+    size: int
+    peers: tuple[tuple[str, int], ...]
+    source: bool = False
+    rate: int | None = None
+    """Most bytes a second that the host sends, and as many that it receives; None: as many as it can."""
+
+    def told(self) -> dict[str, Any]:
+        """The same as JSON."""
+        return asdict(self)
+
+
+@dataclass
+class Report:
+    """What the process that stages said of an order last."""
+
+    state: str = "waiting"
+    reason: str | None = None
+    down: int = 0
+    up: int = 0
+    connected: int = 0
+    at: float = field(default=float("-inf"))
+    """Trio time of that."""
+
+
+def load(state: Path) -> list[Order]:
+    """The orders that are kept. Blocks. Raises OSError, and ValueError for what cannot be used."""
+    try:
+        with (state / FILE).open("rb") as file:
+            data = file.read(LONGEST + 1)
+    except FileNotFoundError:
+        return []
+    if len(data) > LONGEST:
+        raise ValueError(f"longer than {LONGEST} bytes")
+    try:
+        return [_order(one) for one in json.loads(data)][:MOST_ORDERS]
+    except (TypeError, KeyError, RecursionError) as fault:
+        raise ValueError(f"not a list of orders ({fault})") from None
+
+
+def _order(found: dict[str, Any]) -> Order:
+    peers = tuple(parse_peer(f"[{host}]:{port}") for host, port in found["peers"][:MOST_PEERS])
+    size, rate, image = found["size"], found["rate"], found["image"]
+    if type(size) is not int or not isinstance(image, str):
+        raise ValueError("an order without image and size")
+    if rate is not None and (type(rate) is not int or rate <= 0):
+        raise ValueError("an order with a rate that cannot be")
+    return Order(image, size, peers, bool(found["source"]), rate)
+
+
+def save(state: Path, orders: Iterable[Order]) -> None:
+    """Keep the orders, durably. Blocks. Raises OSError."""
+    new = state / f"{FILE}.new"
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:
+        file.write(json.dumps([one.told() for one in orders]).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    new.rename(state / FILE)

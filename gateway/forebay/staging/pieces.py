@@ -1,0 +1,261 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""The pieces of an image as another host's data comes in: an NBD export that takes writes, and believes none of them.
+
+What is written is no more than an offer. A piece of which all is there is compared with its hash in the torrent; what
+is right is stored as clean data of the image, as if it had been read from the store. All else is kept aside, for those
+only who write here, until it is right or there is too much of it: whoever wrote it reads it back, finds it wrong too,
+and knows whom not to ask any more. Nobody else ever sees it.
+
+What is read here and not aside comes from the cache, or the store, as it does for every reader of the image.
+"""
+
+import errno
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from forebay.disk.copy import STEP
+from forebay.disk.disk import Disk
+from forebay.staging.torrent import LEAF, Torrent
+from forebay_cache.blocks.store import mark_zero
+from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, Buffer
+
+log = logging.getLogger("forebay.staging")
+
+MOST_ASIDE = 64 << 20
+"""Bytes of pieces that are not whole, or not right, in memory for one image. Of more, the oldest are dropped."""
+
+INLINE = 128 << 10
+"""Bytes that are hashed at once: 0.1 ms. More is for a thread."""
+
+
+@dataclass
+class _Aside:
+    """A piece that is not known to be right. `there` has a bit for each leaf of it that has come."""
+
+    data: bytearray
+    there: int = 0
+
+    def put(self, start: int, data: Buffer) -> None:
+        """Take in bytes from `start` on. A leaf counts as there when one write has brought all of it."""
+        end = start + len(data)
+        self.data[start:end] = data
+        first = -(-start // LEAF)
+        last = -(-end // LEAF) if end == len(self.data) else end // LEAF
+        if last > first:
+            self.there |= (1 << last) - (1 << first)
+
+    @property
+    def is_whole(self) -> bool:
+        """True if all of it is there."""
+        return self.there == (1 << -(-len(self.data) // LEAF)) - 1
+
+    def has(self, start: int) -> bool:
+        """True if the leaf is there that has this byte."""
+        return bool(self.there >> start // LEAF & 1)
+
+
+class Pieces:
+    """Implements forebay_nbd.Export, on a read-only disk of the image."""
+
+    read_only = False
+    rotational = False
+    preferred_block = LEAF
+    contexts: tuple[str, ...] = ()
+
+    def __init__(self, disk: Disk, torrent: Torrent) -> None:
+        self.name = disk.name
+        self.size = disk.size
+        self.torrent = torrent
+        self.taken_bytes = 0
+        """Bytes that were offered, were right, and are clean data now, as far as the cache had room."""
+        self.refused_pieces = 0
+        """How many pieces were whole and wrong."""
+        self._disk = disk
+        self._image = disk.image
+        self._layer = disk.image.layer
+        self._aside: OrderedDict[int, _Aside] = OrderedDict()
+        self.unreadable = disk.unreadable
+        self.pin = disk.pin
+        self.unpin = disk.unpin
+
+    # -- what is true of the image
+
+    def fits(self) -> bool:
+        """True if the torrent is of the image as the cache knows it. It stays so, or `why_stale` tells."""
+        known = self._image.identity
+        return known.is_on_record() and not known.differs_from(self.torrent.identity)
+
+    def why_stale(self) -> str | None:
+        """Why nothing of it is taken or served any more; None if the image is still as it was."""
+        image = self._image
+        if image.conflict is None and image.layer is self._layer:
+            return None
+        return image.conflict or f"{image.key} was changed while it was staged: stage it again"
+
+    def _check(self) -> None:
+        if (why := self.why_stale()) is not None:
+            self._aside.clear()
+            raise OSError(errno.EIO, why)
+
+    async def note_zeros(self) -> None:
+        """Have the cache know what the torrent says to be zeros: that takes no room. Raises OSError."""
+        cache, layer = self._image.cache, self._layer
+        per_step = max(1, STEP // self.torrent.piece_length)
+        for first in range(0, self.torrent.pieces, per_step):
+            end = min(first + per_step, self.torrent.pieces)
+            zeros = [self.torrent.span(piece) for piece in self.torrent.zeros(first, end)]
+            await trio.lowlevel.checkpoint()
+            if not zeros:
+                continue
+            start, stop = zeros[0][0], sum(zeros[-1])
+            blocks = range(start // BLOCK, -(-stop // BLOCK))
+            with cache.in_flight.filling(layer, blocks) as cells:
+                await layer.pages.load({block // PAGE_BLOCKS for block in blocks})
+                await cache.journal_room(0)
+                self._check()
+                for offset, length in zeros:
+                    mark_zero(layer, offset, -(-length // SECTOR) * SECTOR, cells)
+
+    async def lacking(self) -> list[tuple[int, int]]:
+        """The runs (first piece, how many) of which the cache lacks something. Raises OSError."""
+        self._check()
+        runs: list[tuple[int, int]] = []
+        for offset, length in await self._image.filler.missing(0, self.size):
+            first = offset // self.torrent.piece_length
+            end = -(-(offset + length) // self.torrent.piece_length)
+            if runs and first <= sum(runs[-1]):
+                first = runs.pop()[0]
+            runs.append((first, end - first))
+        return runs
+
+    # -- reading
+
+    def read_now(self, offset: int, length: int) -> Buffer | None:
+        """Implements Export."""
+        if self._aside or self.why_stale() is not None:
+            return None
+        return self._disk.read_now(offset, length)
+
+    def join_read(self, offset: int, length: int, wake: Callable[[], None]) -> bool:
+        """Implements Export: each read waits for itself."""
+        return False
+
+    async def read(self, offset: int, length: int) -> list[Buffer]:
+        """Implements Export. Raises OSError."""
+        self._check()
+        if not self._aside:
+            return await self._disk.read(offset, length)
+        found: list[Buffer] = []
+        for at, part in _parts(offset, length, LEAF):
+            piece, start = divmod(at, self.torrent.piece_length)
+            aside = self._aside.get(piece)
+            if aside is not None and aside.has(start):
+                found.append(bytes(aside.data[start : start + part]))
+            else:
+                found += map(bytes, await self._disk.read(at, part))
+        return found
+
+    async def extents(
+        self, context: str, offset: int, length: int, one: bool
+    ) -> list[tuple[int, int]]:
+        """Implements Export: all of it is data."""
+        return [(self.size - offset, 0)]
+
+    async def cache(self, offset: int, length: int) -> None:
+        """Implements Export: nothing is brought in unasked."""
+
+    # -- offers
+
+    def write_now(self, writes: list[tuple[int, memoryview]]) -> int:
+        """Implements Export: each has to wait."""
+        return 0
+
+    async def write(self, offset: int, data: memoryview, fua: bool) -> None:
+        """Implements Export: take an offer. Raises OSError only where nothing is taken any more."""
+        self._check()
+        for at, part in _parts(offset, len(data), self.torrent.piece_length):
+            await self._offered(at, data[at - offset : at - offset + part])
+
+    async def zero(self, offset: int, length: int, fua: bool, no_hole: bool, fast: bool) -> None:
+        """Implements Export: zeros are an offer, too."""
+        self._check()
+        for at, part in _parts(offset, length, self.torrent.piece_length):
+            await self._offered(at, memoryview(bytes(part)))
+
+    async def trim(self, offset: int, length: int, fua: bool) -> None:
+        """Implements Export: nothing happens."""
+
+    async def _offered(self, offset: int, data: memoryview) -> None:
+        """Take in bytes of one piece."""
+        piece, start = divmod(offset, self.torrent.piece_length)
+        begin, length = self.torrent.span(piece)
+        if len(data) != length:
+            aside = self._aside.get(piece)
+            if aside is None:
+                aside = self._aside[piece] = _Aside(bytearray(length))
+            aside.put(start, data)
+            if not aside.is_whole:
+                self._bound()
+                return
+            data = memoryview(bytes(aside.data))
+        if await self._is_right(piece, data):
+            self._check()
+            await self._image.filler.take(self._layer, begin, data)
+            self._aside.pop(piece, None)
+            self.taken_bytes += length
+            return
+        self.refused_pieces += 1
+        aside = self._aside[piece] = _Aside(bytearray(length))
+        aside.put(0, data)
+        self._bound()
+
+    async def _is_right(self, piece: int, data: memoryview) -> bool:
+        if len(data) <= INLINE:
+            return self.torrent.is_right(piece, data)
+        return await trio.to_thread.run_sync(self.torrent.is_right, piece, data)
+
+    def _bound(self) -> None:
+        """Drop the oldest of what is aside, where it is too much: who wrote it reads what the image has instead."""
+        while len(self._aside) * self.torrent.piece_length > MOST_ASIDE:
+            self._aside.popitem(last=False)
+
+    # -- the rest of an export
+
+    def publish(self) -> None:
+        """Implements Export: write_now() does nothing."""
+
+    def answered(self) -> None:
+        """Implements Export: nothing to do."""
+
+    def flush_now(self) -> bool:
+        """Implements Export: what is lost in a crash is fetched again, as all clean data is."""
+        return True
+
+    def begin_flush(self) -> None:
+        """Implements Export: see `flush_now`."""
+
+    async def flush(self) -> None:
+        """Implements Export: see `flush_now`."""
+
+    def opened(self) -> None:
+        """Implements Export: nothing to do."""
+
+    def closed(self) -> None:
+        """Implements Export: nothing to do."""
+
+
+def _parts(offset: int, length: int, unit: int) -> list[tuple[int, int]]:
+    """A range, (offset, length), cut where multiples of `unit` are."""
+    parts = []
+    end = offset + length
+    while offset < end:
+        part = min(end, (offset // unit + 1) * unit) - offset
+        parts.append((offset, part))
+        offset += part
+    return parts
