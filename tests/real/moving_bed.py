@@ -45,6 +45,7 @@ HURRIED = {
     (giving, "IDLE_SECONDS"): 0.02,
     (giving, "PREPARED_SECONDS"): 0.02,
     (giving, "RETURN_SECONDS"): 0.02,
+    (giving, "RELEASED_SECONDS"): 0.05,
     (giving, "STALE_SECONDS"): 1.5,
     (coming, "BEAT_SECONDS"): 0.04,
     (coming, "TAKE_SECONDS"): 0.01,
@@ -249,7 +250,7 @@ class Bed2:
         last: list[BaseException] = []
         result: list[Any] = []
 
-        async def once(ended: trio.Event) -> None:
+        async def once(ended: trio.Event, killed: trio.Event) -> None:
             """What is shielded in a process that is gone is not waited for."""
             try:
                 with trio.move_on_after(3.0):
@@ -257,7 +258,7 @@ class Bed2:
             except (OSError, ForebayError, CacheError) as fault:
                 last[:] = [fault]
             except RuntimeError:
-                if not host.killed.is_set():
+                if not killed.is_set():
                     raise
             ended.set()
 
@@ -265,9 +266,10 @@ class Bed2:
             while not result:
                 await host.up.wait()
                 ended = trio.Event()
-                self.nursery.start_soon(once, ended)
+                killed = host.killed
+                self.nursery.start_soon(once, ended, killed)
                 async with trio.open_nursery() as nursery:
-                    for event in (ended, host.killed):
+                    for event in (ended, killed):
                         nursery.start_soon(_until_set, event, nursery.cancel_scope)
                 await trio.sleep(0 if result else 0.02)
             return result[0]

@@ -17,7 +17,7 @@ Parse = Callable[[str], Any]
 _TOLD = {
     "prepared": "prepared: host {handover_to} takes it when the VM writes there",
     "released": "handed over to host {handover_to}",
-    "incoming": "is to come here, when the VM writes",
+    "incoming": "does not come: it is detached",
     "none": "the image is here, and stays",
 }
 """By the phase that the disk is in afterwards."""

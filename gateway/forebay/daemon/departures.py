@@ -73,7 +73,7 @@ class Departures:
 
     async def give_way(self, disk: Attached) -> None:
         """Detach a disk whose readers are to keep no writer out, whether or not they are connected."""
-        log.info("%s: gives way to a disk that writes its image", disk.name)
+        log.info("%s: goes by itself", disk.name)
         with contextlib.suppress(ForebayError):  # it may go by itself at this moment
             await self.detach(
                 disk.name, discard=False, force=True, progress=lambda _done, _total: None

@@ -14,6 +14,7 @@ from forebay.config.model import Config
 from forebay.daemon.attached import Absent, Attached
 from forebay.daemon.record import DiskRecord, difference
 from forebay.errors import ForebayError
+from forebay.handover.phase import Phase
 from forebay.image.source import Source
 from forebay.units import did_you_mean, format_size
 
@@ -343,4 +344,8 @@ def _usable(disk: Attached | Absent) -> Attached:
     disk.check_serves()
     if (why := disk.disk.image.conflict) is not None:
         raise ForebayError(f"'{disk.name}' is attached already, and is in conflict: {why}")
+    if disk.handover is not None and disk.handover.phase is Phase.RELEASED:
+        raise ForebayError(
+            f"'{disk.name}' is attached already, and {disk.source.withheld}: 'forebay detach {disk.name}' first"
+        )
     return disk

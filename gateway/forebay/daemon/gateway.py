@@ -132,7 +132,7 @@ class Gateway:
             self._committing,
             self._disks.is_attached,
         )
-        evacuation = Evacuation(self.attached, self.detach, self.set_mode)
+        evacuation = Evacuation(self.attached, self.status, self.detach, self.set_mode)
         self.moves = Moves(self._disks.attached, evacuation.run)
         self.advice = Advice(cache, config.gateway.state)
         attaching = Attaching(

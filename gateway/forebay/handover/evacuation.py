@@ -50,10 +50,15 @@ class Evacuation:
     """Of all disks of this host."""
 
     def __init__(
-        self, disks: Callable[[], Sequence[Leaving]], detach: Detach, set_mode: SetMode
+        self,
+        disks: Callable[[], Sequence[Leaving]],
+        told: Callable[[], list[dict[str, Any]]],
+        detach: Detach,
+        set_mode: SetMode,
     ) -> None:
-        """`disks` returns those that are attached."""
+        """`disks` returns those that are attached, `told` the status of all, those included that are not served."""
         self._disks = disks
+        self._told = told
         self._detach = detach
         self._set_mode = set_mode
 
@@ -64,8 +69,9 @@ class Evacuation:
         is of one disk.
         """
         amounts: dict[str, tuple[int, int]] = {}
-        left: dict[str, str] = {}
         disks = self._disks()
+        names = {disk.name for disk in disks}
+        left = {one["name"]: str(one["reason"]) for one in self._told() if one["name"] not in names}
 
         async def leave(disk: Leaving) -> None:
             def advance(done: int, total: int) -> None:

@@ -19,8 +19,11 @@ from forebay.disk.modes import PRIVATE_MODES
 from forebay.errors import ForebayError
 from forebay.handover import hot
 from forebay.handover.phase import Phase, Phases
+from forebay.origin.addresses import FileAddress
+from forebay.origin.threads import bounded
 from forebay.sidecar.claim import Claim
-from forebay.sidecar.incoming import STALE_SECONDS, Incoming
+from forebay.sidecar.files import read_owner
+from forebay.sidecar.incoming import STALE_SECONDS, Incoming, who_asks
 from forebay.units import Mode
 
 log = logging.getLogger("forebay.handover")
@@ -33,6 +36,9 @@ PREPARED_SECONDS = 0.1
 
 WANTED_SECONDS = 0.02
 """The same once the other host wants it now. In so long a VM that rests writes nothing."""
+
+RELEASED_SECONDS = 5.0
+"""How often it is looked whether the other host has given up."""
 
 LIST_SECONDS = 2.0
 """How long it may take to write down which blocks are hot: it is a hint."""
@@ -132,7 +138,7 @@ class Giving:
     async def _wait(self) -> None:
         asked = self._claim.asked_by
         prepared = WANTED_SECONDS if asked is not None and asked.wants else PREPARED_SECONDS
-        seconds = {Phase.PREPARED: prepared, Phase.RELEASED: float("inf")}
+        seconds = {Phase.PREPARED: prepared, Phase.RELEASED: RELEASED_SECONDS}
         with trio.move_on_after(seconds.get(self._phases.state, IDLE_SECONDS)):
             await self._woken.wait()
         self._woken = trio.Event()
@@ -148,7 +154,8 @@ class Giving:
         if self._disk.image.conflict is not None:
             return
         if self._phases.state is Phase.RELEASED:
-            await self._take_back()
+            if self._disk.image.reach.is_waited_for or await self._is_left():
+                await self._take_back()
             return
         if self._claim.asked_by is not None or self._phases.state is Phase.PREPARED:
             await self._claim.check()
@@ -243,11 +250,24 @@ class Giving:
                 await image.reach.withhold(disk.source.withheld)
         log.info("%s: handed over to host %s", disk.name, asked.host)
 
+    async def _is_left(self) -> bool:
+        """True if the host that may take the image does not ask for it any more, and has not taken it."""
+        source = self._disk.source
+        address = source.address
+        assert isinstance(address, FileAddress), "only files are handed over"
+        with bounded(self._disk.settings.origin_timeout, f"looking who has {source.key}"):
+            asked = await source.threads.run(lambda: who_asks(address))
+            owner = await source.threads.run(lambda: read_owner(address))
+        if owner is None or owner.gateway != source.use.gateway:
+            return False
+        is_live = self._beats.is_live(asked)
+        return (
+            asked is None or asked.gateway != owner.to or (self._beats.is_stale() and not is_live)
+        )
+
     async def _take_back(self) -> None:
-        """Somebody waits for the image here: have it again, unless the other host has taken it."""
+        """Have the image again, unless the other host has taken it."""
         disk, reach = self._disk, self._disk.image.reach
-        if not reach.is_waited_for:
-            return
         with trio.move_on_after(disk.settings.origin_timeout):
             await reach.attempt_now()
             while disk.image.origin is None and disk.image.conflict is None:
@@ -262,7 +282,7 @@ class Giving:
         disk.source.note_come()
         disk.modes.show_clean(shown=True)
         self._phases.become(Phase.NONE)
-        log.info("%s: taken back, as a client wants it", disk.name)
+        log.info("%s: taken back", disk.name)
         self.wake()
 
 

@@ -136,6 +136,7 @@ def _take(address: FileAddress) -> bytes | None:
             data = syscalls.pread(fd, LONGEST + 1, 0)
         finally:
             syscalls.close(fd)
+        own_files.remove(sidecar.fd, NEW)
         own_files.remove(sidecar.fd, NAME)
         return data
     return None

@@ -31,7 +31,7 @@ MOVES: Table[Phase] = {
         Phase.RELEASED: "no client is connected, or the VM rests and writes on the other host",
     },
     Phase.RELEASED: {
-        Phase.NONE: "a client came back before the other host had taken it",
+        Phase.NONE: "a client came back, or the other host gave up, before that had taken it",
     },
     Phase.INCOMING: {
         Phase.NONE: "the VM writes here, and the image was taken",

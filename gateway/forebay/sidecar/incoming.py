@@ -104,6 +104,7 @@ def remove(directory: int, mine: Incoming, image: os.stat_result | None) -> None
     """Remove what that gateway has asked, if it is the one who asks. Raises OSError."""
     found = read(directory, image)
     if found is not None and found.gateway == mine.gateway:
+        own_files.remove(directory, NEW)  # of a beat that a kill has cut short
         own_files.remove(directory, NAME)
 
 
