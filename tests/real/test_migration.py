@@ -106,7 +106,8 @@ class Qemu:
     def quit(self) -> None:
         with suppress(OSError, ValueError, AssertionError):
             self.ask("quit")
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
         self._socket.close()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
@@ -187,11 +188,15 @@ class Guest:
         times = sorted(at for at, _ in self.said[began:])
         return max(b - a for a, b in pairwise(times))
 
+    def leave(self) -> None:
+        """End its QEMU, if that has not ended."""
+        self._listener.close()
+        self.qemu.quit()
+
     def end(self) -> int:
         """End it; the last number that it said."""
         self.qemu.ask("stop")
-        self._listener.close()
-        self.qemu.quit()
+        self.leave()
         words = [word for _, word in self.said]
         assert "failed" not in words
         numbers = [int(word) for word in words]
@@ -244,7 +249,7 @@ def moving(directory: Path, place: Place) -> Iterator[Guest]:
     try:
         yield guest
     finally:
-        guest.qemu.quit()
+        guest.leave()
 
 
 def test_a_guest_that_writes_moves_to_and_fro(
