@@ -14,6 +14,7 @@ from forebay.cli.status import trouble
 from forebay.cli.terminal.parser import without_json_version
 from forebay.cli.terminal.render import HEALTHY, status_table
 from forebay.disk.state import DiskState
+from forebay.overview import summary
 from forebay.units import TIB, Mode, natural
 from unit.control_fake import FakeGateway, disk, served
 from unit.test_cli import forebay
@@ -28,6 +29,13 @@ Capture = pytest.CaptureFixture[str]
 def test_every_state_but_those_of_healthy_disks_needs_a_look(state: DiskState) -> None:
     told = trouble(disk("a", state=state.value, reason="why, and what to do"))
     assert told == (None if state in HEALTHY else f"{state}: why, and what to do")
+
+
+def test_the_summary_of_a_host_takes_the_same_states_for_healthy() -> None:
+    assert HEALTHY == summary.HEALTHY
+    assert {"incoming", "handed-over"} < set(HEALTHY), (
+        "a VM that moves is no reason to call anybody"
+    )
 
 
 @pytest.mark.parametrize(

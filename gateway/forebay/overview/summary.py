@@ -28,7 +28,13 @@ MOST_IMAGES = 1000
 MOST_REASONS = 16
 """Lines that say why not all is well."""
 
-HEALTHY = (DiskState.READY.value, DiskState.COPYING.value)
+HEALTHY = (
+    DiskState.READY.value,
+    DiskState.COPYING.value,
+    DiskState.INCOMING.value,
+    DiskState.HANDED_OVER.value,
+)
+"""States of a disk that need no look, those of a VM that moves among them."""
 STATES = ("ok", "slow", "degraded")
 """The better ones first."""
 

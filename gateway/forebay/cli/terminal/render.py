@@ -15,8 +15,8 @@ from forebay.units import MIB, exact_size, format_duration, format_size, printab
 
 BOLD, RED, YELLOW = "1", "31", "33"
 
-HEALTHY = ("ready", "copying")
-"""States that need no look; every other one is coloured."""
+HEALTHY = ("ready", "copying", "incoming", "handed-over")
+"""States that need no look, those of a VM that moves among them; every other one is coloured."""
 
 
 class Cell(NamedTuple):
