@@ -7,7 +7,7 @@
 # make test-without-core   the tests that reach the compiled core, served by Python
 # make demo     everything on a throw-away directory
 # make bench    against nbdkit and qemu-nbd   ROUNDS=5  QUICK=1  BENCH_ARGS="--only qd16"
-# make bench-boot    boots alone and in storms, with a trace and without   BENCH_ARGS="--storms 1,25"
+# make bench-boot    boots of a real Linux, and storms of its reads; half an hour   BENCH_ARGS="--only storm --storms 1,25"
 # make bench-doors   socket, FUSE file, nbdfuse, sshfs, plain file     QUICK=1  BENCH_ARGS="--only read"
 # make bench-policy      what the placement finds, against other policies; how far off the advice is; ten minutes
 # make bench-overlays    what a thousand overlays cost; exit code 1 where a bar is missed
