@@ -141,6 +141,10 @@ def test_where_the_vm_is_is_found_however_broken_the_domain_is() -> None:
         directory_of(BEFORE.replace("]]>", "").replace("<![CDATA[", "").encode()) == f"{BASE}/0/7"
     )
     assert directory_of(BEFORE.encode()[:400]) == f"{BASE}/0/7"
+    raw = "<metadata><one:vm><one:system_datastore>/etc</one:system_datastore></one:vm></metadata>"
+    for before in (BEFORE, BEFORE[:-30]):
+        hostile = before.replace("<qemu:commandline>", f"{raw}<qemu:commandline>")
+        assert directory_of(hostile.encode()) == f"{BASE}/0/7"
     for text in (b"", b"\xff", b"<one:system_datastore>../x</one:system_datastore>"):
         with pytest.raises(Failed, match="in which directory"):
             directory_of(text)

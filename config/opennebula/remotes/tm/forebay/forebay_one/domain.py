@@ -72,6 +72,8 @@ class _Reader:
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         path = (*(one for one, _ in self._open), name)
         self._open.append((name, self._tag(path, attributes)))
+        if self._is_in_system_datastore():
+            self.system_datastore = ""
 
     def _tag(self, path: tuple[str, ...], attributes: dict[str, str]) -> _Tag | None:
         if path not in (DISK, METADATA) and path not in PARTS:
@@ -109,9 +111,12 @@ class _Reader:
             tag.end = self._text.index(b">", self._parser.CurrentByteIndex) + 1
 
     def _data(self, data: str) -> None:
-        names = [name for name, _ in self._open]
-        if names[:2] == list(METADATA) and names[-1].rpartition(":")[2] == SYSTEM_DATASTORE:
+        if self._is_in_system_datastore():
             self.system_datastore += data
+
+    def _is_in_system_datastore(self) -> bool:
+        names = [name for name, _ in self._open]
+        return names[:2] == list(METADATA) and names[-1].rpartition(":")[2] == SYSTEM_DATASTORE
 
 
 def _read(text: bytes) -> _Reader:
@@ -122,17 +127,18 @@ def _read(text: bytes) -> _Reader:
 
 
 def directory_of(text: bytes) -> str:
-    """The VM's directory on its host, however much of the domain can be read. Raises Failed."""
+    """The VM's directory on its host, however much of the domain can be read. Raises Failed.
+
+    What oned says of it stands last: a template's RAW comes before.
+    """
     try:
-        found = _read(text).system_datastore.strip()
+        found = _read(text).system_datastore.strip().encode(errors="surrogateescape")
     except Failed:
-        found = ""
-    for pattern in (IN_TEXT, A_DISK):
-        if not found and (match := pattern.search(text)):
-            found = match[1].decode(errors="surrogateescape")
-    if not found:
+        found = b""
+    written = [found] if found else IN_TEXT.findall(text)[-1:] or A_DISK.findall(text)[:1]
+    if not written:
         raise Failed("the domain does not say in which directory the VM is")
-    return normalised(found)
+    return normalised(written[0].decode(errors="surrogateescape"))
 
 
 def through_forebay(text: bytes, vm: str, disks: Iterable[Disk], run: str) -> bytes:

@@ -124,7 +124,7 @@ class Outcome(NamedTuple):
 
 
 def run_on(host: str, script: str) -> Outcome:
-    """Run a script by bash on the host; what it writes on stderr goes to the log. Raises OSError without an ssh."""
+    """Run a script by bash on the host. Raises OSError where there is no ssh."""
     command = [*shlex.split(os.environ.get("SSH", "ssh")), checked_host(host), "bash", "-s"]
     done = subprocess.run(
         command, input=script.encode(errors="surrogateescape"), capture_output=True, check=False
@@ -132,7 +132,7 @@ def run_on(host: str, script: str) -> Outcome:
     output, errors = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
     lines = errors.splitlines()
     told = [line for line in lines if ": " in line] or [line for line in lines if line.strip()]
-    why = HOOK.sub("", in_line(told[-1])) if told else f"exit code {done.returncode}"
+    why = in_line(HOOK.sub("", told[-1])) if told else f"exit code {done.returncode}"
     return Outcome(done.returncode, output, errors, why)
 
 
