@@ -61,6 +61,10 @@ KINDS: dict[str, tuple[int, st.SearchStrategy[Op]]] = {
         ),
     ),
     "look_beyond": (1, st.tuples(st.just("look_beyond"), st.sampled_from([0, 1 << 63, 1 << 19]))),
+    "by_turns": (
+        2,
+        st.tuples(st.just("by_turns"), st.integers(0, 2), st.sampled_from([0, 0, 3]), seeds),
+    ),
     **{
         name: (often, st.just((name,)))
         for name, often in {

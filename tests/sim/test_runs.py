@@ -25,13 +25,16 @@ class Block:
 
     def __init__(self, home: Path, *, core: bool) -> None:
         self.side = Side(home, core=core)
+        self.order = ""
+        """Of the last write: what was written of data (d) and journal (j)."""
 
     def write(self, sectors: range) -> int:
         """Write these sectors in one go. Returns how often the device was written to, frames of the journal aside."""
         with mock.patch.object(self.side, "write", wraps=self.side.write) as write:
             assert self.side.do_writes([(BLOCK * 16 + sectors.start, len(sectors), 1)], -1) == 1
         slots = self.side.cache.device.data_offset
-        return sum(call.args[0] >= slots for call in write.call_args_list)
+        self.order = "".join("dj"[call.args[0] < slots] for call in write.call_args_list)
+        return self.order.count("d")
 
     def zero(self, sectors: range) -> None:
         assert self.side.do_zero(BLOCK * 16 + sectors.start, len(sectors))
@@ -149,7 +152,9 @@ def test_what_was_written_since_the_sync_goes_to_the_new_slot_as_well(block: Blo
     for sector in WHOLE[::3]:
         block.write(range(sector, sector + 1))
     assert block.write(WHOLE) == 1
+    assert block.order == "dj", "nothing was there that a record has to come before"
     assert block.write(WHOLE) == 1
+    assert block.order == "jd"
     assert block.named[0] not in block.side.cache.quarantine._freed
 
 

@@ -80,6 +80,23 @@ class Side:
                 with contextlib.suppress(OSError):
                     self.cache.intent.publish()  # the caller does, before `writes` change
 
+    def do_by_turns(self, block: int, opened: int, seed: int) -> object:
+        """Have the sectors of a block lie on both sides by turns, `opened` of them not yet durable; then write all."""
+        first = block * BLOCK // SECTOR
+        found: list[object] = []
+        for runs in (
+            [(first, 16, seed)],
+            [(first + n, 1, seed) for n in range(0, 16, 2)],
+            [(first + n, 1, seed) for n in range(opened)],
+            [(first, 16, seed + 1 & 255)],
+        ):
+            if self.cache.intent.syncing:
+                return found
+            if len(found) < 3:
+                self.cache.intent.note_durable()
+            found.append(self.do_writes(runs, -1))
+        return found
+
     def write_with_fault(self, at: int, data: Any) -> None:
         if self.slow == 0:
             clock = trio.lowlevel.current_clock()
