@@ -49,6 +49,8 @@ async def lived(bed: Bed2, *, stays: bool, fails: bool, faults: dict[str, Fault]
             back.clients = now.clients = 0
             await bed.detach(now)
             await bed.detach(back)
+            with trio.move_on_after(10):  # what a store did not take then is given back later
+                await until(lambda: not bed.image.with_name("vm.img.forebay").exists())
             nursery.cancel_scope.cancel()
     whole = bed.image.read_bytes()
     for n, may_be in enumerate(bed.may_be):
