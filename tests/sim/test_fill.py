@@ -6,12 +6,17 @@
 import errno
 from pathlib import Path
 
+import pytest
 import trio
 import trio.testing
 
 from forebay_cache import Filler, open_cache
-from forebay_cache.format.geometry import BLOCK
+from forebay_cache.format.geometry import BLOCK, Buffer
 from forebay_cache.format.records import LayerName
+from forebay_cache.index.pages import PageTable
+from forebay_cache.layers.layer import Layer
+from forebay_cache.read.plan import Piece
+from forebay_cache.read.view import View
 
 
 class Origin:
@@ -101,6 +106,89 @@ async def test_what_nobody_waits_for_lets_guests_go_first_until_one_joins(tmp_pa
         for gate in origin.gates:
             gate.set()
     cache.release()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_what_others_have_fetched_meanwhile_is_not_fetched_ahead(
+    tmp_path: Path, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the page of the second half is loaded, or the first half is fetched, a guest gets the rest itself."""
+    cache = open_cache(tmp_path / "cache", tmp_path / "index", size=32 << 20, block_size=65536)
+    origin = Origin()
+    origin.size = 128 * BLOCK
+    layer = cache.layers.make(LayerName.of_image("i"))
+    loading, loaded, load = trio.Event(), trio.Event(), PageTable.load
+
+    async def slow_load(table: PageTable, numbers: list[int]) -> None:
+        if numbers == [1]:
+            loading.set()
+            await loaded.wait()
+        await load(table, numbers)
+
+    async with trio.open_nursery() as nursery:
+        filler = Filler(cache, layer, origin, nursery)
+        if waits:
+            nursery.start_soon(filler.prefetch, 0, 40 * BLOCK, Tally())
+            await reads(origin, 1)
+            guests = range(20, 24)
+        else:
+            monkeypatch.setattr(PageTable, "load", slow_load)
+            filler.ahead(60 * BLOCK, 8 * BLOCK, Tally())
+            await loading.wait()
+            guests = range(61, 63)
+        async with trio.open_nursery() as guest:
+            guest.start_soon(filler.fetch, guests.start * BLOCK, len(guests) * BLOCK, Tally())
+            await reads(origin, 2 if waits else 1)
+            origin.gates[-1].set()
+        while layer.pages.page(0)[guests.start % 64] & 0xFFFF != 0xFFFF:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        loaded.set()
+        while filler.waiting or not is_whole(layer, 0 if waits else 60, 40 if waits else 68):
+            for gate in origin.gates:
+                gate.set()
+            await trio.sleep(0.001)
+    blocks = [n for start, count in origin.reads for n in range(start, start + count)]
+    assert len(blocks) == len(set(blocks)), origin.reads
+    cache.release()
+
+
+async def test_a_read_asks_for_nothing_that_others_got_before_its_turn_came(tmp_path: Path) -> None:
+    """Between looking and asking a turn of the loop may go by, in which a hundred others have theirs stored."""
+    cache = open_cache(tmp_path / "cache", tmp_path / "index", size=16 << 20, block_size=65536)
+    origin, layer = Origin(), cache.layers.make(LayerName.of_image("i"))
+    async with trio.open_nursery() as nursery:
+        filler = Filler(cache, layer, origin, nursery)
+
+        async def fetch(offset: int, length: int) -> Buffer:
+            return await filler.fetch(offset, length, Tally())
+
+        view = View(cache, [], layer, fetch)
+        pieces = await view._find(BLOCK, 2 * BLOCK)
+        nursery.start_soon(filler.fetch, 0, 4 * BLOCK, Tally())
+        await reads(origin, 1)
+        origin.gates[0].set()
+        while not is_whole(layer, 0, 4):  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        again: list[Piece] = []
+        await view._collect(pieces, again, [], looks_again=True)
+        assert again == pieces
+        assert b"".join(await view.read(BLOCK, 2 * BLOCK)) == b"o" * 2 * BLOCK
+        assert origin.reads == [(0, 4)]
+    cache.release()
+
+
+async def reads(origin: Origin, count: int) -> None:
+    while len(origin.reads) < count:  # noqa: ASYNC110  (a thread loads the page)
+        await trio.sleep(0.001)
+
+
+def is_whole(layer: Layer, first: int, end: int) -> bool:
+    """True if the layer has all of these blocks."""
+    for n in range(first, end):
+        page = layer.pages.look(n // 64)
+        if page is None or page[n % 64] & 0xFFFF != 0xFFFF:
+            return False
+    return True
 
 
 async def test_who_joins_is_told_when_it_is_stored_and_only_where_somebody_waits(

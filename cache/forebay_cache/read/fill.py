@@ -312,7 +312,7 @@ class Filler:
         Raises OSError.
         """
         for start, part in await self.missing(offset, length):
-            for flight in self.launch(start, part, tally, background=background):
+            for flight in await self._launch_missing(start, part, tally, background=background):
                 await flight.stored.wait()
                 if flight.error is not None:
                     raise _same(flight.error)
@@ -324,7 +324,17 @@ class Filler:
     async def _ahead(self, offset: int, length: int, tally: Tally) -> None:
         with contextlib.suppress(IndexFault):
             for start, part in await self.missing(offset, length):
-                self.launch(start, part, tally, background=True)
+                await self._launch_missing(start, part, tally, background=True)
+
+    async def _launch_missing(
+        self, offset: int, length: int, tally: Tally, *, background: bool
+    ) -> list[Flight]:
+        """Flights for what a gap still lacks: others may have fetched since it was found. Raises IndexFault."""
+        return [
+            flight
+            for start, part in await self.missing(offset, length)
+            for flight in self.launch(start, part, tally, background=background)
+        ]
 
     async def missing(self, offset: int, length: int) -> list[tuple[int, int]]:
         """``[(offset, length)]`` of whole blocks that the clean layer lacks, each at most CHUNK. Raises IndexFault."""

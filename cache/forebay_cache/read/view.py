@@ -175,20 +175,21 @@ class View:
     async def _read(self, offset: int, length: int, *, slices: bool) -> tuple[list[Buffer], bool]:
         """The buffers that `read` returns, and whether something had to come from the origin. Raises OSError."""
         attempts = 0
-        is_sampled = False
+        is_first = True
         while attempts < 2 * _ATTEMPTS:
             pieces = await self._find(offset, length)
-            if not is_sampled:
+            if is_first:
                 self._sample(pieces)
-                is_sampled = True
             if all(p.slot == ZEROS or self._is_ready(p) for p in pieces):
                 found = self._ready_ones(pieces, slices=slices)
                 if found is not None:
                     return found, False
+                is_first = False
                 continue
             again: list[Piece] = []
             bad: list[Piece] = []
-            got = await self._collect(pieces, again, bad)
+            got = await self._collect(pieces, again, bad, looks_again=is_first)
+            is_first = False
             if not again:
                 return got, any(p.slot == ORIGIN for p in pieces)
             attempts += bool(bad)  # else a guest writes there, which makes it ready
@@ -283,11 +284,12 @@ class View:
         return data
 
     async def _collect(
-        self, pieces: list[Piece], again: list[Piece], bad: list[Piece]
+        self, pieces: list[Piece], again: list[Piece], bad: list[Piece], *, looks_again: bool
     ) -> list[Buffer]:
         """Get every piece, the slow ones side by side. Raises OSError.
 
-        ``again`` gets those that did not match their checksum, ``bad`` those of them whose checksum stayed the same.
+        ``again`` gets those that did not match their checksum, ``bad`` those of them whose checksum stayed the same;
+        ``again`` also those, if it ``looks_again``, that were fetched for others before they were asked for here.
         What is ready now is copied now: it may move meanwhile.
         """
         got: list[Buffer] = [b""] * len(pieces)
@@ -314,16 +316,23 @@ class View:
                     bad.append(pieces[n])
 
         tasks: list[Callable[[], Awaitable[None]]] = [
-            partial(self._fetch_all, pieces, got, run) for run in _by_block(pieces, misses)
+            partial(self._fetch_all, pieces, got, run, again if looks_again else None)
+            for run in _by_block(pieces, misses)
         ]
         if checks:
             tasks.append(check_all)
         await _side_by_side(tasks)
         return got
 
-    async def _fetch_all(self, pieces: list[Piece], got: list[Buffer], run: list[int]) -> None:
+    async def _fetch_all(
+        self, pieces: list[Piece], got: list[Buffer], run: list[int], again: list[Piece] | None
+    ) -> None:
         """Get the pieces of one block that the cache has not, given by their numbers. Raises OSError."""
         first, last = pieces[run[0]], pieces[run[-1]]
+        ends = (first.offset, last.offset + last.length - 1)
+        if again is not None and any(self._has_come(offset) for offset in ends):
+            again += [pieces[n] for n in run]
+            return
         try:
             data = await self.fetch(first.offset, last.offset + last.length - first.offset)
         except OSError as error:
@@ -335,6 +344,13 @@ class View:
         for n in run:
             start = pieces[n].offset - first.offset
             got[n] = memoryview(data)[start : start + pieces[n].length]
+
+    def _has_come(self, offset: int) -> bool:
+        """True if the clean layer has that byte: since it was looked for, a whole turn of the loop may have gone by."""
+        block = offset >> BLOCK_SHIFT
+        page = None if self.clean is None else self.clean.pages.look(block // PAGE_BLOCKS)
+        sector = (offset & BLOCK - 1) >> SECTOR_SHIFT
+        return page is not None and bool(page[block % PAGE_BLOCKS] >> sector & 1)
 
 
 def _by_block(pieces: list[Piece], numbers: list[int]) -> list[list[int]]:
