@@ -98,6 +98,12 @@ class StagedImage(ServedImage):
             raise Refused(why)
         return self.pieces
 
+    async def look_again(self) -> None:
+        """Look for image and torrent once more where what was found before does not fit. Raises OSError."""
+        if self.disk is not None and (self.pieces is None or self.pieces.why_stale() is not None):
+            await self.disk.image.look()
+            await self.opened(self.disk)
+
     async def opened(self, disk: Disk) -> None:
         """Look for the torrent. Raises OSError."""
         self.pieces = None

@@ -193,6 +193,7 @@ class Staging:
         """Stage an image with these hosts from now on; or go on with it, with these. What is told of it."""
         await self._open()
         async with self._held(image) as held:
+            await held.look_again()
             pieces = held.require_pieces()
             key, size = held.key, pieces.size
             self._check_room(
