@@ -46,8 +46,12 @@ PRODUCT = (
     "tests/README.md",
     "Makefile",
     "hatch_build.py",
+    "requirements.lock",
 )
 """What `make install` reads, beside the files in the checkout's root."""
+
+BUILT_WITH = ("hatchling>=1.27", "cython>=3.0,<4", "pip")
+"""What makes a wheel of the product."""
 
 FOREBAY_ID = 950
 """User and group of the daemon, the same on all machines, as systemd/README.md asks."""
@@ -63,7 +67,7 @@ def build(place: Path, told: Callable[[str], None]) -> tuple[Parts, Builder]:
     boot = builder.run(
         Step("boot", digest([HERE / "debian.py"]), lambda into: make_boot(into, kernel))
     )
-    requirements = (ROOT / "pyproject.toml").read_text() + (ROOT / "hatch_build.py").read_text()
+    requirements = digest([ROOT / "requirements.lock"]) + " ".join(BUILT_WITH)
     wheels = builder.run(Step("wheels", requirements, make_wheels))
     inputs = digest([HERE / "build.py", HERE / "models.py", *sources()])
     machine = builder.run(
@@ -75,15 +79,10 @@ def build(place: Path, told: Callable[[str], None]) -> tuple[Parts, Builder]:
 
 def make_wheels(into: Path) -> None:
     """What the product depends on and is built with, so that machines need no network."""
-    checkout = into / "checkout"
-    _copy_product(checkout)
     run("/usr/bin/python3", "-m", "venv", str(into / "venv"))
-    pip = str(into / "venv" / "bin" / "pip")
-    built_with = ("hatchling>=1.27", "cython>=3.0,<4", "pip")
-    run(pip, "download", "-q", "-d", str(into / "wheels"), str(checkout), *built_with)
-    for wheel in (into / "wheels").glob("forebay-*"):
-        wheel.unlink()
-    shutil.rmtree(checkout)
+    download = [str(into / "venv" / "bin" / "pip"), "download", "-q", "-d", str(into / "wheels")]
+    run(*download, "--require-hashes", "-r", str(ROOT / "requirements.lock"))
+    run(*download, *BUILT_WITH)
 
 
 def make_machine(into: Path, system: Path, boot: Path, wheels: Path) -> None:

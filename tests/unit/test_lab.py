@@ -173,5 +173,8 @@ def test_a_machine_gets_all_that_the_product_is_built_from() -> None:
         path for package in packages for path in package.rglob("*.p*") if path.suffix != ".pyc"
     }
     taken = set(sources())
-    assert wanted | {ROOT / "hatch_build.py", ROOT / "fast" / "build.py"} <= taken
+    assert (
+        wanted | {ROOT / "hatch_build.py", ROOT / "requirements.lock", ROOT / "fast" / "build.py"}
+        <= taken
+    )
     assert not {path for path in taken if path.suffix in {".so", ".c"}}
