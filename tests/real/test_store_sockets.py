@@ -149,11 +149,18 @@ def test_list_stops_at_a_thousand(gateway: GatewayProcess) -> None:
         (folder / f"{number:04}.raw").write_bytes(b"x")
     (gateway.images / "top.raw").write_bytes(b"x")
     names: list[str] = []
-    handle = nbd.NBD()
-    handle.set_opt_mode(True)
-    handle.connect_unix(str(socket_of(gateway)))
-    handle.opt_list(lambda name, _text: names.append(name))
-    handle.opt_abort()
+
+    def are_listed() -> bool:
+        """What is told may be a second old."""
+        names.clear()
+        handle = nbd.NBD()
+        handle.set_opt_mode(True)
+        handle.connect_unix(str(socket_of(gateway)))
+        handle.opt_list(lambda name, _text: names.append(name))
+        handle.opt_abort()
+        return len(names) >= 1000
+
+    wait_for(are_listed, "all are listed")
     assert len(names) == 1000
     assert names[-1] == "top.raw", "what lies highest first"
 

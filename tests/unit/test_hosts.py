@@ -161,7 +161,11 @@ def test_a_signal_to_end_ends_all_children(bed: Bed, number: signal.Signals, cod
         "--timeout",
         "1h",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(number, signal.SIG_DFL)  # as nohup has it, it would be ignored there
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(number, before)
     for name in ("hang1", "hang2"):
         while not (path := bed.folder / f"pids.{name}").exists() or not path.read_text():
             time.sleep(0.02)

@@ -29,6 +29,10 @@ class _Formatter(argparse.HelpFormatter):
         super().__init__(prog, width=max(40, width - 2))
 
 
+MOST_KNOWN = 200
+"""Characters of what might be meant, and of what was given, that an error shows."""
+
+
 class Parser(argparse.ArgumentParser):
     """Parses arguments, and says in one line what is wrong with them."""
 
@@ -41,7 +45,8 @@ class Parser(argparse.ArgumentParser):
         if match := re.match(r"argument (\w+): invalid choice: '(.*)' \(choose from (.*)\)$", text):
             what, word, known = match.groups()
             hint = did_you_mean(word, known.replace("'", "").split(", "))
-            text = f"argument {what}: no {what.lower()} '{word}'{hint}: use one of {known}"
+            uses = f": use one of {known}" if len(known) <= MOST_KNOWN else ""  # --help has them
+            text = f"argument {what}: no {what.lower()} '{word[:MOST_KNOWN]}'{hint}{uses}"
         self.exit(WRONG_USAGE, f"{self.prog}: {printable(text)} (see '{self.prog} --help')\n")
 
 
