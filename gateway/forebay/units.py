@@ -8,7 +8,6 @@ function takes what a person wrote and raises `ValueError` with a text that says
 """
 
 import enum
-import ipaddress
 import math
 import re
 from collections.abc import Iterable
@@ -119,6 +118,8 @@ def parse_host(text: object) -> str:
 
 def parse_listen(text: object) -> tuple[str, int]:
     """Where to listen, as "ADDRESS:PORT" or "[ADDRESS]:PORT": a numeric address and a port. Raises ValueError."""
+    import ipaddress  # noqa: PLC0415  (3 ms, which each command would wait for)
+
     if isinstance(text, tuple):
         return text
     given, _, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")

@@ -851,7 +851,7 @@ import sys
 from forebay.cli.main import main
 code = main(sys.argv[1:])
 heavy = {"pydantic", "rich", "h11", "trio", "anyio", "lmdb", "shtab", "http",
-         "email", "ssl", "asyncio", "forebay_nbd", "forebay_cache"}
+         "email", "ssl", "asyncio", "ipaddress", "forebay_nbd", "forebay_cache"}
 print(code, sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from importlib import import_module
 
 from forebay.cli.asking import Arguments, absolute_image, daemon, print_json, progress_shown
-from forebay.cli.moving import evacuate, handover, incoming
 from forebay.cli.peer import peer, rule
 from forebay.errors import ForebayError
 from forebay.units import format_size
@@ -77,8 +76,9 @@ def attach(arguments: Arguments) -> int:
         "format": arguments.format,
         "keep": arguments.keep,
         **rule(arguments),
-        **incoming(arguments),
     }
+    if arguments.incoming:
+        content |= import_module("forebay.cli.moving").incoming(arguments)
     client = daemon(arguments)
     if arguments.wait is None or arguments.incoming:
         status = client.post("/disks", content)
@@ -322,6 +322,11 @@ def stage(arguments: Arguments) -> int:
     return int(import_module("forebay.cli.staging.run").run(arguments))
 
 
+def moving(arguments: Arguments) -> int:
+    """`forebay handover` and `forebay evacuate`."""
+    return int(getattr(import_module("forebay.cli.moving"), arguments.command)(arguments))
+
+
 RUN: dict[str, Callable[[Arguments], int]] = {
     "serve": serve,
     "attach": attach,
@@ -341,8 +346,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     **dict.fromkeys(("overlays", "commit", "revert", "snapshot", "snapshots"), overlays),
     **dict.fromkeys(("rollback", "drop"), overlays),
     "resolve": resolve,
-    "handover": handover,
-    "evacuate": evacuate,
+    **dict.fromkeys(("handover", "evacuate"), moving),
     "xml": xml,
     "libvirt-hook": libvirt_hook,
     "cache": cache,

@@ -29,8 +29,6 @@ LONGEST_PATIENCE = 86400.0
 
 def incoming(arguments: Arguments) -> dict[str, Any]:
     """What `attach --incoming` tells the daemon, which waits for the other host as long as it thinks right."""
-    if not arguments.incoming:
-        return {}
     wait = arguments.wait
     return {"incoming": True, "patience": None if wait is None else min(wait, LONGEST_PATIENCE)}
 
