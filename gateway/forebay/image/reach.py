@@ -178,9 +178,16 @@ class Reach:
         try:
             return await call()
         except OSError as error:
-            if error.errno not in MAYBE_DEAD or origin is None or not await self.renew(origin):
+            if error.errno not in MAYBE_DEAD or self.conflict is not None:
+                raise
+            if not await (self._has_come() if origin is None else self.renew(origin)):
                 raise
         return await call()
+
+    async def _has_come(self) -> bool:
+        """True if there is an origin, where there was none: as while it is opened anew for somebody else."""
+        await self.attempt()
+        return self.conflict is None and self._origin is not None
 
     async def renew(self, origin: Origin) -> bool:
         """Open the image anew where that origin, of which a call has failed, is dead. True if it has another one now.
