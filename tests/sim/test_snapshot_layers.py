@@ -13,12 +13,17 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from forebay_cache import Cache, Layer, LayerName, View, join, open_cache
 from forebay_cache.blocks import private
 from forebay_cache.format.entry import block_key, layer_of_key, slots_in
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, PAGE_SHIFT, SECTOR, SECTORS, Buffer
+from forebay_cache.index.changes import Changes
+from forebay_cache.index.index import Index
+from forebay_cache.layers.reclaim import Reclaimer
 from forebay_cache.read.merged import LEVELS, Merged, seen_through
+from forebay_cache.slots.placement import HELD
 from sim.fake_host import check_cache
 
 NOTHING = b"image" * 819 + b"!"
@@ -262,6 +267,59 @@ async def test_a_join_that_is_cut_short_is_gone_on_with(tmp_path: Path, rng: ran
         await stack.check()
 
     await with_cache(tmp_path, life)
+
+
+@pytest.mark.parametrize("is_storing", [False, True])
+async def test_what_a_join_moved_stays_when_what_it_emptied_is_reclaimed_before_a_commit(
+    tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch, is_storing: bool
+) -> None:
+    """The index still says then that the slots are the emptied layer's; or a commit is just about to say otherwise."""
+    stored, commit = trio.Event(), Index.commit
+
+    async def slow_commit(index: Index, changes: Changes) -> None:
+        await stored.wait()
+        await commit(index, changes)
+
+    stacks: list[Stack] = []
+
+    async def written(cache: Cache) -> None:
+        stack = Stack(cache, rng)
+        for _ in range(3):
+            for _ in range(40):
+                await stack.write()
+            stack.add()
+        stacks.append(stack)
+
+    async def joined(cache: Cache) -> None:
+        """By a daemon that was started since: it reads a page of the index that it has forgotten."""
+        [stack] = stacks
+        stack.cache = cache
+        known = {layer.id: layer for layer in cache.layers}
+        stack.layers = [known[layer.id] for layer in stack.layers]
+        monkeypatch.setattr(Index, "commit", slow_commit)
+        upper, lower = stack.layers[1:3]
+        gone = await join(cache, lower, upper, turn, stack._forget)
+        stack.layers.remove(gone)
+        del stack.shown[2]
+        stack.merged = seen_through(cache.index, stack.layers[1:], None)
+        async with trio.open_nursery() as nursery:
+            if is_storing:
+                nursery.start_soon(cache.commit)
+                await trio.testing.wait_all_tasks_blocked()
+            cache.layers.drop(gone)
+            parts = (cache.index, cache.layers, cache.removal, cache.commit, cache.failure)
+            nursery.start_soon(Reclaimer(*parts)._reclaim, gone)
+            await trio.sleep(0.2)
+            stored.set()
+        state = cache.slots.placement.state
+        for layer in stack.layers:
+            for _, page in layer.pages.held():
+                for _, slot in slots_in(page):
+                    assert state[slot] & HELD, "it is in use"
+        await stack.check()
+
+    await with_cache(tmp_path, written)
+    await with_cache(tmp_path, joined)
 
 
 async def test_a_snapshot_that_is_taken_while_a_page_is_merged_is_not_left_out(

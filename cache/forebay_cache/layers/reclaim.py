@@ -56,6 +56,9 @@ class Reclaimer:
 
     async def _reclaim(self, layer: Layer) -> None:
         """Free what a dead layer holds, a piece at a time, then forget the layer. Raises OSError."""
+        # A page that was emptied before the layer died is forgotten as one that has nothing, so the index has to say
+        # so too: it would be read again, and what it named, which may be another layer's by now, would be freed.
+        await self._commit()
         # Pages in memory are newer than the index: empty those first.
         await self._empty_loaded(layer)
         number = 0
