@@ -50,6 +50,7 @@ case $host in
   none*) exit 127;;
   down*) cat "$here/down"; exit 1;;
   flood*) exec cat /dev/zero;;
+  chats*) exec yes;;
   cries*) head -c 1000000 /dev/zero | tr '\0' x >&2; echo >&2; echo "the last line" >&2; exit 1;;
   runs*) exec sh -c "$command";;
   *) cat "$here/answer";;
@@ -128,6 +129,28 @@ def test_a_host_that_hangs_is_told_when_its_time_is_up_and_holds_up_nobody(bed: 
     assert ended[-1].late
     assert answers.trouble(ended[-1], 10) == ("hangs", "no answer within 10s")
     assert not left(bed, "hang1")
+
+
+class Slow:
+    """Takes in what a host says more slowly than that says more; a second a piece."""
+
+    def __init__(self) -> None:
+        self.pieces = 0
+
+    def feed(self, data: bytes) -> None:
+        self.pieces += 1
+        assert self.pieces < 1000, "nobody looks whether its time is up"
+        time.sleep(0.005)
+
+    def taken(self) -> bytes:
+        return b""
+
+
+def test_a_host_that_says_more_and_more_is_told_when_its_time_is_up(bed: Bed) -> None:
+    slow = Slow()
+    fleet = Fleet("x", jobs=1, timeout=5, sink=lambda _host: slow, clock=lambda: slow.pieces)
+    [ended] = fleet.run(["chats"])
+    assert ended.late
 
 
 def left(bed: Bed, host: str) -> list[int]:

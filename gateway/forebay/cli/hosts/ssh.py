@@ -43,6 +43,10 @@ LONGEST_ERROR = 4 << 10
 MOST_JOBS = 256
 """Hosts at a time: each takes three descriptors."""
 _PIECE = 64 << 10
+_LAST_PIECES = 32
+"""That are read of a pipe once ssh has ended: 2 MiB, more than the kernel lets a pipe of a user hold. What ssh left
+behind may go on to write.
+"""
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -157,9 +161,11 @@ class _Child:
         if source != self._pidfd and self._take(source):
             selector.unregister(source)
 
-    def _take(self, pipe: IO[bytes]) -> bool:
-        """Take what the pipe has. True at its end."""
-        while not self._long:
+    def _take(self, pipe: IO[bytes], pieces: int = 1) -> bool:
+        """Take some of what the pipe has: others wait meanwhile. True at its end."""
+        for _ in range(pieces):
+            if self._long:
+                return True
             try:
                 data = os.read(pipe.fileno(), _PIECE)
             except BlockingIOError:
@@ -174,7 +180,8 @@ class _Child:
             except TooLong:
                 self._long = True
                 self.kill()
-        return True
+                return True
+        return False
 
     def has_ended(self) -> bool:
         """True once ssh has ended."""
@@ -195,7 +202,7 @@ class _Child:
     def ended(self) -> Ended:
         """What came of it, with what it said last."""
         for pipe in self._pipes:
-            self._take(pipe)
+            self._take(pipe, _LAST_PIECES)
         code = self._process.returncode
         return Ended(
             self.host,
