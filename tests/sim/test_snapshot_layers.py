@@ -8,6 +8,7 @@ pages and layer by layer.
 """
 
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from forebay_cache import Cache, Layer, LayerName, View, join, open_cache
 from forebay_cache.blocks import private
 from forebay_cache.format.entry import block_key, layer_of_key, slots_in
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, PAGE_SHIFT, SECTOR, SECTORS, Buffer
+from forebay_cache.format.records import PAGE_KEY
 from forebay_cache.index.changes import Changes
 from forebay_cache.index.index import Index
 from forebay_cache.layers.reclaim import Reclaimer
+from forebay_cache.offline import recovery
 from forebay_cache.read.merged import LEVELS, Merged, seen_through
 from forebay_cache.slots.placement import HELD
 from sim.fake_host import check_cache
@@ -319,6 +322,54 @@ async def test_what_a_join_moved_stays_when_what_it_emptied_is_reclaimed_before_
         await stack.check()
 
     await with_cache(tmp_path, written)
+    await with_cache(tmp_path, joined)
+
+
+async def test_what_a_join_moves_behind_the_scan_after_a_start_is_not_taken_for_free(
+    tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacks: list[Stack] = []
+
+    async def written(cache: Cache) -> None:
+        stack = Stack(cache, rng)
+        for _ in range(3):
+            for _ in range(40):
+                await stack.write()
+            stack.add()
+        stacks.append(stack)
+
+    has_come, may_go_on, all_pages = threading.Event(), threading.Event(), Index.all_pages
+
+    def in_rounds(index: Index, key: bytes, _most: int) -> list[tuple[bytes, bytes]]:
+        found = all_pages(index, key, 1)
+        if found and found[0][0] >= PAGE_KEY.pack(stacks[0].layers[1].id, 0):
+            has_come.set()
+            may_go_on.wait()
+            found = all_pages(index, key, 1)
+        return found
+
+    async def joined(cache: Cache) -> None:
+        """The scan has seen the older of the two, which then gets what the newer one has."""
+        [stack] = stacks
+        stack.cache = cache
+        known = {layer.id: layer for layer in cache.layers}
+        stack.layers = [known[layer.id] for layer in stack.layers]
+        upper, lower = stack.layers[1:3]
+        await trio.to_thread.run_sync(has_come.wait)
+        gone = await join(cache, lower, upper, turn, stack._forget)
+        assert gone is upper
+        await cache.commit()
+        may_go_on.set()
+        while cache.slots.scan is not None:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        state = cache.slots.placement.state
+        for _, page in lower.pages.held():
+            for _, slot in slots_in(page):
+                assert state[slot] & HELD, "it is in use"
+
+    await with_cache(tmp_path, written)
+    monkeypatch.setattr(recovery, "SCAN_AT_ONCE", 0)
+    monkeypatch.setattr(Index, "all_pages", in_rounds)
     await with_cache(tmp_path, joined)
 
 
