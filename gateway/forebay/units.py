@@ -39,6 +39,9 @@ LOWEST_RATE = 64 * 1024
 LAG_TIMES = 2
 """A disk lags that is so many times `max_lag` behind: a checkpoint begins at half of it, and takes its time."""
 
+HEALTHY = ("ready", "copying", "incoming", "handed-over")
+"""States of a disk that need no look, those of a VM that moves among them."""
+
 LARGEST_SIZE = (1 << 63) - 1
 """Bytes. NBD and lseek count in signed 64 bits; a larger number is a typing error."""
 

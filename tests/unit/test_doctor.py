@@ -120,6 +120,12 @@ def test_what_is_wrong_with_a_daemon_is_told(
     assert bad[0].todo
 
 
+@pytest.mark.parametrize("state", ["incoming", "handed-over"])
+def test_a_disk_whose_vm_moves_is_fine(state: str) -> None:
+    found = list(check(answering(disks=[disk("v", state=state, reason="it moves")])))
+    assert {one.level for one in found} == {Level.OK}
+
+
 async def test_a_daemon_is_asked_for_all_of_it() -> None:
     import trio
 

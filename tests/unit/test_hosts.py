@@ -336,6 +336,9 @@ def test_status_shows_the_disks_of_all_hosts(bed: Bed, capsys: Capture) -> None:
     bed.answer([disk | {"state": "conflict", "reason": "somebody has it"}])
     assert hosts("--hosts", "ham0", "status") == 1
     assert "ham0: degraded: vm1: conflict: somebody has it" in capsys.readouterr().out
+    bed.answer([disk | {"state": "handed-over", "reason": "its VM moves"}])
+    assert hosts("--hosts", "ham0", "status") == 0
+    assert "degraded" not in capsys.readouterr().out
     bed.answer([{"name": "x" * 100}])
     assert hosts("status", "--hosts", "ham0", "--json") == 1
     assert json.loads(capsys.readouterr().out)[0]["state"] == "error"

@@ -12,10 +12,9 @@ import pytest
 from forebay.cli.main import main
 from forebay.cli.status import trouble
 from forebay.cli.terminal.parser import without_json_version
-from forebay.cli.terminal.render import HEALTHY, status_table
+from forebay.cli.terminal.render import status_table
 from forebay.disk.state import DiskState
-from forebay.overview import summary
-from forebay.units import TIB, Mode, natural
+from forebay.units import HEALTHY, TIB, Mode, natural
 from unit.control_fake import FakeGateway, disk, served
 from unit.test_cli import forebay
 
@@ -31,11 +30,8 @@ def test_every_state_but_those_of_healthy_disks_needs_a_look(state: DiskState) -
     assert told == (None if state in HEALTHY else f"{state}: why, and what to do")
 
 
-def test_the_summary_of_a_host_takes_the_same_states_for_healthy() -> None:
-    assert HEALTHY == summary.HEALTHY
-    assert {"incoming", "handed-over"} < set(HEALTHY), (
-        "a VM that moves is no reason to call anybody"
-    )
+def test_healthy_states_are_states_of_disks() -> None:
+    assert set(HEALTHY) < set(DiskState)
 
 
 @pytest.mark.parametrize(

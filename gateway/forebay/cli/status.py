@@ -11,7 +11,7 @@ from typing import Any
 from forebay.cli.asking import Arguments, Daemon, print_json
 from forebay.cli.terminal import render
 from forebay.cli.terminal.render import BOLD, Cell, Column, table
-from forebay.units import LAG_TIMES, Mode, format_duration, format_size, natural, printable
+from forebay.units import HEALTHY, LAG_TIMES, Mode, format_duration, format_size, natural, printable
 
 FINE, TROUBLED = 0, 1
 """Exit codes of `forebay status -x`."""
@@ -79,7 +79,7 @@ def _troubled(disks: Sequence[Mapping[str, Any]], one: str | None, *, as_json: b
 
 def trouble(disk: Mapping[str, Any]) -> str | None:
     """What is wrong with a disk, by its status, and what to do, in one line; None where nothing is."""
-    if disk["state"] not in render.HEALTHY:
+    if disk["state"] not in HEALTHY:
         return f"{disk['state']}: {disk.get('reason') or 'the log of the daemon says why'}"
     lag, most = disk["lag_seconds"], disk.get("max_lag_seconds")
     if disk["mode"] == Mode.WRITE_BACK and most and lag > LAG_TIMES * most:

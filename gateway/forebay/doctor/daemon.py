@@ -16,15 +16,12 @@ from forebay.client import Client, NoDaemonError
 from forebay.doctor.finding import Finding, fault, ok, unknown, warning
 from forebay.doctor.probe import User
 from forebay.errors import ForebayError
-from forebay.units import format_duration, format_size
+from forebay.units import HEALTHY, LAG_TIMES, format_duration, format_size
 
 Told = dict[str, Any]
 
 USER = "forebay"
 """Whom the unit runs the daemon as."""
-HEALTHY = ("ready", "copying")
-LAG_TIMES = 2
-"""A disk is looked at that is so many times `max_lag` behind."""
 NEARLY_FULL = 0.9
 """Of a budget of memory."""
 ANSWERS = ("summary", "disks", "cache", "gateway", "stores", "images", "overlays")

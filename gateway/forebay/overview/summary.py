@@ -11,12 +11,11 @@ import trio
 
 from forebay import __version__
 from forebay.config.model import Config
-from forebay.disk.state import DiskState
 from forebay.origin.threads import StoreThreads
 from forebay.overview.health import StoreHealth
 from forebay.overview.hits import RecentHits
 from forebay.overview.remembered import Remembered
-from forebay.units import LAG_TIMES, Mode, format_duration
+from forebay.units import HEALTHY, LAG_TIMES, Mode, format_duration
 from forebay_cache import Cache
 
 Told = dict[str, Any]
@@ -28,13 +27,6 @@ MOST_IMAGES = 1000
 MOST_REASONS = 16
 """Lines that say why not all is well."""
 
-HEALTHY = (
-    DiskState.READY.value,
-    DiskState.COPYING.value,
-    DiskState.INCOMING.value,
-    DiskState.HANDED_OVER.value,
-)
-"""States of a disk that need no look, those of a VM that moves among them."""
 STATES = ("ok", "slow", "degraded")
 """The better ones first."""
 

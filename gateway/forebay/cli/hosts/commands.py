@@ -27,7 +27,7 @@ from forebay.cli.hosts.answers import (
 from forebay.cli.hosts.arguments import JOBS, TIMEOUT, WARM_JOBS, chosen
 from forebay.cli.hosts.ssh import Ended, Fleet, Lines, Whole
 from forebay.cli.terminal.render import wants_colour
-from forebay.units import format_size, printable
+from forebay.units import HEALTHY, format_size, printable
 
 Told = dict[str, Any]
 """What is told of one host: `host`, `state`, `why`, and what it answered."""
@@ -35,8 +35,6 @@ Told = dict[str, Any]
 FINE = ("ok", OFF)
 """States of a host that are no fault."""
 DONE = "done"
-HEALTHY = ("ready", "copying")
-"""States of a disk that need no look."""
 
 
 def run(arguments: argparse.Namespace, image: Callable[[str], str]) -> int:

@@ -11,12 +11,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from forebay.units import MIB, exact_size, format_duration, format_size, printable
+from forebay.units import HEALTHY, MIB, exact_size, format_duration, format_size, printable
 
 BOLD, RED, YELLOW = "1", "31", "33"
-
-HEALTHY = ("ready", "copying", "incoming", "handed-over")
-"""States that need no look, those of a VM that moves among them; every other one is coloured."""
 
 
 class Cell(NamedTuple):
