@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -28,11 +29,12 @@ from forebay.image.image import Image
 from forebay.units import Mode
 from forebay_cache import mark_hot, open_cache, pin_layer, scrub, settle
 from forebay_cache.blocks import private, store
-from forebay_cache.format.entry import NO_SLOT, slot_of
+from forebay_cache.format.entry import NO_SLOT, slot_of, slots_in
 from forebay_cache.format.geometry import BLOCK, SECTOR, SECTORS
 from forebay_cache.index.changes import Changes
 from forebay_cache.index.sums import UNKNOWN
 from forebay_cache.read.check import read_slots
+from forebay_cache.slots.placement import TOUCHED, UNSCANNED
 from forebay_cache.upkeep.revive import revive
 from sim.fake_host import Host, check_cache, nothing, settings
 from sim.fake_loop import Dice, simulated
@@ -1176,6 +1178,36 @@ def test_a_layer_that_is_pinned_while_slots_are_looked_for_is_known(tmp_path: Pa
         await pin_layer(cache, layer, pinned=False)
         await cache.evictor.evict(cache.slots.placement.victims(cache.device.slots))
         assert cache.slots.evicted_blocks == SIZE // BLOCK
+        cache.release()
+        await host.start()
+
+    play(tmp_path, story)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_what_settles_in_a_layer_behind_the_scan_is_known_to_be_in_use(
+    tmp_path: Path, pinned: bool
+) -> None:
+    """Else it counts as free when the scan after a start has ended."""
+
+    async def story(host: Host) -> None:
+        disk = await host.attach("d", settings(Mode.WRITE_BACK))
+        await disk.write(0, memoryview(NEW), True)
+        key = disk.image.key
+        await host.stop()
+        with mock.patch.object(forebay_cache.offline.recovery, "SCAN_AT_ONCE", 0):
+            cache = open_cache(host.device_file, host.device_file.parent / "index", boot="first")
+        clean = cache.layers.clean_of(key)
+        assert clean is not None
+        [frozen] = [layer for layer in cache.layers if layer.private and layer.sectors]
+        await pin_layer(cache, clean, pinned=pinned)
+        frozen.freeze()
+        filler = cast("Any", SimpleNamespace(layer=clean, cache=cache, overtaken=lambda *_: None))
+        await settle(cache, frozen, filler, trio.lowlevel.checkpoint)
+        state = cache.slots.placement.state
+        named = [slot for _, page in clean.pages.held() for _, slot in slots_in(page)]
+        assert named
+        assert [hex(state[slot]) for slot in named if state[slot] & ~TOUCHED == UNSCANNED] == []
         cache.release()
         await host.start()
 

@@ -145,6 +145,8 @@ def _hand_over(
                 layer.slots -= 1
                 target.slots += 1
                 cache.slots.owner[slot] = key
-                cache.slots.placement.adopt(slot, held=True)  # the scan after a start may be past it
+                cache.slots.placement.adopt(
+                    slot, held=True
+                )  # the scan after a start may be past it
         put_entry(layer.pages.writable(number), i, made if layer is target else Entry(0))
     target.sectors += made.valid.bit_count()

@@ -251,8 +251,8 @@ def _replace(
         clean.slots += 1
         key = block_key(clean.id, number * PAGE_BLOCKS + i)
         cache.slots.own(slot, key, held=clean.pinned)
-        if not clean.pinned:
-            cache.slots.placement.unhold(slot)
+        # either way it is known to be in use then, wherever the scan after a start is
+        (cache.slots.placement.hold if clean.pinned else cache.slots.placement.unhold)(slot)
     clean.sectors += (kept | zero).bit_count() - valid_of(old).bit_count()
     target[i] = pack(slot, zero, kept | zero)
 
