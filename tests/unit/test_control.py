@@ -392,6 +392,42 @@ async def test_garbage_hurts_only_its_own_connection(garbage: bytes) -> None:
         assert (await ask(run, "GET /disks/a")).status == 200
 
 
+@pytest.mark.parametrize(
+    "sent", [b"Transfer-Encoding: chunked\r\n\r\nno number\r\n", b"Content-Length: 5\r\n\r\nab"]
+)
+async def test_a_body_that_is_none_is_refused_and_no_fault_of_ours(
+    sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        served(FakeGateway("a")) as run,
+        await trio.open_unix_socket(str(run / "control.sock")) as stream,
+    ):
+        await stream.send_all(b"POST /flush HTTP/1.1\r\nHost: x\r\n" + sent)
+        await stream.send_eof()
+        head, _, body = (await read_all(stream)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"].startswith("no HTTP request: ")
+    assert not caplog.records
+
+
+async def test_a_client_that_is_gone_within_its_body_is_no_fault_of_ours(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with served(FakeGateway("a")) as run:
+        gone = trio.socket.socket(trio.socket.AF_UNIX)
+        await gone.connect(str(run / "control.sock"))
+        await gone.send(
+            b"POST /flush HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n"
+        )
+        with trio.fail_after(10):
+            while not (await gone.recv(1, trio.socket.MSG_PEEK)):
+                pass
+        gone.close()  # with what it has not read
+        assert (await ask(run, "GET /disks/a")).status == 200
+        await trio.testing.wait_all_tasks_blocked()
+    assert not caplog.records
+
+
 # -------------------------------------------------------------------------------------- hang-ups
 
 

@@ -116,6 +116,12 @@ async def test_head_is_get_without_the_body() -> None:
     assert got.count(b"hello") == 1
 
 
+async def test_what_is_no_request_is_refused_after_a_head_too() -> None:
+    got = await said(b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\nno request\r\n\r\n")
+    assert b"HTTP/1.1 400 " in got
+    assert got.endswith(b'"}')
+
+
 async def test_an_answer_of_unknown_length_has_an_end_for_old_clients_too() -> None:
     assert (await said(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")).endswith(b"\r\n0\r\n\r\n")
     assert (await said(b"GET /wait HTTP/1.0\r\n\r\n")).endswith(b"\r\n\r\nbegun")

@@ -38,7 +38,7 @@ from forebay.control.summary import Summary, SummaryRoutes
 from forebay.control.work import Operation, Progress, error, failure
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
-from forebay.http.messages import Answer, HTTPException, JSONResponse, Request, Response
+from forebay.http.messages import Answer, HTTPException, HungUp, JSONResponse, Request, Response
 from forebay.http.routing import Endpoint, Route
 from forebay.units import Mode
 
@@ -157,11 +157,13 @@ class Answers(CacheDevice, Protocol):
 
 
 def _guarded(endpoint: Endpoint) -> Endpoint:
-    """The endpoint, which answers every fault in JSON: none of them may end the daemon."""
+    """The endpoint, which answers every fault in JSON: none of them may end the daemon. It raises HungUp alone."""
 
     async def call(request: Request) -> Answer:
         try:
             return await endpoint(request)
+        except HungUp:
+            raise
         except Exception as fault:  # noqa: BLE001
             return error(*failure(fault, request.path_params.get("name", "")), fault)
 

@@ -65,7 +65,7 @@ class _Connection:
         self._send_seconds = send_seconds
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MOST_HEAD)
         self.request: Request
-        self._needs_body = True
+        self._needs_body: bool
         """False while the answer is one to HEAD."""
 
     # -- an exchange
@@ -73,12 +73,11 @@ class _Connection:
     async def answer_one(self, handler: Handler) -> bool:
         """Answer the next request. False if there is no other after it. Raises HungUp, and what `handler` raises."""
         deadline = trio.current_time() + REQUEST_SECONDS
+        self._needs_body = True
         try:
             answer = await self._taken(handler, deadline)
         except HTTPException as fault:
             answer = refusal(fault)
-        except h11.RemoteProtocolError as fault:
-            answer = refusal(HTTPException(fault.error_status_hint, f"no HTTP request: {fault}"))
         except trio.TooSlowError:
             return False
         if answer is None or self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
@@ -98,7 +97,7 @@ class _Connection:
         return await handler(self.request)
 
     async def _body(self, deadline: float) -> AsyncGenerator[bytes, None]:
-        """The parts of the body. Raises HTTPException (408) when they do not come in time."""
+        """The parts of the body. Raises HTTPException; 408 when they do not come in time."""
         if self._http.they_are_waiting_for_100_continue:
             await self._send(h11.InformationalResponse(status_code=100, headers=[]))
         while self._http.their_state is h11.SEND_BODY:
@@ -128,7 +127,7 @@ class _Connection:
             while left > 0 and self._http.their_state is h11.SEND_BODY:
                 try:
                     event = await self._event()
-                except h11.RemoteProtocolError:
+                except HTTPException:
                     return
                 left -= len(event.data) if isinstance(event, h11.Data) else 0
 
@@ -158,9 +157,13 @@ class _Connection:
     # -- the stream
 
     async def _event(self) -> Any:
-        """The next event of the client. Raises HungUp, h11.RemoteProtocolError."""
+        """The next event of the client. Raises HungUp, and HTTPException for what is no request."""
         while True:
-            event = self._http.next_event()
+            try:
+                event = self._http.next_event()
+            except h11.RemoteProtocolError as fault:
+                text = f"no HTTP request: {fault}"
+                raise HTTPException(fault.error_status_hint, text) from None
             if event is not h11.NEED_DATA:
                 return event
             await self._receive()
