@@ -51,6 +51,9 @@ SETTINGS: dict[str, Any] = {
 }
 """What is not as libtorrent has it by default."""
 
+MOST_RATE = (1 << 31) - 1
+"""Bytes a second: libtorrent takes no larger limit."""
+
 TROUBLE = ("file_error_alert", "torrent_error_alert", "fastresume_rejected_alert")
 """Alerts after which an image is begun anew."""
 
@@ -125,13 +128,19 @@ class Engine:
     ) -> None:
         """Stage an image, whose file lies at `path`; `lacking` are the runs of pieces that are not there.
 
-        Raises ForebayError for what is no torrent, and OSError where the mount does not give the file.
+        Raises ForebayError for what is no torrent, or of the same content as another image: libtorrent would take both
+        for one. Raises OSError where the mount does not give the file.
         """
         try:
             decoded: Any = lt.bdecode(torrent)
             info = lt.torrent_info(decoded)
         except (RuntimeError, TypeError) as fault:
             raise ForebayError(f"{image}: its torrent cannot be used: {fault}") from None
+        same = [x for x, h in self._handles.items() if h.info_hashes() == info.info_hashes()]
+        if same:
+            raise ForebayError(
+                f"{image} has the same content as {same[0]}: it is staged when that is ended"
+            )
         have = [True] * info.num_pieces()
         for first, count in lacking:
             have[first : first + count] = [False] * count
@@ -146,7 +155,7 @@ class Engine:
             | lt.torrent_flags.disable_lsd
             | lt.torrent_flags.disable_pex
         )
-        wanted.download_limit = wanted.upload_limit = rate or -1
+        wanted.download_limit = wanted.upload_limit = _limit(rate)
         self._held[image] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._handles[image] = self._session.add_torrent(wanted)
 
@@ -157,8 +166,8 @@ class Engine:
 
     def limit(self, image: str, rate: int | None) -> None:
         """Send, and receive, at most so many bytes a second of the image; None: as many as can be."""
-        self._handles[image].set_upload_limit(rate or -1)
-        self._handles[image].set_download_limit(rate or -1)
+        self._handles[image].set_upload_limit(_limit(rate))
+        self._handles[image].set_download_limit(_limit(rate))
 
     def connect(self, image: str, address: str, port: int) -> None:
         """Have a peer, if there is none there."""
@@ -184,3 +193,8 @@ class Engine:
                 if image is not None:
                     found.append((image, alert.message()))
         return found
+
+
+def _limit(rate: int | None) -> int:
+    """A rate as libtorrent has it."""
+    return -1 if rate is None else min(rate, MOST_RATE)

@@ -1,0 +1,57 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""libtorrent as staging uses it: what it is told in numbers that it takes, and of images that it cannot tell apart."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from forebay.errors import ForebayError
+from forebay.staging.torrent import LEAF, encoded
+from forebay.units import LARGEST_SIZE
+from unit.test_torrent import torrent_of
+
+if TYPE_CHECKING:
+    from forebay.swarm.engine import Engine
+
+CONTENT = b"a" * LEAF
+TORRENT = encoded(torrent_of(CONTENT))
+
+
+@pytest.fixture
+def engine() -> "Iterator[Engine]":
+    pytest.importorskip("libtorrent", reason="make setup installs it where it can be had")
+    from forebay.swarm.engine import Engine
+
+    engine = Engine("127.0.0.1", 0)
+    yield engine
+    engine.close()
+
+
+def image_in(folder: Path, name: str) -> Path:
+    path = folder / name
+    path.write_bytes(CONTENT)
+    return path
+
+
+def test_any_rate_is_one_that_libtorrent_takes(engine: "Engine", tmp_path: Path) -> None:
+    engine.add("images:a.raw", TORRENT, image_in(tmp_path, "a.raw"), [], LARGEST_SIZE)
+    engine.limit("images:a.raw", LARGEST_SIZE)
+    engine.limit("images:a.raw", None)
+
+
+def test_images_of_the_same_content_are_staged_one_after_the_other(
+    engine: "Engine", tmp_path: Path
+) -> None:
+    first, second = (image_in(tmp_path, name) for name in ("a.raw", "b.raw"))
+    engine.add("images:a.raw", TORRENT, first, [], None)
+    with pytest.raises(ForebayError, match=r"^images:b.raw has the same content as images:a.raw"):
+        engine.add("images:b.raw", TORRENT, second, [], None)
+    assert engine.images() == ["images:a.raw"]
+    assert engine.figures("images:a.raw").received == 0
+    engine.remove("images:a.raw")
+    engine.add("images:b.raw", TORRENT, second, [], None)
+    assert engine.figures("images:b.raw").received == 0
