@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from forebay.staging import orders
+from forebay.staging.orders import Order
 from real.disk_fixture import ask, wait_for
 from real.fuse_mount import FuseMount, need_fuse
 from real.gateway_process import GatewayProcess
@@ -338,3 +340,16 @@ def test_a_torrent_of_other_content_is_refused_and_orders_outlive_a_kill(
     gateway.allow_log("changed|another file")
     failed = gateway.cli("stage", IMAGE, "--peers", "a", check=False)
     assert "as it was before" in failed.stderr
+
+
+def test_what_is_staged_of_a_store_that_is_no_more_can_be_ended(
+    make_gateway: Make, images: Path
+) -> None:
+    gateway = make_gateway({"stores.images": {"path": str(images)}})
+    gateway.stop()
+    orders.save(gateway.state, [Order("gone:a.raw", MIB, (("a", 1),))])
+    gateway.start()
+    assert told(gateway)["image"] == "gone:a.raw"
+    assert "ended" in gateway.cli("stage", "gone:a.raw", "--end").stdout
+    assert ask(gateway, "/stages") == []
+    assert orders.load(gateway.state) == []

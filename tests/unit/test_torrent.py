@@ -248,6 +248,11 @@ def test_orders_come_back_as_they_were(tmp_path: Path) -> None:
     assert orders.load(tmp_path) == kept
 
 
+def test_the_hosts_of_an_order_are_not_copied_each_time_it_is_told() -> None:
+    order = Order("images:a.raw", 5, (("ham1", 1),))
+    assert order.told()["peers"] is order.peers
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -218,7 +218,8 @@ class Staging:
 
     async def end(self, image: str) -> Told:
         """Stage an image no more. What came stays in the cache."""
-        key = address_of(self._config, image).key
+        # an order may be for a store that the configuration does not have any more
+        key = image if image in self._orders else address_of(self._config, image).key
         ended = self._orders.pop(key, None)
         self._reports.pop(key, None)
         if ended is not None:
