@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""The prerm of the Debian package, run with other directories and fakes of what it calls: what it is not removed under."""
+"""The prerm of the Debian package, run with other directories, over fakes: what it is not removed under."""
 
 import subprocess
 from pathlib import Path
