@@ -217,6 +217,8 @@ def test_a_document_type_is_refused_and_a_user_may_write_of_one() -> None:
         ("(A = 1) | (B = 2)", "((A = 1) | (B = 2)) & "),
         ('(A = 1) & FOREBAY_STATE = "ok" & LS_FREE > 7', "(A = 1) & "),
         ('FOREBAY_STATE = "ok" & LS_FREE > 7', ""),
+        ('FOREBAY_STATE = "ok" & LS_FREE > 7 & A = 1', "(A = 1) & "),
+        ('(A = 1) & FOREBAY_STATE="ok" & LS_FREE>7 & B = 2', "((A = 1) & B = 2) & "),
     ],
 )
 def test_rank_keeps_what_a_template_requires_besides(required: str, now: str) -> None:
@@ -227,6 +229,22 @@ def test_rank_keeps_what_a_template_requires_besides(required: str, now: str) ->
         'SCHED_RANK="FOREBAY_WARM_0123456789AB * 100 + FOREBAY_WARM_FFFFFFFFFFFF * 100 + FREE_CPU"\n'
         f'SCHED_REQUIREMENTS="{now}FOREBAY_STATE = \\"ok\\" & LS_FREE > 10000"\n'
     )
+
+
+@pytest.mark.parametrize(
+    "required",
+    [
+        'FOREBAY_STATE = "slow"',
+        '(FOREBAY_STATE = "ok" & LS_FREE > 7) | A = 1',
+        '(FOREBAY_STATE = "ok" & LS_FREE > 7 & A = 1) | B = 1',
+        'FOREBAY_STATE = "ok" & LS_FREE > 7 | A = 1',
+    ],
+)
+def test_what_nobody_can_tell_apart_is_not_written_over(required: str) -> None:
+    template = ET.fromstring("<VMTEMPLATE><TEMPLATE><SCHED_REQUIREMENTS/></TEMPLATE></VMTEMPLATE>")
+    template.find("./TEMPLATE/SCHED_REQUIREMENTS").text = required  # type: ignore[union-attr]
+    with pytest.raises(Failed, match="by hand"):
+        rank.written(template, [f"/d/100/{HASH}"], 10000)
 
 
 def test_a_template_without_images_has_no_rank() -> None:

@@ -20,6 +20,9 @@ HASH = re.compile(r"[0-9a-f]{12,64}")
 
 MOST_IMAGES = 32
 
+OURS = re.compile(r'\s*&?\s*FOREBAY_STATE\s*=\s*"ok"\s*&\s*LS_FREE\s*>\s*[0-9]+')
+"""What is written into SCHED_REQUIREMENTS."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Print the lines, or put them into the template. The exit code; raises Failed and OSError."""
@@ -102,14 +105,21 @@ def written(template: ET.Element, sources: Sequence[str], free: int) -> str:
         raise Failed("the template has no image whose file is named as OpenNebula names them")
     rank = " + ".join([*dict.fromkeys(warm), "FREE_CPU"])
     ours = f'FOREBAY_STATE = "ok" & LS_FREE > {free}'
-    others = (template.findtext("./TEMPLATE/SCHED_REQUIREMENTS") or "").partition("FOREBAY_STATE")[
-        0
-    ]
-    others = re.sub(r"\s*&?\s*$", "", others)
+    others = _without_ours(template.findtext("./TEMPLATE/SCHED_REQUIREMENTS") or "")
     if others and not _is_in_brackets(others):
         others = f"({others})"
     required = f"{others} & {ours}" if others else ours
     return f"SCHED_RANK={_quoted(rank)}\nSCHED_REQUIREMENTS={_quoted(required)}\n"
+
+
+def _without_ours(required: str) -> str:
+    """What a template requires, without what was written before. Raises Failed where nobody can tell them apart."""
+    others = OURS.sub("", required)
+    if "FOREBAY_STATE" in others or re.search(r"(^|\()\s*[)|&]", others.lstrip(" &\t\n")):
+        raise Failed(
+            f"SCHED_REQUIREMENTS has FOREBAY_STATE otherwise: change it by hand: {required}"
+        )
+    return others.strip(" &\t\n")
 
 
 def _is_in_brackets(text: str) -> bool:
