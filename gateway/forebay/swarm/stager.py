@@ -37,7 +37,7 @@ CONNECT_SECONDS = 5.0
 """How often hosts are tried that are not connected."""
 
 NAME_SECONDS = 60.0
-"""For so long the address of a name is believed."""
+"""After so long a name is looked up again."""
 
 AGAIN_SECONDS = 5.0
 """How soon an image is begun anew after trouble with it."""
@@ -84,25 +84,33 @@ class Job:
         }
 
 
+@dataclass(eq=False)
+class _Name:
+    """What is known of a name, when it was looked up last, and the look-up that goes on."""
+
+    address: str | None = None
+    asked: float = float("-inf")
+    asking: "Future[str | None] | None" = None
+
+
 class Names:
-    """Addresses of hosts, looked up in threads: a name server that hangs holds up nobody."""
+    """Addresses of hosts, looked up in threads: a name server that hangs holds up nobody, and takes no host away."""
 
     def __init__(self, threads: ThreadPoolExecutor) -> None:
+        """`threads` are for this alone."""
         self._threads = threads
-        self._known: dict[str, tuple[float, Future[str | None]]] = {}
+        self._known: dict[str, _Name] = {}
 
     def address(self, host: str) -> str | None:
-        """The IP address of a host; None where it is not known, or not yet."""
+        """The IP address of a host, the last one that was found; None where there was none yet."""
         if _is_address(host):
             return host
-        now = time.monotonic()
-        asked, found = self._known.get(host, (float("-inf"), None))
-        if found is None or (found.done() and now - asked > NAME_SECONDS):
-            before = found.result() if found is not None else None
-            found = self._threads.submit(_address, host)
-            self._known[host] = now, found
-            return before
-        return found.result() if found.done() else None
+        name = self._known.setdefault(host, _Name())
+        if name.asking is not None and name.asking.done():
+            name.address, name.asking = name.asking.result() or name.address, None
+        if name.asking is None and time.monotonic() - name.asked > NAME_SECONDS:
+            name.asked, name.asking = time.monotonic(), self._threads.submit(_address, host)
+        return name.address
 
 
 def _is_address(host: str) -> bool:
@@ -116,8 +124,8 @@ def _is_address(host: str) -> bool:
 def _address(host: str) -> str | None:
     try:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError as fault:
-        log.warning("%s: %s", host, fault.strerror or fault)
+    except (OSError, UnicodeError) as fault:
+        log.warning("%s: %s", host, getattr(fault, "strerror", None) or fault)
         return None
 
 
@@ -129,7 +137,8 @@ class Stager:
         self._mount = mount
         self._engine = engine
         self._threads = ThreadPoolExecutor(8, "stager")
-        self._names = Names(self._threads)
+        self._lookups = ThreadPoolExecutor(4, "names")
+        self._names = Names(self._lookups)
         self._jobs: dict[str, Job] = {}
         self._is_away = False
 
@@ -160,7 +169,8 @@ class Stager:
     def close(self) -> None:
         """End all of it."""
         self._engine.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._lookups):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _follow(self, orders: dict[str, dict[str, Any]]) -> None:
         """Have a job for each order, and no others."""
