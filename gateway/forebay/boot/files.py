@@ -28,7 +28,7 @@ from forebay.origin.addresses import SIDECAR, Address, FileAddress
 from forebay.origin.protocol import Identity
 from forebay.origin.worker import syscalls
 from forebay.sidecar import own_files
-from forebay.sidecar.files import Sidecar
+from forebay.sidecar.files import Sidecar, identity
 from forebay.sidecar.record import UnreadableError
 
 log = logging.getLogger("forebay.boot")
@@ -121,11 +121,7 @@ class TraceFiles:
         """What the image looks like now; None for one that is not the bytes of a file. Raises OSError."""
         if not isinstance(address, FileAddress) or address.format != RAW:
             return None
-        with Sidecar(address) as sidecar:
-            status = sidecar.look_beside()
-        if status is None:
-            raise FileNotFoundError(errno.ENOENT, f"{address.key} is gone")
-        return Identity(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        return identity(address)
 
     def _beside(self, address: Address) -> list[tuple[Trace, str]]:
         if not isinstance(address, FileAddress):
@@ -134,11 +130,8 @@ class TraceFiles:
         try:
             with Sidecar(address) as sidecar:
                 sidecar.open()
-                fd = own_files.open_existing(sidecar.fd, _name(address), sidecar.look_beside())
-                try:
-                    data = syscalls.pread(fd, LONGEST + 1, 0)
-                finally:
-                    syscalls.close(fd)
+                image = sidecar.look_beside()
+                data = own_files.read(sidecar.fd, _name(address), image, LONGEST + 1)
             return [(decoded(data), place)]
         except FileNotFoundError:
             return []
@@ -190,15 +183,10 @@ class TraceFiles:
     def _keep_beside(self, address: FileAddress, data: bytes) -> None:
         with Sidecar(address) as sidecar:
             name = _name(address)
-            new = f"{name}.{self._gateway}"
             try:
                 sidecar.make()
-                _write(own_files.make(sidecar.fd, new, 0o644), data)
-                own_files.rename(sidecar.fd, new, name)
+                own_files.keep(sidecar.fd, name, f"{name}.{self._gateway}", data)
             except BaseException:
-                if sidecar.fd >= 0:
-                    with contextlib.suppress(OSError):
-                        own_files.remove(sidecar.fd, new)
                 sidecar.remove_if_empty()
                 raise
             syscalls.fsync(sidecar.fd)

@@ -129,13 +129,9 @@ def _take(address: FileAddress) -> bytes | None:
     with Sidecar(address) as sidecar, contextlib.suppress(FileNotFoundError):
         sidecar.open()
         try:
-            fd = own_files.open_existing(sidecar.fd, NAME, sidecar.look_beside())
+            data = own_files.read(sidecar.fd, NAME, sidecar.look_beside(), LONGEST + 1)
         except own_files.DoesNotCountError:
             return None
-        try:
-            data = syscalls.pread(fd, LONGEST + 1, 0)
-        finally:
-            syscalls.close(fd)
         own_files.remove(sidecar.fd, NEW)
         own_files.remove(sidecar.fd, NAME)
         return data

@@ -24,6 +24,7 @@ from forebay.errors import ForebayError
 from forebay.origin.addresses import SIDECAR, FileAddress
 from forebay.origin.calls import SystemCalls
 from forebay.origin.opening import OpenImage, open_folder
+from forebay.origin.protocol import Identity
 from forebay.origin.worker import syscalls
 from forebay.sidecar import own_files, redo, tenure
 from forebay.sidecar.locks import WRITES, InUse, NoLocks, take_locks
@@ -331,6 +332,15 @@ class Sidecar:
         """Remove the directory, if nothing lies in it."""
         with contextlib.suppress(OSError):  # a boot trace may stay in it, or somebody else's marker
             syscalls.rmdir(self._name, dir_fd=self._folder)
+
+
+def identity(address: FileAddress) -> Identity:
+    """What the image looks like now. Raises OSError."""
+    with Sidecar(address) as sidecar:
+        found = sidecar.look_beside()
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, f"{address.key} is gone")
+    return Identity(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
 def read_owner(address: FileAddress) -> Owner | None:

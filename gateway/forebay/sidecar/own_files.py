@@ -65,6 +65,34 @@ def make(folder: int, name: str, mode: int) -> int:
     return syscalls.open(name, _NEW, mode, dir_fd=folder)
 
 
+def read(folder: int, name: str, image: os.stat_result | None, longest: int) -> bytes:
+    """What a file in the open directory has, so many bytes at most. Raises what `open_existing` raises."""
+    fd = open_existing(folder, name, image)
+    try:
+        return syscalls.pread(fd, longest, 0)
+    finally:
+        syscalls.close(fd)
+
+
+def keep(folder: int, name: str, new: str, data: bytes) -> None:
+    """Have a file with this content, in the place of what has that name, when it is whole. Raises OSError.
+
+    Until then it is called `new`, and is removed where it does not become whole. The directory is not synced.
+    """
+    fd = make(folder, new, 0o644)
+    try:
+        try:
+            syscalls.pwrite_all(fd, data, 0)
+            syscalls.fsync(fd)
+        finally:
+            syscalls.close(fd)
+        rename(folder, new, name)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove(folder, new)
+        raise
+
+
 def remove(folder: int, name: str) -> None:
     """Remove what has that name, if anything has. Raises OSError."""
     with contextlib.suppress(FileNotFoundError), _no_directory(name):

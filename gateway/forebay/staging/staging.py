@@ -22,6 +22,7 @@ from forebay.config.model import Config
 from forebay.errors import ForebayError, advice
 from forebay.image.boundary import Boundary
 from forebay.origin.threads import StoreThreads
+from forebay.sidecar.files import identity
 from forebay.staging import files, making, orders
 from forebay.staging.orders import MOST_ORDERS, Order, Report
 from forebay.staging.served import StagedImage, StagingListener, address_of
@@ -134,7 +135,7 @@ class Staging:
 
     async def _make(self, held: StagedImage, counters: Counters, progress: Progress) -> None:
         assert held.disk is not None
-        before = await held.in_thread(partial(files.identity, held.address))
+        before = await held.in_thread(partial(identity, held.address))
         torrent = await making.make(held.disk, before, counters, progress)
         keep = partial(files.keep, held.address, torrent, self._cache.uuid)
         try:
