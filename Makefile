@@ -32,7 +32,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 # only what exists: a source root may be empty in an early checkout
 SOURCES := $(wildcard gateway nbd cache fast bench tests tools config hatch_build.py)
-SHELL_SCRIPTS := config/opennebula/install.sh config/opennebula/remotes/im/kvm-probes.d/host/system/forebay.sh \
+SHELL_SCRIPTS := packaging/debian/postinst packaging/debian/prerm packaging/debian/postrm config/opennebula/install.sh config/opennebula/remotes/im/kvm-probes.d/host/system/forebay.sh \
   config/libvirt/qemu-forebay config/libvirt/hooks/qemu.d/forebay config/proxmox/install.sh
 
 export VENV

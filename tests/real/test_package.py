@@ -29,6 +29,12 @@ size = "128 MiB"
 path = "/var/lib/images"
 """
 
+FURTHER = """
+[gateway]
+state = "/var/lib/forebay-b"
+run = "/run/forebay-b"
+"""
+
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -96,8 +102,13 @@ def test_its_life(packages: tuple[Path, Path], container: Container) -> None:
     assert json.loads(container.run("forebay", "status", "--json").stdout)
     uri = f"nbd+unix:///?socket={container.inside('/run/forebay/disks/a.sock')}"
     pid = container.show("forebay.service", "MainPID")
+    container.inside("/etc/forebay/b.toml").write_text(FURTHER + CONFIG)
+    container.run("systemctl", "start", "forebay@b", "forebay-fuse")
+    door = container.show("forebay-fuse.service", "MainPID")
     with SteadyGuest(uri, length=4 * MIB, depth=4) as guest:
-        dpkg(container, "-i", f"/var/lib/images/{later.name}")
+        told = dpkg(container, "-i", f"/var/lib/images/{later.name}")
+        assert "forebay-fuse is of the old version" in told
+        assert container.show("forebay-fuse.service", "MainPID") == door, "a mount is not cut off"
         control = container.inside("/run/forebay/control.sock")
         wait_for(lambda: accepts(control), "the daemon is back")
         assert container.show("forebay.service", "MainPID") != pid, "the new version runs"
@@ -106,12 +117,26 @@ def test_its_life(packages: tuple[Path, Path], container: Container) -> None:
         assert "VMs use its disks" in refused.stdout + refused.stderr
         assert container.show("forebay.service", "ActiveState") == "active"
         assert guest.finish()["errors"] == []
+    container.run("systemctl", "stop", "forebay-fuse")
+
+    # A further daemon counts as the first one does.
+    random_image(container.inside("/var/lib/images/b.raw"), MIB, 2)
+    container.run("chown", "forebay:", "/var/lib/images/b.raw")
+    container.run("forebay", "attach", "b", "images:b.raw", FOREBAY_CONFIG="/etc/forebay/b.toml")
+    further = f"nbd+unix:///?socket={container.inside('/run/forebay-b/disks/b.sock')}"
+    with SteadyGuest(further, length=MIB, depth=1) as guest:
+        refused = container.run("dpkg", "--remove", "forebay", check=False)
+        assert "VMs use its disks, or its stores (forebay@b.service)" in refused.stdout + refused.stderr
+        assert guest.finish()["errors"] == []
 
     # With a disk on record, what is in the cache stays, and the image says whose it is.
     told = dpkg(container, "--purge", "forebay")
     assert "images:a.raw" in told
-    assert "kept: /var/lib/forebay" in told
-    assert left_of_it(container) == ["/var/lib/forebay"]
+    assert "images:b.raw" in told
+    assert "kept: /var/lib/forebay," in told
+    assert "kept: /var/lib/forebay-b," in told
+    assert left_of_it(container) == ["/etc/forebay", "/var/lib/forebay"], "b.toml is the operator's"
+    container.run("rm", "/etc/forebay/b.toml")
     assert container.inside("/var/lib/images/a.raw.forebay").exists()
 
     dpkg(container, "-i", f"/var/lib/images/{later.name}")
@@ -119,7 +144,7 @@ def test_its_life(packages: tuple[Path, Path], container: Container) -> None:
     container.run("systemctl", "enable", "--now", "forebay")
     container.run("forebay", "detach", "a")
     assert not container.inside("/var/lib/images/a.raw.forebay").exists()
-    assert "kept" not in dpkg(container, "--purge", "forebay")
+    assert "kept: /var/lib/forebay," not in dpkg(container, "--purge", "forebay")
     assert left_of_it(container) == []
 
 
