@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import trio
 
-from forebay.control.arguments import LONGEST_BODY
+from forebay.control.arguments import LONGEST_BODY, MOST_PEERS
 from forebay.control.server import serve_control
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
+from forebay.staging.orders import MOST_ORDERS
 from forebay.units import MIB, Mode
 from unit.control_fake import (
     CACHE,
@@ -181,6 +182,17 @@ async def test_what_is_done_with_images_is_handed_on() -> None:
         ("unpin", "x"),
         ("purge", ["x"], which),
     ]
+
+
+async def test_as_many_hosts_and_images_are_staged_as_may_be_whatever_they_are_called() -> None:
+    gateway = FakeGateway("a")
+    peers = [f"{n}".rjust(253, "h") for n in range(MOST_PEERS)]
+    row = {"state": "failed", "reason": "r" * 1000, "down": 0, "up": 0, "connected": 0}
+    rows = [row | {"image": f"images:{n}".ljust(4000, "i")} for n in range(MOST_ORDERS)]
+    async with served(gateway) as run:
+        order = await ask(run, "POST /stages", {"image": "images:a", "peers": peers})
+        report = await ask(run, "POST /stages/report", {"stages": rows})
+    assert (order.status, report.status) == (200, 200)
 
 
 async def test_who_may_use_a_disk_is_handed_on() -> None:

@@ -248,6 +248,13 @@ def test_orders_come_back_as_they_were(tmp_path: Path) -> None:
     assert orders.load(tmp_path) == kept
 
 
+def test_as_many_orders_are_kept_as_may_be(tmp_path: Path) -> None:
+    peers = tuple((f"{n}".rjust(253, "h"), 65535) for n in range(orders.MOST_PEERS))
+    kept = [Order(f"images:{n}", 5, peers) for n in range(orders.MOST_ORDERS)]
+    orders.save(tmp_path, kept)
+    assert orders.load(tmp_path) == kept
+
+
 def test_the_hosts_of_an_order_are_not_copied_each_time_it_is_told() -> None:
     order = Order("images:a.raw", 5, (("ham1", 1),))
     assert order.told()["peers"] is order.peers

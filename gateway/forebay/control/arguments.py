@@ -27,6 +27,9 @@ from forebay.units import (
 LONGEST_BODY = 64 << 10
 """Bytes of a request's body. The largest sensible one, an attach, has a few hundred."""
 
+LONGEST_STAGING = 512 << 10
+"""The same of a request of staging: 1000 hosts with the longest names, or 64 images with theirs, are 320 KiB."""
+
 LONGEST_LABEL = 512
 """Bytes of a label of a process. Those of domains have 60."""
 
@@ -239,14 +242,17 @@ def rule_in(given: Mapping[str, Any]) -> Rule:
 
 
 async def arguments(
-    request: Request, known: Mapping[str, Parse], required: tuple[str, ...] = ()
+    request: Request,
+    known: Mapping[str, Parse],
+    required: tuple[str, ...] = (),
+    longest: int = LONGEST_BODY,
 ) -> dict[str, Any]:
     """The keys of the query and of the JSON body, parsed; null counts as absent. Raises HTTPException (400, 413).
 
-    `known` says which keys there may be, `required` which there have to be.
+    `known` says which keys there may be, `required` which there have to be, `longest` how many bytes the body may have.
     """
     given: dict[str, Any] = dict(request.query_params)
-    given |= _object(await request.body(LONGEST_BODY))
+    given |= _object(await request.body(longest))
     parsed = {}
     for key, value in given.items():
         if key not in known:

@@ -6,7 +6,7 @@
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
-from forebay.control.arguments import MARK, ORDER, REPORT, arguments
+from forebay.control.arguments import LONGEST_STAGING, MARK, ORDER, REPORT, arguments
 from forebay.control.work import Operation, Progress
 from forebay.http.messages import Answer, JSONResponse, Request, Response
 
@@ -65,7 +65,7 @@ class StagingRoutes:
 
     async def order(self, request: Request) -> Response:
         """Stage an image; answers with what is told of it."""
-        given = await arguments(request, ORDER, ("image", "peers"))
+        given = await arguments(request, ORDER, ("image", "peers"), LONGEST_STAGING)
         told = await self._staging.order(
             given["image"],
             given["peers"],
@@ -96,5 +96,5 @@ class StagingRoutes:
 
     async def report(self, request: Request) -> Response:
         """Take in how far the orders are; answers with the orders."""
-        given = await arguments(request, REPORT, ("stages",))
+        given = await arguments(request, REPORT, ("stages",), LONGEST_STAGING)
         return JSONResponse({"orders": self._staging.report(given["stages"])})

@@ -21,8 +21,8 @@ MOST_ORDERS = 64
 MOST_PEERS = 1000
 """Hosts of one order, as the control API takes them."""
 
-LONGEST = 4 << 20
-"""Bytes of the file."""
+LONGEST = 32 << 20
+"""Bytes of the file: so many orders with so many hosts, each of the longest name, are 17 MiB."""
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,9 @@ random, so that of many hosts one begins, and the others get it from that."""
 WRITE_SECONDS = 10.0
 """When nothing of what came has reached the cache for so long, it does not any more."""
 
+LONGEST_REASON = 1000
+"""Characters of a reason that the daemon is told: it takes the reasons of all orders in one request."""
+
 STORE, COMPLETE = "store", "seeding"
 """The states in which the store is read, and in which the cache has all of it."""
 
@@ -77,7 +80,7 @@ class Job:
         return {
             "image": self.order["image"],
             "state": self.state,
-            "reason": self.reason,
+            "reason": self.reason and self.reason[:LONGEST_REASON],
             "down": self.figures.down,
             "up": self.figures.up,
             "connected": self.figures.connected,
