@@ -94,27 +94,29 @@ class Evacuation:
 
     async def _leave(self, disk: Leaving, to: str, patience: float, progress: Progress) -> str:
         """Have one disk leave. Why it stays; empty if it does not. Raises OSError and ForebayError."""
-        told = disk.status()
         await disk.drain(progress)
+        why = RUNS
+        if disk.clients and to and disk.handover is not None:
+            why = await self._move(disk, to, patience, progress) or RUNS
+        told = disk.status()  # a VM may have run, and written, meanwhile
         if told["overlay"] and told["private_bytes"]:
             return ITS_OWN
-        if disk.clients and to and disk.handover is not None:
-            await self._move(disk, to, patience, progress)
         if not disk.clients:
             await self._detach(disk.name, progress=progress)
             return ""
         if Mode(told["mode"]) in PRIVATE_MODES and not told["overlay"] and not told["read_only"]:
             await self._set_mode(disk.name, Mode.WRITE_THROUGH, progress)
-        return RUNS
+        return why
 
-    async def _move(self, disk: Leaving, to: str, patience: float, progress: Progress) -> None:
-        """Wait until the VM has gone to that host. Raises ForebayError where it does not."""
+    async def _move(self, disk: Leaving, to: str, patience: float, progress: Progress) -> str:
+        """Wait until the VM has gone to that host. Why it has not; empty if it has."""
         assert disk.handover is not None, "it can be handed over"
-        with trio.move_on_after(patience):
-            await disk.handover.prepare(to, patience, progress)
-            while disk.clients or disk.handover.phase is Phase.PREPARED:  # noqa: ASYNC110 (nobody tells)
-                await trio.sleep(1.0)
-            return
-        raise ForebayError(
-            f"its VM has not gone to host {to} for {patience:g} s: it writes through"
-        )
+        try:
+            with trio.move_on_after(patience):
+                await disk.handover.prepare(to, patience, progress)
+                while disk.clients or disk.handover.phase is Phase.PREPARED:  # noqa: ASYNC110 (nobody tells)
+                    await trio.sleep(1.0)
+                return ""
+        except ForebayError as fault:  # it has to write through all the same
+            return str(fault)
+        return f"its VM has not gone to host {to} for {patience:g} s: it writes through"
