@@ -11,12 +11,17 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import trio
+import trio.testing
 
+from forebay.errors import ForebayError
 from forebay.units import Mode
 from forebay_cache.format.geometry import BLOCK
+from real.commands_bed import Bed, nothing
 from real.moving_bed import Bed2, Fault, until
 
 LOGGED = "(?s).*"
@@ -113,3 +118,48 @@ async def test_what_the_old_host_had_cached_is_brought_in_on_the_new_one(
             await bed.detach(bed.b)
             nursery.cancel_scope.cancel()
     assert not bed.image.with_name("vm.img.forebay").exists()
+
+
+async def test_a_mode_that_is_being_changed_when_a_handover_begins_is_left_for_it(
+    short_path: Path,
+) -> None:
+    bed = Bed(short_path)
+    bed.image("vm.img")
+    async with bed.life() as gateway, trio.open_nursery() as nursery:
+        await gateway.attach("d", "images:vm.img", mode=Mode.WRITE_THROUGH)
+        modes = bed.disk("d").disk.modes
+        async with modes.gate.passing():  # a write is under way
+            nursery.start_soon(gateway.set_mode, "d", Mode.WRITE_BACK, nothing)
+            await until(lambda: modes.gate.shut)
+            left: list[Mode | None] = []
+
+            async def hold() -> None:
+                left.append(await modes.hold(nothing))
+
+            nursery.start_soon(hold)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not left
+        await until(lambda: bool(left))
+        assert left == [Mode.WRITE_BACK]
+        assert modes.mode is Mode.WRITE_THROUGH
+
+
+async def test_a_mode_is_refused_where_a_handover_begins_while_it_is_put_on_record(
+    short_path: Path,
+) -> None:
+    bed = Bed(short_path)
+    bed.image("vm.img")
+    async with bed.life() as gateway:
+        await gateway.attach("d", "images:vm.img", mode=Mode.WRITE_THROUGH)
+        modes, records = bed.disk("d").disk.modes, gateway._records
+        change = records.change
+
+        async def changed(*args: Any) -> None:
+            await change(*args)
+            await modes.hold(nothing)
+
+        with mock.patch.object(records, "change", changed), pytest.raises(ForebayError) as refused:
+            await gateway.set_mode("d", Mode.WRITE_BACK, nothing)
+        assert "is being handed over" in str(refused.value)
+        assert modes.mode is Mode.WRITE_THROUGH
+        assert bed.disk("d").record.mode == Mode.WRITE_THROUGH.value

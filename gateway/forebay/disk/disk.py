@@ -138,8 +138,8 @@ class Disk(HotPath):
         return self.source.use.overlay
 
     async def set_mode(self, mode: Mode, progress: Progress) -> None:
-        """See :meth:`Modes.change`. Raises ForebayError or OSError; the mode is the old one then."""
-        await self.modes.change(mode, progress)
+        """See :meth:`Modes.change_if_free`. Raises ForebayError or OSError; the mode is the old one then."""
+        await self.modes.change_if_free(mode, progress)
         self._watch.target = None
 
     # -- what the daemon asks ---------------------------------------------------------------------------------

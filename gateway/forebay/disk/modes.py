@@ -196,6 +196,28 @@ class Modes:
             if mode is not self.mode:
                 await self._change(mode, progress)
 
+    async def change_if_free(self, mode: Mode, progress: Progress) -> None:
+        """The same, as an operator asks for it: ForebayError, too, where a handover has begun meanwhile."""
+        async with self._changing:
+            self.check_may_enter(mode)
+            if mode is not self.mode:
+                await self._change(mode, progress)
+
+    async def hold(self, progress: Progress) -> Mode | None:
+        """Leave the private modes for a handover, and let nobody else change the mode until `is_held` is unset.
+
+        The mode that was left; None: it was in none of these. Raises as `change` does.
+        """
+        self.is_held = True
+        if self.mode in PRIVATE_MODES:
+            await self._writeback.nearly_finish(progress)
+        async with self._changing:  # a change that was under way has come to its end
+            was = self.mode
+            if was not in PRIVATE_MODES:
+                return None
+            await self._change(Mode.WRITE_THROUGH, progress)
+            return was
+
     def check_may_enter(self, mode: Mode) -> None:
         """Raise ForebayError where the disk cannot be in that mode, unless it is in it."""
         if mode is not self.mode:

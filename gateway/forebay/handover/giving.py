@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from forebay.disk.disk import Disk
-from forebay.disk.modes import PRIVATE_MODES
 from forebay.errors import ForebayError
 from forebay.handover import hot
 from forebay.handover.phase import Phase, Phases
@@ -180,12 +179,7 @@ class Giving:
     async def _prepare(self, asked: Incoming) -> None:
         """Have everything in the image, and from now on what is flushed, and say beside it that it is so."""
         disk = self._disk
-        disk.modes.is_held = True
-        if disk.mode in PRIVATE_MODES:
-            before = disk.mode
-            await disk.writeback.nearly_finish(self.progress)
-            await disk.modes.change(Mode.WRITE_THROUGH, self.progress)
-            self._mode = before
+        self._mode = await disk.modes.hold(self.progress) or self._mode
         await disk.image.flush()
         if disk.dirty.mark.is_set or disk.dirty.mark.is_stale():
             await disk.dirty.mark.clear()
