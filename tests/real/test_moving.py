@@ -9,6 +9,7 @@ Some of the calls are tried by default, chosen by the seed; ``FOREBAY_MOVES=500`
 
 import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ import pytest
 import trio
 import trio.testing
 
+from forebay.boot.encoding import decoded, encoded
 from forebay.errors import ForebayError
+from forebay.handover import hot
 from forebay.units import Mode
 from forebay_cache.format.geometry import BLOCK
 from real.commands_bed import Bed, nothing
@@ -89,8 +92,20 @@ async def test_a_host_fails_at_one_of_its_calls_while_a_guest_moves(
 async def test_what_the_old_host_had_cached_is_brought_in_on_the_new_one(
     hostile: bytes, short_path: Path, rng: random.Random
 ) -> None:
-    bed = Bed2(short_path, rng)
-    with bed.planted():
+    bed, threads = Bed2(short_path, rng), set[threading.Thread]()
+
+    def noted(do: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*args: Any) -> Any:
+            threads.add(threading.current_thread())
+            return do(*args)
+
+        return noting
+
+    with (
+        bed.planted(),
+        mock.patch.object(hot, "encoded", noted(encoded)),
+        mock.patch.object(hot, "decoded", noted(decoded)),
+    ):
         async with trio.open_nursery() as nursery:
             bed.nursery = nursery
             nursery.start_soon(bed.a.run)
@@ -118,6 +133,8 @@ async def test_what_the_old_host_had_cached_is_brought_in_on_the_new_one(
             await bed.detach(bed.b)
             nursery.cancel_scope.cancel()
     assert not bed.image.with_name("vm.img.forebay").exists()
+    assert threads, "the list was made"
+    assert threading.main_thread() not in threads, "65536 blocks would hold the loop"
 
 
 async def test_a_mode_that_is_being_changed_when_a_handover_begins_is_left_for_it(

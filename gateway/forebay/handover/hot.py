@@ -46,8 +46,12 @@ SECONDS = 30.0
 async def leave(disk: Disk) -> None:
     """Write the list beside the image. What fails is told in the log, and costs nothing but a cold start."""
     with _as_a_hint(disk, "left"):
-        data = encoded(await _list(disk.image), disk.image.key)
-        await _in_thread(disk.source, lambda address: _write(address, data))
+        image = disk.image
+        hot, others = await _cached(image)
+        await _in_thread(
+            disk.source,
+            lambda address: _write(address, encoded(_listed(image.size, hot, others), image.key)),
+        )
 
 
 async def forget(source: Source) -> None:
@@ -58,13 +62,9 @@ async def forget(source: Source) -> None:
 async def warm(disk: Disk) -> None:
     """Bring in what the list names, behind guests' misses, and remove it. What fails is told in the log."""
     with _as_a_hint(disk, "read"):
-        data = await _in_thread(disk.source, _take)
-        if data is None or disk.view.clean is None:
+        found = await _in_thread(disk.source, lambda address: _found(address, disk.size))
+        if found is None or disk.view.clean is None:
             return
-        trace = decoded(data)
-        if trace.size != disk.size:
-            raise BadTraceError("of an image of another size")
-        found = Found.of(disk.image.key, trace, NAME, None)
         check_room(disk.image, found)
         began = time.monotonic()
         await Replay(disk.image, found, disk.counters).run(lambda _done, _total: None)
@@ -82,8 +82,8 @@ def _as_a_hint(disk: Disk, what: str) -> Iterator[None]:
         log.info("%s: its list of hot blocks was not %s: %s", disk.name, what, why)
 
 
-async def _list(image: Image) -> Trace:
-    """The blocks of the image that the cache has, at most MOST_BLOCKS: those that were read again come first."""
+async def _cached(image: Image) -> tuple[list[int], list[int]]:
+    """The blocks of the image that the cache has, at most MOST_BLOCKS each: those that were read again, and others."""
     state, pages = image.cache.slots.placement.state, image.layer.pages
     hot: list[int] = []
     others: list[int] = []
@@ -99,9 +99,15 @@ async def _list(image: Image) -> Trace:
         await trio.lowlevel.checkpoint()
         if len(hot) >= MOST_BLOCKS:
             break
-    blocks = {n: Read(0, 1, 1) for n in hot[:MOST_BLOCKS]}
-    blocks |= {n: Read(WINDOW_MS, 1, 1) for n in others[: MOST_BLOCKS - len(blocks)]}
-    return Trace(image.size, boots=1, recorded=int(time.time()), blocks=blocks)
+        del others[MOST_BLOCKS:]
+    return hot[:MOST_BLOCKS], others
+
+
+def _listed(size: int, hot: list[int], others: list[int]) -> Trace:
+    """The list, of an image of `size` bytes: the hot ones first, and of the others what there is room for."""
+    blocks = {n: Read(0, 1, 1) for n in hot}
+    blocks |= {n: Read(WINDOW_MS, 1, 1) for n in others[: MOST_BLOCKS - len(hot)]}
+    return Trace(size, boots=1, recorded=int(time.time()), blocks=blocks)
 
 
 async def _in_thread(source: Source, do: Callable[[FileAddress], T]) -> T:
@@ -136,3 +142,14 @@ def _take(address: FileAddress) -> bytes | None:
         own_files.remove(sidecar.fd, NAME)
         return data
     return None
+
+
+def _found(address: FileAddress, size: int) -> Found | None:
+    """What the list says, which is removed: of an image of `size` bytes. As `_take`; raises BadTraceError, too."""
+    data = _take(address)
+    if data is None:
+        return None
+    trace = decoded(data)
+    if trace.size != size:
+        raise BadTraceError("of an image of another size")
+    return Found.of(address.key, trace, NAME, None)
