@@ -8,7 +8,6 @@ function takes what a person wrote and raises `ValueError` with a text that says
 """
 
 import enum
-import math
 import re
 from collections.abc import Iterable
 
@@ -19,6 +18,8 @@ _UNITS = "KMGTPE"
 _SIZE = r"(\d{1,24})(?:\.(\d{1,12}))?\s*(?:B|([KMGTPE])(iB)?)?"
 _DECIMAL_UNIT = r"[\d.]+\s*([KMGTPE])B"
 _DURATION = r"(\d{1,12})(?:\.(\d{1,12}))?\s*(ms|s|m|min|h|d)?"
+LONGEST_SECONDS = 1e17
+"""A duration in words, of at most twelve digits, is shorter."""
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _USER = r"[A-Za-z_][A-Za-z0-9._-]{0,63}"
 _HOST = rf"(?:{_USER}@)?(?:[A-Za-z0-9_][A-Za-z0-9._-]{{0,252}}|[0-9A-Fa-f:]{{2,45}}(?:%[A-Za-z0-9._-]{{1,15}})?)"
@@ -213,7 +214,7 @@ def parse_preload(text: str | int) -> int | str:
 def parse_duration(text: str | float) -> float:
     """Seconds, from `30s`, `500ms`, `2m`, `1h`, `1d` or a bare number of seconds. Raises ValueError."""
     if isinstance(text, (int, float)) and not isinstance(text, bool):
-        if math.isfinite(text) and text >= 0:
+        if 0 <= text <= LONGEST_SECONDS:  # no integer that is too large for a float
             return float(text)
         raise ValueError(f"{text!r} is not a duration: write 30s, 500ms or 2m")
     match = re.fullmatch(_DURATION, text.strip(), _LOOSELY) if isinstance(text, str) else None
