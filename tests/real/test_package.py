@@ -126,7 +126,10 @@ def test_its_life(packages: tuple[Path, Path], container: Container) -> None:
     further = f"nbd+unix:///?socket={container.inside('/run/forebay-b/disks/b.sock')}"
     with SteadyGuest(further, length=MIB, depth=1) as guest:
         refused = container.run("dpkg", "--remove", "forebay", check=False)
-        assert "VMs use its disks, or its stores (forebay@b.service)" in refused.stdout + refused.stderr
+        assert (
+            "VMs use its disks, or its stores (forebay@b.service)"
+            in refused.stdout + refused.stderr
+        )
         assert guest.finish()["errors"] == []
 
     # With a disk on record, what is in the cache stays, and the image says whose it is.

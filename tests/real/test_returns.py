@@ -90,6 +90,31 @@ async def test_a_new_disk_on_the_image_takes_over_what_is_owed(short_path: Path)
         assert not beside.exists()
 
 
+async def test_a_new_disk_does_not_meet_a_return_that_is_still_under_way(short_path: Path) -> None:
+    """It ends before the image is claimed: late, it would forget what that disk comes to owe."""
+    bed = Bed(short_path)
+    bed.image("a.img")
+    begun, ended = trio.Event(), []
+
+    async def hangs(_source: Source, **_how: bool) -> None:
+        begun.set()
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.append(True)
+
+    async with bed.life() as gateway:
+        await gateway.attach("d", "images:a.img")
+        async with trio.open_nursery() as nursery:
+            with mock.patch.object(Source, "release", hangs):
+                nursery.start_soon(detach, gateway)
+                await begun.wait()
+                await gateway.attach("e", "images:a.img")
+                assert ended
+                assert not owed(gateway)
+        await bed.write("e")
+
+
 async def test_an_image_that_is_given_back_at_once_is_owed_no_more(short_path: Path) -> None:
     bed = Bed(short_path)
     bed.image("a.img")

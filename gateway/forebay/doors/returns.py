@@ -7,9 +7,10 @@ What is owed is on record in the index, from the commit that forgets the disk un
 a daemon that is killed in between would leave a marker that keeps all other hosts out of an image which nobody uses.
 """
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -92,35 +93,47 @@ class Returns:
 
         `drop_checkpoint` as in `Source.release`.
         """
-        why = await _try(source, drop_checkpoint)
+        why = None
+        with self._ended_by_call_off(self._begun(source, drop_checkpoint)):
+            why = await _try(source, drop_checkpoint)
+            if why is None:
+                self._paid(source)
         if why is not None:
             log.warning(
                 "%s: its owner marker stays for now, and is tried again: %s", source.use.disk, why
             )
             self.give_back_later(source, drop_checkpoint=drop_checkpoint, pause=RETRY_SECONDS)
-        else:
-            self._paid(source)
+
+    def _begun(self, source: Source, drop_checkpoint: bool) -> _Return:
+        """From now on it is under way, whether or not its task runs by then."""
+        one = _Return(source, drop_checkpoint)
+        self._under_way.append(one)
+        return one
+
+    @contextlib.contextmanager
+    def _ended_by_call_off(self, one: _Return) -> Iterator[None]:
+        """Around what gives an image back: `call_off` cancels it, and waits for its end."""
+        try:
+            with one.scope:
+                yield
+        finally:
+            self._under_way.remove(one)
+            one.ended.set()
 
     def give_back_later(
         self, source: Source, *, drop_checkpoint: bool = False, pause: float = 0.0
     ) -> None:
         """The same in the background, for as long as it takes; the first time after `pause` seconds."""
-        one = _Return(source, drop_checkpoint)
-        self._under_way.append(one)
-        self._nursery.start_soon(self._go_on, one, pause)
+        self._nursery.start_soon(self._go_on, self._begun(source, drop_checkpoint), pause)
 
     async def _go_on(self, one: _Return, pause: float) -> None:
-        try:
-            with one.scope:
+        with self._ended_by_call_off(one):
+            await trio.sleep(pause)
+            while await _try(one.source, one.drop_checkpoint) is not None:
+                pause = min(2 * pause or RETRY_SECONDS, RETRY_MOST)
                 await trio.sleep(pause)
-                while await _try(one.source, one.drop_checkpoint) is not None:
-                    pause = min(2 * pause or RETRY_SECONDS, RETRY_MOST)
-                    await trio.sleep(pause)
-                self._paid(one.source)
-                log.info("%s: its image was given back", one.source.use.disk)
-        finally:
-            self._under_way.remove(one)
-            one.ended.set()
+            self._paid(one.source)
+            log.info("%s: its image was given back", one.source.use.disk)
 
     async def call_off(self, source: Source) -> None:
         """Let the image be opened by a new disk. One that only reads it does not give it back: that goes on later."""
