@@ -39,7 +39,7 @@ PLANTS = {
     "watch": Plant("forebay.image.image:Image.look"),
     "copy": Plant("forebay.disk.copy:bring_in"),
     "preload": Plant("forebay.disk.disk:Disk.preload"),
-    "change of mode": Plant("forebay.disk.modes:Modes.change"),
+    "change of mode": Plant("forebay.disk.modes:Modes._change"),
     "at once": Plant("forebay.disk.disk:Disk.run"),
     "bring back": Plant("forebay.daemon.arrivals:Arrivals._opened"),
     "fetch": Plant("forebay_cache.blocks.store:store"),

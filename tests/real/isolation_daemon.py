@@ -37,7 +37,7 @@ TASKS = {
     "flush": "forebay.disk.disk:Disk.flush",
     "begin flush": "forebay.disk.disk:Disk.begin_flush",
     "block status": "forebay.disk.disk:Disk.extents",
-    "change of mode": "forebay.disk.modes:Modes.change",
+    "change of mode": "forebay.disk.modes:Modes._change",
     "preload": "forebay.disk.disk:Disk.preload",
     "drain": "forebay.disk.disk:Disk.drain",
     "close": "forebay.disk.disk:Disk.close",

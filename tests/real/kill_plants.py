@@ -152,7 +152,7 @@ POINTS = (
     Point("detach: released", f"{GATEWAY}.image.source:Source.release"),
     Point("mode: finished", f"{GATEWAY}.checkpoint.schedule:WriteBack.finish"),
     Point("mode: chosen", f"{GATEWAY}.disk.modes:Modes.choose"),
-    Point("mode: changed", f"{GATEWAY}.disk.modes:Modes.change"),
+    Point("mode: changed", f"{GATEWAY}.disk.modes:Modes._change"),
     Point("pinned", f"{CACHE}.blocks.pin:pin_layer"),
     # a start
     Point("start: replayed", f"{CACHE}.offline.replay:apply"),

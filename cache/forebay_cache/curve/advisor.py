@@ -43,8 +43,8 @@ ENOUGH: Final = 1000
 """With fewer reads of the sample than this a report means little."""
 _FULL: Final = 5
 """So many drains in a row have lost samples: the share is halved."""
-_AT_ONCE: Final = 64
-"""Samples between two turns of others: a millisecond."""
+_AT_ONCE: Final = 32
+"""Samples between two turns of others: half a millisecond."""
 _FIT_EVERY: Final = 60
 """After so many drains it is looked whether the miniatures have the right size ..."""
 _DRIFT: Final = 16
