@@ -187,8 +187,18 @@ SUMMARY: dict[str, Any] = {
 }
 
 
+class FakeHistory:
+    """Says what it was asked for."""
+
+    async def report(self, seconds: float, points: int, disk: str | None) -> dict[str, Any]:
+        return {"seconds": seconds, "points": points, "disk": disk}
+
+
 class FakeSummary:
     """Says always the same."""
+
+    def __init__(self) -> None:
+        self.history = FakeHistory()
 
     async def report(self) -> dict[str, Any]:
         return SUMMARY

@@ -75,6 +75,9 @@ def _names(value: Any) -> list[str]:
     raise ValueError(f"{value!r} is not a list of names")
 
 
+MOST_POINTS = 1000
+"""Of a chart."""
+
 MOST_PEERS = 1000
 """Hosts that stage together, at most."""
 
@@ -143,6 +146,14 @@ def _host(value: Any) -> str:
     if isinstance(value, str) and 0 < len(value) <= LONGEST_HOST and value.isprintable():
         return value
     raise ValueError(f"not the name of a host: at most {LONGEST_HOST} printable characters")
+
+
+def _points(value: Any) -> int:
+    """How many points of a chart; of the query, so it may be text."""
+    text = str(value)
+    if re.fullmatch("[0-9]{1,4}", text, re.ASCII) and 0 < int(text) <= MOST_POINTS:
+        return int(text)
+    raise ValueError(f"{text[:80]!r} is no number of 1 to {MOST_POINTS}")
 
 
 def _peers(value: Any) -> list[tuple[str, int]]:
@@ -216,6 +227,7 @@ SNAPSHOT: dict[str, Parse] = {"snapshot": parse_name}
 ROLLBACK: dict[str, Parse] = {"snapshot": parse_name, "drop_newer": _flag, "force": _flag}
 
 IMAGES: dict[str, Parse] = {"store": _text}
+HISTORY: dict[str, Parse] = {"seconds": parse_duration, "points": _points, "disk": parse_name}
 WARM: dict[str, Parse] = {"image": _text, "amount": parse_preload, "rate": parse_rate}
 MARK: dict[str, Parse] = {"image": _text}
 TRACE: dict[str, Parse] = {"image": _text, "export": _flag}

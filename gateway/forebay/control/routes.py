@@ -29,6 +29,7 @@ from forebay.control.arguments import (
     rule_in,
 )
 from forebay.control.cache import CacheDevice, CacheRoutes
+from forebay.control.history import HistoryRoutes
 from forebay.control.images import Catalogue, ImageRoutes, Stores
 from forebay.control.metrics import PROMETHEUS_TEXT
 from forebay.control.moves import PATIENCE, MoveRoutes, Moves
@@ -196,6 +197,7 @@ class Control:
             *CacheRoutes(self._gateway).table(),
             *AdviceRoutes(self._gateway.advice).table(),
             *SummaryRoutes(self._gateway.summary).table(),
+            *HistoryRoutes(self._gateway.summary.history).table(),
             *ImageRoutes(self._gateway.catalogue, self._gateway.stores).table(),
             *OverlayRoutes(self._gateway.overlays).table(),
             *MoveRoutes(self._gateway.moves).table(),

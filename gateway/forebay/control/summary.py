@@ -6,11 +6,16 @@
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
+from forebay.control.history import History
 from forebay.http.messages import Answer, JSONResponse, Request, Response
 
 
 class Summary(Protocol):
     """What the daemon tells of all of it in one answer."""
+
+    @property
+    def history(self) -> History:
+        """What happened in the last 24 hours."""
 
     async def report(self) -> dict[str, Any]:
         """What `forebay summary --json` prints."""

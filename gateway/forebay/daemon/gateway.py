@@ -228,6 +228,7 @@ class Gateway:
         left = await stop(self.attached(), self.stores, self._records, restart=restart)
         with trio.move_on_after(LAST_SECONDS):
             await self.advice.save()
+        await self.summary.history.save_at_last()
         return left
 
     # -- asking about them, and changing them

@@ -93,7 +93,8 @@ class _Connection:
             return None
         self._needs_body = head.method != b"HEAD"
         method, target = head.method.decode("ascii"), head.target.decode("ascii", "replace")
-        self.request = Request(method, target, self._body(deadline))
+        headers = {name.decode("ascii"): value.decode("latin-1") for name, value in head.headers}
+        self.request = Request(method, target, self._body(deadline), headers)
         return await handler(self.request)
 
     async def _body(self, deadline: float) -> AsyncGenerator[bytes, None]:

@@ -6,6 +6,7 @@
 import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from types import MappingProxyType
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote
 
@@ -33,8 +34,15 @@ class HungUp(Exception):
 class Request:
     """One request, as it came."""
 
-    def __init__(self, method: str, target: str, parts: AsyncGenerator[bytes, None]) -> None:
-        """`target` as on the request's first line; `parts` gives the body, and is closed once it is not wanted.
+    def __init__(
+        self,
+        method: str,
+        target: str,
+        parts: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`target` as on the request's first line; `parts` gives the body, and is closed once it is not wanted;
+        `headers` by their names in lower case.
 
         Raises HTTPException (400) for a target that is no path with a query.
         """
@@ -46,6 +54,7 @@ class Request:
         except ValueError:
             raise HTTPException(400, f"more than {MOST_PARAMETERS} parameters") from None
         self.method = method
+        self.headers = headers
         self.path = unquote(path)
         self.query_params = dict(given)
         """Of parameters that are given twice, the last."""

@@ -11,6 +11,7 @@ import trio
 
 from forebay import __version__
 from forebay.config.model import Config
+from forebay.history.history import History
 from forebay.origin.threads import StoreThreads
 from forebay.overview.health import StoreHealth
 from forebay.overview.hits import RecentHits
@@ -51,12 +52,15 @@ class Summary:
         self._statuses = statuses
         self._images = images
         self._hits = RecentHits(cache.views)
+        self.history = History(config.gateway.state, statuses, cache.info)
         self._stores = StoreHealth(config, nursery, threads_of)
         self._remembered = Remembered(config.gateway.run)
 
     async def run(self) -> None:
-        """Count what is found in the cache, until cancelled."""
-        await self._hits.run()
+        """Count what is found in the cache, and note what happens, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._hits.run)
+            nursery.start_soon(self.history.run)
 
     async def report(self) -> Told:
         """What `forebay summary --json` prints. Waits for stores, for a bounded time; raises nothing expected."""
