@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -20,7 +21,7 @@ from forebay.origin.addresses import FileAddress
 from forebay.origin.opening import OpenImage, open_image
 from forebay.origin.threads import StoreThreads
 from forebay.sidecar.claim import Claim
-from forebay.sidecar.files import Sidecar, read_owner
+from forebay.sidecar.files import Sidecar, lock_image, read_owner
 from forebay.sidecar.locks import WRITES, set_lock, take_locks
 from forebay.sidecar.marker import Marker
 from forebay.sidecar.record import Owner, State, TakenOver
@@ -487,6 +488,33 @@ def claim_of(image: FileAddress, timeout: float) -> Claim:
     """A claim that is not held yet."""
     threads = StoreThreads("s")
     return Claim(image, "vm", gateway=US, disk="d", threads=threads, timeout=timeout)
+
+
+def test_an_image_that_another_had_just_before_we_locked_it_is_not_taken_again(
+    image: FileAddress,
+    file: OpenImage,
+    take: Callable[..., Marker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another gateway takes it and gives it back between our look and our lock."""
+    before = open_image(image, read_only=False)
+    take(by=before).close()
+    os.close(before.fd)
+    place = "forebay.sidecar.marker.lock_image"
+
+    def locked(*args: Any, **how: Any) -> None:
+        with monkeypatch.context() as alone:
+            alone.setattr(place, lock_image)
+            other = open_image(image, read_only=False)
+            recover_image(image, other, take_over=True)
+            take(THEM, by=other).release()
+            os.close(other.fd)
+        lock_image(*args, **how)
+
+    monkeypatch.setattr(place, locked)
+    with pytest.raises(TakenOver):
+        Marker.take(image, file, Owner.of_this_process(US, "d"), again=True)
+    assert read_owner(image) is None
 
 
 async def test_a_claim_goes_through_its_states(image: FileAddress, file: OpenImage) -> None:

@@ -32,7 +32,15 @@ from forebay.origin.opening import OpenImage, look
 from forebay.sidecar import incoming, redo, redo_header
 from forebay.sidecar.files import Sidecar, lock_image
 from forebay.sidecar.incoming import Incoming
-from forebay.sidecar.record import NOBODY, Owner, State, TakenOver, left_behind, now
+from forebay.sidecar.record import (
+    NOBODY,
+    Owner,
+    State,
+    TakenOver,
+    left_behind,
+    now,
+    taken_over,
+)
 from forebay.sidecar.tenure import Tenure
 
 log = logging.getLogger("forebay.origin")
@@ -87,17 +95,23 @@ class Marker:
             lock_image(address, file, lambda: _read_leniently(sidecar), need_locks=need_locks)
             marker = cls(sidecar, file)
             marker._handed_over = handed_over and need_locks
-            marker._begin(me, file, drop_checkpoint, has_locks=need_locks)
+            marker._begin(me, file, drop_checkpoint, again=again, has_locks=need_locks)
             undo.pop_all()
             return marker
 
-    def _begin(self, me: Owner, file: OpenImage, drop_checkpoint: bool, *, has_locks: bool) -> None:
+    def _begin(
+        self, me: Owner, file: OpenImage, drop_checkpoint: bool, *, again: bool, has_locks: bool
+    ) -> None:
         """Finish what was left behind, and become the owner. Raises InUseError where it is another gateway's.
 
-        Where a full store has no room for the next owner, we go on as the one before, if `has_locks` and that was us.
+        With `again` what was left has to be ours still, now that we have the locks: before that another gateway may
+        have had the image, and given it back. Raises TakenOver then. Where a full store has no room for the next owner,
+        we go on as the one before, if `has_locks` and that was us.
         """
         with self._sidecar.find() or contextlib.nullcontext() as before:
             mine = me
+            if again and (before is None or not _is_of(before, me)):
+                raise taken_over(self.address, before.owner if before is not None else None)
             if before is not None:
                 mine = self._after(before, me, file, drop_checkpoint)
             self._sidecar.make()
@@ -298,6 +312,11 @@ class Marker:
         """Leave the marker where it is, as a crash would. The second call does nothing."""
         self.owner = None
         self._sidecar.close()
+
+
+def _is_of(before: Tenure, me: Owner) -> bool:
+    """True if the owner before was my gateway."""
+    return before.owner is not None and before.owner.gateway == me.gateway
 
 
 def _is_of_this_boot(before: Tenure | None, me: Owner) -> bool:
