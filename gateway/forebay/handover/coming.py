@@ -106,8 +106,8 @@ class Coming:
                 beat_at = trio.current_time()
                 await self._beat(wants=True)
             await trio.sleep(TAKE_SECONDS)
-            if not reach.is_waited_for and not self._clients():
-                await reach.withhold(self._disk.source.withheld)
+            is_wanted = reach.is_waited_for or self._clients()
+            if not is_wanted and await reach.withhold_unless_reached(self._disk.source.withheld):
                 return
         if image.origin is not None:
             await self._taken()

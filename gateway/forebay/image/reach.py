@@ -169,6 +169,15 @@ class Reach:
                 await close_quietly(origin)
             await self._let_go()
 
+    async def withhold_unless_reached(self, why: str) -> bool:
+        """The same of an image that could not be reached so far. False, with nothing done, if it could be by now."""
+        async with self._attempting:
+            if self._origin is not None or self.conflict is not None:
+                return False
+            self.withheld = self.unreachable = why
+            await self._let_go()
+            return True
+
     async def made_again(self, call: Callable[[], Awaitable[T]]) -> T:
         """What the call returns, which is made once more where it failed by an origin that was dead, and is replaced.
 

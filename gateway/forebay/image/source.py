@@ -280,13 +280,15 @@ class Source:
             except TakenOver:
                 await claim.leave()
                 return
+        came_late = False
         if self.asking is not None:
             await self.asking.withdraw()
-            if claim is not None and not claim.is_held:
+            came_late = claim is not None and not claim.is_held and await claim.came_late()
+            if claim is not None and not (claim.is_held or came_late):
                 return  # it has not come
         elif self.withheld and await self._is_asked_for():
             return  # the marker says who may take it
-        if claim is not None and not (claim.is_held or claim.is_of_before):
+        if claim is not None and not (claim.is_held or claim.is_of_before or came_late):
             return  # somebody else took it
         if claim is not None and not claim.is_held and self._prepared is None:
             try:

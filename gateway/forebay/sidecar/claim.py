@@ -8,7 +8,7 @@ import errno
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import trio
 
@@ -17,6 +17,7 @@ from forebay.origin.addresses import FileAddress
 from forebay.origin.opening import OpenImage
 from forebay.origin.threads import Call, Descriptor, StoreThreads, bounded
 from forebay.sidecar.applying import Before, Place
+from forebay.sidecar.files import read_owner
 from forebay.sidecar.incoming import Incoming
 from forebay.sidecar.marker import Marker
 from forebay.sidecar.record import Owner, TakenOver, UnreadableError
@@ -74,6 +75,8 @@ class Claim:
         """True once the operator gave up what was committed beside the image."""
         self._marker: Marker | None = None
         """The marker while the claim is held."""
+        self._taking: trio.Event | None = None
+        """Set when the thread of the last `take` has ended, also of one that was given up."""
         self._lost: str | None = None
         """Who has the image, once the claim is lost."""
         self._turn = trio.Lock()
@@ -116,9 +119,25 @@ class Claim:
                     handed_over=self._is_coming,
                 )
 
+        call = Call(take, drop=lambda late: late.close())
+        self._taking = call.ended
         with bounded(self._timeout, f"claiming {self._address.key}"):
-            self._marker = await self._threads.run(take, drop=lambda late: late.close())
+            self._marker = await self._threads.wait_for(call)
         self._is_ours = True
+
+    async def came_late(self) -> bool:
+        """True if the image is ours, although the claim is not held: a `take` that was given up, or failed late, has
+        left our marker. Raises OSError where one still may.
+        """
+        with bounded(self._timeout, f"waiting for a hung claim of {self._address.key}"):
+            if self._taking is not None:
+                await self._taking.wait()
+            try:
+                owner = await self._threads.run(lambda: read_owner(self._address))
+            except ForebayError:  # then it is not known whose it is, and stays so
+                return False
+            return owner is not None and (owner.gateway, owner.disk) == (self._gateway, self._disk)
+        raise AssertionError("bounded() raises")
 
     async def _admit(self, marker: Marker, file: OpenImage, descriptor: Descriptor | None) -> None:
         def admit() -> None:
@@ -270,16 +289,12 @@ class Claim:
             raise OSError(errno.EIO, self._lost)
         try:
             yield self._check_held(made_by)
-        except TakenOver as fault:
-            self._lose(str(fault), fault)
-        except UnreadableError as fault:
-            self._lose(f"{fault.what}, so another gateway may have the image by now", fault)
-
-    def _lose(self, why: str, fault: ForebayError) -> NoReturn:
-        """Note that the claim is lost. Raises OSError."""
-        self._lost = why
-        self.on_lost(why)
-        raise OSError(errno.EIO, why) from fault
+        except (TakenOver, UnreadableError) as fault:
+            self._lost = str(fault)
+            if isinstance(fault, UnreadableError):
+                self._lost = f"{fault.what}, so another gateway may have the image by now"
+            self.on_lost(self._lost)
+            raise OSError(errno.EIO, self._lost) from fault
 
     def _check_held(self, made_by: Marker | None = None) -> Marker:
         if self._marker is None:
