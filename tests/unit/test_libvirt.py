@@ -258,6 +258,34 @@ def test_it_is_refused_with_how_much_is_left_when_that_takes_too_long(slept: lis
     assert sum(slept) == free.FREE_SECONDS
 
 
+def test_all_disks_of_a_domain_that_comes_share_the_time_that_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(hook, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    disk, by = WantedDisk("d", "images:d.raw"), 1000.0 + hook.MIGRATE_SECONDS
+    assert hook._coming(disk, by) == {"incoming": True, "patience": hook.MIGRATE_SECONDS}
+    now[0] += 70.0
+    assert hook._coming(disk, by)["patience"] == hook.MIGRATE_SECONDS - 70.0
+    now[0] += 70.0
+    assert hook._coming(disk, by)["patience"] == 1.0
+    assert hook._coming(disk, None) == {}
+
+
+def test_a_disk_that_has_not_come_is_not_waited_for_once_more(slept: list[float]) -> None:
+    with pytest.raises(InUseError):
+        free.attach_when_free(
+            cast("Any", Comes({"gateway": "g", "serves": True})), {"incoming": True}
+        )
+    assert slept == []
+
+
+class Comes(TakenImage):
+    def post(self, target: str, content: dict[str, Any]) -> None:
+        del content
+        super().post(target, {"name": "d"})
+
+
 @pytest.mark.parametrize("holder", [{"gateway": "g", "serves": False}, {"program": "qemu"}, {}])
 def test_nobody_waits_for_a_gateway_that_is_gone_or_for_a_program(
     slept: list[float], holder: dict[str, object]

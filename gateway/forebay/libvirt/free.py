@@ -21,9 +21,9 @@ PAUSE = 1.0
 def attach_when_free(client: Client, arguments: dict[str, Any]) -> None:
     """Attach a disk, and wait for a gateway that serves its image, but for none that is gone. Raises ForebayError.
 
-    `arguments` as the control API has them.
+    `arguments` as the control API has them. An image that is to be handed over was waited for once the first try ends.
     """
-    deadline = time.monotonic() + FREE_SECONDS
+    deadline = time.monotonic() + (0.0 if arguments.get("incoming") else FREE_SECONDS)
     while True:
         try:
             client.post("/disks", arguments)

@@ -34,11 +34,11 @@ RELEASE_SECONDS = 5.0
 """How long a domain's end waits until its disks have drained. What takes longer goes on behind its back."""
 
 MIGRATE_SECONDS = 120.0
-"""How long a domain that is about to come waits for each disk: the host that it comes from writes back what is dirty.
-The domain runs there meanwhile."""
+"""How long a domain that is about to come waits for all its disks: the host that it comes from writes back what is
+dirty. The domain runs there meanwhile."""
 
-_COMES = {"incoming": True, "patience": MIGRATE_SECONDS}
-"""What is told about a disk that the host has which the domain comes from."""
+ANSWER_SECONDS = 10.0
+"""How long the daemon may take to say that a disk has not come."""
 
 DOMAIN_LOGS = "/var/log/libvirt/qemu"
 SHUTTING_DOWN = ": shutting down, reason="
@@ -127,16 +127,17 @@ def _start(name: str, config: str | None) -> None:
         raise ForebayError(f"domain '{name}' cannot start: {fault}") from None
 
 
-def _attach_all(domain: Domain, config: str | None, *, comes: bool = False) -> None:
+def _attach_all(domain: Domain, config: str | None, *, comes_by: float | None = None) -> None:
     """Attach all disks of a domain. If one cannot be, those that were attached here are detached again.
 
-    `comes`: the domain runs on another host, which hands over what it writes there.
+    `comes_by`: the domain runs on another host, which hands over what it writes there, until then at the latest
+    (`time.monotonic`).
     """
     done: list[Held] = []
     try:
         for disk in domain.disks:
             daemon = Daemon(config, disk.instance)
-            if _attach(daemon, domain, disk, comes=comes):
+            if _attach(daemon, domain, disk, comes_by=comes_by):
                 done.append((daemon, daemon.hold(disk.name)))
     except BaseException:
         if done:
@@ -144,7 +145,7 @@ def _attach_all(domain: Domain, config: str | None, *, comes: bool = False) -> N
         raise
 
 
-def _attach(daemon: Daemon, domain: Domain, disk: WantedDisk, *, comes: bool) -> bool:
+def _attach(daemon: Daemon, domain: Domain, disk: WantedDisk, *, comes_by: float | None) -> bool:
     """See to it that the disk is attached, for this domain. True if it was not attached before. Raises ForebayError."""
     hold = daemon.hold(disk.name)
     try:
@@ -158,8 +159,7 @@ def _attach(daemon: Daemon, domain: Domain, disk: WantedDisk, *, comes: bool) ->
             daemon.client.follow("DELETE", f"/disks/{disk.name}", None, _silent)
             found = None
         if found is None:
-            coming = _COMES if comes and not disk.read_only else {}
-            attach_when_free(daemon.client, _arguments(disk) | coming)
+            attach_when_free(daemon.client, _arguments(disk) | _coming(disk, comes_by))
         else:
             _check_same(daemon, disk, found)
             if disk.mode is not None and disk.mode != found["mode"]:
@@ -168,6 +168,13 @@ def _attach(daemon: Daemon, domain: Domain, disk: WantedDisk, *, comes: bool) ->
         return found is None
     except ForebayError as fault:
         raise ForebayError(f"disk '{disk.name}': {fault}") from None
+
+
+def _coming(disk: WantedDisk, by: float | None) -> dict[str, Any]:
+    """What is told about a disk that the host has which the domain comes from: it has what is left of the time."""
+    if by is None or disk.read_only:
+        return {}
+    return {"incoming": True, "patience": round(max(1.0, by - time.monotonic()), 1)}
 
 
 def _bind(name: str, config: str | None) -> None:
@@ -243,8 +250,8 @@ def _migrate(domain: Domain, config: str | None) -> None:
                 "lies on its own host only"
             )
     try:
-        with _at_most(MIGRATE_SECONDS + 10.0):
-            _attach_all(domain, config, comes=True)
+        with _at_most(MIGRATE_SECONDS + ANSWER_SECONDS):
+            _attach_all(domain, config, comes_by=time.monotonic() + MIGRATE_SECONDS)
     except (ForebayError, OSError) as fault:
         raise ForebayError(f"domain '{domain.name}' cannot come here: {fault}") from None
 
