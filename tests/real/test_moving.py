@@ -7,10 +7,13 @@ At one call of either host to the store that host is killed, or the call fails, 
 Some of the calls are tried by default, chosen by the seed; ``FOREBAY_MOVES=500`` tries so many.
 """
 
+import errno
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +25,9 @@ import trio.testing
 from forebay.boot.encoding import decoded, encoded
 from forebay.errors import ForebayError
 from forebay.handover import hot
+from forebay.origin.addresses import FileAddress
+from forebay.sidecar.files import read_owner
+from forebay.sidecar.marker import Marker
 from forebay.units import Mode
 from forebay_cache.format.geometry import BLOCK
 from real.commands_bed import Bed, nothing
@@ -30,6 +36,27 @@ from real.moving_bed import Bed2, Fault, until
 LOGGED = "(?s).*"
 MOVES = int(os.environ.get("FOREBAY_MOVES", "6"))
 KINDS = ("kill before", "kill after", "fail before", "fail after", "cut")
+
+
+@asynccontextmanager
+async def both(bed: Bed2) -> AsyncIterator[trio.Nursery]:
+    """Both hosts, the disk on A with a guest that has written something."""
+    async with trio.open_nursery() as nursery:
+        bed.nursery = nursery
+        nursery.start_soon(bed.a.run)
+        nursery.start_soon(bed.b.run)
+        await bed.a.up.wait()
+        await bed.b.up.wait()
+        await bed.a.gateway.attach("d", "images:vm.img")
+        bed.a.clients = 1
+        await bed.write(bed.a)
+        yield nursery
+
+
+def owner_of(bed: Bed2) -> str:
+    """The gateway whose marker lies beside the image; empty if none does."""
+    owner = read_owner(FileAddress("images", bed.image.parent, bed.image.name))
+    return owner.gateway if owner is not None else ""
 
 
 async def lived(bed: Bed2, *, stays: bool, fails: bool, faults: dict[str, Fault]) -> None:
@@ -148,16 +175,10 @@ async def test_a_mode_that_is_being_changed_when_a_handover_begins_is_left_for_i
         async with modes.gate.passing():  # a write is under way
             nursery.start_soon(gateway.set_mode, "d", Mode.WRITE_BACK, nothing)
             await until(lambda: modes.gate.shut)
-            left: list[Mode | None] = []
-
-            async def hold() -> None:
-                left.append(await modes.hold(nothing))
-
-            nursery.start_soon(hold)
+            nursery.start_soon(modes.hold, nothing)
             await trio.testing.wait_all_tasks_blocked()
-            assert not left
-        await until(lambda: bool(left))
-        assert left == [Mode.WRITE_BACK]
+            assert modes.returns_to is None
+        await until(lambda: modes.returns_to is Mode.WRITE_BACK)
         assert modes.mode is Mode.WRITE_THROUGH
 
 
@@ -180,3 +201,71 @@ async def test_a_mode_is_refused_where_a_handover_begins_while_it_is_put_on_reco
         assert "is being handed over" in str(refused.value)
         assert modes.mode is Mode.WRITE_THROUGH
         assert bed.disk("d").record.mode == Mode.WRITE_THROUGH.value
+
+
+@pytest.mark.parametrize("wanted", [Mode.WRITE_THROUGH, Mode.WRITE_BACK])
+async def test_the_mode_that_an_operator_asks_for_in_a_handover_is_the_one_after_it(
+    wanted: Mode, short_path: Path
+) -> None:
+    bed = Bed(short_path)
+    bed.image("vm.img")
+    async with bed.life() as gateway:
+        await gateway.attach("d", "images:vm.img", mode=Mode.WRITE_BACK)
+        modes = bed.disk("d").disk.modes
+        await modes.hold(nothing)
+        with pytest.raises(ForebayError, match="is being handed over"):
+            await gateway.set_mode("d", Mode.NONE, nothing)
+        await gateway.set_mode("d", wanted, nothing)
+        assert modes.mode is Mode.WRITE_THROUGH, "until it is over"
+        await modes.let_go()
+        assert modes.mode is wanted
+        assert bed.disk("d").record.mode == wanted.value
+
+
+async def test_an_image_that_came_behind_our_back_is_given_back_at_detach(
+    short_path: Path, rng: random.Random, expect_log: Callable[[str], None]
+) -> None:
+    """An attempt to take it was given up, or failed late: it has left our marker."""
+    expect_log("cannot be reached")
+    bed = Bed2(short_path, rng)
+    with bed.planted():
+        async with both(bed) as nursery:
+            await bed.attach_incoming(bed.b)
+            bed.a.clients = 0
+            take = Marker.take.__func__  # type: ignore[attr-defined]
+
+            def late(kind: type[Marker], *args: Any, **how: Any) -> Marker:
+                take(kind, *args, **how).close()
+                raise OSError(errno.EIO, "it came too late")
+
+            write = partial(bed.b.disk("d").disk.write, 0, memoryview(bytes(4096)), False)
+            with mock.patch.object(Marker, "take", classmethod(late)):
+                async with trio.open_nursery() as writing:
+                    writing.start_soon(write)
+                    await until(lambda: owner_of(bed) == bed.b.gateway._cache.uuid)
+                    writing.cancel_scope.cancel()
+                await until(lambda: bool(bed.b.disk("d").disk.image.reach.withheld))
+            await bed.detach(bed.b)
+            assert owner_of(bed) == ""
+            nursery.cancel_scope.cancel()
+
+
+async def test_an_overlay_that_was_written_to_at_the_last_moment_stays(short_path: Path) -> None:
+    bed = Bed(short_path)
+    bed.image("vm.img")
+    async with bed.life() as gateway:
+        await gateway.attach("d", "images:vm.img", overlay=True)
+        attached = bed.disk("d")
+
+        async def shut(_seconds: float) -> None:
+            await bed.write(
+                "d"
+            )  # of a client that came and went while the detach waited for its turn
+
+        with (
+            mock.patch.object(attached.listener, "shut", shut),
+            pytest.raises(ForebayError, match="what it wrote lies here only"),
+        ):
+            await gateway.detach("d", spare=True, progress=nothing)
+        assert attached.status()["state"] == "ready"
+        await gateway.detach("d", progress=nothing)

@@ -3,6 +3,7 @@
 
 """A host is emptied: what a disk is when its turn comes decides, not what it was when the command began."""
 
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import trio
@@ -11,6 +12,7 @@ from forebay.errors import ForebayError
 from forebay.handover.evacuation import ITS_OWN, Evacuation
 from forebay.handover.handover import Handover
 from forebay.handover.phase import Phase
+from forebay.handover.wishes import Progress, Wishes
 from forebay.units import Mode
 from real.commands_bed import nothing
 
@@ -19,6 +21,9 @@ class Stays:
     """The handover of a disk for which no host asks."""
 
     phase = Phase.NONE
+
+    def wish(self, to: str, progress: Progress) -> AbstractContextManager[None]:
+        return Wishes().wish("d", to, progress)
 
     async def prepare(self, to: str, _patience: float, _progress: object) -> None:
         raise ForebayError(f"host {to} does not ask for it")
@@ -105,3 +110,17 @@ async def test_a_disk_whose_vm_does_not_go_writes_through_from_then_on(
     host = Host(Disk(Asked(), clients=1))
     assert "has not gone to host ham2" in (await host.emptied("ham2"))["left"][0]["why"]
     assert host.modes == [Mode.WRITE_THROUGH]
+
+
+async def test_a_disk_in_write_through_for_a_handover_stays_in_it() -> None:
+    host = Host(Disk(Stays(), clients=1, mode="write-through"))
+    await host.emptied()
+    assert host.modes == [Mode.WRITE_THROUGH], (
+        "else the end of the handover would bring write-back back"
+    )
+
+
+async def test_a_mode_without_a_cache_is_left_alone() -> None:
+    host = Host(Disk(Stays(), clients=1, mode="none"))
+    await host.emptied()
+    assert host.modes == []

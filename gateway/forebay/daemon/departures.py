@@ -21,6 +21,7 @@ from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.detach import finish_checkpoint
 from forebay.doors.returns import Returns
 from forebay.errors import ForebayError
+from forebay.handover.evacuation import ITS_OWN
 from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.keeping.kept import Kept, KeptOverlays, identity_of
@@ -55,18 +56,20 @@ class Departures:
         self._returns = returns
         self._source_of = source_of
 
-    async def detach(self, name: str, *, discard: bool, force: bool, progress: Progress) -> None:
+    async def detach(
+        self, name: str, *, discard: bool, force: bool, spare: bool = False, progress: Progress
+    ) -> None:
         """Write back what is dirty (or drop it, `discard`), stop serving, forget the disk.
 
-        A disk that a fault has stopped is written back here all the same. Raises ForebayError and OSError; then the
-        disk goes on as before.
+        With `spare` an overlay that has anything of its own stays. A disk that a fault has stopped is written back here
+        all the same. Raises ForebayError and OSError; then the disk goes on as before.
         """
         async with self._disks.turn(name) as disk:
             if isinstance(disk, Absent):
                 await self._forget_absent(disk, discard)
                 return
             _check_unused(disk, force)
-            await self._empty(disk, discard, force, progress)
+            await self._empty(disk, discard, force, spare, progress)
             with trio.CancelScope(shield=True):
                 await self._forget(disk, discard)
         log.info("%s: detached", name)
@@ -80,7 +83,7 @@ class Departures:
             )
 
     async def _empty(
-        self, attached: Attached, discard: bool, force: bool, progress: Progress
+        self, attached: Attached, discard: bool, force: bool, spare: bool, progress: Progress
     ) -> None:
         """Write back, hang up, and note that the disk is leaving. If that fails the disk stays."""
         attached.begin_detach()
@@ -88,16 +91,18 @@ class Departures:
             if not discard:
                 await attached.drain(progress)
                 _check_unused(attached, force)
-            await self._shut(attached, discard)
+            await self._shut(attached, discard, spare)
         except BaseException:
             attached.give_up_detach()
             raise
 
-    async def _shut(self, attached: Attached, discard: bool) -> None:
+    async def _shut(self, attached: Attached, discard: bool, spare: bool) -> None:
         """Hang up, write back what came until then, and decide. If that fails, clients are accepted again."""
         try:
             with trio.CancelScope(shield=True):
                 await attached.listener.shut(CLIENTS_SECONDS)
+            if spare and attached.disk.overlay and attached.disk.status()["private_bytes"]:
+                raise ForebayError(ITS_OWN)
             if not discard and attached.disk.status()["dirty_bytes"]:
                 await attached.drain(lambda _done, _total: None)
             with trio.CancelScope(shield=True):

@@ -210,10 +210,18 @@ class Gateway:
         return self._cache.layers.has_private_on(key)
 
     async def detach(
-        self, name: str, *, discard: bool = False, force: bool = False, progress: Progress
+        self,
+        name: str,
+        *,
+        discard: bool = False,
+        force: bool = False,
+        spare: bool = False,
+        progress: Progress,
     ) -> None:
-        """Write back what is dirty (or drop it, `discard`), stop serving, forget the disk."""
-        await self._departures.detach(name, discard=discard, force=force, progress=progress)
+        """Write back what is dirty (or drop it, `discard`), stop serving, forget the disk: see `Departures.detach`."""
+        await self._departures.detach(
+            name, discard=discard, force=force, spare=spare, progress=progress
+        )
 
     def hang_up(self) -> None:
         """Give up on all clients, and on what they wait for, at once: nothing of it can be answered any more."""

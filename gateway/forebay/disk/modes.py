@@ -99,6 +99,8 @@ class Modes:
         self.policy: Policy = self._to_origin(keep=False)
         self.is_held = False
         """True while nobody but a handover is to change the mode."""
+        self.returns_to: Mode | None = None
+        """The mode to go back to, where the disk is in write-through only for the handover."""
         self.on_choice: Callable[[Policy], None] = _nothing
         """Called when `policy` has become another one, before the next await."""
 
@@ -197,30 +199,45 @@ class Modes:
                 await self._change(mode, progress)
 
     async def change_if_free(self, mode: Mode, progress: Progress) -> None:
-        """The same, as an operator asks for it: ForebayError, too, where a handover has begun meanwhile."""
+        """The same, as an operator asks for it: ForebayError, too, where a handover has begun meanwhile.
+
+        A disk that is in write-through for that is in the mode already, and stays in it.
+        """
         async with self._changing:
             self.check_may_enter(mode)
-            if mode is not self.mode:
+            if mode is self.mode:
+                self.returns_to = None
+            elif mode is not self.returns_to:
                 await self._change(mode, progress)
 
-    async def hold(self, progress: Progress) -> Mode | None:
-        """Leave the private modes for a handover, and let nobody else change the mode until `is_held` is unset.
+    async def hold(self, progress: Progress) -> None:
+        """Leave the private modes for a handover, and let nobody else change the mode until `let_go`.
 
-        The mode that was left; None: it was in none of these. Raises as `change` does.
+        Raises as `change` does.
         """
         self.is_held = True
         if self.mode in PRIVATE_MODES:
             await self._writeback.nearly_finish(progress)
         async with self._changing:  # a change that was under way has come to its end
             was = self.mode
-            if was not in PRIVATE_MODES:
-                return None
-            await self._change(Mode.WRITE_THROUGH, progress)
-            return was
+            if was in PRIVATE_MODES:
+                await self._change(Mode.WRITE_THROUGH, progress)
+                self.returns_to = was
+
+    async def let_go(self) -> None:
+        """The handover is over: be in the mode of before, unless the operator wants the one that it is in.
+
+        Raises as `change` does, and is called again then.
+        """
+        async with self._changing:
+            if self.returns_to is not None:
+                await self._change(self.returns_to, _silent)
+                self.returns_to = None
+            self.is_held = False
 
     def check_may_enter(self, mode: Mode) -> None:
-        """Raise ForebayError where the disk cannot be in that mode, unless it is in it."""
-        if mode is not self.mode:
+        """Raise ForebayError where the disk cannot be in that mode, unless it is in it, or comes back to it."""
+        if mode not in (self.mode, self.returns_to):
             if self.is_held or self._source.withheld:
                 disk = self._source.use.disk
                 raise ForebayError(
@@ -265,4 +282,8 @@ class Modes:
 
 
 def _nothing(policy: Policy) -> None:
+    pass
+
+
+def _silent(_done: int, _total: int) -> None:
     pass

@@ -14,13 +14,17 @@ import trio
 
 from forebay.disk.modes import PRIVATE_MODES
 from forebay.errors import ForebayError
-from forebay.handover.giving import Progress
 from forebay.handover.moves import Movable
 from forebay.handover.phase import Phase
+from forebay.handover.wishes import Progress
 from forebay.units import Mode
 
 RUNS = "its VM runs here: move it, or shut it down; until then it writes through"
 ITS_OWN = "what it wrote lies here only: 'forebay save' or 'forebay commit' it, or detach it to give that up"
+
+_WRITES_THROUGH = (*PRIVATE_MODES, Mode.WRITE_THROUGH)
+"""Modes of disks that are to write through from then on: also where they do for a handover, which may come to nothing.
+"""
 
 
 class Leaving(Movable, Protocol):
@@ -37,9 +41,7 @@ class Leaving(Movable, Protocol):
 class Detach(Protocol):
     """As `Departures.detach`."""
 
-    async def __call__(
-        self, name: str, *, discard: bool = False, force: bool = False, progress: Progress
-    ) -> None:
+    async def __call__(self, name: str, *, spare: bool = False, progress: Progress) -> None:
         """Detach a disk. Raises ForebayError and OSError."""
 
 
@@ -102,9 +104,9 @@ class Evacuation:
         if told["overlay"] and told["private_bytes"]:
             return ITS_OWN
         if not disk.clients:
-            await self._detach(disk.name, progress=progress)
+            await self._detach(disk.name, spare=True, progress=progress)
             return ""
-        if Mode(told["mode"]) in PRIVATE_MODES and not told["overlay"] and not told["read_only"]:
+        if Mode(told["mode"]) in _WRITES_THROUGH and not told["overlay"] and not told["read_only"]:
             await self._set_mode(disk.name, Mode.WRITE_THROUGH, progress)
         return why
 
@@ -112,7 +114,7 @@ class Evacuation:
         """Wait until the VM has gone to that host. Why it has not; empty if it has."""
         assert disk.handover is not None, "it can be handed over"
         try:
-            with trio.move_on_after(patience):
+            with disk.handover.wish(to, _silent), trio.move_on_after(patience):
                 await disk.handover.prepare(to, patience, progress)
                 while disk.clients or disk.handover.phase is Phase.PREPARED:  # noqa: ASYNC110 (nobody tells)
                     await trio.sleep(1.0)
@@ -120,3 +122,7 @@ class Evacuation:
         except ForebayError as fault:  # it has to write through all the same
             return str(fault)
         return f"its VM has not gone to host {to} for {patience:g} s: it writes through"
+
+
+def _silent(_done: int, _total: int) -> None:
+    pass

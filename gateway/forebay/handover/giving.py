@@ -18,12 +18,12 @@ from forebay.disk.disk import Disk
 from forebay.errors import ForebayError
 from forebay.handover import hot
 from forebay.handover.phase import Phase, Phases
+from forebay.handover.wishes import Wishes
 from forebay.origin.addresses import FileAddress
 from forebay.origin.threads import bounded
 from forebay.sidecar.claim import Claim
 from forebay.sidecar.files import read_owner
 from forebay.sidecar.incoming import STALE_SECONDS, Incoming, who_asks
-from forebay.units import Mode
 
 log = logging.getLogger("forebay.handover")
 
@@ -44,8 +44,6 @@ LIST_SECONDS = 2.0
 
 RETURN_SECONDS = 0.2
 """Between two tries to take the image back."""
-
-Progress = Callable[[int, int], None]
 
 
 class Beats:
@@ -92,10 +90,8 @@ class Giving:
         """Who asks for the image, or has it."""
         self.error: str | None = None
         """Why the last step failed; None: it did not. It is tried again."""
-        self.progress: Progress = _silent
-        """Told how much of what was dirty is written back."""
-        self.to = ""
-        """The host to which alone the image is given; empty: whichever asks."""
+        self.wishes = Wishes()
+        """What operators wait for."""
         self.moved = trio.Event()
         """Set when anything has changed; another event takes its place then."""
         self._disk = disk
@@ -106,8 +102,6 @@ class Giving:
         self._beats = Beats()
         self._refused = ""
         """The gateway to which the operator does not want to give it."""
-        self._mode: Mode | None = None
-        """The mode to go back to, where the disk is in write-through only for the handover."""
         self._written = -1
         """How much the VM had written when that was looked at last."""
         self._woken = trio.Event()
@@ -172,14 +166,14 @@ class Giving:
                 await self._claim.forget_asked(asked)
 
     def _may_have(self, asked: Incoming) -> bool:
-        return asked.gateway != self._refused and self.to in ("", asked.host)
+        return asked.gateway != self._refused and self.wishes.allow(asked.host)
 
     # ------------------------------------------------------------------------------------------------------ preparing
 
     async def _prepare(self, asked: Incoming) -> None:
         """Have everything in the image, and from now on what is flushed, and say beside it that it is so."""
         disk = self._disk
-        self._mode = await disk.modes.hold(self.progress) or self._mode
+        await disk.modes.hold(self.wishes.advance)
         await disk.image.flush()
         if disk.dirty.mark.is_set or disk.dirty.mark.is_stale():
             await disk.dirty.mark.clear()
@@ -211,10 +205,7 @@ class Giving:
         await self._note(Phase.NONE)
         if self._disk.modes.is_held:
             await hot.forget(self._disk.source)
-        if self._mode is not None:
-            await self._disk.modes.change(self._mode, _silent)
-            self._mode = None
-        self._disk.modes.is_held = False
+        await self._disk.modes.let_go()
 
     # ------------------------------------------------------------------------------------------------------- releasing
 
@@ -269,16 +260,11 @@ class Giving:
                 await reach.attempt_now()
         if disk.image.conflict is not None:
             return
-        if disk.image.origin is None:
-            why = reach.unreachable or "no answer"
-            await reach.withhold(disk.source.withheld)
+        why = reach.unreachable or "no answer"
+        if await reach.withhold_unless_reached(disk.source.withheld):
             raise OSError(errno.EIO, f"it cannot be taken back: {why}")
         disk.source.note_come()
         disk.modes.show_clean(shown=True)
         self._phases.become(Phase.NONE)
         log.info("%s: taken back", disk.name)
         self.wake()
-
-
-def _silent(_done: int, _total: int) -> None:
-    pass

@@ -7,6 +7,7 @@ The directory beside the image is the only channel between the two: who comes wr
 (`sidecar/incoming.py`), the owner answers in its marker (`Owner.phase`).
 """
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -17,8 +18,9 @@ from forebay.errors import ForebayError
 from forebay.formats.magic import RAW
 from forebay.handover import hot
 from forebay.handover.coming import Coming
-from forebay.handover.giving import Giving, Progress
+from forebay.handover.giving import Giving
 from forebay.handover.phase import MOVES, Phase
+from forebay.handover.wishes import Progress
 from forebay_cache.states import Machine
 
 
@@ -85,21 +87,21 @@ class Handover:
             raise ForebayError(
                 f"'{self._disk.name}' is about to come here: it is prepared where it is"
             )
-        giving.to, giving.progress = to, progress
-        try:
-            with trio.move_on_after(patience):
-                while self.phase is Phase.NONE:
-                    moved = giving.moved
-                    await self._disk.image.look()
-                    giving.wake()
-                    with trio.move_on_after(1.0):
-                        await moved.wait()
-        finally:
-            giving.to, giving.progress = "", _silent
+        with self.wish(to, progress), trio.move_on_after(patience):
+            while self.phase is Phase.NONE:
+                moved = giving.moved
+                await self._disk.image.look()
+                giving.wake()
+                with trio.move_on_after(1.0):
+                    await moved.wait()
         if self.phase is Phase.NONE:
             who = f"host {to} does not ask" if to else "no host asks"
             why = giving.error or f"{who} for it: run 'forebay attach … --incoming' there"
             raise ForebayError(f"'{self._disk.name}' is not prepared: {why}")
+
+    def wish(self, to: str, progress: Progress) -> contextlib.AbstractContextManager[None]:
+        """Within it the image goes to that host alone: see `Wishes.wish`."""
+        return self.giving.wishes.wish(self._disk.name, to, progress)
 
     async def finish(self, patience: float) -> None:
         """Return when the image was taken: its VM runs here. Raises ForebayError where it is not let go."""
@@ -143,7 +145,3 @@ def handover_of(
     use = disk.source.use
     is_file = disk.source.claim is not None and disk.source.shown_format == RAW
     return Handover(disk, clients, note, give_up) if is_file and use.need_locks else None
-
-
-def _silent(_done: int, _total: int) -> None:
-    pass

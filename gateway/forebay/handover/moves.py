@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from forebay.errors import ForebayError
-from forebay.handover.giving import Progress
 from forebay.handover.handover import Handover
+from forebay.handover.wishes import Progress
 
 
 class Movable(Protocol):
