@@ -28,7 +28,7 @@ complete forebay \
         'n/--cacert/f/' \
         'n/--format/(raw qcow2)/' \
         'n/--bundle/f/' \
-        'p/1/(serve attach detach status summary hosts stats flush mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config demo)/' \
+        'p/1/(serve attach detach status summary hosts stats flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config demo)/' \
         'n/hosts/(status warm flush)/' \
         'n/trace/(show drop export)/' \
         'n/handover/(prepare finish abort)/' \

@@ -97,6 +97,10 @@ def _checked(answer: Any) -> Answer:
     raise StrangeAnswerError("is no object")
 
 
+LISTS = ("disks", "images", "stores", "overlays", "snapshots", "stages", "settings")
+"""What is answered with a list of objects."""
+
+
 class Client:
     """The daemon at the control socket `path`. Every method raises ForebayError."""
 
@@ -107,8 +111,8 @@ class Client:
         """What the daemon says at `target`, decoded from JSON."""
         with self._exchange("GET", target, None, ANSWER_TIMEOUT) as answer:
             found = self._whole(answer)
-        last = target.partition("?")[0].rpartition("/")[2]
-        if last in ("disks", "images", "stores", "overlays", "snapshots", "stages"):
+        *above, last = target.partition("?")[0].strip("/").split("/")
+        if last in LISTS and len(above) % 2 == 0:  # else it is the name of a disk
             if isinstance(found, list) and all(isinstance(one, Answer) for one in found):
                 return found
             raise StrangeAnswerError(f"is no list of {last}")

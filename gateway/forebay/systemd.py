@@ -101,7 +101,7 @@ def received() -> list[tuple[str, int]]:
 async def keep_alive() -> None:
     """Feed the watchdog for as long as the event loop turns: for a process that holds nobody's data.
 
-    The daemon asks for more, see `forebay.daemon.watchdog`.
+    The daemon asks for more, see `forebay.process.watchdog`.
     """
     asked = watchdog_seconds()
     while asked:

@@ -19,7 +19,8 @@ from typing import Any, cast
 
 from xxhash import xxh3_64, xxh3_64_intdigest
 
-from forebay.config.model import Config, OriginsSection, Store
+from forebay.config.model import Config, Store
+from forebay.config.sections import OriginsSection
 from forebay.errors import ForebayError
 from forebay.formats import qcow2
 from forebay.importing import guest_view

@@ -14,7 +14,8 @@ import trio
 
 import forebay_cache
 import forebay_cache.durable.commit as commit_module
-from forebay.config.model import CacheSection, Config, DiskSettings, GatewaySection, Store
+from forebay.config.model import Config, DiskSettings, Store
+from forebay.config.sections import CacheSection, GatewaySection
 from forebay.daemon.attached import Attached
 from forebay.daemon.gateway import Gateway
 from forebay.doors.restart import EarlierSockets

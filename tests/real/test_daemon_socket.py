@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from forebay.config.model import GatewaySection
+from forebay.config.sections import GatewaySection
 from forebay.doors.accepting import make_folder, socket_path
 from forebay.doors.listener import Listener
 from forebay.errors import ForebayError

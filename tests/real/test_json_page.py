@@ -54,6 +54,8 @@ def told() -> dict[str, Any]:
             "interval": ask("stats", "0.1", "1"),
             "flush": ask("flush", "vm1"),
             "cache": ask("cache"),
+            "get": ask("get", "vm1")[0],
+            "set": ask("set", "vm1", "max_lag=5s")[0],
         }
     finally:
         gateway.remove()
@@ -63,6 +65,7 @@ def told() -> dict[str, Any]:
     ("heading", "commands"),
     [
         ("`forebay status`, `status NAME`, `status -x`", ["status"]),
+        ("`forebay get`, `forebay set`", ["get", "set"]),
         ("`forebay images`", ["images"]),
         ("`forebay stores`", ["stores"]),
         ("`forebay overlays`, `forebay snapshots NAME`", ["overlays", "snapshots"]),

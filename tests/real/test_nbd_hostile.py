@@ -16,7 +16,8 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forebay.config.model import Config, OriginsSection
+from forebay.config.model import Config
+from forebay.config.sections import OriginsSection
 from forebay.errors import ForebayError
 from forebay.origin.addresses import resolve
 from forebay_nbd import Limits

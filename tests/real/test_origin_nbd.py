@@ -66,7 +66,7 @@ def pause(server: NbdServer) -> None:
 
 
 def patience(origin: NbdOrigin, seconds: float) -> None:
-    origin._requests.timeout = seconds
+    origin.timeout = seconds
 
 
 def kit(start_nbdkit: Start, path: Path) -> NbdServer:

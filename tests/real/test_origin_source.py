@@ -273,7 +273,7 @@ async def test_a_write_that_hangs_keeps_the_marker(
             await source.release()
         assert marker(image) is not None
         back.set()
-        origin.timeout = 20  # type: ignore[attr-defined]
+        origin.timeout = 20
         await source.release()
         assert marker(image) is None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from forebay.config.model import GatewaySection
+from forebay.config.sections import GatewaySection
 from forebay.doors.peers import Admission, Peer
 from real.gateway_process import GatewayProcess
 from real.processes import random_image

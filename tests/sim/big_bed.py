@@ -19,7 +19,7 @@ import trio
 
 import forebay_cache.upkeep.revive
 from forebay.daemon.gateway import Gateway
-from forebay.daemon.process import Survivors
+from forebay.process.process import Survivors
 from forebay.storage.state import index_path
 from forebay.units import Mode
 from forebay_cache import Cache

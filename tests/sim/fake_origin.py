@@ -45,6 +45,7 @@ class FakeOrigin:
 
     read_only = False
     label = "fake"
+    timeout = 5.0
 
     def __init__(self, dice: Dice, content: bytes, scale: float = 4.0) -> None:
         self.dice = dice
@@ -364,6 +365,7 @@ class FakeSource:
         self.opened = False
         self.withheld = ""
         self.asking = self.fresh = None
+        self.timeout = 5.0
 
     def bind(self, **_: object) -> None:
         """Nothing of that is asked for here."""

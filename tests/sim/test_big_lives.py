@@ -28,9 +28,9 @@ import forebay_cache.durable.intent
 import forebay_cache.layers.invalidation
 import forebay_cache.offline.opening
 import forebay_cache.offline.recovery
-from forebay.daemon.watchdog import Watch, _summary
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
+from forebay.process.watchdog import Watch, _summary
 from forebay.storage.state import open_cache
 from forebay.units import Mode
 from forebay_cache import Cache, mark_hot

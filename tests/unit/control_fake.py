@@ -4,7 +4,7 @@
 """A gateway without disks, for what stands in front of it: the control API and the command."""
 
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import trio
 
 from forebay.boot.files import Found
 from forebay.boot.trace import Read, Trace
-from forebay.config.model import Config, GatewaySection
+from forebay.config.model import Config
+from forebay.config.sections import GatewaySection
 from forebay.control.metrics import metrics_text
 from forebay.control.server import serve_control
 from forebay.doors.tenant import Rule
@@ -361,6 +362,28 @@ class FakeStaging:
         return []
 
 
+class FakeSettings:
+    """Of each disk one setting; what is set is taken down."""
+
+    def __init__(self, gateway: "FakeGateway") -> None:
+        self._gateway = gateway
+
+    def told(self, name: str) -> list[dict[str, Any]]:
+        self._gateway.status(name)
+        return [{"name": name, "key": "max_lag", "value": "30s", "from": "built in"}]
+
+    async def all_told(self) -> AsyncIterator[dict[str, Any]]:
+        for name in self._gateway.disks:
+            yield self.told(name)[0]
+
+    async def set(
+        self, name: str, changes: Mapping[str, Any], progress: Progress
+    ) -> dict[str, Any]:
+        self._gateway._called("set", name, dict(changes))
+        await self._gateway._work("set", progress)
+        return self._gateway.status(name)[0]
+
+
 class FakeGateway:
     """Holds statuses; work goes in `steps` of one MiB, and then waits for `finish` where that is set.
 
@@ -386,6 +409,7 @@ class FakeGateway:
         self.overlays = FakeOverlays(self)
         self.moves = FakeMoves(self)
         self.staging = FakeStaging(self)
+        self.settings = FakeSettings(self)
         self.began = trio.Event()
         self.ended = trio.Event()
 

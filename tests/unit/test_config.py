@@ -10,7 +10,8 @@ import pytest
 
 from forebay.config import client as client_config
 from forebay.config.client import run_directory
-from forebay.config.model import BLOCK_SIZES, LONGEST_RUN, Config, ConfigError, DiskSettings, Mode
+from forebay.config.model import Config, ConfigError, DiskSettings, Mode
+from forebay.config.sections import BLOCK_SIZES, LONGEST_RUN
 from forebay.errors import ForebayError
 from forebay.units import GIB
 

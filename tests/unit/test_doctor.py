@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from forebay.cli.main import main
-from forebay.config.model import CacheSection, Config, DiskSettings, GatewaySection, Mode, Store
+from forebay.config.model import Config, DiskSettings, Mode, Store
+from forebay.config.sections import CacheSection, GatewaySection
 from forebay.doctor import daemon, host, places, probe, run
 from forebay.doctor.bundle import write
 from forebay.doctor.daemon import ANSWERS, Daemon, ask, check

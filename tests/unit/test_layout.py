@@ -131,11 +131,12 @@ ORDER: dict[str, list[str]] = {
         "staging swarm page",
         "daemon/figures",
         "daemon",
+        "process",
         "doctor",
         "cli/terminal",
         "cli/hosts",
         "cli",
-        "cli/staging",
+        "cli/staging cli/settings",
         "__main__",
     ],
     "forebay_cache": [

@@ -10,10 +10,10 @@ import time
 import pytest
 import trio
 
-import forebay.daemon.process
+import forebay.process.process
 from forebay.control.metrics import metrics_text
 from forebay.daemon.figures.loop_meter import LoopMeter
-from forebay.daemon.process import Survivors
+from forebay.process.process import Survivors
 
 
 async def hold_up(seconds: float) -> None:
@@ -65,7 +65,7 @@ def test_waiting_is_no_stall() -> None:
 def test_what_a_long_look_for_garbage_found_alive_is_left_out_of_the_next(
     monkeypatch: pytest.MonkeyPatch, seconds: float, is_left_out: bool
 ) -> None:
-    monkeypatch.setattr(forebay.daemon.process, "LOOK_SECONDS", seconds)
+    monkeypatch.setattr(forebay.process.process, "LOOK_SECONDS", seconds)
     note = Survivors().note
     gc.disable()  # one that comes by itself looks through all objects, too
     gc.unfreeze()  # what was left out before, and has gone since, would count against it

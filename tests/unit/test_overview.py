@@ -18,7 +18,8 @@ import trio
 import trio.testing
 
 from forebay.cli.hosts.summary import opennebula, text
-from forebay.config.model import Config, DiskSettings, GatewaySection, Store
+from forebay.config.model import Config, DiskSettings, Store
+from forebay.config.sections import GatewaySection
 from forebay.origin.threads import StoreThreads
 from forebay.overview import health
 from forebay.overview.detail import MOST_CONNECTIONS, connected, settings_told

@@ -542,7 +542,7 @@ async def test_a_mark_that_hangs_is_not_overtaken(
     """`dirty` hangs and is given up; `clean` after it must not be undone by `dirty` ending late."""
     claim = claim_of(image, 10)
     await claim.take(file)
-    claim._timeout = 0.1
+    claim.timeout = 0.1
     hang = threading.Event()
     real = Marker.set_state
     order: list[str] = []
@@ -558,7 +558,7 @@ async def test_a_mark_that_hangs_is_not_overtaken(
         await claim.mark_dirty()
     with pytest.raises(TimeoutError):
         await claim.mark_clean()
-    claim._timeout = 10
+    claim.timeout = 10
     async with trio.open_nursery() as nursery:
         nursery.start_soon(claim.mark_clean)
         await trio.testing.wait_all_tasks_blocked()

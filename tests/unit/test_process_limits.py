@@ -11,7 +11,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from forebay.daemon import process
+from forebay.process import process
 from forebay_cache import CacheError
 from forebay_cache.index import index
 

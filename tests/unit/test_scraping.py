@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from forebay.config.model import MetricsSection
+from forebay.config.sections import MetricsSection
 from forebay.control import scraping
 from forebay.control.scraping import Scraping
 from unit.control_fake import FakeGateway

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from forebay.config.model import Config, GatewaySection
+from forebay.config.model import Config
+from forebay.config.sections import GatewaySection
 from forebay.errors import ForebayError
 from forebay.storage import state
 

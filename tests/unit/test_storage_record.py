@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from forebay.config.model import Config, GatewaySection
+from forebay.config.model import Config
+from forebay.config.sections import GatewaySection
 from forebay.storage import lvm
 from forebay.storage import record as storage_record
 from forebay.storage.record import (

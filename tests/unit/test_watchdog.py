@@ -11,9 +11,9 @@ import pytest
 import trio
 import trio.testing
 
-from forebay.daemon import watchdog
 from forebay.daemon.attached import Attached
-from forebay.daemon.watchdog import MARGIN_SECONDS, Watch, feed
+from forebay.process import watchdog
+from forebay.process.watchdog import MARGIN_SECONDS, Watch, feed
 
 TIMEOUT = 60.0
 PATIENCE = TIMEOUT + MARGIN_SECONDS

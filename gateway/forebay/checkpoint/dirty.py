@@ -7,6 +7,7 @@ from forebay.checkpoint.ages import Ages, oldest_on_record
 from forebay.checkpoint.mark import DirtyMark
 from forebay.checkpoint.pace import Amount, share
 from forebay.checkpoint.snapshots import Snapshot, Snapshots
+from forebay.config.live import LiveSettings
 from forebay.errors import ForebayError
 from forebay.image.image import Image
 from forebay.image.source import Source
@@ -26,13 +27,12 @@ class Dirty:
     `ages` knows how old each layer's data is, `mark` what stands beside the image about it.
     """
 
-    def __init__(self, view: View, source: Source, image: Image, max_dirty: int) -> None:
-        """`max_dirty`: bytes that may be dirty, as the operator has set it."""
+    def __init__(self, view: View, source: Source, image: Image, settings: LiveSettings) -> None:
         self._view = view
         self._cache = image.cache
         self._disk = source.use.disk
         self._image_key = image.key
-        self._max_dirty = max_dirty
+        self._settings = settings
         self._generation = 0
         self.overlay = source.use.overlay
         self._begins_empty = source.use.overlay and not (source.resumed or source.use.comes_back)
@@ -203,7 +203,7 @@ class Dirty:
         room = slots + self._cache.slots.spare()
         if self._cache.slots.scan is not None:  # which slots can be had is not known yet
             room = self._cache.device.slots
-        return Amount(self.bytes, slots), Amount(self._max_dirty, room)
+        return Amount(self.bytes, slots), Amount(self._settings.now.max_dirty, room)
 
     def share(self) -> float:
         """Which part of what may be dirty is dirty, of bytes or of slots, whichever is more: 0 to 1, and beyond."""

@@ -20,7 +20,7 @@ from forebay.checkpoint.dirty import Dirty
 from forebay.checkpoint.pace import LOW, Amount, Pace
 from forebay.checkpoint.passes import Pass
 from forebay.checkpoint.steps import SPREAD, Progress, Steps
-from forebay.config.model import DiskSettings
+from forebay.config.live import LiveSettings
 from forebay.image.image import Image
 from forebay.image.source import Source
 from forebay_cache import Layer
@@ -51,7 +51,7 @@ class WriteBack:
         self,
         source: Source,
         image: Image,
-        settings: DiskSettings,
+        settings: LiveSettings,
         dirty: Dirty,
         counters: Counters,
     ) -> None:
@@ -110,7 +110,7 @@ class WriteBack:
                 return
             if self.automatic and self._is_old_or_much():
                 return
-            with trio.move_on_after(min(1.0, self._settings.max_lag / 8)):
+            with trio.move_on_after(min(1.0, self._settings.now.max_lag / 8)):
                 await self._wanted.wait()
             if self._wanted.is_set():
                 self._wanted = trio.Event()
@@ -129,7 +129,7 @@ class WriteBack:
             return False
         if self._dirty.share() >= LOW:
             return True
-        return self._dirty.lag_seconds() * 2 >= self._settings.max_lag
+        return self._dirty.lag_seconds() * 2 >= self._settings.now.max_lag
 
     def want(self) -> None:
         """Have :meth:`run` make a checkpoint as soon as possible, if anything is dirty."""
@@ -214,7 +214,7 @@ class WriteBack:
         return Steps(
             layer.sectors * SECTOR,
             1 if self._source.claim is None else 2,  # the journal is half of the work
-            SPREAD * self._settings.max_lag,
+            lambda: SPREAD * self._settings.now.max_lag,
             served=self._cache.served,
             is_urgent=self._is_urgent,
             advanced=advanced,
@@ -259,7 +259,7 @@ class WriteBack:
             raise OSError(
                 errno.ENOSPC, f"{why}, and the storage of the image is full: {self.error}"
             )
-        if trio.current_time() - max(began, self.moved_at) >= self._settings.origin_timeout:
+        if trio.current_time() - max(began, self.moved_at) >= self._settings.now.origin_timeout:
             raise OSError(errno.ENOSPC, f"{why}, and nothing could be written back")
 
     async def catch_up(self) -> None:

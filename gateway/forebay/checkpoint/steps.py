@@ -27,13 +27,13 @@ class Steps:
         self,
         whole: int,
         times: int,
-        spread_seconds: float,
+        spread_seconds: Callable[[], float],
         *,
         served: Callable[[], int],
         is_urgent: Callable[[], bool],
         advanced: Callable[[int, float], None],
     ) -> None:
-        """`spread_seconds`: how long all of it may take while guests are served.
+        """`spread_seconds` returns how long all of it may take while guests are served.
 
         `served` counts what guests were served; `is_urgent` says that the pass is waited for. `advanced` is told, after
         each piece, its bytes and which part of the pass is done, 0 to 1; of the bytes it is told no more than `whole`
@@ -58,9 +58,12 @@ class Steps:
 
         It looks again every TURN_SECONDS, for the pass may become urgent meanwhile.
         """
-        until = self._began + self._share * self._spread_seconds
-        while (left := until - trio.current_time()) > 0 and self._may_wait():  # noqa: ASYNC110  (no one event)
+        while (left := self._seconds_left()) > 0 and self._may_wait():  # noqa: ASYNC110  (no one event)
             await trio.sleep(min(left, TURN_SECONDS))
+
+    def _seconds_left(self) -> float:
+        """Until the next batch, unless it becomes urgent."""
+        return self._began + self._share * self._spread_seconds() - trio.current_time()
 
     async def stand_aside(self) -> None:
         """Let others go on, between two pieces of work that the event loop does itself."""

@@ -187,6 +187,11 @@ def _xml(parser: Parser) -> None:
     parser.add_argument("--metadata", action="store_true", help=text)
 
 
+def _settings(parser: Parser, add: str) -> None:
+    module = __import__("forebay.cli.settings.disks", fromlist=[add])
+    getattr(module, add)(parser)
+
+
 def _libvirt_hook(parser: Parser) -> None:
     for name in ("domain", "operation", "sub_operation"):
         parser.add_argument(name, metavar=name.upper())
@@ -262,6 +267,11 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "hosts": ("how many hosts stand, asked by ssh", partial(_hosts, add="add_hosts")),
     "stats": ("rates, one line an interval", _stats),
     "flush": ("write back until nothing is dirty", _flush),
+    "get": (
+        "the settings of disks, and where each is said",
+        partial(_settings, add="add_get"),
+    ),
+    "set": ("change settings of a disk while its VM runs", partial(_settings, add="add_set")),
     "mode": ("change how a disk reads and writes", _mode),
     "peer": ("say which processes may use a disk", _peer),
     "preload": ("bring part of an image into the cache", _preload),

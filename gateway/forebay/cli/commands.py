@@ -22,7 +22,7 @@ def serve(arguments: Arguments) -> int:
     from pathlib import Path
 
     from forebay.config.model import Config
-    from forebay.daemon.gateway import serve as run_daemon
+    from forebay.process.process import serve as run_daemon
 
     config = Config.load(arguments.config)
     state, run = (path and Path(path).absolute() for path in (arguments.state, arguments.run))
@@ -166,6 +166,11 @@ def mode(arguments: Arguments) -> int:
         )
     print(f"{disk['name']}: {disk['mode']}")
     return 0
+
+
+def settings(arguments: Arguments) -> int:
+    """`forebay get` and `forebay set`: the settings of disks."""
+    return int(import_module("forebay.cli.settings.disks").run(arguments))
 
 
 def preload(arguments: Arguments) -> int:
@@ -335,6 +340,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     **dict.fromkeys(("summary", "hosts"), hosts),
     "stats": stats,
     "flush": flush,
+    **dict.fromkeys(("get", "set"), settings),
     "mode": mode,
     "peer": peer,
     "preload": preload,

@@ -34,6 +34,7 @@ from forebay.control.images import Catalogue, ImageRoutes, Stores
 from forebay.control.metrics import PROMETHEUS_TEXT
 from forebay.control.moves import PATIENCE, MoveRoutes, Moves
 from forebay.control.overlays import OverlayRoutes, Overlays
+from forebay.control.settings import SettingRoutes, Settings
 from forebay.control.staging import Staging, StagingRoutes
 from forebay.control.summary import Summary, SummaryRoutes
 from forebay.control.work import Operation, Progress, error, failure
@@ -153,6 +154,10 @@ class Answers(CacheDevice, Protocol):
         """How this host stands."""
 
     @property
+    def settings(self) -> Settings:
+        """The settings of disks."""
+
+    @property
     def staging(self) -> Staging:
         """What is staged with other hosts."""
 
@@ -202,6 +207,7 @@ class Control:
             *OverlayRoutes(self._gateway.overlays).table(),
             *MoveRoutes(self._gateway.moves).table(),
             *StagingRoutes(self._gateway.staging).table(),
+            *SettingRoutes(self._gateway.settings).table(),
         ]
         return [Route(method, path, _guarded(call)) for method, path, call in table]
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import trio
 
-from forebay.config.model import MetricsSection
+from forebay.config.sections import MetricsSection
 from forebay.control.metrics import PROMETHEUS_TEXT
 from forebay.http.connection import serve_connection
 from forebay.http.messages import Answer, Request, Response

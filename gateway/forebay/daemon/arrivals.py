@@ -291,8 +291,9 @@ class Arrivals:
         record = attached.record.with_rule(rule)
         image = resolve(self._config, record.image)
         await self._records.change(attached.name, attached.record, record)
+        attached.disk.adopt(record.settings(self._config, image.store))
         tenant = attached.listener.tenant
-        tenant.rule = record.rule(record.settings(self._config, image.store))
+        tenant.rule = record.rule(attached.disk.settings)
         tenant.release()
         attached.record = record
 
@@ -356,7 +357,8 @@ class Arrivals:
         """
         store = resolve(self._config, image).store
         preload = None if self._config.says_preload(store) else "trace"
-        record = DiskRecord(image, "", 0, read_only=True, format="raw", preload=preload)
+        record = DiskRecord(image, "", 0, read_only=True, format="raw")
+        record = record.with_settings({"preload": preload})
         source, settings = self.source(image, record, size, is_base=True)
         mode = Mode.NONE if settings.mode is Mode.NONE else Mode.WRITE_THROUGH
         return source, settings.model_copy(update={"mode": mode})

@@ -16,7 +16,7 @@ from forebay.boot.disk_boot import boot_of
 from forebay.checkpoint.dirty import left_dirty
 from forebay.config.model import Config
 from forebay.daemon.parallel import Progress
-from forebay.daemon.record import DiskRecord
+from forebay.daemon.record import LIMITS, DiskRecord
 from forebay.disk.disk import Disk
 from forebay.disk.state import DiskState
 from forebay.doors.listener import Listener
@@ -296,7 +296,7 @@ class Attached:
     def _told(self) -> dict[str, Any]:
         told = {
             **self.disk.status(),
-            **self.record.limits(),
+            **self.record.own(LIMITS),
             **(self.boot.status() if self.boot is not None else {}),
             **(self.handover.status() if self.handover is not None else {}),
             "clients": self.listener.clients,
@@ -310,11 +310,10 @@ class Attached:
     def detail(self, config: Config) -> dict[str, Any]:
         """What is told beyond `status` where this disk alone is asked for."""
         record, store = self.record, self.source.address.store
-        own = {"mode": record.mode, "peer": record.peer, **record.limits()}
         sockets = (one.sock for one in self.listener.connected() if one.session is not None)
         return {
             "store": store or None,
-            "settings": settings_told(config, store, self.disk.settings, own),
+            "settings": settings_told(config, store, self.disk.settings, record.own()),
             "connections": connected(sockets),
             "layers": len(self.disk.image.cache.layers.private_of(self.name)),
         }
@@ -387,7 +386,7 @@ def _at_rest(
         "overlay": record.overlay,
         "keep": record.keep,
         "size": record.size,
-        **record.limits(),
+        **record.own(LIMITS),
         **dict.fromkeys(counters, 0),
         "dirty_bytes": dirty,
         "lag_seconds": round(age, 3),

@@ -3,13 +3,11 @@
 
 """The gateway: all disks over one cache, as the control API asks for them."""
 
-import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import trio
@@ -30,10 +28,10 @@ from forebay.daemon.ending import stop
 from forebay.daemon.figures import memory
 from forebay.daemon.figures.loop_meter import METER
 from forebay.daemon.parallel import Progress, Shares, run_all
-from forebay.daemon.process import run_process
 from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.daemon.resolving import Keeps, Resolving
 from forebay.daemon.saving import Saving, Wanted
+from forebay.daemon.settings import Settings
 from forebay.doors.restart import EarlierSockets
 from forebay.doors.returns import Returns
 from forebay.doors.tenant import Rule
@@ -75,7 +73,6 @@ class Gateway:
         self.config = config
         self._cache = cache
         images = Images(cache, nursery)
-        self._nursery = nursery
         returns = Returns(nursery, cache.records)
         self._disks = Disks()
         self._records = DiskRecords(cache, index_path(config))
@@ -118,18 +115,17 @@ class Gateway:
             boots,
         )
         self._gone.on_gone = self.catalogue.traces.forget
+        self.settings = Settings(config, self._disks, self._records)
         self._resolving = Resolving(self._arrivals, self._disks, self._records)
         self._saving = Saving(config, cache, self._disks, self._arrivals.threads_of)
-        self._committing = Committing(
-            self._arrivals, self._disks, self._records, images, returns, kept
-        )
+        committing = Committing(self._arrivals, self._disks, self._records, images, returns, kept)
         self.overlays = Overlays(
             cache,
             index_path(config),
             kept,
             self._disks.turn_attached,
             self._disks.all_attached,
-            self._committing,
+            committing,
             self._disks.is_attached,
         )
         evacuation = Evacuation(self.attached, self.status, self.detach, self.set_mode)
@@ -151,6 +147,16 @@ class Gateway:
         self.summary = Summary(
             config, cache, nursery, self._threads_of, self.statuses, self.catalogue.images
         )
+
+        tasks = (
+            self._saving.remove_left,
+            self._gone.run,
+            self.catalogue.run,
+            self.advice.run,
+            self.summary.run,
+            committing.run,
+        )
+        self._background = [partial(nursery.start_soon, task) for task in tasks]
 
     def _note_unused(self, key: str) -> None:
         self.catalogue.note_unused(key)
@@ -179,7 +185,8 @@ class Gateway:
         chosen = mode.value if mode else None
         if gives_way and not read_only:
             raise ForebayError("a disk that gives way is read-only: leave one of the two out")
-        wanted = DiskRecord(image, "", 0, read_only, overlay, chosen, cache_size, preload)
+        wanted = DiskRecord(image, "", 0, read_only, overlay, chosen)
+        wanted = wanted.with_settings({"cache_size": cache_size, "preload": preload})
         wanted = replace(wanted, gives_way=gives_way, format=image_format, keep=keep)
         wanted = wanted.with_rule(rule).coming(incoming)
         attach = partial(self._arrivals.attach, patience=patience)
@@ -193,12 +200,8 @@ class Gateway:
         await self._arrivals.resume(earlier)
         await self.stores.open(of_stores)
         await self.staging.resume()
-        self._nursery.start_soon(self._saving.remove_left)
-        self._nursery.start_soon(self._gone.run)
-        self._nursery.start_soon(self.catalogue.run)
-        self._nursery.start_soon(self.advice.run)
-        self._nursery.start_soon(self.summary.run)
-        self._nursery.start_soon(self._committing.run)
+        for work in self._background:
+            work()
 
     def _threads_of(self, store: str) -> StoreThreads:
         return self._arrivals.threads_of(store)
@@ -276,24 +279,8 @@ class Gateway:
             raise still_dirty([one.status() for one in disks], timeout)
 
     async def set_mode(self, name: str, mode: Mode, progress: Progress) -> Status:
-        """Change how a disk reads and writes, also while clients are connected. The disk's status.
-
-        The index has it first: a start that finds another mode there than the data in the cache asks for leaves that
-        mode in its own time, and what is refused has changed nothing.
-        """
-        async with self._disks.turn_attached(name) as attached:
-            attached.check_serves()
-            attached.disk.modes.check_may_enter(mode)
-            was, now = attached.record, attached.record.with_mode(mode)
-            await self._records.change(name, was, now)
-            try:
-                await attached.disk.set_mode(mode, progress)
-            except BaseException:
-                with trio.CancelScope(shield=True), contextlib.suppress(ForebayError):
-                    await self._records.change(name, was, was)
-                raise
-            attached.record = now
-        return attached.status()
+        """Change how a disk reads and writes, also while clients are connected. The disk's status."""
+        return await self.settings.set(name, {"mode": mode.value}, progress)
 
     async def set_peer(self, name: str, rule: Rule, *, evict: bool = False) -> Status:
         """Change which processes may use a disk. Whoever has it loses it, unless connected; `evict`: in any case.
@@ -389,11 +376,3 @@ class Gateway:
 async def _drain(attached: Attached, progress: Progress) -> None:
     with attached.used():
         await attached.drain(progress)
-
-
-def serve(config: Config, state: Path | None = None, run: Path | None = None) -> int:
-    """Run the daemon until SIGTERM or SIGINT; 0. `state` and `run` overrule the configuration.
-
-    Raises ForebayError when it cannot start.
-    """
-    return run_process(config, state, run, Gateway)

@@ -3,12 +3,14 @@
 
 """What is on record of each disk, so that it comes back after a restart: in the records of the cache's index."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from forebay.catalogue.entries import commit_records
 from forebay.config.fields import PeerRule
+from forebay.config.keys import KEYS
 from forebay.config.model import Config, DiskSettings
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
@@ -18,7 +20,6 @@ from forebay.image.source import Source
 from forebay.keeping.kept import Kept, KeptOverlays, identity_of
 from forebay.origin.addresses import Address, ScratchAddress, resolve
 from forebay.origin.protocol import Identity
-from forebay.units import Mode
 from forebay_cache import Cache
 
 KIND = "disk"
@@ -31,13 +32,16 @@ KINDS = {"read_only": "read-only", "overlay": "an overlay", "gives_way": "one th
 SETTINGS = ("mode", "cache_size", "preload")
 """What an attach may say of a disk, and its store otherwise."""
 
+LIMITS = ("cache_size", "preload")
+"""Of these, what stands in the disk's status as the operator asked for it."""
+
 
 @dataclass(frozen=True)
 class DiskRecord:
     """What the index keeps of a disk: what the operator asked for, not what the configuration adds to it.
 
-    `size` in bytes, as found at attach: a disk comes up without its origin. `mode`, `cache_size`, `preload`
-    and `peer` are None where the store's settings hold; `peer_label` and `peer_user` where nobody told.
+    `size` in bytes, as found at attach: a disk comes up without its origin. `mode` and
+    `peer` are None where the store's settings hold; `peer_label` and `peer_user` where nobody told.
     """
 
     image: str
@@ -46,8 +50,6 @@ class DiskRecord:
     read_only: bool = False
     overlay: bool = False
     mode: str | None = None
-    cache_size: int | None = None
-    preload: int | str | None = None
     peer: PeerRule | None = None
     peer_label: str | None = None
     peer_user: int | None = None
@@ -69,16 +71,20 @@ class DiskRecord:
     """A `Phase`: how far the handover of the image is, where that is not the disk's own."""
     is_behind: bool = False
     """True if other disks have gone on with the image since: what the cache has of that is not this disk's."""
+    said: dict[str, Any] = field(default_factory=dict)
+    """What was asked for of this disk, by key of KEYS, but for the mode; without those where the store's hold."""
 
     @classmethod
     def read(cls, found: dict[str, Any]) -> Self:
         """The record that the index has as `found`. Keys of newer versions are left out, what is missing is empty."""
         known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
-        return cls(**{"image": "", "key": "", "size": 0, **known})
+        said = {key: found.get(key) for key in LIMITS} | known.pop("said", {})
+        record = cls(**{"image": "", "key": "", "size": 0, **known})
+        return record.with_settings(said)
 
     def write(self) -> dict[str, Any]:
-        """What the index is to keep."""
-        return asdict(self)
+        """What the index is to keep. LIMITS stand where versions without `said` look for them."""
+        return {**asdict(self), **self.own(LIMITS)}
 
     @property
     def writes(self) -> bool:
@@ -90,18 +96,22 @@ class DiskRecord:
 
         What an overlay's boot reads is brought in, unless anybody has said something else.
         """
-        is_unsaid = self.preload is None and not config.says_preload(store)
-        overrides = {
-            "mode": self.mode,
-            "cache_size": self.cache_size,
-            "preload": "trace" if self.overlay and is_unsaid else self.preload,
-            "peer": self.peer,
-        }
-        return config.disk_settings(store, overrides)
+        own = self.own()
+        is_unsaid = own["preload"] is None and not config.says_preload(store)
+        if self.overlay and is_unsaid:
+            own["preload"] = "trace"
+        return config.disk_settings(store, own)
 
-    def limits(self) -> dict[str, Any]:
-        """What the operator asked for, as keys of the disk's status; None where the store's settings hold."""
-        return {"cache_size": self.cache_size, "preload": self.preload}
+    def own(self, keys: Iterable[str] = (*KEYS, "peer")) -> dict[str, Any]:
+        """What was asked for of this disk, by key; None where the store's settings hold."""
+        known = {**self.said, "mode": self.mode, "peer": self.peer}
+        return {key: known.get(key) for key in keys}
+
+    def with_settings(self, changes: Mapping[str, Any]) -> Self:
+        """The same with other settings, by key of KEYS; None: what the store says."""
+        said = {**self.said, **changes}
+        mode = said.pop("mode", self.mode)
+        return replace(self, mode=mode, said={k: v for k, v in said.items() if v is not None})
 
     def rule(self, settings: DiskSettings) -> Rule:
         """Which processes may use the disk, by its settings."""
@@ -118,10 +128,6 @@ class DiskRecord:
     def in_format(self, found: str) -> Self:
         """The same of an image whose format was found; a raw disk is one without being called so."""
         return self if found == "raw" else replace(self, format=found)
-
-    def with_mode(self, mode: Mode) -> Self:
-        """The same in another mode."""
-        return replace(self, mode=mode.value)
 
     def resolved(self, keeps: str, size: int) -> Self:
         """The same of a disk that goes on with its image as it is now, which has `size` bytes."""

@@ -13,7 +13,7 @@ import trio
 from forebay.checkpoint.dirty import Dirty
 from forebay.checkpoint.pace import LOW, SLACK, Amount
 from forebay.checkpoint.schedule import WriteBack
-from forebay.config.model import DiskSettings
+from forebay.config.live import LiveSettings
 from forebay.disk.ranges import Gate
 from forebay.image.image import Image
 from forebay_cache import Layer, View
@@ -45,7 +45,7 @@ class Admission:
         dirty: Dirty,
         writeback: WriteBack,
         gate: Gate,
-        settings: DiskSettings,
+        settings: LiveSettings,
     ) -> None:
         self._view = view
         self._reach = image.reach
@@ -67,9 +67,11 @@ class Admission:
         """True while so much is dirty that what is added is charged for."""
 
     def set_limits(self) -> None:
-        """Called when the mode was chosen, before anything is written in it."""
+        """Called when the mode was chosen, before anything is written in it, and when `max_dirty` is another."""
         most = (
-            self._settings.max_dirty * LOW if self._writeback.automatic else 2 * self._size + BLOCK
+            self._settings.now.max_dirty * LOW
+            if self._writeback.automatic
+            else 2 * self._size + BLOCK
         )
         self._little_sectors = int(most) // SECTOR
 
@@ -136,12 +138,15 @@ class Admission:
         return self._pressed
 
     async def _stay_below_limit(self, length: int) -> None:
-        most = max(self._settings.max_dirty, length)
         began = trio.current_time()
-        while self._dirty.bytes + length > most:
+        while self._is_too_much(length):
             await self._writeback.wait_for_pass()
-            if self._dirty.bytes + length > most:
+            if self._is_too_much(length):
                 self._writeback.check_goes_on("max_dirty is reached", began)
+
+    def _is_too_much(self, length: int) -> bool:
+        """True if so many bytes more are beyond `max_dirty` as it is now; what is more than that is let in alone."""
+        return self._dirty.bytes + length > max(self._settings.now.max_dirty, length)
 
     # -- after a write ----------------------------------------------------------------------------------------
 
@@ -169,7 +174,7 @@ class Admission:
 
     def patience(self) -> trio.CancelScope:
         """A scope that ends `origin_timeout` seconds from now; :meth:`extend` it as long as write-back goes on."""
-        return trio.move_on_after(self._settings.origin_timeout)
+        return trio.move_on_after(self._settings.now.origin_timeout)
 
     @staticmethod
     @contextlib.contextmanager
@@ -184,5 +189,5 @@ class Admission:
 
     def extend(self, patience: trio.CancelScope) -> None:
         """Have it end no sooner than `origin_timeout` seconds after write-back was last seen to go on."""
-        until = self._writeback.moved_at + self._settings.origin_timeout
+        until = self._writeback.moved_at + self._settings.now.origin_timeout
         patience.deadline = max(patience.deadline, until)

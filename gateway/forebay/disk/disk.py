@@ -14,6 +14,7 @@ from forebay.checkpoint.counters import Counters
 from forebay.checkpoint.dirty import Dirty
 from forebay.checkpoint.schedule import WriteBack
 from forebay.checkpoint.steps import Progress
+from forebay.config.live import LiveSettings
 from forebay.config.model import DiskSettings
 from forebay.disk.block_status import CACHED_CONTEXT, OLD_CACHED_CONTEXT
 from forebay.disk.copy import preload_range
@@ -58,7 +59,42 @@ class HotPath:
         self.write_now, self.answered = policy.write_now, policy.answered
 
 
-class Disk(HotPath):
+class Adjustable(HotPath):
+    """The settings of a disk, which change while it is used."""
+
+    def __init__(
+        self, image: Image, source: Source, live: LiveSettings, reads: Reads, modes: Modes
+    ) -> None:
+        super().__init__(image, reads, modes)
+        self.name = source.use.disk
+        self.image = image
+        self.source = source
+        self.modes = modes
+        self._live = live
+
+    @property
+    def settings(self) -> DiskSettings:
+        """What holds for it now."""
+        return self._live.now
+
+    def adopt(self, settings: DiskSettings) -> None:
+        """Have other settings from now on, but for the mode, which `set_mode` changes. What waits already for an image
+        that does not answer goes on waiting as it began to.
+
+        A critical section: all of them at once.
+        """
+        self._live.now = settings
+        self.set_cap()
+        self.modes.adopt_limits()
+        self.source.timeout = settings.origin_timeout
+        self.image.follow_timeouts()
+
+    def set_cap(self) -> None:
+        """Have as much of the cache as its settings say."""
+        self.image.clean.set_cap(self.name, -(-self.settings.cache_size // BLOCK))
+
+
+class Disk(Adjustable):
     """Implements forebay_nbd.Export. Made by :meth:`open`; :meth:`run` has to be running while clients use it.
 
     The parts: `reads` serves reads; `modes` has the policy that takes writes; `dirty` are the private layers, which
@@ -75,16 +111,16 @@ class Disk(HotPath):
         self.read_only = source.use.read_only
         self.image = image
         self.source = source
-        self.settings = settings
+        live = LiveSettings(settings)
         self.counters = Counters()
-        self.reads = Reads(image, self.counters, settings.origin_timeout)
-        self.dirty = Dirty(self.view, source, image, settings.max_dirty)
-        self.writeback = WriteBack(source, image, settings, self.dirty, self.counters)
+        self.reads = Reads(image, self.counters, live)
+        self.dirty = Dirty(self.view, source, image, live)
+        self.writeback = WriteBack(source, image, live, self.dirty, self.counters)
         self.modes = Modes(
-            source, image, settings, self.view, self.dirty, self.writeback, self.counters
+            source, image, live, self.view, self.dirty, self.writeback, self.counters
         )
         self.modes.on_choice = self.bind
-        super().__init__(image, self.reads, self.modes)
+        super().__init__(image, source, live, self.reads, self.modes)
         self._watch = Watch(source, image, self.dirty, self.modes)
         self.on_opened: Callable[[], None] = _nothing
         """Told of each client that comes."""
@@ -120,7 +156,7 @@ class Disk(HotPath):
         self._watch.choose_mode()
         self.modes.choose()
         self.image.watch(self.view)
-        self.image.clean.set_cap(self.name, -(-self.settings.cache_size // BLOCK))
+        self.set_cap()
 
     @property
     def view(self) -> View:

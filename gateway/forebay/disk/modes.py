@@ -13,6 +13,7 @@ from forebay.checkpoint.counters import Counters
 from forebay.checkpoint.dirty import Dirty
 from forebay.checkpoint.schedule import WriteBack
 from forebay.checkpoint.steps import Progress
+from forebay.config.live import LiveSettings
 from forebay.config.model import DiskSettings
 from forebay.disk.admission import Admission
 from forebay.disk.copy import FullCopy
@@ -72,7 +73,7 @@ class Modes:
         self,
         source: Source,
         image: Image,
-        settings: DiskSettings,
+        settings: LiveSettings,
         view: View,
         dirty: Dirty,
         writeback: WriteBack,
@@ -95,7 +96,7 @@ class Modes:
         """For the full copy; None while the disk does not run."""
         self._changing = trio.Lock()
         """Held by whoever changes the mode, the operator or :class:`forebay.disk.watch.Watch`."""
-        self.mode = Mode(settings.mode)
+        self.mode = Mode(settings.now.mode)
         self.policy: Policy = self._to_origin(keep=False)
         self.is_held = False
         """True while nobody but a handover is to change the mode."""
@@ -124,6 +125,10 @@ class Modes:
         self.show_clean(shown=not self._source.withheld)
         self.on_choice(self.policy)
 
+    def adopt_limits(self) -> None:
+        """Have the limits of the settings as they are now hold."""
+        self._admission.set_limits()
+
     def _chosen_policy(self) -> Policy:
         if not self.writes_private:
             return self._to_origin(keep=self.mode is Mode.WRITE_THROUGH)
@@ -145,11 +150,12 @@ class Modes:
     def _past_cache(self) -> OriginWrites:
         return self._to_origin(keep=False)
 
-    def check_fits(self, mode: Mode) -> None:
-        """Raise ForebayError where a disk of this size cannot be in that mode."""
+    def check_fits(self, mode: Mode, settings: DiskSettings | None = None) -> None:
+        """Raise ForebayError where a disk of this size cannot be in that mode, with those settings (None: its own)."""
         if mode is not Mode.FULL_COPY:
             return
-        key, size, cap = self._image.key, self._source.size, self._settings.cache_size
+        cap = (settings or self._settings.now).cache_size
+        key, size = self._image.key, self._source.size
         if 0 < cap < size:
             raise ForebayError(
                 f"a full copy of {key} takes {format_size(size)}, and cache_size lets the disk have "
@@ -169,7 +175,7 @@ class Modes:
         """
         is_announced = self._overlay or self._dirty.mark.is_set
         if not (self.writes_private and is_announced):
-            await arrive(self._image, self._settings.origin_timeout)
+            await arrive(self._image, self._settings.now.origin_timeout)
 
     @contextlib.asynccontextmanager
     async def writing(self) -> AsyncIterator[None]:
@@ -235,8 +241,10 @@ class Modes:
                 self.returns_to = None
             self.is_held = False
 
-    def check_may_enter(self, mode: Mode) -> None:
-        """Raise ForebayError where the disk cannot be in that mode, unless it is in it, or comes back to it."""
+    def check_may_enter(self, mode: Mode, settings: DiskSettings | None = None) -> None:
+        """Raise ForebayError where the disk cannot be in that mode, unless it is in it, or comes back to it. `settings`
+        as `check_fits`.
+        """
         if mode not in (self.mode, self.returns_to):
             if self.is_held or self._source.withheld:
                 disk = self._source.use.disk
@@ -244,7 +252,7 @@ class Modes:
                     f"'{disk}' is being handed over to another host, or from it: 'forebay handover abort {disk}' ends "
                     "that, if it can be ended"
                 )
-            self.check_fits(mode)
+            self.check_fits(mode, settings)
             self._source.check_safe(mode)
 
     async def _change(self, mode: Mode, progress: Progress) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import forebay_fast
 from forebay.checkpoint.counters import Counters
+from forebay.config.live import LiveSettings
 from forebay.disk.block_status import CACHED_CONTEXT, OLD_CACHED_CONTEXT, allocation, cached
 from forebay.image.image import Image
 from forebay_cache import ReadAhead, View
@@ -35,11 +36,10 @@ async def arrive(image: Image, timeout: float) -> None:
 class Reads:
     """The reading half of a disk. `view` has no layers at first; whoever opens the disk puts them there."""
 
-    def __init__(self, image: Image, counters: Counters, timeout: float) -> None:
-        """`timeout`: seconds that a read waits for an image that cannot be reached."""
+    def __init__(self, image: Image, counters: Counters, settings: LiveSettings) -> None:
         self._image = image
         self._counters = counters
-        self._timeout = timeout
+        self._settings = settings
         self._ahead = ReadAhead(image.filler, counters)
         self.view = View(image.cache, [], None, self._fetch)
         by = forebay_fast.core.Reads(self.view) if forebay_fast.serves() else self.view
@@ -87,7 +87,7 @@ class Reads:
             if (fresh := self._image.fresh) is not None:
                 self._counters.origin_read_bytes += length
                 return await fresh.read(offset, length)
-            await arrive(self._image, self._timeout)
+            await arrive(self._image, self._settings.now.origin_timeout)
             if self.view.clean is None:
                 self._counters.origin_read_bytes += length
                 return await self._image.read(offset, length)
@@ -98,7 +98,7 @@ class Reads:
         if self.view.clean is not None:
             filler = self._image.filler
             if self._image.origin is None and await filler.missing(offset, length):
-                await arrive(self._image, self._timeout)
+                await arrive(self._image, self._settings.now.origin_timeout)
             await filler.prefetch(offset, length, self._counters)
 
     async def extents(

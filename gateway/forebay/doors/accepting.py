@@ -15,7 +15,7 @@ from pathlib import Path
 
 import trio
 
-from forebay.config.model import GatewaySection
+from forebay.config.sections import GatewaySection
 from forebay.doors.named import NamedListener, is_gone
 from forebay.doors.peers import Admission
 from forebay.doors.restart import Client, Sockets

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import trio
 
-from forebay.config.model import GatewaySection
+from forebay.config.sections import GatewaySection
 from forebay.doors.accepting import Accepting
 from forebay.doors.restart import Client, Sockets
 from forebay.doors.tenant import Rule, Tenant

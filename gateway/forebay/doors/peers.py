@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-from forebay.config.model import GatewaySection
+from forebay.config.sections import GatewaySection
 
 GROUP_MARK = "@"
 """In `socket_peers`, what a group's name begins with."""

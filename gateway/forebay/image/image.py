@@ -72,6 +72,11 @@ class Image:
         )
         self._on_unused = on_unused
 
+    def follow_timeouts(self) -> None:
+        """Have the open origin wait as long as the disks on it want to, now."""
+        if self.origin is not None and not self.sources.is_empty():
+            self.origin.timeout = self.sources.timeout
+
     # ----------------------------------------------------------------------------------------------------- its origin
 
     @property
@@ -109,7 +114,7 @@ class Image:
         """A new origin; None where the image was taken over while the cache has data that it lacks. Raises OSError."""
         source = self.sources.latest
         try:
-            return await source.open()
+            return await self._opened(source)
         except TakenOver as fault:
             if isinstance(fault, ResizedError) or source.withheld:
                 self.stop(str(fault))
@@ -120,9 +125,16 @@ class Image:
         self.identity.note_durable(self.identity.writes_ended)  # it is not ours to flush
         await source.begin_anew()
         try:
-            return await source.open()
+            return await self._opened(source)
         except TakenOver as fault:
             raise OSError(errno.EIO, str(fault)) from fault
+
+    async def _opened(self, source: Source) -> Origin:
+        """A new origin, which waits as long as the disks on the image want to. As `Source.open`."""
+        origin = await source.open()
+        if not self.sources.is_empty():
+            origin.timeout = self.sources.timeout
+        return origin
 
     # --------------------------------------------------------------------------------------------------------- writes
 
@@ -269,6 +281,7 @@ class Image:
         self.sources.remove(source)
         if view is not None:
             self.clean.unwatch(view)
+        self.follow_timeouts()
         if self.sources.is_empty():
             await self._on_unused(self)
 

@@ -77,7 +77,7 @@ class Opener:
         self._use = use
         self._claim = claim
         self._threads = threads
-        self._timeout = timeout
+        self.timeout = timeout
         self._nursery = nursery
         self._left_by = left_by
         self._formats = formats
@@ -99,7 +99,7 @@ class Opener:
             finally:
                 syscalls.close(file.fd)
 
-        with bounded(self._timeout, f"opening {self._label}"):
+        with bounded(self.timeout, f"opening {self._label}"):
             return (await self._threads.run(look_at)).format or RAW
 
     async def open(self, *, first: bool) -> Origin:
@@ -121,7 +121,7 @@ class Opener:
             self._address,
             self._label,
             read_only=not self._use.writes,
-            timeout=self._timeout,
+            timeout=self.timeout,
         )
 
     async def _open_file(self, address: FileAddress, first: bool) -> FileOrigin:
@@ -136,7 +136,7 @@ class Opener:
         self, address: FileAddress, file: OpenImage, kind: type[FileOrigin]
     ) -> FileOrigin:
         """An origin of the open image, with what keeps others out, and with a server that is ready where it has one."""
-        origin = kind(file, self._label, threads=self._threads, timeout=self._timeout)
+        origin = kind(file, self._label, threads=self._threads, timeout=self.timeout)
         try:
             await self._look_at_mount(file)
             for below in file.backing:
@@ -160,7 +160,7 @@ class Opener:
             with descriptor as fd:
                 start_server(fd)
 
-        with bounded(self._timeout, f"opening {self._label}"):
+        with bounded(self.timeout, f"opening {self._label}"):
             await self._threads.run(start)
 
     async def _check_unwritten(self, address: FileAddress) -> None:
@@ -211,7 +211,7 @@ class Opener:
     async def _open_device(self, address: DeviceAddress) -> BlockOrigin:
         read_only = not self._use.writes
         file = await self._in_thread(lambda: open_device(address, read_only=read_only))
-        origin = BlockOrigin(file, self._label, threads=self._threads, timeout=self._timeout)
+        origin = BlockOrigin(file, self._label, threads=self._threads, timeout=self.timeout)
         try:
             await self._lock(origin.descriptor, READS if read_only else WRITES)
         except BaseException:
@@ -226,11 +226,11 @@ class Opener:
             )
         servers = self._servers_of_files
         file = await self._in_thread(lambda: open_web(address, servers, first=first))
-        return WebOrigin(file, self._label, threads=self._threads, timeout=self._timeout)
+        return WebOrigin(file, self._label, threads=self._threads, timeout=self.timeout)
 
     async def _in_thread(self, do: Callable[[], OpenImage]) -> OpenImage:
         """Open something in a thread; the descriptor of one that comes too late is closed. Raises what `do` raises."""
-        with bounded(self._timeout, f"opening {self._label}"):
+        with bounded(self.timeout, f"opening {self._label}"):
             return await self._threads.run(do, drop=lambda late: syscalls.close(late.fd))
 
     async def _look_at_mount(self, file: OpenImage) -> None:
@@ -278,7 +278,7 @@ class Opener:
 
     async def _owner(self, address: FileAddress) -> Owner | None:
         """What the owner marker beside the image says. Raises ForebayError and OSError."""
-        with bounded(self._timeout, f"looking for the owner of {self._label}"):
+        with bounded(self.timeout, f"looking for the owner of {self._label}"):
             return await self._threads.run(lambda: read_owner(address))
 
     async def look_for_owner(self) -> None:
@@ -286,7 +286,7 @@ class Opener:
         address = self._address
         if not isinstance(address, FileAddress):
             return
-        with bounded(self._timeout, f"looking at {self._label}"):
+        with bounded(self.timeout, f"looking at {self._label}"):
             await self._threads.run(lambda: look(address, SystemCalls()))
         owner = await self._owner(address) if self._claim is not None else None
         if owner is not None and owner.gateway not in (self._use.gateway, NOBODY):
@@ -315,7 +315,7 @@ class Opener:
     async def _locked(self, key: str, lock: Callable[[], None]) -> None:
         """Take locks in a thread, of the image with that key. Raises InUseError and OSError; no locks are no error."""
         try:
-            with bounded(self._timeout, f"locking {key}"):
+            with bounded(self.timeout, f"locking {key}"):
                 await self._threads.run(lock)
         except InUse as fault:
             raise in_use_by_program(key, fault) from None

@@ -60,6 +60,7 @@ class Images:
             if self.is_pinned(source.key, source.size):
                 self.keep(source.key, wanted=True)
         image.sources.add(source)
+        image.follow_timeouts()
         source.bind(on_lost=image.stop, dirty_bytes=partial(image.sources.lacks, source))
         # At a start no disk waits for what another one of the image is waiting for already.
         if not (source.resumed and image.reach.is_being_attempted):

@@ -36,6 +36,30 @@ def _nothing(_disk: str) -> int:
     return 0
 
 
+def _claim_for(
+    address: Address,
+    label: str,
+    use: Use,
+    threads: StoreThreads,
+    timeout: float,
+    is_ours: bool,
+) -> Claim | None:
+    """What claims the image, if the disk writes it. `is_ours`: it was ours before a restart."""
+    if not (use.writes and isinstance(address, FileAddress)):
+        return None
+    return Claim(
+        address,
+        label,
+        gateway=use.gateway,
+        disk=use.disk,
+        threads=threads,
+        timeout=timeout,
+        need_locks=use.need_locks,
+        is_ours=is_ours,
+        is_coming=use.is_coming,
+    )
+
+
 class Source:
     """The image of one disk. Disks may have sources of the same image: `Image` (image.py) is what they share."""
 
@@ -68,7 +92,7 @@ class Source:
         """Why the image is not to be opened now, although it could be: another host has it, or may have it."""
         self.stop_disk: Callable[[Exception], None] = lambda _fault: None
         """Stops the disk, by a fault of Forebay itself in what it shares with others on the image."""
-        self.claim = self._claim_for(address, label, use, threads, timeout)
+        self.claim = _claim_for(address, label, use, threads, timeout, self.resumed)
         """The claim of a disk that writes to a file; it says beside the image whether that lacks data. Else None."""
         self.asking: Asking | None = None
         """What asks for an image that another gateway hands over, until the disk has it. Else None."""
@@ -100,22 +124,16 @@ class Source:
         """An open one that the next `open` hands out."""
         self._is_first_open = True
 
-    def _claim_for(
-        self, address: Address, label: str, use: Use, threads: StoreThreads, timeout: float
-    ) -> Claim | None:
-        if not (use.writes and isinstance(address, FileAddress)):
-            return None
-        return Claim(
-            address,
-            label,
-            gateway=use.gateway,
-            disk=use.disk,
-            threads=threads,
-            timeout=timeout,
-            need_locks=use.need_locks,
-            is_ours=self.resumed,
-            is_coming=use.is_coming,
-        )
+    @property
+    def timeout(self) -> float:
+        """How long a call may take, seconds. `Image.follow_timeouts` has the open origin follow."""
+        return self._opener.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        for one in (self._opener, self.claim, self.asking, self.fresh):
+            if one is not None:
+                one.timeout = seconds
 
     def bind(self, *, on_lost: Callable[[str], None], dirty_bytes: Callable[[], int]) -> None:
         """Say whom to tell that somebody else has the image now, and whom to ask how much the image lacks, in bytes."""

@@ -35,6 +35,11 @@ class Sources:
         """That of the disk which writes the image, or else of the one that came last: it opens it for all of them."""
         return next((s for s in self._sources if s.use.writes), self._sources[-1])
 
+    @property
+    def timeout(self) -> float:
+        """How long a call to the image that they share may take, seconds: the disk that waits longest has its way."""
+        return max(source.timeout for source in self._sources)
+
     def name_of_one(self) -> str | None:
         """The name of the disk, if there is but one."""
         return self._sources[0].use.disk if len(self._sources) == 1 else None

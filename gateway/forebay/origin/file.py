@@ -310,7 +310,7 @@ class FreshFile:
         """`timeout` in seconds, for each read."""
         self._address = address
         self._threads = threads
-        self._timeout = timeout
+        self.timeout = timeout
         self._turn = trio.Lock()
 
     async def read(self, offset: int, length: int) -> Buffer:
@@ -319,7 +319,7 @@ class FreshFile:
         while len(found) < length:
             at, count = offset + len(found), min(PIECE, length - len(found))
             async with self._turn:
-                with bounded(self._timeout, f"reading {self._address.key}"):
+                with bounded(self.timeout, f"reading {self._address.key}"):
                     found += await self._threads.run(partial(self._read, at, count))
         return found
 

@@ -44,8 +44,9 @@ class NbdOrigin:
         self.size = client.size
         self.read_only = read_only
         self.label = label
+        self.timeout = timeout
         self._requests = Requests(
-            nursery, address, label, client, read_only=read_only, timeout=timeout
+            nursery, address, label, client, read_only=read_only, timeout=lambda: self.timeout
         )
         self._refused = False
         """True once the server refused to zero without writing."""
@@ -268,7 +269,7 @@ class NbdOrigin:
 
     async def quiesce(self) -> None:
         """Wait until no change that was given up can arrive any more. ETIMEDOUT: one still can."""
-        with bounded(self._requests.timeout, f"waiting for a hung write to {self.label}"):
+        with bounded(self.timeout, f"waiting for a hung write to {self.label}"):
             await self._requests.wait_for_range(0, self.size)
 
     async def close(self) -> None:

@@ -86,12 +86,12 @@ class Requests:
         client: Client,
         *,
         read_only: bool,
-        timeout: float,
+        timeout: Callable[[], float],
     ) -> None:
-        """Take over a connected client; tasks run in `nursery`. `timeout`: seconds that a request may take."""
+        """Take over a connected client; tasks run in `nursery`. `timeout` returns seconds, of a request."""
         self.sync_failures = 0
         """How many flushes so far ended without anybody knowing what they made durable."""
-        self.timeout = timeout
+        self._timeout = timeout
         self.sector = client.negotiated.minimum_block
         """Bytes of the smallest unit that the server reads and writes."""
         self.flags = client.negotiated.flags
@@ -170,7 +170,7 @@ class Requests:
         Cancellation gives the request up; if it is with the server already, its answer is waited for in the background.
         """
         job = _Job(do, background, offset, offset + length, kind)
-        with bounded(self.timeout, what):
+        with bounded(self._timeout(), what):
             await self.wait_for_range(
                 job.first, job.last, alone=kind == "change" and self.sector > 1
             )
@@ -283,7 +283,7 @@ class Requests:
 
     async def _same_image(self) -> Client:
         """A new connection to the same export. Raises OSError, and ForebayError if its size or access has changed."""
-        client = await connect(self._nursery, self._address, self.timeout)
+        client = await connect(self._nursery, self._address, self._timeout())
         if client.size != self._size or (client.read_only and not self._read_only) or self._closed:
             size = client.size
             await client.aclose()

@@ -57,6 +57,8 @@ class Origin(Protocol):
     read_only: bool
     label: str
     """The image as the operator wrote it, for messages."""
+    timeout: float
+    """How long a call may take, seconds. It may be changed at any time, for calls that begin then."""
 
     @property
     def sync_failures(self) -> int:
@@ -149,6 +151,7 @@ class Nothing:
     read_only = True
     sync_failures = 0
     punches: bool | None = False
+    timeout = 0.0
 
     def __init__(self, size: int, label: str) -> None:
         self.size = size

@@ -20,7 +20,7 @@ def settings_told(
     config: Config, store: str | None, settings: DiskSettings, own: Mapping[str, Any]
 ) -> list[Told]:
     """Each setting of a disk in `store`, as the configuration writes it, and where it is said. `own` has what was asked
-    for at attach; None for what was not.
+    for of the disk; None for what was not.
     """
     of_store = config.stores.get(store) if store else None
     in_file = config.defaults.model_fields_set

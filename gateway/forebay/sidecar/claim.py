@@ -67,7 +67,7 @@ class Claim:
         self._gateway = gateway
         self._disk = disk
         self._threads = threads
-        self._timeout = timeout
+        self.timeout = timeout
         self._need_locks = need_locks
         self._is_ours = is_ours
         self._is_coming = is_coming
@@ -121,7 +121,7 @@ class Claim:
 
         call = Call(take, drop=lambda late: late.close())
         self._taking = call.ended
-        with bounded(self._timeout, f"claiming {self._address.key}"):
+        with bounded(self.timeout, f"claiming {self._address.key}"):
             self._marker = await self._threads.wait_for(call)
         self._is_ours = True
 
@@ -129,7 +129,7 @@ class Claim:
         """True if the image is ours, although the claim is not held: a `take` that was given up, or failed late, has
         left our marker. Raises OSError where one still may.
         """
-        with bounded(self._timeout, f"waiting for a hung claim of {self._address.key}"):
+        with bounded(self.timeout, f"waiting for a hung claim of {self._address.key}"):
             if self._taking is not None:
                 await self._taking.wait()
             try:
@@ -210,7 +210,7 @@ class Claim:
                 lambda: marker.begin_redo(as_of),
                 drop=lambda late: late.drop(),
             )
-        return RedoJournal(self, marker, file, as_of, self._threads, self._timeout)
+        return RedoJournal(self, marker, file, as_of, self._threads, self.timeout)
 
     async def commit_redo(self, made_by: Marker, file: RedoFile) -> None:
         """See `RedoJournal.commit`, which calls this."""
@@ -312,7 +312,7 @@ class Claim:
 
         `what` names it in the error of a time-out; a result that comes too late goes to `drop`.
         """
-        with bounded(self._timeout, f"{what} {self._address.key}"):
+        with bounded(self.timeout, f"{what} {self._address.key}"):
             async with self._turn:
                 if self._last is not None:
                     await self._last.wait()
@@ -355,14 +355,14 @@ class RedoJournal:
         self._file = file
         self._as_of = as_of
         self._threads = threads
-        self._timeout = timeout
+        self.timeout = timeout
         self._length = 0
         """Bytes of the image that the checkpoint covers so far."""
 
     async def add(self, ranges: list[Range]) -> None:
         """Write some of the checkpoint. The data must not change any more. Several of these may run at a time."""
         self._length += sum(r.length for r in ranges)
-        with bounded(self._timeout, "writing a checkpoint"):
+        with bounded(self.timeout, "writing a checkpoint"):
             await self._threads.run(lambda: self._file.add_all(ranges), background=True)
 
     async def commit(self) -> None:
@@ -382,7 +382,7 @@ class RedoJournal:
 
         `before`: see `RedoFile.note_applied`.
         """
-        with bounded(self._timeout, "noting how far a checkpoint is"):
+        with bounded(self.timeout, "noting how far a checkpoint is"):
             await self._threads.run(lambda: self._file.note_applied(below, before), background=True)
 
     async def drop(self) -> None:

@@ -159,7 +159,7 @@ class Asking:
         self._address = address
         self._mine = Incoming(gateway, socket.gethostname()[:255], disk)
         self._threads = threads
-        self._timeout = timeout
+        self.timeout = timeout
 
     async def ask(self, patience: float) -> int | None:
         """Ask, and return the image's size in bytes when its owner has prepared to give it to us.
@@ -231,6 +231,6 @@ class Asking:
         await self._run(withdraw)
 
     async def _run(self, do: Callable[[], T]) -> T:
-        with bounded(self._timeout, f"asking for {self._address.key}"):
+        with bounded(self.timeout, f"asking for {self._address.key}"):
             return await self._threads.run(do)
         raise AssertionError("bounded() raises")

@@ -5,7 +5,7 @@
 
 One process at a time holds a directory: the daemon for as long as it runs, or a command that works on the cache
 without it (`forebay cache create`, `check`, `repair`, ...). What all of these need is here; what the daemon does
-beyond that is in `forebay.daemon.process`.
+beyond that is in `forebay.process.process`.
 """
 
 import contextlib

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 import trio
 
 import forebay_fast
-from forebay.config.model import Config, FuseSection
+from forebay.config.model import Config
+from forebay.config.sections import FuseSection
 from forebay.doors.fuse.awake import kept_awake
 from forebay.doors.fuse.daemon import Daemon
 from forebay.doors.fuse.link import Link

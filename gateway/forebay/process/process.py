@@ -11,27 +11,25 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 import trio
 
 import forebay_cache
 import forebay_fast
 from forebay.config.model import Config
-from forebay.daemon.attached import Attached
 from forebay.daemon.figures.loop_meter import METER
-from forebay.daemon.watchdog import feed
+from forebay.daemon.gateway import Gateway
 from forebay.doors.accepting import DISKS, make_folder
 from forebay.doors.restart import EarlierSockets
 from forebay.errors import ForebayError
+from forebay.process.watchdog import feed
 from forebay.storage.owner import check_not_roots
 from forebay.storage.state import FAULTS, STATE_MODE, held, one_line, open_cache
 from forebay.stores.listener import FOLDER as STORES
 from forebay.systemd import Starting, notify
-from forebay_cache import Cache
 
 log = logging.getLogger("forebay.daemon")
 
@@ -61,30 +59,10 @@ _OLDEST = 2
 _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6}
 
 
-if TYPE_CHECKING:
-    from forebay.control.server import Gateway as Controlled
-    from forebay.stores.sockets import StoreSockets
+def serve(config: Config, state: Path | None = None, run: Path | None = None) -> int:
+    """Run the daemon until it is told to stop; 0. Raises ForebayError when it cannot start.
 
-    class _Runnable(Controlled, Protocol):
-        async def resume(self, earlier: EarlierSockets) -> None: ...
-
-        def attached(self) -> list[Attached]: ...
-
-        @property
-        def stores(self) -> StoreSockets: ...
-
-        def hang_up(self) -> None: ...
-
-        async def stop(self, *, restart: bool = False) -> bool: ...
-
-
-MakeGateway = Callable[[Config, Cache, trio.Nursery], "_Runnable"]
-
-
-def run_process(config: Config, state: Path | None, run: Path | None, make: MakeGateway) -> int:
-    """Run until told to stop; 0. Raises ForebayError when it cannot start.
-
-    `state` and `run` are instead of the directories that the configuration names. `make` makes the gateway.
+    `state` and `run` are instead of the directories that the configuration names.
     """
     places = {"state": state, "run": run}
     given = {name: path for name, path in places.items() if path is not None}
@@ -102,7 +80,7 @@ def run_process(config: Config, state: Path | None, run: Path | None, make: Make
             for folder in SOCKETS:
                 make_folder(config.gateway.run / folder)
             _remove_stale_sockets(config.gateway.run, earlier.paths)
-            are_sockets_left = _run(config, make, earlier)
+            are_sockets_left = _run(config, earlier)
     except ForebayError as fault:
         earlier.failed(str(fault))
         raise
@@ -129,10 +107,10 @@ def _raise_limits() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _run(config: Config, make: MakeGateway, earlier: EarlierSockets) -> bool:
+def _run(config: Config, earlier: EarlierSockets) -> bool:
     """The event loop, from start to end. True if the sockets were left with the service manager at the end."""
     try:
-        return trio.run(_main, config, make, earlier)
+        return trio.run(_main, config, earlier)
     except BaseExceptionGroup as group:
         fault = _cause(group)
         if fault is None:
@@ -142,7 +120,7 @@ def _run(config: Config, make: MakeGateway, earlier: EarlierSockets) -> bool:
         raise one_line(fault) from fault
 
 
-async def _main(config: Config, make: MakeGateway, earlier: EarlierSockets) -> bool:
+async def _main(config: Config, earlier: EarlierSockets) -> bool:
     """Open the cache, serve, close the cache. True if the sockets were left with the service manager at the end.
 
     If a task ends that all disks depend on, nothing is written any more, not even by closing the cache: what is in
@@ -157,7 +135,7 @@ async def _main(config: Config, make: MakeGateway, earlier: EarlierSockets) -> b
                 nursery.start_soon(forebay_cache.come_back, cache)
                 nursery.start_soon(forebay_cache.watch_files, cache)
                 nursery.start_soon(METER.run)
-                gateway = make(config, cache, nursery)
+                gateway = Gateway(config, cache, nursery)
                 try:
                     are_sockets_left = await _serve(config, gateway, earlier, nursery, signals)
                 finally:
@@ -174,7 +152,7 @@ async def _main(config: Config, make: MakeGateway, earlier: EarlierSockets) -> b
 
 async def _serve(
     config: Config,
-    gateway: "_Runnable",
+    gateway: Gateway,
     earlier: EarlierSockets,
     nursery: trio.Nursery,
     signals: AsyncIterator[int],
@@ -201,7 +179,7 @@ async def _serve(
 
 async def _start(
     config: Config,
-    gateway: "_Runnable",
+    gateway: Gateway,
     earlier: EarlierSockets,
     nursery: trio.Nursery,
     control: trio.Nursery,
@@ -241,7 +219,7 @@ class Survivors:
             gc.freeze()
 
 
-async def _stop(gateway: "_Runnable", *, restart: bool) -> bool:
+async def _stop(gateway: Gateway, *, restart: bool) -> bool:
     """End all work, in bounded time. True if the sockets were left for the next process."""
     are_sockets_left = False
     with trio.move_on_after(STOP_SECONDS) as scope:

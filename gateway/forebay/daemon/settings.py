@@ -1,0 +1,115 @@
+# SPDX-FileCopyrightText: Forebay developers
+# SPDX-License-Identifier: Apache-2.0
+
+"""The settings of disks while their VMs run: what they are and who says so, and how operators change them.
+
+What can be set is the table in `forebay.config.keys`; what a disk does about a change is `Disk.adopt`, and for the mode
+`Disk.set_mode`. A change is on record of the disk before it holds. Where the mode is among what changes, and cannot
+become what was asked for, nothing of it holds.
+"""
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import trio
+
+from forebay.config.model import Config
+from forebay.daemon.attached import Absent, Attached
+from forebay.daemon.disks import Disks
+from forebay.daemon.parallel import Progress
+from forebay.daemon.record import DiskRecord, DiskRecords
+from forebay.errors import ForebayError
+from forebay.origin.addresses import resolve
+from forebay.overview.detail import settings_told
+from forebay.units import Mode
+
+log = logging.getLogger("forebay.daemon")
+
+Told = dict[str, Any]
+"""One setting of one disk: `name`, `key`, `value` as the configuration writes it, and `from`, who says so."""
+
+_AT_ONCE = 16
+"""Disks whose settings are told between two turns of others."""
+
+
+class Settings:
+    """Those of all disks."""
+
+    def __init__(self, config: Config, disks: Disks, records: DiskRecords) -> None:
+        self._config = config
+        self._disks = disks
+        self._records = records
+
+    # -- asking
+
+    def told(self, name: str) -> list[Told]:
+        """The settings of a disk. Raises ForebayError where there is none."""
+        return self._rows(self._disks.find(name))
+
+    async def all_told(self) -> AsyncIterator[Told]:
+        """Those of all disks, in slices."""
+        for n, one in enumerate(list(self._disks)):
+            if n % _AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            for row in self._rows(one):
+                yield row
+
+    def _rows(self, one: Attached | Absent) -> list[Told]:
+        """None of a disk that is not served because its image is not configured any more."""
+        own = one.record.own()
+        if isinstance(one, Attached):
+            store, settings = one.source.address.store, one.disk.settings
+        else:
+            try:
+                store = resolve(self._config, one.record.image).store
+                settings = one.record.settings(self._config, store)
+            except ForebayError:
+                return []
+        rows = settings_told(self._config, store, settings, own)
+        return [{"name": one.name, **row} for row in rows]
+
+    # -- changing
+
+    async def set(
+        self, name: str, changes: Mapping[str, Any], progress: Progress
+    ) -> dict[str, Any]:
+        """Change settings of a disk, all or none of them; None gives back what the store says. The disk's status.
+
+        `progress` is told of what has to be written back first where the mode becomes another. Raises ForebayError, and
+        OSError where that fails.
+
+        The index has it first: a start that finds another mode there than the data in the cache asks for leaves that
+        mode in its own time, and what is refused has changed nothing.
+        """
+        async with self._disks.turn_attached(name) as attached:
+            attached.check_serves()
+            was, now = attached.record, attached.record.with_settings(changes)
+            self._check(attached, now, changes)
+            await self._records.change(name, was, now)
+            try:
+                self._adopt(attached, now)
+                if "mode" in changes:
+                    await attached.disk.set_mode(Mode(attached.disk.settings.mode), progress)
+            except BaseException:
+                self._adopt(attached, was)
+                with trio.CancelScope(shield=True), contextlib.suppress(ForebayError):
+                    await self._records.change(name, was, was)
+                raise
+            attached.record = now
+        return attached.status()
+
+    def _check(self, attached: Attached, now: DiskRecord, changes: Mapping[str, Any]) -> None:
+        """Raise ForebayError where the disk cannot have these."""
+        settings = now.settings(self._config, attached.source.address.store)
+        modes = attached.disk.modes
+        if "mode" in changes:
+            modes.check_may_enter(Mode(settings.mode), settings)
+        if settings.cache_size != attached.disk.settings.cache_size:
+            mode = Mode(settings.mode) if "mode" in changes else modes.mode
+            modes.check_fits(mode, settings)
+
+    def _adopt(self, attached: Attached, record: DiskRecord) -> None:
+        """Have what follows from the record hold, but for the mode: that of the configuration as it is by now."""
+        attached.disk.adopt(record.settings(self._config, attached.source.address.store))
