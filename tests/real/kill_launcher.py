@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 # What a daemon imports as it starts, and later.
 import forebay.cli.commands
-import forebay.control.metrics
+import forebay.control.prometheus.metrics
 import forebay.control.server
 import forebay.daemon.gateway
 import forebay.origin.nbd

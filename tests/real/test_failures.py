@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from forebay.control.metrics import DISK_METRICS
+from forebay.control.prometheus.metrics import DISK_METRICS
 from forebay_cache.offline.formatting import format_device
 from real.disk_fixture import OneDisk, ask, cache_info, wait_for
 from real.fault_fs import FaultFs

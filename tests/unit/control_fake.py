@@ -15,7 +15,7 @@ from forebay.boot.files import Found
 from forebay.boot.trace import Read, Trace
 from forebay.config.model import Config
 from forebay.config.sections import GatewaySection
-from forebay.control.metrics import metrics_text
+from forebay.control.prometheus.metrics import metrics_text
 from forebay.control.server import serve_control
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError

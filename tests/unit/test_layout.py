@@ -126,6 +126,7 @@ ORDER: dict[str, list[str]] = {
         "catalogue",
         "keeping",
         "doors history",
+        "control/prometheus",
         "doors/fuse storage control libvirt importing stores",
         "doors/fuse storage control libvirt importing overview",
         "staging swarm page",

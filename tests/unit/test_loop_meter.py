@@ -11,7 +11,7 @@ import pytest
 import trio
 
 import forebay.process.process
-from forebay.control.metrics import metrics_text
+from forebay.control.prometheus.metrics import metrics_text
 from forebay.daemon.figures.loop_meter import LoopMeter
 from forebay.process.process import Survivors
 

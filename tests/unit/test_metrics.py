@@ -7,7 +7,7 @@ from itertools import groupby
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from forebay.control.metrics import metrics_text
+from forebay.control.prometheus.metrics import metrics_text
 from unit.control_fake import CACHE, GATEWAY, disk
 
 SAMPLE = re.compile(

@@ -15,8 +15,8 @@ import pytest
 import trio
 
 from forebay.config.sections import MetricsSection
-from forebay.control import scraping
-from forebay.control.scraping import Scraping
+from forebay.control.prometheus import scraping
+from forebay.control.prometheus.scraping import Scraping
 from unit.control_fake import FakeGateway
 
 

@@ -31,9 +31,9 @@ from forebay.control.arguments import (
 from forebay.control.cache import CacheDevice, CacheRoutes
 from forebay.control.history import HistoryRoutes
 from forebay.control.images import Catalogue, ImageRoutes, Stores
-from forebay.control.metrics import PROMETHEUS_TEXT
 from forebay.control.moves import PATIENCE, MoveRoutes, Moves
 from forebay.control.overlays import OverlayRoutes, Overlays
+from forebay.control.prometheus.metrics import PROMETHEUS_TEXT
 from forebay.control.settings import SettingRoutes, Settings
 from forebay.control.staging import Staging, StagingRoutes
 from forebay.control.summary import Summary, SummaryRoutes

@@ -18,7 +18,7 @@ from forebay.boot.disk_boot import boot_of
 from forebay.boot.files import TraceFiles
 from forebay.catalogue.catalogue import Catalogue
 from forebay.config.model import Config
-from forebay.control.metrics import metrics_lines
+from forebay.control.prometheus.metrics import metrics_lines
 from forebay.daemon.arrivals import Arrivals
 from forebay.daemon.attached import Attached
 from forebay.daemon.committing import Committing

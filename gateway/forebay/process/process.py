@@ -191,7 +191,9 @@ async def _start(
     server = await trio.to_thread.run_sync(import_module, "forebay.control.server")
     await control.start(server.serve_control, gateway, config.gateway.run / "control.sock")
     if config.metrics.listen is not None:
-        scraping = await trio.to_thread.run_sync(import_module, "forebay.control.scraping")
+        scraping = await trio.to_thread.run_sync(
+            import_module, "forebay.control.prometheus.scraping"
+        )
         control.start_soon(scraping.Scraping(gateway, config.metrics).run)
     nursery.start_soon(feed, gateway.attached, gateway.stores.served)
     notify("READY=1")

@@ -12,7 +12,7 @@ from typing import Protocol
 import trio
 
 from forebay.config.sections import MetricsSection
-from forebay.control.metrics import PROMETHEUS_TEXT
+from forebay.control.prometheus.metrics import PROMETHEUS_TEXT
 from forebay.http.connection import serve_connection
 from forebay.http.messages import Answer, Request, Response
 from forebay.http.routing import Route, Router
