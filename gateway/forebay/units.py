@@ -167,6 +167,27 @@ def parse_rate(text: str | int) -> int:
     return rate
 
 
+MOST_REQUESTS = 1_000_000_000
+"""A second, or at once: more than any host serves."""
+
+
+def parse_requests(text: str | int) -> int:
+    """How many requests, 0 for no limit. Raises ValueError."""
+    given = text.strip() if isinstance(text, str) else text
+    if isinstance(given, str) and given.isascii() and given.isdigit() and len(given) < 20:
+        given = int(given)
+    if isinstance(given, int) and not isinstance(given, bool) and 0 <= given <= MOST_REQUESTS:
+        return given
+    raise ValueError(
+        f"{str(text)[:80]!r} is no number of requests: write a whole number up to {MOST_REQUESTS}, 0 for no limit"
+    )
+
+
+def parse_bps(text: str | int) -> int:
+    """Bytes a second, written as a size: `100M`; 0 for no limit. Raises ValueError."""
+    return parse_rate(text) if (size := parse_size(text)) else size
+
+
 def parse_size(text: str | int) -> int:
     """Bytes, from `64K`, `20 GiB`, `1.5G` (binary units) or a bare number of bytes.
 

@@ -29,6 +29,7 @@ class MemoryExport:
     rotational: bool = False
     preferred_block: int = 4096
     contexts: tuple[str, ...] = ("forebay:cached",)
+    throttle = None
     slow: bool = False
     gate: trio.Event = field(default_factory=trio.Event)
     error: OSError | None = None

@@ -29,6 +29,7 @@ class Memory:
     rotational = False
     preferred_block = 4096
     contexts: tuple[str, ...] = ()
+    throttle = None
 
     def __init__(self) -> None:
         self.content = bytearray(os.urandom(self.size))

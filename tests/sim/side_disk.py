@@ -22,6 +22,7 @@ class Disk:
     name, read_only, rotational = "d", False, False
     preferred_block = SECTOR
     contexts: tuple[str, ...] = ()
+    throttle = None
 
     def __init__(self, side: Side, size: int = DISK) -> None:
         self.size = size

@@ -120,6 +120,7 @@ ORDER: dict[str, list[str]] = {
         "sidecar",
         "image",
         "checkpoint",
+        "disk/rates",
         "disk",
         "boot",
         "handover",
@@ -156,7 +157,7 @@ ORDER: dict[str, list[str]] = {
         "offline",
         "__init__",
     ],
-    "forebay_nbd": ["protocol", "server client", "__init__"],
+    "forebay_nbd": ["protocol", "throttle", "server client", "__init__"],
     "forebay_fast": ["__init__", "loop"],
 }
 """Rooms, and modules that lie in none, of each package, lowest first. A room imports what stands above it in the list,

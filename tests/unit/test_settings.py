@@ -22,6 +22,10 @@ TYPED = {
     "max_lag": ("10s", 10.0),
     "max_dirty": ("0", 0),
     "origin_timeout": ("500ms", 0.5),
+    "iops": (" 500", 500),
+    "bps": ("100M", 100 << 20),
+    "iops_burst": ("0", 0),
+    "bps_burst": ("1G", GIB),
 }
 """By key, what somebody writes, and what is on record then."""
 
@@ -54,6 +58,12 @@ def test_what_is_written_is_what_the_model_makes_of_it(key: str) -> None:
         (["max_lag=1e400"], "not a duration"),
         (["cache_size=9E"], "out of range"),
         (["mode=fast"], "not a mode"),
+        (["iops=many"], "iops: 'many' is no number of requests: write a whole number"),
+        (["iops=1.5"], "whole number"),
+        (["iops=-1"], "whole number"),
+        (["iops=1000000001"], "up to 1000000000"),
+        ([f"iops={'9' * 5000}"], "whole number"),
+        (["bps=4K"], "too slow: use at least 64 KiB a second"),
         (["peer=any"], "'forebay peer'"),
         (["on_change=refuse"], "in the configuration"),
         (["max_lag=5s", "max_lag=6s"], "twice"),

@@ -223,8 +223,10 @@ def stats(words: Sequence[str], client: Daemon, *, json_lines: bool) -> int:
 
 def _totals(disk: Disk) -> dict[str, Any]:
     """The totals of a disk as JSON tells them."""
-    also = {"trims_ignored": disk.get("trims_ignored", 0), "dirty_bytes": disk["dirty_bytes"]}
-    return {"name": disk["name"], **_counters(disk), **also}
+    also = {
+        key: disk.get(key, 0) for key in ("trims_ignored", "throttled_waits", "throttled_seconds")
+    }
+    return {"name": disk["name"], **_counters(disk), **also, "dirty_bytes": disk["dirty_bytes"]}
 
 
 def sample(client: Daemon, name: str | None) -> list[Disk]:

@@ -21,11 +21,13 @@ from forebay.units import (
     exact_duration,
     exact_size,
     listen_text,
+    parse_bps,
     parse_duration,
     parse_host,
     parse_listen,
     parse_name,
     parse_preload,
+    parse_requests,
     parse_size,
 )
 
@@ -124,6 +126,10 @@ def _port(number: int) -> int:
 
 
 Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(exact_size, when_used="json")]
+BytesPerSecond = Annotated[
+    int, BeforeValidator(parse_bps), PlainSerializer(exact_size, when_used="json")
+]
+Requests = Annotated[int, BeforeValidator(parse_requests)]
 Preload = Annotated[
     int | str, BeforeValidator(parse_preload), PlainSerializer(_preload_text, when_used="json")
 ]

@@ -14,7 +14,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from forebay.units import Mode, did_you_mean, parse_duration, parse_preload, parse_size
+from forebay.units import (
+    Mode,
+    did_you_mean,
+    parse_bps,
+    parse_duration,
+    parse_preload,
+    parse_requests,
+    parse_size,
+)
 
 LONGEST_VALUE = 64
 """Characters of a value that an error shows."""
@@ -49,6 +57,10 @@ KEYS: dict[str, Key] = {
     "max_lag": Key(_duration, "age at which dirty data is written back"),
     "max_dirty": Key(parse_size, "how much may be dirty"),
     "origin_timeout": Key(_duration, "after how long an image that does not answer is an error"),
+    "iops": Key(parse_requests, "requests a second that its clients may make; 0: no limit"),
+    "bps": Key(parse_bps, "bytes a second that they may read and write; 0: no limit"),
+    "iops_burst": Key(parse_requests, "requests that may pass at once after a rest; 0: a tenth"),
+    "bps_burst": Key(parse_size, "bytes, likewise; 0: a tenth"),
 }
 
 ELSEWHERE = {

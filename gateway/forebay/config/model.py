@@ -24,12 +24,14 @@ from forebay.config.client import config_path, read_toml
 from forebay.config.faults import dotted, faults_of, told
 from forebay.config.fields import (
     KVM,
+    BytesPerSecond,
     Directory,
     Duration,
     ModeName,
     OnChange,
     PeerRule,
     Preload,
+    Requests,
     Size,
     StoreName,
 )
@@ -77,6 +79,14 @@ class DiskSettings(Section):
     on with what is there now, or `refuse`, serve nothing until it is attached anew. With data in the cache that belongs
     on the image as it was, it is always the latter.
     """
+    iops: Requests = 0
+    """Requests that the disk's clients may make in a second, all together; 0: no limit. FLUSH does not count."""
+    bps: BytesPerSecond = 0
+    """Bytes that they may read and write in a second; 0: no limit."""
+    iops_burst: Requests = 0
+    """Requests that they may make at once after a rest; 0, and anything below that: a tenth of `iops`."""
+    bps_burst: Size = 0
+    """Bytes, likewise; 0, and anything below that: a tenth of `bps`."""
     peer: PeerRule = "first"
     """Which processes may use the disk, of those that may connect at all. `first`: the one that connects first has it
     until it ends, and where libvirt's hook has told user and label of the VM, only such a process. `label`: all with
@@ -98,6 +108,10 @@ class Store(Section):
     max_dirty: Size | None = None
     origin_timeout: Duration | None = None
     on_change: OnChange | None = None
+    iops: Requests | None = None
+    bps: BytesPerSecond | None = None
+    iops_burst: Requests | None = None
+    bps_burst: Size | None = None
     peer: PeerRule | None = None
     require_locks: bool | None = None
     purge_after: Duration | None = None

@@ -21,6 +21,7 @@ from forebay.disk.copy import preload_range
 from forebay.disk.detach import clear_mark, drop_private, in_any_case
 from forebay.disk.modes import Modes, Policy
 from forebay.disk.ranges import sectors_within
+from forebay.disk.rates.rates import Rates, limits_of
 from forebay.disk.reads import Reads, arrive, check_conflict
 from forebay.disk.status import Status
 from forebay.disk.watch import Watch
@@ -71,6 +72,8 @@ class Adjustable(HotPath):
         self.source = source
         self.modes = modes
         self._live = live
+        self.throttle = Rates(source.size, lambda: not modes.writes_private)
+        self.throttle.set(limits_of(live.now))
 
     @property
     def settings(self) -> DiskSettings:
@@ -85,6 +88,7 @@ class Adjustable(HotPath):
         """
         self._live.now = settings
         self.set_cap()
+        self.throttle.set(limits_of(settings))
         self.modes.adopt_limits()
         self.source.timeout = settings.origin_timeout
         self.image.follow_timeouts()
@@ -187,7 +191,11 @@ class Disk(Adjustable):
 
     def status(self) -> dict[str, Any]:
         """The keys of `forebay status --json`, but for `clients` and `socket`."""
-        return {**self.report.keys(), "max_lag_seconds": self.settings.max_lag}
+        return {
+            **self.report.keys(),
+            "max_lag_seconds": self.settings.max_lag,
+            **self.throttle.status(),
+        }
 
     # -- reading ----------------------------------------------------------------------------------------------
 

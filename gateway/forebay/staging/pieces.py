@@ -67,6 +67,7 @@ class Pieces:
     rotational = False
     preferred_block = LEAF
     contexts: tuple[str, ...] = ()
+    throttle = None
 
     def __init__(self, disk: Disk, torrent: Torrent) -> None:
         self.name = disk.name

@@ -28,6 +28,12 @@ class ReceiveBuffer:
             self.start = self.end = 0
         return self.view[self.end :]
 
+    def room(self) -> memoryview:
+        """As space(), but never empty unless the buffer is full: what is not decoded yet is moved to the front."""
+        if 2 * self.end > len(self.view):
+            self._make_room(len(self.view))
+        return self.space()
+
     def received(self, count: int) -> None:
         """Reports that `count` bytes were put at the beginning of space()."""
         if self._target is not None:

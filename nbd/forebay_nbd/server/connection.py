@@ -12,13 +12,12 @@ outbox.
 import socket
 from dataclasses import replace
 from functools import partial
-from os import sched_yield
 from time import perf_counter
 
 import trio
 
 import forebay_fast
-from forebay_fast.loop import rest, wait_of_loop
+from forebay_fast.loop import wait_of_loop
 from forebay_nbd.protocol.events import Request
 from forebay_nbd.protocol.requests import RequestReader, encode_request
 from forebay_nbd.protocol.session import Session
@@ -30,8 +29,9 @@ from forebay_nbd.server.limits import Limits
 from forebay_nbd.server.negotiation import Negotiation
 from forebay_nbd.server.outbox import Outbox
 from forebay_nbd.server.phase import MOVES, Phase
-from forebay_nbd.server.polling import SOON_POLLS, TURN_SHARE, Polling, Served
+from forebay_nbd.server.polling import Turns
 from forebay_nbd.server.slow import SlowRequests
+from forebay_nbd.throttle.turnstile import Turnstile
 
 
 class Connection:
@@ -66,11 +66,8 @@ class Connection:
         self._out = Outbox(sock, limits, budget, self.abort)
         self._slow = SlowRequests(self._out, limits, budget, status or budget)
         self._reader = RequestReader(limits.receive_buffer, limits.in_place_bytes)
-        self._polling = Polling()
-        self._alone = False
-        """No other connection of this process was served during the last wait."""
-        self._turn_ends = 0.0
-        """perf_counter() when the other tasks have to be let run, even if there are requests to answer."""
+        self._turnstile = Turnstile(sock, self._reader, limits.in_place_bytes)
+        self._turns = Turns(sock, limits)
         self._unfed = memoryview(b"")
         """What the session brought as `unparsed` and the reader has not been fed yet."""
 
@@ -197,7 +194,7 @@ class Connection:
             with self._working:
                 async with trio.open_nursery() as nursery:
                     self._slow.begin(nursery, export, session.structured, session.contexts)
-                    with self._reading:
+                    with self._reading, self._turnstile.of(export.throttle):
                         if await self._serve_session(batch, session):
                             await self._serve(batch, session.structured)
                         left = True
@@ -232,6 +229,8 @@ class Connection:
         self._unfed = memoryview(session.unparsed)
         while self._unfed:
             self._unfed = self._unfed[self._reader.feed(self._unfed) :]
+            if self._turnstile.is_shut and not await self._serve_in_turn(batch, receives=False):
+                return False
             if not await self._answer_received(batch):
                 return False
             if self._reader.large_payload():
@@ -240,8 +239,27 @@ class Connection:
 
     async def _serve(self, batch: Batch, structured: bool) -> None:
         """Receives and answers requests until the client leaves."""
-        reader, out = self._reader, self._out
-        turn = compiled_turn(reader, self.export, out, self.sock, self.limits, structured)
+        turn = compiled_turn(
+            self._reader, self.export, self._out, self.sock, self.limits, structured
+        )
+        while True:
+            if not self._turnstile.is_shut:
+                with self._turnstile.while_open():
+                    await self._serve_at_once(batch, turn)
+                    return
+            if not await self._serve_in_turn(batch):
+                return
+
+    async def _serve_in_turn(self, batch: Batch, *, receives: bool = True) -> bool:
+        """Serves as fast as the export's throttle says: see `Turnstile.serve`. False if the client has left."""
+        answer = partial(self._answer_received, batch)
+        return await self._turnstile.serve(
+            answer, self._receive_large, self._turns.end_if_due, receives=receives
+        )
+
+    async def _serve_at_once(self, batch: Batch, turn: "forebay_fast.core.Turn | None") -> None:
+        """Receives and answers requests, which have to ask nobody, until the client leaves."""
+        reader = self._reader
         while await self._answer_received(batch):
             if reader.large_payload():
                 await self._reserve_payload(reader.large_payload())
@@ -255,57 +273,41 @@ class Connection:
                         batch.run()
                         self._out.send(*batch.take_replies())
                 continue
-            count = await self._receive(reader.space())
-            if not count:
+            if not await self._receive_more():
                 return
-            reader.received(count)
-            if self._slow.payload_pace.since is not None:
-                self._slow.payload_pace.move(count)
-            now = perf_counter()
-            if now > self._turn_ends:
-                await self._yield_turn()
+
+    async def _receive_more(self) -> bool:
+        """Receives what is there, or comes next; False if the client has left."""
+        count = await self._turns.receive(self._reader.space(), may_poll=not self._slow.count)
+        self._reader.received(count)
+        if self._slow.payload_pace.since is not None:
+            self._slow.payload_pace.move(count)
+        await self._turns.end_if_due()
+        return bool(count)
+
+    async def _receive_large(self) -> bool:
+        """The same for a payload that has memory of its own, once that is reserved."""
+        await self._reserve_payload(self._reader.large_payload())
+        return await self._receive_more()
 
     async def _serve_plain(self, turn: "forebay_fast.core.Turn") -> bool:
         """Has the core receive and answer requests. True once it has received another one; False if the client left."""
         core, wait = forebay_fast.core, wait_of_loop()
         turn.may_flush = wait is not None
         while True:
-            status = turn.run(self._turn_ends)
+            status = turn.run(self._turns.end_at)
             if status == core.WAIT and wait is not None:
-                status = await self._rest(wait, turn)
+                status = await self._turns.rest(wait, turn)
             if status == core.WAIT:
-                if not await self._wait_for_more(turn):
+                if not await self._turns.wait_for_more(turn, may_poll=not self._slow.count):
                     return False
             elif status == core.YIELD:
-                await self._yield_turn()
+                await self._turns.end()
             elif status == core.UNSENT:
                 self._slow.take_over(turn.take_flush())
                 await self._out.drain()
             else:
                 return status == core.OTHER
-
-    async def _rest(self, wait: "forebay_fast.core.Wait", turn: "forebay_fast.core.Turn") -> int:
-        """Has requests answered where the event loop waits, until Python has to look at one: returns as turn.run()."""
-        Served.last = self
-        try:
-            return await rest(wait, turn)
-        finally:
-            self._alone = Served.last is self
-            self._turn_ends = perf_counter() + self.limits.turn_seconds
-
-    async def _wait_for_more(self, turn: "forebay_fast.core.Turn") -> bool:
-        """Returns when there may be more to receive, or polling has received some; False if the client is gone."""
-        asleep = perf_counter()
-        if self._alone and not self._slow.count and self._polling.pays():
-            if turn.poll(self.limits.poll_seconds):
-                self._polling.won()
-                return True
-            self._polling.lost()
-        try:
-            await self._sleep(asleep)
-        except OSError:
-            return False
-        return True
 
     async def _answer_received(self, batch: Batch) -> bool:
         """Answers all that has been received; False if the client has left, or broke the protocol (`batch.error`)."""
@@ -326,8 +328,8 @@ class Connection:
                 return False
             if outcome is Outcome.NO_ROOM:
                 await self._wait_for_room()
-            elif perf_counter() > self._turn_ends:
-                await self._yield_turn()
+            elif perf_counter() > self._turns.end_at:
+                await self._turns.end()
 
     async def _wait_for_room(self) -> None:
         """Returns when there may be room for a request. If others hold the memory, one of them may be dropped first."""
@@ -339,53 +341,3 @@ class Connection:
         """Returns when memory is reserved for a payload of `size` bytes that is being received."""
         while not self._slow.reserve_payload(size):
             await self._wait_for_room()
-
-    async def _yield_turn(self) -> None:
-        """Lets other tasks run. If another connection was served meanwhile, turns are shorter, without polling."""
-        Served.last = self
-        await trio.lowlevel.checkpoint()
-        self._alone = Served.last is self
-        share = 1.0 if self._alone else TURN_SHARE
-        self._turn_ends = perf_counter() + self.limits.turn_seconds * share
-
-    async def _receive(self, space: memoryview) -> int:
-        """Receives into `space` and returns how many bytes; 0 if the client is gone. Awaits only if nothing is there.
-
-        Before it sleeps it polls, for as long as waking up would take, if the last request came that soon, nobody else
-        is kept waiting by that, and polls have not been in vain.
-        """
-        recv_into = self.sock.recv_into
-        try:
-            try:
-                return recv_into(space)
-            except BlockingIOError:
-                pass
-            asleep = perf_counter()
-            if self._alone and not self._slow.count and self._polling.pays():
-                limit = asleep + self.limits.poll_seconds
-                while perf_counter() < limit:
-                    sched_yield()  # the client may be waiting for this very core
-                    try:
-                        count = recv_into(space)
-                    except BlockingIOError:
-                        continue
-                    self._polling.won()
-                    return count
-                self._polling.lost()
-            while True:
-                await self._sleep(asleep)
-                try:
-                    return recv_into(space)
-                except BlockingIOError:
-                    pass
-        except OSError:
-            return 0
-
-    async def _sleep(self, asleep: float) -> None:
-        """Returns when there is something to receive. It has waited for that since `asleep` (perf_counter())."""
-        Served.last = self
-        await trio.lowlevel.wait_readable(self.sock)
-        now = perf_counter()
-        self._polling.slept(soon=now - asleep < SOON_POLLS * self.limits.poll_seconds)
-        self._alone = Served.last is self
-        self._turn_ends = now + self.limits.turn_seconds

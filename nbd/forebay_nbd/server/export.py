@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final, Protocol, runtime_checkable
 
 from forebay_nbd.protocol.wire import Buffer, Flag, Rep
+from forebay_nbd.throttle.throttle import Throttle
 
 LONGEST_REASON: Final = 500
 """Characters of a refusal that a client is told: below the protocol's bound of a string, whatever name is in it."""
@@ -46,6 +47,10 @@ class Export(Protocol):
     """Size and alignment at which requests are efficient, bytes: a power of two from 512 on."""
     contexts: tuple[str, ...]
     """Metadata contexts beside base:allocation, as "namespace:leaf"."""
+
+    @property
+    def throttle(self) -> Throttle | None:
+        """How fast all connections together may use it; None: nobody ever says. The same as long as it is there."""
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
         """A buffer with exactly the `length` bytes from `offset` on, or None: then the server calls read().

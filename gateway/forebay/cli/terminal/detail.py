@@ -71,10 +71,23 @@ def _facts(disk: Told, snapshots: Sequence[Told]) -> Iterator[tuple[str, str]]:
     yield "traffic", f"{format_size(from_image)} from the image, {format_size(to_image)} to it"
     if disk.get("origin_errors"):
         yield "errors", f"{disk['origin_errors']:.0f} requests that the image failed"
+    if rates := _rates(disk):
+        yield "rates", rates
     if disk.get("layers"):
         yield "layers", f"{disk['layers']:.0f}"
     if snapshots:
         yield "snapshots", " ".join(str(one["name"]) for one in snapshots)
+
+
+def _rates(disk: Told) -> str:
+    """How fast the disk may be used, and what came of it; empty where there never was a limit."""
+    iops, bps = disk.get("iops", 0), disk.get("bps", 0)
+    limits = [f"{iops:.0f} requests"] * bool(iops) + [format_size(bps)] * bool(bps)
+    allowed = f"{' and '.join(limits)} a second" if limits else "no limit"
+    waits = disk.get("throttled_waits", 0)
+    if not waits:
+        return allowed if limits else ""
+    return f"{allowed}; clients waited for {format_duration(disk['throttled_seconds'])}, {waits:.0f} times"
 
 
 def _clients(disk: Told) -> Iterator[str]:

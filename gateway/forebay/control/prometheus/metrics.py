@@ -74,6 +74,20 @@ DISK_METRICS = (
     _one("dirty_bytes", "gauge", "Bytes that only the cache holds.", "dirty_bytes"),
     _one("oldest_dirty_seconds", "gauge", "Age of the oldest of them.", "lag_seconds"),
     _one("max_lag_seconds", "gauge", "Age that they are to reach at most.", "max_lag_seconds"),
+    _one("iops_limit", "gauge", "Requests a second that clients may make; 0: any.", "iops"),
+    _one("bps_limit_bytes", "gauge", "Bytes a second that they may ask for; 0: any.", "bps"),
+    _one(
+        "throttled_waits_total",
+        "counter",
+        "How often a connection had to wait for these limits.",
+        "throttled_waits",
+    ),
+    _one(
+        "throttled_seconds_total",
+        "counter",
+        "How long at least one connection waited for them.",
+        "throttled_seconds",
+    ),
     _one("nbd_connections", "gauge", "Clients that are connected.", "clients"),
 )
 """One sample for each disk; what a status does not have is left out."""
