@@ -49,6 +49,7 @@ from forebay.origin.virtual.servers import Servers, Web
 from forebay.origin.worker.process import StoreProcess
 from forebay.units import Mode, parse_name
 from forebay_cache import Cache, CacheError
+from forebay_cache.turns import next_turn
 from forebay_nbd import Budgets
 
 log = logging.getLogger("forebay.daemon")
@@ -248,6 +249,7 @@ class Arrivals:
 
     async def _resume(self, name: str, record: DiskRecord, earlier: EarlierSockets) -> None:
         """A disk that cannot be brought back is shown as such; the others are not kept from coming."""
+        await next_turn()  # after a start many come at once
         if record.conflict:
             self._disks.add(self._absent(name, record, record.conflict))
             return
@@ -282,6 +284,7 @@ class Arrivals:
         if is_file and source.shown_format == RAW and source.use.shows_raw:
             self._formats.remember(source.key, source.size)
         attached = await self._opened(record, source, settings, path)
+        await next_turn()
         attached.listener.tenant.recall()
         await attached.start(self._nursery, earlier.take(name))
         self._disks.add(attached)
