@@ -26,6 +26,8 @@ CONNECT_TIMEOUT = 5.0
 ANSWER_TIMEOUT = 30.0
 """Seconds for what the daemon answers from memory. What does I/O waits without limit."""
 
+FOLLOW_TIMEOUT = 60.0
+"""Seconds. A daemon that is followed says so often that it is there, and more."""
 
 LONGEST_ANSWER = 64 << 20
 """Bytes. A disk takes less than 2 KiB of the longest one, the list of all disks."""
@@ -97,7 +99,7 @@ def _checked(answer: Any) -> Answer:
     raise StrangeAnswerError("is no object")
 
 
-LISTS = ("disks", "images", "stores", "overlays", "snapshots", "stages", "settings")
+LISTS = ("disks", "images", "stores", "overlays", "snapshots", "stages", "settings", "events")
 """What is answered with a list of objects."""
 
 
@@ -136,6 +138,15 @@ class Client:
                     return Answer() if line["result"] is None else _checked(line["result"])
                 progress(line["done"], line["total"])
         raise self._gone()
+
+    def lines(self, target: str) -> Iterator[Answer | None]:
+        """Each object of an answer that goes on until the daemon ends; None for a line that says nothing but that.
+
+        Raises ForebayError, also for a daemon that says nothing at all for FOLLOW_TIMEOUT.
+        """
+        with self._exchange("GET", target, None, FOLLOW_TIMEOUT) as answer:
+            while text := answer.readline(LONGEST_LINE):
+                yield _checked(self._decode(text)) if text.strip() else None
 
     @contextmanager
     def _exchange(

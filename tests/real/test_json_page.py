@@ -50,6 +50,7 @@ def told() -> dict[str, Any]:
             "stores": ask("stores")[0],
             "overlays": ask("overlays")[0],
             "snapshots": ask("snapshots", "ov")[0],
+            "events": ask("events")[0],
             "stats": ask("stats")[0],
             "interval": ask("stats", "0.1", "1"),
             "flush": ask("flush", "vm1"),
@@ -68,6 +69,7 @@ def told() -> dict[str, Any]:
         ("`forebay get`, `forebay set`", ["get", "set"]),
         ("`forebay images`", ["images"]),
         ("`forebay stores`", ["stores"]),
+        ("`forebay events`", ["events"]),
         ("`forebay overlays`, `forebay snapshots NAME`", ["overlays", "snapshots"]),
         (
             "`forebay stats`, `forebay flush`, `forebay cache`",

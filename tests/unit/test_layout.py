@@ -113,7 +113,7 @@ WORDS = "forebay_cache.format.entry"
 ORDER: dict[str, list[str]] = {
     "forebay": [
         "errors units systemd client __init__",
-        "config formats http",
+        "config formats http events",
         "origin/worker",
         "origin",
         "origin/virtual",
@@ -138,7 +138,7 @@ ORDER: dict[str, list[str]] = {
         "cli/terminal",
         "cli/hosts",
         "cli",
-        "cli/staging cli/settings",
+        "cli/staging cli/settings cli/events",
         "__main__",
     ],
     "forebay_cache": [

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import trio
 
@@ -21,8 +22,10 @@ from forebay.checkpoint.pace import LOW, Amount, Pace
 from forebay.checkpoint.passes import Pass
 from forebay.checkpoint.steps import SPREAD, Progress, Steps
 from forebay.config.live import LiveSettings
+from forebay.events.telling import tell
 from forebay.image.image import Image
 from forebay.image.source import Source
+from forebay.units import format_duration, format_size
 from forebay_cache import Layer
 from forebay_cache.format.geometry import SECTOR
 
@@ -147,6 +150,8 @@ class WriteBack:
             self._check_not_given_up()
             try:
                 await self._image.reach.made_again(lambda: self._checkpoint(progress))
+                if self.error is not None:
+                    tell("pass", "write-back goes again", self._source.use.disk, log=log, ok=True)
                 self.error = self.failure = None
             except OSError as error:
                 self._note_failure(error)
@@ -172,7 +177,8 @@ class WriteBack:
     def _note_failure(self, error: OSError) -> None:
         if self.error is None:
             disk = self._source.use.disk
-            log.warning("%s: write-back failed, trying again: %s", disk, error.strerror)
+            text = f"write-back failed, trying again: {error.strerror}"
+            tell("pass", text, disk, level=logging.WARNING, log=log, ok=False)
         self.error, self.failure = error.strerror or str(error), error.errno
         self._failed_at = trio.current_time()
         self._counters.origin_errors += 1
@@ -185,7 +191,8 @@ class WriteBack:
 
     async def _take(self, layer: Layer, progress: Progress | None) -> None:
         """Make a pass over one frozen layer, and learn from it how fast write-back is. Raises OSError."""
-        self.pace.begin_pass(trio.current_time(), Amount(layer.sectors * SECTOR, layer.slots))
+        began, size = trio.current_time(), layer.sectors * SECTOR
+        self.pace.begin_pass(began, Amount(size, layer.slots))
         whole = False
         try:
             steps = self._steps(layer, progress)
@@ -200,6 +207,7 @@ class WriteBack:
             ).run()
             self.moved_at = trio.current_time()
             whole = True
+            _tell_checkpoint(self._source.use.disk, size, self.moved_at - began)
         finally:
             self.pace.end_pass(trio.current_time(), whole=whole)
 
@@ -328,3 +336,9 @@ class WriteBack:
         progress(0, total)
         with self._hurry():
             await self.checkpoint(advance)
+
+
+def _tell_checkpoint(disk: str, size: int, seconds: float) -> None:
+    text = f"{format_size(size)} written back in {format_duration(seconds)}"
+    told: dict[str, Any] = {"written_bytes": size, "took_seconds": round(seconds, 3)}
+    tell("checkpoint", text, disk, log=log, **told)

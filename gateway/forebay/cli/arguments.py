@@ -258,6 +258,10 @@ def _stage(parser: Parser) -> None:
     __import__("forebay.cli.staging.arguments", fromlist=["add"]).add(parser, checked, IMAGE)
 
 
+def _events(parser: Parser) -> None:
+    __import__("forebay.cli.events.arguments", fromlist=["add"]).add(parser, checked, NAME)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "serve": ("run the daemon in the foreground", _serve),
     "attach": ("serve an image as a disk", _attach),
@@ -266,6 +270,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "summary": ("how this host stands, in one answer", partial(_hosts, add="add_summary")),
     "hosts": ("how many hosts stand, asked by ssh", partial(_hosts, add="add_hosts")),
     "stats": ("rates, one line an interval", _stats),
+    "events": ("what has happened, and who asked for it", _events),
     "flush": ("write back until nothing is dirty", _flush),
     "get": (
         "the settings of disks, and where each is said",

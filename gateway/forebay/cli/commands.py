@@ -283,6 +283,11 @@ def stats(arguments: Arguments) -> int:
     return run(arguments.what, daemon(arguments), json_lines=arguments.json)
 
 
+def events(arguments: Arguments) -> int:
+    """`forebay events`: print what has happened."""
+    return int(import_module("forebay.cli.events.run").run(arguments, daemon(arguments)))
+
+
 def doctor(arguments: Arguments) -> int:
     """`forebay doctor`: check this host and its daemon."""
     from forebay.cli.terminal.render import wants_colour
@@ -339,6 +344,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "status": status,
     **dict.fromkeys(("summary", "hosts"), hosts),
     "stats": stats,
+    "events": events,
     "flush": flush,
     **dict.fromkeys(("get", "set"), settings),
     "mode": mode,

@@ -12,6 +12,7 @@ from forebay.config.fields import PeerRule
 from forebay.doors.tenant import Rule
 from forebay.http.messages import HTTPException, Request
 from forebay.units import (
+    LONGEST_SECONDS,
     Mode,
     did_you_mean,
     parse_duration,
@@ -226,6 +227,34 @@ REVERT: dict[str, Parse] = {"yes": _flag, "force": _flag}
 SNAPSHOT: dict[str, Parse] = {"snapshot": parse_name}
 ROLLBACK: dict[str, Parse] = {"snapshot": parse_name, "drop_newer": _flag, "force": _flag}
 
+
+def _count(value: Any) -> int:
+    """A whole number that is not negative."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,16}", value, re.ASCII):
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**16:
+        return value
+    raise ValueError(f"{value!r} is no whole number of at most 16 digits")
+
+
+def _moment(value: Any) -> float:
+    """Seconds since 1970."""
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = -1.0
+    if 0 <= seconds <= LONGEST_SECONDS:
+        return seconds
+    raise ValueError(f"{str(value)[:80]!r} is not a number of seconds since 1970")
+
+
+EVENTS: dict[str, Parse] = {
+    "disk": parse_name,
+    "since": _moment,
+    "after": _count,
+    "last": _count,
+    "follow": _flag,
+}
 IMAGES: dict[str, Parse] = {"store": _text}
 HISTORY: dict[str, Parse] = {"seconds": parse_duration, "points": _points, "disk": parse_name}
 WARM: dict[str, Parse] = {"image": _text, "amount": parse_preload, "rate": parse_rate}

@@ -29,6 +29,7 @@ from forebay.control.arguments import (
     rule_in,
 )
 from forebay.control.cache import CacheDevice, CacheRoutes
+from forebay.control.events import EventRoutes, told
 from forebay.control.history import HistoryRoutes
 from forebay.control.images import Catalogue, ImageRoutes, Stores
 from forebay.control.moves import PATIENCE, MoveRoutes, Moves
@@ -40,6 +41,7 @@ from forebay.control.summary import Summary, SummaryRoutes
 from forebay.control.work import Operation, Progress, error, failure
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
+from forebay.events.held import Events
 from forebay.http.messages import Answer, HTTPException, HungUp, JSONResponse, Request, Response
 from forebay.http.routing import Endpoint, Route
 from forebay.units import Mode
@@ -179,8 +181,10 @@ def _guarded(endpoint: Endpoint) -> Endpoint:
 class Control:
     """The endpoints, on one gateway."""
 
-    def __init__(self, gateway: Answers) -> None:
+    def __init__(self, gateway: Answers, events: Events) -> None:
+        """`events` are what is told of what has happened."""
         self._gateway = gateway
+        self._events = events
 
     def routes(self) -> list[Route]:
         """Every route; gateway/README.md has the same table."""
@@ -199,6 +203,7 @@ class Control:
             ("POST", "/disks/{name}/resolve", self.resolve),
             ("POST", "/disks/{name}/save", self.save),
             ("POST", "/flush", self.flush_many),
+            *EventRoutes(self._events).table(),
             *CacheRoutes(self._gateway).table(),
             *AdviceRoutes(self._gateway.advice).table(),
             *SummaryRoutes(self._gateway.summary).table(),
@@ -209,7 +214,9 @@ class Control:
             *StagingRoutes(self._gateway.staging).table(),
             *SettingRoutes(self._gateway.settings).table(),
         ]
-        return [Route(method, path, _guarded(call)) for method, path, call in table]
+        return [
+            Route(method, path, _guarded(told(method, path, call))) for method, path, call in table
+        ]
 
     def _name(self, request: Request) -> str:
         """The disk in the path. Raises HTTPException (404) when there is none."""

@@ -15,8 +15,10 @@ import trio
 
 from forebay.control.routes import Answers, Control
 from forebay.doors.named import NamedListener
-from forebay.doors.peers import Admission
+from forebay.doors.peers import Admission, Peer
 from forebay.errors import ForebayError, advice
+from forebay.events.held import Events
+from forebay.events.telling import ASKED, Asker
 from forebay.http.connection import serve_connection
 from forebay.http.routing import Router
 
@@ -49,9 +51,13 @@ class Gateway(Answers, Protocol):
 
 
 async def serve_control(
-    gateway: Gateway, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    gateway: Gateway,
+    path: Path,
+    *,
+    events: Events | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Answer on a Unix socket at `path` until cancelled; started when clients can connect.
+    """Answer on a Unix socket at `path` until cancelled; started when clients can connect. `events` are what is told.
 
     Raises ForebayError when the socket cannot be made or another daemon answers on it. Cancelling hangs up on all
     clients, those that read nothing included, and removes the socket unless another daemon has put its own there by
@@ -62,7 +68,7 @@ async def serve_control(
     listener = NamedListener(path, again(), again)
     try:
         admission = Admission.to_control(group)
-        router = Router(Control(gateway).routes())
+        router = Router(Control(gateway, events or Events()).routes())
         await _Server(router, admission).run(listener, task_status)
     finally:
         listener.socket.close()
@@ -142,9 +148,11 @@ class _Server:
             )
             return False
         try:
-            refused = self._admission.refused(stream.socket)
+            peer = Peer.of(stream.socket)
         except OSError:  # gone already
             return False
+        ASKED.set(Asker(peer.uid, peer.pid))
+        refused = None if self._admission.admits(peer) else peer
         if refused is not None:
             log.info("control API: %s is refused: see gateway.control_group", refused)
         return refused is None

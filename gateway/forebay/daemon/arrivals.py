@@ -24,6 +24,7 @@ from forebay.daemon.opening import (
     check_may_come,
     format_of,
     prepared,
+    tell_not_served,
 )
 from forebay.daemon.parallel import run_all
 from forebay.daemon.record import DiskRecord, DiskRecords, in_conflict
@@ -34,6 +35,7 @@ from forebay.doors.restart import EarlierSockets
 from forebay.doors.returns import Owed, Returns
 from forebay.doors.tenant import Rule, Tenant
 from forebay.errors import ForebayError
+from forebay.events.telling import tell
 from forebay.formats.magic import RAW
 from forebay.handover.phase import Phase
 from forebay.image.boundary import breaks_the_cache, in_short
@@ -133,7 +135,7 @@ class Arrivals:
             attached = await self._opened(record, source, settings, path)
             attached.listener.tenant.forget()
             await self._put_to_use(attached, kept)
-        log.info("%s: %s attached, %s", name, source.key, settings.mode)
+        tell("attach", f"{source.key} attached, {settings.mode}", name, now=settings.mode.value)
         return attached
 
     def _check_new(self, name: str, wanted: DiskRecord) -> None:
@@ -228,7 +230,7 @@ class Arrivals:
     async def _finish_leaving(self, left: dict[str, DiskRecord]) -> None:
         """Forget the disks whose detach was decided in the process before this one, and give back what that owed."""
         for name, record in left.items():
-            log.info("%s: detached, as was begun before", name)
+            tell("detach", "detached, as was begun before", name, image=record.key)
             self._images.drop_disk(name, record.key)
             self._records.put(name, None)
             if record.writes:
@@ -260,13 +262,13 @@ class Arrivals:
         try:
             await self._bring_back(name, record, earlier)
         except (ForebayError, OSError, CacheError) as fault:
-            log.error("disk '%s' is not served: %s", name, fault)
+            tell_not_served(name, record, str(fault))
             self._disks.add(self._absent(name, record, str(fault)))
         except Exception as fault:
             if breaks_the_cache(fault):
                 raise
-            log.exception("disk '%s' is not served", name)
             why = f"a fault of Forebay itself ({in_short(fault)}): its data is kept, and the log says more"
+            tell_not_served(name, record, why, fault)
             self._disks.add(self._absent(name, record, why))
 
     def _absent(self, name: str, record: DiskRecord, why: str) -> Absent:

@@ -11,6 +11,7 @@ later.
 import contextlib
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import trio
 
@@ -21,6 +22,7 @@ from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.detach import finish_checkpoint
 from forebay.doors.returns import Returns
 from forebay.errors import ForebayError
+from forebay.events.telling import described, tell
 from forebay.handover.evacuation import ITS_OWN
 from forebay.image.registry import Images
 from forebay.image.source import Source
@@ -65,14 +67,16 @@ class Departures:
         all the same. Raises ForebayError and OSError; then the disk goes on as before.
         """
         async with self._disks.turn(name) as disk:
+            told: dict[str, Any] = described(name)
             if isinstance(disk, Absent):
                 await self._forget_absent(disk, discard)
+                tell("detach", "detached", **told)
                 return
             _check_unused(disk, force)
             await self._empty(disk, discard, force, spare, progress)
             with trio.CancelScope(shield=True):
                 await self._forget(disk, discard)
-        log.info("%s: detached", name)
+        tell("detach", "detached", **told)
 
     async def give_way(self, disk: Attached) -> None:
         """Detach a disk whose readers are to keep no writer out, whether or not they are connected."""

@@ -13,7 +13,9 @@ import trio
 from forebay.config.model import Config
 from forebay.daemon.attached import Absent, Attached
 from forebay.daemon.record import DiskRecord, difference
+from forebay.disk.state import DiskState
 from forebay.errors import ForebayError
+from forebay.events.telling import SUBJECTS
 from forebay.handover.phase import Phase
 from forebay.image.source import Source
 from forebay.units import did_you_mean, format_size
@@ -128,6 +130,7 @@ class Disks:
     def add(self, disk: Attached | Absent) -> None:
         """Make it a disk of the gateway."""
         self._known[disk.name] = disk
+        SUBJECTS[disk.name] = _Subject(disk)
 
     @contextlib.contextmanager
     def requested(self, name: str, wanted: DiskRecord) -> Iterator[None]:
@@ -143,6 +146,7 @@ class Disks:
         """Have it be none any more. Another one that has its name by now stays."""
         if self._known.get(disk.name) is disk:
             del self._known[disk.name]
+            SUBJECTS.pop(disk.name, None)
 
     @contextlib.asynccontextmanager
     async def turn(self, name: str) -> AsyncIterator[Attached | Absent]:
@@ -268,6 +272,27 @@ class Disks:
                 f"{source.key} is in use by disk '{other.use.disk}', which needs it unchanged: "
                 "detach that first, or attach with --overlay or --read-only"
             )
+
+
+class _Subject:
+    """A disk, as events tell of it."""
+
+    def __init__(self, disk: Attached | Absent) -> None:
+        self._disk = disk
+        self.image = disk.record.key or disk.record.image
+        self.store = ""
+        if isinstance(disk, Attached):
+            self.store = disk.source.address.store or ""
+
+    def state(self) -> str:
+        if isinstance(self._disk, Absent):
+            return str(self._disk.status()["state"])
+        if self._disk.fault is not None:
+            return DiskState.STOPPED.value
+        return self._disk.disk.report.state().value
+
+    def reason(self) -> str:
+        return self._disk.status().get("reason") or ""
 
 
 def still_dirty(disks: list[dict[str, Any]], timeout: float | None) -> ForebayError:

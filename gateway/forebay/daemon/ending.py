@@ -16,6 +16,7 @@ from forebay.daemon.parallel import run_all
 from forebay.daemon.record import DiskRecords
 from forebay.doors.restart import Sockets, leave_sockets
 from forebay.errors import ForebayError
+from forebay.events.telling import tell
 from forebay.stores.sockets import StoreSockets
 
 log = logging.getLogger("forebay.daemon")
@@ -87,7 +88,7 @@ async def _leave_sockets(disks: list[Attached], stores: StoreSockets) -> bool:
     if not leave_sockets(suspended):
         return False
     took = 1000 * (trio.current_time() - began)
-    log.info("handed over: %d disks, %d clients, in %.0f ms", len(disks), count, took)
+    tell("restart", f"handed over: {len(disks)} disks, {count} clients, in {took:.0f} ms")
     return True
 
 

@@ -36,6 +36,7 @@ from forebay.doors.restart import EarlierSockets
 from forebay.doors.returns import Returns
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
+from forebay.events.telling import tell
 from forebay.handover.evacuation import Evacuation
 from forebay.handover.moves import Moves
 from forebay.image.gone import GoneImages
@@ -291,6 +292,7 @@ class Gateway:
             if evict:
                 attached.listener.evict()
             await self._arrivals.set_rule(attached, rule)
+            tell("setting", f"peer {rule.peer or 'as its store has it'}", name)
         return attached.status()
 
     async def resolve(self, name: str, keeps: Keeps, *, sure: bool, progress: Progress) -> Status:

@@ -8,15 +8,19 @@ And the handover of its image, once the disk is there.
 
 import contextlib
 import errno
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import trio
 
 from forebay.daemon.attached import Attached
-from forebay.daemon.record import DiskRecords
+from forebay.daemon.record import DiskRecord, DiskRecords
+from forebay.disk.state import DiskState
 from forebay.errors import ForebayError, advice
+from forebay.events.telling import tell
 from forebay.formats.magic import RAW
 from forebay.handover.handover import handover_of
 from forebay.handover.phase import Phase
@@ -102,3 +106,13 @@ async def _note(attached: Attached, records: DiskRecords, phase: Phase) -> None:
         attached.record = now
     finally:
         attached.busy.release()
+
+
+def tell_not_served(
+    name: str, record: DiskRecord, why: str, fault: Exception | None = None
+) -> None:
+    """Tell that a disk on record cannot be brought back, and why."""
+    told: dict[str, Any] = {"image": record.key, "state": DiskState.FAILED.value}
+    line = f"disk '{name}' is not served: {why}"
+    text = f"not served: {why}"
+    tell("state", text, name, level=logging.ERROR, exc_info=fault, line=line, **told)

@@ -26,11 +26,10 @@ from forebay.daemon.disks import Disks
 from forebay.daemon.parallel import Progress
 from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.errors import ForebayError
+from forebay.events.telling import tell
 from forebay.image.source import Source
 from forebay.origin.file import FileOrigin
 from forebay.units import format_size
-
-log = logging.getLogger("forebay.daemon")
 
 Keeps = Literal["mine", "image"]
 """Whose data is kept where both have some: the cache's, or the image's."""
@@ -60,7 +59,8 @@ class Resolving:
             async with _turns(others), self._disks.alone(source):
                 with trio.CancelScope(shield=True):
                     await self._resolve(disk, source, keeps, others)
-        log.warning("%s: its conflict was resolved, and %s is kept", name, _KEPT[keeps])
+        text = f"its conflict was resolved, and {_KEPT[keeps]} is kept"
+        tell("resolve", text, name, level=logging.WARNING)
         found = self._disks.attached(name)
         if keeps == "mine":
             with found.used():

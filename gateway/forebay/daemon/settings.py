@@ -21,6 +21,7 @@ from forebay.daemon.disks import Disks
 from forebay.daemon.parallel import Progress
 from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.errors import ForebayError
+from forebay.events.telling import tell
 from forebay.origin.addresses import resolve
 from forebay.overview.detail import settings_told
 from forebay.units import Mode
@@ -87,6 +88,7 @@ class Settings:
             attached.check_serves()
             was, now = attached.record, attached.record.with_settings(changes)
             self._check(attached, now, changes)
+            before = attached.disk.mode
             await self._records.change(name, was, now)
             try:
                 self._adopt(attached, now)
@@ -98,7 +100,18 @@ class Settings:
                     await self._records.change(name, was, was)
                 raise
             attached.record = now
+            self._tell(attached, before, changes)
         return attached.status()
+
+    def _tell(self, attached: Attached, before: Mode, changes: Mapping[str, Any]) -> None:
+        mode = attached.disk.mode
+        if "mode" in changes:
+            text = f"mode {mode.value}, was {before.value}"
+            tell("mode", text, attached.name, was=before.value, now=mode.value)
+        values = {row["key"]: row["value"] for row in self._rows(attached)}
+        others = [f"{key} {values.get(key)}" for key in changes if key != "mode"]
+        if others:
+            tell("setting", ", ".join(others), attached.name)
 
     def _check(self, attached: Attached, now: DiskRecord, changes: Mapping[str, Any]) -> None:
         """Raise ForebayError where the disk cannot have these."""

@@ -14,6 +14,7 @@ import trio
 from forebay.checkpoint.dirty import Dirty
 from forebay.disk.modes import PRIVATE_MODES, Modes
 from forebay.errors import ForebayError
+from forebay.events.telling import tell
 from forebay.image.image import Image
 from forebay.image.reach import WATCH_SECONDS
 from forebay.image.source import Source
@@ -54,7 +55,8 @@ class Watch:
         try:
             self._source.check_safe(self._modes.mode)
         except ForebayError as fault:
-            log.warning("%s: in write-through until the next restart: %s", self._disk, fault)
+            text = f"in write-through until the next restart: {fault}"
+            tell("mode", text, self._disk, level=logging.WARNING, now=Mode.WRITE_THROUGH.value)
             return True
         return False
 
@@ -79,12 +81,12 @@ class Watch:
 
     async def _change_over(self, target: Mode) -> None:
         """Change to that mode, however long it takes until what is dirty is in the image, unless told otherwise."""
-        log.info(
-            "%s: dirty data is written back before the mode becomes %s", self._disk, target.value
-        )
+        text = f"dirty data is written back before the mode becomes {target.value}"
+        tell("mode", text, self._disk, now=self._modes.mode.value)
         while self._modes.mode in PRIVATE_MODES and self.target is target:
             try:
                 await self._modes.change(target, _silent)
+                tell("mode", f"mode {target.value}", self._disk, now=target.value)
             except OSError as error:
                 log.info("%s: still in write-back: %s", self._disk, error.strerror)
                 await trio.sleep(WATCH_SECONDS)

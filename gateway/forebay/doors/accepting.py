@@ -12,15 +12,17 @@ import socket
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from forebay.config.sections import GatewaySection
 from forebay.doors.named import NamedListener, is_gone
-from forebay.doors.peers import Admission
+from forebay.doors.peers import Admission, Peer
 from forebay.doors.restart import Client, Sockets
 from forebay.doors.tenant import Tenant
 from forebay.errors import ForebayError, advice
+from forebay.events.telling import tell
 from forebay.image.boundary import Boundary
 from forebay_nbd import Connection, Phase, Server
 
@@ -109,6 +111,21 @@ def _gone(connections: Iterable[Connection]) -> list[Connection]:
             poll.register(descriptor, 0)
     ended = {descriptor for descriptor, event in poll.poll(0) if event & select.POLLHUP}
     return [one for descriptor, one in found.items() if descriptor < 0 or descriptor in ended]
+
+
+def tell_client(connection: Connection, begins: bool, disk: str, **image: Any) -> None:
+    """Tell that a client is there, or has left, of a disk or (`image`) of an image on its store's socket."""
+    known: dict[str, Any] = {}
+    try:
+        peer = Peer.of(connection.sock)
+    except OSError:  # it cannot be asked any more
+        who = "a client"
+    else:
+        who, known = str(peer), {"client_uid": peer.uid, "client_pid": peer.pid}
+    does = "goes on after a restart" if connection.is_resumed else "connected"
+    action = "connect" if begins else "disconnect"
+    text = f"{who} {does if begins else 'disconnected'}"
+    tell("client", text, disk, action=action, **known, **image)
 
 
 class Clients:

@@ -9,7 +9,7 @@ from pathlib import Path
 import trio
 
 from forebay.config.sections import GatewaySection
-from forebay.doors.accepting import Accepting
+from forebay.doors.accepting import Accepting, tell_client
 from forebay.doors.restart import Client, Sockets
 from forebay.doors.tenant import Rule, Tenant
 from forebay_nbd import Budgets, Export, KnownExports, Server
@@ -45,6 +45,7 @@ class Listener(Accepting):
             ),
             may_connect=tenant.may_connect,
             budgets=memory,
+            on_session=lambda connection, begins: tell_client(connection, begins, export.name),
         )
         super().__init__(server, path, section, tenant)
 

@@ -15,6 +15,7 @@ import trio
 
 from forebay.disk.disk import Disk
 from forebay.errors import ForebayError
+from forebay.events.telling import tell
 from forebay.handover.phase import Phase, Phases
 from forebay.sidecar.incoming import Asking
 
@@ -117,7 +118,7 @@ class Coming:
         disk.source.note_come()
         disk.modes.show_clean(shown=True)
         self._phases.become(Phase.NONE)
-        log.info("%s: its image was taken over from the host that it comes from", disk.name)
+        tell("handover", "its image was taken over from the host that it comes from", disk.name)
         self.moved.set()
         with contextlib.suppress(OSError, ForebayError):  # it is not asked for any more: that shows
             await self._asking.withdraw()

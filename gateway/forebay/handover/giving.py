@@ -16,6 +16,7 @@ import trio
 
 from forebay.disk.disk import Disk
 from forebay.errors import ForebayError
+from forebay.events.telling import tell
 from forebay.handover import hot
 from forebay.handover.phase import Phase, Phases
 from forebay.handover.wishes import Wishes
@@ -183,7 +184,7 @@ class Giving:
         self._phases.become(Phase.PREPARED)
         with trio.move_on_after(LIST_SECONDS):  # the VM runs on meanwhile
             await hot.leave(disk)
-        log.info("%s: prepared to be handed over to host %s", disk.name, asked.host)
+        tell("handover", f"prepared to be handed over to host {asked.host}", disk.name)
 
     async def _go_on(self, asked: Incoming | None) -> None:
         """Let the image go as soon as that may be; `asked`: who asks still."""
@@ -191,7 +192,8 @@ class Giving:
         if asked is None or asked.gateway != self.asked.gateway or not self._may_have(asked):
             await self._claim.set_phase("", "")
             self._phases.become(Phase.NONE)
-            log.info("%s: stays: host %s does not ask any more", self._disk.name, self.asked.host)
+            text = f"stays: host {self.asked.host} does not ask any more"
+            tell("handover", text, self._disk.name)
             self.asked = None
             await self._go_back()
             return
@@ -233,7 +235,7 @@ class Giving:
             self._phases.become(Phase.RELEASED)
             with trio.CancelScope(shield=True):
                 await image.reach.withhold(disk.source.withheld)
-        log.info("%s: handed over to host %s", disk.name, asked.host)
+        tell("handover", f"handed over to host {asked.host}", disk.name)
 
     async def _is_left(self) -> bool:
         """True if the host that may take the image does not ask for it any more, and has not taken it."""
@@ -266,5 +268,5 @@ class Giving:
         disk.source.note_come()
         disk.modes.show_clean(shown=True)
         self._phases.become(Phase.NONE)
-        log.info("%s: taken back", disk.name)
+        tell("handover", "taken back", disk.name)
         self.wake()

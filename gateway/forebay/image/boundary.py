@@ -16,6 +16,8 @@ from typing import Any
 
 import trio
 
+from forebay.events.telling import by_itself
+
 log = logging.getLogger("forebay.daemon")
 
 Task = Callable[..., Awaitable[object]]
@@ -54,6 +56,7 @@ class Boundary:
         return await self._nursery.start(self._run_started, task, args, name=task)
 
     async def _run(self, task: Task, args: tuple[object, ...]) -> None:
+        by_itself()
         try:
             await task(*args)
         except BaseException as fault:
@@ -63,6 +66,7 @@ class Boundary:
     async def _run_started(
         self, task: Task, args: tuple[object, ...], *, task_status: trio.TaskStatus[Any]
     ) -> None:
+        by_itself()
         status = _Status(task_status)
         try:
             await task(*args, task_status=status)

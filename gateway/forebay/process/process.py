@@ -9,9 +9,9 @@ import logging
 import os
 import resource
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -25,6 +25,10 @@ from forebay.daemon.gateway import Gateway
 from forebay.doors.accepting import DISKS, make_folder
 from forebay.doors.restart import EarlierSockets
 from forebay.errors import ForebayError
+from forebay.events.held import Events
+from forebay.events.journal import log_to_stderr
+from forebay.events.states import watch_states
+from forebay.events.telling import keep_with, subject_of, tell
 from forebay.process.watchdog import feed
 from forebay.storage.owner import check_not_roots
 from forebay.storage.state import FAULTS, STATE_MODE, held, one_line, open_cache
@@ -53,10 +57,11 @@ time that as much has come, as with every hundredth disk that is attached."""
 SOCKETS = (DISKS, STORES)
 """The folders of RUN that have sockets of NBD."""
 
+LAST_SECONDS = 0.25
+"""So long the end waits for events to be written."""
+
 _OLDEST = 2
 """The generation whose collection looks through all objects."""
-
-_PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6}
 
 
 def serve(config: Config, state: Path | None = None, run: Path | None = None) -> int:
@@ -67,7 +72,7 @@ def serve(config: Config, state: Path | None = None, run: Path | None = None) ->
     places = {"state": state, "run": run}
     given = {name: path for name, path in places.items() if path is not None}
     config = config.model_copy(update={"gateway": config.gateway.model_copy(update=given)})
-    _log_to_stderr()
+    log_to_stderr(subject_of)
     _raise_limits()
     _choose_core(config.gateway.core)
     earlier = EarlierSockets.find()
@@ -80,7 +85,7 @@ def serve(config: Config, state: Path | None = None, run: Path | None = None) ->
             for folder in SOCKETS:
                 make_folder(config.gateway.run / folder)
             _remove_stale_sockets(config.gateway.run, earlier.paths)
-            are_sockets_left = _run(config, earlier)
+            are_sockets_left = _run_told(config, earlier)
     except ForebayError as fault:
         earlier.failed(str(fault))
         raise
@@ -89,6 +94,16 @@ def serve(config: Config, state: Path | None = None, run: Path | None = None) ->
         logging.shutdown()
         os._exit(0)
     return 0
+
+
+def _run_told(config: Config, earlier: EarlierSockets) -> bool:
+    """As `_run`, with what happens meanwhile kept."""
+    events = Events(config.gateway.state)
+    with keep_with(events.keep):
+        try:
+            return _run(config, earlier, events)
+        finally:
+            events.close(LAST_SECONDS)
 
 
 def _choose_core(wanted: bool) -> None:
@@ -107,10 +122,10 @@ def _raise_limits() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _run(config: Config, earlier: EarlierSockets) -> bool:
+def _run(config: Config, earlier: EarlierSockets, events: Events) -> bool:
     """The event loop, from start to end. True if the sockets were left with the service manager at the end."""
     try:
-        return trio.run(_main, config, earlier)
+        return trio.run(_main, config, earlier, events)
     except BaseExceptionGroup as group:
         fault = _cause(group)
         if fault is None:
@@ -120,7 +135,7 @@ def _run(config: Config, earlier: EarlierSockets) -> bool:
         raise one_line(fault) from fault
 
 
-async def _main(config: Config, earlier: EarlierSockets) -> bool:
+async def _main(config: Config, earlier: EarlierSockets, events: Events) -> bool:
     """Open the cache, serve, close the cache. True if the sockets were left with the service manager at the end.
 
     If a task ends that all disks depend on, nothing is written any more, not even by closing the cache: what is in
@@ -137,7 +152,9 @@ async def _main(config: Config, earlier: EarlierSockets) -> bool:
                 nursery.start_soon(METER.run)
                 gateway = Gateway(config, cache, nursery)
                 try:
-                    are_sockets_left = await _serve(config, gateway, earlier, nursery, signals)
+                    are_sockets_left = await _serve(
+                        config, gateway, earlier, events, nursery, signals
+                    )
                 finally:
                     is_sound = not nursery.cancel_scope.cancel_called
                 nursery.cancel_scope.cancel()
@@ -154,6 +171,7 @@ async def _serve(
     config: Config,
     gateway: Gateway,
     earlier: EarlierSockets,
+    events: Events,
     nursery: trio.Nursery,
     signals: AsyncIterator[int],
 ) -> bool:
@@ -164,7 +182,7 @@ async def _serve(
     planned = are_sockets_left = False
     async with trio.open_nursery() as control:
         try:
-            await _start(config, gateway, earlier, nursery, control)
+            await _start(config, gateway, earlier, events, nursery, control)
             planned = await anext(signals) == signal.SIGTERM
         finally:
             managed = notify("STOPPING=1")
@@ -174,6 +192,8 @@ async def _serve(
                 gateway.hang_up()
             else:
                 are_sockets_left = await _stop(gateway, restart=planned and managed)
+            if not are_sockets_left:
+                tell("stop", "the daemon ends")
     return are_sockets_left
 
 
@@ -181,6 +201,7 @@ async def _start(
     config: Config,
     gateway: Gateway,
     earlier: EarlierSockets,
+    events: Events,
     nursery: trio.Nursery,
     control: trio.Nursery,
 ) -> None:
@@ -189,19 +210,22 @@ async def _start(
     await gateway.resume(earlier)
     # 100 ms to import: after the guests that may be waiting, and beside what they do.
     server = await trio.to_thread.run_sync(import_module, "forebay.control.server")
-    await control.start(server.serve_control, gateway, config.gateway.run / "control.sock")
+    events.begin()
+    path = config.gateway.run / "control.sock"
+    await control.start(partial(server.serve_control, events=events), gateway, path)
     if config.metrics.listen is not None:
         scraping = await trio.to_thread.run_sync(
             import_module, "forebay.control.prometheus.scraping"
         )
         control.start_soon(scraping.Scraping(gateway, config.metrics).run)
     nursery.start_soon(feed, gateway.attached, gateway.stores.served)
+    nursery.start_soon(watch_states)
     notify("READY=1")
     gc.freeze()  # what is there now stays: a look through all of it takes 25 ms, and guests wait
     gc.callbacks.append(Survivors().note)
     gc.set_threshold(*GENERATIONS)
     gc.enable()
-    log.info("ready: %d disks", len(gateway.status()))
+    tell("start", f"ready: {len(gateway.status())} disks")
 
 
 class Survivors:
@@ -240,7 +264,7 @@ def _remove_stale_sockets(run: Path, earlier: set[Path]) -> None:
                 path.unlink()
 
 
-# ------------------------------------------------------------------------------------------- faults, log
+# ------------------------------------------------------------------------------------------- faults
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> Exception | None:
@@ -252,22 +276,3 @@ def _cause(group: BaseExceptionGroup[BaseException]) -> Exception | None:
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
     return found if isinstance(found, Exception) else None
-
-
-class _Format(logging.Formatter):
-    """With the priority that systemd reads (sd-daemon(3)) where stderr is its journal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if "JOURNAL_STREAM" not in os.environ:
-            return text
-        prefix = f"<{_PRIORITIES.get(record.levelno, 7)}>"
-        return "\n".join(prefix + line for line in text.splitlines())
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Format("%(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)

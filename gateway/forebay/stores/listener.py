@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import trio
 
 from forebay.config.model import Config
-from forebay.doors.accepting import Accepting, socket_path
+from forebay.doors.accepting import Accepting, socket_path, tell_client
 from forebay.doors.restart import Client, Sockets
 from forebay.doors.tenant import Rule, Tenant
 from forebay.errors import ForebayError
@@ -78,8 +78,9 @@ class StoreListener(Accepting):
         path = socket_path(section.run, store, folder)
         tenant = Tenant(f"store {store}", section.run, Rule("any"))
         server = Server(
-            lambda connection: _Asked(self, connection), LIMITS, tenant.may_connect, memory, SHARE
-        )
+            lambda connection: _Asked(self, connection), LIMITS, tenant.may_connect, memory, SHARE,
+            self._tell,
+        )  # fmt: skip
         super().__init__(server, path, section, tenant)
         self.store = store
         self.listing = listing
@@ -90,6 +91,10 @@ class StoreListener(Accepting):
         self._sizes: dict[str, int] = {}
         """By image, what clients of the process before were told, bytes, until it was attached once: it comes up with
         that whether or not it can be reached."""
+
+    def _tell(self, connection: Connection, begins: bool) -> None:
+        name = connection.session.export_name if connection.session is not None else ""
+        tell_client(connection, begins, "", image=f"{self.store}:{name}", store=self.store)
 
     # -- images
 

@@ -10,6 +10,7 @@ outbox.
 """
 
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -53,6 +54,10 @@ class Connection:
         self.phase = Phase.HANDSHAKE
         self.export: Export | None = None
         """The export of GO or EXPORT_NAME; None before that."""
+        self.on_session: Callable[[bool], None] = lambda _begins: None
+        """Called with True when transmission begins, and with False when it ends and is not suspended."""
+        self.is_resumed = False
+        """True for one that another process has suspended."""
         self.session: Session | None = None
         """Set once transmission has begun. In phase SUSPENDED it says how to go on with the socket."""
         self._serving = trio.CancelScope(shield=True)
@@ -150,7 +155,7 @@ class Connection:
 
     async def resume(self, session: Session, export: Export) -> None:
         """As run(), for a connection to `export` that another process has suspended with this session."""
-        self.export, self.session = export, session
+        self.export, self.session, self.is_resumed = export, session, True
         with self._serving:
             try:
                 await self._transmission(session)
@@ -190,6 +195,7 @@ class Connection:
         )
         left = False
         export.opened()
+        self.on_session(True)
         try:
             with self._working:
                 async with trio.open_nursery() as nursery:
@@ -202,6 +208,8 @@ class Connection:
         finally:
             self._slow.release_payload()
             export.closed()
+            if self.phase is not Phase.SUSPENDING:
+                self.on_session(False)
         if batch.error is not None:
             raise batch.error
         if self.phase is Phase.SUSPENDING and not left and not self._out.broken:

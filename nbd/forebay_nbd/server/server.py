@@ -7,6 +7,7 @@ import errno
 import logging
 import socket
 from collections.abc import Callable, Coroutine
+from functools import partial
 
 import trio
 
@@ -33,7 +34,8 @@ class Server:
     `exports` makes what the client of a connection may have. `may_connect` is given each new connection before a byte
     is sent; it is closed if that returns False. Both are called in the event loop, and must not take long. `budgets`
     are the memory that all servers of the process share; without them the server has some of its own. One part of
-    `share` of what is there for connections is as much as this one gets of it.
+    `share` of what is there for connections is as much as this one gets of it. `on_session` is told, as `may_connect`
+    is asked, when a client is past the handshake (True), and when it leaves (False).
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class Server:
         may_connect: Callable[[socket.socket], bool] = lambda _sock: True,
         budgets: Budgets | None = None,
         share: int = 4,
+        on_session: Callable[[Connection, bool], None] = lambda _connection, _begins: None,
     ) -> None:
         self._may_connect = may_connect
         self._exports = exports
+        self._on_session = on_session
         self.limits = limits or Limits()
         self.connections: set[Connection] = set()
         self._places = Places(self.limits.connections)
@@ -123,6 +127,7 @@ class Server:
         sock.setblocking(False)
         _set_options(sock, self.limits.send_buffer)
         connection = Connection(sock, self.limits, self._budget, self._status)
+        connection.on_session = partial(self._on_session, connection)
         size = self.limits.connection_bytes
         self._held[connection] = size if self._memory.reserve(size) else 0
         self.connections.add(connection)
