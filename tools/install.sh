@@ -30,7 +30,7 @@ fail() { echo "install: $*" >&2; exit 1; }
 files() {
     local unit
     for unit in forebay.service forebay@.service forebay-fuse.service forebay-nbdkit.service forebay-stage.service \
-        forebay.target machine-.scope.d/10-forebay.conf; do
+        forebay-page.service forebay.target machine-.scope.d/10-forebay.conf; do
         echo "644 systemd/$unit $SYSTEMD/systemd/system/$unit"
     done
     echo "644 systemd/sysusers.conf $SYSTEMD/sysusers.d/forebay.conf"
@@ -47,7 +47,7 @@ files() {
     echo "755 config/libvirt/hooks/qemu.d/forebay /etc/libvirt/hooks/qemu.d/forebay"
     # The pages, in their folders, so that links from one to another work; units name them as their documentation.
     find *.md bench cache config docs fast gateway nbd systemd tests/README.md ! -path '*/results/*' \
-        \( -name '*.md' -o -name '*.svg' \) -printf "644 %p $DOC/%p\n"
+        \( -name '*.md' -o -name '*.svg' -o -path 'docs/*.png' \) -printf "644 %p $DOC/%p\n"
 }
 
 running() { [ -z "$DESTDIR" ] && [ -d /run/systemd/system ]; }
@@ -129,7 +129,7 @@ uninstall_it() {
     if running; then
         ! systemctl --quiet is-active 'forebay*.service' ||
             fail "Forebay runs: shut the VMs down, then: systemctl disable --now forebay 'forebay@*' forebay-fuse"
-        systemctl --quiet disable forebay.service forebay-fuse.service forebay-nbdkit.service forebay-stage.service 2>/dev/null || true
+        systemctl --quiet disable forebay.service forebay-fuse.service forebay-nbdkit.service forebay-stage.service forebay-page.service 2>/dev/null || true
     fi
     local _ to
     while read -r _ _ to; do

@@ -64,6 +64,13 @@ fetch_prometheus() {
     rm -rf "$work"
 }
 
+# A browser without a screen, 100 MB, in which tests look at `forebay page`.
+install_browser() {
+    [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null && ! command -v chromium-headless-shell >/dev/null || return 0
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium-headless-shell >/dev/null 2>&1 ||
+        echo "setup: without chromium-headless-shell, so the page is not tested in a browser" >&2
+}
+
 # An environment that does not see the system's packages, belongs to another Python or has no pip is made anew. Without
 # python3-venv, `python3 -m venv` leaves one that has everything but pip.
 usable_venv() {
@@ -90,6 +97,7 @@ FOREBAY_CORE_PLANTS=1 "$VENV/bin/python" -m pip install --quiet --disable-pip-ve
     echo "setup: without libtorrent, so tests of staging are skipped" >&2
 compile_core
 fetch_prometheus
+install_browser
 "$VENV/bin/python" -c 'import libnbdmod, nbd' || fail "libnbd's Python binding is not importable in $VENV"
 fingerprint >"$STAMP"
 echo "setup: $VENV/bin/forebay is ready"

@@ -94,7 +94,7 @@ def comment(path: Path) -> tuple[str, str] | None:
         return "# ", ""
     if path.suffix == ".cil":
         return "; ", ""
-    if path.suffix in {".xml", ".svg"}:
+    if path.suffix in {".xml", ".svg", ".html"}:
         return "<!-- ", " -->"
     if path.suffix in {".c", ".h"}:
         return "/* ", " */"

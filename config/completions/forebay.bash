@@ -6,7 +6,7 @@
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
 _shtab_forebay_hosts_subparsers=(status warm flush)
-_shtab_forebay_subparsers=(serve attach detach status summary hosts stats events flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config demo)
+_shtab_forebay_subparsers=(serve attach detach status summary hosts stats events page flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config demo)
 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
 _shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --format --keep --peer --label --user --incoming --wait --json)
@@ -19,6 +19,7 @@ _shtab_forebay_hosts_flush_option_strings=(-h --help --hosts --hosts-file --jobs
 _shtab_forebay_hosts_option_strings=(-h --help --config --hosts --hosts-file --jobs --timeout --json --images)
 _shtab_forebay_stats_option_strings=(-h --help --config --json)
 _shtab_forebay_events_option_strings=(-h --help --config -f --follow --since -n --last --json)
+_shtab_forebay_page_option_strings=(-h --help --config --listen --name)
 _shtab_forebay_flush_option_strings=(-h --help --config --all --timeout --json)
 _shtab_forebay_get_option_strings=(-h --help --config --json)
 _shtab_forebay_set_option_strings=(-h --help --config --json)
@@ -75,6 +76,7 @@ _shtab_forebay_hosts___hosts_file_COMPGEN=_shtab_compgen_files
 _shtab_forebay_stats___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_events_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_events___config_COMPGEN=_shtab_compgen_files
+_shtab_forebay_page___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_flush_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_flush___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_get_pos_0_COMPGEN=_forebay_disks
@@ -142,7 +144,7 @@ _shtab_forebay_trace_pos_0_choices=(show drop export)
 _shtab_forebay_save___format_choices=(raw qcow2)
 _shtab_forebay_handover_pos_0_choices=(prepare finish abort)
 _shtab_forebay_cache_pos_0_choices=(check info create extend format remove repair scrub)
-_shtab_forebay_pos_0_choices=(serve attach detach status summary hosts stats events flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config demo)
+_shtab_forebay_pos_0_choices=(serve attach detach status summary hosts stats events page flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config demo)
 _shtab_forebay___print_completion_choices=(bash zsh tcsh)
 
 _shtab_forebay_serve__h_nargs=0
@@ -192,6 +194,8 @@ _shtab_forebay_events___help_nargs=0
 _shtab_forebay_events__f_nargs=0
 _shtab_forebay_events___follow_nargs=0
 _shtab_forebay_events___json_nargs=0
+_shtab_forebay_page__h_nargs=0
+_shtab_forebay_page___help_nargs=0
 _shtab_forebay_flush__h_nargs=0
 _shtab_forebay_flush___help_nargs=0
 _shtab_forebay_flush___all_nargs=0

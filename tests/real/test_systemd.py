@@ -161,6 +161,10 @@ def test_the_process_that_stages_is_shut_in() -> None:
     assert exposure("forebay-stage.service") <= 2.0
 
 
+def test_the_page_is_shut_in() -> None:
+    assert exposure("forebay-page.service") <= 2.0
+
+
 def test_instances_are_what_the_daemon_is() -> None:
     """All lines but those that name it."""
 

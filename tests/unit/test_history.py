@@ -105,8 +105,8 @@ class Host:
     async def series(
         self, name: str | None = None, seconds: float = 10.0
     ) -> dict[str, list[float]]:
-        found: dict[str, list[float]] = (await self.history.report(seconds, 1, name))["series"]
-        return found
+        told = (await self.history.report(seconds, 1, name))["series"]
+        return {one["figure"]: one["values"] for one in told}
 
 
 async def test_what_disks_did_since_the_last_look_is_summed_and_lag_is_the_longest(

@@ -138,7 +138,7 @@ ORDER: dict[str, list[str]] = {
         "cli/terminal",
         "cli/hosts",
         "cli",
-        "cli/staging cli/settings cli/events",
+        "cli/staging cli/settings cli/events cli/watching",
         "__main__",
     ],
     "forebay_cache": [

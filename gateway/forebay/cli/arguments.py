@@ -260,6 +260,9 @@ def _stage(parser: Parser) -> None:
 
 def _events(parser: Parser) -> None:
     __import__("forebay.cli.events.arguments", fromlist=["add"]).add(parser, checked, NAME)
+def _watching(parser: Parser, add: str) -> None:
+    module = __import__("forebay.cli.watching.arguments", fromlist=[add])
+    getattr(module, add)(parser, checked)
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
@@ -271,6 +274,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "hosts": ("how many hosts stand, asked by ssh", partial(_hosts, add="add_hosts")),
     "stats": ("rates, one line an interval", _stats),
     "events": ("what has happened, and who asked for it", _events),
+    "page": ("what goes on, as a page for browsers", partial(_watching, add="add_page")),
     "flush": ("write back until nothing is dirty", _flush),
     "get": (
         "the settings of disks, and where each is said",

@@ -337,6 +337,11 @@ def moving(arguments: Arguments) -> int:
     return int(getattr(import_module("forebay.cli.moving"), arguments.command)(arguments))
 
 
+def watching(arguments: Arguments) -> int:
+    """`forebay top` and `forebay page`: what goes on."""
+    return int(getattr(import_module("forebay.cli.watching.run"), arguments.command)(arguments))
+
+
 RUN: dict[str, Callable[[Arguments], int]] = {
     "serve": serve,
     "attach": attach,
@@ -345,6 +350,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     **dict.fromkeys(("summary", "hosts"), hosts),
     "stats": stats,
     "events": events,
+    **dict.fromkeys(("page",), watching),
     "flush": flush,
     **dict.fromkeys(("get", "set"), settings),
     "mode": mode,

@@ -177,10 +177,10 @@ class History:
             "disk": disk,
             "begin": span.first * ring.step_seconds,
             "step_seconds": span.steps * ring.step_seconds,
-            "series": {},
+            "series": [],
         }
-        for key in ring.columns:
-            told["series"][key] = ring.told(key, span)
+        for key in list(ring.columns):
+            told["series"].append({"figure": key, "values": ring.told(key, span)})
             await trio.lowlevel.checkpoint()
         return told
 

@@ -131,39 +131,34 @@ class Server:
             self._connections -= 1
 
 
-async def serve(
-    page: Page,
-    listen: tuple[str, int],
-    *,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Serve until cancelled; started when clients can connect. Raises ForebayError where it cannot listen."""
+async def listeners_on(listen: tuple[str, int]) -> list[trio.SocketListener]:
+    """The listening sockets. Raises ForebayError where there cannot be any."""
     address, port = listen
     try:
-        listeners = await trio.open_tcp_listeners(port, host=address)
+        return list(await trio.open_tcp_listeners(port, host=address))
     except OSError as fault:
-        what = fault.strerror or fault
+        cause = fault.__cause__ or fault
+        while isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        what = cause.strerror if isinstance(cause, OSError) else cause
         raise ForebayError(
             f"cannot listen on {listen_text(listen)}: {what}: choose another address with --listen"
         ) from None
-    task_status.started()
-    await trio.serve_listeners(Server(page).connection, listeners)
+
+
+async def serve(page: Page, listen: tuple[str, int]) -> None:
+    """Serve until SIGTERM or SIGINT. Raises ForebayError."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        listeners = await listeners_on(listen)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.serve_listeners, Server(page).connection, listeners)
+            print(f"forebay page: http://{listen_text(listen)}/", flush=True)
+            notify("READY=1")
+            await anext(signals)
+            notify("STOPPING=1")
+            nursery.cancel_scope.cancel()
 
 
 def run(daemon: Daemon, listen: tuple[str, int], names: Sequence[str]) -> None:
     """Serve the page until SIGTERM or SIGINT. Raises ForebayError and OSError."""
-    page = Page(daemon, names)
-
-    async def main() -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(serve, page, listen)
-                print(f"forebay page: http://{listen_text(listen)}/", flush=True)
-                notify("READY=1")
-                await anext(signals)
-                nursery.cancel_scope.cancel()
-
-    try:
-        trio.run(main, strict_exception_groups=False)
-    finally:
-        notify("STOPPING=1")
+    trio.run(serve, Page(daemon, names), listen)
