@@ -176,6 +176,7 @@ class Cache:
             "damaged_slots": self.slots.damaged_slots,
             "slow": self.threads.pace.is_slow,
             "slow_writes": self.threads.pace.slow_writes,
+            "latency": self.threads.pace.latency.told(),
             "state": self._state(),
             "error": failed.strerror if failed else self.commit.error,
         }

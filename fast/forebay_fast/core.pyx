@@ -96,6 +96,7 @@ cdef extern from *:
     double seconds_now() nogil
     int count_bits "__builtin_popcount"(unsigned int) nogil
     int lowest_bit "__builtin_ctz"(unsigned int) nogil
+    int leading_zeros "__builtin_clzll"(unsigned long long) nogil
 
 crc_begin()
 
@@ -124,6 +125,16 @@ cdef enum:
     HIT = 0
     PUT = 2
     RECORDS = 8192   # bytes of records that are gathered before they are noted
+    TIME_UNIT = 250  # forebay_fast.latency: nanoseconds
+    TIME_BUCKETS = 110
+    TIME_SUM = TIME_BUCKETS
+    TIME_MAX = TIME_BUCKETS + 1
+    TIME_WIDTH = TIME_BUCKETS + 2
+    TIMED_HIT = 0
+    TIMED_MISS = 1
+    TIMED_WRITE = 2
+    TIMED_FLUSH = 3
+    TIMED_KINDS = 4
 
 ZERO_BLOCK = bytes(BLOCK)
 cdef const uint8_t *zeros = <const uint8_t *> PyBytes_AS_STRING(ZERO_BLOCK)
@@ -167,6 +178,33 @@ def crc32(data, uint32_t crc=0):
         return crc_of(crc, <const uint8_t *> view.buf, view.len)
     finally:
         PyBuffer_Release(&view)
+
+
+# --- how long requests took ------------------------------------------------------------------------------------------
+
+
+cdef inline void note_time(uint64_t *counts, int kind, double seconds, uint64_t times) noexcept nogil:
+    """`forebay_fast.latency.Latency.note`."""
+    cdef uint64_t nanoseconds = <uint64_t> (seconds * 1e9) if seconds > 0 else 0
+    cdef uint64_t units = nanoseconds // TIME_UNIT
+    cdef int octave, bucket = 0
+    counts += kind * TIME_WIDTH
+    if units >= 4:
+        octave = 61 - leading_zeros(units)
+        bucket = 4 * octave + <int> (units >> octave & 3) + 1
+        if bucket >= TIME_BUCKETS:
+            bucket = TIME_BUCKETS - 1
+    counts[bucket] += times
+    counts[TIME_SUM] += nanoseconds * times
+    if nanoseconds > counts[TIME_MAX]:
+        counts[TIME_MAX] = nanoseconds
+
+
+def note_latency(array counts, int kind, double seconds, uint64_t times):
+    """`Latency.note` as the core does it, for comparison. Raises IndexError for a kind that has no words there."""
+    if not 0 <= kind < len(counts) // TIME_WIDTH:
+        raise IndexError(f"there is no kind {kind}")
+    note_time(<uint64_t *> counts.data.as_ulonglongs, kind, seconds, times)
 
 
 # --- words of pages --------------------------------------------------------------------------------------------------
@@ -531,6 +569,8 @@ cdef class Writes:
     """
 
     cdef object failure, pace, timing, publisher, intent, sums, ready, slots, device, empty, late_piece
+    cdef array latency
+    cdef uint64_t *times
     cdef object values_view, state_view, masks_view
     cdef uint32_t *values
     cdef uint8_t *state
@@ -554,6 +594,8 @@ cdef class Writes:
         """`timing`: the module that has the clock. `empty`: the page that stands for those that hold nothing. `late`:
         what stands for data that is written behind its record.
         """
+        self.latency = threads.pace.latency.counts
+        self.times = <uint64_t *> self.latency.data.as_ulonglongs
         self.failure = failure
         self.pace = threads.pace
         self.timing = timing
@@ -630,6 +672,7 @@ cdef class Writes:
                         break
                     taken += 1
                     now = clock()
+                    note_time(self.times, 0, now - began, 1)
                     if now - began > slow and self.pace.note_write_of_loop(now - began):
                         break
                     began = now
@@ -859,6 +902,7 @@ cdef enum:
 
 cdef double TURN_SECONDS = 500e-6  # of what has no limits of its own
 cdef double GATHER_SECONDS = 30e-6 # a client that has replies to read may send more meanwhile: Wait.gather
+cdef double HELD_UP_SECONDS = 0.01 # whoever answers sooner is never slow
 cdef double FLUSH_SECONDS = 0.05   # a flush that takes longer is waited for by Python, which knows limits of time
 cdef uint64_t PLAIN_READ = 0x2560951300000000
 cdef uint64_t PLAIN_WRITE = 0x2560951300000001
@@ -906,6 +950,7 @@ cdef class Rest:
     cdef double flush_began
     cdef bint flush_is_new         # to `Wait`
     cdef readonly bint waits       # for something that is not of the socket, and is not to be polled
+    cdef double ready              # seconds_now() when something had come; 0: nobody has looked
 
     def __cinit__(self):
         self.events = EPOLLIN
@@ -943,6 +988,9 @@ cdef class Turn(Rest):
     something else comes from the client, which Python then carries out beside it. One that misses right behind another
     client's is put off for some turns of the loop, by when it is known whether both want the same.
 
+    How long requests took is counted in `timing` of the export: from the moment when the loop saw that something had
+    come until the replies were given to the kernel. All that one `sendmsg` answers took the same.
+
     If `may_flush`, it begins a FLUSH where the export can, one at a time, and answers it when it is run after the end
     of that. Meanwhile it goes on with what else comes. Whoever takes the connection from it takes the flush as well.
     """
@@ -970,6 +1018,14 @@ cdef class Turn(Rest):
     cdef bint is_woken             # since that has ended, and until the READ is answered
     cdef bint is_put_off           # `waits` for others to begin a fetch
     cdef int put_off               # so often
+    # how long requests took
+    cdef object timing
+    cdef array latency
+    cdef uint64_t *times
+    cdef readonly double since     # seconds_now() when what is answered now had come
+    cdef bint keeps_since          # what is in the buffer had come before `run` is called the next time
+    cdef uint64_t answered[TIMED_KINDS]  # by the replies that were gathered
+    cdef bint has_answered
 
     def __init__(self, reader, export, out, int sock, limits, *, bint structured, refusal, polling):
         self.reader, self.out, self.sock, self.structured = reader, out, sock, structured
@@ -988,6 +1044,11 @@ cdef class Turn(Rest):
         self.longest_poll, self.soon_seconds = limits.poll_seconds, polling.SOON_POLLS * limits.poll_seconds
         self.most_lost, self.pause = polling.LOST_IN_A_ROW, polling.WAITS_WITHOUT
         self.held = []
+        self.timing = timing = export.timing
+        self.latency = timing.latency.counts
+        if len(self.latency) < TIMED_KINDS * TIME_WIDTH:
+            raise ValueError("the histograms of the export are too few")
+        self.times = <uint64_t *> self.latency.data.as_ulonglongs
 
     def may_receive(self):
         """True if nothing, or the beginning of what may be a plain request, was received and not answered."""
@@ -1044,6 +1105,12 @@ cdef class Turn(Rest):
         self.looked = self.has_written = False
         self.waits_early = PLANTS and "waits too early" in bugs
         self.answers_early = PLANTS and "record after reply" in bugs
+        if not self.keeps_since:
+            self.since = self.ready if self.ready else seconds_now()
+        self.ready, self.keeps_since = 0, False
+        if self.has_answered:  # what an exception kept from being sent
+            self.has_answered = False
+            memset(self.answered, 0, sizeof(self.answered))
         try:
             if self.flushing is not None and not self.end_flush():
                 return OTHER
@@ -1053,6 +1120,7 @@ cdef class Turn(Rest):
                     return OTHER
                 self.is_put_off = False
             status = self.serve(turn_ends)
+            self.keeps_since = status == YIELD or self.waits
         finally:
             if self.start == self.end:
                 self.start = self.end = 0
@@ -1071,13 +1139,19 @@ cdef class Turn(Rest):
         cdef int why, error = 0
         cdef ssize_t got, room
         cdef bint is_first = True, is_drained = False, is_alone
+        cdef double now = self.since
         while True:
             why = self.answer()
             is_alone = self.heads_used <= CHUNK  # what was answered
             if self.count:
                 self.small_replies = self.total <= self.heads_used // SIMPLE * SMALL_REPLY
             if self.count and not self.send():
+                self.note_answered(seconds_now())
                 return UNSENT if not self.out.broken else GONE
+            if self.has_answered or not is_first:
+                now = seconds_now()
+                if self.has_answered:
+                    self.note_answered(now)
             if self.has_written:
                 self.has_written = False
                 self.export.answered()
@@ -1085,11 +1159,14 @@ cdef class Turn(Rest):
                 return OTHER
             if self.waits:
                 return WAIT
-            if not is_first and seconds_now() > turn_ends:
+            if not is_first and now > turn_ends:
+                if why != YIELD:
+                    self.since = now
                 return YIELD
             is_first = False
             if why == YIELD:
                 continue
+            self.since = now
             if is_drained and is_alone and self.start == self.end:
                 return WAIT  # who sends one request at a time has not sent the next one yet
             self.make_room()
@@ -1100,6 +1177,21 @@ cdef class Turn(Rest):
                 return WAIT if got < 0 and error == EAGAIN else GONE
             self.end += got
             is_drained = got < room
+
+    cdef int note_answered(self, double now) except -1:
+        """The replies that were gathered are sent: count how long their requests took."""
+        cdef double took = now - self.since
+        cdef int kind
+        if not self.has_answered:
+            return 0
+        self.has_answered = False
+        for kind in range(TIMED_KINDS):
+            if self.answered[kind]:
+                note_time(self.times, kind, now - self.flush_began if kind == TIMED_FLUSH else took, self.answered[kind])
+                self.answered[kind] = 0
+        if took >= HELD_UP_SECONDS and took >= <double> self.timing.slow_seconds:
+            self.timing.held_up(took)
+        return 0
 
     cdef void make_room(self) noexcept:
         """As `ReceiveBuffer._make_room`: have room for the request that is being received, whatever it is."""
@@ -1121,11 +1213,14 @@ cdef class Turn(Rest):
             if request.head == PLAIN_READ:
                 if not self.read(&request):
                     return WAIT if self.joins(&request) else OTHER
-                self.put_off = 0
+                self.put_off, self.has_answered = 0, True
                 if self.is_woken:
                     self.is_woken = False
+                    self.answered[TIMED_MISS] += 1
                     if self.reads is not None:
                         self.reads.note_waited()
+                else:
+                    self.answered[TIMED_HIT] += 1
                 self.start += HEADER
                 if self.waits_early:
                     return WAIT
@@ -1296,6 +1391,8 @@ cdef class Turn(Rest):
         except OSError as error:
             refused = error
         replies = []
+        self.answered[TIMED_WRITE] += done
+        self.has_answered = True
         for n in range(done):
             request = request_at(self.received + self.start)
             if refused is None:
@@ -1349,14 +1446,19 @@ cdef class Turn(Rest):
             return False
         self.flushing = None
         self.acknowledge(self.flush_cookie)
+        self.answered[TIMED_FLUSH] += 1
+        self.has_answered = True
         return True
 
     def take_flush(self):
-        """The FLUSH that was begun, to be answered by the caller: (cookie, what the export gave). None if there is none."""
+        """The FLUSH that was begun, to be answered by the caller: (cookie, what the export gave, when it was begun).
+
+        None if there is none.
+        """
         if self.flushing is None:
             return None
         begun, self.flushing = self.flushing, None
-        return be64toh(self.flush_cookie), begun
+        return be64toh(self.flush_cookie), begun, self.flush_began
 
     # --- sending
 
@@ -1425,6 +1527,7 @@ cdef class Wait:
     cdef int epoll, loops_fd
     cdef dict turns
     cdef list again, flushing
+    cdef double ready  # seconds_now() when the connections were looked at of which one is served; 0: not yet
     cdef int left  # not 0: so many turns of the loop ago, less than PUT_OFF, Python was given a request
 
     def __init__(self, loops):
@@ -1586,6 +1689,7 @@ cdef class Wait:
                     again.append(turn)
             if flushed:
                 self.see_flushes(again)
+            self.ready = 0
             for one in again:
                 turn = one
                 if turn.wait is None:  # what another one's turn brought about
@@ -1637,6 +1741,9 @@ cdef class Wait:
     cdef bint serve(self, Rest turn, bint alone) except -1:
         """Give a connection its turn. True if Python has to go on with it: it is not at rest any more."""
         cdef double now = seconds_now()
+        if not self.ready:
+            self.ready = now
+        turn.ready = self.ready
         turn.soon = now - turn.asleep < turn.soon_seconds
         try:
             told = turn.run(now + turn.turn_seconds * (1 if alone else turn.turn_share))

@@ -30,7 +30,7 @@ FOLLOW_TIMEOUT = 60.0
 """Seconds. A daemon that is followed says so often that it is there, and more."""
 
 LONGEST_ANSWER = 64 << 20
-"""Bytes. A disk takes less than 2 KiB of the longest one, the list of all disks."""
+"""Bytes. A disk takes less than 3 KiB of the longest one, the list of all disks."""
 
 MOST_HEADERS = 100
 

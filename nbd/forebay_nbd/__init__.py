@@ -10,7 +10,7 @@ from forebay_nbd.protocol.session import Session
 from forebay_nbd.protocol.wire import Buffer, ProtocolError, RequestError
 from forebay_nbd.server.budget import Budget, Budgets
 from forebay_nbd.server.connection import Connection
-from forebay_nbd.server.export import Export, Exports, KnownExports, Refused
+from forebay_nbd.server.export import Export, Exports, KnownExports, Refused, Timing
 from forebay_nbd.server.limits import Limits
 from forebay_nbd.server.phase import Phase
 from forebay_nbd.server.places import Process
@@ -34,5 +34,6 @@ __all__ = [
     "RequestError",
     "Server",
     "Session",
+    "Timing",
     "open_export",
 ]

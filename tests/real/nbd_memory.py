@@ -14,7 +14,17 @@ from pathlib import Path
 
 import trio
 
-from forebay_nbd import Budgets, Buffer, Connection, Export, Exports, KnownExports, Limits, Server
+from forebay_nbd import (
+    Budgets,
+    Buffer,
+    Connection,
+    Export,
+    Exports,
+    KnownExports,
+    Limits,
+    Server,
+    Timing,
+)
 
 HOLE_AND_ZERO = 3
 
@@ -45,6 +55,7 @@ class MemoryExport:
     publications: int = 0
     unpublished: int = 0
     log: list[str] = field(default_factory=list)
+    timing: Timing = field(default_factory=Timing)
 
     def __post_init__(self) -> None:
         self.memory = memoryview(mmap.mmap(-1, self.size))

@@ -17,6 +17,7 @@ from forebay.config.sections import GatewaySection
 from forebay.doors.accepting import make_folder, socket_path
 from forebay.doors.listener import Listener
 from forebay.errors import ForebayError
+from forebay_nbd import Timing
 from forebay_nbd.client.client import Client
 
 
@@ -33,6 +34,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.content = bytearray(os.urandom(self.size))
+        self.timing = Timing()
         self.hang: trio.Event | None = None
 
     def read_now(self, offset: int, length: int) -> bytes | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from forebay_cache.blocks import private
 from forebay_cache.durable.sync import Begun
 from forebay_cache.format.geometry import BLOCK, SECTOR, Buffer
+from forebay_nbd import Timing
 from forebay_nbd.protocol.wire import REQUEST, REQUEST_MAGIC
 from sim.twins import BLOCKS, Side
 
@@ -29,6 +30,7 @@ class Disk:
         self._side = side
         self.read_now = side.read_now
         self.pins = 0
+        self.timing = Timing()
         self.on_answer: Callable[[], None] = lambda: None
         side.view.fetch = self.fetch
 

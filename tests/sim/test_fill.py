@@ -44,6 +44,9 @@ class Origin:
 class Tally:
     origin_read_bytes = 0
 
+    def note_origin_read(self, seconds: float) -> None:
+        assert seconds >= 0
+
 
 async def test_a_read_that_joins_a_flight_takes_nothing_from_it_that_was_written_meanwhile(
     tmp_path: Path,

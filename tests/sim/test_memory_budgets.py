@@ -35,6 +35,9 @@ class Origin:
 class Tally:
     origin_read_bytes = 0
 
+    def note_origin_read(self, seconds: float) -> None:
+        assert seconds >= 0
+
 
 async def test_what_was_fetched_and_not_stored_yet_has_one_budget_for_all_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

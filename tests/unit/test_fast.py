@@ -18,7 +18,7 @@ from xxhash import xxh3_64_intdigest
 import forebay_fast
 from forebay_cache.format.checksum import ZERO_SECTOR_SUM, checksum
 from forebay_fast.loop import epoll_of_loop, rest, wait_of_loop
-from forebay_nbd import Limits
+from forebay_nbd import Limits, Timing
 from forebay_nbd.protocol.events import Request
 from forebay_nbd.protocol.requests import RequestReader
 from forebay_nbd.protocol.wire import (
@@ -228,6 +228,7 @@ class Nothing:
 
     size, read_only, broken = 4096, False, False
     _unsent: tuple[()] = ()
+    timing = Timing()
 
     def read_now(self, offset: int, length: int) -> bytes:
         return b"data"

@@ -113,7 +113,7 @@ WORDS = "forebay_cache.format.entry"
 ORDER: dict[str, list[str]] = {
     "forebay": [
         "errors units systemd client __init__",
-        "config formats http events",
+        "config formats http events latency",
         "origin/worker",
         "origin",
         "origin/virtual",
@@ -158,7 +158,7 @@ ORDER: dict[str, list[str]] = {
         "__init__",
     ],
     "forebay_nbd": ["protocol", "throttle", "server client", "__init__"],
-    "forebay_fast": ["__init__", "loop"],
+    "forebay_fast": ["__init__", "latency", "loop"],
 }
 """Rooms, and modules that lie in none, of each package, lowest first. A room imports what stands above it in the list,
 and nothing of those beside it in its line, unless BESIDE says so."""

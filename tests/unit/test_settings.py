@@ -26,6 +26,7 @@ TYPED = {
     "bps": ("100M", 100 << 20),
     "iops_burst": ("0", 0),
     "bps_burst": ("1G", GIB),
+    "slow": ("0", 0.0),
 }
 """By key, what somebody writes, and what is on record then."""
 

@@ -18,7 +18,6 @@ from xxhash import xxh3_64_intdigest
 
 from forebay_cache.cache import Cache
 from forebay_cache.device import pace as timing
-from forebay_cache.device.pace import SLOW_SECONDS
 from forebay_cache.format import ops
 from forebay_cache.format.checksum import SUM_BITS, checksums
 from forebay_cache.format.entry import (
@@ -125,7 +124,7 @@ def write_run(cache: Cache, layer: Layer, writes: list[tuple[int, memoryview]]) 
                 break
             taken += 1
             now = clock()
-            if now - began > SLOW_SECONDS and pace.note_write_of_loop(now - began):
+            if pace.took(now - began):
                 break
             began = now
     except OSError as error:

@@ -20,6 +20,8 @@ from typing import Final
 
 import trio
 
+from forebay_fast.latency import DEVICE_KINDS, DEVICE_WRITE, Latency
+
 SLOW_SECONDS: Final = 0.02
 """A write that takes longer, waiting for a processor left out, makes the device slow."""
 PENDING_SECONDS: Final = 1.0
@@ -61,6 +63,8 @@ class Pace:
     def __init__(self, *, always_slow: bool = False) -> None:
         self.is_slow = always_slow
         """True if only threads may write to the device. While it is False none has a frame of the journal."""
+        self.latency = Latency(DEVICE_KINDS)
+        """How long writes take, each as a whole, and syncs. The compiled core counts there."""
         self.slow_writes = 0
         """How many writes took longer than SLOW_SECONDS."""
         self.on_suspicion: Callable[[], None] | None = None
@@ -73,6 +77,11 @@ class Pace:
         self._quiet = QUIET_LEAST
         self._quick_from = 0.0  # the clock at which it may count as quick again
         self._was_quick = -QUIET_MOST * 10
+
+    def took(self, seconds: float) -> bool:
+        """Count a write of the loop's thread that took so long. Returns True if that was too long, as below."""
+        self.latency.note(DEVICE_WRITE, seconds)
+        return seconds > SLOW_SECONDS and self.note_write_of_loop(seconds)
 
     def note_write_of_loop(self, seconds: float) -> bool:
         """The loop's thread took so long for a write. Returns True if that was too long, and the device's doing."""

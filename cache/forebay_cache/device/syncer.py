@@ -25,6 +25,7 @@ import trio
 from forebay_cache.device import pace as timing
 from forebay_cache.device.pace import Pace
 from forebay_cache.device.worker import TIMEOUT, Worker, timed_out
+from forebay_fast.latency import DEVICE_SYNC
 
 LOOK_ON_SECONDS = 150e-6
 """The loop looks on for so long, and only while the device is that quick."""
@@ -168,11 +169,12 @@ class Syncer:
 
     async def _sync_in_thread(self) -> None:
         assert self._worker is not None
-        self._number = self._pace.begin()
+        self._number, began = self._pace.begin(), timing.clock()
         try:
             await self._worker.run(self._sync, self._timeout)
         finally:
             self._pace.end(self._number)
+            self._pace.latency.note(DEVICE_SYNC, timing.clock() - began)
 
     def _begin(self) -> bool:
         """Begin a sync. Returns False if the kernel does not do it: from now on a thread has to. Raises OSError."""
@@ -220,7 +222,9 @@ class Syncer:
     def _done_with(self) -> None:
         self.pending = False
         self._pace.end(self._number)
-        self.seconds += (timing.clock() - self._began - self.seconds) / 8
+        took = timing.clock() - self._began
+        self._pace.latency.note(DEVICE_SYNC, took)
+        self.seconds += (took - self.seconds) / 8
         self.run.has_ended = True
         result = int(_EVENT.unpack(self._done)[2])
         if result < 0:

@@ -61,6 +61,9 @@ class Tally(Protocol):
 
     origin_read_bytes: int
 
+    def note_origin_read(self, seconds: float) -> None:
+        """A read of the origin took so long, whatever came of it."""
+
 
 class Starter(Protocol):
     """Where fetches are started: a nursery, or what keeps a nursery from their exceptions."""
@@ -150,7 +153,7 @@ class Filler:
 
         Returns it when it has landed. Raises OSError.
         """
-        flight = Flight(offset, length, background=background)
+        flight = Flight(offset, length, background=background, told=tally.note_origin_read)
         tally.origin_read_bytes += length
         self._nursery.start_soon(self._fly_exactly, flight)
         await flight.landed.wait()
@@ -171,7 +174,7 @@ class Filler:
                 most = min(end, block + CHUNK // BLOCK)
                 while stop < most and stop not in self._flights:
                     stop += 1
-                flight = self._start(block, stop, background)
+                flight = self._start(block, stop, background, tally)
                 tally.origin_read_bytes += flight.length
             elif not background:
                 flight.needed.set()
@@ -201,10 +204,10 @@ class Filler:
             self._forget(flight)
             flight.end()
 
-    def _start(self, block: int, stop: int, background: bool) -> Flight:
+    def _start(self, block: int, stop: int, background: bool, tally: Tally) -> Flight:
         offset = block << BLOCK_SHIFT
         length = min(stop << BLOCK_SHIFT, self.reader.size) - offset
-        flight = Flight(offset, length, background=background)
+        flight = Flight(offset, length, background=background, told=tally.note_origin_read)
         for n in range(block, stop):
             self._flights[n] = flight
         if background and self.on_ahead is not None:
@@ -234,7 +237,7 @@ class Filler:
                 except OSError as error:
                     flight.error = error
                     self._note_failed(flight, error)
-                flight.landed.set()
+                flight.land()
                 for other in before:
                     await other.stored.wait()
                 if flight.error is None and self.cache.in_flight.unstored < UNSTORED:

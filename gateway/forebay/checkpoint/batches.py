@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import trio
 
-from forebay.checkpoint.counters import Counters
+from forebay.checkpoint.counters import ORIGIN_SYNC, ORIGIN_WRITE, Counters
 from forebay.checkpoint.steps import Steps
 from forebay.image.image import Image
 from forebay.sidecar.applying import BEGUN, Place
@@ -187,13 +187,15 @@ class IntoImage(Batches):
         writes = [(r.offset, r.data) for r in ranges if r.data is not None]
         if not writes:
             return
-        await origin.write_ranges(writes, background=True)
+        with self._counters.timed(ORIGIN_WRITE):
+            await origin.write_ranges(writes, background=True)
         stored = sum(len(data) for _, data in writes)
         self._counters.origin_written_bytes += stored
         self._unsynced += stored
         if self._unsynced >= SYNC_EVERY:
             self._unsynced = 0
-            await self._image.flush()
+            with self._counters.timed(ORIGIN_SYNC):
+                await self._image.flush()
 
 
 class IntoJournal(Batches):

@@ -5,7 +5,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from forebay_fast.latency import ORIGIN_READ, ORIGIN_SYNC, ORIGIN_WRITE, Latency
+
+__all__ = ["ORIGIN_READ", "ORIGIN_SYNC", "ORIGIN_WRITE", "Counters"]
 
 
 @dataclass(slots=True)
@@ -31,6 +36,22 @@ class Counters:
     """TRIM requests that were passed over, as the image's store cannot give space back."""
     origin_errors: int = 0
     """Reads, writes, flushes and checkpoints that the image or its store failed, or that could not be asked of it."""
+
+    latency: Latency = field(default_factory=Latency)
+    """How long requests of the disk took, and what was asked of the image for it."""
+
+    def note_origin_read(self, seconds: float) -> None:
+        """Implements forebay_cache's Tally."""
+        self.latency.note(ORIGIN_READ, seconds)
+
+    @contextmanager
+    def timed(self, kind: int) -> Iterator[None]:
+        """Around one call to the image of that kind; one that fails took its time, too."""
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            self.latency.note(kind, perf_counter() - began)
 
     @contextmanager
     def errors_counted(self) -> Iterator[None]:

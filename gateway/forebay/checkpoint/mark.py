@@ -12,6 +12,7 @@ import trio
 
 from forebay.image.image import Image
 from forebay.image.source import Source
+from forebay.latency.waits import ORIGIN, Waiting
 
 
 class DirtyMark:
@@ -39,10 +40,14 @@ class DirtyMark:
         What this promises holds until the caller's next await: then a pass may end, and :meth:`clear`.
         """
         while not (self.is_set or self._overlay):
-            async with self._changing:
-                if self._source.claim is not None and not self.is_set:
-                    await self._image.reach.made_again(self._source.claim.mark_dirty)
-                self.is_set = True
+            with Waiting(ORIGIN):
+                await self._set()
+
+    async def _set(self) -> None:
+        async with self._changing:
+            if self._source.claim is not None and not self.is_set:
+                await self._image.reach.made_again(self._source.claim.mark_dirty)
+            self.is_set = True
 
     async def clear(self) -> None:
         """Put on record that the image has everything, unless it lacks something by now. Raises OSError.

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import trio
 
 from forebay.checkpoint.batches import IntoImage, IntoJournal
-from forebay.checkpoint.counters import Counters
+from forebay.checkpoint.counters import ORIGIN_SYNC, Counters
 from forebay.checkpoint.dirty import Dirty
 from forebay.checkpoint.steps import Steps
 from forebay.image.image import Image
@@ -87,7 +87,8 @@ class Pass:
             await writing.enter_async_context(self._image.writing())
             # The journal names the image's times as of its commit: after a power cut these must not be older ones.
             async with self._image.writes.times:
-                await self._image.flush(times=True)
+                with self._counters.timed(ORIGIN_SYNC):
+                    await self._image.flush(times=True)
                 self._check_wanted()
                 self._image.identity.begin_checkpoint()
         except BaseException:
@@ -111,7 +112,8 @@ class Pass:
             await IntoImage(
                 self._image, self._layer, self._steps, self._counters, journal
             ).put_all()
-        await self._image.flush()
+        with self._counters.timed(ORIGIN_SYNC):
+            await self._image.flush()
         if (self._image.origin, self._image.sync_failures) != (origin, failures):
             raise OSError(
                 errno.EIO,

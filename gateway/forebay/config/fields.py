@@ -139,6 +139,10 @@ Duration = Annotated[
     AfterValidator(_above_zero),
     PlainSerializer(exact_duration, when_used="json"),
 ]
+DurationOrNever = Annotated[
+    float, BeforeValidator(parse_duration), PlainSerializer(exact_duration, when_used="json")
+]
+"""0 stands for never."""
 Listen = Annotated[
     tuple[str, int], BeforeValidator(parse_listen), PlainSerializer(listen_text, when_used="json")
 ]

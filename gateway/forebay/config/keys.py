@@ -56,6 +56,7 @@ KEYS: dict[str, Key] = {
     "preload": Key(parse_preload, "what the next start, or boot, brings in"),
     "max_lag": Key(_duration, "age at which dirty data is written back"),
     "max_dirty": Key(parse_size, "how much may be dirty"),
+    "slow": Key(parse_duration, "from how long on a request is told of in the log; 0: none is"),
     "origin_timeout": Key(_duration, "after how long an image that does not answer is an error"),
     "iops": Key(parse_requests, "requests a second that its clients may make; 0: no limit"),
     "bps": Key(parse_bps, "bytes a second that they may read and write; 0: no limit"),

@@ -27,6 +27,7 @@ from forebay.config.fields import (
     BytesPerSecond,
     Directory,
     Duration,
+    DurationOrNever,
     ModeName,
     OnChange,
     PeerRule,
@@ -74,6 +75,8 @@ class DiskSettings(Section):
     """Bytes that may be dirty; from a quarter of them on, writes are slowed down towards write-back's speed."""
     origin_timeout: Duration = 60.0
     """Seconds after which an origin that does not answer is an error to the guest."""
+    slow: DurationOrNever = 10.0
+    """Seconds from which a request is told of in the log, with what it waited for; 0: none is."""
     on_change: OnChange = "refresh"
     """What to do when somebody else changes an image while it is in use: `refresh`, forget what is cached of it and go
     on with what is there now, or `refuse`, serve nothing until it is attached anew. With data in the cache that belongs
@@ -107,6 +110,7 @@ class Store(Section):
     max_lag: Duration | None = None
     max_dirty: Size | None = None
     origin_timeout: Duration | None = None
+    slow: DurationOrNever | None = None
     on_change: OnChange | None = None
     iops: Requests | None = None
     bps: BytesPerSecond | None = None

@@ -374,7 +374,8 @@ def _at_rest(
     dirty, age = (0, 0.0) if record.overlay else lag
     counters = (
         "cached_bytes", "read_hits", "read_misses", "write_hits",
-        "write_misses", "origin_read_bytes", "origin_written_bytes", "clients",
+        "write_misses", "origin_read_bytes", "origin_written_bytes", "clients", "queue_depth",
+        "slow_requests",
     )  # fmt: skip
     return {
         "name": name,
@@ -392,6 +393,7 @@ def _at_rest(
         "lag_seconds": round(age, 3),
         "lag_bytes": dirty,
         "private_bytes": private,
+        "latency": {},
         "socket": "",
         "reason": why,
     }

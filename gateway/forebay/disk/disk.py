@@ -29,6 +29,7 @@ from forebay.errors import ForebayError
 from forebay.image.image import Image
 from forebay.image.registry import Images
 from forebay.image.source import Source
+from forebay.latency.requests import Requests
 from forebay.units import Mode, format_size
 from forebay_cache import View
 from forebay_cache.durable.sync import Begun
@@ -45,7 +46,8 @@ class HotPath:
     anew when the mode changes, the others are the cache's.
     """
 
-    def __init__(self, image: Image, reads: Reads, modes: Modes) -> None:
+    def __init__(self, image: Image, reads: Reads, modes: Modes, timing: Requests) -> None:
+        self.timing = timing
         self.read_now = reads.read_now
         self.join_read = reads.join
         self.write_now = modes.policy.write_now
@@ -64,9 +66,15 @@ class Adjustable(HotPath):
     """The settings of a disk, which change while it is used."""
 
     def __init__(
-        self, image: Image, source: Source, live: LiveSettings, reads: Reads, modes: Modes
+        self,
+        image: Image,
+        source: Source,
+        live: LiveSettings,
+        reads: Reads,
+        modes: Modes,
+        timing: Requests,
     ) -> None:
-        super().__init__(image, reads, modes)
+        super().__init__(image, reads, modes, timing)
         self.name = source.use.disk
         self.image = image
         self.source = source
@@ -91,6 +99,7 @@ class Adjustable(HotPath):
         self.throttle.set(limits_of(settings))
         self.modes.adopt_limits()
         self.source.timeout = settings.origin_timeout
+        self.timing.follow(settings.slow)
         self.image.follow_timeouts()
 
     def set_cap(self) -> None:
@@ -124,7 +133,8 @@ class Disk(Adjustable):
             source, image, live, self.view, self.dirty, self.writeback, self.counters
         )
         self.modes.on_choice = self.bind
-        super().__init__(image, source, live, self.reads, self.modes)
+        timing = Requests(self.name, self.counters.latency, settings.slow)
+        super().__init__(image, source, live, self.reads, self.modes, timing)
         self._watch = Watch(source, image, self.dirty, self.modes)
         self.on_opened: Callable[[], None] = _nothing
         """Told of each client that comes."""
@@ -195,23 +205,27 @@ class Disk(Adjustable):
             **self.report.keys(),
             "max_lag_seconds": self.settings.max_lag,
             **self.throttle.status(),
+            **self.timing.status(),
         }
 
     # -- reading ----------------------------------------------------------------------------------------------
 
     async def read(self, offset: int, length: int) -> list[Buffer]:
         """Implements Export."""
-        return await self.reads.read(offset, length)
+        with self.timing.one("read", offset, length):
+            return await self.reads.read(offset, length)
 
     async def cache(self, offset: int, length: int) -> None:
         """Implements Export: bring a range in. Raises OSError."""
-        await self.reads.prefetch(offset, length)
+        with self.timing.one("prefetch", offset, length):
+            await self.reads.prefetch(offset, length)
 
     async def extents(
         self, context: str, offset: int, length: int, one: bool
     ) -> list[tuple[int, int]]:
         """Implements Export."""
-        return await self.reads.extents(context, offset, length, one)
+        with self.timing.one("block status", offset, length):
+            return await self.reads.extents(context, offset, length, one)
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -221,10 +235,11 @@ class Disk(Adjustable):
         if not len(data):
             return
         self.counters.written_bytes += len(data)
-        async with self.modes.writing():
-            await self.modes.policy.write(offset, data)
-        if fua:
-            await self.modes.policy.flush()
+        with self.timing.one("write", offset, len(data)):
+            async with self.modes.writing():
+                await self.modes.policy.write(offset, data)
+            if fua:
+                await self.modes.policy.flush()
 
     def flush_now(self) -> bool:
         """Implements Export."""
@@ -241,7 +256,9 @@ class Disk(Adjustable):
     async def flush(self) -> None:
         """Implements Export."""
         check_conflict(self.image)
-        if not self.read_only and not self.source.withheld:  # what was answered before is durable
+        if self.read_only or self.source.withheld:  # what was answered before is durable
+            return
+        with self.timing.one("flush"):
             if not self.modes.writes_private and not self.image.is_all_durable():
                 await arrive(self.image, self.settings.origin_timeout)
             await self.modes.policy.flush()
@@ -253,10 +270,11 @@ class Disk(Adjustable):
             raise OSError(errno.ENOTSUP, "zeroing may be as slow as writing here")
         if not length:
             return
-        async with self.modes.writing():
-            await self.modes.policy.zero(offset, length, may_trim=not no_hole)
-        if fua:
-            await self.modes.policy.flush()
+        with self.timing.one("zero", offset, length):
+            async with self.modes.writing():
+                await self.modes.policy.zero(offset, length, may_trim=not no_hole)
+            if fua:
+                await self.modes.policy.flush()
 
     async def trim(self, offset: int, length: int, fua: bool) -> None:
         """Implements Export: whole sectors become zeros, so that they never change by themselves.
@@ -267,10 +285,11 @@ class Disk(Adjustable):
         start, end = sectors_within(offset, length)
         if start >= end:
             return
-        if self.overlay or await self.image.writes.may_trim():
-            await self.zero(start, end - start, fua, no_hole=False, fast=False)
-        else:
-            self.counters.trims_ignored += 1
+        with self.timing.one("trim", offset, length):
+            if self.overlay or await self.image.writes.may_trim():
+                await self.zero(start, end - start, fua, no_hole=False, fast=False)
+            else:
+                self.counters.trims_ignored += 1
 
     async def drain(self, progress: Progress) -> None:
         """Write back everything that is dirty, in whatever mode. Raises OSError.

@@ -10,10 +10,11 @@ image is written. After a power loss the clean blocks of hot regions are dropped
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from forebay.checkpoint.counters import Counters
+from forebay.checkpoint.counters import ORIGIN_SYNC, ORIGIN_WRITE, Counters
 from forebay.checkpoint.dirty import Dirty
 from forebay.disk.ranges import Ranges, sectors_touched, sectors_within
 from forebay.image.image import Image
+from forebay.latency.waits import DEVICE, ORIGIN, Waiting
 from forebay_cache import invalidate, mark_hot
 from forebay_cache.blocks.store import store
 from forebay_cache.format.geometry import block_runs
@@ -59,17 +60,20 @@ class OriginWrites:
             self._counters.write_misses += 1
             with self._counters.errors_counted(), self._overwriting(start, end):
                 await self._announce(start, end)
-                await self._image.writes.write(offset, data)
+                with Waiting(ORIGIN), self._counters.timed(ORIGIN_WRITE):
+                    await self._image.writes.write(offset, data)
             self._counters.origin_written_bytes += len(data)
             if self._keep:
-                await self._store(offset, data)
+                with Waiting(DEVICE):
+                    await self._store(offset, data)
         return True
 
     async def _announce(self, start: int, end: int) -> None:
         """Have on record, before the image is written, that the cache must not be believed there."""
         layer = self._image.layer
-        await mark_hot(self._cache, layer, start, end - start)
-        await invalidate(self._cache, layer, start, end - start)
+        with Waiting(DEVICE):
+            await mark_hot(self._cache, layer, start, end - start)
+            await invalidate(self._cache, layer, start, end - start)
 
     @contextmanager
     def _overwriting(self, start: int, end: int) -> Iterator[None]:
@@ -111,7 +115,8 @@ class OriginWrites:
             self._counters.write_misses += 1
             with self._counters.errors_counted(), self._overwriting(start, end):
                 await self._announce(start, end)
-                await self._image.writes.zero(offset, length, may_trim)
+                with Waiting(ORIGIN), self._counters.timed(ORIGIN_WRITE):
+                    await self._image.writes.zero(offset, length, may_trim)
         return True
 
     def answered(self) -> None:
@@ -126,7 +131,9 @@ class OriginWrites:
 
     async def flush(self) -> None:
         """Return when the image has everything durably. Raises OSError, each time until that is so."""
-        with self._counters.errors_counted():
+        if self._image.is_all_durable():
+            return  # it counts as none
+        with self._counters.errors_counted(), Waiting(ORIGIN), self._counters.timed(ORIGIN_SYNC):
             await self._image.flush()
 
 

@@ -17,6 +17,7 @@ from forebay.checkpoint.counters import Counters
 from forebay.checkpoint.dirty import Dirty
 from forebay.disk.admission import Admission
 from forebay.disk.ranges import Ranges, sectors_touched, sectors_within
+from forebay.latency.waits import ADMISSION, DEVICE, Waiting
 from forebay_cache import CacheFull, Layer, View
 from forebay_cache.blocks import private, slow_writes
 from forebay_cache.blocks.early import EarlyStart
@@ -120,9 +121,10 @@ class PrivateWrites:
     async def _store(self, offset: int, data: memoryview) -> None:
         """Store whole sectors, at most PIECE. Raises OSError: ENOSPC where no room for them is coming."""
         admission = self._admission
-        await admission.admit(len(data))
+        with Waiting(ADMISSION):
+            await admission.admit(len(data))
         began = trio.current_time()
-        with admission.patience() as patience:
+        with admission.patience() as patience, Waiting(DEVICE):
             while True:
                 await self._mark.set()  # a pass may have ended meanwhile, and cleared it
                 if self._cache.publish.needs_thread:
@@ -135,7 +137,8 @@ class PrivateWrites:
                 try:
                     await self._prepare(offset, len(data))
                 except CacheFull:
-                    await admission.make_room(began)
+                    with Waiting(ADMISSION):
+                        await admission.make_room(began)
                 admission.extend(patience)
         assert patience.cancelled_caught
         raise OSError(errno.ENOSPC, "the cache is full of data that could not be written back")
@@ -193,17 +196,23 @@ class PrivateWrites:
 
     async def _zero(self, offset: int, length: int, *, provisioned: bool) -> None:
         """Make whole sectors zeros, at most ZERO_PIECE. Raises OSError."""
-        await self._admission.admit(0)
+        with Waiting(ADMISSION):
+            await self._admission.admit(0)
         for at in range(offset, offset + length, ZERO_STEP):
             part = min(ZERO_STEP, offset + length - at)
             if length > ZERO_STEP:
                 await next_turn()
-            while True:
-                await self._mark.set()  # a pass may have ended meanwhile, and cleared it
-                if self._is_zeroed(at, part, provisioned=provisioned):
-                    await self._cache.publish()
-                    break
-                await private.prepare(self._cache, self._open_layer, at, part, zeros=True)
+            with Waiting(DEVICE):
+                await self._zero_part(at, part, provisioned=provisioned)
+
+    async def _zero_part(self, offset: int, length: int, *, provisioned: bool) -> None:
+        """Make whole sectors zeros, at most ZERO_STEP. Raises OSError."""
+        while True:
+            await self._mark.set()  # a pass may have ended meanwhile, and cleared it
+            if self._is_zeroed(offset, length, provisioned=provisioned):
+                await self._cache.publish()
+                return
+            await private.prepare(self._cache, self._open_layer, offset, length, zeros=True)
 
     def _is_zeroed(self, offset: int, length: int, *, provisioned: bool) -> bool:
         """Make whole sectors zeros, or return False. The records still have to be published. Raises OSError."""
@@ -227,4 +236,5 @@ class PrivateWrites:
     async def flush(self) -> None:
         """Return when the cache device has everything durably. Raises OSError."""
         self._early.note_flush()
-        await self._cache.make_durable()
+        with Waiting(DEVICE):
+            await self._cache.make_durable()

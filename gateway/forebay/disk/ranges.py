@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from forebay.latency.waits import ADMISSION, TURN, Waiting
 from forebay_cache.format.geometry import SECTOR
 
 
@@ -40,7 +41,8 @@ class Ranges:
         Cancelled while it waits, it holds nothing.
         """
         while not self.is_free(start, end):
-            await self._changed.wait()
+            with Waiting(TURN):
+                await self._changed.wait()
         mine = (start, end)
         self.held.append(mine)
         try:
@@ -66,7 +68,8 @@ class Gate:
     async def passing(self) -> AsyncIterator[None]:
         """Around one write: wait while the gate is shut, then count as being inside."""
         while self.shut:
-            await self._opened.wait()
+            with Waiting(ADMISSION):
+                await self._opened.wait()
         self._inside += 1
         try:
             yield

@@ -7,10 +7,11 @@ import errno
 from collections.abc import Callable
 
 import forebay_fast
-from forebay.checkpoint.counters import Counters
+from forebay.checkpoint.counters import ORIGIN_READ, Counters
 from forebay.config.live import LiveSettings
 from forebay.disk.block_status import CACHED_CONTEXT, OLD_CACHED_CONTEXT, allocation, cached
 from forebay.image.image import Image
+from forebay.latency.waits import DEVICE, ORIGIN, Waiting
 from forebay_cache import ReadAhead, View
 from forebay_cache.format.geometry import Buffer
 
@@ -30,7 +31,8 @@ async def arrive(image: Image, timeout: float) -> None:
     Called before anything is held that others wait for.
     """
     if image.origin is None:
-        await image.reach.wait(timeout)
+        with Waiting(ORIGIN):
+            await image.reach.wait(timeout)
 
 
 class Reads:
@@ -56,7 +58,8 @@ class Reads:
         view = self.view
         misses = view.misses
         is_beyond = offset >= view.lookahead
-        buffers = await view.read(offset, length, slices=True)
+        with Waiting(DEVICE):
+            buffers = await view.read(offset, length, slices=True)
         if is_beyond or view.misses != misses:
             view.lookahead = self._look_ahead(offset, length)
         return buffers
@@ -83,14 +86,16 @@ class Reads:
         """What the view lacks, from the image; kept in the clean layer unless the disk has none. Raises OSError."""
         if self.on_miss is not None:
             self.on_miss(offset, length)
-        with self._counters.errors_counted():
+        with self._counters.errors_counted(), Waiting(ORIGIN):
             if (fresh := self._image.fresh) is not None:
                 self._counters.origin_read_bytes += length
-                return await fresh.read(offset, length)
+                with self._counters.timed(ORIGIN_READ):
+                    return await fresh.read(offset, length)
             await arrive(self._image, self._settings.now.origin_timeout)
             if self.view.clean is None:
                 self._counters.origin_read_bytes += length
-                return await self._image.read(offset, length)
+                with self._counters.timed(ORIGIN_READ):
+                    return await self._image.read(offset, length)
             return await self._image.filler.fetch(offset, length, self._counters)
 
     async def prefetch(self, offset: int, length: int) -> None:

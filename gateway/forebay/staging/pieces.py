@@ -24,6 +24,7 @@ from forebay.disk.disk import Disk
 from forebay.staging.torrent import LEAF, Torrent
 from forebay_cache.blocks.store import mark_zero
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, Buffer
+from forebay_nbd import Timing
 
 log = logging.getLogger("forebay.staging")
 
@@ -81,6 +82,7 @@ class Pieces:
         self._image = disk.image
         self._layer = disk.image.layer
         self._aside: OrderedDict[int, _Aside] = OrderedDict()
+        self.timing = Timing()
         self.unreadable = disk.unreadable
         self.pin = disk.pin
         self.unpin = disk.unpin

@@ -55,6 +55,9 @@ class Upkeep:
         self.origin_read_bytes = 0
         """Fetched again from images."""
 
+    def note_origin_read(self, seconds: float) -> None:
+        """Implements Tally: no disk has asked for it."""
+
     async def extend(self, size: int | None, progress: Progress) -> dict[str, Any]:
         """Use all of the device, after making it `size` bytes where it is a file. What the cache is then.
 

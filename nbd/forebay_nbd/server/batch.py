@@ -10,8 +10,10 @@ becomes a Request and is answered for itself.
 
 import enum
 import socket
+from time import perf_counter
 
 import forebay_fast
+from forebay_fast.latency import FLUSH, HIT, REQUESTS, WRITE
 from forebay_nbd.protocol.events import NeedData, Request
 from forebay_nbd.protocol.requests import RequestReader, check_request
 from forebay_nbd.protocol.wire import (
@@ -81,6 +83,10 @@ class Batch:
         self._has_written = False
         """WRITEs are acknowledged by the replies gathered."""
         self._waiting: Request | None = None
+        self.since = perf_counter()
+        """perf_counter() when what is answered now had come; set by whoever receives."""
+        self._answered = [0] * len(REQUESTS)
+        """How many requests, by kind, the replies gathered answer."""
         self.error: ProtocolError | None = None
         """Set when run() has returned PROTOCOL_ERROR."""
 
@@ -94,6 +100,17 @@ class Batch:
         buffers, total = self._buffers, self._total
         self._buffers, self._total = [], 0
         return buffers, total
+
+    def note_time(self) -> None:
+        """Called when these replies were given to the kernel: counts how long their requests took."""
+        if any(self._answered):
+            timing, took = self._export.timing, perf_counter() - self.since
+            for kind, times in enumerate(self._answered):
+                if times:
+                    timing.latency.note(kind, took, times)
+                    self._answered[kind] = 0
+            if took >= timing.slow_seconds:
+                timing.held_up(took)
 
     def note_sent(self) -> None:
         """Called when all of these replies were sent at once."""
@@ -134,7 +151,7 @@ class Batch:
         size, structured, limit = self._size, self._structured, self._limits.batch_bytes
         read_now, append, pack = self._export.read_now, self._buffers.append, DATA_CHUNK_FAST.pack
         total, taken, header_size = self._total, 0, self._header_size
-        outcome = None
+        outcome, hits = None, 0
         most = (self._limits.batch_buffers - len(self._buffers)) // 2
         for head, cookie, offset, length in self._reader.headers(most):
             if head != PLAIN_READ or offset + length > size or not 0 < length <= MAX_PAYLOAD:
@@ -155,10 +172,12 @@ class Batch:
                 pack(DATA_DONE, cookie, length + 8, offset) if structured else SIMPLE_OK + cookie
             )
             append(data)
+            hits += 1
             total += length + header_size
             if total >= limit:
                 break
         self._total = total
+        self._answered[HIT] += hits
         self._reader.skip(taken)
         if not taken:
             return self._answer_one()
@@ -238,6 +257,7 @@ class Batch:
         else:
             self._reply([SIMPLE_OK + SIMPLE_OK.join(cookies)])
             self._has_written = True
+        self._answered[WRITE] += len(cookies)
 
     # --- requests of any kind ----------------------------------------------------------------------
     def _reply(self, buffers: list[Buffer]) -> None:
@@ -276,6 +296,7 @@ class Batch:
             if data is None:
                 return False
             self._reply([data_header(request, self._structured), data])
+            self._answered[HIT] += 1
         elif request.command == Cmd.WRITE and request.length:
             if request.flags & CmdFlag.FUA:
                 return False
@@ -286,6 +307,7 @@ class Batch:
             if not self._export.flush_now():
                 return False
             self._reply(success_reply(request, self._structured))
+            self._answered[FLUSH] += 1
         elif request.length:
             return False
         else:
@@ -294,7 +316,7 @@ class Batch:
 
     def _start(self, request: Request) -> Outcome | None:
         """Starts a task for a request. If bounds forbid that, returns NO_ROOM and keeps it for the next run()."""
-        if self._slow.start(request):
+        if self._slow.start(request, self.since):
             return None
         self._waiting = request
         return Outcome.NO_ROOM

@@ -260,7 +260,11 @@ class Connection:
 
     async def _serve_in_turn(self, batch: Batch, *, receives: bool = True) -> bool:
         """Serves as fast as the export's throttle says: see `Turnstile.serve`. False if the client has left."""
-        answer = partial(self._answer_received, batch)
+
+        async def answer() -> bool:
+            batch.since = perf_counter()  # what it has waited for its turn does not count
+            return await self._answer_received(batch)
+
         return await self._turnstile.serve(
             answer, self._receive_large, self._turns.end_if_due, receives=receives
         )
@@ -277,12 +281,14 @@ class Connection:
                         return
                 finally:
                     self._slow.take_over(turn.take_flush())
+                    batch.since = turn.since
                     if turn.waits and self.phase is Phase.STOPPING:  # a READ, which gets a task
                         batch.run()
                         self._out.send(*batch.take_replies())
                 continue
             if not await self._receive_more():
                 return
+            batch.since = perf_counter()
 
     async def _receive_more(self) -> bool:
         """Receives what is there, or comes next; False if the client has left."""
@@ -323,8 +329,10 @@ class Connection:
             outcome = batch.run()
             buffers, total = batch.take_replies()
             if buffers and not self._out.send(buffers, total):
+                batch.note_time()
                 await self._out.drain()
             else:
+                batch.note_time()
                 batch.note_sent()
             if outcome is Outcome.NEEDS_DATA:
                 return not self._out.broken

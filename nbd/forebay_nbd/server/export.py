@@ -3,10 +3,12 @@
 
 """The interface between the server and what it serves: a disk, and which disks a client may have."""
 
+import math
 from collections.abc import Callable
 from typing import Final, Protocol, runtime_checkable
 
-from forebay_nbd.protocol.wire import Buffer, Flag, Rep
+from forebay_fast.latency import FLUSH, HIT, REQUESTS, WRITE, Latency
+from forebay_nbd.protocol.wire import Buffer, Cmd, Flag, Rep
 from forebay_nbd.throttle.throttle import Throttle
 
 LONGEST_REASON: Final = 500
@@ -30,6 +32,35 @@ class Flushing(Protocol):
         """Returns what look() does when it has ended."""
 
 
+KINDS: Final = {Cmd.READ: HIT, Cmd.WRITE: WRITE, Cmd.WRITE_ZEROES: WRITE, Cmd.FLUSH: FLUSH}
+"""Of the commands of which is counted how long they took, the kind that they count as if nothing else is known."""
+
+
+class Timing:
+    """How long the requests of one export took, each from when it had come until its reply was given to the kernel.
+
+    Times are seconds. What is answered at once is counted in `latency` by the server, many at a time; of each other
+    one `carried_out` is told, which exports may overrule.
+    """
+
+    def __init__(self, latency: Latency | None = None, slow_seconds: float = math.inf) -> None:
+        """`latency`: its first kinds are REQUESTS, and it stays what it is. `held_up` is told of what was answered at
+        once after `slow_seconds` or more; a hundredth of a second is never slow.
+        """
+        self.latency = latency if latency is not None else Latency(REQUESTS)
+        self.slow_seconds = slow_seconds
+
+    def carried_out(self, command: int, offset: int, length: int, seconds: float) -> None:
+        """Called in the task of a request, when its reply was sent, or as much of it as the client takes."""
+        del offset, length
+        kind = KINDS.get(Cmd(command))
+        if kind is not None:
+            self.latency.note(kind, seconds)
+
+    def held_up(self, seconds: float) -> None:
+        """Called where what needs no waiting for took longer than `slow_seconds` all the same."""
+
+
 @runtime_checkable
 class Export(Protocol):
     """One disk. Offsets and lengths are bytes; the server has checked each request against `size` and `read_only`.
@@ -51,6 +82,10 @@ class Export(Protocol):
     @property
     def throttle(self) -> Throttle | None:
         """How fast all connections together may use it; None: nobody ever says. The same as long as it is there."""
+
+    @property
+    def timing(self) -> Timing:
+        """What counts how long its requests take; the same one for good."""
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
         """A buffer with exactly the `length` bytes from `offset` on, or None: then the server calls read().

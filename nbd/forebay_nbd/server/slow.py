@@ -5,6 +5,7 @@
 
 import errno
 import logging
+from time import perf_counter
 
 import trio
 
@@ -127,10 +128,11 @@ class SlowRequests:
         return size
 
     # --- tasks ----------------------------------------------------------------------
-    def start(self, request: Request) -> bool:
+    def start(self, request: Request, since: float | None = None) -> bool:
         """Starts a task for a request; False, and nothing is done, if a bound forbids that for now.
 
-        A payload that is not `owned` is copied. The memory of one that is has been reserved by reserve_payload().
+        It had come at `since` (perf_counter()); None: just now. A payload that is not `owned` is copied. The memory of
+        one that is has been reserved by reserve_payload().
         """
         if self.count and self._are_too_many():
             return False
@@ -141,25 +143,26 @@ class SlowRequests:
             if not self._reserve(size):
                 return False
             request.payload = bytes(request.payload)
-        self._start(request, size)
+        self._start(request, size, since)
         return True
 
-    def take_over(self, begun: tuple[int, Flushing] | None) -> None:
-        """Starts a task for a FLUSH that was begun without one, (cookie, what was begun), if there is one.
+    def take_over(self, begun: tuple[int, Flushing, float] | None) -> None:
+        """Starts a task for a FLUSH that was begun without one, (cookie, what was begun, when), if there is one.
 
         Whatever the bounds say: a connection has no more than one of them.
         """
         if begun is not None:
             request = Request(Cmd.FLUSH, 0, begun[0])
             self._flushing[id(request)] = begun[1]
-            self._start(request, 0)
+            self._start(request, 0, begun[2])
 
-    def _start(self, request: Request, size: int) -> None:
+    def _start(self, request: Request, size: int, since: float | None) -> None:
         assert self._nursery is not None
         self.count += 1
         self._budget.requests += 1
         self._unanswered[id(request)] = (request, trio.current_time())
-        self._nursery.start_soon(self._run, request, size)
+        since = perf_counter() if since is None else since
+        self._nursery.start_soon(self._run, request, size, since)
 
     def _are_too_many(self) -> bool:
         """True if this connection, or all of the server, have as many tasks as they may."""
@@ -175,20 +178,20 @@ class SlowRequests:
         """Trio time since when the oldest request of unanswered() has a task; None if there is none."""
         return next((began for _, began in self._unanswered.values()), None)
 
-    async def _run(self, request: Request, size: int) -> None:
+    async def _run(self, request: Request, size: int, since: float) -> None:
         """The task of one request: carries it out and sends the reply. `size` bytes are reserved for it."""
         try:
             if request.command == Cmd.BLOCK_STATUS:
                 async with self._status_turns:
-                    await self._run_status(request)
+                    await self._run_status(request, since)
             else:
-                await self._run_reserved(request)
+                await self._run_reserved(request, since)
         finally:
             self.count -= 1
             self._budget.requests -= 1
             self._release(size)
 
-    async def _run_status(self, request: Request) -> None:
+    async def _run_status(self, request: Request, since: float) -> None:
         """As `_run_reserved`, once memory is reserved for as many extents as the reply can have."""
         most = min(self._limits.status_extents, request.length // _LEAST_EXTENT + 2)
         size = most * _EXTENT_BYTES
@@ -197,17 +200,21 @@ class SlowRequests:
             with trio.move_on_after(self._limits.stall_seconds):
                 await self._status.released()
         try:
-            await self._run_reserved(request)
+            await self._run_reserved(request, since)
         finally:
             self._status.release(size)
 
-    async def _run_reserved(self, request: Request) -> None:
+    async def _run_reserved(self, request: Request, since: float) -> None:
         """Carries a request out and sends the reply, for which memory is reserved."""
         buffers = await self._answer(request)
         del self._unanswered[id(request)]
         self.answered += 1
         # No await here: the buffers may be slices of the export's memory.
-        if not self._out.send(buffers, sum(map(len, buffers))):
+        sent = self._out.send(buffers, sum(map(len, buffers)))
+        assert self._export is not None
+        took = perf_counter() - since
+        self._export.timing.carried_out(request.command, request.offset, request.length, took)
+        if not sent:
             await self._out.drain()
 
     async def _answer(self, request: Request) -> list[Buffer]:
