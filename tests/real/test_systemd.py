@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from forebay.events.kinds import KINDS
 from forebay.origin.worker import program
 from real.confined import CODE, EXPECTED, landlock
 from real.container import REPOSITORY, Container
@@ -190,6 +191,25 @@ def test_it_runs_as_its_own_user_and_may_do_nothing_else(host: Host) -> None:
     stat = host.run("stat", "-c", "%U:%G %a", "/run/forebay/disks/rights.sock").stdout.strip()
     assert stat == "forebay:kvm 660"
     assert accepts(host.socket("rights"))
+
+
+def test_the_journal_has_fields(host: Host) -> None:
+    """What `journalctl DISK=NAME` finds, of the daemon as its unit runs it; RUN and the name forge nothing."""
+    host.disk("j")
+    host.cli("mode", "j", "none")
+    host.cli("detach", "j")
+    told = host.run("journalctl", "DISK=j", "--output=json").stdout.splitlines()
+    found = {one["FOREBAY_EVENT"]: one for one in map(json.loads, told) if "FOREBAY_EVENT" in one}
+    assert {"attach", "mode", "detach"} <= set(found)
+    for kind, one in found.items():
+        assert one["MESSAGE_ID"] == KINDS[kind].message_id
+        assert (one["IMAGE"], one["STORE"]) == ("images:j.raw", "images") or kind == "command"
+        assert (one["PRIORITY"], one["SYSLOG_IDENTIFIER"]) == ("6", "forebay")
+        assert one["_SYSTEMD_UNIT"] == "forebay.service"
+    assert found["mode"]["STATE"] == "ready"
+    assert found["mode"]["FOREBAY_ASKED_UID"] == "0"
+    by_id = f"MESSAGE_ID={KINDS['mode'].message_id}"
+    assert "j: mode none, was write-back" in host.run("journalctl", by_id, "--output=cat").stdout
 
 
 def test_the_server_of_an_image_in_a_format_is_shut_in_as_the_units_leave_it(host: Host) -> None:
