@@ -6,7 +6,7 @@
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
 _shtab_forebay_hosts_subparsers=(status warm flush)
-_shtab_forebay_subparsers=(serve attach detach status summary hosts stats events page flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config demo)
+_shtab_forebay_subparsers=(serve attach detach status summary hosts stats events page flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config reload demo)
 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
 _shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --read-only --overlay --format --keep --peer --label --user --incoming --wait --json)
@@ -57,7 +57,8 @@ _shtab_forebay_doctor_option_strings=(-h --help --config --bundle --json)
 _shtab_forebay_stage_option_strings=(-h --help --config --hosts --hosts-file --peers --end --source --as --rate --timeout --keep --json)
 _shtab_forebay_stager_option_strings=(-h --help --config)
 _shtab_forebay_check_config_option_strings=(-h --help --config)
-_shtab_forebay_dump_config_option_strings=(-h --help --config --json)
+_shtab_forebay_dump_config_option_strings=(-h --help --config --running --json)
+_shtab_forebay_reload_option_strings=(-h --help --config --json)
 _shtab_forebay_demo_option_strings=(-h --help --config)
 _shtab_forebay_option_strings=(-h --help -V --version --print-completion --config)
 
@@ -134,6 +135,7 @@ _shtab_forebay_stage___hosts_file_COMPGEN=_shtab_compgen_files
 _shtab_forebay_stager___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_check_config___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_dump_config___config_COMPGEN=_shtab_compgen_files
+_shtab_forebay_reload___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_demo___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay___config_COMPGEN=_shtab_compgen_files
 
@@ -144,7 +146,7 @@ _shtab_forebay_trace_pos_0_choices=(show drop export)
 _shtab_forebay_save___format_choices=(raw qcow2)
 _shtab_forebay_handover_pos_0_choices=(prepare finish abort)
 _shtab_forebay_cache_pos_0_choices=(check info create extend format remove repair scrub)
-_shtab_forebay_pos_0_choices=(serve attach detach status summary hosts stats events page flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config demo)
+_shtab_forebay_pos_0_choices=(serve attach detach status summary hosts stats events page flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config reload demo)
 _shtab_forebay___print_completion_choices=(bash zsh tcsh)
 
 _shtab_forebay_serve__h_nargs=0
@@ -330,7 +332,11 @@ _shtab_forebay_check_config__h_nargs=0
 _shtab_forebay_check_config___help_nargs=0
 _shtab_forebay_dump_config__h_nargs=0
 _shtab_forebay_dump_config___help_nargs=0
+_shtab_forebay_dump_config___running_nargs=0
 _shtab_forebay_dump_config___json_nargs=0
+_shtab_forebay_reload__h_nargs=0
+_shtab_forebay_reload___help_nargs=0
+_shtab_forebay_reload___json_nargs=0
 _shtab_forebay_demo__h_nargs=0
 _shtab_forebay_demo___help_nargs=0
 _shtab_forebay_pos_0_nargs=A...

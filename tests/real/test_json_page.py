@@ -55,6 +55,7 @@ def told() -> dict[str, Any]:
             "interval": ask("stats", "0.1", "1"),
             "flush": ask("flush", "vm1"),
             "cache": ask("cache"),
+            "reload": ask("reload"),
             "get": ask("get", "vm1")[0],
             "set": ask("set", "vm1", "max_lag=5s")[0],
         }
@@ -67,6 +68,7 @@ def told() -> dict[str, Any]:
     [
         ("`forebay status`, `status NAME`, `status -x`", ["status"]),
         ("`forebay get`, `forebay set`", ["get", "set"]),
+        ("`forebay reload`", ["reload"]),
         ("`forebay images`", ["images"]),
         ("`forebay stores`", ["stores"]),
         ("`forebay events`", ["events"]),

@@ -4,11 +4,13 @@
 """Settings that live: `forebay get` and `set` on the real daemon, while clients read and write."""
 
 import json
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from real.disk_fixture import wait_for
 from real.gateway_process import GatewayProcess
 from real.processes import MIB, random_image
 
@@ -85,3 +87,99 @@ def test_one_setting_of_all_disks(gateway: GatewayProcess) -> None:
     ]
     nobody = gateway.cli("get", "nobody", check=False)
     assert (nobody.returncode, "no disk 'nobody'" in nobody.stderr) == (1, True)
+
+
+# ------------------------------------------------------------------------------------------------------------- reload
+
+
+@pytest.fixture
+def own() -> Iterator[GatewayProcess]:
+    """A daemon of the test's own, with a folder conf.d."""
+    found = GatewayProcess({"stores.images": {"mode": "write-through"}})
+    try:
+        (found.directory / "conf.d").mkdir()
+        (found.directory / "two").mkdir()
+        random_image(found.images / "a.raw", 4 * MIB, 1)
+        random_image(found.directory / "two" / "b.raw", 4 * MIB, 2)
+        found.start()
+        yield found
+    finally:
+        found.remove()
+
+
+def write(gateway: GatewayProcess, name: str, text: str) -> None:
+    (gateway.directory / "conf.d" / name).write_text(text)
+
+
+def test_a_reload_is_all_or_nothing_and_no_client_notices(own: GatewayProcess) -> None:
+    nbd = pytest.importorskip("libnbdmod") and pytest.importorskip("nbd")
+    own.cli("attach", "vm1", "images:a.raw")
+    two = f'[stores.two]\npath = "{own.directory}/two"\nsocket = true\n'
+    client = nbd.NBD()
+    client.connect_uri(own.uri("vm1"))
+    before = own.cli("dump-config", "--running").stdout
+
+    write(own, "10-two.toml", two + 'max_lag = "never"\n[defaults]\nfast = 1\n')
+    own.allow_log("the configuration is not taken")
+    wrong = own.cli("reload", check=False)
+    assert wrong.returncode == 1
+    assert [line.split(": ")[1].rpartition(":")[0] for line in wrong.stderr.splitlines()] == [
+        str(own.directory / "conf.d" / "10-two.toml")
+    ] * 2
+    assert own.cli("dump-config", "--running").stdout == before
+    assert own.cli("attach", "vm2", "two:b.raw", check=False).returncode == 1
+
+    write(own, "10-two.toml", two + '[defaults]\nmax_lag = "9s"\n[stores.images]\nmode = "wb"\n')
+    assert "stores new: two" in own.cli("reload").stdout
+    assert told(own, "vm1")["max_lag"] == ("9s", "defaults")
+    own.cli("attach", "vm2", "two:b.raw", "--read-only")
+    assert (own.run / "stores" / "two.sock").is_socket()
+    wait_for(lambda: own.status("vm1")["mode"] == "write-back", "the mode does not follow")
+    client.pwrite(b"x" * 4096, 0)  # on the connection of before
+    client.flush()
+
+    # what a disk needs is not taken from under it
+    write(own, "10-two.toml", "")
+    refused = own.cli("reload", check=False)
+    assert (refused.returncode, "vm2" in refused.stderr) == (1, True)
+    assert own.status("vm2")["state"] == "ready"
+    own.cli("detach", "vm2")
+    assert "stores gone: two" in own.cli("reload").stdout
+    assert not (own.run / "stores" / "two.sock").exists()
+    wait_for(lambda: own.status("vm1")["mode"] == "write-through", "the mode does not follow")
+    assert client.pread(4096, 0) == b"x" * 4096
+    client.shutdown()
+    assert (own.images / "a.raw").read_bytes()[:4096] == b"x" * 4096
+
+
+def test_a_signal_reloads_and_a_wrong_file_is_one_line_of_the_log(own: GatewayProcess) -> None:
+    write(own, "a.toml", "[defaults]\nmax_lag = 0\nmax_dirty = -1\n")
+    own.allow_log("the configuration is not taken")
+    assert own.process is not None
+    own.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: "is not taken" in own.log_text(), "nothing in the log")
+    [line] = [x for x in own.log_text().splitlines() if "is not taken" in x]
+    assert "a.toml:2: defaults.max_lag" in line
+    assert "a.toml:3: defaults.max_dirty" in line
+    write(own, "a.toml", '[defaults]\nmax_lag = "4s"\n')
+    own.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: 'max_lag = "4s"' in own.cli("dump-config", "--running").stdout, "not taken")
+    assert own.stop() == 0
+
+
+def test_a_disk_whose_store_comes_back_is_served_again(own: GatewayProcess) -> None:
+    two = f'[stores.two]\npath = "{own.directory}/two"\n'
+    write(own, "10-two.toml", two)
+    own.cli("reload")
+    own.cli("attach", "vm2", "two:b.raw")
+    own.cli("set", "vm2", "max_lag=3s")
+    write(own, "10-two.toml", "")
+    own.allow_log("disk 'vm2' is not served")
+    own.restart()
+    assert own.status("vm2")["state"] == "failed"
+    refused = own.cli("set", "vm2", "max_lag=4s", check=False)
+    assert (refused.returncode, "not served" in refused.stderr) == (1, True)
+    write(own, "10-two.toml", two)
+    own.cli("reload")
+    wait_for(lambda: own.status("vm2")["state"] == "ready", "it does not come back")
+    assert told(own, "vm2")["max_lag"] == ("3s", "disk")

@@ -384,6 +384,21 @@ class FakeSettings:
         return self._gateway.status(name)[0]
 
 
+class FakeReloading:
+    """Has the built-in configuration, for ever."""
+
+    def __init__(self, gateway: "FakeGateway") -> None:
+        self._gateway = gateway
+        self.settings = FakeSettings(gateway)
+
+    def running(self) -> dict[str, Any]:
+        return {"toml": Config().to_toml()}
+
+    async def reload(self) -> dict[str, Any]:
+        self._gateway._called("reload")
+        return {"files": [], "lines": ["nothing is new"]}
+
+
 class FakeGateway:
     """Holds statuses; work goes in `steps` of one MiB, and then waits for `finish` where that is set.
 
@@ -409,7 +424,7 @@ class FakeGateway:
         self.overlays = FakeOverlays(self)
         self.moves = FakeMoves(self)
         self.staging = FakeStaging(self)
-        self.settings = FakeSettings(self)
+        self.reloading = FakeReloading(self)
         self.began = trio.Event()
         self.ended = trio.Event()
 

@@ -187,8 +187,8 @@ def _xml(parser: Parser) -> None:
     parser.add_argument("--metadata", action="store_true", help=text)
 
 
-def _settings(parser: Parser, add: str) -> None:
-    module = __import__("forebay.cli.settings.disks", fromlist=[add])
+def _settings(parser: Parser, add: str, of: str = "disks") -> None:
+    module = __import__(f"forebay.cli.settings.{of}", fromlist=[add])
     getattr(module, add)(parser)
 
 
@@ -260,6 +260,8 @@ def _stage(parser: Parser) -> None:
 
 def _events(parser: Parser) -> None:
     __import__("forebay.cli.events.arguments", fromlist=["add"]).add(parser, checked, NAME)
+
+
 def _watching(parser: Parser, add: str) -> None:
     module = __import__("forebay.cli.watching.arguments", fromlist=[add])
     getattr(module, add)(parser, checked)
@@ -342,7 +344,14 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "stage": ("have an image in the caches of many hosts", _stage),
     "stager": ("exchange what is staged with other hosts, in the foreground", _stager),
     "check-config": ("say what is wrong with the configuration", _nothing),
-    "dump-config": ("print the effective configuration", _json),
+    "dump-config": (
+        "print the effective configuration",
+        partial(_settings, add="add_dump", of="daemon"),
+    ),
+    "reload": (
+        "have the daemon take stores and settings from the configuration anew",
+        partial(_settings, add="add_reload", of="daemon"),
+    ),
     "demo": ("show everything on a throw-away directory", _nothing),
 }
 """By name: what it does, and what adds its arguments to its parser."""

@@ -36,20 +36,15 @@ def check_config(arguments: Arguments) -> int:
     config = Config.load(arguments.config)
     for warning in config.warnings():
         print(f"forebay: warning: {warning}", file=sys.stderr)
-    print(f"{config.source or 'built-in defaults'}: good")
+    print(f"{', '.join(map(str, config.files)) or 'built-in defaults'}: good")
     return 0
 
 
-def dump_config(arguments: Arguments) -> int:
-    """`forebay dump-config`: print what holds, defaults included, in the form of the file."""
-    from forebay.config.model import Config
-
-    config = Config.load(arguments.config)
-    if arguments.json:
-        print(config.model_dump_json(indent=2))
-    else:
-        print(config.to_toml())
-    return 0
+def configuration(arguments: Arguments) -> int:
+    """`forebay reload` and `forebay dump-config`: what the daemon has, and what the files say."""
+    commands = import_module("forebay.cli.settings.daemon")
+    run = commands.reload if arguments.command == "reload" else commands.dump_config
+    return int(run(arguments))
 
 
 def demo(_: Arguments) -> int:
@@ -374,7 +369,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     "doctor": doctor,
     **dict.fromkeys(("stage", "stager"), stage),
     "check-config": check_config,
-    "dump-config": dump_config,
+    **dict.fromkeys(("reload", "dump-config"), configuration),
     "demo": demo,
 }
 """By name: what runs a sub-command with its arguments. They raise ForebayError and OSError."""

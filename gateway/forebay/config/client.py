@@ -11,15 +11,13 @@ The whole file is checked only by `forebay.config.model`.
 import os
 from typing import Any
 
+from forebay.config.parts import merged, paths_beside
 from forebay.errors import ConfigError
 from forebay.units import parse_host
 
 DEFAULT_CONFIG = "/etc/forebay/forebay.toml"
 DEFAULT_RUN = "/run/forebay"
 VARIABLE = "FOREBAY_CONFIG"
-
-_UNQUOTED = ("Expected newline or end of document", "Invalid value")
-"""How tomllib's messages begin where somebody wrote `size = 20 GiB` or `mode = write-back`."""
 
 
 def config_path(named: str | os.PathLike[str] | None = None) -> str | None:
@@ -33,51 +31,25 @@ def config_path(named: str | os.PathLike[str] | None = None) -> str | None:
     return DEFAULT_CONFIG if os.path.lexists(DEFAULT_CONFIG) else None
 
 
-def read_toml(path: str) -> tuple[str, dict[str, Any]]:
-    """The text of the file, and what it holds. Raises ConfigError when it cannot be read or is not TOML."""
-    try:
-        with open(path, "rb") as file:
-            text = file.read().decode()
-    except FileNotFoundError:
-        raise ConfigError(
-            [f"{path}: no such file: create it, or name another with --config or {VARIABLE}"]
-        ) from None
-    except OSError as fault:
-        raise ConfigError(
-            [f"{path}: cannot be read: {fault.strerror}: check the file and its permissions"]
-        ) from None
-    except UnicodeDecodeError as fault:
-        raise ConfigError(
-            [f"{path}: not UTF-8 text (byte {fault.start}): save it as UTF-8"]
-        ) from None
-    import tomllib  # noqa: PLC0415  (not where there is no file)
-
-    try:
-        return text, tomllib.loads(text)
-    except tomllib.TOMLDecodeError as fault:
-        raise ConfigError([_syntax_fault(path, text, str(fault))]) from None
-
-
-def _syntax_fault(path: str, text: str, fault: str) -> str:
-    """What tomllib says is wrong, with the line that it means.
-
-    Its messages end with `(at line 3, column 5)` or `(at end of document)`.
+def config_files(named: str | os.PathLike[str] | None = None) -> list[str]:
+    """The files that it is made of: that of `config_path`, and those of conf.d beside it, also where it does not exist.
+    Raises ConfigError.
     """
-    what, _, where = fault.rpartition(" (at ")
-    where = where.rstrip(")")
-    lines = text.splitlines()
-    number = int(where.split(",")[0].split()[1]) if where.startswith("line ") else len(lines)
-    shown = lines[number - 1].strip() if 0 < number <= len(lines) else ""
-    quotes = ': text needs quotes, as in size = "20 GiB"' if what.startswith(_UNQUOTED) else ""
-    return f"{path}:{number}: not TOML: {what}: {shown!r}{quotes}"
+    path = config_path(named)
+    beside = paths_beside(path or DEFAULT_CONFIG)
+    return beside if path is None else [path, *beside]
+
+
+def _section(named: str | os.PathLike[str] | None, section: str) -> tuple[str, Any]:
+    """What all files together say in that section, and the file to name where that is wrong. Raises ConfigError."""
+    found = merged(config_files(named))
+    part = found.part_of([section])
+    return part.path if part else DEFAULT_CONFIG, found.data.get(section, {})
 
 
 def run_directory(named: str | os.PathLike[str] | None = None) -> str:
-    """Where the daemon's sockets lie, by `gateway.run` of the file alone. Raises ConfigError."""
-    path = config_path(named)
-    if path is None:
-        return DEFAULT_RUN
-    gateway = read_toml(path)[1].get("gateway", {})
+    """Where the daemon's sockets lie, by `gateway.run` of the files alone. Raises ConfigError."""
+    path, gateway = _section(named, "gateway")
     run = gateway.get("run", DEFAULT_RUN) if isinstance(gateway, dict) else None
     if not isinstance(run, str) or not os.path.isabs(run):
         raise ConfigError(
@@ -87,11 +59,8 @@ def run_directory(named: str | os.PathLike[str] | None = None) -> str:
 
 
 def hosts_named(named: str | os.PathLike[str] | None = None) -> list[str]:
-    """`hosts.names` of the file alone; empty where it says nothing. Raises ConfigError."""
-    path = config_path(named)
-    if path is None:
-        return []
-    section = read_toml(path)[1].get("hosts", {})
+    """`hosts.names` of the files alone; empty where they say nothing. Raises ConfigError."""
+    path, section = _section(named, "hosts")
     names = section.get("names", []) if isinstance(section, dict) else None
     try:
         if not isinstance(names, list):

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from forebay.config.parts import Merged
 from forebay.config.toml_text import line_of
 from forebay.units import did_you_mean
 
@@ -30,15 +31,18 @@ _PLAIN = {
 """By pydantic's name of the fault."""
 
 
-def faults_of(source: str, text: str, refused: ValidationError, sections: Sections) -> list[str]:
-    """The faults in `text`, which is what the file `source` holds, in the order of its lines."""
-    found = [
-        (line_of(text, _keys(fault["loc"])), fault) for fault in refused.errors(include_url=False)
-    ]
-    return [
-        f"{source}:{line or 1}: {dotted(fault['loc'])}: {told(fault, sections)}"
-        for line, fault in sorted(found, key=lambda pair: pair[0] or 0)
-    ]
+def faults_of(found: Merged, refused: ValidationError, sections: Sections) -> list[str]:
+    """The faults in the files, in their order and in that of their lines; each in the file whose value it is."""
+    places = {part.path: n for n, part in enumerate(found.parts)}
+    faults = []
+    for fault in refused.errors(include_url=False):
+        keys = _keys(fault["loc"])
+        part = found.part_of([str(key) for key in keys])
+        assert part is not None, "the defaults are right"
+        line = line_of(part.text, keys) or 0
+        text = f"{part.path}:{line or 1}: {dotted(fault['loc'])}: {told(fault, sections)}"
+        faults.append((places[part.path], line, text))
+    return [text for _, _, text in sorted(faults, key=lambda one: one[:2])]
 
 
 def _keys(location: Location) -> Location:

@@ -11,8 +11,7 @@ The command imports this on each `forebay set`, so nothing here imports pydantic
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from forebay.units import (
     Mode,
@@ -28,8 +27,7 @@ LONGEST_VALUE = 64
 """Characters of a value that an error shows."""
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """One row."""
 
     parse: Callable[[Any], Any]

@@ -8,7 +8,7 @@ so a host without a file is served too. A wrong file is refused as a whole, with
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from pydantic import (
     field_validator,
 )
 
-from forebay.config.client import config_path, read_toml
+from forebay.config.client import config_files, config_path
 from forebay.config.faults import dotted, faults_of, told
 from forebay.config.fields import (
     KVM,
@@ -36,6 +36,7 @@ from forebay.config.fields import (
     Size,
     StoreName,
 )
+from forebay.config.parts import Merged, merged
 from forebay.config.sections import (
     CacheSection,
     FuseSection,
@@ -51,6 +52,9 @@ from forebay.errors import ConfigError, ForebayError
 from forebay.units import GIB, Mode, did_you_mean, exact_duration
 
 __all__ = ["Config", "ConfigError", "DiskSettings", "Mode", "Store"]
+
+FIXED = ("gateway", "cache", "metrics")
+"""Sections that hold from start to end of a daemon."""
 
 SHORTEST_PURGE = 60.0
 """Seconds. Images that are attached again within minutes are what a cache is for."""
@@ -150,7 +154,10 @@ class Config(Section):
     metrics: MetricsSection = Field(default_factory=MetricsSection)
     staging: StagingSection = Field(default_factory=StagingSection)
 
-    _source: Path | None = PrivateAttr(None)
+    _named: str | None = PrivateAttr(None)
+    _files: list[Path] = PrivateAttr(default_factory=list)
+    _doubled: list[str] = PrivateAttr(default_factory=list)
+    _places: dict[str, Path] = PrivateAttr(default_factory=dict)
 
     @field_validator("stores")
     @classmethod
@@ -166,25 +173,68 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None) -> Self:
-        """The configuration in `path`, or where FOREBAY_CONFIG says, or in the default place, or the built-in one.
+        """The configuration in `path`, or where FOREBAY_CONFIG says, or in the default place, or the built-in one; with
+        what `conf.d` beside it says.
 
-        Raises ConfigError with one line for each fault of the file.
+        Raises ConfigError with one line for each fault of the files.
         """
-        source = config_path(path)
-        if source is None:
-            return cls()
-        text, data = read_toml(source)
+        named = config_path(path)
+        found = merged(config_files(path))
         try:
-            config = cls.model_validate(data)
+            config = cls.model_validate(found.data)
         except ValidationError as refused:
-            raise ConfigError(faults_of(source, text, refused, _sections())) from None
-        config._source = Path(source)  # noqa: SLF001  (its own class)
+            raise ConfigError(faults_of(found, refused, _sections())) from None
+        config._note_files(named, found)  # noqa: SLF001  (its own class)
         return config
+
+    def _note_files(self, named: str | None, found: Merged) -> None:
+        self._named = named and os.path.abspath(named)
+        self._files = [Path(part.path) for part in found.parts]
+        self._doubled = found.doubled
+
+    @property
+    def files(self) -> list[Path]:
+        """What it was read from, in the order in which it counts; empty for the built-in defaults."""
+        return list(self._files)
 
     @property
     def source(self) -> Path | None:
-        """The file it was read from; None for the built-in defaults."""
-        return self._source
+        """The first of these files."""
+        return self._files[0] if self._files else None
+
+    def at(self, **places: Path | None) -> Self:
+        """The same with other directories, `state` or `run`; None: as it is."""
+        given = {name: path for name, path in places.items() if path is not None}
+        found = self.model_copy(update={"gateway": self.gateway.model_copy(update=given)})
+        found._places = given  # noqa: SLF001  (the same)
+        return found
+
+    # -- while a daemon runs
+
+    def again(self) -> Self:
+        """What its files say now, with the same directories as by `at`. Raises ConfigError."""
+        return self.load(self._named).at(**self._places)
+
+    def follow(self, new: Self) -> None:
+        """Have all be as in `new`, but for FIXED: for the one object that the parts of a daemon share.
+
+        A critical section: all of it at once.
+        """
+        for name in type(self).model_fields:
+            if name not in FIXED:
+                self.__dict__[name] = getattr(new, name)
+        self._files, self._doubled = new._files, new._doubled
+
+    def changed(self, new: Self, sections: Iterable[str]) -> list[str]:
+        """The keys in these sections that are otherwise in `new`: `gateway.run`."""
+        return [
+            f"{section}.{key}"
+            for section in sections
+            for key in type(getattr(self, section)).model_fields
+            if getattr(getattr(self, section), key) != getattr(getattr(new, section), key)
+        ]
+
+    # -- what it says
 
     @property
     def cache_device(self) -> Path:
@@ -198,14 +248,14 @@ class Config(Section):
 
         Overrides are values or text as in the file; those that are None do not count. Raises ForebayError.
         """
-        merged = self.defaults.model_dump()
+        values = self.defaults.model_dump()
         if store is not None:
-            merged |= self.store(store).model_dump(
+            values |= self.store(store).model_dump(
                 exclude_none=True, exclude={"path", "purge_after", "socket"}
             )
-        merged |= {key: value for key, value in (overrides or {}).items() if value is not None}
+        values |= {key: value for key, value in (overrides or {}).items() if value is not None}
         try:
-            return DiskSettings.model_validate(merged)
+            return DiskSettings.model_validate(values)
         except ValidationError as refused:
             fault = refused.errors()[0]
             raise ForebayError(f"{dotted(fault['loc'])}: {told(fault, _sections())}") from None
@@ -221,7 +271,7 @@ class Config(Section):
 
     def warnings(self) -> list[str]:
         """What is allowed but perhaps not meant: one line each."""
-        found = []
+        found = list(self._doubled)
         if self.gateway.socket_group is None:
             found.append(
                 f"gateway.socket_group: no group '{KVM}' on this host, sockets are the daemon's own: "
@@ -244,7 +294,7 @@ class Config(Section):
         return in_store or "preload" in self.defaults.model_fields_set
 
     def to_toml(self) -> str:
-        """The effective configuration as TOML; reading it back gives an equal one."""
+        """What holds as TOML; reading it back gives an equal one."""
         return "\n".join(toml_lines(self.model_dump(mode="json", exclude_none=True)))
 
 

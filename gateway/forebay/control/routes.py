@@ -35,7 +35,7 @@ from forebay.control.images import Catalogue, ImageRoutes, Stores
 from forebay.control.moves import PATIENCE, MoveRoutes, Moves
 from forebay.control.overlays import OverlayRoutes, Overlays
 from forebay.control.prometheus.metrics import PROMETHEUS_TEXT
-from forebay.control.settings import SettingRoutes, Settings
+from forebay.control.settings import Reloading, SettingRoutes
 from forebay.control.staging import Staging, StagingRoutes
 from forebay.control.summary import Summary, SummaryRoutes
 from forebay.control.work import Operation, Progress, error, failure
@@ -156,8 +156,8 @@ class Answers(CacheDevice, Protocol):
         """How this host stands."""
 
     @property
-    def settings(self) -> Settings:
-        """The settings of disks."""
+    def reloading(self) -> Reloading:
+        """The configuration, and the settings of disks."""
 
     @property
     def staging(self) -> Staging:
@@ -212,7 +212,7 @@ class Control:
             *OverlayRoutes(self._gateway.overlays).table(),
             *MoveRoutes(self._gateway.moves).table(),
             *StagingRoutes(self._gateway.staging).table(),
-            *SettingRoutes(self._gateway.settings).table(),
+            *SettingRoutes(self._gateway.reloading).table(),
         ]
         return [
             Route(method, path, _guarded(told(method, path, call))) for method, path, call in table

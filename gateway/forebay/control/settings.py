@@ -38,19 +38,44 @@ class Settings(Protocol):
         """Change settings of a disk, all or none of them. The disk's status."""
 
 
+class Reloading(Protocol):
+    """The same."""
+
+    @property
+    def settings(self) -> Settings:
+        """Those of disks."""
+
+    def running(self) -> Told:
+        """The configuration that holds, as `toml`."""
+
+    async def reload(self) -> Told:
+        """Take the configuration anew, or nothing of it; what is new."""
+
+
 class SettingRoutes:
     """The endpoints."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, reloading: Reloading) -> None:
+        self._settings = reloading.settings
+        self._reloading = reloading
 
     def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Answer]]]]:
         """Method, path and endpoint of each route."""
         return [
+            ("GET", "/config", self.config),
+            ("POST", "/reload", self.reload),
             ("GET", "/settings", self.all),
             ("GET", "/disks/{name}/settings", self.one),
             ("POST", "/disks/{name}/settings", self.set),
         ]
+
+    async def config(self, _: Request) -> Response:
+        """The configuration that holds."""
+        return JSONResponse(self._reloading.running())
+
+    async def reload(self, _: Request) -> Response:
+        """Take the configuration anew; answers with what is new."""
+        return JSONResponse(await self._reloading.reload())
 
     async def all(self, _: Request) -> Response:
         """The settings of all disks, a list."""

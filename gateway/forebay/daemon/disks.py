@@ -106,6 +106,10 @@ class Disks:
         """The disk of that name, served or only on record; None where there is none."""
         return self._known.get(name)
 
+    def coming(self) -> Iterator[tuple[str, str]]:
+        """Name and image, as it was written, of each disk that is on its way."""
+        return iter([(name, one.source.label) for name, one in self._coming.items()])
+
     def request(self, name: str) -> Request | None:
         """The attach of that name that is being worked on, if there is one."""
         return self._requests.get(name)

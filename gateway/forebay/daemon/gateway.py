@@ -29,9 +29,9 @@ from forebay.daemon.figures import memory
 from forebay.daemon.figures.loop_meter import METER
 from forebay.daemon.parallel import Progress, Shares, run_all
 from forebay.daemon.record import DiskRecord, DiskRecords
+from forebay.daemon.reloading import Reloading
 from forebay.daemon.resolving import Keeps, Resolving
 from forebay.daemon.saving import Saving, Wanted
-from forebay.daemon.settings import Settings
 from forebay.doors.restart import EarlierSockets
 from forebay.doors.returns import Returns
 from forebay.doors.tenant import Rule
@@ -116,7 +116,6 @@ class Gateway:
             boots,
         )
         self._gone.on_gone = self.catalogue.traces.forget
-        self.settings = Settings(config, self._disks, self._records)
         self._resolving = Resolving(self._arrivals, self._disks, self._records)
         self._saving = Saving(config, cache, self._disks, self._arrivals.threads_of)
         committing = Committing(self._arrivals, self._disks, self._records, images, returns, kept)
@@ -141,6 +140,9 @@ class Gateway:
         )
         threads_of = self._arrivals.threads_of
         self.stores = StoreSockets(config, nursery, attaching, threads_of, budgets)
+        self.reloading = Reloading(
+            config, nursery, self._disks, self._records, self.stores, self._arrivals
+        )
         self.staging = Staging(config, cache, nursery, attaching, threads_of, budgets)
         self._upkeep = Upkeep(
             cache, lambda: [*(one.disk.image for one in self.attached()), *self.stores.images()]
@@ -281,7 +283,7 @@ class Gateway:
 
     async def set_mode(self, name: str, mode: Mode, progress: Progress) -> Status:
         """Change how a disk reads and writes, also while clients are connected. The disk's status."""
-        return await self.settings.set(name, {"mode": mode.value}, progress)
+        return await self.reloading.settings.set(name, {"mode": mode.value}, progress)
 
     async def set_peer(self, name: str, rule: Rule, *, evict: bool = False) -> Status:
         """Change which processes may use a disk. Whoever has it loses it, unless connected; `evict`: in any case.

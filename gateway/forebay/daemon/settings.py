@@ -15,13 +15,14 @@ from typing import Any
 
 import trio
 
-from forebay.config.model import Config
+from forebay.config.model import Config, DiskSettings
 from forebay.daemon.attached import Absent, Attached
 from forebay.daemon.disks import Disks
 from forebay.daemon.parallel import Progress
 from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.errors import ForebayError
 from forebay.events.telling import tell
+from forebay.image.boundary import breaks_the_cache
 from forebay.origin.addresses import resolve
 from forebay.overview.detail import settings_told
 from forebay.units import Mode
@@ -30,6 +31,9 @@ log = logging.getLogger("forebay.daemon")
 
 Told = dict[str, Any]
 """One setting of one disk: `name`, `key`, `value` as the configuration writes it, and `from`, who says so."""
+
+AT_OPENING = ("on_change", "require_locks")
+"""Settings of a disk that count when its image is opened."""
 
 _AT_ONCE = 16
 """Disks whose settings are told between two turns of others."""
@@ -70,6 +74,52 @@ class Settings:
                 return []
         rows = settings_told(self._config, store, settings, own)
         return [{"name": one.name, **row} for row in rows]
+
+    # -- the configuration has changed
+
+    def follow(self, nursery: trio.Nursery) -> int:
+        """Have all disks have what the configuration says now, where nothing was set of them. How many have something
+        else than before. What takes time, or waits for another command, goes on in `nursery`.
+        """
+        changed = 0
+        for attached in self._disks.all_attached():
+            was, now = attached.disk.settings, self._wanted(attached)
+            if was == now:
+                continue
+            changed += 1
+            if attached.busy.locked() or was.mode != now.mode:
+                nursery.start_soon(self._follow, attached, was.mode)
+            if not attached.busy.locked():
+                self._take(attached, now)
+        return changed
+
+    def _wanted(self, attached: Attached) -> DiskSettings:
+        """What the disk is to have now. What counts when an image is opened is as it was then, until the next start."""
+        wanted = attached.record.settings(self._config, attached.source.address.store)
+        return wanted.model_copy(
+            update={key: getattr(attached.disk.settings, key) for key in AT_OPENING}
+        )
+
+    def _take(self, attached: Attached, settings: DiskSettings) -> None:
+        attached.disk.adopt(settings)
+        attached.listener.tenant.rule = attached.record.rule(settings)
+
+    async def _follow(self, attached: Attached, mode: Mode) -> None:
+        """The same for one disk, when no other command changes it; `mode` is the one that it was to be in before."""
+        try:
+            async with self._disks.turn_attached(attached.name) as now:
+                if now is attached and attached.fault is None:
+                    self._take(attached, self._wanted(attached))
+                    if attached.disk.settings.mode != mode:
+                        await attached.disk.set_mode(Mode(attached.disk.settings.mode), _silent)
+        except (ForebayError, OSError) as fault:
+            log.warning(
+                "%s: its settings do not follow the configuration: %s", attached.name, fault
+            )
+        except Exception as fault:
+            if breaks_the_cache(fault):
+                raise
+            log.exception("%s: its settings do not follow the configuration", attached.name)
 
     # -- changing
 
@@ -126,3 +176,7 @@ class Settings:
     def _adopt(self, attached: Attached, record: DiskRecord) -> None:
         """Have what follows from the record hold, but for the mode: that of the configuration as it is by now."""
         attached.disk.adopt(record.settings(self._config, attached.source.address.store))
+
+
+def _silent(_done: int, _total: int) -> None:
+    """Progress that nobody looks at."""

@@ -86,9 +86,12 @@ def members(
     yield "versions.txt", _versions()
     if config is not None:
         yield "settings.toml", config.to_toml()
-        with suppress(OSError):
-            if config.source is not None:
-                yield "forebay.toml", config.source.read_text(errors="replace")
+        for n, path in enumerate(config.files):
+            with suppress(OSError):
+                yield (
+                    f"{path.parent.name}/{path.name}" if n else "forebay.toml",
+                    path.read_text(errors="replace"),
+                )
     for what, told in daemon.told.items():
         yield f"daemon/{what}.json", json.dumps(told, indent=2)
     for name, file in (("mounts.txt", "mountinfo"), ("limits.txt", "limits")):

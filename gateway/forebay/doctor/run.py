@@ -58,7 +58,7 @@ def read(path: str | None) -> tuple[Config | None, list[Finding]]:
     except ConfigError as error:
         todo = "correct it: a restart would be refused"
         return None, [fault("config", text, todo) for text in error.faults]
-    return config, [ok("config", str(config.source or "built-in defaults"))]
+    return config, [ok("config", ", ".join(map(str, config.files)) or "built-in defaults")]
 
 
 def checked(config: Config | None, found: Daemon) -> Iterator[Finding]:

@@ -29,6 +29,7 @@ from forebay.events.held import Events
 from forebay.events.journal import log_to_stderr
 from forebay.events.states import watch_states
 from forebay.events.telling import keep_with, subject_of, tell
+from forebay.image.boundary import breaks_the_cache
 from forebay.process.watchdog import feed
 from forebay.storage.owner import check_not_roots
 from forebay.storage.state import FAULTS, STATE_MODE, held, one_line, open_cache
@@ -69,9 +70,7 @@ def serve(config: Config, state: Path | None = None, run: Path | None = None) ->
 
     `state` and `run` are instead of the directories that the configuration names.
     """
-    places = {"state": state, "run": run}
-    given = {name: path for name, path in places.items() if path is not None}
-    config = config.model_copy(update={"gateway": config.gateway.model_copy(update=given)})
+    config = config.at(state=state, run=run)
     log_to_stderr(subject_of)
     _raise_limits()
     _choose_core(config.gateway.core)
@@ -142,7 +141,7 @@ async def _main(config: Config, earlier: EarlierSockets, events: Events) -> bool
     memory may be wrong, and the journal has what was acknowledged.
     """
     is_sound = False
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         cache = open_cache(config, Starting().tell)
         try:
             async with trio.open_nursery() as nursery:
@@ -183,7 +182,9 @@ async def _serve(
     async with trio.open_nursery() as control:
         try:
             await _start(config, gateway, earlier, events, nursery, control)
-            planned = await anext(signals) == signal.SIGTERM
+            while (told := await anext(signals)) == signal.SIGHUP:
+                control.start_soon(_reload, gateway)
+            planned = told == signal.SIGTERM
         finally:
             managed = notify("STOPPING=1")
             signal.alarm(ALARM_SECONDS)
@@ -226,6 +227,18 @@ async def _start(
     gc.set_threshold(*GENERATIONS)
     gc.enable()
     tell("start", f"ready: {len(gateway.status())} disks")
+
+
+async def _reload(gateway: Gateway) -> None:
+    """Take the configuration anew. Raises nothing: who sent a signal looks into the log."""
+    try:
+        await gateway.reloading.reload()
+    except ForebayError:
+        pass  # it is in the log
+    except Exception as fault:
+        if breaks_the_cache(fault):
+            raise
+        log.exception("the configuration is not taken anew")
 
 
 class Survivors:

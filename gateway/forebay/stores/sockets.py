@@ -6,6 +6,7 @@
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -45,6 +46,8 @@ class StoreSockets:
         self._threads_of = threads_of
         self._memory = memory
         self._listeners: dict[str, StoreListener] = {}
+        self._roots: dict[str, Path] = {}
+        """By store, the directory that is shown there."""
         self._failed: dict[str, str] = {}
         """By store, why it has no socket."""
 
@@ -65,7 +68,8 @@ class StoreSockets:
                 log.error("store '%s' has no socket: %s", name, fault)
 
     async def _open(self, name: str, sockets: Sockets) -> None:
-        listing = Listing(self._config.store(name).path, self._threads_of(name))
+        root = self._roots[name] = self._config.store(name).path
+        listing = Listing(root, self._threads_of(name))
         make = partial(_made, self._attaching)
         try:
             listener = StoreListener(self._config, name, listing, make, self._nursery, self._memory)
@@ -79,6 +83,33 @@ class StoreSockets:
         except ForebayError:
             del self._listeners[name]
             raise
+
+    # -- the configuration changes
+
+    def check(self, new: Config) -> None:
+        """Raise ForebayError where clients read by a socket that goes with that configuration."""
+        for name, listener in self._listeners.items():
+            if listener.clients and not self._stays(name, new):
+                raise ForebayError(
+                    f"clients read images of store '{name}' by its socket ('forebay stores' shows them): end these "
+                    "first, or keep the store as it is"
+                )
+
+    def _stays(self, name: str, new: Config) -> bool:
+        """True if the socket that the store has now is right in that configuration."""
+        store = new.stores.get(name)
+        return store is not None and store.socket and store.path == self._roots[name]
+
+    async def follow(self) -> None:
+        """Close and open sockets, as the configuration says now. Raises nothing that is expected."""
+        for name in [x for x in self._listeners if not self._stays(x, self._config)]:
+            listener = self._listeners.pop(name)
+            await listener.shut(0)
+            for image in listener.served():
+                image.leave_at_once()
+        wanted = [name for name, store in self._config.stores.items() if store.socket]
+        self._failed = {name: why for name, why in self._failed.items() if name in wanted}
+        await self.open({name: Sockets() for name in wanted if name not in self._listeners})
 
     def _fail(self, name: str, fault: Exception) -> None:
         """A fault of Forebay itself has ended the socket of that store."""

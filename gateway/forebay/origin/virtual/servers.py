@@ -25,7 +25,8 @@ class Servers:
 
     run: Path
     """The daemon's RUN."""
-    web: Web
+    web: Callable[[], Web]
+    """Tells what the configuration says now."""
     locate: Locate
     """Finds the files that an image lies on."""
     is_open: Callable[[str], bool]

@@ -168,7 +168,7 @@ def open_web(address: WebAddress, servers: Servers, *, first: bool) -> OpenImage
             f"{address.key} needs nbdkit with its curl plugin: install it (Debian: nbdkit), or bring the image into a "
             "store with forebay import"
         )
-    see = Look(address, servers.web)
+    see = Look(address, servers.web())
     found = see.found()
     worker = Worker(address.key, None)
     serve = partial(_serve, found, address, servers)
@@ -194,7 +194,7 @@ def _check_raw(address: WebAddress, disk: VirtualDisk) -> None:
 
 def _serve(found: Found, address: WebAddress, servers: Servers, worker: Worker) -> list[Connection]:
     """Start nbdkit; connections to it. Raises ForebayError, OSError."""
-    web = servers.web
+    web = servers.web()
     words = [f"url={found.url}", "protocols=https", "followlocation=false"]
     words += [f"timeout={ANSWER_SECONDS:.0f}", *(f"header={line}" for line in found.conditions)]
     network = [f"/etc/{name}" for name in NETWORK]
