@@ -94,10 +94,7 @@ class Arrivals:
         self._boots = boots
         self._returns = returns
         self._formats = Formats(cache)
-
-        def web() -> Web:
-            return Web(config.origins.https, config.origins.ca_file)
-
+        web = lambda: Web(config.origins.https, config.origins.ca_file)  # noqa: E731
         self._servers = Servers(config.gateway.run, web, partial(resolve, config), images.is_open)
         self._kept = KeptOverlays(cache) if kept is None else kept
         self._threads: dict[str, StoreThreads] = {}

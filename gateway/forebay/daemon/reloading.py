@@ -20,6 +20,7 @@ from forebay.daemon.disks import Disks
 from forebay.daemon.record import DiskRecords
 from forebay.daemon.settings import Settings
 from forebay.errors import ConfigError, ForebayError
+from forebay.events.telling import tell
 from forebay.image.boundary import breaks_the_cache
 from forebay.origin.addresses import resolve
 from forebay.stores.sockets import StoreSockets
@@ -70,7 +71,8 @@ class Reloading:
                 self._check(new)
             except (ConfigError, ForebayError) as fault:
                 what = "; ".join(str(fault).splitlines())
-                log.error("the configuration is not taken, that of before holds: %s", what)
+                text = f"the configuration is not taken, that of before holds: {what}"
+                tell("config", text, level=logging.ERROR)
                 raise
             told, lost = self._told(new), self._lost()
             self._config.follow(new)
@@ -80,7 +82,7 @@ class Reloading:
                     self._nursery.start_soon(self._bring_back, one)
             with trio.CancelScope(shield=True):
                 await self._stores.follow()
-        log.info("the configuration was taken anew: %s", "; ".join(_lines(told)))
+        tell("config", f"the configuration was taken anew: {'; '.join(_lines(told))}")
         return {**told, "lines": _lines(told)}
 
     # -- what is refused

@@ -36,6 +36,9 @@ KINDS: dict[str, Kind] = {
     "detach": Kind("ce6f69b27e4645e1833a60bc90a5a565", "a disk was detached"),
     "mode": Kind("d80b4b6f192b45db8d3e2f9af4c63ed6", "the mode of a disk was changed"),
     "setting": Kind("cf6e7cf0793c493aa9104a01f7ab6125", "another setting of a disk was changed"),
+    "config": Kind(
+        "a8ac5a7f98414a0f8d7c9523b3574019", "the configuration was taken anew, or refused"
+    ),
     "state": Kind("229635ad76054a59a17879942f451cc2", "a disk is in another state"),
     "conflict": Kind("68ddc243eede490c9baa835dc369eb91", "a disk is in conflict"),
     "resolve": Kind("2686223a858946e3a0140bff7fab3503", "a conflict was resolved"),
