@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from forebay.client import Client
 from real.disk_fixture import ask
 from real.fuse_mount import FuseMount, need_fuse
 from real.gateway_process import GatewayProcess
+from real.links import Links
 from real.processes import end
 
 WAIT_SECONDS = 60.0
@@ -48,9 +49,15 @@ class StagingHost:
     """One host. `images` is the directory of the store, which all hosts share."""
 
     def __init__(
-        self, images: Path, settings: Mapping[str, Mapping[str, Any]] | None = None
+        self,
+        images: Path,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+        address: str | None = None,
+        under: Sequence[str] = (),
     ) -> None:
-        self.address = free_address()
+        """`under` is what the process is started with that talks to other hosts, where `address` is on a network."""
+        self.address = address or free_address()
+        self._under = under
         self.gateway = GatewayProcess(
             {
                 "stores.images": {"path": str(images)},
@@ -73,7 +80,7 @@ class StagingHost:
     def start_stager(self) -> None:
         """Start `forebay stager` alone."""
         assert self.mount is not None
-        command = [sys.executable, "-m", "forebay", "stager", str(self.mount.path)]
+        command = [*self._under, sys.executable, "-m", "forebay", "stager", str(self.mount.path)]
         command += ["--config", str(self.gateway.config)]
         with self.log.open("ab") as log:
             self.stager = subprocess.Popen(
@@ -147,11 +154,27 @@ class StagingHost:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
-@contextlib.contextmanager
-def hosts(count: int, images: Path, **settings: Mapping[str, Any]) -> Iterator[list[StagingHost]]:
+def hosts(
+    count: int, images: Path, **settings: Mapping[str, Any]
+) -> "contextlib.AbstractContextManager[list[StagingHost]]":
     """So many, started at the same time; ended in the end."""
     need_staging()
-    found = [StagingHost(images, settings) for _ in range(count)]
+    return running([StagingHost(images, settings) for _ in range(count)])
+
+
+def linked(
+    links: Links, images: Path, **settings: Mapping[str, Any]
+) -> "contextlib.AbstractContextManager[list[StagingHost]]":
+    """The same, one at each of these links."""
+    need_staging()
+    return running(
+        [StagingHost(images, settings, one, links.under(one)) for one in links.addresses]
+    )
+
+
+@contextlib.contextmanager
+def running(found: list[StagingHost]) -> Iterator[list[StagingHost]]:
+    """Hosts while they run."""
     try:
         with ThreadPoolExecutor(2) as threads:
             list(threads.map(StagingHost.start, found))

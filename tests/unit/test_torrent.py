@@ -29,6 +29,7 @@ from forebay.staging.torrent import (
     width_of,
 )
 from forebay.units import parse_peer
+from forebay_cache.format.geometry import BLOCK
 
 SIZES = (1, 5000, LEAF, LEAF + 1, 4 * LEAF, 4 * LEAF + 1, 1 << 20, (3 << 20) + 77)
 
@@ -93,6 +94,24 @@ def test_pieces_of_zeros_are_known_by_their_hashes() -> None:
 @pytest.mark.parametrize("size", [1, 1 << 30, MOST_PIECES << 16, (MOST_PIECES << 16) + 1, LARGEST])
 def test_no_torrent_has_too_many_pieces(size: int) -> None:
     assert -(-size // piece_length_of(size)) <= MOST_PIECES
+
+
+def test_pieces_are_as_large_as_leaves_enough_of_them_to_give_away() -> None:
+    lengths = [
+        piece_length_of(size) for size in (1, 127 << 20, 128 << 20, 1 << 30, 4 << 30, LARGEST)
+    ]
+    assert lengths == [64 << 10, 64 << 10, 128 << 10, 1 << 20, 1 << 20, 4 << 20]
+
+
+@pytest.mark.parametrize("length", [BLOCK, 4 << 20])
+def test_a_torrent_with_other_pieces_than_are_made_here_is_used(length: int) -> None:
+    content = random.Random(4).randbytes(9 * LEAF)
+    hashes = [
+        piece_hash(memoryview(content)[at : at + length], width_of(len(content), length))
+        for at in range(0, len(content), length)
+    ]
+    torrent = Torrent(len(content), length, b"".join(hashes), 1, 1)
+    assert decoded(encoded(torrent)) == torrent
 
 
 @pytest.mark.parametrize("size", [-1, 0, LARGEST + 1])

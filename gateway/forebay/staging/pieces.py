@@ -13,14 +13,13 @@ What is read here and not aside comes from the cache, or the store, as it does f
 
 import errno
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import trio
 
 from forebay.disk.copy import STEP
 from forebay.disk.disk import Disk
+from forebay.staging.aside import Aside, Room
 from forebay.staging.torrent import LEAF, Torrent
 from forebay_cache.blocks.store import mark_zero
 from forebay_cache.format.geometry import BLOCK, PAGE_BLOCKS, SECTOR, Buffer
@@ -28,37 +27,8 @@ from forebay_nbd import Timing
 
 log = logging.getLogger("forebay.staging")
 
-MOST_ASIDE = 64 << 20
-"""Bytes of pieces that are not whole, or not right, in memory for one image. Of more, the oldest are dropped."""
-
 INLINE = 128 << 10
 """Bytes that are hashed at once: 0.1 ms. More is for a thread."""
-
-
-@dataclass
-class _Aside:
-    """A piece that is not known to be right. `there` has a bit for each leaf of it that has come."""
-
-    data: bytearray
-    there: int = 0
-
-    def put(self, start: int, data: Buffer) -> None:
-        """Take in bytes from `start` on. A leaf counts as there when one write has brought all of it."""
-        end = start + len(data)
-        self.data[start:end] = data
-        first = -(-start // LEAF)
-        last = -(-end // LEAF) if end == len(self.data) else end // LEAF
-        if last > first:
-            self.there |= (1 << last) - (1 << first)
-
-    @property
-    def is_whole(self) -> bool:
-        """True if all of it is there."""
-        return self.there == (1 << -(-len(self.data) // LEAF)) - 1
-
-    def has(self, start: int) -> bool:
-        """True if the leaf is there that has this byte."""
-        return bool(self.there >> start // LEAF & 1)
 
 
 class Pieces:
@@ -70,7 +40,8 @@ class Pieces:
     contexts: tuple[str, ...] = ()
     throttle = None
 
-    def __init__(self, disk: Disk, torrent: Torrent) -> None:
+    def __init__(self, disk: Disk, torrent: Torrent, room: Room) -> None:
+        """`room` is shared by all images."""
         self.name = disk.name
         self.size = disk.size
         self.torrent = torrent
@@ -81,8 +52,8 @@ class Pieces:
         self._disk = disk
         self._image = disk.image
         self._layer = disk.image.layer
-        self._aside: OrderedDict[int, _Aside] = OrderedDict()
         self.timing = Timing()
+        self.aside = Aside(torrent.piece_length, room)
         self.unreadable = disk.unreadable
         self.pin = disk.pin
         self.unpin = disk.unpin
@@ -103,7 +74,7 @@ class Pieces:
 
     def _check(self) -> None:
         if (why := self.why_stale()) is not None:
-            self._aside.clear()
+            self.aside.clear()
             raise OSError(errno.EIO, why)
 
     async def note_zeros(self) -> None:
@@ -141,7 +112,7 @@ class Pieces:
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
         """Implements Export."""
-        if self._aside or self.why_stale() is not None:
+        if self.aside or self.why_stale() is not None:
             return None
         return self._disk.read_now(offset, length)
 
@@ -152,13 +123,13 @@ class Pieces:
     async def read(self, offset: int, length: int) -> list[Buffer]:
         """Implements Export. Raises OSError."""
         self._check()
-        if not self._aside:
+        if not self.aside:
             return await self._disk.read(offset, length)
         found: list[Buffer] = []
         for at, part in _parts(offset, length, LEAF):
             piece, start = divmod(at, self.torrent.piece_length)
-            aside = self._aside.get(piece)
-            if aside is not None and aside.has(start):
+            aside = self.aside.get(piece)
+            if aside is not None and aside.has(start, part):
                 found.append(bytes(aside.data[start : start + part]))
             else:
                 found += map(bytes, await self._disk.read(at, part))
@@ -199,34 +170,23 @@ class Pieces:
         piece, start = divmod(offset, self.torrent.piece_length)
         begin, length = self.torrent.span(piece)
         if len(data) != length:
-            aside = self._aside.get(piece)
-            if aside is None:
-                aside = self._aside[piece] = _Aside(bytearray(length))
-            aside.put(start, data)
+            aside = self.aside.put(piece, length, start, data)
             if not aside.is_whole:
-                self._bound()
                 return
             data = memoryview(bytes(aside.data))
         if await self._is_right(piece, data):
             self._check()
             await self._image.filler.take(self._layer, begin, data)
-            self._aside.pop(piece, None)
+            self.aside.drop(piece)
             self.taken_bytes += length
             return
         self.refused_pieces += 1
-        aside = self._aside[piece] = _Aside(bytearray(length))
-        aside.put(0, data)
-        self._bound()
+        self.aside.put(piece, length, 0, data).refused()
 
     async def _is_right(self, piece: int, data: memoryview) -> bool:
         if len(data) <= INLINE:
             return self.torrent.is_right(piece, data)
         return await trio.to_thread.run_sync(self.torrent.is_right, piece, data)
-
-    def _bound(self) -> None:
-        """Drop the oldest of what is aside, where it is too much: who wrote it reads what the image has instead."""
-        while len(self._aside) * self.torrent.piece_length > MOST_ASIDE:
-            self._aside.popitem(last=False)
 
     # -- the rest of an export
 

@@ -19,6 +19,7 @@ from forebay.image.source import Source
 from forebay.origin.addresses import FileAddress, resolve
 from forebay.origin.threads import StoreThreads, bounded
 from forebay.staging import files
+from forebay.staging.aside import Room
 from forebay.staging.pieces import Pieces
 from forebay.staging.torrent import BadTorrentError, Torrent
 from forebay.stores.listener import StoreListener
@@ -70,10 +71,11 @@ class StagedImage(ServedImage):
         config: Config,
         threads_of: Callable[[str], StoreThreads],
         attaching: Attaching,
+        room: Room,
         key: str,
         size: int | None,
     ) -> None:
-        """`threads_of` has the threads of a store; the rest as ServedImage has it."""
+        """`threads_of` has the threads of a store, `room` is for all images; the rest as ServedImage has it."""
         super().__init__(
             key, replace(attaching, base=partial(_bare, attaching.base), boot_of=_none), size
         )
@@ -82,6 +84,7 @@ class StagedImage(ServedImage):
         self._why = f"there is no torrent beside {key} yet: 'forebay stage' makes one"
         """Why there are none."""
         self._threads = threads_of(self.address.store or key)
+        self._room = room
 
     @property
     def export(self) -> Export | None:
@@ -117,7 +120,7 @@ class StagedImage(ServedImage):
             await self._use(disk, torrent)
 
     async def _use(self, disk: Disk, torrent: Torrent) -> None:
-        pieces = Pieces(disk, torrent)
+        pieces = Pieces(disk, torrent, self._room)
         if torrent.size == disk.size and pieces.fits():
             await pieces.note_zeros()
             self.pieces = pieces
@@ -146,7 +149,7 @@ class StagingListener(StoreListener):
         ours = {"socket_mode": OURS, "socket_owner": None, "socket_group": None}
         gateway = config.gateway.model_copy(update=ours)
         config = config.model_copy(update={"gateway": gateway})
-        make = partial(StagedImage, config, threads_of, attaching)
+        make = partial(StagedImage, config, threads_of, attaching, Room())
         super().__init__(config, SOCKET, _Nothing(), make, nursery, memory, FOLDER)
 
     def _key(self, name: str) -> str:

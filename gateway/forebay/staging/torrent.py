@@ -22,11 +22,20 @@ LEAF = 16 << 10
 HASH = 32
 """Bytes of a hash."""
 
+LEAST_PIECES = 1 << 10
+"""With fewer, a host has too little to give away while it gets the rest: pieces are smaller then."""
+
+LARGE_PIECE = 1 << 20
+"""Bytes. Each piece has a cost of its own, in three processes of each host: small ones cost twice as much as this."""
+
 MOST_PIECES = 1 << 16
-"""Above that, pieces become larger: hosts tell each other of each piece that they have."""
+"""Above that, pieces become larger still: hosts tell each other of each piece that they have."""
 
 LARGEST_PIECE = 4 << 20
 """Bytes. A piece is in memory until all of it is there and checked."""
+
+PIECES = frozenset(1 << n for n in range(BLOCK.bit_length() - 1, LARGEST_PIECE.bit_length()))
+"""The lengths that a piece may have; which of them one has that is made here, `piece_length_of` says."""
 
 LARGEST = MOST_PIECES * LARGEST_PIECE
 """Bytes of an image that can be staged: 256 GiB."""
@@ -106,7 +115,9 @@ def piece_length_of(size: int) -> int:
     if not 0 < size <= LARGEST:
         raise ValueError(f"an image of 1 byte to {LARGEST >> 30} GiB can be staged")
     length = BLOCK
-    while size > length * MOST_PIECES:
+    while size > length * MOST_PIECES or (
+        length < LARGE_PIECE and size >= 2 * length * LEAST_PIECES
+    ):
         length *= 2
     return length
 
@@ -187,7 +198,7 @@ def decoded(data: bytes) -> Torrent:
             _number(ours[b"mtime_ns"]),
             _number(ours[b"inode"]),
         )
-        if torrent.piece_length != piece_length_of(size):
+        if not 0 < size <= LARGEST or torrent.piece_length not in PIECES:
             raise BadTorrentError("its pieces have another length than those of Forebay")
         pieces = -(-size // torrent.piece_length)
     except BadTorrentError:
