@@ -17,7 +17,7 @@ complete forebay \
         'c/--cacert=/f/' \
         'c/--format=/(raw qcow2)/' \
         'c/--bundle=/f/' \
-        'c/--/(advice all allow-http allow-other as bundle cacert cache-size config device discard drop-newer dry-run end evict file follow force format help hosts hosts-file images incoming jobs json keep keep-image keep-mine label last libvirt listen max-size metadata mode name older-than opennebula overlay partial patience peer peers preload print-completion rate read-only restart run running save sha256 since size snapshot source state tag target timeout to traces troubled user version vg wait yes)/' \
+        'c/--/(advice all allow-http allow-other as bps bps-burst bundle cacert cache-size config device discard drop-newer dry-run end evict file follow force format help hosts hosts-file images incoming iops iops-burst jobs json keep keep-image keep-mine label last libvirt listen max-size metadata mode name older-than opennebula overlay partial patience peer peers preload print-completion rate read-only restart run running save sha256 since size snapshot source state tag target timeout to traces troubled user version vg wait yes)/' \
         'c/-/(- V f h n x)/' \
         'n/--print-completion/(bash zsh tcsh)/' \
         'n/--config/f/' \

@@ -32,6 +32,7 @@ SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"overlay": True, "keep": True}, {"overlay": True}),
     ({"image": "scratch:4M"}, {"image": "scratch:4 MiB", "overlay": True}),
     ({"cache_size": 0}, {"cache_size": None}),
+    ({"rates": {"iops": 5}}, {"rates": {"iops": 5, "bps": 0}}),
 ]
 OTHER: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"image": "images:b.raw"}, "of images:a.raw"),
@@ -40,6 +41,7 @@ OTHER: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"mode": None}, "with another mode"),
     ({}, {"cache_size": MIB}, "with another cache size"),
     ({}, {"preload": "all"}, "with another preload"),
+    ({}, {"rates": {"iops_burst": 5}}, "with another iops burst"),
     ({}, {"read_only": True}, "which is not read-only"),
     ({"overlay": True}, {}, "which is an overlay"),
     ({"overlay": True}, {"overlay": True, "keep": True}, "whose changes are not kept"),

@@ -306,6 +306,7 @@ async def test_attach_sends_what_was_asked_for(capsys: Capture, tmp_path: Path) 
     gateway = FakeGateway()
     async with served(gateway) as run:
         words = "attach vm1 images:a.raw --mode BACK --cache-size 1G --preload all --read-only"
+        words += " --iops 500 --bps 10M --iops-burst 0"
         words += " --peer label --label libvirt-1 --user nobody --format raw"
         assert await forebay(run, *words.split(), "--overlay") == 0
         assert capsys.readouterr().out == "vm1: /run/forebay/disks/vm1.sock\n"
@@ -324,6 +325,7 @@ async def test_attach_sends_what_was_asked_for(capsys: Capture, tmp_path: Path) 
         "mode": "write-back",
         "cache_size": 1 << 30,
         "preload": "all",
+        "rates": {"iops": 500, "bps": 10 << 20, "iops_burst": 0},
         "read_only": True,
         "overlay": True,
         "keep": False,

@@ -98,6 +98,8 @@ async def test_attach_hands_checked_values_on() -> None:
             "mode": "wb",
             "cache_size": "1G",
             "preload": "trace",
+            "iops": 500,
+            "bps_burst": "1M",
             "overlay": True,
             "peer": "label",
             "peer_label": "libvirt-1",
@@ -108,7 +110,8 @@ async def test_attach_hands_checked_values_on() -> None:
         plain = {"name": "vm2", "image": "x", "mode": None, "cache_size": None}
         assert (await ask(run, "POST /disks", plain)).status == 201
     settings = {"mode": Mode.WRITE_BACK, "cache_size": 1 << 30, "preload": "trace"}
-    nothing = dict.fromkeys(settings)
+    nothing = dict.fromkeys(settings) | {"rates": {}}
+    settings |= {"rates": {"iops": 500, "bps_burst": 1 << 20}}
     flags = {"read_only": False, "overlay": False, "rule": Rule(), "gives_way": False}
     flags |= {"image_format": None, "keep": False, "incoming": False, "patience": 30.0}
     rule = Rule("label", "libvirt-1", 107)
@@ -320,6 +323,13 @@ async def test_readme_has_every_route() -> None:
         ("POST /disks", {"name": "c", "image": "i", "mod": 1}, 400, "mod: unknown (did you mean"),
         ("POST /disks", {"name": "c", "image": "i", "mode": 1}, 400, "mode: 1 is not a mode"),
         ("POST /disks", {"name": "c", "image": "i", "cache_size": -1}, 400, "cache_size: '-1' is"),
+        (
+            "POST /disks",
+            {"name": "c", "image": "i", "iops": True},
+            400,
+            "iops: 'True' is no number",
+        ),
+        ("POST /disks", {"name": "c", "image": "i", "bps": "1K"}, 400, "bps: '1K' is too slow"),
         ("POST /disks", {"name": "c", "image": "i", "overlay": "x"}, 400, "overlay: 'x' is neith"),
         ("POST /disks", {"name": "c", "image": "i", "peer": "all"}, 400, "peer: 'all' is unknown"),
         ("POST /disks", {"name": "c", "image": "i", "peer": ["any"]}, 400, "peer: ['any'] is unkn"),

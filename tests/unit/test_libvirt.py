@@ -6,6 +6,7 @@
 import json
 import os
 import subprocess
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,6 +119,7 @@ def test_metadata_has_the_arguments_of_attach() -> None:
             "<f:disk name='a' image='images:a.raw'/>"
             "<f:disk name='b' image='/x/b.raw' mode='wb' cache-size='1 GiB' preload='trace' overlay='yes'/>"
             "<f:disk name='c' image='nbd://h/c' read-only='true' preload='64K'/>"
+            "<f:disk name='d' image='i:d' iops='500' bps='10M' iops-burst='0' bps-burst='1G'/>"
         )
     )
     assert (found.name, found.uuid) == ("vm1", "u-1")
@@ -125,6 +127,7 @@ def test_metadata_has_the_arguments_of_attach() -> None:
         WantedDisk("a", "images:a.raw"),
         WantedDisk("b", "/x/b.raw", Mode.WRITE_BACK, 1 << 30, "trace", overlay=True),
         WantedDisk("c", "nbd://h/c", preload=65536, read_only=True),
+        WantedDisk("d", "i:d", iops=500, bps=10 << 20, iops_burst=0, bps_burst=1 << 30),
     )
     assert read_domain("<domain><name>n</name><metadata/></domain>").disks == ()
 
@@ -156,8 +159,15 @@ def test_wrong_metadata_is_one_line(inner: str, said: str) -> None:
 def test_printed_metadata_is_read_back() -> None:
     given = disk("it's<a>") | {"image": "images:a&b'.raw", "mode": "write-back", "overlay": True}
     given["name"] = "vm1"
+    given["settings"] = [
+        {"key": "iops", "value": 500, "from": "disk"},
+        {"key": "bps", "value": "10 MiB", "from": "disk"},
+        {"key": "iops_burst", "value": 7, "from": "store"},
+        {"key": "max_lag", "value": "5s", "from": "disk"},
+    ]
     document = f"<domain><name>n</name><metadata>{metadata_element(given)}</metadata></domain>"
     wanted = WantedDisk("vm1", "images:a&b'.raw", Mode.WRITE_BACK, overlay=True)
+    wanted = replace(wanted, iops=500, bps=10 << 20)
     assert read_domain(document).disks == (wanted,)
 
 

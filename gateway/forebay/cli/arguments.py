@@ -12,10 +12,12 @@ from forebay.cli.peer import add_change, add_rule
 from forebay.cli.terminal.parser import Parser, checked, imported
 from forebay.units import (
     Mode,
+    parse_bps,
     parse_duration,
     parse_format,
     parse_name,
     parse_preload,
+    parse_requests,
     parse_size,
 )
 
@@ -72,6 +74,7 @@ def _attach(parser: Parser) -> None:
         "--cache-size", metavar="SIZE", type=SIZE, help="most it may hold of the cache; 0: no limit"
     )
     add("--preload", metavar="SIZE|trace|all", type=PRELOAD, help="what to bring in at once")
+    _rates(parser)
     add("--read-only", action="store_true", help="refuse writes")
     add("--overlay", action="store_true", help="keep writes private and drop them at detach")
     text = "raw: serve the bytes of the image; qcow2, vmdk, vdi or vhdx: the disk in it"
@@ -83,6 +86,18 @@ def _attach(parser: Parser) -> None:
     text = "while another host has the image, wait until it is free, or for as long as this says"
     add("--wait", metavar="TIME", type=checked(_patience), nargs="?", const=float("inf"), help=text)
     _json(parser)
+
+
+def _rates(parser: Parser) -> None:
+    add, requests = parser.add_argument, checked(parse_requests)
+    text = "requests a second that its clients may make; 0: no limit"
+    add("--iops", metavar="N", type=requests, help=text)
+    text = "bytes a second that they may read and write; 0: no limit"
+    add("--bps", metavar="SIZE", type=checked(parse_bps), help=text)
+    text = "requests that may pass at once after a rest; 0: a tenth of --iops"
+    add("--iops-burst", metavar="N", type=requests, help=text)
+    text = "bytes, likewise; 0: a tenth of --bps"
+    add("--bps-burst", metavar="SIZE", type=SIZE, help=text)
 
 
 def _detach(parser: Parser) -> None:

@@ -70,6 +70,7 @@ def attach(arguments: Arguments) -> int:
         "overlay": arguments.overlay,
         "format": arguments.format,
         "keep": arguments.keep,
+        **_rates(arguments),
         **rule(arguments),
     }
     if arguments.incoming:
@@ -91,6 +92,12 @@ def attach(arguments: Arguments) -> int:
 
         _warn_of_old_libvirt(installed_version())
     return 0
+
+
+def _rates(arguments: Arguments) -> dict[str, int]:
+    """How fast the disk may be used, as far as that was said."""
+    keys = import_module("forebay.config.keys").RATES
+    return {key: value for key in keys if (value := getattr(arguments, key)) is not None}
 
 
 def _warn_of_old_libvirt(version: tuple[int, int, int] | None) -> None:

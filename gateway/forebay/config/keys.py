@@ -62,6 +62,9 @@ KEYS: dict[str, Key] = {
     "bps_burst": Key(parse_size, "bytes, likewise; 0: a tenth"),
 }
 
+RATES = ("iops", "bps", "iops_burst", "bps_burst")
+"""Of these, how fast the disk may be used: an attach may say it, too."""
+
 ELSEWHERE = {
     "peer": "is set with 'forebay peer'",
     "on_change": "is set in the configuration, for a store or in [defaults]",

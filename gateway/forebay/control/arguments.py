@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from forebay.config.fields import PeerRule
+from forebay.config.keys import KEYS, RATES
 from forebay.doors.tenant import Rule
 from forebay.http.messages import HTTPException, Request
 from forebay.units import (
@@ -190,6 +191,7 @@ ATTACH: dict[str, Parse] = {
     "mode": Mode.parse,
     "cache_size": parse_size,
     "preload": parse_preload,
+    **{key: KEYS[key].parse for key in RATES},
     "read_only": _flag,
     "overlay": _flag,
     "keep": _flag,

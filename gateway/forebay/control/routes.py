@@ -10,10 +10,11 @@ for any more; no data is lost by that. The routes stand in gateway/README.md.
 """
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Literal, Protocol
 
 from forebay import __version__
+from forebay.config.keys import RATES
 from forebay.control.advice import Advice, AdviceRoutes
 from forebay.control.arguments import (
     ATTACH,
@@ -70,6 +71,7 @@ class Answers(CacheDevice, Protocol):
         mode: Mode | None,
         cache_size: int | None,
         preload: int | str | None,
+        rates: Mapping[str, int],
         read_only: bool,
         overlay: bool,
         keep: bool,
@@ -81,8 +83,8 @@ class Answers(CacheDevice, Protocol):
     ) -> Status:
         """Serve an image; None stands for what the store says. `gives_way`: to a disk that writes the image.
 
-        `image_format`: `raw` for its bytes. `incoming`: another host is to hand it over within `patience` seconds. The
-        status says `attached_already`.
+        `rates`: those of RATES that it is to have. `image_format`: `raw` for its bytes. `incoming`: another host is to
+        hand it over within `patience` seconds. The status says `attached_already`.
         """
 
     async def detach(self, name: str, *, discard: bool, force: bool, progress: Progress) -> None:
@@ -258,6 +260,7 @@ class Control:
             mode=given.get("mode"),
             cache_size=given.get("cache_size"),
             preload=given.get("preload"),
+            rates={key: given[key] for key in RATES if key in given},
             read_only=given.get("read_only", False),
             overlay=given.get("overlay", False),
             keep=given.get("keep", False),

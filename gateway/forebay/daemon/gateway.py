@@ -5,9 +5,10 @@
 
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import trio
@@ -175,6 +176,7 @@ class Gateway:
         mode: Mode | None = None,
         cache_size: int | None = None,
         preload: int | str | None = None,
+        rates: Mapping[str, int] = MappingProxyType({}),
         read_only: bool = False,
         overlay: bool = False,
         keep: bool = False,
@@ -189,7 +191,7 @@ class Gateway:
         if gives_way and not read_only:
             raise ForebayError("a disk that gives way is read-only: leave one of the two out")
         wanted = DiskRecord(image, "", 0, read_only, overlay, chosen)
-        wanted = wanted.with_settings({"cache_size": cache_size, "preload": preload})
+        wanted = wanted.with_settings({"cache_size": cache_size, "preload": preload, **rates})
         wanted = replace(wanted, gives_way=gives_way, format=image_format, keep=keep)
         wanted = wanted.with_rule(rule).coming(incoming)
         attach = partial(self._arrivals.attach, patience=patience)

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from forebay.catalogue.entries import commit_records
 from forebay.config.fields import PeerRule
-from forebay.config.keys import KEYS
+from forebay.config.keys import KEYS, RATES
 from forebay.config.model import Config, DiskSettings
 from forebay.doors.tenant import Rule
 from forebay.errors import ForebayError
@@ -29,7 +29,7 @@ KIND = "disk"
 KINDS = {"read_only": "read-only", "overlay": "an overlay", "gives_way": "one that gives way"}
 """Of a disk, with the words for them."""
 
-SETTINGS = ("mode", "cache_size", "preload")
+SETTINGS = ("mode", "cache_size", "preload", *RATES)
 """What an attach may say of a disk, and its store otherwise."""
 
 LIMITS = ("cache_size", "preload")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from forebay.config.keys import RATES
 from forebay.libvirt.domain import NAMESPACE
 from forebay.libvirt.version import Version, knows_reconnect
 from forebay.units import exact_size
@@ -83,6 +84,9 @@ def metadata_element(disk: Mapping[str, Any]) -> str:
         given["cache_size"] = exact_size(disk["cache_size"])
     if (preload := disk.get("preload")) is not None:
         given["preload"] = preload if isinstance(preload, str) else exact_size(preload)
+    for one in disk.get("settings") or ():
+        if one["key"] in RATES and one["from"] == "disk":
+            given[one["key"]] = str(one["value"])
     given |= {flag: "yes" for flag in ("read_only", "overlay") if disk[flag]}
     written = " ".join(f"{key.replace('_', '-')}={_quoted(given[key])}" for key in given)
     return f"<disks xmlns='{NAMESPACE}'>\n  <disk {written}/>\n</disks>"

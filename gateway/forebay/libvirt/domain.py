@@ -9,8 +9,8 @@
       </disks>
     </metadata>
 
-The attributes are the arguments of `forebay attach`: name, image, mode, cache-size, preload, read-only, overlay, peer;
-and instance, for a disk of `forebay@INSTANCE` instead of `forebay`.
+The attributes are the arguments of `forebay attach`: name, image, mode, cache-size, preload, iops, bps, iops-burst,
+bps-burst, read-only, overlay, peer; and instance, for a disk of `forebay@INSTANCE` instead of `forebay`.
 libvirt keeps one element for each namespace (formatdomain.rst, "General metadata"), hence the one around them.
 """
 
@@ -20,7 +20,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from forebay.errors import ForebayError
-from forebay.units import Mode, did_you_mean, parse_name, parse_preload, parse_size
+from forebay.units import (
+    Mode,
+    did_you_mean,
+    parse_bps,
+    parse_name,
+    parse_preload,
+    parse_requests,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -44,6 +52,10 @@ class WantedDisk:
     mode: Mode | None = None
     cache_size: int | None = None
     preload: int | str | None = None
+    iops: int | None = None
+    bps: int | None = None
+    iops_burst: int | None = None
+    bps_burst: int | None = None
     read_only: bool = False
     overlay: bool = False
     peer: str | None = None
@@ -89,6 +101,10 @@ ATTRIBUTES: dict[str, Callable[[str], Any]] = {
     "mode": Mode.parse,
     "cache-size": parse_size,
     "preload": parse_preload,
+    "iops": parse_requests,
+    "bps": parse_bps,
+    "iops-burst": parse_requests,
+    "bps-burst": parse_size,
     "read-only": _yes_or_no,
     "overlay": _yes_or_no,
     "peer": _peer,

@@ -21,6 +21,7 @@ from typing import Any
 
 from forebay.client import Client
 from forebay.config.client import DEFAULT_CONFIG, config_path, run_directory
+from forebay.config.keys import RATES
 from forebay.errors import ForebayError
 from forebay.libvirt.behind import detach_all
 from forebay.libvirt.domain import Domain, WantedDisk, read_domain
@@ -211,7 +212,7 @@ def _arguments(disk: WantedDisk) -> dict[str, Any]:
     """What the control API is told about the disk. It serves one instance, and knows of no others."""
     given = asdict(disk)
     del given["instance"]
-    return given
+    return {key: value for key, value in given.items() if value is not None or key not in RATES}
 
 
 def _settled(daemon: Daemon, found: dict[str, Any]) -> dict[str, Any] | None:
