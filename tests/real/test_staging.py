@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from forebay.client import Client
+from forebay.errors import ForebayError
 from forebay.staging import orders
 from forebay.staging.orders import Order
 from real.disk_fixture import ask, wait_for
@@ -340,6 +342,48 @@ def test_a_torrent_of_other_content_is_refused_and_orders_outlive_a_kill(
     gateway.allow_log("changed|another file")
     failed = gateway.cli("stage", IMAGE, "--peers", "a", check=False)
     assert "as it was before" in failed.stderr
+
+
+def test_an_order_that_cannot_be_kept_is_none_and_one_that_cannot_be_ended_stays(
+    make_gateway: Make, images: Path
+) -> None:
+    gateway = make_gateway({"stores.images": {"path": str(images)}})
+    for name in ("a.raw", "b.raw"):
+        random_image(images / name, MIB, 11)
+    gateway.cli("stage", IMAGE, "--peers", "a,b:7", "--source")
+    in_the_way = gateway.state / f"{orders.FILE}.new"
+    in_the_way.mkdir()
+    for words in (("images:b.raw", "--peers", "a", "--source"), (IMAGE, "--end")):
+        failed = gateway.cli("stage", *words, check=False)
+        assert failed.returncode == 1
+        assert f"{orders.FILE} cannot be written" in failed.stderr
+        assert len(failed.stderr.splitlines()) == 1
+    assert told(gateway)["hosts"] == 2
+    [kept] = orders.load(gateway.state)
+    assert (kept.image, len(kept.peers)) == (IMAGE, 2)
+    in_the_way.rmdir()
+    gateway.cli("stage", "images:b.raw", "--peers", "a", "--source")
+    assert [one.image for one in orders.load(gateway.state)] == [IMAGE, "images:b.raw"]
+    gateway.cli("stage", IMAGE, "--end")
+    assert [one.image for one in orders.load(gateway.state)] == ["images:b.raw"]
+
+
+def test_the_hosts_of_an_order_are_told_once(make_gateway: Make, images: Path) -> None:
+    gateway = make_gateway({"stores.images": {"path": str(images)}})
+    random_image(images / "a.raw", MIB, 11)
+    client = Client(str(gateway.control))
+    gateway.cli("stage", IMAGE, "--peers", "a", "--source")
+    first = client.post("/stages/report", {"stages": []})
+    assert first["orders"][0]["peers"] == [["a", 10881]]
+    again = client.post("/stages/report", {"stages": [], "known": first["known"]})
+    assert "peers" not in again["orders"][0]
+    assert again["known"] == first["known"]
+    gateway.cli("stage", IMAGE, "--peers", "a,b", "--source")
+    for known in (first["known"], 0):
+        changed = client.post("/stages/report", {"stages": [], "known": known})
+        assert len(changed["orders"][0]["peers"]) == 2
+    with pytest.raises(ForebayError, match="known"):
+        client.post("/stages/report", {"stages": [], "known": "x"})
 
 
 def test_what_is_staged_of_a_store_that_is_no_more_can_be_ended(

@@ -357,9 +357,9 @@ class FakeStaging:
         self._gateway._called("end_stage", image)
         return {"image": image, "ended": True}
 
-    def report(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    def report(self, rows: Iterable[dict[str, Any]], known: int | None) -> dict[str, Any]:
         self._gateway._called("report", list(rows))
-        return []
+        return {"orders": [], "known": 1}
 
 
 class FakeSettings:

@@ -23,7 +23,7 @@ from forebay.config.sections import GatewaySection
 from forebay.origin.threads import StoreThreads
 from forebay.overview import health
 from forebay.overview.detail import MOST_CONNECTIONS, connected, settings_told
-from forebay.overview.hits import LOOK_SECONDS, WINDOW_SECONDS, RecentHits
+from forebay.overview.hits import AT_ONCE, LOOK_SECONDS, WINDOW_SECONDS, RecentHits
 from forebay.overview.remembered import FILE, MOST, Remembered
 from forebay.overview.summary import MOST_IMAGES, MOST_REASONS, Summary, Warmest, judged
 from forebay.units import GIB, MIB, Mode
@@ -37,28 +37,32 @@ class Reader:
         self.hits = self.misses = 0
 
 
-def test_hits_are_counted_over_the_last_minutes_and_older_ones_are_not() -> None:
+async def test_hits_are_counted_over_the_last_minutes_and_older_ones_are_not() -> None:
     reader = Reader()
     recent = RecentHits([reader])
-    assert recent.told(0)["hit_percent"] is None
+    assert (await recent.told(0))["hit_percent"] is None
     reader.hits, reader.misses = 90, 10
-    assert recent.told(10)["hit_percent"] == 90.0
+    assert (await recent.told(10))["hit_percent"] == 90.0
     reader.misses += 100
-    assert recent.told(200) == {"hit_percent": 45.0, "recent_hits": 90, "recent_misses": 110}
-    assert recent.told(10 + WINDOW_SECONDS + 1)["hit_percent"] == 0.0
-    assert recent.told(200 + WINDOW_SECONDS + 1)["hit_percent"] is None
+    assert (await recent.told(200)) == {
+        "hit_percent": 45.0,
+        "recent_hits": 90,
+        "recent_misses": 110,
+    }
+    assert (await recent.told(10 + WINDOW_SECONDS + 1))["hit_percent"] == 0.0
+    assert (await recent.told(200 + WINDOW_SECONDS + 1))["hit_percent"] is None
 
 
-def test_what_a_reader_that_is_gone_has_found_still_counts() -> None:
+async def test_what_a_reader_that_is_gone_has_found_still_counts() -> None:
     readers = [Reader()]
     recent = RecentHits(readers)
     readers[0].hits = 5
-    recent.look(0)
+    await recent.look(0)
     readers.clear()
     gc.collect()
     readers.append(Reader())
     readers[0].misses = 5
-    assert recent.told(LOOK_SECONDS)["hit_percent"] == 50.0
+    assert (await recent.told(LOOK_SECONDS))["hit_percent"] == 50.0
 
 
 async def test_hits_are_looked_at_now_and_then(autojump_clock: trio.testing.MockClock) -> None:
@@ -70,9 +74,29 @@ async def test_hits_are_looked_at_now_and_then(autojump_clock: trio.testing.Mock
         await trio.sleep(LOOK_SECONDS + 1)
         reader.misses = 1
         await trio.sleep(WINDOW_SECONDS - LOOK_SECONDS)
-        assert recent.told(trio.current_time())["recent_misses"] == 1
+        assert (await recent.told(trio.current_time()))["recent_misses"] == 1
         nursery.cancel_scope.cancel()
     del autojump_clock
+
+
+async def test_very_many_readers_are_not_looked_at_in_one_go() -> None:
+    readers = [Reader() for _ in range(10 * AT_ONCE)]
+    for reader in readers:
+        reader.hits = 1
+    recent = RecentHits(readers)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        assert (await recent.told(0))["recent_hits"] == len(readers)
+        nursery.cancel_scope.cancel()
+    assert turns >= 5
 
 
 # -------------------------------------------------------------------------------------------------------------- stores

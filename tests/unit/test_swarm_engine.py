@@ -3,6 +3,7 @@
 
 """libtorrent as staging uses it: what it is told in numbers that it takes, and of images that it cannot tell apart."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,29 @@ def test_any_rate_is_one_that_libtorrent_takes(engine: "Engine", tmp_path: Path)
     engine.add("images:a.raw", TORRENT, image_in(tmp_path, "a.raw"), [], LARGEST_SIZE)
     engine.limit("images:a.raw", LARGEST_SIZE)
     engine.limit("images:a.raw", None)
+
+
+def test_what_libtorrent_does_not_take_leaves_no_open_file(
+    engine: "Engine", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refuses:
+        def add_torrent(self, _wanted: object) -> None:
+            raise RuntimeError("planted")
+
+    path = image_in(tmp_path, "a.raw")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_session", Refuses())
+        for _ in range(3):
+            with pytest.raises(ForebayError, match=r"^images:a.raw cannot be staged: planted$"):
+                engine.add("images:a.raw", TORRENT, path, [], None)
+    opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in _descriptors()]
+    assert str(path) not in opened
+    engine.add("images:a.raw", TORRENT, path, [], None)
+    assert engine.images() == ["images:a.raw"]
+
+
+def _descriptors() -> list[str]:
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
 
 
 def test_images_of_the_same_content_are_staged_one_after_the_other(

@@ -181,6 +181,13 @@ def _reports(value: Any) -> list[dict[str, Any]]:
     return value
 
 
+def _serial(value: Any) -> int:
+    """A number that an answer had."""
+    if type(value) is not int:
+        raise ValueError("not a whole number")
+    return value
+
+
 def _is_report(row: dict[str, Any]) -> bool:
     return all(isinstance(row.get(key), kind) for key, kind in _REPORT.items())
 
@@ -268,7 +275,7 @@ ORDER: dict[str, Parse] = {
     "source": _flag,
     "rate": parse_rate,
 }
-REPORT: dict[str, Parse] = {"stages": _reports}
+REPORT: dict[str, Parse] = {"stages": _reports, "known": _serial}
 TAG: dict[str, Parse] = {"image": _text, "tags": _tags}
 PURGE: dict[str, Parse] = {
     "images": _images,

@@ -37,8 +37,8 @@ class Staging(Protocol):
     async def end(self, image: str) -> Told:
         """Stage it no more."""
 
-    def report(self, rows: Iterable[Told]) -> list[Told]:
-        """Take in how far the orders are; the orders."""
+    def report(self, rows: Iterable[Told], known: int | None) -> Told:
+        """Take in how far the orders are; the orders, in short where `known` says that they are known."""
 
 
 class StagingRoutes:
@@ -97,4 +97,4 @@ class StagingRoutes:
     async def report(self, request: Request) -> Response:
         """Take in how far the orders are; answers with the orders."""
         given = await arguments(request, REPORT, ("stages",), LONGEST_STAGING)
-        return JSONResponse({"orders": self._staging.report(given["stages"])})
+        return JSONResponse(self._staging.report(given["stages"], given.get("known")))

@@ -15,6 +15,9 @@ WINDOW_SECONDS = 300.0
 LOOK_SECONDS = 15.0
 """How often the counters are looked at. What a disk read after the last look before its detach is not counted."""
 
+AT_ONCE = 256
+"""Readers that are looked at in one go."""
+
 
 class Reader(Protocol):
     """What counts what it has read: the views of the cache."""
@@ -40,26 +43,31 @@ class RecentHits:
     async def run(self) -> None:
         """Look now and then, until cancelled."""
         while True:
-            self.look(trio.current_time())
+            await self.look(trio.current_time())
             await trio.sleep(LOOK_SECONDS)
 
-    def look(self, now: float) -> None:
-        """Take in what was read since the last look, and forget what is too old; `now` in seconds."""
+    async def look(self, now: float) -> None:
+        """Take in what was read since the last look, and forget what is too old; `now` in seconds.
+
+        Others have their turn in between. Several looks at the same time count nothing twice.
+        """
         hits = misses = 0
-        for reader in list(self._readers):
+        for number, reader in enumerate(list(self._readers), 1):
             counted = reader.hits, reader.misses
             before = self._seen.get(reader, (0, 0))
             hits += max(0, counted[0] - before[0])
             misses += max(0, counted[1] - before[1])
             self._seen[reader] = counted
+            if number % AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
         if hits or misses:
             self._looks.append((now, hits, misses))
         while self._looks and now - self._looks[0][0] > WINDOW_SECONDS:
             self._looks.popleft()
 
-    def told(self, now: float) -> dict[str, Any]:
+    async def told(self, now: float) -> dict[str, Any]:
         """The keys of the summary; the percentage is None where nothing was read."""
-        self.look(now)
+        await self.look(now)
         hits = sum(look[1] for look in self._looks)
         misses = sum(look[2] for look in self._looks)
         percent = round(100 * hits / (hits + misses), 1) if hits + misses else None

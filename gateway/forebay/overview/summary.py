@@ -81,7 +81,7 @@ class Summary:
             "reasons": reasons,
             "cache": _cache_told(cache),
             "caches_by_default": self._config.defaults.mode is not Mode.NONE,
-            **self._hits.told(trio.current_time()),
+            **await self._hits.told(trio.current_time()),
             **disks.told(),
             "stores": stores,
             "image_count": warmest.count,

@@ -3,6 +3,7 @@
 
 """What this host is to stage, and with whom. It is kept in STATE, and gone on with after a start."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -80,11 +81,21 @@ def _order(found: dict[str, Any]) -> Order:
 
 
 def save(state: Path, orders: Iterable[Order]) -> None:
-    """Keep the orders, durably. Blocks. Raises OSError."""
+    """Keep the orders, durably. Blocks. Raises OSError; what was kept before is kept then, whatever came in between."""
     new = state / f"{FILE}.new"
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(json.dumps([one.told() for one in orders]).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(state / FILE)
+    try:
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            file.write(json.dumps([one.told() for one in orders]).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(state / FILE)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
+    folder = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

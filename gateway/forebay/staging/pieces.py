@@ -27,6 +27,9 @@ from forebay_nbd import Timing
 
 log = logging.getLogger("forebay.staging")
 
+LOOKED_AT = 64 << 20
+"""Bytes of an image that are looked through for gaps in one go: there is one for each 64 KiB at most."""
+
 INLINE = 128 << 10
 """Bytes that are hashed at once: 0.1 ms. More is for a thread."""
 
@@ -98,14 +101,16 @@ class Pieces:
 
     async def lacking(self) -> list[tuple[int, int]]:
         """The runs (first piece, how many) of which the cache lacks something. Raises OSError."""
-        self._check()
         runs: list[tuple[int, int]] = []
-        for offset, length in await self._image.filler.missing(0, self.size):
-            first = offset // self.torrent.piece_length
-            end = -(-(offset + length) // self.torrent.piece_length)
-            if runs and first <= sum(runs[-1]):
-                first = runs.pop()[0]
-            runs.append((first, end - first))
+        for start in range(0, self.size, LOOKED_AT):
+            self._check()
+            for offset, length in await self._image.filler.missing(start, LOOKED_AT):
+                first = offset // self.torrent.piece_length
+                end = -(-(offset + length) // self.torrent.piece_length)
+                if runs and first <= sum(runs[-1]):
+                    first = runs.pop()[0]
+                runs.append((first, end - first))
+            await trio.lowlevel.checkpoint()
         return runs
 
     # -- reading

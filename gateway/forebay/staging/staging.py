@@ -9,6 +9,7 @@ That process, `forebay stager`, is a client: it asks for the orders once a secon
 import base64
 import contextlib
 import logging
+import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,8 @@ class Staging:
         self._listener = StagingListener(config, threads_of, attaching, nursery, memory)
         self._orders: dict[str, Order] = {}
         self._reports: dict[str, Report] = {}
+        self._changed = random.getrandbits(40)
+        """Another number whenever the orders change, and after each start."""
         self._saving = trio.Lock()
         self._is_open = False
 
@@ -200,13 +203,9 @@ class Staging:
             self._check_room(
                 key, sum(count for _, count in await pieces.lacking()), pieces.torrent.piece_length
             )
-        if key not in self._orders and len(self._orders) >= MOST_ORDERS:
-            raise ForebayError(
-                f"{MOST_ORDERS} images are staged: end one with 'forebay stage IMAGE --end'"
-            )
-        self._orders[key] = Order(key, size, tuple(peers), source, rate)
-        await self._save()
-        return self._told(self._orders[key])
+        order = Order(key, size, tuple(peers), source, rate)
+        await self._keep(key, order)
+        return self._told(order)
 
     def _check_room(self, key: str, pieces: int, length: int) -> None:
         """Raise ForebayError where the cache cannot hold what is lacking."""
@@ -221,23 +220,49 @@ class Staging:
         """Stage an image no more. What came stays in the cache."""
         # an order may be for a store that the configuration does not have any more
         key = image if image in self._orders else address_of(self._config, image).key
-        ended = self._orders.pop(key, None)
+        ended = await self._keep(key, None)
         self._reports.pop(key, None)
-        if ended is not None:
-            await self._save()
-        return {"image": key, "ended": ended is not None}
+        return {"image": key, "ended": ended}
 
-    async def _save(self) -> None:
+    async def _keep(self, key: str, order: Order | None) -> bool:
+        """Have that order for an image, or none, when that is kept; where it cannot be, all stays as it was.
+
+        False, and nothing is written, where there was none before either. Raises ForebayError.
+        """
         async with self._saving:
-            await trio.to_thread.run_sync(orders.save, self._state, list(self._orders.values()))
+            if order is None and key not in self._orders:
+                return False
+            changed = {one: it for one, it in self._orders.items() if one != key}
+            if order is not None:
+                changed[key] = order
+            if len(changed) > max(MOST_ORDERS, len(self._orders)):
+                raise ForebayError(
+                    f"{MOST_ORDERS} images are staged: end one with 'forebay stage IMAGE --end'"
+                )
+            try:
+                await trio.to_thread.run_sync(orders.save, self._state, list(changed.values()))
+            except OSError as fault:
+                raise ForebayError(
+                    f"{self._state / orders.FILE} cannot be written: {fault.strerror or fault}: "
+                    f"{advice(fault, 'nothing is changed, try again')}"
+                ) from fault
+            self._orders, self._changed = changed, self._changed + 1
+            return True
 
-    def report(self, rows: Iterable[Told]) -> list[Told]:
-        """Take in what the process that stages says of each order; the orders."""
+    def report(self, rows: Iterable[Told], known: int | None) -> Told:
+        """Take in what the process that stages says of each order; the orders.
+
+        Without their hosts, which may be many, where nothing has changed since the answer that had the number `known`.
+        """
         for row in rows:
             if row["image"] in self._orders:
                 facts = {key: row[key] for key in ("state", "reason", "down", "up", "connected")}
                 self._reports[row["image"]] = Report(**facts, at=trio.current_time())
-        return [one.told() | {"stale": self._why_stale(one)} for one in self._orders.values()]
+        told = [one.told() | {"stale": self._why_stale(one)} for one in self._orders.values()]
+        if known == self._changed:
+            for one in told:
+                del one["peers"]
+        return {"orders": told, "known": self._changed}
 
     def _served(self, order: Order) -> StagedImage | None:
         """The image, while somebody has it."""

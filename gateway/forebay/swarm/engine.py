@@ -156,13 +156,20 @@ class Engine:
             | lt.torrent_flags.disable_pex
         )
         wanted.download_limit = wanted.upload_limit = _limit(rate)
-        self._held[image] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._handles[image] = self._session.add_torrent(wanted)
+        held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            handle = self._session.add_torrent(wanted)
+        except BaseException as fault:
+            os.close(held)
+            if isinstance(fault, RuntimeError):
+                raise ForebayError(f"{image} cannot be staged: {fault}") from None
+            raise
+        self._held[image], self._handles[image] = held, handle
 
     def remove(self, image: str) -> None:
         """Stage an image no more. Its file is closed soon."""
-        self._session.remove_torrent(self._handles.pop(image))
         os.close(self._held.pop(image))
+        self._session.remove_torrent(self._handles.pop(image))
 
     def limit(self, image: str, rate: int | None) -> None:
         """Send, and receive, at most so many bytes a second of the image; None: as many as can be."""

@@ -144,12 +144,17 @@ class Stager:
         self._names = Names(self._lookups)
         self._jobs: dict[str, Job] = {}
         self._is_away = False
+        self._known: int | None = None
+        """The number of the daemon's last answer: then it need not tell all hosts again."""
 
     def turn(self) -> None:
         """One second's work. Raises nothing that is expected."""
         try:
-            content = {"stages": [job.row() for job in self._jobs.values()]}
-            orders = self._client.post("/stages/report", content)["orders"]
+            content: dict[str, Any] = {"stages": [job.row() for job in self._jobs.values()]}
+            if self._known is not None:
+                content["known"] = self._known
+            answer = self._client.post("/stages/report", content)
+            orders, self._known = answer["orders"], answer.get("known")
         except ForebayError as fault:
             if not self._is_away:
                 log.warning("%s", fault)
@@ -183,6 +188,8 @@ class Stager:
             del self._jobs[image]
             log.info("%s: ended", image)
         for image, order in orders.items():
+            if image in self._jobs and "peers" not in order:
+                order["peers"] = self._jobs[image].order["peers"]
             job = self._jobs.setdefault(image, Job(order))
             if job.order["rate"] != order["rate"] and image in self._engine.images():
                 self._engine.limit(image, order["rate"])
