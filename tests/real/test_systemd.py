@@ -372,6 +372,36 @@ def test_a_daemon_that_cannot_start_hangs_up_in_the_end(host: Host) -> None:
         host.run("systemctl", "start", "forebay")
 
 
+def test_a_reload_takes_what_is_right_and_fails_for_what_is_wrong(host: Host) -> None:
+    """`systemctl reload` is the exit code of `forebay reload`, in the unit's sandbox; guests and daemon stay."""
+    import nbd
+
+    part, before = "/etc/forebay/conf.d/10-other.toml", host.pid()
+    host.disk("reloaded", "write-through")
+    client = nbd.NBD()
+    client.connect_uri(host.uri("reloaded"))
+    host.run("install", "-d", "-o", "forebay", "/srv/other")
+    try:
+        host.write(part, '[stores.other]\npath = "/srv/other"\n[defaults]\nmax_lag = "7s"\n')
+        host.run("systemctl", "reload", "forebay")
+        assert "other" in host.cli("stores")
+        assert host.status("reloaded")["max_lag_seconds"] == 7
+        host.write(part, "[stores.other]\npaht = 1\n")
+        with pytest.raises(AssertionError):
+            host.run("systemctl", "reload", "forebay")
+        log = host.run("journalctl", "-u", "forebay", "-n", "20", "--no-pager").stdout
+        assert f"{part}:2: stores.other.paht: unknown key" in log
+        assert host.container.show("forebay.service", "ActiveState") == "active"
+        assert (host.pid(), host.status("reloaded")["max_lag_seconds"]) == (before, 7)
+        client.pwrite(b"y" * 4096, 0)
+    finally:
+        client.shutdown()
+        host.container.inside(part).unlink()
+        host.run("systemctl", "reload", "forebay")
+    assert "other" not in host.cli("stores")
+    host.cli("detach", "reloaded")
+
+
 def test_a_second_instance_has_everything_of_its_own(host: Host) -> None:
     host.run("systemctl", "start", "forebay@b")
     host.run("install", "-o", "forebay", "/dev/null", f"{IMAGES}/b.raw")

@@ -18,7 +18,7 @@ from forebay.config.model import Config, DiskSettings, Mode, Store
 from forebay.config.sections import CacheSection, GatewaySection
 from forebay.doctor import daemon, host, places, probe, run
 from forebay.doctor.bundle import write
-from forebay.doctor.daemon import ANSWERS, Daemon, ask, check
+from forebay.doctor.daemon import ANSWERS, Daemon, ask, check, check_config
 from forebay.doctor.finding import CODES, Finding, Level, fault, ok, unknown, warning, worst
 from forebay.doctor.probe import Look, User, look
 from forebay.doctor.secrets import without_secrets
@@ -125,6 +125,22 @@ def test_what_is_wrong_with_a_daemon_is_told(
 def test_a_disk_whose_vm_moves_is_fine(state: str) -> None:
     found = list(check(answering(disks=[disk("v", state=state, reason="it moves")])))
     assert {one.level for one in found} == {Level.OK}
+
+
+def test_a_daemon_that_has_not_what_the_files_say_is_told(tmp_path: Path) -> None:
+    there = Config(stores={"a": Store(path=tmp_path)}).at(run=tmp_path)
+    told = {"config": {"toml": there.to_toml()}}
+    assert list(check_config(Config(stores=there.stores), answering(**told))) == []
+    stores = {"a": Store(path=tmp_path, max_lag=3.0), "b": Store(path=tmp_path / "b")}
+    other = Config(
+        stores=stores, defaults=DiskSettings(max_dirty=5), cache=CacheSection(size=1 << 32)
+    )
+    reload, restart = check_config(other, answering(**told))
+    assert (reload.level, reload.todo) == (Level.WARNING, "systemctl reload forebay")
+    assert reload.text.endswith(": defaults.max_dirty, stores.a, stores.b")
+    assert (restart.level, restart.todo) == (Level.WARNING, "systemctl restart forebay")
+    assert restart.text.endswith(": cache.size")
+    assert list(check_config(other, answering(config={"error": "no route"}))) == []
 
 
 async def test_a_daemon_is_asked_for_all_of_it() -> None:

@@ -7,12 +7,14 @@ import os
 import pwd
 import socket
 import struct
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from forebay import __version__
 from forebay.client import Client, NoDaemonError
+from forebay.config.model import FIXED, Config
 from forebay.doctor.finding import Finding, fault, ok, unknown, warning
 from forebay.doctor.probe import User
 from forebay.errors import ForebayError
@@ -22,9 +24,15 @@ Told = dict[str, Any]
 
 USER = "forebay"
 """Whom the unit runs the daemon as."""
+LIVE = ("defaults", "origins")
+"""Sections that a reload takes, as it does the stores."""
+PLACES = ("gateway.state", "gateway.run")
+"""May be said to the daemon otherwise than by the files."""
+MOST_NAMED = 5
+"""Keys that a line names."""
 NEARLY_FULL = 0.9
 """Of a budget of memory."""
-ANSWERS = ("summary", "disks", "cache", "gateway", "stores", "images", "overlays")
+ANSWERS = ("summary", "disks", "cache", "gateway", "stores", "images", "overlays", "config")
 """What the daemon is asked for; all of it goes into a bundle."""
 
 
@@ -93,6 +101,27 @@ def check(daemon: Daemon) -> Iterator[Finding]:
     yield from _disks(disks)
     yield from _lag(disks)
     yield from _cache(daemon.told["cache"])
+
+
+def check_config(config: Config, daemon: Daemon) -> Iterator[Finding]:
+    """Whether the daemon has what the files say."""
+    told = daemon.told.get("config", {}).get("toml")
+    if told is None:
+        return  # it does not answer, or is of a version that does not tell
+    running = Config.model_validate(tomllib.loads(told))
+    for sections, todo in ((LIVE, "reload"), (FIXED, "restart")):
+        other = [key for key in running.changed(config, sections) if key not in PLACES]
+        if sections is LIVE:
+            names = sorted({*config.stores, *running.stores})
+            other += [f"stores.{x}" for x in names if config.stores.get(x) != running.stores.get(x)]
+        if other:
+            text = f"the daemon has something else than the files say: {_in_short(other)}"
+            yield warning("config", text, f"systemctl {todo} forebay")
+
+
+def _in_short(names: list[str]) -> str:
+    others = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + others
 
 
 def _itself(daemon: Daemon) -> Iterator[Finding]:

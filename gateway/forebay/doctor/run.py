@@ -65,6 +65,7 @@ def checked(config: Config | None, found: Daemon) -> Iterator[Finding]:
     """What all checks find. One that fails is told, and the others go on."""
     checks: list[Check] = [lambda: daemon.check(found)]
     if config is not None:
+        checks.append(lambda: daemon.check_config(config, found))
         checks.append(lambda: places.check(config, found))
     checks.append(lambda: host.check(found))
     for check in checks:
