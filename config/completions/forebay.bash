@@ -6,7 +6,7 @@
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
 _shtab_forebay_hosts_subparsers=(status warm flush)
-_shtab_forebay_subparsers=(serve attach detach status summary hosts stats events page flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config reload demo)
+_shtab_forebay_subparsers=(serve attach detach status summary hosts stats events top page flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config reload demo)
 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
 _shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --iops --bps --iops-burst --bps-burst --read-only --overlay --format --keep --peer --label --user --incoming --wait --json)
@@ -19,6 +19,7 @@ _shtab_forebay_hosts_flush_option_strings=(-h --help --hosts --hosts-file --jobs
 _shtab_forebay_hosts_option_strings=(-h --help --config --hosts --hosts-file --jobs --timeout --json --images)
 _shtab_forebay_stats_option_strings=(-h --help --config --json)
 _shtab_forebay_events_option_strings=(-h --help --config -f --follow --since -n --last --json)
+_shtab_forebay_top_option_strings=(-h --help --config -d --interval -n --count -b --batch -s --sort -r --reverse -x --troubled --json)
 _shtab_forebay_page_option_strings=(-h --help --config --listen --name)
 _shtab_forebay_flush_option_strings=(-h --help --config --all --timeout --json)
 _shtab_forebay_get_option_strings=(-h --help --config --json)
@@ -77,6 +78,7 @@ _shtab_forebay_hosts___hosts_file_COMPGEN=_shtab_compgen_files
 _shtab_forebay_stats___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_events_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_events___config_COMPGEN=_shtab_compgen_files
+_shtab_forebay_top___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_page___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_flush_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_flush___config_COMPGEN=_shtab_compgen_files
@@ -141,12 +143,13 @@ _shtab_forebay___config_COMPGEN=_shtab_compgen_files
 
 _shtab_forebay_attach___peer_choices=(first label any)
 _shtab_forebay_hosts_pos_0_choices=(status warm flush)
+_shtab_forebay_top_pos_0_choices=(disks images stores)
 _shtab_forebay_peer_pos_1_choices=(first label any)
 _shtab_forebay_trace_pos_0_choices=(show drop export)
 _shtab_forebay_save___format_choices=(raw qcow2)
 _shtab_forebay_handover_pos_0_choices=(prepare finish abort)
 _shtab_forebay_cache_pos_0_choices=(check info create extend format remove repair scrub)
-_shtab_forebay_pos_0_choices=(serve attach detach status summary hosts stats events page flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config reload demo)
+_shtab_forebay_pos_0_choices=(serve attach detach status summary hosts stats events top page flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config reload demo)
 _shtab_forebay___print_completion_choices=(bash zsh tcsh)
 
 _shtab_forebay_serve__h_nargs=0
@@ -196,6 +199,15 @@ _shtab_forebay_events___help_nargs=0
 _shtab_forebay_events__f_nargs=0
 _shtab_forebay_events___follow_nargs=0
 _shtab_forebay_events___json_nargs=0
+_shtab_forebay_top__h_nargs=0
+_shtab_forebay_top___help_nargs=0
+_shtab_forebay_top__b_nargs=0
+_shtab_forebay_top___batch_nargs=0
+_shtab_forebay_top__r_nargs=0
+_shtab_forebay_top___reverse_nargs=0
+_shtab_forebay_top__x_nargs=0
+_shtab_forebay_top___troubled_nargs=0
+_shtab_forebay_top___json_nargs=0
 _shtab_forebay_page__h_nargs=0
 _shtab_forebay_page___help_nargs=0
 _shtab_forebay_flush__h_nargs=0

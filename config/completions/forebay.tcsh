@@ -17,8 +17,8 @@ complete forebay \
         'c/--cacert=/f/' \
         'c/--format=/(raw qcow2)/' \
         'c/--bundle=/f/' \
-        'c/--/(advice all allow-http allow-other as bps bps-burst bundle cacert cache-size config device discard drop-newer dry-run end evict file follow force format help hosts hosts-file images incoming iops iops-burst jobs json keep keep-image keep-mine label last libvirt listen max-size metadata mode name older-than opennebula overlay partial patience peer peers preload print-completion rate read-only restart run running save sha256 since size snapshot source state tag target timeout to traces troubled user version vg wait yes)/' \
-        'c/-/(- V f h n x)/' \
+        'c/--/(advice all allow-http allow-other as batch bps bps-burst bundle cacert cache-size config count device discard drop-newer dry-run end evict file follow force format help hosts hosts-file images incoming interval iops iops-burst jobs json keep keep-image keep-mine label last libvirt listen max-size metadata mode name older-than opennebula overlay partial patience peer peers preload print-completion rate read-only restart reverse run running save sha256 since size snapshot sort source state tag target timeout to traces troubled user version vg wait yes)/' \
+        'c/-/(- V b d f h n r s x)/' \
         'n/--print-completion/(bash zsh tcsh)/' \
         'n/--config/f/' \
         'n/--state/d/' \
@@ -28,8 +28,9 @@ complete forebay \
         'n/--cacert/f/' \
         'n/--format/(raw qcow2)/' \
         'n/--bundle/f/' \
-        'p/1/(serve attach detach status summary hosts stats events page flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config reload demo)/' \
+        'p/1/(serve attach detach status summary hosts stats events top page flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config reload demo)/' \
         'n/hosts/(status warm flush)/' \
+        'n/top/(disks images stores)/' \
         'n/trace/(show drop export)/' \
         'n/handover/(prepare finish abort)/' \
         'n/cache/(check info create extend format remove repair scrub)/' \

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import pytest
@@ -23,10 +22,8 @@ from forebay.page.server import Page, Server, listeners_on
 from real.browser import PROGRAM, Browser
 from real.gateway_process import COMPILED, GatewayProcess
 from real.processes import MIB, end, random_image
-
-ROOT = Path(__file__).resolve().parents[2]
-SHOTS = Path(os.environ.get("FOREBAY_SCREENSHOTS", ROOT / "build/screenshots"))
-"""Where screenshots are kept, for whoever wants to look."""
+from real.shared_gateway import SharedGateways
+from real.terminal import SHOTS
 
 HOSTILE = "a<script>window.hit=1</script><img src=x onerror=window.hit=1>\"'&{{7*7}}.raw"
 TABLE = "document.querySelector('#disks tbody tr') && document.querySelector('svg path')"
@@ -146,20 +143,22 @@ def test_names_are_text_whatever_they_look_like(quiet: Browser, hostile: str) ->
     assert all(url.startswith(hostile) for url in quiet.asked), "something from elsewhere"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [320, 375, 768, 1280])
-def test_it_fits_on_any_screen(quiet: Browser, hostile: str, width: int, scheme: str) -> None:
-    quiet.look_like(width, 800, scheme)
+def test_it_fits_on_any_screen(quiet: Browser, hostile: str) -> None:
+    SHOTS.mkdir(parents=True, exist_ok=True)
     quiet.open(hostile)
     quiet.wait_for(TABLE)
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    quiet.screenshot(SHOTS / f"hostile-{width}-{scheme}.png")
-    wide = quiet.value(
-        "[...document.querySelectorAll('body *')].filter(x => x.getBoundingClientRect().right > innerWidth + 0.5)"
-        ".map(x => x.tagName + ' ' + x.className + ' ' + x.textContent.slice(0, 30))"
-    )
-    assert wide == []
-    assert quiet.value("document.documentElement.scrollWidth <= innerWidth")
+    for width, scheme in ((320, "light"), (375, "dark"), (768, "light"), (1280, "dark")):
+        quiet.look_like(width, 800, scheme)
+        quiet.wait_for(
+            f"innerWidth === {width} && document.querySelector('svg').clientWidth < {width}"
+        )
+        quiet.screenshot(SHOTS / f"hostile-{width}-{scheme}.png")
+        wide = quiet.value(
+            "[...document.querySelectorAll('body *')].filter(x => x.getBoundingClientRect().right > innerWidth + 0.5)"
+            ".map(x => x.tagName + ' ' + x.className + ' ' + x.textContent.slice(0, 30))"
+        )
+        assert (width, wide) == (width, [])
+        assert quiet.value("document.documentElement.scrollWidth <= innerWidth")
 
 
 CONTRAST = """(selector => {
@@ -277,6 +276,19 @@ def _free_port() -> int:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
+
+
+@pytest.fixture(scope="module")
+def gateways() -> Iterator[SharedGateways]:
+    shared = SharedGateways()
+    yield shared
+    shared.remove()
+
+
+@pytest.fixture
+def gateway(gateways: SharedGateways) -> Iterator[GatewayProcess]:
+    with gateways.emptied() as running:
+        yield running
 
 
 def test_a_real_daemon_that_goes_and_comes_back(gateway: GatewayProcess, browser: Browser) -> None:

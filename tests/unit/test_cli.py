@@ -749,7 +749,7 @@ def test_every_command_of_the_contract_is_there() -> None:
         "serve attach detach status stats flush mode peer preload xml cache check-config dump-config demo "
         "fuse import libvirt-hook recover resolve takeover images stores warm tag untag pin unpin purge "
         "overlays save commit revert snapshot snapshots rollback drop trace summary hosts doctor handover evacuate "
-        "stage stager get set events page reload"
+        "stage stager get set events page reload top"
     )
     assert set(COMMANDS) == set(RUN) == set(contract.split())
 

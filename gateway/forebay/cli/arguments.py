@@ -291,6 +291,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "hosts": ("how many hosts stand, asked by ssh", partial(_hosts, add="add_hosts")),
     "stats": ("rates, one line an interval", _stats),
     "events": ("what has happened, and who asked for it", _events),
+    "top": ("what goes on, on the whole terminal", partial(_watching, add="add_top")),
     "page": ("what goes on, as a page for browsers", partial(_watching, add="add_page")),
     "flush": ("write back until nothing is dirty", _flush),
     "get": (

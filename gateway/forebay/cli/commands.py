@@ -352,7 +352,7 @@ RUN: dict[str, Callable[[Arguments], int]] = {
     **dict.fromkeys(("summary", "hosts"), hosts),
     "stats": stats,
     "events": events,
-    **dict.fromkeys(("page",), watching),
+    **dict.fromkeys(("top", "page"), watching),
     "flush": flush,
     **dict.fromkeys(("get", "set"), settings),
     "mode": mode,

@@ -30,8 +30,8 @@ def add_top(parser: argparse.ArgumentParser, check: Check) -> None:
     add("-n", "--count", metavar="N", type=check(_count), help=text)
     text = "print one table after the other, as where stdout is no terminal"
     add("-b", "--batch", action="store_true", help=text)
-    text = "by which column, as its heading says; -COLUMN: the other way round"
-    add("-s", "--sort", metavar="COLUMN", help=text)
+    add("-s", "--sort", metavar="COLUMN", help="by which column, as its heading says")
+    add("-r", "--reverse", action="store_true", help="the other way round")
     add("-x", "--troubled", action="store_true", help="only what needs a look")
     add("--json", action="store_true", help="JSON instead of text: one object a look")
 

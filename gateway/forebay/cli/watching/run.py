@@ -11,6 +11,13 @@ from forebay.cli.asking import Arguments, daemon
 from forebay.units import listen_text
 
 
+def top(arguments: Arguments) -> int:
+    """`forebay top`: show what goes on until told to end."""
+    from forebay.cli.watching.top import top as show
+
+    return show(arguments, daemon(arguments))
+
+
 def page(arguments: Arguments) -> int:
     """`forebay page`: serve the page until told to end."""
     from forebay.page.server import run
