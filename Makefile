@@ -19,6 +19,7 @@
 # make docs     all pages as a site in build/site; a broken link fails
 # make dist     wheel and sdist in dist/, and a look at what is in them
 # make deb      a package for Debian in dist/   VERSION=  MAINTAINER="NAME <MAIL>"
+# make try-install   a minimal Debian of its own, with make install and the demo in it   SUITE=trixie
 # make lock     requirements.lock anew: the versions that packages carry
 # make lint     ruff, mypy, shellcheck
 # make install  puts it into this host, with systemd units   PREFIX=/usr/local  DESTDIR=  (and: make uninstall)
@@ -39,7 +40,7 @@ export VENV
 # tools that look for python3 on PATH (nbdkit's embedded interpreter does) find the environment
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup setup-libvirt test test-without-core test-unit test-sim test-real demo bench bench-boot bench-boot-readme bench-readme bench-profile bench-doors bench-doors-readme bench-threads bench-policy bench-overlays bench-stage fuzz fuzz-sanitized soak lab docs dist deb lock lint format install uninstall clean
+.PHONY: setup setup-libvirt test test-without-core test-unit test-sim test-real demo bench bench-boot bench-boot-readme bench-readme bench-profile bench-doors bench-doors-readme bench-threads bench-policy bench-overlays bench-stage fuzz fuzz-sanitized soak lab docs dist deb try-install lock lint format install uninstall clean
 
 setup:
 	@tools/setup.sh
@@ -125,6 +126,10 @@ docs: setup
 
 deb: setup
 	@tools/deb.sh
+
+# root, debootstrap, systemd-nspawn; five minutes
+try-install:
+	@tools/try-install.sh
 
 lock:
 	@tools/lock.sh

@@ -306,10 +306,17 @@ LINE = "98 29 0:51 / /mnt/nfs rw,relatime shared:1 - nfs4 nas:/export {options}\
 def test_how_a_store_is_mounted_is_looked_at(
     options: str, mode: Mode, level: str, said: str
 ) -> None:
-    mounts = parse(LINE.format(options=options))
-    seen = Look(**DIR | {"device": os.makedev(0, 51)})
+    elsewhere = LINE.replace("/mnt/nfs rw", "/elsewhere ro").format(options=options)
+    mounts = parse(LINE.format(options=options) + elsewhere)
+    is_ro = options.startswith("ro")
+    seen = Look(**DIR | {"device": os.makedev(0, 51), "read_only": is_ro})
     (found,) = places._mounted("s: /mnt/nfs", DiskSettings(mode=mode), seen, ME, mounts)
     assert (found.level.value, said in found.line()) == (level, True), found
+
+
+def test_a_place_that_is_mounted_read_only_is_seen_so(tmp_path: Path) -> None:
+    assert look(str(tmp_path), ME).read_only is False
+    assert look("/proc/sys", ME).read_only is bool(os.statvfs("/proc/sys").f_flag & os.ST_RDONLY)
 
 
 def test_a_store_whose_file_system_is_not_mounted_is_seen_by_fstab(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def _mounted(
         text, _, todo = unsafe.rpartition(": ")
         refused = f", and mode {settings.mode} is refused there" if behind else ""
         yield (fault if behind else warning)("store", f"{what}: {text}{refused}", todo)
-    elif mount is not None and "ro" in mount.options and behind:
+    elif seen.read_only and behind:
         text = f"{what} is mounted read-only, and its mode is {settings.mode}"
         yield fault("store", text, "mount it for writing")
     elif not seen.may_write:

@@ -61,6 +61,8 @@ class Look:
     may_read: bool = False
     """And search, where it is a directory."""
     may_write: bool = False
+    read_only: bool = False
+    """Mounted so at that place: the same file system may be mounted otherwise elsewhere."""
     free: int = 0
     """Bytes that the file system takes of that user."""
     size: int = 0
@@ -145,6 +147,7 @@ def seen(path: str) -> dict[str, Any]:
     with suppress(OSError):
         room = os.statvfs(path)
         found |= {"free": room.f_bavail * room.f_frsize, "size": room.f_blocks * room.f_frsize}
+        found["read_only"] = bool(room.f_flag & os.ST_RDONLY)
     return found
 
 
