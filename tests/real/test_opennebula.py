@@ -437,6 +437,22 @@ def test_whatever_cannot_be_read_deploys_as_before_with_one_line(
     deployed(good)
 
 
+def test_a_domain_that_is_too_long_is_refused_before_all_of_it_is_read(one: One) -> None:
+    """A file of 1 TiB, which would not fit into memory."""
+    one.deploy(one.domain(""), one.vm())
+    with (one.location / "var/vms/7/deployment.0").open("r+b") as file:
+        file.truncate(1 << 40)
+    file = one.location / "var/vms/7/deployment.0"
+    done = one.run("vmm/kvm/deploy.forebay", str(file), "ham0", "7", "ham0", stdin=b"x")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"ERROR: deploy.forebay: .* is longer than 16 MiB, .*\n", done.stderr)
+    (one.location / "var/vms/7/vm.xml").write_bytes(b" " * (40 << 20))
+    domain = one.domain(one.disk_element())
+    file.write_bytes(domain)
+    done = one.run("vmm/kvm/deploy.forebay", str(file), "ham0", "7", "ham0", stdin=b"x")
+    assert "starts without Forebay" in done.stderr
+
+
 def test_why_a_host_refuses_is_the_last_line(one: One) -> None:
     """As for the hook's line: daemon down, image of a dead host, still drained elsewhere, mounted soft."""
     one.script(

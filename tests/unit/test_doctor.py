@@ -16,7 +16,7 @@ import pytest
 from forebay.cli.main import main
 from forebay.config.model import Config, DiskSettings, Mode, Store
 from forebay.config.sections import CacheSection, GatewaySection
-from forebay.doctor import daemon, host, places, probe, run
+from forebay.doctor import bundle, daemon, host, places, probe, run
 from forebay.doctor.bundle import write
 from forebay.doctor.daemon import ANSWERS, Daemon, ask, check, check_config
 from forebay.doctor.finding import CODES, Finding, Level, fault, ok, unknown, warning, worst
@@ -462,6 +462,30 @@ def test_a_bundle_has_what_a_report_needs_and_no_secret(tmp_path: Path) -> None:
     assert not [name for name, text in texts.items() if "hidden" in text]
     assert "images" not in texts["forebay-report/doctor.txt"]
     assert json.loads(texts["forebay-report/daemon/disks.json"])[0]["image"] == "nbd://***@s/x"
+
+
+@pytest.mark.parametrize("name", ["journal.log", "unit.txt"])
+def test_what_is_too_long_is_cut_before_it_is_looked_through_and_through_no_secret(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "LONGEST", 2000)
+    monkeypatch.setattr(bundle, "EDGE", 500)
+    looked = list[int]()
+
+    def count(text: str) -> str:
+        looked.append(len(text))
+        return without_secrets(text)
+
+    monkeypatch.setattr(bundle, "without_secrets", count)
+    secret = f"{KEY}\npassword=hidden\n"
+    for before in range(1800, 2700, 7):  # a cut goes through it wherever it can
+        pieces = ["x y\n" * 5000, secret, "z\n" * (before // 2)]
+        text = "".join(pieces if name.endswith(".log") else reversed(pieces))
+        found = bundle.kept(name, text)
+        assert "hidden" not in found
+        assert not [line for line in KEY.splitlines()[1:-1] if line in found]
+        assert 1000 < len(found) <= 2500
+    assert max(looked) == 2500
 
 
 def test_a_bundle_replaces_nothing_and_leaves_nothing_where_it_fails(tmp_path: Path) -> None:

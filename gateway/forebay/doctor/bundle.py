@@ -25,6 +25,9 @@ from forebay.errors import ForebayError, advice
 
 LONGEST = 8 << 20
 """Bytes of one file: the last ones of a log, the first ones of anything else."""
+EDGE = 64 << 10
+"""Characters: what is looked through for secrets is longer by so many than what is kept, since a secret that a cut
+goes through is not known for one. None is as long."""
 LOG_LINES = 10_000
 PACKAGES = ("trio", "lmdb", "pydantic", "h11", "pyfuse3", "rich")
 PROGRAMS = (
@@ -51,7 +54,7 @@ def write(path: Path, config: Config | None, daemon: Daemon, found: list[Finding
         with os.fdopen(fd, "wb") as file:
             with tarfile.open(fileobj=file, mode="w:gz") as tar:
                 for name, text in members(config, daemon, found):
-                    _add(tar, name, without_secrets(text))
+                    _add(tar, name, kept(name, text))
                     names.append(name)
             file.flush()
             os.fsync(file.fileno())
@@ -67,6 +70,16 @@ def write(path: Path, config: Config | None, daemon: Daemon, found: list[Finding
 def _unwritten(path: Path, error: OSError) -> ForebayError:
     text = f"{path} cannot be written: {error.strerror or error}"
     return ForebayError(f"{text}: {advice(error, 'choose another place')}")
+
+
+def kept(name: str, text: str) -> str:
+    """What is kept of a text under that name, without secrets. However long it is, no more than that is looked at."""
+    most = LONGEST + EDGE
+    if len(text) <= most:
+        return without_secrets(text)
+    if name.endswith(".log"):
+        return without_secrets(text[-most:])[EDGE:]
+    return without_secrets(text[:most])[:-EDGE]
 
 
 def _add(tar: tarfile.TarFile, name: str, text: str) -> None:

@@ -29,6 +29,9 @@ from forebay_one.vm import MOST_XML, Failed, disks, read_xml
 
 DEFAULT_REMOTE = "/var/tmp/one"  # noqa: S108  (OpenNebula's own)
 
+LONGEST_READ = 2 * MOST_XML
+"""Bytes that are read of what may be written in base64."""
+
 END = "END-OF-FOREBAY"
 
 SCRIPT = """set -e -o pipefail
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) < 4:
         raise Failed("wants FILE HOST VMID HOST")
     file, host, vm = arguments[:3]
-    given = sys.stdin.buffer.read()
+    given = sys.stdin.buffer.read(LONGEST_READ)
     domain = _domain(file, given)
     directory = directory_of(domain)
     script = SCRIPT.format(
@@ -65,22 +68,25 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _domain(file: str, given: bytes) -> bytes:
-    """The domain, from its file; where that cannot be read, from what the driver was given. Raises OSError."""
+    """The domain, from its file; where that cannot be read, from what the driver was given.
+
+    Raises OSError, and Failed for one that is longer than any that libvirt takes.
+    """
     try:
         with open(file, "rb") as opened:
-            return opened.read()
+            domain = opened.read(MOST_XML + 1)
     except OSError:
-        with_it = decoded(given)
-        if not with_it:
+        domain = decoded(given)
+        if not domain:
             raise
-        return with_it
+    if len(domain) > MOST_XML:
+        raise Failed(f"{file} is longer than {MOST_XML >> 20} MiB, which libvirt does not take")
+    return domain
 
 
 def _rewritten(domain: bytes, vm_xml: bytes, vm: str) -> bytes:
     """The domain as it is to be; as it is, with a line in the log, where that cannot be made."""
     try:
-        if len(domain) > MOST_XML:
-            raise Failed("the domain is too large")
         served = [disk for disk in disks(read_xml(vm_xml)) if disk.is_served]
         return through_forebay(domain, vm, served, settings().run) if served else domain
     except Exception as fault:  # noqa: BLE001  (a VM that is none of ours must start)
@@ -92,7 +98,7 @@ def beside(file: str, name: str) -> bytes:
     """What lies beside the file; empty where it cannot be read. OpenNebula's driver writes it in base64."""
     try:
         with open(os.path.join(os.path.dirname(file), name), "rb") as opened:
-            return decoded(opened.read(2 * MOST_XML))
+            return decoded(opened.read(LONGEST_READ))
     except OSError:
         return b""
 
