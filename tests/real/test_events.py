@@ -62,6 +62,12 @@ def test_the_life_of_a_disk_is_told_and_outlives_a_kill(
     assert found["client"] | {"action": "disconnect", "client_pid": os.getpid()} == found["client"]
     assert (found["mode"]["was"], found["mode"]["now"]) == ("write-back", "write-through")
     assert found["checkpoint"]["written_bytes"] == 4096
+    refused = gateway.cli("attach", "vm2", "images:no.raw", check=False).stderr.strip()
+    again = gateway.cli("flush", "vm3", check=False).stderr.strip()
+    said = [one["text"] for one in told(gateway) if one.get("ok") is False]
+    assert said == [
+        f"not done: {one.removeprefix('forebay: ').splitlines()[0]}" for one in (refused, again)
+    ]
     everything = told(gateway)
     assert [one["kind"] for one in everything].count("start") == 2
     assert any("POST /disks/vm1/preload" in one["text"] for one in everything)

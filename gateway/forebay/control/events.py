@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from forebay.control.arguments import EVENTS, arguments
+from forebay.control.work import Operation, in_words
 from forebay.events.held import Events
 from forebay.events.ring import Entry
 from forebay.events.telling import tell
@@ -161,13 +162,25 @@ def _disk_in(request: Request) -> str:
 
 
 def told(method: str, path: str, endpoint: Endpoint) -> Endpoint:
-    """The endpoint; where it may change something, who has asked for that is told before."""
+    """The endpoint; where it may change something, who has asked for that is told before, and why it is not done."""
     if method == "GET" or path in _UNTOLD:
         return endpoint
 
     async def call(request: Request) -> Answer:
         target = printable(f"{request.method} {request.target}")[:LONGEST_TARGET]
-        tell("command", f"asked for: {target}", _disk_in(request))
-        return await endpoint(request)
+        disk = _disk_in(request)
+        tell("command", f"asked for: {target}", disk)
+
+        def refused(text: str) -> None:
+            tell("command", f"not done: {text}", disk, ok=False)
+
+        try:
+            answer = await endpoint(request)
+        except Exception as fault:
+            refused(in_words(fault))
+            raise
+        if isinstance(answer, Operation):
+            answer.on_refused = refused
+        return answer
 
     return call

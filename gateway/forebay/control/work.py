@@ -44,6 +44,16 @@ def failure(fault: Exception, disk: str = "") -> tuple[int, str]:
     return 500, f"a fault of forebay itself ({type(fault).__name__}): look at the daemon's log"
 
 
+def in_words(fault: Exception) -> str:
+    """The line for a request that failed, without a word of it in the log: `failure` says that."""
+    match fault:
+        case HTTPException():
+            return fault.detail
+        case OSError():
+            return fault.strerror or type(fault).__name__
+    return str(fault) if isinstance(fault, ForebayError) else type(fault).__name__
+
+
 def error(status: int, text: str, fault: Exception | None = None) -> Answer:
     """The response that says what is wrong; with `holder` where an image is in somebody else's hands."""
     holder = {"holder": fault.holder} if isinstance(fault, InUseError) else {}
@@ -62,6 +72,8 @@ class Operation:
         self._finished = trio.Event()
         self._outcome: dict[str, Any] = {}
         self._status = 200
+        self.on_refused: Callable[[str], None] = lambda _text: None
+        """Called with what is wrong, where the work fails."""
 
     async def send(self, exchange: Exchange) -> None:
         """Do the work, and answer. Raises HungUp."""
@@ -89,6 +101,7 @@ class Operation:
             except Exception as fault:  # noqa: BLE001  (the client is told, and the daemon lives)
                 self._status, text = failure(fault, disk)
                 self._outcome = {"error": text}
+                self.on_refused(text)
         self._finished.set()
         self._changed.set()
 
