@@ -63,13 +63,14 @@ def test_what_is_written_is_what_the_model_makes_of_it(key: str) -> None:
         (["iops=1.5"], "whole number"),
         (["iops=-1"], "whole number"),
         (["iops=1000000001"], "up to 1000000000"),
-        ([f"iops={'9' * 5000}"], "whole number"),
+        ([f"iops={'9' * 5000}"], "at most 64 characters"),
         (["bps=4K"], "too slow: use at least 64 KiB a second"),
         (["peer=any"], "'forebay peer'"),
         (["on_change=refuse"], "in the configuration"),
         (["max_lag=5s", "max_lag=6s"], "twice"),
         (["max_lag=5s", "max_dirty=lots"], "max_dirty: "),
         ([f"{'x' * 5000}=1"], "no setting 'xxx"),
+        ([f"max_lag={'9' * 5000}"], "at most 64 characters"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(words: list[str], said: str) -> None:

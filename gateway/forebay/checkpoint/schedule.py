@@ -37,6 +37,9 @@ PASSES_BESIDE_WRITES = 2
 AGAIN_SECONDS = 1.0
 """How soon a guest's write tries a pass again that failed, while the cache device does not work."""
 
+LOOK_LEAST = 0.01
+"""Seconds between two looks whether a checkpoint is due, at least: a `max_lag` below is as good as that."""
+
 IDLE_SECONDS = 10.0
 """After how long without anything dirty the marker beside the image is to say so, where no pass has cleared it."""
 
@@ -113,12 +116,16 @@ class WriteBack:
                 return
             if self.automatic and self._is_old_or_much():
                 return
-            with trio.move_on_after(min(1.0, self._settings.now.max_lag / 8)):
+            with trio.move_on_after(self._look_seconds()):
                 await self._wanted.wait()
             if self._wanted.is_set():
                 self._wanted = trio.Event()
                 if self._dirty.bytes:
                     return
+
+    def _look_seconds(self) -> float:
+        """How soon it looks again: a setting may be another by then, and none has it look all the time."""
+        return max(LOOK_LEAST, min(1.0, self._settings.now.max_lag / 8))
 
     def _must_begin(self) -> bool:
         """True if a checkpoint is due whatever the mode, because something is not as it should be."""

@@ -24,7 +24,7 @@ from forebay.units import (
 )
 
 LONGEST_VALUE = 64
-"""Characters of a value that an error shows."""
+"""Characters of a value, and of what an error shows of a key."""
 
 
 class Key(NamedTuple):
@@ -94,6 +94,10 @@ def parse_change(key: str, value: Any) -> Any:
     check_key(key)
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
+    if not isinstance(value, str | int | float) or len(str(value)) > LONGEST_VALUE:
+        raise ValueError(
+            f"{key}: neither a number nor a text of at most {LONGEST_VALUE} characters"
+        )
     try:
         return KEYS[key].parse(value)
     except ValueError as fault:

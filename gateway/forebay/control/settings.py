@@ -73,8 +73,9 @@ class SettingRoutes:
         """The configuration that holds."""
         return JSONResponse(self._reloading.running())
 
-    async def reload(self, _: Request) -> Response:
+    async def reload(self, request: Request) -> Response:
         """Take the configuration anew; answers with what is new."""
+        await arguments(request, {})
         return JSONResponse(await self._reloading.reload())
 
     async def all(self, _: Request) -> Response:
