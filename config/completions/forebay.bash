@@ -83,8 +83,10 @@ _shtab_forebay_page___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_flush_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_flush___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_get_pos_0_COMPGEN=_forebay_disks
+_shtab_forebay_get_pos_1_COMPGEN=_forebay_settings
 _shtab_forebay_get___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_set_pos_0_COMPGEN=_forebay_disks
+_shtab_forebay_set_pos_1_COMPGEN=_forebay_changes
 _shtab_forebay_set___config_COMPGEN=_shtab_compgen_files
 _shtab_forebay_mode_pos_0_COMPGEN=_forebay_disks
 _shtab_forebay_mode___config_COMPGEN=_shtab_compgen_files
@@ -360,6 +362,13 @@ _shtab_forebay___version_nargs=0
 
 # Custom Preamble
 
+_forebay_changes() {
+  compopt -o nospace 2>/dev/null
+  compgen -W "mode= cache_size= preload= max_lag= max_dirty= slow= origin_timeout= iops= bps= iops_burst= bps_burst=" -- "$1"
+}
+_forebay_settings() {
+  compgen -W "mode cache_size preload max_lag max_dirty slow origin_timeout iops bps iops_burst bps_burst peer on_change require_locks" -- "$1"
+}
 _forebay_disks() {
   local socket
   for socket in /run/forebay/disks/"$1"*.sock; do

@@ -13,6 +13,13 @@ from forebay.errors import ForebayError
 
 PREAMBLE = {
     "bash": """
+_forebay_changes() {
+  compopt -o nospace 2>/dev/null
+  compgen -W "CHANGES" -- "$1"
+}
+_forebay_settings() {
+  compgen -W "SETTINGS" -- "$1"
+}
 _forebay_disks() {
   local socket
   for socket in /run/forebay/disks/"$1"*.sock; do
@@ -21,6 +28,12 @@ _forebay_disks() {
 }
 """,
     "zsh": """
+_forebay_changes() {
+  compadd -S '' -- CHANGES
+}
+_forebay_settings() {
+  compadd -- SETTINGS
+}
 _forebay_disks() {
   local -a disks
   disks=(/run/forebay/disks/*.sock(N:t:r))
@@ -35,6 +48,8 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
     shtab = _shtab()
     completers = {
         "NAME": {"bash": "_forebay_disks", "zsh": "_forebay_disks"},
+        "KEY": {"bash": "_forebay_settings", "zsh": "_forebay_settings"},
+        "KEY=VALUE": {"bash": "_forebay_changes", "zsh": "_forebay_changes"},
         "FILE": shtab.FILE,
         "DIR": shtab.DIRECTORY,
     }
@@ -42,8 +57,17 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
         for action in command._actions:  # noqa: SLF001  (shtab reads them there too)
             if action.metavar in completers:
                 action.complete = completers[action.metavar]  # type: ignore[attr-defined]
-    made: str = shtab.complete(parser, shell, preamble=PREAMBLE.get(shell, ""))
+    made: str = shtab.complete(parser, shell, preamble=_preamble(shell))
     return made
+
+
+def _preamble(shell: str) -> str:
+    """The functions that complete disks, settings, and changes of them."""
+    from forebay.config.keys import KEYS, listed
+
+    changes = " ".join(f"{key}=" for key in KEYS)
+    text = PREAMBLE.get(shell, "")
+    return text.replace("CHANGES", changes).replace("SETTINGS", " ".join(listed()))
 
 
 def _shtab() -> ModuleType:
