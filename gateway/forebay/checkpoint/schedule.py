@@ -116,16 +116,12 @@ class WriteBack:
                 return
             if self.automatic and self._is_old_or_much():
                 return
-            with trio.move_on_after(self._look_seconds()):
+            with trio.move_on_after(_look_seconds(self._settings.now.max_lag)):
                 await self._wanted.wait()
             if self._wanted.is_set():
                 self._wanted = trio.Event()
                 if self._dirty.bytes:
                     return
-
-    def _look_seconds(self) -> float:
-        """How soon it looks again: a setting may be another by then, and none has it look all the time."""
-        return max(LOOK_LEAST, min(1.0, self._settings.now.max_lag / 8))
 
     def _must_begin(self) -> bool:
         """True if a checkpoint is due whatever the mode, because something is not as it should be."""
@@ -349,3 +345,10 @@ def _tell_checkpoint(disk: str, size: int, seconds: float) -> None:
     text = f"{format_size(size)} written back in {format_duration(seconds)}"
     told: dict[str, Any] = {"written_bytes": size, "took_seconds": round(seconds, 3)}
     tell("checkpoint", text, disk, log=log, **told)
+
+
+def _look_seconds(max_lag: float) -> float:
+    """How soon it looks again whether a checkpoint is due: `max_lag` may be another by then, and none has it look all
+    the time.
+    """
+    return max(LOOK_LEAST, min(1.0, max_lag / 8))
