@@ -183,9 +183,12 @@ def crc32(data, uint32_t crc=0):
 # --- how long requests took ------------------------------------------------------------------------------------------
 
 
+cdef double LONGEST = 1e6  # seconds
+
+
 cdef inline void note_time(uint64_t *counts, int kind, double seconds, uint64_t times) noexcept nogil:
     """`forebay_fast.latency.Latency.note`."""
-    cdef uint64_t nanoseconds = <uint64_t> (seconds * 1e9) if seconds > 0 else 0
+    cdef uint64_t nanoseconds = <uint64_t> (min(seconds, LONGEST) * 1e9) if seconds > 0 else 0
     cdef uint64_t units = nanoseconds // TIME_UNIT
     cdef int octave, bucket = 0
     counts += kind * TIME_WIDTH

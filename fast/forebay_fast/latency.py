@@ -28,6 +28,10 @@ MAX: Final = BUCKETS + 1
 WIDTH: Final = BUCKETS + 2
 """Words of one histogram: its buckets, the sum and the maximum, both in nanoseconds."""
 
+LONGEST: Final = 1e6
+"""Seconds that one request counts for at most."""
+_WORD: Final = (1 << 64) - 1
+
 REQUESTS: Final = ("hit", "miss", "write", "flush")
 """Kinds of requests of guests: READs that needed nothing of the origin, and that did; WRITE and WRITE_ZEROES; FLUSH."""
 HIT, MISS, WRITE, FLUSH, ORIGIN_READ, ORIGIN_WRITE, ORIGIN_SYNC = range(7)
@@ -71,10 +75,10 @@ class Latency:
 
     def note(self, kind: int, seconds: float, times: int = 1) -> None:
         """So many requests of a kind took so long each."""
-        nanoseconds = int(seconds * 1e9) if seconds > 0 else 0
+        nanoseconds = int(min(seconds, LONGEST) * 1e9) if seconds > 0 else 0
         counts, first = self.counts, kind * WIDTH
         counts[first + bucket_of(nanoseconds)] += times
-        counts[first + SUM] += nanoseconds * times
+        counts[first + SUM] = counts[first + SUM] + nanoseconds * times & _WORD
         counts[first + MAX] = max(counts[first + MAX], nanoseconds)
 
     def of(self, kind: int) -> array[int]:

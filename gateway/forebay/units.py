@@ -289,6 +289,18 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
+def format_latency(seconds: float) -> str:
+    """A time in at most five characters: `12us`, `1.2ms`, `85ms`, `3.2s`, `2m`."""
+    if seconds < 0.9995e-3:
+        return f"{seconds * 1e6:.0f}us"
+    if seconds < 0.9995:
+        milliseconds = seconds * 1e3
+        return f"{milliseconds:.1f}ms" if milliseconds < 9.95 else f"{milliseconds:.0f}ms"
+    if seconds < 99.5:
+        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
+    return f"{seconds / 60:.0f}m"
+
+
 def natural(text: str) -> tuple[list[tuple[bool, int, str]], str]:
     """What to sort names by, so that `vm10` comes behind `vm9`: numbers in them count as such, before other text."""
     return [_part(part) for part in re.findall(r"[0-9]+|[^0-9]+", text)], text

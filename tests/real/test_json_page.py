@@ -53,6 +53,8 @@ def told() -> dict[str, Any]:
             "events": ask("events")[0],
             "stats": ask("stats")[0],
             "interval": ask("stats", "0.1", "1"),
+            "latency": ask("stats", "-l", "0.1", "1"),
+            "histogram": ask("stats", "-w", "0.1", "1"),
             "flush": ask("flush", "vm1"),
             "cache": ask("cache"),
             "reload": ask("reload"),
@@ -75,7 +77,7 @@ def told() -> dict[str, Any]:
         ("`forebay overlays`, `forebay snapshots NAME`", ["overlays", "snapshots"]),
         (
             "`forebay stats`, `forebay flush`, `forebay cache`",
-            ["stats", "interval", "flush", "cache"],
+            ["stats", "interval", "latency", "histogram", "flush", "cache"],
         ),
     ],
 )

@@ -5,7 +5,8 @@
 
 The same requests of a client, cut anywhere, to two caches: each gets the same reply, and both disks are the same
 afterwards. In one batch nothing is read that it writes, or written twice, so that nothing depends on who is first.
-Where bytes lie may differ here, since frames are cut where the socket was empty; test_core_twins.py compares that.
+Both count how long as many requests of each kind took. Where bytes lie may differ here, since frames are cut where the
+socket was empty; test_core_twins.py compares that.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from trio.testing import MockClock
 
 import forebay_fast
 from forebay_cache.format.geometry import BLOCK, SECTOR
+from forebay_fast.latency import BUCKETS, REQUESTS
 from forebay_nbd import Limits
 from forebay_nbd.protocol.session import Session
 from forebay_nbd.protocol.wire import MAX_PAYLOAD
@@ -191,6 +193,8 @@ async def tell(side: Side, name: int, structured: bool, small: bool, core: bool)
                 connection.abort()
                 theirs.close()
     assert not small or disk.pins, "the client took everything at once"
+    latency = disk.timing.latency
+    told.append({kind: sum(latency.of(n)[:BUCKETS]) for n, kind in enumerate(REQUESTS)})
     return told
 
 

@@ -3,6 +3,7 @@
 
 """A gateway without disks, for what stands in front of it: the control API and the command."""
 
+import json
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -195,11 +196,21 @@ class FakeHistory:
         return {"seconds": seconds, "points": points, "disk": disk}
 
 
+class FakeHistograms:
+    """Tells what it was asked for."""
+
+    async def told(self, name: str | None = None) -> bytes:
+        if name == "none":
+            raise ForebayError("'none' is not served")
+        return json.dumps({"edges": [], "disks": [name or "all"], "cache_device": {}}).encode()
+
+
 class FakeSummary:
     """Says always the same."""
 
     def __init__(self) -> None:
         self.history = FakeHistory()
+        self.latency = FakeHistograms()
 
     async def report(self) -> dict[str, Any]:
         return SUMMARY

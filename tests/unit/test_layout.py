@@ -136,7 +136,7 @@ ORDER: dict[str, list[str]] = {
         "process",
         "doctor",
         "cli/terminal",
-        "cli/hosts",
+        "cli/hosts cli/latency",
         "cli",
         "cli/staging cli/settings cli/events cli/watching",
         "__main__",

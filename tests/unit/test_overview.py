@@ -234,6 +234,7 @@ async def summary_of(
             StoreThreads,
             lambda: all_of(disks),
             lambda _store: all_of(images),
+            list,
         )
         return await summary.report()
 

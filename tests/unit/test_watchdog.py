@@ -31,7 +31,16 @@ class Settings:
 
 
 @dataclass
+class Timing:
+    looks: int = 0
+
+    def look(self) -> None:
+        self.looks += 1
+
+
+@dataclass
 class Block:
+    timing: Timing = field(default_factory=Timing)
     settings: Settings = field(default_factory=Settings)
     dirty_bytes: int = 0
 

@@ -47,6 +47,7 @@ from forebay_cache.format.geometry import (
     sector_runs,
 )
 from forebay_cache.layers.layer import Layer, LayerState
+from forebay_fast.latency import DEVICE_WRITE
 
 _target = moved
 """As in ``private``."""
@@ -108,6 +109,7 @@ async def write(
     try:
         sums, took = await cache.threads.writes.run(_write, cache, parts)
         cache.threads.pace.note_write(took)
+        cache.threads.pace.latency.note(DEVICE_WRITE, took)
         cache.failure.check()
         if may_store() and cache.intent.has_room(len(data)):
             grown = _store(cache, layer, parts, sums, since)

@@ -125,7 +125,10 @@ def _status(parser: Parser) -> None:
 def _stats(parser: Parser) -> None:
     text = "a disk; seconds between lines; how many lines"
     parser.add_argument("what", metavar="NAME | INTERVAL | COUNT", nargs="*", help=text)
-    parser.usage = "forebay stats [--config FILE] [--json] [NAME] [INTERVAL [COUNT]]"
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("-l", "--latency", action="store_true", help="how long requests took")
+    which.add_argument("-w", "--histogram", action="store_true", help="the same as a histogram")
+    parser.usage = "forebay stats [--config FILE] [--json] [-l | -w] [NAME] [INTERVAL [COUNT]]"
     _json(parser)
 
 

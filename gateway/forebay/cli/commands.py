@@ -279,9 +279,17 @@ def cache(arguments: Arguments) -> int:
 
 
 def stats(arguments: Arguments) -> int:
-    """`forebay stats`: print rates, or totals."""
+    """`forebay stats`: print rates, or totals, or how long requests took."""
+    from forebay.cli.stats import latency
     from forebay.cli.stats import stats as run
 
+    if arguments.latency or arguments.histogram:
+        return latency(
+            arguments.what,
+            daemon(arguments),
+            wide=arguments.histogram,
+            json_lines=arguments.json,
+        )
     return run(arguments.what, daemon(arguments), json_lines=arguments.json)
 
 

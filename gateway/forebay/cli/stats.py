@@ -10,13 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from forebay.cli.asking import Daemon
 from forebay.cli.terminal.render import Cell, Column, hit_percent, megabytes, rate, table
 from forebay.units import format_duration, format_size, natural, parse_duration, parse_name
 
 Disk = Mapping[str, Any]
+T = TypeVar("T")
 
 NUMBER = re.compile(r"\d+(\.\d+)?", re.ASCII)
 
@@ -236,20 +237,54 @@ def sample(client: Daemon, name: str | None) -> list[Disk]:
 
 def intervals(client: Daemon, wanted: Wanted) -> Iterator[dict[str, Any]]:
     """Rates of one interval after the other. A daemon that is restarted meanwhile is waited for."""
+    looks = _looks(lambda: (sample(client, wanted.name), time.monotonic()), wanted)
+    before, then = next(looks)
+    for after, now in looks:
+        yield rates(wanted.name, before, after, now - then)
+        before, then = after, now
+
+
+def _looks(ask: Callable[[], T], wanted: Wanted) -> Iterator[T]:
+    """What `ask` returns, now and at the end of each interval. A daemon that is restarted meanwhile is waited for."""
     from forebay.client import NoDaemonError
 
     assert wanted.interval is not None
-    before, then = sample(client, wanted.name), time.monotonic()
-    due, shown, away = then, 0, False
+    yield ask()
+    due, shown, away = time.monotonic(), 0, False
     while wanted.count is None or shown < wanted.count:
         due = max(due + wanted.interval, time.monotonic())
         time.sleep(max(0.0, due - time.monotonic()))
         try:
-            after, now = sample(client, wanted.name), time.monotonic()
+            found = ask()
         except NoDaemonError as fault:
             if not away:
                 print(f"forebay: {fault}; waiting for it", file=sys.stderr, flush=True)
             away = True
             continue
-        yield rates(wanted.name, before, after, now - then)
-        before, then, shown, away = after, now, shown + 1, False
+        yield found
+        shown, away = shown + 1, False
+
+
+def latency(words: Sequence[str], client: Daemon, *, wide: bool, json_lines: bool) -> int:
+    """Print how long requests took, as `stats` does what there were; `wide`: as histograms."""
+    from forebay.cli.latency.shown import each, once
+    from forebay.cli.latency.taken import Look
+
+    wanted = parse_wanted(words, lambda: [disk["name"] for disk in client.get("/disks")])
+    target = "/latency" if wanted.name is None else f"/disks/{wanted.name}/latency"
+
+    def ask() -> Look:
+        return Look(client.get(target))
+
+    if wanted.interval is None:
+        print("\n".join(once(ask(), wanted.name, wide=wide, json_lines=json_lines)))
+        return 0
+    looks = _looks(ask, wanted)
+    try:
+        for lines in each(
+            wanted.name, looks, wide=wide, json_lines=json_lines, every=HEADING_EVERY
+        ):
+            print("\n".join(lines), flush=True)
+    except KeyboardInterrupt:
+        pass  # the way to end it
+    return 0

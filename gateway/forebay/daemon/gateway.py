@@ -19,7 +19,8 @@ from forebay.boot.disk_boot import boot_of
 from forebay.boot.files import TraceFiles
 from forebay.catalogue.catalogue import Catalogue
 from forebay.config.model import Config
-from forebay.control.prometheus.metrics import metrics_lines
+from forebay.control.prometheus.latency import latency_lines
+from forebay.control.prometheus.metrics import label, metrics_lines
 from forebay.daemon.arrivals import Arrivals
 from forebay.daemon.attached import Attached
 from forebay.daemon.committing import Committing
@@ -149,7 +150,13 @@ class Gateway:
             cache, lambda: [*(one.disk.image for one in self.attached()), *self.stores.images()]
         )
         self.summary = Summary(
-            config, cache, nursery, self._threads_of, self.statuses, self.catalogue.images
+            config,
+            cache,
+            nursery,
+            self._threads_of,
+            self.statuses,
+            self.catalogue.images,
+            lambda: ((one.name, one.disk.timing) for one in self.attached()),
         )
 
         tasks = (
@@ -374,6 +381,11 @@ class Gateway:
         cache = self.cache_info() | METER.figures()
         found: list[str] = []
         for lines in metrics_lines(disks, cache, self.info(), self.stores.status()):
+            await trio.lowlevel.checkpoint()
+            found += lines
+        latency = self.summary.latency
+        labelled = [(label("disk", name), of_disk) for name, of_disk in latency.each()]
+        for lines in latency_lines(labelled, latency.device):
             await trio.lowlevel.checkpoint()
             found += lines
         return "\n".join(found) + "\n"

@@ -10,6 +10,7 @@ the data is there it is looked once more whether all that still holds (:mod:`for
 """
 
 import errno
+from time import perf_counter
 
 import trio
 
@@ -25,6 +26,7 @@ from forebay_cache.blocks.fast import write_run_of
 from forebay_cache.durable.sync import Begun
 from forebay_cache.format.geometry import BLOCK, SECTOR
 from forebay_cache.turns import next_turn
+from forebay_fast.latency import DEVICE_WRITE
 
 PIECE = 1 << 20
 """A long request is stored in pieces of this size, so that it needs only so much room in the journal at a time."""
@@ -162,8 +164,10 @@ class PrivateWrites:
         """Store whole sectors and have their records with the kernel, or return False. Raises OSError."""
         layer = self._open_layer
         sectors, slots = layer.sectors, layer.slots
+        began = perf_counter()
         if not private.write(self._cache, layer, offset, data):
             return False
+        self._cache.threads.pace.latency.note(DEVICE_WRITE, perf_counter() - began)
         self._note_written(layer, layer.sectors - sectors, layer.slots - slots)
         self._cache.intent.publish()
         return True

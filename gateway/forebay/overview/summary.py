@@ -12,9 +12,11 @@ import trio
 from forebay import __version__
 from forebay.config.model import Config
 from forebay.history.history import History
+from forebay.latency.requests import Requests
 from forebay.origin.threads import StoreThreads
 from forebay.overview.health import StoreHealth
 from forebay.overview.hits import RecentHits
+from forebay.overview.latency import Histograms
 from forebay.overview.remembered import Remembered
 from forebay.units import HEALTHY, LAG_TIMES, Mode, format_duration
 from forebay_cache import Cache
@@ -43,10 +45,12 @@ class Summary:
         threads_of: Callable[[str], StoreThreads],
         statuses: Callable[[], AsyncIterator[Told]],
         images: Callable[[str | None], AsyncIterator[Told]],
+        timings: Callable[[], Iterable[tuple[str, Requests]]],
     ) -> None:
         """`nursery` outlives it. `threads_of` gives the threads of a store, `statuses` what is told of each disk, and
-        `images` of each image.
+        `images` of each image, `timings` the requests of each disk that is served.
         """
+        self.latency = Histograms(cache, timings)
         self._config = config
         self._cache = cache
         self._statuses = statuses

@@ -83,7 +83,9 @@ async def feed(
         stuck, summary = None, "the state of the disks cannot be told: see the log"
         try:
             found = disks()
-            stuck, summary = await watch.stuck([*found, *others()]), await _summary(found)
+            served: list[Watched] = [*found, *others()]
+            stuck, summary = await watch.stuck(served), await _summary(found)
+            await _tell_slow(served)
             is_blind = False
         except Exception:
             if not is_blind:
@@ -96,6 +98,15 @@ async def feed(
             notify("WATCHDOG=1", wait=False)
         notify(f"STATUS={stuck or summary}", wait=False)
         await trio.sleep(pause)
+
+
+async def _tell_slow(disks: list[Watched]) -> None:
+    """Have the log say which requests take long and have not ended."""
+    for n, one in enumerate(disks, 1):
+        if n % _AT_ONCE == 0:
+            await trio.lowlevel.checkpoint()
+        if one.disk is not None:
+            one.disk.timing.look()
 
 
 async def _summary(disks: list[Attached]) -> str:

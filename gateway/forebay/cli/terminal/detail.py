@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from forebay.cli.terminal.render import Cell, Column, boot_line, hit_percent, table
-from forebay.units import format_duration, format_size, printable
+from forebay.units import format_duration, format_latency, format_size, printable
 
 Told = Mapping[str, Any]
 
@@ -69,6 +69,8 @@ def _facts(disk: Told, snapshots: Sequence[Told]) -> Iterator[tuple[str, str]]:
         yield f"{what}s", f"{hits + misses:.0f}, {amount}{share}"
     from_image, to_image = disk["origin_read_bytes"], disk["origin_written_bytes"]
     yield "traffic", f"{format_size(from_image)} from the image, {format_size(to_image)} to it"
+    if waits := _waits(disk):
+        yield "latency", waits
     if disk.get("origin_errors"):
         yield "errors", f"{disk['origin_errors']:.0f} requests that the image failed"
     if rates := _rates(disk):
@@ -88,6 +90,20 @@ def _rates(disk: Told) -> str:
     if not waits:
         return allowed if limits else ""
     return f"{allowed}; clients waited for {format_duration(disk['throttled_seconds'])}, {waits:.0f} times"
+
+
+def _waits(disk: Told) -> str:
+    """`hit 12us/1.2ms, ...`: p50 and p99 of each kind of request that there was, and what waits now."""
+    found = [
+        f"{kind} {format_latency(of['p50_seconds'])}/{format_latency(of['p99_seconds'])}"
+        for kind, of in (disk.get("latency") or {}).items()
+        if of["count"] and not kind.startswith("origin_")
+    ]
+    if not found:
+        return ""
+    depth = disk.get("queue_depth", 0)
+    slow = f", {disk['slow_requests']:.0f} were slow" if disk.get("slow_requests") else ""
+    return f"{', '.join(found)} (p50/p99 since attach), {depth:.0f} waiting{slow}"
 
 
 def _clients(disk: Told) -> Iterator[str]:

@@ -89,6 +89,8 @@ DISK_METRICS = (
         "throttled_seconds",
     ),
     _one("nbd_connections", "gauge", "Clients that are connected.", "clients"),
+    _one("queue_depth", "gauge", "Requests that wait for something.", "queue_depth"),
+    _one("slow_requests_total", "counter", "Requests that took longer than slow.", "slow_requests"),
 )
 """One sample for each disk; what a status does not have is left out."""
 
@@ -190,7 +192,7 @@ def _disk_samples(metric: Metric, disks: Iterable[Values]) -> Iterator[tuple[str
     for disk in disks:
         for labels, key in metric.samples:
             if key in disk:
-                yield ",".join(filter(None, (_label("disk", disk["name"]), labels))), disk[key]
+                yield ",".join(filter(None, (label("disk", disk["name"]), labels))), disk[key]
 
 
 def _store_samples(metric: Metric, stores: Iterable[Values]) -> Iterator[tuple[str, float]]:
@@ -200,7 +202,7 @@ def _store_samples(metric: Metric, stores: Iterable[Values]) -> Iterator[tuple[s
             if store["socket"]:
                 value = store[key]
                 yield (
-                    _label("store", store["store"]),
+                    label("store", store["store"]),
                     len(value) if isinstance(value, list) else value,
                 )
 
@@ -209,10 +211,10 @@ def _words(disk: Values) -> str:
     """The labels that say in words how a disk is."""
     told = {"disk": disk["name"], "image": disk["image"], "mode": disk["mode"]}
     told |= {"state": disk["state"], "overlay": disk["overlay"], "read_only": disk["read_only"]}
-    return ",".join(_label(key, value) for key, value in told.items())
+    return ",".join(label(key, value) for key, value in told.items())
 
 
-def _label(name: str, value: object) -> str:
+def label(name: str, value: object) -> str:
     """A label, its value escaped."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
     for character, written in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n")):
