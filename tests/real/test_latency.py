@@ -53,7 +53,7 @@ def test_each_request_counts_once(
     assert found["hit"] + found["miss"] == 21
     assert 1 <= found["miss"] <= 10
     assert (found["write"], found["flush"]) == (7, 2)
-    assert found["origin_read"] >= found["miss"] > 0
+    assert found["origin_read"] > 0, "one may be for several misses"
     if mode == "write-through":
         assert found["origin_write"] == 7
         assert found["origin_sync"] >= 2
