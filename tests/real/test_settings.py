@@ -13,6 +13,7 @@ import pytest
 from real.disk_fixture import wait_for
 from real.gateway_process import GatewayProcess
 from real.processes import MIB, random_image
+from real.steady_guest import SteadyGuest
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,25 @@ def test_one_setting_of_all_disks(gateway: GatewayProcess) -> None:
     ]
     nobody = gateway.cli("get", "nobody", check=False)
     assert (nobody.returncode, "no disk 'nobody'" in nobody.stderr) == (1, True)
+
+
+def test_a_guest_that_reads_and_writes_notices_nothing(gateway: GatewayProcess) -> None:
+    """It compares all that it reads; a request that fails is an error of its own."""
+    pytest.importorskip("libnbdmod", reason="python3-libnbd is not installed")
+    changes = [
+        ("max_lag=1s", "max_dirty=1M"),
+        ("mode=write-through",),
+        ("cache_size=2M", "origin_timeout=5s"),
+        ("mode=write-back", "max_lag=1h"),
+        ("mode=none", "max_dirty=", "cache_size="),
+        ("mode=", "max_lag=", "origin_timeout="),
+    ]
+    with SteadyGuest(gateway.uri("vm2"), length=4 * MIB, depth=4) as guest:
+        for change in changes:
+            gateway.cli("set", "vm2", *change)
+            gateway.cli("reload")
+        assert guest.finish()["errors"] == []
+    assert {said for _, said in told(gateway, "vm2").values()} <= {"built in", "defaults", "store"}
 
 
 # ------------------------------------------------------------------------------------------------------------- reload

@@ -5,15 +5,22 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from forebay.config.keys import ELSEWHERE, KEYS, parse_change, parse_changes
 from forebay.config.model import Config, DiskSettings, Store
 from forebay.control.settings import SET
+from forebay.daemon.opening import check_configured
 from forebay.daemon.record import DiskRecord
+from forebay.errors import ForebayError
+from forebay.origin.addresses import resolve
 from forebay.units import GIB, Mode
+
+if TYPE_CHECKING:
+    from forebay.image.source import Source
 
 TYPED = {
     "mode": ("WB", "write-back"),
@@ -119,3 +126,14 @@ def test_keys_of_another_version_on_record_are_passed_over() -> None:
     record = DiskRecord.read({**DiskRecord("s:a", "s:a", 0).write(), "said": {"of_tomorrow": 1}})
     config = Config(stores={"s": Store(path=Path("/s"))})
     assert record.settings(config, "s") == config.disk_settings("s")
+
+
+def test_an_attach_that_meets_a_reload_gets_no_image_that_is_not_configured_any_more() -> None:
+    record = DiskRecord("s:a", "", 0)
+    before = Config(stores={"s": Store(path=Path("/s"))})
+    source = cast("Source", SimpleNamespace(address=resolve(before, "s:a")))
+    check_configured(before, record, source)
+    with pytest.raises(ForebayError, match="try again"):
+        check_configured(Config(stores={"s": Store(path=Path("/t"))}), record, source)
+    with pytest.raises(ForebayError, match="no store 's'"):
+        check_configured(Config(), record, source)

@@ -21,6 +21,7 @@ from forebay.daemon.disks import Disks
 from forebay.daemon.opening import (
     abandoned_on_fault,
     add_handover,
+    check_configured,
     check_may_come,
     format_of,
     prepared,
@@ -79,7 +80,6 @@ class Arrivals:
         boots: Boots | None = None,
     ) -> None:
         """`nursery` is the one long-lived nursery of the process: the tasks of disks and of connections live in it.
-
         `memory` is what the clients of all disks together may hold. `give_way` detaches a disk that is to keep no other
         out of its image. `boots` records the boots of disks, and replays them; None: nobody does.
         """
@@ -103,9 +103,8 @@ class Arrivals:
     # -- a new disk
 
     async def attach(self, name: str, wanted: DiskRecord, patience: float = 0.0) -> Attached:
-        """Serve an image as a disk; of `wanted`, key and size are found out here. Raises ForebayError and OSError.
-
-        `patience`, in seconds: how long an image is waited for that another host is to hand over.
+        """Serve an image as a disk; of `wanted`, key and size are found out here. `patience`, in seconds: how long an
+        image is waited for that another host is to hand over. Raises ForebayError and OSError.
         """
         if isinstance(resolve(self._config, wanted.image), ScratchAddress):
             wanted = replace(wanted, overlay=True)  # there is no image to be written
@@ -121,6 +120,7 @@ class Arrivals:
         if wanted.handover == Phase.INCOMING:
             check_may_come(source)
         async with self._disks.arriving(name, source, self._give_way), abandoned_on_fault(source):
+            check_configured(self._config, wanted, source)
             if self._kept.get(name) != kept:
                 raise ForebayError(f"what was kept of '{name}' has changed meanwhile: try again")
             await self._returns.call_off(source)
@@ -387,6 +387,7 @@ class Arrivals:
         self, record: DiskRecord, source: Source, settings: DiskSettings, path: Path
     ) -> Attached:
         disk = await Disk.open(self._images, source, settings)
+        disk.adopt(record.settings(self._config, source.address.store))  # it may be another by now
         gateway = self._config.gateway
         tenant = Tenant(source.use.disk, gateway.run, record.rule(settings))
         listener = Listener(disk, path, gateway, tenant, self._memory)

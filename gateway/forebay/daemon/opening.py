@@ -16,6 +16,7 @@ from typing import Any
 
 import trio
 
+from forebay.config.model import Config
 from forebay.daemon.attached import Attached
 from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.state import DiskState
@@ -25,6 +26,7 @@ from forebay.formats.magic import RAW
 from forebay.handover.handover import handover_of
 from forebay.handover.phase import Phase
 from forebay.image.source import Source
+from forebay.origin.addresses import in_format, resolve
 
 
 @contextlib.asynccontextmanager
@@ -63,6 +65,14 @@ def _told(source: Source) -> Iterator[None]:
             f"{source.label}: {fault.strerror or fault}: "
             f"{advice(fault, 'see that its storage answers, then try again')}"
         ) from fault
+
+
+def check_configured(config: Config, wanted: DiskRecord, source: Source) -> None:
+    """Raise ForebayError where the configuration, which may have been taken anew, has not that image any more."""
+    if in_format(resolve(config, wanted.image), wanted.format) != source.address:
+        raise ForebayError(
+            f"{wanted.image} is another image since the configuration was taken anew: try again"
+        )
 
 
 def check_may_come(source: Source) -> None:
