@@ -13,7 +13,7 @@ SUITE=${SUITE:-trixie}
 PLACE=$PWD/build/install
 ROOT=$PLACE/$SUITE
 # What `make install` says that it needs; a compiler for the core; what the demo runs.
-PACKAGES=systemd,python3,make,ca-certificates,gcc,libc6-dev,python3-dev,qemu-utils,libnbd-bin
+PACKAGES=systemd,python3,make,ca-certificates,gcc,libc6-dev,python3-dev,qemu-utils,libnbd-bin,e2fsprogs
 
 [ "$(id -u)" -eq 0 ] || fail "run it as root"
 [[ $SUITE =~ ^[a-z]+$ ]] || fail "'$SUITE' is no suite of Debian: say bookworm or trixie"

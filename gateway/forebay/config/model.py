@@ -264,9 +264,9 @@ class Config(Section):
         """The store with this name. Raises ForebayError."""
         if name in self.stores:
             return self.stores[name]
-        known = ", ".join(self.stores) or "none are configured"
+        known = f"stores are {', '.join(self.stores)}" if self.stores else "none is configured"
         raise ForebayError(
-            f"no store '{name}'{did_you_mean(name, self.stores)}: stores are {known}"
+            f"no store '{name}'{did_you_mean(name, self.stores)}: {known}; after a change of the file: forebay reload"
         )
 
     def warnings(self) -> list[str]:
