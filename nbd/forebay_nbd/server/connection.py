@@ -266,7 +266,7 @@ class Connection:
             return await self._answer_received(batch)
 
         return await self._turnstile.serve(
-            answer, self._receive_large, self._turns.end_if_due, receives=receives
+            answer, self._receive_any, self._turns, receives=receives
         )
 
     async def _serve_at_once(self, batch: Batch, turn: "forebay_fast.core.Turn | None") -> None:
@@ -299,9 +299,10 @@ class Connection:
         await self._turns.end_if_due()
         return bool(count)
 
-    async def _receive_large(self) -> bool:
-        """The same for a payload that has memory of its own, once that is reserved."""
-        await self._reserve_payload(self._reader.large_payload())
+    async def _receive_any(self) -> bool:
+        """The same; for a payload that has memory of its own, once that is reserved."""
+        if self._reader.large_payload():
+            await self._reserve_payload(self._reader.large_payload())
         return await self._receive_more()
 
     async def _serve_plain(self, turn: "forebay_fast.core.Turn") -> bool:

@@ -85,6 +85,10 @@ class Turns:
         if perf_counter() > self.end_at:
             await self.end()
 
+    def begin(self) -> None:
+        """Called where others have just run."""
+        self.end_at = perf_counter() + self._limits.turn_seconds * TURN_SHARE
+
     async def end(self) -> None:
         """Lets other tasks run. If another connection was served meanwhile, turns are shorter, without polling."""
         Served.last = self

@@ -8,11 +8,10 @@ has room: a FLUSH overtakes what waits, and a client that hangs up is noticed.
 """
 
 import contextlib
-import math
 import select
 import socket
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
@@ -22,6 +21,16 @@ from forebay_nbd.throttle.throttle import Throttle, Waiter
 
 LOOK_SECONDS: Final = 1.0
 """How often is looked whether a client is there whose requests fill the buffer."""
+
+
+class Turn(Protocol):
+    """What a connection may keep the event loop for."""
+
+    async def end_if_due(self) -> None:
+        """Lets others run, if it has lasted as long as it may."""
+
+    def begin(self) -> None:
+        """Others have just run."""
 
 
 class Turnstile:
@@ -80,37 +89,36 @@ class Turnstile:
     async def serve(
         self,
         answer: Callable[[], Awaitable[bool]],
-        receive_large: Callable[[], Awaitable[bool]],
-        yield_if_due: Callable[[], Awaitable[None]],
+        receive: Callable[[], Awaitable[bool]],
+        turn: Turn,
         *,
         receives: bool = True,
     ) -> bool:
         """Have requests answered as fast as the throttle says. True once nobody has to ask; False if the client left.
 
         `answer` carries out what the reader shows, which is all of it when it returns True; False: the client has left.
-        `receive_large` receives more of a payload that the reader has memory of its own for, and returns the same.
-        `yield_if_due` lets others run, if it is time to. Unless it `receives`, nothing is received here, and it returns
-        True as well when no complete request is left.
+        `receive` receives more, however long that takes, and returns the same. Unless it `receives`, nothing is
+        received here, and it returns True as well when no complete request is left.
         """
         self._held.hide_all()
         try:
             if not await answer():  # a request that the reader has handed out before
                 return False
             while self.is_shut:
-                await yield_if_due()
-                if self._reader.large_payload():
+                await turn.end_if_due()
+                is_large = bool(self._reader.large_payload())
+                wait = None if is_large else self._let_in()
+                if wait is None:
                     if not receives:
                         return True
-                    if not (await receive_large() and await answer()):
+                    self._held.space()
+                    if self._has_ended or not await receive():
                         return False
-                    continue
-                wait = self._let_in()
-                if wait == 0.0:
-                    if not await answer():
+                elif wait:
+                    if not await self._rest(wait, receives=receives):
                         return False
-                elif wait is None and not receives:
-                    return True
-                elif not await self._rest(wait, receives=receives):
+                    turn.begin()
+                if (is_large or wait == 0.0) and not await answer():
                     return False
         finally:
             self._held.forget()
@@ -128,19 +136,16 @@ class Turnstile:
             self._waiter.pass_on()
         return wait
 
-    async def _rest(self, wait: float | None, *, receives: bool) -> bool:
-        """Receive what is there; if nothing is, wait for that, at most so many seconds. False if the client is gone.
-
-        None: nothing waits for the throttle.
-        """
+    async def _rest(self, wait: float, *, receives: bool) -> bool:
+        """Receive what is there; if nothing is, wait for that, at most so many seconds. False if the client is gone."""
         space = self._held.space() if receives and not self._has_ended else None
         if space:
             received = self._received(space)
             if received is not None:
-                return received or (wait is not None and not self._has_hung_up())
-        elif wait is None or self._has_hung_up():
+                return received or not self._has_hung_up()
+        elif self._has_hung_up():
             return False
-        seconds = min(math.inf if wait is None else wait, math.inf if space else LOOK_SECONDS)
+        seconds = wait if space else min(wait, LOOK_SECONDS)
         try:
             with trio.CancelScope(deadline=trio.current_time() + seconds) as self._asleep:
                 if space:
