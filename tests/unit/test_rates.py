@@ -379,6 +379,39 @@ def test_a_flush_overtakes_what_waits_and_nothing_is_lost() -> None:
     assert [bytes(one.payload) for one in found] == [b"", b"\2" * 1000, b"", b"\4" * 17, b""]
 
 
+def test_a_flush_is_found_behind_what_was_looked_through_before() -> None:
+    reading = Reading()
+    reading.feed(encoded(*(read(n) for n in range(1, 6))))
+    assert reading.let_in() == 0.25
+    for allowed in (1, 2):
+        reading.allowed = allowed
+        assert reading.let_in() == 0.0
+        assert len(reading.cookies()) == allowed
+    reading.feed(encoded(FLUSH, read(6)))
+    assert reading.let_in() == 0.0
+    assert reading.cookies() == [FLUSH.cookie]
+    reading.allowed = 3
+    assert reading.let_in() == 0.0
+    assert reading.cookies() == [4, 5, 6]
+
+
+def test_the_end_of_a_request_has_room_however_full_the_buffer_was() -> None:
+    reading = Reading()
+    data = encoded(*(write(n, 4000) for n in range(1, 6)))
+    assert len(data) > CAPACITY
+    reading.feed(data[:CAPACITY])
+    assert reading.let_in() == 0.25
+    assert not len(reading.held.space())
+    reading.allowed = 4
+    assert reading.let_in() == 0.0
+    assert reading.cookies() == [1, 2, 3, 4]
+    assert reading.let_in() is None
+    reading.feed(data[CAPACITY:])
+    reading.allowed = 1
+    assert reading.let_in() == 0.0
+    assert [bytes(one.payload) for one in reading.shown()] == [b"\5" * 4000]
+
+
 def test_nothing_overtakes_beyond_the_end_of_a_client() -> None:
     reading = Reading()
     reading.feed(encoded(read(1), DISC, FLUSH))

@@ -122,5 +122,6 @@ class Held:
         return False
 
     def space(self) -> memoryview:
-        """The memory to receive more into; empty if the buffer is full. Called while the reader shows everything."""
+        """The memory to receive more into; empty if the buffer is full. The reader shows everything then."""
+        self.show_all()
         return self._reader.room()
