@@ -12,9 +12,13 @@ import errno
 import fcntl
 import os
 import random
+import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -32,7 +36,7 @@ from forebay.image import reach
 from forebay.origin.addresses import FileAddress
 from forebay.origin.blocking import BlockingFile
 from forebay.origin.threads import Call, StoreThreads
-from forebay.sidecar import incoming, locks
+from forebay.sidecar import incoming, locks, tenure
 from forebay.sidecar.files import read_owner
 from forebay.sidecar.marker import Marker
 from forebay.storage.state import open_cache
@@ -49,6 +53,8 @@ HURRIED = {
     (giving, "STALE_SECONDS"): 1.5,
     (coming, "BEAT_SECONDS"): 0.04,
     (coming, "TAKE_SECONDS"): 0.01,
+    (coming, "LATER_SECONDS"): 0.02,
+    (coming, "TRY_SECONDS"): 0.2,
     (incoming, "LOOK_SECONDS"): 0.02,
     (reach, "WATCH_SECONDS"): 0.05,
     (reach, "LOOK_SHARED_SECONDS"): 0.02,
@@ -63,7 +69,9 @@ class Fault:
     """What happens at the n-th call of a host to the store, from 1, while `armed`."""
 
     def __init__(self, number: int, kind: str, seconds: float = 0.3) -> None:
-        """`kind`: `kill` or `fail`, `before` or `after` behind a space; or `cut`, for so many seconds."""
+        """`kind`: `kill` or `fail`, `before` or `after` behind a space; `cut` or, of both hosts, `away`, for so many
+        seconds; `clock`: it jumps, forth or back; `again`: an operator gives a command once more.
+        """
         self.number = number
         self.kind = kind
         self.seconds = seconds
@@ -86,6 +94,9 @@ class Host(Bed):
         self.clients = 0
         self.is_gone = False
         """True if it does not come back after a kill."""
+        self.skew = 0.0
+        """Seconds that its clock is ahead."""
+        self.together: Bed2
         self.killed = trio.Event()
         self.drop_locks: Callable[[str], None] = lambda _gateway: None
         self.up = trio.Event()
@@ -114,7 +125,8 @@ class Host(Bed):
 
     async def call(self, threads: StoreThreads, call: Call[Any], how: dict[str, Any]) -> Any:
         """One call to the store."""
-        fault, real = self.fault, WAIT_FOR
+        fault, real, do = self.fault, WAIT_FOR, call._do
+        call._do = lambda: self._by_its_clock(do)
         if self.killed.is_set():
             call.stop_waiting(taken=False)
             raise OSError(errno.EIO, "the process is gone")
@@ -126,8 +138,12 @@ class Host(Bed):
             if fault.calls == fault.number:
                 fault.hit = True
                 what, _, when = fault.kind.partition(" ")
-                if what == "cut":
-                    self.cut_until = trio.current_time() + fault.seconds
+                if what in ("clock", "again"):
+                    self._odd(what)
+                    return await real(threads, call, **how)
+                if what in ("cut", "away"):
+                    for host in (self.together.a, self.together.b) if what == "away" else (self,):
+                        host.cut_until = trio.current_time() + fault.seconds
                     call.stop_waiting(taken=False)
                     raise OSError(errno.EIO, "cut off from the store")
                 if when == "after":
@@ -142,8 +158,32 @@ class Host(Bed):
                 raise OSError(errno.EIO, "planted: the store fails")
         return await real(threads, call, **how)
 
+    def _odd(self, what: str) -> None:
+        """Nothing fails, and yet."""
+        if what == "clock":
+            self.skew += self.together.rng.choice((-1e6, -100.0, 100.0, 1e6))
+        else:
+            self.together.nursery.start_soon(self.together.command)
+
+    def _by_its_clock(self, do: Callable[[], Any]) -> Any:
+        """What the call returns, in a thread that sees this host's clock."""
+        CLOCK.skew = self.skew
+        try:
+            return do()
+        finally:
+            CLOCK.skew = 0.0
+
 
 WAIT_FOR = StoreThreads.wait_for
+
+
+class Clock(threading.local):
+    """How far ahead the clock is that this thread sees."""
+
+    skew = 0.0
+
+
+CLOCK = Clock()
 
 
 async def until(what: Callable[[], bool]) -> None:
@@ -176,6 +216,7 @@ class Bed2:
         self.nursery: trio.Nursery
         """For what is asked of hosts: it outlives them."""
         self.a.drop_locks = self.b.drop_locks = self._drop_locks
+        self.a.together = self.b.together = self
 
     def _drop_locks(self, gateway: str) -> None:
         """What the end of a process does."""
@@ -230,7 +271,10 @@ class Bed2:
                     return host.clients
             return 0
 
+        clock = time.time
         with ExitStack() as stack:
+            seen = SimpleNamespace(time=lambda: clock() + CLOCK.skew)
+            stack.enter_context(mock.patch.object(tenure, "time", seen))
             for (module, name), value in HURRIED.items():
                 stack.enter_context(mock.patch.object(module, name, value))
             stack.enter_context(mock.patch.object(Marker, "take", classmethod(taken)))
@@ -302,6 +346,21 @@ class Bed2:
             found = whole[n * SECTOR : (n + 1) * SECTOR]
             assert found in may_be, f"sector {n} has {found[:8]!r}, not {[x[:8] for x in may_be]}"
         assert not self.faults, self.faults
+
+    async def command(self) -> None:
+        """Commands that belong to the move are given once more, two at once. What is refused is nothing."""
+
+        async def once(do: Callable[[], Awaitable[object]]) -> None:
+            with suppress(OSError, ForebayError, CacheError, RuntimeError), trio.move_on_after(1.0):
+                await do()
+
+        for host in (self.a, self.b):
+            if host.up.is_set() and "d" in host.gateway._disks.names():
+                gateway = host.gateway
+                attach = partial(gateway.attach, "d", "images:vm.img", incoming=True, patience=0.5)
+                for do in (partial(gateway.moves.prepare, "d", "", 0.5, nothing), attach):
+                    self.nursery.start_soon(once, do)
+                    self.nursery.start_soon(once, do)
 
     async def attach_incoming(self, host: Host) -> None:
         """As the hook does, again and again; one that was done counts."""

@@ -3,11 +3,14 @@
 
 """A running VM moves from one gateway to another: nothing acknowledged is missing, and never do two write.
 
-At one call of either host to the store that host is killed, or the call fails, or the host is cut off for a while.
-Some of the calls are tried by default, chosen by the seed; ``FOREBAY_MOVES=500`` tries so many.
+At one call of either host to the store that host is killed, or the call fails, or the host is cut off for a while, or
+both are; or its clock jumps, or somebody gives a command once more. Every call, on either host, with every fault, is a
+case. Some are tried by default, chosen by the seed; ``FOREBAY_MOVES=500`` tries so many, ``FOREBAY_MOVES=all`` all of
+them, and ``FOREBAY_MOVE_CASE`` the one that a failure names.
 """
 
 import errno
+import itertools
 import os
 import random
 import threading
@@ -25,17 +28,31 @@ import trio.testing
 from forebay.boot.encoding import decoded, encoded
 from forebay.errors import ForebayError
 from forebay.handover import hot
+from forebay.image.reach import Reach
 from forebay.origin.addresses import FileAddress
 from forebay.sidecar.files import read_owner
 from forebay.sidecar.marker import Marker
+from forebay.sidecar.record import Owner
+from forebay.sidecar.tenure import Tenure
 from forebay.units import Mode
 from forebay_cache.format.geometry import BLOCK
 from real.commands_bed import Bed, nothing
 from real.moving_bed import Bed2, Fault, until
 
 LOGGED = "(?s).*"
-MOVES = int(os.environ.get("FOREBAY_MOVES", "6"))
-KINDS = ("kill before", "kill after", "fail before", "fail after", "cut")
+MOVES = os.environ.get("FOREBAY_MOVES", "8")
+KINDS = (
+    "kill before", "kill after", "fail before", "fail after", "cut", "away", "clock", "again"
+)  # fmt: skip
+CALLS = 80
+"""More than either host makes while the guest moves."""
+
+CASES = [
+    ".".join(case)
+    for case in itertools.product(
+        "ab", map(str, range(1, CALLS + 1)), KINDS, ("leaves", "stays"), ("moves", "fails")
+    )
+]
 
 
 @asynccontextmanager
@@ -103,16 +120,31 @@ async def test_a_guest_moves_there_and_back(
     await lived(Bed2(short_path, rng, mode), stays=stays, fails=fails, faults={})
 
 
-@pytest.mark.parametrize("n", range(MOVES))
+def chosen(rng: random.Random) -> list[str]:
+    """The cases that are tried: of each kind of fault as many."""
+    if one := os.environ.get("FOREBAY_MOVE_CASE"):
+        return [one]
+    if MOVES == "all":
+        return CASES
+    of = {kind: [case for case in CASES if f".{kind}." in case] for kind in KINDS}
+    return [rng.choice(of[KINDS[n % len(KINDS)]]) for n in range(int(MOVES))]
+
+
+@pytest.mark.timeout(86400 if MOVES == "all" else 60 + 20 * int(MOVES))
 async def test_a_host_fails_at_one_of_its_calls_while_a_guest_moves(
-    n: int, short_path: Path, expect_log: Callable[[str], None], rng: random.Random
+    short_path: Path, expect_log: Callable[[str], None], rng: random.Random
 ) -> None:
     expect_log(LOGGED)
-    fault = Fault(rng.randint(1, 80), rng.choice(KINDS))
-    side = rng.choice("ab")
-    case = {"stays": rng.random() < 0.5, "fails": rng.random() < 0.3}
-    print(n, side, fault.number, fault.kind, case)
-    await lived(Bed2(short_path, rng), **case, faults={side: fault})
+    hit = 0
+    for n, case in enumerate(chosen(rng)):
+        side, call, kind, stays, fails = case.split(".")
+        fault = Fault(int(call), kind)
+        print(case)
+        bed = Bed2(short_path / str(n), random.Random(case))
+        bed.a.skew, bed.b.skew = 3600.0, -86400.0  # no host's clock is right
+        await lived(bed, stays=stays == "stays", fails=fails == "fails", faults={side: fault})
+        hit += fault.hit
+    assert hit or "FOREBAY_MOVE_CASE" in os.environ
 
 
 @pytest.mark.parametrize("hostile", [b"", b"garbage", b"{}\n" + bytes(100)])
@@ -269,3 +301,59 @@ async def test_an_overlay_that_was_written_to_at_the_last_moment_stays(short_pat
             await gateway.detach("d", spare=True, progress=nothing)
         assert attached.status()["state"] == "ready"
         await gateway.detach("d", progress=nothing)
+
+
+async def test_a_write_that_waits_finds_the_marker_dirty_and_what_was_before_goes_later(
+    short_path: Path, rng: random.Random
+) -> None:
+    """What is made durable while a VM waits: one marker, not two, and nothing is cleaned up."""
+    bed, shown = Bed2(short_path, rng), list[Owner]()
+    show = Tenure.show
+
+    def noted(own: Tenure, owner: Owner) -> None:
+        show(own, owner)
+        if owner.gateway == bed.b.gateway._cache.uuid:
+            shown.append(owner)
+
+    with bed.planted(), mock.patch.object(Tenure, "show", noted):
+        async with both(bed) as nursery:
+            await bed.attach_incoming(bed.b)
+            bed.b.clients = 1
+            bed.a.clients = 0
+            with mock.patch.object(Reach, "is_look_due", return_value=False):
+                await bed.write(bed.b)
+                assert [one.state for one in shown] == ["dirty"]
+                before = bed.image.with_name("vm.img.forebay") / str(shown[0].token - 1)
+                assert before.exists()
+            await bed.b.disk("d").disk.image.look()
+            assert not before.exists()
+            await bed.check(bed.b)
+            await bed.detach(bed.a)
+            await bed.detach(bed.b)
+            nursery.cancel_scope.cancel()
+    assert not bed.image.with_name("vm.img.forebay").exists()
+
+
+async def test_an_image_that_its_host_has_is_looked_at_and_not_tried_for(
+    short_path: Path, rng: random.Random
+) -> None:
+    bed, tried = Bed2(short_path, rng), list[str]()
+    take = Marker.take.__func__  # type: ignore[attr-defined]
+
+    def noted(kind: type[Marker], /, where: Any, file: Any, me: Owner, **how: Any) -> Marker:
+        tried.append(me.gateway)
+        return take(kind, where, file, me, **how)  # type: ignore[no-any-return]
+
+    with bed.planted():
+        async with both(bed) as nursery:
+            await bed.attach_incoming(bed.b)
+            with mock.patch.object(Marker, "take", classmethod(noted)):
+                bed.b.clients = 1
+                await bed.flush(bed.a)
+                await bed.write(bed.b)  # A's client stays, so that A has to see that it is wanted
+            assert len(tried) <= 2, "each try that fails looks at all processes of the host"
+            bed.a.clients = 0
+            await bed.check(bed.b)
+            await bed.detach(bed.a)
+            await bed.detach(bed.b)
+            nursery.cancel_scope.cancel()

@@ -24,8 +24,12 @@ log = logging.getLogger("forebay.handover")
 BEAT_SECONDS = 1.0
 """How often we say that we still ask."""
 
-TAKE_SECONDS = 0.05
-"""Between two tries to take the image; the VM waits."""
+TAKE_SECONDS, LATER_SECONDS = 0.005, 0.05
+"""Between two looks whether the image is let go, in the first second and later; the VM waits."""
+
+TRY_SECONDS = 1.0
+"""How often it is tried to take an image that was not let go: its host may be gone, with its locks. A try costs more
+than a look."""
 
 LEFT_SECONDS = 10.0
 """After so long without a client, where there was one, the VM does not come."""
@@ -98,20 +102,40 @@ class Coming:
             image.identity.is_withdrawn()
         ):  # of an earlier stay here: what was written since is not ours
             image.begin_anew()
+        began = tried_at = trio.current_time()
         beat_at = float("-inf")
         while True:
-            await reach.attempt_now()
-            if image.origin is not None or image.conflict is not None:
-                break
-            if trio.current_time() - beat_at >= BEAT_SECONDS:
-                beat_at = trio.current_time()
+            now = trio.current_time()
+            if await self._is_let_go() or now - tried_at >= TRY_SECONDS:
+                tried_at = now
+                await self._try()
+                if not await reach.withhold_unless_reached(self._disk.source.withheld):
+                    break
+            if now - beat_at >= BEAT_SECONDS:
+                beat_at = now
                 await self._beat(wants=True)
-            await trio.sleep(TAKE_SECONDS)
-            is_wanted = reach.is_waited_for or self._clients()
-            if not is_wanted and await reach.withhold_unless_reached(self._disk.source.withheld):
+            await trio.sleep(TAKE_SECONDS if now - began < 1.0 else LATER_SECONDS)
+            if not reach.is_waited_for and not self._clients():
                 return
         if image.origin is not None:
             await self._taken()
+
+    async def _is_let_go(self) -> bool:
+        """True if the image can be taken, as far as is known."""
+        try:
+            await self._asking.look()
+        except (OSError, ForebayError):  # of which a try tells more
+            return False
+        return self._asking.is_let_go()
+
+    async def _try(self) -> None:
+        """One try. Where a write waits that the cache takes, the marker says at once that the image lacks data."""
+        disk = self._disk
+        assert disk.source.claim is not None, "only a disk that writes comes"
+        disk.source.claim.begins_dirty = (
+            disk.modes.writes_private and disk.image.reach.is_waited_for
+        )
+        await disk.image.reach.attempt_now()
 
     async def _taken(self) -> None:
         disk = self._disk

@@ -11,6 +11,7 @@ serves the image nobody else can take it, whatever the marker says.
 import errno
 import logging
 from collections.abc import Awaitable, Callable
+from math import inf
 
 import trio
 
@@ -32,10 +33,20 @@ IDLE_SECONDS = 1.0
 """How often it is looked whether somebody asks; the image's watch reads that beside it every five seconds."""
 
 PREPARED_SECONDS = 0.1
-"""How often the store is asked while the image is prepared: by so much a VM whose QEMU stays connected waits longer."""
+"""How often the store is asked while the image is prepared, and the VM is at work, or has rested for long."""
 
-WANTED_SECONDS = 0.02
-"""The same once the other host wants it now. In so long a VM that rests writes nothing."""
+QUICK_SECONDS = 0.01
+"""How often while the VM rests: it may be paused, and run on the other host. By so much that waits longer where QEMU
+stays connected. It is also how often it is looked whether it rests, which asks nobody."""
+
+QUICK_FOR_SECONDS = 5.0
+"""For so long after it has come to rest."""
+
+REST_SECONDS = 0.02
+"""In so long a VM that rests does nothing."""
+
+CHECK_SECONDS = 1.0
+"""How often more is looked at meanwhile than who asks."""
 
 RELEASED_SECONDS = 5.0
 """How often it is looked whether the other host has given up."""
@@ -73,6 +84,23 @@ class Beats:
         return self._last is not None and trio.current_time() - self._since >= STALE_SECONDS
 
 
+class Rest:
+    """For how long a VM has done nothing, as far as that was looked at."""
+
+    def __init__(self, done: Callable[[], object]) -> None:
+        """`done` returns another value whenever the VM has done something."""
+        self._done = done
+        self._last: object = None
+        self._since = 0.0
+
+    def seconds(self) -> float:
+        """So long nothing was done; 0 at the first look."""
+        now, done = trio.current_time(), self._done()
+        if done != self._last:
+            self._last, self._since = done, now
+        return now - self._since
+
+
 class Giving:
     """Gives the image of one disk away, and takes it back. `run` has to be running."""
 
@@ -103,8 +131,9 @@ class Giving:
         self._beats = Beats()
         self._refused = ""
         """The gateway to which the operator does not want to give it."""
-        self._written = -1
-        """How much the VM had written when that was looked at last."""
+        self._rest = Rest(lambda: (disk.counters.written_bytes, disk.image.identity.writes_ended))
+        self._checked_at = -inf
+        """When more was looked at last than who asks."""
         self._woken = trio.Event()
 
     def wake(self) -> None:
@@ -130,12 +159,24 @@ class Giving:
             event.set()
 
     async def _wait(self) -> None:
-        asked = self._claim.asked_by
-        prepared = WANTED_SECONDS if asked is not None and asked.wants else PREPARED_SECONDS
-        seconds = {Phase.PREPARED: prepared, Phase.RELEASED: RELEASED_SECONDS}
-        with trio.move_on_after(seconds.get(self._phases.state, IDLE_SECONDS)):
-            await self._woken.wait()
+        if self._phases.state is Phase.PREPARED:
+            await self._wait_prepared()
+        else:
+            is_released = self._phases.state is Phase.RELEASED
+            with trio.move_on_after(RELEASED_SECONDS if is_released else IDLE_SECONDS):
+                await self._woken.wait()
         self._woken = trio.Event()
+
+    async def _wait_prepared(self) -> None:
+        """Wait until it is time to ask the store, which depends on whether the VM rests."""
+        looked_at = trio.current_time()
+        while not self._woken.is_set() and self._clients():
+            with trio.move_on_after(QUICK_SECONDS):
+                await self._woken.wait()
+            rested = self._rest.seconds()
+            is_quick = REST_SECONDS <= rested < QUICK_FOR_SECONDS
+            if trio.current_time() - looked_at >= (0 if is_quick else PREPARED_SECONDS):
+                return
 
     def _failed(self, fault: Exception) -> None:
         why = getattr(fault, "strerror", None) or str(fault)
@@ -152,7 +193,7 @@ class Giving:
                 await self._take_back()
             return
         if self._claim.asked_by is not None or self._phases.state is Phase.PREPARED:
-            await self._claim.check()
+            await self._look()
         asked = self._claim.asked_by
         is_live = self._beats.is_live(asked)
         if asked is None or asked.gateway != self._refused:
@@ -165,6 +206,14 @@ class Giving:
             await self._go_back()
             if asked is not None and self._beats.is_stale():
                 await self._claim.forget_asked(asked)
+
+    async def _look(self) -> None:
+        """Look who asks, and now and then whether the image is still ours. Raises OSError."""
+        now = trio.current_time()
+        is_quick = self._phases.state is Phase.PREPARED and now - self._checked_at < CHECK_SECONDS
+        await self._claim.check(asked_only=is_quick)
+        if not is_quick:
+            self._checked_at = now
 
     def _may_have(self, asked: Incoming) -> bool:
         return asked.gateway != self._refused and self.wishes.allow(asked.host)
@@ -180,7 +229,6 @@ class Giving:
             await disk.dirty.mark.clear()
         await self._claim.set_phase(Phase.PREPARED, asked.gateway)
         self.asked = asked
-        self._written = -1
         self._phases.become(Phase.PREPARED)
         with trio.move_on_after(LIST_SECONDS):  # the VM runs on meanwhile
             await hot.leave(disk)
@@ -197,8 +245,7 @@ class Giving:
             self.asked = None
             await self._go_back()
             return
-        written, self._written = self._written, self._disk.counters.written_bytes
-        rests = written == self._written and self._disk.image.is_all_durable()
+        rests = self._rest.seconds() >= REST_SECONDS and self._disk.image.is_all_durable()
         if not self._clients() or (asked.wants and rests):
             await self._release(asked)
 

@@ -301,7 +301,9 @@ class Source:
         came_late = False
         if self.asking is not None:
             await self.asking.withdraw()
-            came_late = claim is not None and not claim.is_held and await claim.came_late()
+            if claim is not None and not claim.is_held:
+                await claim.settle()
+                came_late = await self.asking.has_come()
             if claim is not None and not (claim.is_held or came_late):
                 return  # it has not come
         elif self.withheld and await self._is_asked_for():

@@ -8,16 +8,15 @@ import errno
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TypeVar
 
 import trio
 
-from forebay.errors import ForebayError
 from forebay.origin.addresses import FileAddress
 from forebay.origin.opening import OpenImage
 from forebay.origin.threads import Call, Descriptor, StoreThreads, bounded
 from forebay.sidecar.applying import Before, Place
-from forebay.sidecar.files import read_owner
 from forebay.sidecar.incoming import Incoming
 from forebay.sidecar.marker import Marker
 from forebay.sidecar.record import Owner, TakenOver, UnreadableError
@@ -62,6 +61,8 @@ class Claim:
         """Called with a sentence that says who has the image now."""
         self.dirty_bytes: Callable[[], int] = lambda: 0
         """Returns how many bytes the image lacks, for the marker to say."""
+        self.begins_dirty = False
+        """True where the marker is to say from the first on that the image lacks data: a write waits for it."""
         self._address = address
         self._label = label
         self._gateway = gateway
@@ -106,6 +107,8 @@ class Claim:
             await self._admit(self._marker, file, descriptor)
             return
         me = Owner.of_this_process(self._gateway, self._disk).of_image(self._address.format)
+        if self.begins_dirty:
+            me = replace(me, state="dirty", dirty_since=me.since)
 
         def take() -> Marker:
             with descriptor or nullcontext():
@@ -125,19 +128,11 @@ class Claim:
             self._marker = await self._threads.wait_for(call)
         self._is_ours = True
 
-    async def came_late(self) -> bool:
-        """True if the image is ours, although the claim is not held: a `take` that was given up, or failed late, has
-        left our marker. Raises OSError where one still may.
-        """
-        with bounded(self.timeout, f"waiting for a hung claim of {self._address.key}"):
-            if self._taking is not None:
+    async def settle(self) -> None:
+        """Wait until no `take` that was given up can make the image ours any more. Raises OSError: one still can."""
+        if self._taking is not None:
+            with bounded(self.timeout, f"waiting for a hung claim of {self._address.key}"):
                 await self._taking.wait()
-            try:
-                owner = await self._threads.run(lambda: read_owner(self._address))
-            except ForebayError:  # then it is not known whose it is, and stays so
-                return False
-            return owner is not None and (owner.gateway, owner.disk) == (self._gateway, self._disk)
-        raise AssertionError("bounded() raises")
 
     async def _admit(self, marker: Marker, file: OpenImage, descriptor: Descriptor | None) -> None:
         def admit() -> None:
@@ -173,10 +168,11 @@ class Claim:
         with self._held() as marker:
             await self._in_turn("marking", lambda: marker.set_state("clean"))
 
-    async def check(self) -> None:
+    async def check(self, *, asked_only: bool = False) -> None:
         """See that the image is still ours to write, if it was, and have the marker say how much the image lacks.
 
-        Raises OSError, after `on_lost` when it is not ours any more.
+        With `asked_only` nothing is looked at but who asks for the image. Raises OSError, after `on_lost` when it is
+        not ours any more.
         """
         if self._marker is None:
             return
@@ -184,6 +180,8 @@ class Claim:
             dirty_bytes = self.dirty_bytes()
 
             def check() -> Incoming | None:
+                if asked_only:
+                    return marker.asked_now()
                 marker.check()
                 marker.count(dirty_bytes)
                 return marker.asked_by()

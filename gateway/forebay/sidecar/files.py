@@ -35,14 +35,12 @@ from forebay.sidecar.record import (
     UnreadableError,
     in_use_by_gateway,
     in_use_by_program,
+    just_changing,
     taken_over,
 )
 from forebay.sidecar.tenure import Tenure
 
 log = logging.getLogger("forebay.origin")
-
-LONGEST_NAME = 255
-"""Bytes of a file's name (NAME_MAX of limits.h)."""
 
 TRIES = 8
 """How often the next token may be taken, or the directory be gone, before we give up."""
@@ -64,6 +62,7 @@ class Sidecar:
         """The directory of our own token, once `begin` was called."""
         self.is_marker_unsure = False
         """True if writing the owner marker failed so late that nobody knows whether the old or the new is durable."""
+        self._is_unswept = False
         self._name = os.path.basename(address.path) + SIDECAR
         self._descriptors = contextlib.ExitStack()
         self._folder = self._keep(open_folder(address))
@@ -106,7 +105,7 @@ class Sidecar:
 
     def make(self) -> None:
         """Make the directory, durably, if it is not there, and open it. Raises ForebayError if we cannot; OSError."""
-        self._check_can_make()
+        own_files.check_can_make(self._folder, self._name, self.address)
         try:
             with contextlib.suppress(FileExistsError):
                 syscalls.mkdir(self._name, 0o755, dir_fd=self._folder)
@@ -117,23 +116,6 @@ class Sidecar:
                 f"{self.address.key}: {self._name} cannot be made beside it ({error.strerror}): let the daemon's user "
                 "write there, or attach with --read-only or --overlay"
             ) from error
-
-    def _check_can_make(self) -> None:
-        """Raise ForebayError where the directory cannot have its name, or could not be made durable."""
-        if len(os.fsencode(self._name)) > LONGEST_NAME:
-            raise ForebayError(
-                f"{self.address.key}: its name is too long: the directory beside it has that name and {SIDECAR} behind "
-                f"it: use at most {LONGEST_NAME - len(SIDECAR)} bytes, or attach it with --read-only or --overlay"
-            )
-        try:
-            syscalls.fsync(self._folder)
-        except OSError as error:
-            if error.errno != errno.EBADF:
-                raise
-            raise ForebayError(
-                f"{self.address.key}: the directory that it lies in cannot be read: let the daemon's user read it, or "
-                "attach it with --read-only or --overlay"
-            ) from None
 
     def check_beside(self, file: OpenImage) -> None:
         """Raise ForebayError unless the image's name leads to the open `file`: it can be moved before we look."""
@@ -162,15 +144,26 @@ class Sidecar:
         The directory need not be open: it is opened anew, for only then does an NFS client ask whether it has changed.
         Raises UnreadableError and OSError.
         """
+        fd = self.open_anew()
+        if fd is None:
+            return None
+        try:
+            return tenure.find(fd, self.address, self.look_beside())
+        finally:
+            syscalls.close(fd)
+
+    def open_anew(self) -> int | None:
+        """Another descriptor of the directory, which the caller closes; None where there is none. Raises as `find`."""
         try:
             fd = self._open_directory()
         except FileNotFoundError:
             return None
         try:
             SystemCalls().status(fd)  # asks the server, whatever the client has in its memory
-            return tenure.find(fd, self.address, self.look_beside())
-        finally:
+        except BaseException:
             syscalls.close(fd)
+            raise
+        return fd
 
     def read_owner(self) -> Owner | None:
         """What the owner marker says; None if there is none. Raises UnreadableError and OSError."""
@@ -196,9 +189,10 @@ class Sidecar:
             raise taken_over(self.address, found)
         tenure.point(self.fd, me.token)
 
-    def begin(self, me: Owner, before: Tenure | None) -> Owner:
+    def begin(self, me: Owner, before: Tenure | None, *, sweeps: bool = True) -> Owner:
         """Become the owner that comes after `before`, durably, with the next token. What the marker says then.
 
+        Without `sweeps` what those before us left, which counts for nothing any more, stays until the next `sweep`.
         Raises ForebayError, with nothing changed, where somebody else came first; and OSError.
         """
         self.own = Tenure(*self._take_token(before), self.address, self.look_beside())
@@ -213,11 +207,19 @@ class Sidecar:
             with contextlib.suppress(OSError):
                 self._remove_own()
             if isinstance(fault, FileNotFoundError):  # whoever came later removed it
-                raise self._just_changing() from fault
+                raise just_changing(self.address) from fault
             raise
         tenure.point(self.fd, mine.token)
-        tenure.sweep(self.fd, self.address, mine.token, self.look_beside())
+        self._is_unswept = True
+        if sweeps:
+            self.sweep()
         return mine
+
+    def sweep(self) -> None:
+        """Remove what those before us left, if that was not done."""
+        if self._is_unswept and self.own is not None:
+            tenure.sweep(self.fd, self.address, self.own.token, self.look_beside())
+            self._is_unswept = False
 
     def go_on(self, before: Tenure) -> Owner:
         """Go on as the owner that our gateway was `before`, where a full store has no room for the next one.
@@ -228,12 +230,12 @@ class Sidecar:
         assert before.owner is not None, "only an owner can be gone on as"
         fd = own_files.open_directory(self.fd, str(before.token), self.look_beside())
         if fd is None:
-            raise self._just_changing()
+            raise just_changing(self.address)
         self.own = Tenure(before.token, fd, self.address, self.look_beside())
         self._descriptors.callback(self.own.close)
         self.own.owner = before.owner
         if self._later(before):
-            raise self._just_changing()
+            raise just_changing(self.address)
         redo.remove(self.own.fd)
         return before.owner
 
@@ -252,7 +254,7 @@ class Sidecar:
                 fd = own_files.open_directory(self.fd, name, image)
                 if fd is not None:
                     syscalls.close(fd)
-                    raise self._just_changing() from None
+                    raise just_changing(self.address) from None
                 continue
             except FileNotFoundError:  # the last owner has just left, and removed the directory
                 self.make()
@@ -260,7 +262,7 @@ class Sidecar:
             syscalls.fsync(self.fd)
             fd = own_files.open_directory(self.fd, name, image)
             if fd is None:
-                raise self._just_changing()
+                raise just_changing(self.address)
             return token + planted, fd
         raise ForebayError(
             f"{self.address.key}: there is no token after {token - 1}, and no gateway ever had that: remove "
@@ -278,7 +280,7 @@ class Sidecar:
                 with Tenure(number, fd, self.address, image) as later:
                     is_mine = self.own is not None and number == self.own.token
                     if not is_mine and (later.has(tenure.MARKER) or later.has(redo.NAME)):
-                        raise self._just_changing()
+                        raise just_changing(self.address)
                 found.append(number)
         return found
 
@@ -289,17 +291,14 @@ class Sidecar:
         """
         assert self.own is not None
         if max(self._later(before)) != self.own.token:
-            raise self._just_changing()
+            raise just_changing(self.address)
         if before is not None and before.token:
             try:
                 found = syscalls.stat(str(before.token), dir_fd=self.fd, follow_symlinks=False)
             except FileNotFoundError:
-                raise self._just_changing() from None
+                raise just_changing(self.address) from None
             if not os.path.samestat(found, syscalls.fstat(before.fd)):
-                raise self._just_changing()
-
-    def _just_changing(self) -> ForebayError:
-        return ForebayError(f"{self.address.key}: its owner is just changing: try again")
+                raise just_changing(self.address)
 
     def write_owner(self, owner: Owner) -> None:
         """Have our marker say that, durably. Raises OSError."""
@@ -317,7 +316,8 @@ class Sidecar:
         What those before us left goes before that: without us it would count again.
         """
         if self.own is not None:
-            tenure.sweep(self.fd, self.address, self.own.token, self.look_beside())
+            self._is_unswept = True
+            self.sweep()
             tenure.unpoint(self.fd, self.own.token)
             self._remove_own()
         self.remove_if_empty()

@@ -31,6 +31,7 @@ from forebay.sidecar.files import Sidecar, read_owner
 from forebay.sidecar.record import (
     LARGEST,
     NOBODY,
+    RELEASED,
     Owner,
     check_number,
     check_text,
@@ -199,6 +200,15 @@ class Asking:
             or owner.is_for(self._mine.gateway)
         )
 
+    def is_let_go(self) -> bool:
+        """True if nobody holds the image any more, as far as `look` has found."""
+        owner = self.owner
+        return self._is_given() and (
+            owner is None
+            or owner.phase == RELEASED
+            or owner.gateway in (NOBODY, self._mine.gateway)
+        )
+
     def _size(self) -> int:
         file = open_image(self._address, read_only=True, admitted=True)
         syscalls.close(file.fd)
@@ -207,6 +217,14 @@ class Asking:
     async def look(self) -> None:
         """Look who has the image. Raises ForebayError, too, where its marker cannot be read."""
         self.owner = await self._run(lambda: read_owner(self._address))
+
+    async def has_come(self) -> bool:
+        """True if the image is this disk's: a try to take it that was given up, or failed late, has left our marker."""
+        with contextlib.suppress(ForebayError):  # else nobody knows whose it is, and it stays so
+            await self.look()
+            me, owner = self._mine, self.owner
+            return owner is not None and (owner.gateway, owner.disk) == (me.gateway, me.disk)
+        return False
 
     async def beat(self, *, wants: bool = False) -> None:
         """Go on asking; `wants`: the image is needed now. Raises InUseError where another gateway asks."""

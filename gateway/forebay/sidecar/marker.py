@@ -29,6 +29,7 @@ from forebay.formats.magic import RAW
 from forebay.origin.addresses import FileAddress
 from forebay.origin.calls import Status, SystemCalls
 from forebay.origin.opening import OpenImage, look
+from forebay.origin.worker import syscalls
 from forebay.sidecar import incoming, redo, redo_header
 from forebay.sidecar.files import Sidecar, lock_image
 from forebay.sidecar.incoming import Incoming
@@ -116,7 +117,7 @@ class Marker:
                 mine = self._after(before, me, file, drop_checkpoint)
             self._sidecar.make()
             try:
-                self.owner = self._sidecar.begin(mine, before)
+                self.owner = self._sidecar.begin(mine, before, sweeps=not self._handed_over)
             except ForebayError:
                 self._sidecar.remove_if_empty()
                 raise
@@ -144,13 +145,9 @@ class Marker:
         as_of = found.as_of if found else owner.as_of if owner else ""
         if owner is None:
             return replace(me, as_of=as_of)
-        return replace(
-            me,
-            as_of=as_of,
-            state=owner.state,
-            dirty_since=owner.dirty_since,
-            dirty_bytes=owner.dirty_bytes,
-        )
+        if me.state == "clean":
+            me = replace(me, state=owner.state, dirty_since=owner.dirty_since)
+        return replace(me, as_of=as_of, dirty_bytes=owner.dirty_bytes)
 
     @property
     def _own(self) -> Tenure:
@@ -200,6 +197,16 @@ class Marker:
     def asked_by(self) -> Incoming | None:
         """Which gateway asks for the image; None if none does."""
         return incoming.read(self._sidecar.fd, self._sidecar.look_beside())
+
+    def asked_now(self) -> Incoming | None:
+        """The same, when nothing else was looked at just now."""
+        fd = self._sidecar.open_anew()
+        if fd is None:
+            return None
+        try:
+            return incoming.read(fd, self._sidecar.look_beside())
+        finally:
+            syscalls.close(fd)
 
     def forget_asked(self, by: Incoming) -> None:
         """Remove what that gateway has asked: it is gone."""
@@ -262,6 +269,7 @@ class Marker:
     def _look(self) -> Status:
         """What the image is now. Raises as `check`."""
         self._check_ours()
+        self._sidecar.sweep()
         key = self.address.key
         try:
             found = look(self.address, SystemCalls())

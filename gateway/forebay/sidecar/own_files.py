@@ -17,11 +17,16 @@ import pwd
 import stat
 from collections.abc import Iterator
 
+from forebay.errors import ForebayError
+from forebay.origin.addresses import SIDECAR, FileAddress
 from forebay.origin.worker import syscalls
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+LONGEST_NAME = 255
+"""Bytes of a file's name (NAME_MAX of limits.h)."""
 
 
 class DoesNotCountError(ValueError):
@@ -63,6 +68,24 @@ def make(folder: int, name: str, mode: int) -> int:
     """A new descriptor of a new, empty file, which takes the place of what has that name. Raises OSError."""
     remove(folder, name)
     return syscalls.open(name, _NEW, mode, dir_fd=folder)
+
+
+def check_can_make(folder: int, name: str, address: FileAddress) -> None:
+    """Raise ForebayError where the directory beside an image cannot have that name, or could not be made durable."""
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise ForebayError(
+            f"{address.key}: its name is too long: the directory beside it has that name and {SIDECAR} behind it: use "
+            f"at most {LONGEST_NAME - len(SIDECAR)} bytes, or attach it with --read-only or --overlay"
+        )
+    try:
+        syscalls.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+        raise ForebayError(
+            f"{address.key}: the directory that it lies in cannot be read: let the daemon's user read it, or attach it "
+            "with --read-only or --overlay"
+        ) from None
 
 
 def read(folder: int, name: str, image: os.stat_result | None, longest: int) -> bytes:

@@ -246,6 +246,11 @@ def boot_id() -> str:
 # ---------------------------------------------------------------------------------------------------------- messages
 
 
+def just_changing(address: FileAddress) -> ForebayError:
+    """The error where somebody else has become the owner, or ceased to be, in the middle of what we do."""
+    return ForebayError(f"{address.key}: its owner is just changing: try again")
+
+
 def taken_over(address: FileAddress, found: Owner | None) -> TakenOver:
     """The error for an image that was ours. `found`: what the marker says now; None if there is none."""
     by = f" by {found}" if found is not None and found.gateway != NOBODY else ""
