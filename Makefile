@@ -20,7 +20,7 @@
 # make dist     wheel and sdist in dist/, and a look at what is in them
 # make deb      a package for Debian in dist/   VERSION=  MAINTAINER="NAME <MAIL>"
 # make try-install   a minimal Debian of its own, with make install and the demo in it   SUITE=trixie
-# make lock     requirements.lock anew: the versions that packages carry
+# make lock     requirements.lock and requirements-stage.lock anew: the versions that packages carry
 # make lint     ruff, mypy, shellcheck
 # make install  puts it into this host, with systemd units   PREFIX=/usr/local  DESTDIR=  (and: make uninstall)
 

@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 #
-# `make deb`: dist/forebay_VERSION_ARCH.deb. It carries an environment of its own, of the versions in requirements.lock,
-# so it installs without a network; for the Python of the distribution that it is built on. VERSION=... names another
-# version, MAINTAINER="NAME <MAIL>" who packs it, OUT=DIR another place.
+# `make deb`: dist/forebay_VERSION_ARCH.deb. It carries an environment of its own, of the versions in requirements.lock
+# and requirements-stage.lock, so it installs without a network; for the Python of the distribution that it is built on.
+# VERSION=... names another version, MAINTAINER="NAME <MAIL>" who packs it, OUT=DIR another place.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -60,7 +60,7 @@ Version: $VERSION
 Architecture: $ARCH
 Maintainer: $MAINTAINER
 Installed-Size: $(du -sk --exclude=DEBIAN "$ROOT" | cut -f1)
-Depends: python3 (>= $python), python3 (<< $next), systemd, libc6
+Depends: python3 (>= $python), python3 (<< $next), systemd, libc6, libstdc++6
 Recommends: python3-pyfuse3, fuse3, python3-libnbd, qemu-system-common | qemu-utils
 Suggests: nbdkit, nbdkit-plugin-python, libvirt-daemon-system, lvm2
 Section: admin

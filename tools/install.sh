@@ -81,7 +81,7 @@ need_venv() {
 
 # What is in the environment is of these files; the second run compares them, and is done.
 fingerprint() {
-    { echo "$VENV"; "$PYTHON" --version; find pyproject.toml requirements.lock hatch_build.py README.md gateway nbd cache fast -type f \
+    { echo "$VENV"; "$PYTHON" --version; find pyproject.toml requirements.lock requirements-stage.lock hatch_build.py README.md gateway nbd cache fast -type f \
         ! -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum; } | sha256sum
 }
 
@@ -95,6 +95,10 @@ make_environment() {
     "$place/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv --system-site-packages --clear "$place"
     rm -f "$stamp"
     "$place/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
+    # there are no wheels of it for some machines
+    "$place/bin/python" -m pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes \
+        --requirement requirements-stage.lock ||
+        echo "install: without libtorrent, so 'forebay stage' cannot get images from other hosts here" >&2
     "$place/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade .
     # pip has compiled what it installed: a restart must not wait for that
     [ -z "$DESTDIR" ] || grep -rlIZ "$place" "$place/bin" "$place/pyvenv.cfg" | xargs -0r sed -i "s#$place#$VENV#g"

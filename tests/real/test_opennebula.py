@@ -217,7 +217,7 @@ def test_a_wrong_driver_conf_is_one_line(one: One) -> None:
 
 NAMES = [
     "a b", "a'b", 'a"b', "$(touch PWNED)", "`touch PWNED`", "-x", "a;touch PWNED", "a&b|c", "a%41b", "a?b=c#d", "é",
-    "*", "~", "a\\b", "--help",
+    "*", "~", "a\\b", "--help", "x" * 200, "日本語", "json:{}",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from real.disk_fixture import run, wait_for
 from real.gateway_process import GatewayProcess
-from real.one_bed import RAW, One, one_of
+from real.one_bed import HASH, RAW, One, one_of
 from real.processes import MIB, need, random_image
 
 Make = Callable[..., GatewayProcess]
@@ -86,6 +86,31 @@ def test_with_the_daemon_down_a_start_is_refused_in_one_line_and_goes_well_when_
     assert last.startswith(f"{begin}disk 'one-7-0': no daemon at ")
     one.gateway.start()
     assert one.start().returncode == 0
+
+
+def test_a_clone_of_a_host_that_is_lost_starts_on_another_as_it_is(
+    one: One, other: One, tmp_path: Path
+) -> None:
+    """Its directory is shared, and its base has the same path on each host."""
+    content = (one.datastores / "100" / RAW).read_bytes()
+    run(
+        "qemu-img",
+        "convert",
+        "-O",
+        "qcow2",
+        one.datastores / "100" / RAW,
+        one.datastores / "100" / HASH,
+    )
+    one.vm(one.disk())
+    assert one.clone().returncode == 0
+    disk = one.sysdir / "disk.0"
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 64k", disk)
+    one.gateway.kill()
+    there = one.gateway.run / "stores" / "one-100.sock"
+    there.unlink(missing_ok=True)
+    there.symlink_to(other.gateway.run / "stores" / "one-100.sock")
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk, tmp_path / "seen")
+    assert (tmp_path / "seen").read_bytes() == b"\7" * (64 << 10) + content[64 << 10 :]
 
 
 def test_the_image_of_a_host_that_is_lost_is_refused_by_name_until_it_is_taken_over(

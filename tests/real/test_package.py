@@ -16,6 +16,7 @@ import pytest
 from real.container import REPOSITORY, Container
 from real.disk_fixture import wait_for
 from real.processes import MIB, accepts, random_image
+from real.staging_bed import free_address
 from real.steady_guest import SteadyGuest
 from real.typed_page import typed
 
@@ -24,9 +25,14 @@ pytestmark = pytest.mark.timeout(900)
 DPKG_SECONDS = 300.0
 """What it installs is compiled, 30 s of processor time, and triggers of others run."""
 
-CONFIG = """
+STAGING = free_address()
+"""At which the container's host stages: it shares the network."""
+
+CONFIG = f"""
 [cache]
 size = "128 MiB"
+[staging]
+listen = "{STAGING}"
 [stores.images]
 path = "/var/lib/images"
 """
@@ -143,6 +149,11 @@ def test_its_life(packages: tuple[Path, Path], container: Container) -> None:
         assert "VMs use its disks" in refused.stdout + refused.stderr
         assert container.show("forebay.service", "ActiveState") == "active"
         assert guest.finish()["errors"] == []
+    container.run(
+        "systemctl", "start", "forebay-stage"
+    )  # with the libtorrent that is in the package
+    assert container.show("forebay-stage.service", "ActiveState") == "active"
+    container.run("systemctl", "stop", "forebay-stage")
     container.run("systemctl", "stop", "forebay-fuse")
 
     # A further daemon counts as the first one does.

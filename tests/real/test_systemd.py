@@ -23,6 +23,7 @@ from real.confined import CODE, EXPECTED, landlock
 from real.container import REPOSITORY, Container
 from real.disk_fixture import wait_for
 from real.processes import MIB, accepts, random_image
+from real.staging_bed import StagingHost, free_address, need_staging, running
 from real.steady_guest import SteadyGuest
 
 RESTARTS = int(os.environ.get("FOREBAY_RESTARTS", "5"))
@@ -36,6 +37,9 @@ PAUSE_SECONDS = 1.0 if RESTARTS >= 20 else 5.0
 SIZE = 16 * MIB
 IMAGES = "/var/lib/images"
 
+STAGING = free_address()
+"""At which it stages: it shares the network with the tests."""
+
 CONFIG = f"""
 [gateway]
 state = "/var/lib/NAME"
@@ -44,6 +48,8 @@ run = "/run/NAME"
 size = "256 MiB"
 [defaults]
 max_lag = "1h"
+[staging]
+listen = "{STAGING}"
 [stores.images]
 path = "{IMAGES}"
 """
@@ -456,6 +462,51 @@ print("ready", flush=True)
 while True:
     signal.pause()
 """
+
+
+def test_the_unit_that_stages_gets_an_image_from_another_host_also_after_a_kill(host: Host) -> None:
+    need_staging()
+    content = random_image(host.container.inside(f"{IMAGES}/s.raw"), 8 * MIB, 3)
+    host.run("chown", "forebay:", f"{IMAGES}/s.raw")
+    host.run("systemctl", "start", "forebay-fuse", "forebay-stage")
+    pid = host.pid("forebay-stage")
+    host.run("systemctl", "kill", "--signal=KILL", "forebay-stage")
+    wait_for(
+        lambda: (
+            host.pid("forebay-stage") not in (0, pid)
+            and host.container.show("forebay-stage", "ActiveState") == "active"
+        ),
+        "systemd has started it again",
+    )
+    # by the overlay: a mount has given up the right to go through /proc
+    with running([StagingHost(host.container.root / IMAGES.lstrip("/"))]) as [source]:
+        peers = f"{source.address},{STAGING}"
+        source.make("images:s.raw")
+        source.stage("images:s.raw", "--peers", peers, "--source")
+        host.cli("stage", "images:s.raw", "--peers", peers)
+        told: dict[str, Any] = {}
+
+        def is_done() -> bool:
+            told.update(json.loads(host.cli("stage", "--json"))[0])
+            return bool(told["state"] == "done")
+
+        try:
+            wait_for(is_done, "the image is there", 60)
+        except AssertionError as fault:
+            journal = host.container.journal("-u", "forebay-stage", "-u", "forebay-fuse")
+            raise AssertionError(f"{fault}: {told}\n{source.log_text()}\n{journal}") from None
+        assert (told["origin_read_bytes"], told["refused_pieces"]) == (0, 0)
+    host.cli("stage", "images:s.raw", "--end")
+    host.run("systemctl", "stop", "forebay-stage", "forebay-fuse")
+    assert host.container.show("forebay-stage", "Result") == "success"
+    host.cli("attach", "s", "images:s.raw", "--read-only")
+    assert (
+        subprocess.run(
+            ["nbdcopy", "--", host.uri("s"), "-"], capture_output=True, check=True
+        ).stdout
+        == content
+    )
+    host.cli("detach", "s")
 
 
 def test_at_shutdown_vms_end_first_then_it_drains(host: Host) -> None:

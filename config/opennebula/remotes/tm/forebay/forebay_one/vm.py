@@ -29,7 +29,7 @@ class Failed(Exception):
 def normalised(path: str) -> str:
     """An absolute path without `//` and `.`; `..` is refused. Raises Failed."""
     if not path.startswith("/") or not path.isprintable() or ".." in path.split("/"):
-        raise Failed(f"{path!r} is not an absolute path")
+        raise Failed(f"{path!r} is not an absolute path of printable characters without '..'")
     return "/" + os.path.normpath(path).lstrip("/")
 
 
