@@ -67,7 +67,7 @@ class Reloading:
         """
         async with self._alone:
             try:
-                new = await trio.to_thread.run_sync(self._config.again)
+                new = await trio.to_thread.run_sync(self._config.again, abandon_on_cancel=True)
                 self._check(new)
             except (ConfigError, ForebayError) as fault:
                 what = "; ".join(str(fault).splitlines())
