@@ -22,6 +22,7 @@ from forebay.cli.events import run
 from forebay.cli.events.arguments import parse_since
 from forebay.client import NoDaemonError
 from forebay.control import events as control
+from forebay.errors import ForebayError
 from forebay.events import telling
 from forebay.events.files import LONGEST_LINE, Files
 from forebay.events.held import Events
@@ -706,3 +707,26 @@ async def test_the_last_ones_and_those_of_a_disk(
     await trio.testing.wait_all_tasks_blocked()
     assert [one["text"] for one in slow.lines] == ["7", "9"]
     nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("/disks/vm1?discard=0&force=0", "DELETE /disks/vm1"),
+        ("/disks/vm1?discard=1&force=true", "DELETE /disks/vm1 (discard, force)"),
+        ("/disks/%0a%1b[2J?image=https://u:secret@h/", "DELETE /disks/\\n\\x1b[2J"),
+        ("/" + "x" * 5000, "DELETE /" + "x" * (control.LONGEST_TARGET - 8)),
+    ],
+)
+async def test_what_was_asked_for_is_told_without_secrets(target: str, said: str) -> None:
+    async def refuse(_: Request) -> Any:
+        raise ForebayError("no such disk")
+
+    with kept() as found:
+        call = control.told("DELETE", "/disks/{name}", refuse)
+        with pytest.raises(ForebayError):
+            await call(Request("DELETE", target, None))  # type: ignore[arg-type]
+    assert [one["text"] for one in found] == [f"asked for: {said}", "not done: no such disk"]
+    assert [one.get("ok") for one in found] == [None, False]
+    read = control.told("GET", "/disks", refuse)
+    assert read is refuse, "who only looks is not told"

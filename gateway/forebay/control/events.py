@@ -37,6 +37,8 @@ _UNTOLD = {"/stages/report"}
 LONGEST_TARGET = 300
 """Characters of a request that are told."""
 
+FLAGS, NOT_SET = ("discard", "force"), ("0", "false", "no")
+
 
 class EventRoutes:
     """The endpoint, on the events of one daemon."""
@@ -153,6 +155,13 @@ def _line_of_gap() -> bytes:
     return json.dumps({"kind": "gap", "disk": "", "text": text}).encode()
 
 
+def _asked_for(request: Request) -> str:
+    """Method, path, and which of FLAGS are set: values may be secrets, as those in URLs of images."""
+    set_ = [flag for flag in FLAGS if request.query_params.get(flag, "0") not in NOT_SET]
+    target = printable(f"{request.method} {request.path}")[:LONGEST_TARGET]
+    return f"{target} ({', '.join(set_)})" if set_ else target
+
+
 def _disk_in(request: Request) -> str:
     """The disk, or the overlay, in the path; empty where none can have that name."""
     try:
@@ -167,9 +176,8 @@ def told(method: str, path: str, endpoint: Endpoint) -> Endpoint:
         return endpoint
 
     async def call(request: Request) -> Answer:
-        target = printable(f"{request.method} {request.target}")[:LONGEST_TARGET]
         disk = _disk_in(request)
-        tell("command", f"asked for: {target}", disk)
+        tell("command", f"asked for: {_asked_for(request)}", disk)
 
         def refused(text: str) -> None:
             tell("command", f"not done: {text}", disk, ok=False)

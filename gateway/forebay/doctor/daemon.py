@@ -32,7 +32,17 @@ MOST_NAMED = 5
 """Keys that a line names."""
 NEARLY_FULL = 0.9
 """Of a budget of memory."""
-ANSWERS = ("summary", "disks", "cache", "gateway", "stores", "images", "overlays", "config")
+ANSWERS = (
+    "summary",
+    "disks",
+    "cache",
+    "gateway",
+    "stores",
+    "images",
+    "overlays",
+    "config",
+    "events",
+)
 """What the daemon is asked for; all of it goes into a bundle."""
 
 

@@ -55,7 +55,6 @@ class Request:
             raise HTTPException(400, f"more than {MOST_PARAMETERS} parameters") from None
         self.method = method
         self.headers = headers
-        self.target = target
         self.path = unquote(path)
         self.query_params = dict(given)
         """Of parameters that are given twice, the last."""
