@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,7 +63,9 @@ exec {daemon} --pid-file /run/libvirtd.pid
 class Libvirt:
     """A running libvirtd. `virsh("list")` asks it; `hooked(gateway)` has its hook talk to that gateway."""
 
-    def __init__(self) -> None:
+    def __init__(self, hostname: str = "") -> None:
+        """`hostname`: of a host of its own, as libvirt sees it, which domains can migrate to."""
+        self.hostname = hostname
         need("unshare", "virsh", "qemu-system-x86_64")
         daemon = shutil.which("libvirtd", path=f"{os.environ['PATH']}:/usr/sbin")
         if daemon is None or os.geteuid() != 0:
@@ -81,7 +84,8 @@ class Libvirt:
         ):
             (self.directory / name).mkdir(parents=True)
         (self.directory / "etc" / "qemu.conf").write_text(QEMU_CONF)
-        (self.directory / "etc" / "libvirtd.conf").write_text(LIBVIRTD_CONF)
+        own = f'host_uuid = "{uuid.uuid4()}"\n' if hostname else ""
+        (self.directory / "etc" / "libvirtd.conf").write_text(LIBVIRTD_CONF + own)
         nokvm = self.directory / "nokvm"
         nokvm.touch(
             mode=0o600
@@ -99,7 +103,10 @@ class Libvirt:
     def start(self) -> None:
         """Start the daemon; it accepts then."""
         script = NAMESPACE.format(directory=self.directory, daemon=self._daemon)
-        command = ["unshare", "--mount", "--propagation=private", "sh", "-c", script]
+        apart = ["unshare", "--mount", "--propagation=private"]
+        if self.hostname:
+            apart, script = [*apart, "--uts"], f"hostname {self.hostname}\n{script}"
+        command = [*apart, "sh", "-c", script]
         log = self.directory / "out"
         environment = {**os.environ, "PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}"}
         with log.open("ab") as out:

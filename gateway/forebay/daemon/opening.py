@@ -78,11 +78,13 @@ def check_configured(config: Config, wanted: DiskRecord, source: Source) -> None
 def check_may_come(source: Source) -> None:
     """Raise ForebayError where the image cannot be handed over to the disk."""
     use = source.use
-    if not use.writes:
+    if use.overlay:
         raise ForebayError(
-            "what an overlay has lies on its own host only, and a read-only disk needs no handover: attach it without "
-            "--incoming"
+            "what an overlay has lies on its own host only, and does not move: 'forebay save' there makes an image of "
+            "it, which is attached without --incoming"
         )
+    if use.read_only:
+        raise ForebayError("a read-only disk needs no handover: attach it without --incoming")
     if source.asking is None or source.shown_format != RAW or not use.need_locks:
         raise ForebayError(
             f"{source.key} cannot be handed over by another host: only raw image files are, in a store with locks: "

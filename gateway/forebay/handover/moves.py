@@ -66,6 +66,11 @@ class Moves:
     def _of(self, name: str) -> tuple[Movable, Handover]:
         disk = self._find(name)
         disk.check_serves()
+        if disk.handover is None and disk.status().get("overlay"):
+            raise ForebayError(
+                f"'{name}' cannot be handed over: what an overlay has lies here only: 'forebay save {name} NEW' makes "
+                "an image of it, or shut the VM down and 'forebay commit' it"
+            )
         if disk.handover is None:
             raise ForebayError(
                 f"'{name}' cannot be handed over: only disks that write raw image files are, in a store with locks"
