@@ -90,6 +90,11 @@ class Daemon:
         figures += ("troubled", "conflicts")
         values = {figure: [abs(n % 48 - 24) * 1e7 for n in range(240)] for figure in figures}
         values |= {"seconds": [360.0 if n % 60 > 2 else 0 for n in range(240)]}
+        for number, kind in enumerate(("hit", "origin_read")):
+            for share in ("p50", "p99"):
+                values[f"{kind}_{share}_seconds"] = [
+                    1e-4 * 40**number * (1 + n % 3) for n in range(240)
+                ]
         values["lag_seconds"] = [n % 30 for n in range(240)]
         values["troubled"] = values["conflicts"] = [n // 80 for n in range(240)]
         return {
@@ -307,7 +312,9 @@ def test_a_real_daemon_that_goes_and_comes_back(gateway: GatewayProcess, browser
         assert "vm1" in row
         assert "4.00 MiB" in row
         assert browser.value("document.getElementById('state').textContent") == "all is well"
-        browser.wait_for("document.getElementById('helps-tiles').innerText.includes('50.0 %')")
+        browser.wait_for(
+            "document.getElementById('helps-tiles').innerText.includes('8.00 MiB were read')"
+        )
         gateway.kill()
         browser.wait_for("document.getElementById('fault').textContent.includes('no daemon at')")
         gateway.start()

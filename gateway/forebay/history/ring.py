@@ -25,7 +25,12 @@ SUMS = (
 )
 """Figures that add up. `seconds` is how much of a step was looked at: what it lacks, the daemon did not run."""
 
-MOST = ("dirty_bytes", "lag_seconds", "clients", "troubled")
+LATENCIES = tuple(
+    f"{kind}_{share}_seconds" for kind in ("hit", "origin_read") for share in ("p50", "p99")
+)
+"""How long reads took that the cache answered, and those of stores: half of them, and 99 of 100, at most so long."""
+
+MOST = ("dirty_bytes", "lag_seconds", "clients", "troubled", *LATENCIES)
 """Figures of which the largest counts. `troubled`: disks that need a look."""
 
 OF_DISKS = (*SUMS, *MOST)
@@ -107,4 +112,4 @@ class Ring:
 
 def _rounded(value: float) -> float:
     """As short in JSON as it can be: the columns have seven digits."""
-    return int(value) if value == int(value) or abs(value) >= 1e6 else round(value, 3)
+    return int(value) if value == int(value) or abs(value) >= 1e6 else float(f"{value:.4g}")

@@ -56,7 +56,7 @@ class Summary:
         self._statuses = statuses
         self._images = images
         self._hits = RecentHits(cache.views)
-        self.history = History(config.gateway.state, statuses, cache.info)
+        self.history = History(config.gateway.state, statuses, cache.info, self.latency.each)
         self._stores = StoreHealth(config, nursery, threads_of)
         self._remembered = Remembered(config.gateway.run)
 
