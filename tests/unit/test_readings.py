@@ -107,3 +107,20 @@ async def test_work_that_needs_the_image_as_it_is_keeps_a_writer_out_as_long_as_
     busy.clear()
     async with disks.arriving("vm", source(writes=True), nobody):
         await ended.wait()
+
+
+@pytest.mark.parametrize("writes", [False, True], ids=["overlay", "writer"])
+async def test_no_disk_comes_to_an_image_that_a_commit_or_a_resolve_writes(writes: bool) -> None:
+    """Not even where the image has no locks: it is an NBD server's, say."""
+    disks = Disks()
+    async with disks.alone(source()):
+        with pytest.raises(
+            ForebayError, match="being written by a commit or a resolve of disk 'd'"
+        ):
+            async with disks.arriving("vm", source(writes=writes), nobody):
+                raise AssertionError("it must not get here")
+        async with disks.arriving("vm", source("s:b.raw", writes=writes), nobody):
+            assert disks.coming_to(source("s:b.raw")) == ["vm"]
+    async with disks.arriving("vm", source(writes=writes), nobody):
+        assert disks.coming_to(source()) == ["vm"]
+    assert disks.coming_to(source()) == []

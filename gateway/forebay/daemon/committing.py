@@ -115,6 +115,7 @@ class Committing:
             for one in self._disks.all_attached()
             if one is not disk and one.source.is_same_image(disk.source)
         ]
+        others += self._disks.coming_to(disk.source)
         others += [name for name in self._kept.on(image.key) if name != disk.name]
         if others:
             raise ForebayError(

@@ -262,7 +262,13 @@ class Disks:
             await reading.ended.wait()
 
     def check_alone(self, source: Source) -> None:
-        """Within this gateway an image has one writing disk, or any number of others. Raises ForebayError."""
+        """Within this gateway an image has one writing disk, or any number of others; and none comes while a commit, or
+        a resolve, writes it. Raises ForebayError.
+        """
+        if writer := self._writer_of(source):
+            raise ForebayError(
+                f"{source.key} is being written by a commit or a resolve of disk '{writer}': wait until that has ended"
+            )
         others = [one.source for one in self.all_attached()]
         others += [one.source for one in self._coming.values()]
         for other in others:
@@ -276,6 +282,17 @@ class Disks:
                 f"{source.key} is in use by disk '{other.use.disk}', which needs it unchanged: "
                 "detach that first, or attach with --overlay or --read-only"
             )
+
+    def _writer_of(self, source: Source) -> str | None:
+        """The disk whose commit or resolve is writing the image of that source, or is to be gone on with."""
+        found = [x.source.use.disk for x in self._alone if x.source.is_same_image(source)]
+        resting = (x for x in self._known.values() if isinstance(x, Absent))
+        found += [x.name for x in resting if x.record.committing and x.record.key == source.key]
+        return found[0] if found else None
+
+    def coming_to(self, source: Source) -> list[str]:
+        """The disks that are on their way to the image of that source."""
+        return [name for name, one in self._coming.items() if one.source.is_same_image(source)]
 
 
 class _Subject:
