@@ -254,6 +254,7 @@ OVERLAY = {
     "snapshots": 1,
     "keep": True,
     "attached": True,
+    "served": True,
     "since": None,
 }
 SNAPSHOT = {"name": "monday", "created": 1000}

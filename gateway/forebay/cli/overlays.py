@@ -97,12 +97,19 @@ def show(arguments: Arguments, client: Daemon) -> int:
             format_size(one["private_bytes"]),
             str(one["snapshots"]),
             "yes" if one["keep"] else "",
-            "attached" if one["attached"] else f"since {_when(one['since'])}",
+            _state(one),
         ]
         for one in overlays
     ]
     _print_table(rows, "NAME IMAGE SIZE> CHANGED> SNAPSHOTS> KEPT STATE")
     return 0
+
+
+def _state(one: dict[str, Any]) -> str:
+    """Whether it is attached; where it is, and is not served, `forebay status` says why."""
+    if not one["attached"]:
+        return f"since {_when(one['since'])}"
+    return "attached" if one.get("served", True) else "not served"
 
 
 def snapshots(arguments: Arguments, client: Daemon) -> int:

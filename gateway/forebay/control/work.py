@@ -39,6 +39,7 @@ def failure(fault: Exception, disk: str = "") -> tuple[int, str]:
         case OSError():
             where = f"'{disk}': " if disk else ""
             then = advice(fault, "the daemon's log says more")
+            log.info("control API: %s%r", where, fault)
             return 500, f"{where}{fault.strerror or type(fault).__name__}; {then}"
     log.error("control API: %s", type(fault).__name__, exc_info=fault)
     return 500, f"a fault of forebay itself ({type(fault).__name__}): look at the daemon's log"

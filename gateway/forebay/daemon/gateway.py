@@ -22,7 +22,7 @@ from forebay.config.model import Config
 from forebay.control.prometheus.latency import latency_lines
 from forebay.control.prometheus.metrics import label, metrics_lines
 from forebay.daemon.arrivals import Arrivals
-from forebay.daemon.attached import Attached
+from forebay.daemon.attached import Absent, Attached
 from forebay.daemon.committing import Committing
 from forebay.daemon.departures import Departures
 from forebay.daemon.disks import Disks, attach_once, still_dirty
@@ -129,6 +129,7 @@ class Gateway:
             self._disks.all_attached,
             committing,
             self._disks.is_attached,
+            lambda: [x.status() for x in self._disks if isinstance(x, Absent) and x.record.overlay],
         )
         evacuation = Evacuation(self.attached, self.status, self.detach, self.set_mode)
         self.moves = Moves(self._disks.attached, evacuation.run)
@@ -393,4 +394,8 @@ class Gateway:
 
 async def _drain(attached: Attached, progress: Progress) -> None:
     with attached.used():
-        await attached.drain(progress)
+        try:
+            await attached.drain(progress)
+        except OSError as fault:  # of one of many: which one
+            why = fault.strerror or type(fault).__name__
+            raise OSError(fault.errno, f"'{attached.name}': {why}") from fault

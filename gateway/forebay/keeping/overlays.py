@@ -7,7 +7,7 @@ Each is decided by one commit of the index: killed before it, nothing was done; 
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -68,11 +68,13 @@ class Overlays:
         served: Callable[[], Iterable[Served]],
         committing: Committing,
         is_taken: Callable[[str], bool],
+        at_rest: Callable[[], Iterable[Mapping[str, Any]]] = tuple,
     ) -> None:
         """`index` is where the index lies: told where it cannot be written. `is_taken` says whether a disk of that name
-        is attached, or about to be.
+        is attached, or about to be. `at_rest` returns the status of each overlay on record that is not served.
         """
         self._is_taken = is_taken
+        self._at_rest = at_rest
         self._cache = cache
         self._index = index
         self._kept = kept
@@ -85,6 +87,16 @@ class Overlays:
     def all(self) -> list[dict[str, Any]]:
         """What is told of each overlay, attached or kept, by name."""
         told = [_told_of(one) for one in self._served() if one.disk.overlay]
+        told += [
+            {
+                **{key: one[key] for key in ("name", "image", "size", "private_bytes", "keep")},
+                "snapshots": len(self._kept.snapshots(one["name"])),
+                "attached": True,
+                "served": False,
+                "since": None,
+            }
+            for one in self._at_rest()
+        ]
         for name, kept in self._kept.all().items():
             told.append(
                 {
@@ -95,6 +107,7 @@ class Overlays:
                     "snapshots": len(self._kept.snapshots(name)),
                     "keep": True,
                     "attached": False,
+                    "served": False,
                     "since": kept.since,
                 }
             )
@@ -105,8 +118,9 @@ class Overlays:
         for one in self._served():
             if one.name == name:
                 return _told(one.disk.dirty)
-        if self._kept.get(name) is None:
-            known = [*(one.name for one in self._served()), *self._kept.all()]
+        resting = [one["name"] for one in self._at_rest()]
+        if self._kept.get(name) is None and name not in resting:
+            known = [*(one.name for one in self._served()), *resting, *self._kept.all()]
             raise ForebayError(
                 f"no overlay '{name}'{did_you_mean(name, known)}: see forebay overlays"
             )
@@ -258,6 +272,7 @@ def _told_of(one: Served) -> dict[str, Any]:
         "snapshots": len(dirty.snapshots.all()),
         "keep": one.disk.source.use.keep,
         "attached": True,
+        "served": True,
         "since": None,
     }
 

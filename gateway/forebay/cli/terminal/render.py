@@ -148,7 +148,7 @@ def hit_percent(hits: float, misses: float) -> str:
 def mode_of(disk: Mapping[str, Any]) -> str:
     """The mode, and what else decides about writes: `write-back,overlay`."""
     marks = [mark for key, mark in (("overlay", "overlay"), ("read_only", "ro")) if disk[key]]
-    return ",".join([disk["mode"], *marks])
+    return ",".join([disk["mode"], *marks] if disk["mode"] else marks) or "-"
 
 
 def image_shown(image: str) -> str:
