@@ -644,7 +644,15 @@ def test_a_file_that_changes_while_it_is_fetched_is_not_joined(
     server.content, server.cuts = numbered(1024), [MIB]
     server.tag = server.changed = ""
     told = bed.refused(server.url, "new", "--cacert", str(authority), leaves=2)
-    assert "was changed while it was fetched" in told
+    assert "does not say whether it has the same file still: run the same command again" in told
+
+
+def test_a_server_that_begins_from_the_start_only_is_not_said_to_be_gone_on_with(
+    bed: Bed, server: Web, authority: Path
+) -> None:
+    server.content, server.cuts, server.ranges = numbered(1024), [MIB], False
+    told = bed.refused(server.url, "new", "--cacert", str(authority), leaves=2)
+    assert "begins from the start only: run the same command again, which starts over" in told
 
 
 @pytest.mark.parametrize("scheme", ["http", "ftp", "file"])
@@ -666,7 +674,14 @@ def test_a_redirection_to_https_is_followed_and_one_in_circles_is_not(
     assert bed.imported(server.url, "--cacert", str(authority)) == numbered(16)
     (bed.store / "new").unlink()
     server.statuses = [302] * 50
-    assert "check the URL" in bed.refused(server.url, "new", "--cacert", str(authority))
+    told = bed.refused(server.url, "new", "--cacert", str(authority))
+    assert "check the URL" in told
+    assert "\\n" not in told
+
+
+def test_only_http_is_for_those_who_say_so(bed: Bed) -> None:
+    assert "is not https: say --allow-http" in bed.refused("http://127.0.0.1:1/x")
+    assert "is not https: fetch it first" in bed.refused("ftp://127.0.0.1:1/x")
 
 
 def test_a_server_that_nobody_vouches_for_is_refused(bed: Bed, server: Web) -> None:

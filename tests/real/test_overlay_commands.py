@@ -6,6 +6,7 @@
 ``FOREBAY_NTH_SHARE=1`` tries the failure of every call instead of some.
 """
 
+import errno
 import os
 import random
 import shutil
@@ -20,6 +21,8 @@ import trio
 from forebay.daemon.committing import Committing
 from forebay.daemon.resolving import Keeps
 from forebay.errors import ForebayError
+from forebay.image.source import Source
+from forebay.origin.new_image import NewImage
 from forebay.units import MIB, Mode
 from real.commands_bed import NEW, OLD, SIZE, Bed, Faults, nothing, outcome
 
@@ -111,7 +114,8 @@ async def test_a_base_that_was_changed_meanwhile_is_a_conflict(
         with pytest.raises(ForebayError, match="was changed while 'd' was detached: 'forebay reso"):
             await attach(bed)
         assert bed.told()["d"][1] == "conflict"
-        assert not bed.gateway.overlays.all() or others
+        told = {one["name"]: one["served"] for one in bed.gateway.overlays.all()}
+        assert told == {"d": False, **({"other": True} if others else {})}
     async with bed.life() as gateway:
         assert bed.told()["d"][1] == "conflict"
         await gateway.resolve("d", keeps, sure=True, progress=nothing)
@@ -187,6 +191,28 @@ async def test_a_commit_is_refused_while_others_are_on_the_image(short_path: Pat
         assert path.read_bytes()[:CHANGED] == b"x" * CHANGED
 
 
+async def test_no_disk_comes_to_an_image_while_a_commit_writes_it(short_path: Path) -> None:
+    """Whoever tries is told of the commit, and not of a lock."""
+    bed = Bed(short_path)
+    path = bed.image("a.img")
+    async with bed.life():
+        await attach(bed)
+        await bed.write("d")
+        refused: list[str] = []
+
+        async def another(source: Source, *_: object) -> None:
+            refused.append(await outcome(partial(attach, bed, "other")))
+            await write(source, *_)
+
+        write = bed.gateway.overlays._committing._write  # type: ignore[attr-defined]
+        with mock.patch.object(bed.gateway.overlays._committing, "_write", another):
+            await commit(bed)
+        [why] = refused
+        assert "is being written by a commit or a resolve of disk 'd': wait" in why
+        assert path.read_bytes() == committed()
+        await attach(bed, "other")
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["before it is made", "after it was made"])
 async def test_a_commit_that_fails_or_is_killed_anywhere_loses_nothing_and_can_be_done_again(
     after: bool, short_path: Path, expect_log: Callable[[str], None], rng: random.Random
@@ -254,6 +280,56 @@ async def test_a_commit_that_is_killed_when_its_image_was_given_back_is_done(
         assert not path.with_name("a.img.forebay").exists()
         if by != "its end":
             await bed.starts_with("d", b"x" if by == "another" else NEW)
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "images:new.img: No space left on device: make room there, and try again"),
+        (errno.EACCES, "images:new.img: Permission denied: let the daemon's user write there"),
+        (errno.EIO, "images:new.img: Input/output error: see that the storage answers"),
+    ],
+)
+async def test_a_save_that_its_store_refuses_says_which_image_and_what_to_do(
+    number: int, says: str, short_path: Path
+) -> None:
+    bed = Bed(short_path)
+    bed.image("a.img")
+    async with bed.life() as gateway:
+        await attach(bed)
+        with mock.patch.object(NewImage, "write", side_effect=OSError(number, os.strerror(number))):
+            save = partial(gateway.save, "d", "images:new.img", partial=False, progress=nothing)
+            assert (await outcome(save)).startswith(says)
+        assert sorted(os.listdir(bed.images)) == ["a.img"]
+
+
+async def test_a_trace_of_an_image_that_is_not_there_says_so(short_path: Path) -> None:
+    bed = Bed(short_path)
+    bed.image("a.img")
+    (bed.images / "link").symlink_to(".")
+    async with bed.life() as gateway:
+        traces = gateway.catalogue.traces
+        for name, says in (
+            ("no.img", "no such image: check"),
+            ("link/a.img", "a symbolic link is"),
+        ):
+            told = await outcome(partial(traces.find, f"images:{name}"))
+            assert told.startswith(f"images:{name}: {says}"), told
+        told = await outcome(partial(traces.drop, "images:link/a.img"))
+        assert told.startswith("images:link/a.img: a symbolic link is"), told
+
+
+async def test_a_flush_that_fails_says_of_which_disk(short_path: Path) -> None:
+    bed = Bed(short_path)
+    bed.image("a.img")
+    async with bed.life() as gateway:
+        await attach(bed)
+        full = OSError(errno.ENOSPC, "No space left on device")
+        with (
+            mock.patch.object(bed.disk("d"), "drain", side_effect=full),
+            pytest.raises(OSError, match="'d': No space left on device"),
+        ):
+            await gateway.flush(None, progress=nothing)
 
 
 async def test_snapshots_of_a_thousand_are_the_most(short_path: Path) -> None:

@@ -159,6 +159,39 @@ def test_what_is_saved_is_sparse_and_every_snapshot_can_be_had(
     assert (refused.returncode, "is there already" in refused.stderr) == (1, True)
 
 
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_a_disk_of_terabytes_with_little_in_it_is_saved(
+    form: str, gateway: GatewayProcess, connect: Connect
+) -> None:
+    """Step by step through its holes that would take hours."""
+    size = (4 << 40) + 4097
+    base = gateway.images / "large.raw"
+    with base.open("wb") as file:
+        file.truncate(size)
+        for at, data in ((5 * MIB - 100, b"a" * 200), (size - 4097, b"e" * 4097)):
+            file.seek(at)
+            file.write(data)
+    gateway.attach("vm", "large.raw", "--overlay")
+    client = connect(f"nbd+unix:///vm?socket={gateway.run}/disks/vm.sock")
+    client.pwrite(b"b" * 70000, (3 << 40) + 12288)
+    client.pwrite(bytes(200), 5 * MIB - 100)
+    client.pwrite(b"c" * 512, 9 * MIB)
+    client.shutdown()
+    new = gateway.images / f"new.{form}"
+    gateway.cli("save", "vm", f"images:{new.name}", "--format", form)
+    want = {5 * MIB - 100: bytes(200), 9 * MIB: b"c" * 512, size - 4097: b"e" * 4097}
+    want |= {(3 << 40) + 12288: b"b" * 70000, 2 << 40: bytes(4096)}
+    if form == "raw":
+        assert new.stat().st_size == size
+        assert allocated(new) < MIB
+        with new.open("rb") as file:
+            for at, data in want.items():
+                assert os.pread(file.fileno(), len(data), at) == data
+        return
+    steps = [f"read -P {data[0]} {at} {len(data)}" for at, data in want.items()]
+    run("qemu-io", "-r", "-f", "qcow2", *[word for step in steps for word in ("-c", step)], new)
+
+
 def test_a_commit_puts_the_changes_into_the_image_and_goes_on_empty(
     gateway: GatewayProcess, disk: OneDisk, image: bytes, connect: Connect
 ) -> None:
@@ -203,6 +236,29 @@ def test_a_commit_that_is_killed_is_gone_on_with_by_the_next_start(
         assert disk.path.read_bytes() == model
         assert disk.reads() == model
     assert disk.status()["overlay"]
+
+
+def test_an_overlay_that_is_not_served_is_still_listed(
+    gateway: GatewayProcess, disk: OneDisk, image: bytes, connect: Connect
+) -> None:
+    """It holds room in the cache, and what its page says is why, and what to do."""
+    write(disk, bytearray(image), MIB, b"a" * 70000, connect)
+    gateway.cli("snapshot", "vm", "one")
+    gateway.cli("detach", "vm")
+    os.truncate(gateway.images / "base.raw", SIZE // 2)
+    refused = gateway.cli("attach", "vm", "images:base.raw", "--overlay", check=False)
+    assert "was changed while 'vm' was detached" in refused.stderr
+    for _ in range(2):
+        [told] = listed(gateway, "overlays")
+        assert (told["name"], told["attached"], told["served"]) == ("vm", True, False)
+        assert (told["snapshots"], told["keep"]) == (1, True)
+        assert told["private_bytes"] > 70000
+        assert gateway.cli("overlays").stdout.splitlines()[1].endswith(" not served")
+        page = gateway.cli("status", "vm").stdout
+        assert "state      conflict: images:base.raw was changed while" in page
+        assert "snapshots  one" in page
+        assert [x["name"] for x in listed(gateway, "snapshots", "vm")] == ["one"]
+        gateway.restart()
 
 
 def test_a_full_cache_loses_nothing_that_is_kept(

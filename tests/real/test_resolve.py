@@ -345,7 +345,7 @@ async def test_a_store_that_hangs_ends_a_save_and_not_the_disk(
         await bed.write("d")
         monkeypatch.setattr(gateway._saving, "_patience", lambda _: 0.3)
         armed = True
-        with pytest.raises(OSError, match="no answer within"):
+        with pytest.raises(ForebayError, match=r"images:new\.raw: .*no answer within"):
             await gateway.save("d", "images:new.raw", partial=False, progress=nothing)
         with trio.fail_after(5):
             await bed.write("d")

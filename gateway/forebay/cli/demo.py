@@ -26,7 +26,8 @@ from forebay.units import format_size
 
 IMAGE_SIZE = 256 << 20
 FAR_SIZE = 128 << 20
-SETTLE_SECONDS = 10.0
+SETTLE_SECONDS = 120.0
+"""For a host that is busy: what ends is noticed at once."""
 
 _CONFIG = """\
 [gateway]
@@ -212,8 +213,11 @@ class _Demo:
         control = self.home / "run" / "control.sock"
         deadline = time.monotonic() + SETTLE_SECONDS
         while self._quiet(*self._command("status")).returncode:
-            if self.daemon.poll() is not None or time.monotonic() > deadline:
-                raise ForebayError(f"no daemon at {control}: {self._log()}")
+            if self.daemon.poll() is not None:
+                raise ForebayError(f"the daemon ended: {self._log()}")
+            if time.monotonic() > deadline:
+                late = f"the daemon does not answer at {control} after {SETTLE_SECONDS:.0f} s"
+                raise ForebayError(f"{late}: the last line of its log: {self._log()}")
             time.sleep(0.05)
 
     def _log(self) -> str:

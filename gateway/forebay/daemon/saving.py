@@ -9,6 +9,7 @@ neither the cache nor the image has is told, and refuses the save, unless the op
 """
 
 import contextlib
+import errno
 import functools
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -21,14 +22,16 @@ from forebay.config.model import Config
 from forebay.daemon.attached import Absent, Attached
 from forebay.daemon.disks import Disks
 from forebay.daemon.parallel import Progress
-from forebay.errors import ForebayError
+from forebay.disk.block_status import allocation
+from forebay.errors import ForebayError, advice
+from forebay.image.image import Image
 from forebay.image.reach import ImageState
 from forebay.keeping.forms import FORMS, Form
 from forebay.keeping.frozen import frozen_view
 from forebay.keeping.overlays import check_overlay
 from forebay.keeping.reading import Reader, refuse
 from forebay.origin.addresses import FileAddress, resolve
-from forebay.origin.new_image import NewImage, remove_left
+from forebay.origin.new_image import NewImage, address_of_new, remove_left
 from forebay.origin.pieces import data_in
 from forebay.origin.threads import StoreThreads, bounded
 from forebay_cache import Cache, View
@@ -43,6 +46,10 @@ STEP = 16 * BLOCK
 
 KIND = "save"
 """Kind of the record, by the new image's key, while it is being written: a start removes what a kill left."""
+
+_REFUSED = (errno.EACCES, errno.EPERM)
+_WRITABLE = "let the daemon's user write there, and try again"
+_ANSWERS = "see that the storage answers, and try again"
 
 CLEAN_SECONDS = 10.0
 """How long a store may take to remove that."""
@@ -82,11 +89,7 @@ class Saving:
 
     async def save(self, name: str, wanted: Wanted, progress: Progress) -> dict[str, Any]:
         """Make an image of what the disk shows; what was saved. Raises ForebayError and OSError."""
-        target = resolve(self._config, wanted.to)
-        if not isinstance(target, FileAddress):
-            raise ForebayError(
-                f"'{wanted.to}' is not in a store: write STORE:relative/path of a new image"
-            )
+        target = address_of_new(self._config, wanted.to)
         async with (
             self._disks.turn(name) as disk,
             self._alone(target),
@@ -153,14 +156,15 @@ class Saving:
             return
         one, image = disk.disk, disk.disk.image
         reached = image.conflict is None and image.reach.state is ImageState.REACHED
+        make = functools.partial(_reader, image, one.size, has_image=reached)
         if snapshot is not None:
             check_overlay(one)
         if one.overlay:
             async with frozen_view(one, snapshot) as view:
-                yield Reader(view, one.size, has_image=reached), one.size
+                yield make(view), one.size
             return
         async with one.modes.gate.closed():
-            yield Reader(one.view, one.size, has_image=reached), one.size
+            yield make(one.view), one.size
 
     def _absent(self, disk: Absent) -> Reader:
         """What reads a disk that is not served."""
@@ -185,13 +189,17 @@ class Saving:
         """Write all that there is; how many bytes."""
         saved = 0
         progress(0, size)
-        for start in range(0, size, STEP):
+        start = 0
+        while (at := await reader.data_from(start)) < size:
+            start = at // STEP * STEP
             found = await reader.read(start, min(STEP, size - start))
             parts = [part for offset, data in found for part in data_in(offset, data)]
             if parts:
                 await store.run(functools.partial(new.write, form.placed(parts)))
                 saved += sum(len(data) for _, data in parts)
-            progress(min(start + STEP, size), size)
+            start += STEP
+            progress(min(start, size), size)
+        progress(size, size)
         for more in form.end():
             await store.run(functools.partial(new.write, more))
         return saved
@@ -211,6 +219,15 @@ class Saving:
                 self._cache.records.put(KIND, key, None)
 
 
+def _reader(image: Image, size: int, view: View, *, has_image: bool) -> Reader:
+    """What reads a disk on that image through that view."""
+
+    async def holes(offset: int, length: int) -> list[tuple[int, int]]:
+        return await allocation(view, image, offset, length, one=False)
+
+    return Reader(view, size, has_image=has_image, holes=holes if has_image else None)
+
+
 class _Target:
     """The store that gets the new image. The disk's writes wait for its calls, so none takes longer than `timeout`."""
 
@@ -220,11 +237,16 @@ class _Target:
         self._timeout = timeout
 
     async def run(self, do: Callable[[], T], drop: Callable[[T], object] | None = None) -> T:
-        """As `StoreThreads.run`; raises OSError(ETIMEDOUT) for a call that takes too long."""
-        with bounded(self._timeout, f"writing {self._key}"):
-            return await self._threads.run(do, drop=drop)
+        """As `StoreThreads.run`; raises ForebayError for what the store refuses, or takes too long for."""
+        try:
+            with bounded(self._timeout, "writing it"):
+                return await self._threads.run(do, drop=drop)
+        except OSError as fault:
+            what = advice(fault, _WRITABLE if fault.errno in _REFUSED else _ANSWERS)
+            raise ForebayError(f"{self._key}: {fault.strerror or fault}: {what}") from fault
+        raise AssertionError("bounded() raises")
 
     async def drop(self, new: NewImage) -> None:
         """Remove what was written, in so much time; a start removes it otherwise. Raises nothing."""
-        with trio.CancelScope(shield=True), contextlib.suppress(OSError):
+        with trio.CancelScope(shield=True), contextlib.suppress(ForebayError):
             await self.run(new.drop)

@@ -17,7 +17,8 @@ from forebay.importing import unpack, web
 from forebay.importing.making import Making, Progress, Report, Wish
 from forebay.importing.source import LocalFile, Source
 from forebay.importing.work import Work
-from forebay.origin.addresses import FileAddress, resolve
+from forebay.origin.addresses import FileAddress
+from forebay.origin.new_image import address_of_new
 from forebay.sidecar.user import become_owner, name_of_daemon
 
 _FOR_GOOD = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -29,9 +30,7 @@ def run(config: Config, wish: Wish, progress: Progress, tell: Callable[[str], No
 
     Raises ForebayError, and OSError. Becomes the user whose the daemon's state is, for good, where root runs it.
     """
-    address = resolve(config, wish.target)
-    if not isinstance(address, FileAddress):
-        raise ForebayError(f"'{wish.target}' is not in a store: write STORE:NAME of a new image")
+    address = address_of_new(config, wish.target)
     unpack.prepare()
     web.prepare()
     source = _opened(config, wish, address)
@@ -41,6 +40,9 @@ def run(config: Config, wish: Wish, progress: Progress, tell: Callable[[str], No
             work = Work(address)
         except PermissionError as fault:
             raise _not_allowed(config, address, fault) from None
+        except OSError as fault:
+            what = advice(fault, "see that the storage answers, and run the same command again")
+            raise ForebayError(f"{address.key}: {fault.strerror or fault}: {what}") from None
         return _made(Making(wish, source, work, progress, tell), work, source)
     finally:
         signal.signal(signal.SIGTERM, before)

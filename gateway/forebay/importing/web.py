@@ -34,6 +34,8 @@ SLOWEST = 64 * KIB
 PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 """Seconds before a connection that broke is made again, each time without anything received. Then it is given up."""
 
+_OVER = "run the command again, which starts over"
+
 _TEMPORARY = {408, 429, 500, 502, 503, 504}
 _CHUNK = 256 * KIB
 _LONGEST_TAG = 1024
@@ -102,9 +104,13 @@ class WebFile:
         if parts.scheme != "https" and not (
             parts.scheme == "http" and self._allow_http and (url == of or of.startswith("http:"))
         ):
-            hint = ": say --allow-http if it may be changed on the way" if url == of else ""
-            way = "" if url == of else f"'{printable(of)}' redirects to "
-            raise ForebayError(f"{way}'{printable(url)}', which is not https{hint}")
+            if url != of:
+                raise ForebayError(
+                    f"'{printable(of)}' redirects to '{printable(url)}', which is not https"
+                )
+            plain = parts.scheme == "http"
+            hint = "say --allow-http if it may be changed on the way" if plain else "fetch it first"
+            raise ForebayError(f"'{printable(url)}' is not https: {hint}")
 
     # ---------------------------------------------------------------------------------------------------- the beginning
 
@@ -166,7 +172,7 @@ class WebFile:
             fault.close()
             if fault.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and at:
                 return self._ask(0)
-            what = f"{fault.code} {printable(str(fault.reason))[:80]}"
+            what = f"{fault.code} {printable(str(fault.reason).partition(chr(10))[0])[:80]}"
             if fault.code in _TEMPORARY:
                 raise _Busy(what) from None
             raise ForebayError(f"{self.name}: {what}: check the URL") from None
@@ -242,10 +248,16 @@ class WebFile:
         self._connect(at)
         if self._at != at:
             self._at = at
-            self._give_up("the connection broke, and the server begins from the start only")
-        if not self._is(known):
             raise AwayError(
-                f"{self.name} was changed while it was fetched: run the command again, which starts over"
+                f"{self.name}: the connection broke, and the server begins from the start only: {_OVER}"
+            )
+        if not self._is(known):
+            told = known["tag"] or known["changed"]
+            raise AwayError(
+                f"{self.name} was changed while it was fetched: {_OVER}"
+                if told or known["size"] != self.size
+                else f"{self.name}: the connection broke, and the server does not say whether it has the same file "
+                f"still: {_OVER}, or say --sha256"
             )
 
     def _received(self) -> Iterator[bytes]:

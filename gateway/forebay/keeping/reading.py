@@ -4,12 +4,17 @@
 """What a disk shows, read for a new image: without what is known to be zeros, and with what is missing told."""
 
 import errno
+from collections import deque
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from forebay.units import format_size
 from forebay_cache import View
 from forebay_cache.format.geometry import SECTOR, Buffer
 from forebay_cache.read.survey import Holding, survey
+
+Holes = Callable[[int, int], Awaitable[list[tuple[int, int]]]]
+"""See `Reader`."""
 
 RANGES_TOLD = 64
 """Ranges that neither has which are told one by one; their sum covers all."""
@@ -38,13 +43,50 @@ class Missing:
 
 
 class Reader:
-    """Reads what a disk shows: `view` are its layers, and with `has_image` what these lack is in the image."""
+    """Reads what a disk shows: `view` are its layers, and with `has_image` what these lack is in the image.
 
-    def __init__(self, view: View, size: int, *, has_image: bool) -> None:
+    `holes`, where there is an image, returns what of a range (offset, length) is known to be zeros: extents of (length,
+    0 for data), one behind the other, from its beginning on, maybe not to its end. Raises OSError.
+    """
+
+    def __init__(
+        self, view: View, size: int, *, has_image: bool, holes: Holes | None = None
+    ) -> None:
         self._view = view
         self._size = size
         self._has_image = has_image
+        self._holes = holes
+        self._known: deque[tuple[int, int]] = deque()
+        """(end, 0 for data) of extents that follow each other."""
         self.missing = Missing()
+
+    async def data_from(self, offset: int) -> int:
+        """The first place from `offset` on that is not known to be zeros; the size of the disk where there is none.
+
+        Asked for places in ascending order. A disk of terabytes with little in it is looked through in no time.
+        """
+        while self._holes is not None and offset < self._size:
+            if not self._known and not await self._ask(self._holes, offset):
+                break
+            end, flags = self._known[0]
+            if offset < end and not flags:
+                break
+            offset = max(offset, end)
+            self._known.popleft()
+        return min(offset, self._size)
+
+    async def _ask(self, holes: Holes, offset: int) -> bool:
+        """Learn of what follows. False where nobody says anything: then all of it is read."""
+        try:
+            found = await holes(offset, self._size - offset)
+        except OSError:
+            found = []
+        for length, flags in found:
+            offset += length
+            self._known.append((offset, flags))
+        if not self._known:
+            self._holes = None
+        return bool(self._known)
 
     async def read(self, offset: int, length: int) -> list[tuple[int, bytes]]:
         """(offset, data) of what is there of the range, without zeros. What is missing is noted."""

@@ -13,14 +13,36 @@ import hashlib
 import os
 from collections.abc import Sequence
 
+from forebay.config.model import Config
 from forebay.errors import ForebayError
-from forebay.origin.addresses import SIDECAR, FileAddress
+from forebay.origin.addresses import SIDECAR, FileAddress, is_nameable, resolve
 from forebay.origin.calls import Buffer
 from forebay.origin.opening import open_folder
 from forebay.origin.threads import Descriptor
 from forebay.origin.worker import syscalls
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+LONGEST_NAME = 255 - len(SIDECAR)
+"""Bytes of a new image's name: the directory beside an image that is written has that name and `.forebay` behind it."""
+
+
+def address_of_new(config: Config, text: str) -> FileAddress:
+    """Where an image that is to be made is to lie. Raises ForebayError for what cannot be the name of one."""
+    address = resolve(config, text)
+    if not isinstance(address, FileAddress):
+        raise ForebayError(f"'{text}' is not in a store: write STORE:relative/path of a new image")
+    if address.key != address.name or not is_nameable(address.path):
+        raise ForebayError(
+            f"'{text}' means the disk in a file, and a file is to be made: leave out '?format='"
+        )
+    length = len(os.fsencode(os.path.basename(address.path)))
+    if length > LONGEST_NAME:
+        raise ForebayError(
+            f"{address.key}: its name has {length} bytes: use at most {LONGEST_NAME}"
+        )
+    return address
 
 
 def temporary_name(address: FileAddress, gateway: str, kind: str = "") -> str:
