@@ -29,7 +29,7 @@ from forebay.daemon.disks import Disks, attach_once, still_dirty
 from forebay.daemon.ending import stop
 from forebay.daemon.figures import memory
 from forebay.daemon.figures.loop_meter import METER
-from forebay.daemon.parallel import Progress, Shares, run_all
+from forebay.daemon.parallel import Progress, Shares, run_all, told_of
 from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.daemon.reloading import Reloading
 from forebay.daemon.resolving import Keeps, Resolving
@@ -393,9 +393,5 @@ class Gateway:
 
 
 async def _drain(attached: Attached, progress: Progress) -> None:
-    with attached.used():
-        try:
-            await attached.drain(progress)
-        except OSError as fault:  # of one of many: which one
-            why = fault.strerror or type(fault).__name__
-            raise OSError(fault.errno, f"'{attached.name}': {why}") from fault
+    with attached.used(), told_of(attached.name):
+        await attached.drain(progress)

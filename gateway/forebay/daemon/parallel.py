@@ -3,7 +3,8 @@
 
 """Several pieces of work at once, with one progress and one outcome."""
 
-from collections.abc import Awaitable, Callable, Iterable
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 import trio
 
@@ -28,6 +29,15 @@ class Shares:
             self._progress(sum(self._done), sum(self._total))
 
         return advance
+
+
+@contextlib.contextmanager
+def told_of(disk: str) -> Iterator[None]:
+    """Around the piece of work on one disk of several: a fault of storage says which disk it is of."""
+    try:
+        yield
+    except OSError as fault:
+        raise OSError(fault.errno, f"'{disk}': {fault.strerror or type(fault).__name__}") from fault
 
 
 async def run_all(work: Iterable[Callable[[], Awaitable[object]]]) -> None:
