@@ -34,7 +34,7 @@ SLOWEST = 64 * KIB
 PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 """Seconds before a connection that broke is made again, each time without anything received. Then it is given up."""
 
-_OVER = "run the command again, which starts over"
+_OVER = "run the same command again, which starts over"
 
 _TEMPORARY = {408, 429, 500, 502, 503, 504}
 _CHUNK = 256 * KIB
