@@ -11,7 +11,7 @@
 # make bench-doors   socket, FUSE file, nbdfuse, sshfs, plain file     QUICK=1  BENCH_ARGS="--only read"
 # make bench-policy      what the placement finds, against other policies; how far off the advice is; ten minutes
 # make bench-overlays    what a thousand overlays cost; exit code 1 where a bar is missed
-# make bench-stage   an image to eight gateways, each held to a rate, and a simulation of thousands   BENCH_ARGS="--size 4096 --rate 117"
+# make bench-stage   an image to eight gateways, each held to a rate, and a simulation of thousands   BENCH_ARGS="--size 4096 --links 60"
 # make fuzz     what reads bytes from outside, with atheris     SECONDS=600  TARGETS="server client"
 # make fuzz-sanitized   the compiled core under AddressSanitizer and UBSan     SECONDS=60, for each target
 # make soak     kills, faults and changes, with guests that check all they read     SECONDS=3600  KILLS=2000  POINTS=1  SEED=
