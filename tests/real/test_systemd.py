@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import time
@@ -462,6 +463,38 @@ print("ready", flush=True)
 while True:
     signal.pause()
 """
+
+
+def test_the_page_is_that_of_a_user_who_owns_nothing_and_asks_by_its_group(host: Host) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    config = host.container.inside("/etc/forebay/forebay.toml")
+    before = config.read_text()
+    drop_in = f"[Service]\nEnvironment=FOREBAY_LISTEN={address} PYTHONPYCACHEPREFIX=/opt/pyc\n"
+    host.write("/etc/systemd/system/forebay-page.service.d/test.conf", drop_in)
+    host.run("systemctl", "daemon-reload")
+    try:
+        host.run("systemctl", "start", "forebay-page")
+
+        def told() -> str:
+            return host.run("curl", "-sS", f"http://{address}/now").stdout
+
+        assert "no permission to use" in told()
+        config.write_text(before.replace("[gateway]", '[gateway]\ncontrol_group = "forebay"'))
+        host.run("systemctl", "restart", "forebay")
+        wait_for(lambda: '"summary"' in told(), "the page is told")
+        status = host.container.inside(f"/proc/{host.pid('forebay-page')}/status").read_text()
+        found = dict(line.split(":\t", 1) for line in status.splitlines())
+        user = int(host.run("id", "-u", "forebay").stdout)
+        assert int(found["Uid"].split()[0]) not in (0, user)
+        assert int(found["CapEff"], 16) == int(found["CapBnd"], 16) == 0
+        host.run("systemctl", "stop", "forebay-page")
+        assert host.container.show("forebay-page.service", "Result") == "success"
+    finally:
+        config.write_text(before)
+        host.run("systemctl", "stop", "forebay-page")
+        host.run("systemctl", "restart", "forebay")
 
 
 def test_the_unit_that_stages_gets_an_image_from_another_host_also_after_a_kill(host: Host) -> None:

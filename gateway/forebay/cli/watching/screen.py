@@ -33,7 +33,7 @@ MOST_REASONS = 3
 MOST_IDLE = 50
 """So often in a row no key comes, and without any waiting, when the terminal is gone."""
 
-FOOT = "q quit  h help  d disks  i images  s stores  <> sort  r reverse  x trouble  / find"
+FOOT = "q quit  h help  d disks  i images  s stores  <> sort  r turn  x trouble  / find"
 HELP = (
     "d i s      disks, images, stores",
     "< >        sort by another column, or by none: what needs a look, and does most",
@@ -110,6 +110,8 @@ class Screen:
         self._helps = False
         self._first = 0
         """The first row on the screen."""
+        self._made: tuple[Look | None, list[str], list[Row]] = (None, [], [])
+        """What was made of the last look: there may be very many rows, and each key draws them."""
         self._colours = wants_colour(terminal=True) and _has_red()
 
     def run(self) -> None:
@@ -210,8 +212,10 @@ class Screen:
             f"forebay top on {socket.gethostname()}, every {format_duration(self._looker.interval)}"
         ]
         if now is not None:
+            if now is not self._made[0]:
+                self._made = now, tables.head(now, before), rows_of(now, before)
             top[0] += f", {time.strftime('%H:%M:%S')}"
-            top += tables.head(now, before)
+            top += self._made[1]
         for number, line in enumerate(top):
             self._put(number, line, 0)
         at = len(top)
@@ -229,9 +233,7 @@ class Screen:
         if now is None and not fault:
             self._put(at, "asking the daemon", 0)
         elif now is not None and now.view == self._looker.view:
-            rows = tables.chosen(
-                now.view, rows_of(now, before), find=self._find, troubled=self._troubled
-            )
+            rows = tables.chosen(now.view, self._made[2], find=self._find, troubled=self._troubled)
             self._draw_rows(
                 now.view, tables.ordered(now.view, rows, self._order), at, height, width
             )
