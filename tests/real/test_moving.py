@@ -27,7 +27,8 @@ import trio.testing
 
 from forebay.boot.encoding import decoded, encoded
 from forebay.errors import ForebayError
-from forebay.handover import hot
+from forebay.handover import giving, hot
+from forebay.handover.giving import Giving
 from forebay.image.reach import Reach
 from forebay.origin.addresses import FileAddress
 from forebay.sidecar.files import read_owner
@@ -372,3 +373,31 @@ async def test_an_overlay_does_not_move_and_the_line_says_what_does(short_path: 
             await gateway.moves.prepare("d", "", 1.0, nothing)
         assert "\n" not in str(refused.value) + str(kept.value)
         assert bed.disk("d").status()["state"] == "ready"
+
+
+async def test_an_image_that_cannot_be_let_go_is_not_tried_for_all_the_time(
+    short_path: Path, rng: random.Random, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("its handover waits: planted")
+    bed, looked = Bed2(short_path, rng), 0
+
+    async def failing(_giving: Giving, _asked: object) -> None:
+        nonlocal looked
+        looked += 1
+        raise OSError(errno.EIO, "planted")
+
+    with bed.planted(), mock.patch.object(giving, "PREPARED_SECONDS", 0.1):
+        async with both(bed) as nursery:
+            await bed.attach_incoming(bed.b)
+            with mock.patch.object(Giving, "_release", failing):
+                bed.a.clients = 0
+                await until(lambda: looked > 0)
+                await trio.sleep(0.5)
+                assert looked < 10
+                with pytest.raises(ForebayError, match="'d' has not come: host .* has not let it"):
+                    await bed.b.gateway.moves.finish("d", 0.2)
+            await bed.b.gateway.moves.finish("d", 20.0)
+            await bed.check(bed.b)
+            await bed.detach(bed.a)
+            await bed.detach(bed.b)
+            nursery.cancel_scope.cancel()

@@ -67,6 +67,13 @@ class Coming:
         """Have the image taken: somebody waits for it."""
         self._wanted.set()
 
+    def why_not(self) -> str:
+        """Why it has not come yet, for operators."""
+        owner = self._asking.owner
+        if self.error is not None or owner is None:
+            return self.error or "no answer"
+        return f"{owner} has not let it go: it does when its VM there rests, or is gone"
+
     async def run(self) -> None:
         """Ask until the image is ours."""
         idle = trio.current_time() + NEVER_SECONDS

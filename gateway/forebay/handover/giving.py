@@ -168,14 +168,15 @@ class Giving:
         self._woken = trio.Event()
 
     async def _wait_prepared(self) -> None:
-        """Wait until it is time to ask the store, which depends on whether the VM rests."""
+        """Wait until it is time to ask the store, which depends on whether the VM rests, or a step has failed."""
         looked_at = trio.current_time()
-        while not self._woken.is_set() and self._clients():
+        is_quick = False
+        while not self._woken.is_set() and not is_quick:
             with trio.move_on_after(QUICK_SECONDS):
                 await self._woken.wait()
-            rested = self._rest.seconds()
-            is_quick = REST_SECONDS <= rested < QUICK_FOR_SECONDS
-            if trio.current_time() - looked_at >= (0 if is_quick else PREPARED_SECONDS):
+            is_resting = REST_SECONDS <= self._rest.seconds() < QUICK_FOR_SECONDS
+            is_quick = self.error is None and (is_resting or not self._clients())
+            if trio.current_time() - looked_at >= PREPARED_SECONDS:
                 return
 
     def _failed(self, fault: Exception) -> None:

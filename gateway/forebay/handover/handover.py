@@ -115,7 +115,7 @@ class Handover:
                 with trio.move_on_after(1.0):
                     await self.coming.moved.wait()
         if self.phase is Phase.INCOMING:
-            why = self._disk.image.conflict or self._disk.image.reach.unreachable
+            why = self._disk.image.conflict or self.coming.why_not()
             raise ForebayError(f"'{self._disk.name}' has not come: {why}")
 
     async def abort(self, patience: float) -> None:
