@@ -118,3 +118,22 @@ def test_the_cap_of_a_disk_holds_at_once(tmp_path: Path) -> None:
         assert disk.image.layer.cap == 0
 
     play(tmp_path, story)
+
+
+@pytest.mark.expect_log("write-back failed|dropped as asked")
+def test_a_smaller_limit_holds_for_a_disk_with_little_that_is_dirty(tmp_path: Path) -> None:
+    """Where little is dirty nobody looks at the limit: what little is has to follow."""
+
+    async def story(host: Host, store: Store) -> None:
+        store.error = OSError(errno.EIO, "broken there")
+        disk = await host.attach("d", lazy(max_dirty=16 * MIB, origin_timeout=600.0))
+        adopt(disk, max_dirty=2 * BLOCK)
+        await write(disk, 0, NEW * BLOCK)
+        await write(disk, BLOCK, NEW * BLOCK)
+        with trio.move_on_after(50) as waits:
+            await write(disk, 2 * BLOCK, NEW * BLOCK)
+        assert waits.cancelled_caught
+        store.error = None
+        await disk.drain(nothing)
+
+    play(tmp_path, story)
