@@ -214,4 +214,7 @@ def test_guests_of_a_daemon_share_a_fetch_and_each_has_counted_what_it_waited_fo
     disks = [daemon.get(f"/disks/{name}") for name in names]
     assert [(disk["read_hits"], disk["read_misses"]) for disk in disks] == [(0, 1)] * len(names)
     assert sum(disk["origin_read_bytes"] for disk in disks) == 65536
+    counts = [{kind: of["count"] for kind, of in disk["latency"].items()} for disk in disks]
+    assert [(one["hit"], one["miss"]) for one in counts] == [(0, 1)] * len(names)
+    assert sum(one["origin_read"] for one in counts) == 1
     origin.stop()
