@@ -144,8 +144,15 @@ class Browser:
         if self._session is not None:
             message["sessionId"] = self._session
         os.write(self._to, json.dumps(message).encode() + b"\0")
-        number, found = self._number, []
-        self._listen(PATIENCE, lambda told: told.get("id") == number and not found.append(told))
+        number = self._number
+        found: list[dict[str, Any]] = []
+
+        def is_answer(told: dict[str, Any]) -> bool:
+            if told.get("id") == number:
+                found.append(told)
+            return bool(found)
+
+        self._listen(PATIENCE, is_answer)
         assert found, f"no answer to {method}"
         assert "error" not in found[0], f"{method}: {found[0]}"
         result: dict[str, Any] = found[0]["result"]

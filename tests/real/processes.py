@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,7 +70,7 @@ def pid_descriptor(process: subprocess.Popen[bytes]) -> Iterator[int]:
         os.close(descriptor)
 
 
-def end(process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGTERM) -> int:
+def end(process: subprocess.Popen[Any], how: signal.Signals = signal.SIGTERM) -> int:
     """End this one process and reap it: `how` first, SIGKILL where that is not enough. Its exit code."""
     if process.poll() is None:
         process.send_signal(how)

@@ -52,8 +52,8 @@ def quiet(browser: Browser) -> Iterator[Browser]:
 
 
 def _disk(name: str, image: str, **more: Any) -> dict[str, Any]:
-    counters = ("reads", "writes", "read_bytes", "written_bytes", "read_hits", "read_misses")
-    counters += ("origin_read_bytes", "origin_written_bytes", "origin_errors")
+    counters = ["reads", "writes", "read_bytes", "written_bytes", "read_hits", "read_misses"]
+    counters += ["origin_read_bytes", "origin_written_bytes", "origin_errors"]
     told = dict.fromkeys(counters, 1 << 20) | {"name": name, "image": image, "size": 1 << 40}
     told |= {"mode": "write-back", "state": "ready", "reason": None, "overlay": False}
     told |= {"read_only": False, "cached_bytes": 1 << 33, "dirty_bytes": 1 << 30}
@@ -78,16 +78,9 @@ class Daemon:
         return answers.get(target) or self._history()
 
     def _history(self) -> dict[str, Any]:
-        figures = (
-            "seconds",
-            "read_hits",
-            "read_misses",
-            "read_bytes",
-            "written_bytes",
-            "dirty_bytes",
-        )
-        figures += ("origin_read_bytes", "origin_written_bytes", "origin_errors", "lag_seconds")
-        figures += ("troubled", "conflicts")
+        figures = ["seconds", "read_hits", "read_misses", "read_bytes", "written_bytes"]
+        figures += ["dirty_bytes", "origin_read_bytes", "origin_written_bytes", "origin_errors"]
+        figures += ["lag_seconds", "troubled", "conflicts"]
         values = {figure: [abs(n % 48 - 24) * 1e7 for n in range(240)] for figure in figures}
         values |= {"seconds": [360.0 if n % 60 > 2 else 0 for n in range(240)]}
         for number, kind in enumerate(("hit", "origin_read")):

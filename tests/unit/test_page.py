@@ -60,11 +60,12 @@ async def asked(page: Page, *requests: bytes) -> list[Answered]:
             )
             client.send(h11.EndOfMessage())
             await ours.send_all(request)
-            body, event = b"", None
+            body, event, status = b"", None, 0
+            headers: dict[str, str] = {}
             while not isinstance(event, h11.EndOfMessage):
                 event = client.next_event()
                 if event is h11.NEED_DATA:
-                    client.receive_data(await ours.receive_some())
+                    client.receive_data(bytes(await ours.receive_some()))
                 elif isinstance(event, h11.Response):
                     status = event.status_code
                     headers = {k.decode(): v.decode() for k, v in event.headers}

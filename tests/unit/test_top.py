@@ -5,10 +5,12 @@
 
 import argparse
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import pytest
 
+from forebay.cli import asking
 from forebay.cli.main import build_parser
 from forebay.cli.watching import tables, top
 from forebay.cli.watching.looking import Look, disk_rows, look, rows_of, totals
@@ -73,9 +75,8 @@ def names(order: Order, **find: Any) -> list[str]:
         disk("vm1", state="conflict", reason="somebody else"),
     ]
     before = at(0.0, *(disk(name) for name in ("vm10", "vm9", "vm2", "vm1")))
-    rows = tables.chosen(
-        "disks", disk_rows(at(1.0, *disks), before), **{"find": "", "troubled": False} | find
-    )
+    options: dict[str, Any] = {"find": "", "troubled": False} | find
+    rows = tables.chosen("disks", disk_rows(at(1.0, *disks), before), **options)
     return [row["name"] for row in tables.ordered("disks", rows, order)]
 
 
@@ -102,8 +103,10 @@ def test_rows_are_found_by_name_and_by_trouble() -> None:
 @pytest.mark.parametrize("view", tables.VIEWS)
 def test_every_table_fits_with_the_longest_names(view: str, width: int) -> None:
     long = disk("n" * 64, image="images:" + "p" * 200, state="handed-over", mode="write-through")
-    images = [IMAGE | {"image": "images:" + "p" * 200, "tags": ["t" * 64, "u" * 64]}]
-    stores = [
+    images: list[Mapping[str, Any]] = [
+        IMAGE | {"image": "images:" + "p" * 200, "tags": ["t" * 64, "u" * 64]}
+    ]
+    stores: list[Mapping[str, Any]] = [
         STORE | {"store": "s" * 64, "path": "/mnt/" + "p" * 200, "state": "away", "reason": "x"}
     ]
     now = Look(1.0, view, [long], CACHE, images, stores)
@@ -154,7 +157,7 @@ class Daemon:
 
 def run(*words: str, daemon: Daemon | None = None) -> int:
     arguments = build_parser("top").parse_args(["top", "-b", "-d", "100ms", *words])
-    return top.top(arguments, daemon or Daemon())
+    return top.top(arguments, cast("asking.Daemon", daemon or Daemon()))
 
 
 def test_as_many_tables_as_were_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,5 +218,5 @@ def test_what_a_view_does_not_show_is_not_asked_for() -> None:
             asked.append(target)
             return super().get(target)
 
-    look(Asked(), "disks")
+    look(cast("asking.Daemon", Asked()), "disks")
     assert asked == ["/disks", "/cache"]
