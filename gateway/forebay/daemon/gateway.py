@@ -249,11 +249,10 @@ class Gateway:
     async def stop(self, *, restart: bool = False) -> bool:
         """End all work at the end of the process. True if the sockets were left for the next one; see `ending.stop`."""
         self.staging.hang_up()  # who stages comes back, with what it has
-        left = await stop(self.attached(), self.stores, self._records, restart=restart)
-        with trio.move_on_after(LAST_SECONDS):
+        with trio.move_on_after(LAST_SECONDS):  # while guests are served: a restart is to be short
             await self.advice.save()
         await self.summary.history.save_at_last()
-        return left
+        return await stop(self.attached(), self.stores, self._records, restart=restart)
 
     # -- asking about them, and changing them
 
