@@ -49,7 +49,7 @@ def _family(
     name: str, text: str, label: str, kinds: Sequence[tuple[int, str]], disks: Disks
 ) -> Iterator[list[str]]:
     """The lines of one family, for AT_ONCE disks at a time."""
-    heading = [f"# HELP forebay_{name} {text}", f"# TYPE forebay_{name} histogram"]
+    yield [f"# HELP forebay_{name} {text}", f"# TYPE forebay_{name} histogram"]
     for start in range(0, len(disks), AT_ONCE):
         found: list[str] = []
         for disk, latency in disks[start : start + AT_ONCE]:
@@ -59,9 +59,7 @@ def _family(
                 if passed[-1]:
                     labels = f'{disk},{label}="{word}"' if disk else f'{label}="{word}"'
                     found += _lines(f"forebay_{name}", labels, passed, words[SUM])
-        if found:
-            yield heading + found
-            heading = []
+        yield found
 
 
 def _lines(name: str, labels: str, passed: Sequence[int], nanoseconds: int) -> list[str]:
