@@ -4,6 +4,7 @@
 """The last 24 hours: rings of steps, what disks and host did in them, and the file that a restart reads."""
 
 import json
+import random
 import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -55,6 +56,20 @@ def test_what_is_older_than_a_day_is_gone_and_what_comes_is_not_there_yet() -> N
     assert sum(told(ring, "read_hits", START + 3 * 86400, 86400, 7)) == 0
     ring.add(START + 9 * 86400, {"read_hits": 8})  # more than one turn later
     assert sum(told(ring, "read_hits", START + 9 * 86400, 86400, 288)) == 8
+
+
+@pytest.mark.parametrize("step", [10, 300])
+def test_a_step_that_nobody_looked_at_is_empty_wherever_in_the_ring_it_lies(step: int) -> None:
+    ring, dice = Ring(step, ["clients"]), random.Random(step)
+    seen: set[int] = set()
+    now = 1e9
+    for _ in range(100):
+        ring.add(now, {"clients": 1.0})
+        seen.add(int(now // step))
+        kept = range(ring.newest - ring.length + 1, ring.newest + 1)
+        column = ring.columns["clients"]
+        assert [column[n % ring.length] == 1 for n in kept] == [n in seen for n in kept]
+        now += step * dice.choice([0.3, 1, 2, 7, ring.length // 2, ring.length, 3 * ring.length])
 
 
 @pytest.mark.parametrize(

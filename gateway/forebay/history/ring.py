@@ -72,9 +72,14 @@ class Ring:
         if number <= self.newest:
             return
         fresh = min(self.length, number - self.newest) if self.newest >= 0 else self.length
+        first = (number - fresh + 1) % self.length
+        begin = max(
+            0, first + fresh - self.length
+        )  # what is fresh beyond the end of a column is at its beginning
+        empty = array("f", bytes(4 * fresh))
         for column in self.columns.values():
-            for passed in range(number - fresh + 1, number + 1):
-                column[passed % self.length] = 0.0
+            column[first : first + fresh - begin] = empty[begin:]
+            column[:begin] = empty[:begin]
         self.newest = number
 
     def is_older_than(self, now: float, seconds: float) -> bool:
