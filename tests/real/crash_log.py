@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 TEAR = 512
+FRAME = b"FBJL"
+"""What a frame of the cache's journal begins with."""
 ROOT = 1
 WHOLE = -1
 """Length of a change that a truncate made."""
@@ -260,7 +262,8 @@ def read_log(path: Path) -> list[tuple[Any, ...]]:
 def _join(records: list[tuple[Any, ...]]) -> None:
     """Put writes together again that the kernel cut where a page of the writer's memory ends, inside of 512 bytes.
 
-    FUSE does that where the next page is not in memory yet. What a medium writes whole must not fall apart by it.
+    FUSE does that where the next page is not in memory yet. What a medium writes whole must not fall apart by it. A
+    frame of the journal that lies right behind another one was written by a call of its own.
     """
     begun: dict[
         int, list[int]
@@ -274,7 +277,7 @@ def _join(records: list[tuple[Any, ...]]) -> None:
         if record[0] == "truncate":
             continue
         offset, data = record[2], record[3]
-        if parts and _end(records[parts[-1]]) == offset:
+        if parts and _end(records[parts[-1]]) == offset and not data.startswith(FRAME):
             parts.append(n)
         elif offset % TEAR == 0:
             parts = [n]
