@@ -399,7 +399,7 @@ def test_what_is_no_image_that_stands_for_itself_is_refused_with_one_line(
         ("images:", "a directory"),
         ("images:x.forebay", "Forebay's own"),
         ("images:x.forebay/y", "Forebay's own"),
-        ("images:" + "x" * 300, "too long"),
+        ("images:" + "x" * 300, "its name has 300 bytes: use at most 247"),
         ("images:no/such/folder", "folder that is there"),
         ("images:a\x1bb", "cannot name"),
         ("images:a\nb", "cannot name"),

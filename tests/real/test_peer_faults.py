@@ -325,7 +325,7 @@ def test_a_file_system_that_fills_up_below_the_cache_breaks_no_read(
         gateway = make_gateway(
             {"gateway": {"state": str(small / "state")}, "cache": {"size": "32 MiB"}}
         )
-        gateway.allow_log("cache|index|room|space|commit|ENOSPC|MDB")
+        gateway.allow_log("cache|index|room|space|commit|ENOSPC|MDB|slow: a write")
         disk = attach(gateway, 48 * MIB, mode)
         client = connect(disk.uri)
         data = rng.randbytes(MIB)

@@ -499,8 +499,8 @@ def test_the_page_is_that_of_a_user_who_owns_nothing_and_asks_by_its_group(host:
 
 def test_the_unit_that_stages_gets_an_image_from_another_host_also_after_a_kill(host: Host) -> None:
     need_staging()
-    content = random_image(host.container.inside(f"{IMAGES}/s.raw"), 8 * MIB, 3)
-    host.run("chown", "forebay:", f"{IMAGES}/s.raw")
+    content = random_image(host.container.inside(f"{IMAGES}/staged.raw"), 8 * MIB, 3)
+    host.run("chown", "forebay:", f"{IMAGES}/staged.raw")
     host.run("systemctl", "start", "forebay-fuse", "forebay-stage")
     pid = host.pid("forebay-stage")
     host.run("systemctl", "kill", "--signal=KILL", "forebay-stage")
@@ -514,9 +514,9 @@ def test_the_unit_that_stages_gets_an_image_from_another_host_also_after_a_kill(
     # by the overlay: a mount has given up the right to go through /proc
     with running([StagingHost(host.container.root / IMAGES.lstrip("/"))]) as [source]:
         peers = f"{source.address},{STAGING}"
-        source.make("images:s.raw")
-        source.stage("images:s.raw", "--peers", peers, "--source")
-        host.cli("stage", "images:s.raw", "--peers", peers)
+        source.make("images:staged.raw")
+        source.stage("images:staged.raw", "--peers", peers, "--source")
+        host.cli("stage", "images:staged.raw", "--peers", peers)
         told: dict[str, Any] = {}
 
         def is_done() -> bool:
@@ -529,17 +529,17 @@ def test_the_unit_that_stages_gets_an_image_from_another_host_also_after_a_kill(
             journal = host.container.journal("-u", "forebay-stage", "-u", "forebay-fuse")
             raise AssertionError(f"{fault}: {told}\n{source.log_text()}\n{journal}") from None
         assert (told["origin_read_bytes"], told["refused_pieces"]) == (0, 0)
-    host.cli("stage", "images:s.raw", "--end")
+    host.cli("stage", "images:staged.raw", "--end")
     host.run("systemctl", "stop", "forebay-stage", "forebay-fuse")
     assert host.container.show("forebay-stage", "Result") == "success"
-    host.cli("attach", "s", "images:s.raw", "--read-only")
+    host.cli("attach", "staged", "images:staged.raw", "--read-only")
     assert (
         subprocess.run(
-            ["nbdcopy", "--", host.uri("s"), "-"], capture_output=True, check=True
+            ["nbdcopy", "--", host.uri("staged"), "-"], capture_output=True, check=True
         ).stdout
         == content
     )
-    host.cli("detach", "s")
+    host.cli("detach", "staged")
 
 
 def test_at_shutdown_vms_end_first_then_it_drains(host: Host) -> None:
