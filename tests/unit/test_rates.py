@@ -4,8 +4,10 @@
 """The token bucket and the rates of a disk, on a clock that only they see; and what a connection holds back."""
 
 import math
+import socket
 from collections.abc import Iterator
 from functools import partial
+from typing import cast
 
 import pytest
 import trio
@@ -16,10 +18,13 @@ from hypothesis import strategies as st
 
 from forebay.disk.rates.bucket import REST_SECONDS, Bucket
 from forebay.disk.rates.rates import LEAST_SECONDS, TURN_REQUESTS, Limits, Rates
-from forebay_nbd.protocol.events import Request
+from forebay_nbd.protocol.events import NeedData, Request
 from forebay_nbd.protocol.requests import RequestReader, encode_request
 from forebay_nbd.protocol.wire import MAX_PAYLOAD, Cmd
+from forebay_nbd.server.limits import Limits as ServerLimits
+from forebay_nbd.server.polling import Turns
 from forebay_nbd.throttle.held import MOST_AT_ONCE, Held
+from forebay_nbd.throttle.turnstile import Turnstile
 
 SIZE = 1 << 40
 
@@ -499,3 +504,59 @@ def test_every_request_comes_once_whole_and_in_order_but_for_flushes(
 
     assert [x for x in found if not is_flush(x)] == [x for x in expected if not is_flush(x)]
     assert sum(map(is_flush, found)) == sum(map(is_flush, expected))
+
+
+# ------------------------------------------------------------------------------------------ whose turn it is
+
+
+class Enough(Exception):
+    """The flood ends the test."""
+
+
+class Flood:
+    """A socket whose client never stops to flush. Raises Enough after so many receives."""
+
+    def __init__(self, receives: int) -> None:
+        self.left = receives
+
+    def recv_into(self, space: memoryview) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise Enough
+        data = encoded(Request(Cmd.FLUSH, 0, 1, 0, 0))
+        space[: len(data)] = data
+        return len(data)
+
+
+async def test_whoever_floods_beside_a_request_that_waits_gives_others_their_turn() -> None:
+    rates = Rates(SIZE, lambda: False)
+    rates.set(Limits(iops=1))
+    reader = RequestReader()
+    sock = cast("socket.socket", Flood(20_000))
+    turnstile, others = Turnstile(sock, reader, 4096), 0
+
+    async def look() -> None:
+        nonlocal others
+        while True:
+            others += 1
+            await trio.lowlevel.checkpoint()
+
+    async def answer() -> bool:
+        while not isinstance(reader.next_event(), NeedData):
+            pass
+        return True
+
+    async def receive() -> bool:
+        raise Enough
+
+    turns = Turns(sock, ServerLimits(turn_seconds=2e-3))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look)
+        with turnstile.of(rates):
+            data = encoded(*(Request(Cmd.READ, 0, n, 0, 512) for n in range(3)))
+            reader.room()[: len(data)] = data  # all but the first have to wait
+            reader.received(len(data))
+            with pytest.raises(Enough):
+                await turnstile.serve(answer, receive, turns)
+        nursery.cancel_scope.cancel()
+    assert others > 20, others

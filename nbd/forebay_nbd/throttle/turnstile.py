@@ -115,9 +115,8 @@ class Turnstile:
                     if self._has_ended or not await receive():
                         return False
                 elif wait:
-                    if not await self._rest(wait, receives=receives):
+                    if not await self._rest(wait, turn, receives=receives):
                         return False
-                    turn.begin()
                 if (is_large or wait == 0.0) and not await answer():
                     return False
         finally:
@@ -136,8 +135,11 @@ class Turnstile:
             self._waiter.pass_on()
         return wait
 
-    async def _rest(self, wait: float, *, receives: bool) -> bool:
-        """Receive what is there; if nothing is, wait for that, at most so many seconds. False if the client is gone."""
+    async def _rest(self, wait: float, turn: Turn, *, receives: bool) -> bool:
+        """Receive what is there; if nothing is, wait for that, at most so many seconds. False if the client is gone.
+
+        Where it does not wait the turn goes on, and ends when it is due: there may be something all the time.
+        """
         space = self._held.space() if receives and not self._has_ended else None
         if space:
             received = self._received(space)
@@ -154,6 +156,7 @@ class Turnstile:
                     await trio.sleep_forever()
         finally:
             self._asleep = None
+        turn.begin()
         return True
 
     def _received(self, space: memoryview) -> bool | None:
