@@ -114,9 +114,8 @@ class Turnstile:
                     self._held.space()
                     if self._has_ended or not await receive():
                         return False
-                elif wait:
-                    if not await self._rest(wait, turn, receives=receives):
-                        return False
+                elif wait and not await self._rest(wait, turn, receives=receives):
+                    return False
                 if (is_large or wait == 0.0) and not await answer():
                     return False
         finally:
