@@ -338,6 +338,16 @@ class Bed:
         return [line for line in text.splitlines() if loud.search(line)]
 
 
+def _removed(folder: Path) -> None:
+    """Remove a folder in which the daemon may still be writing what it knows of a boot."""
+    for _ in range(50):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder)
+            return
+        time.sleep(0.1)
+    shutil.rmtree(folder)
+
+
 def start_settings() -> dict[str, dict[str, Any]]:
     return {"cache": {"size": "384 MiB"}}
 
@@ -467,7 +477,7 @@ class Bad:
         if self.name in self.bed.status():
             self.bed.refused(f"/disks/{self.name}", method="DELETE", discard=True, force=True)
         for one in self.below.iterdir():
-            shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
+            _removed(one) if one.is_dir() and not one.is_symlink() else one.unlink()
 
     # -- how it comes back
 

@@ -305,6 +305,8 @@ async def test_events_come_back_after_a_restart_and_what_is_frequent_drives_noth
     keep(events, "first")
     for n in range(5000):
         keep(events, str(n), "client")
+        if n % 1000 == 0:
+            wait_until_idle(events)  # or what waits drives out what waits
     events.close(10)
     again = Events(tmp_path)
     keep(again, "before it was read")
@@ -317,6 +319,22 @@ async def test_events_come_back_after_a_restart_and_what_is_frequent_drives_noth
     assert again.dropped > 0
     assert again.last == again.after(0)[-1].id
     again.close(10)
+
+
+async def test_what_is_frequent_drives_nothing_out_while_nothing_can_be_written(
+    tmp_path: Path, caplog: Any
+) -> None:
+    caplog.set_level(logging.INFO)
+    events = Events(tmp_path)
+    keep(events, "first")
+    for n in range(5000):  # nobody writes yet
+        keep(events, str(n), "client")
+    events.begin()
+    events.close(10)
+    assert [json.loads(one.line)["text"] for one in Files(tmp_path, "rare").read()] == ["first"]
+    assert [one.getMessage() for one in caplog.records] == [
+        f"{tmp_path / 'events' / 'frequent'}: events are kept there again; 904 were not"
+    ]
 
 
 async def test_a_full_disk_loses_events_and_says_so_once(
@@ -348,7 +366,7 @@ async def test_a_full_disk_loses_events_and_says_so_once(
 def wait_until_idle(events: Events) -> None:
     keeper = events._keeper
     assert keeper is not None
-    while keeper._waiting or keeper.is_busy:
+    while any(keeper._waiting.values()) or keeper.is_busy:
         pass
 
 

@@ -127,7 +127,8 @@ class Keeper(threading.Thread):
         self._files = {which: Files(state, name) for which, name in _NAMES.items()}
         self._take_in = take_in
         self._come = threading.Condition()
-        self._waiting: deque[tuple[bool, bytes]] = deque()
+        self._waiting: dict[bool, deque[bytes]] = {which: deque() for which in _NAMES}
+        """What is to be written. What is frequent has room of its own here as well."""
         self._ends = False
         self._lost = dict.fromkeys(_NAMES, 0)
         """How many were not written since they could be."""
@@ -139,10 +140,11 @@ class Keeper(threading.Thread):
     def put(self, which: bool, line: bytes) -> None:
         """Have a line written. Does not wait."""
         with self._come:
-            if len(self._waiting) >= MOST_EVENTS:
-                gone, _ = self._waiting.popleft()
-                self._lost[gone] += 1
-            self._waiting.append((which, line))
+            waiting = self._waiting[which]
+            if len(waiting) >= MOST_EVENTS:
+                waiting.popleft()
+                self._lost[which] += 1
+            waiting.append(line)
             self._come.notify()
 
     def close(self, seconds: float) -> None:
@@ -166,15 +168,15 @@ class Keeper(threading.Thread):
     def _next(self) -> bool:
         """Write what is there; False at the end."""
         with self._come:
-            while not self._waiting and not self._ends:
+            while not any(self._waiting.values()) and not self._ends:
                 self._come.wait()
             ends = self._ends
-            found = list(self._waiting)
-            self._waiting.clear()
+            found = {which: list(waiting) for which, waiting in self._waiting.items()}
+            for waiting in self._waiting.values():
+                waiting.clear()
             self.is_busy = True
         is_written = True
-        for which in _NAMES:
-            lines = [line for one, line in found if one is which]
+        for which, lines in found.items():
             is_written = self._write(which, lines) and is_written
         if not is_written and not ends:
             time.sleep(AGAIN_SECONDS)
@@ -190,7 +192,7 @@ class Keeper(threading.Thread):
         except Exception as fault:  # noqa: BLE001 - no disk depends on it
             self._failed(which, len(lines), fault)
             return False
-        if which in self._failing:
+        if which in self._failing or self._lost[which]:
             place = self._files[which].path
             log.info("%s: events are kept there again; %d were not", place, self._lost[which])
             self._failing.discard(which)
