@@ -47,6 +47,7 @@ PRODUCT = (
     "Makefile",
     "hatch_build.py",
     "requirements.lock",
+    "requirements-stage.lock",
 )
 """What `make install` reads, beside the files in the checkout's root."""
 

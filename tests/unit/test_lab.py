@@ -177,4 +177,5 @@ def test_a_machine_gets_all_that_the_product_is_built_from() -> None:
         wanted | {ROOT / "hatch_build.py", ROOT / "requirements.lock", ROOT / "fast" / "build.py"}
         <= taken
     )
+    assert set(ROOT.glob("requirements*.lock")) <= taken
     assert not {path for path in taken if path.suffix in {".so", ".c"}}
