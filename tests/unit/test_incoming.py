@@ -13,6 +13,7 @@ import pytest
 
 from forebay.errors import InUseError
 from forebay.handover.giving import Beats
+from forebay.handover.looks import Looks
 from forebay.origin.addresses import FileAddress
 from forebay.origin.file import FreshFile
 from forebay.origin.threads import StoreThreads
@@ -163,3 +164,19 @@ def test_what_does_not_grow_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) ->
     assert beats.is_live(Incoming(**GOOD | {"beat": 9}))
     assert not beats.is_live(Incoming(**GOOD | {"gateway": "g3", "beat": 10}))
     assert not beats.is_live(None)
+
+
+def test_a_move_that_waits_asks_quickly_at_first_and_less_often_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("forebay.handover.looks.trio.current_time", lambda: now[0])
+    looks = Looks()
+    found = []
+    for _ in range(1000):
+        now[0] += 0.01
+        found.append(looks.may())
+    assert all(found[:20]), "a VM may be waiting"
+    assert 20 + 180 <= sum(found) <= 20 + 210
+    now[0] += 2
+    assert [looks.may() for _ in range(25)] == [True] * 20 + [False] * 5

@@ -16,6 +16,7 @@ import trio
 from forebay.disk.disk import Disk
 from forebay.errors import ForebayError
 from forebay.events.telling import tell
+from forebay.handover.looks import Looks
 from forebay.handover.phase import Phase, Phases
 from forebay.sidecar.incoming import Asking
 
@@ -25,7 +26,7 @@ BEAT_SECONDS = 1.0
 """How often we say that we still ask."""
 
 TAKE_SECONDS, LATER_SECONDS = 0.005, 0.05
-"""Between two looks whether the image is let go, in the first second and later; the VM waits."""
+"""Between two looks whether the image is let go, as long as `Looks` allows, and later; the VM waits."""
 
 TRY_SECONDS = 1.0
 """How often it is tried to take an image that was not let go: its host may be gone, with its locks. A try costs more
@@ -109,7 +110,7 @@ class Coming:
             image.identity.is_withdrawn()
         ):  # of an earlier stay here: what was written since is not ours
             image.begin_anew()
-        began = tried_at = trio.current_time()
+        looks, tried_at = Looks(), trio.current_time()
         beat_at = float("-inf")
         while True:
             now = trio.current_time()
@@ -121,7 +122,7 @@ class Coming:
             if now - beat_at >= BEAT_SECONDS:
                 beat_at = now
                 await self._beat(wants=True)
-            await trio.sleep(TAKE_SECONDS if now - began < 1.0 else LATER_SECONDS)
+            await trio.sleep(TAKE_SECONDS if looks.may() else LATER_SECONDS)
             if not reach.is_waited_for and not self._clients():
                 return
         if image.origin is not None:

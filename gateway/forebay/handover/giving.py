@@ -19,6 +19,7 @@ from forebay.disk.disk import Disk
 from forebay.errors import ForebayError
 from forebay.events.telling import tell
 from forebay.handover import hot
+from forebay.handover.looks import Looks
 from forebay.handover.phase import Phase, Phases
 from forebay.handover.wishes import Wishes
 from forebay.origin.addresses import FileAddress
@@ -36,8 +37,8 @@ PREPARED_SECONDS = 0.1
 """How often the store is asked while the image is prepared, and the VM is at work, or has rested for long."""
 
 QUICK_SECONDS = 0.01
-"""How often while the VM rests: it may be paused, and run on the other host. By so much that waits longer where QEMU
-stays connected. It is also how often it is looked whether it rests, which asks nobody."""
+"""How often while the VM rests, as far as `Looks` allows: it may be paused, and run on the other host. By so much that
+waits longer where QEMU stays connected. It is also how often it is looked whether it rests, which asks nobody."""
 
 QUICK_FOR_SECONDS = 5.0
 """For so long after it has come to rest."""
@@ -131,6 +132,7 @@ class Giving:
         self._beats = Beats()
         self._refused = ""
         """The gateway to which the operator does not want to give it."""
+        self._looks = Looks()
         self._rest = Rest(lambda: (disk.counters.written_bytes, disk.image.identity.writes_ended))
         self._checked_at = -inf
         """When more was looked at last than who asks."""
@@ -175,7 +177,8 @@ class Giving:
             with trio.move_on_after(QUICK_SECONDS):
                 await self._woken.wait()
             is_resting = REST_SECONDS <= self._rest.seconds() < QUICK_FOR_SECONDS
-            is_quick = self.error is None and (is_resting or not self._clients())
+            may_go = self.error is None and (is_resting or not self._clients())
+            is_quick = may_go and self._looks.may()
             if trio.current_time() - looked_at >= PREPARED_SECONDS:
                 return
 
