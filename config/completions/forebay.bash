@@ -9,7 +9,7 @@ _shtab_forebay_hosts_subparsers=(status warm flush)
 _shtab_forebay_subparsers=(serve attach detach status summary hosts stats events top page flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config reload demo)
 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
-_shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --iops --bps --iops-burst --bps-burst --read-only --overlay --format --keep --peer --label --user --incoming --wait --json)
+_shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --iops --bps --iops-burst --bps-burst --weight --read-only --overlay --format --keep --peer --label --user --incoming --wait --json)
 _shtab_forebay_detach_option_strings=(-h --help --config --discard --force)
 _shtab_forebay_status_option_strings=(-h --help --config --advice -x --troubled --json)
 _shtab_forebay_summary_option_strings=(-h --help --config --json --opennebula)
@@ -368,10 +368,10 @@ _shtab_forebay___version_nargs=0
 
 _forebay_changes() {
   compopt -o nospace 2>/dev/null
-  compgen -W "mode= cache_size= preload= max_lag= max_dirty= slow= origin_timeout= iops= bps= iops_burst= bps_burst=" -- "$1"
+  compgen -W "mode= cache_size= preload= max_lag= max_dirty= slow= origin_timeout= iops= bps= iops_burst= bps_burst= weight=" -- "$1"
 }
 _forebay_settings() {
-  compgen -W "mode cache_size preload max_lag max_dirty slow origin_timeout iops bps iops_burst bps_burst peer on_change require_locks" -- "$1"
+  compgen -W "mode cache_size preload max_lag max_dirty slow origin_timeout iops bps iops_burst bps_burst weight peer on_change require_locks" -- "$1"
 }
 _forebay_disks() {
   local socket

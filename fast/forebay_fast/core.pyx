@@ -902,8 +902,16 @@ cdef enum:
     COPIED_AT_ONCE = 65536     # bytes of replies; more are sent without the GIL
     SMALL_REPLY = 8192         # bytes
     ENOUGH_TO_READ = 16384     # bytes in a socket, as the kernel counts them, that keep a client busy
+    QUANTUM = 16               # what the heaviest export gets in a round, where weights differ: so many small requests,
+    UNIT_SHIFT = 14            # or as many times 16 KiB
+    MOST_UNITS = 64            # a request counts no more: the lightest one has to come to its turn
+    MOST_WEIGHT = 10000        # throttle.weight.MOST
+    WEIGHT = 0                 # `Weight.turns`
+    CREDIT = 1
+    ROUND = 2
 
 cdef double TURN_SECONDS = 500e-6  # of what has no limits of its own
+cdef double NO_QUOTA = 1e300
 cdef double GATHER_SECONDS = 30e-6 # a client that has replies to read may send more meanwhile: Wait.gather
 cdef double HELD_UP_SECONDS = 0.01 # whoever answers sooner is never slow
 cdef double FLUSH_SECONDS = 0.05   # a flush that takes longer is waited for by Python, which knows limits of time
@@ -918,6 +926,11 @@ cdef struct Request:
     uint64_t head, offset
     uint32_t length
     uint64_t cookie  # as it came
+
+
+cdef inline double units_of(uint32_t length) noexcept nogil:
+    """What a request counts as: one, and one for each 16 KiB behind the first ones."""
+    return min(1 + (length >> UNIT_SHIFT), MOST_UNITS)
 
 
 cdef inline Request request_at(const uint8_t *at) noexcept nogil:
@@ -954,9 +967,13 @@ cdef class Rest:
     cdef bint flush_is_new         # to `Wait`
     cdef readonly bint waits       # for something that is not of the socket, and is not to be polled
     cdef double ready              # seconds_now() when something had come; 0: nobody has looked
+    cdef array weight              # Weight.turns of what it serves; None: nobody has to share with it
+    cdef double *purse             # that, in memory
+    cdef double quota              # what `run` may use up: see `units_of`
+    cdef bint is_kept              # since `ready`, by `Wait.share_out`
 
     def __cinit__(self):
-        self.events = EPOLLIN
+        self.events, self.quota = EPOLLIN, NO_QUOTA
         self.turn_seconds, self.turn_share = TURN_SECONDS, 0.2
 
     cdef int look_for(self, uint32_t events) except -1:
@@ -1052,6 +1069,12 @@ cdef class Turn(Rest):
         if len(self.latency) < TIMED_KINDS * TIME_WIDTH:
             raise ValueError("the histograms of the export are too few")
         self.times = <uint64_t *> self.latency.data.as_ulonglongs
+        throttle = getattr(export, "throttle", None)
+        if throttle is not None:
+            self.weight = throttle.weight.turns
+            if len(self.weight) <= ROUND:
+                raise ValueError("a weight is three numbers")
+            self.purse = self.weight.data.as_doubles
 
     def may_receive(self):
         """True if nothing, or the beginning of what may be a plain request, was received and not answered."""
@@ -1162,7 +1185,7 @@ cdef class Turn(Rest):
                 return OTHER
             if self.waits:
                 return WAIT
-            if not is_first and now > turn_ends:
+            if (not is_first and now > turn_ends) or self.quota <= 0:
                 if why != YIELD:
                     self.since = now
                 return YIELD
@@ -1225,6 +1248,7 @@ cdef class Turn(Rest):
                 else:
                     self.answered[TIMED_HIT] += 1
                 self.start += HEADER
+                self.quota -= units_of(request.length)
                 if self.waits_early:
                     return WAIT
             elif request.head == PLAIN_FLUSH:
@@ -1237,7 +1261,7 @@ cdef class Turn(Rest):
                     return OTHER
             if self.total >= self.batch_bytes or self.heads_used > HEADS - CHUNK:
                 return YIELD
-            if self.count > self.batch_buffers - ROOM:
+            if self.count > self.batch_buffers - ROOM or self.quota <= 0:
                 return YIELD
 
     cdef bint joins(self, Request *request) except -1:
@@ -1371,13 +1395,15 @@ cdef class Turn(Rest):
         cdef Py_ssize_t at = self.start, stop, done = 0, n
         cdef Request request
         cdef size_t head = self.heads_used
+        cdef double quota = self.quota
         writes = []
-        while self.end - at >= HEADER and head + SIMPLE <= HEADS:
+        while self.end - at >= HEADER and head + SIMPLE <= HEADS and quota > 0:
             request = request_at(self.received + at)
             stop = at + HEADER + request.length
             if request.head != PLAIN_WRITE or stop > self.end or not self.is_plain(&request):
                 break
             writes.append((request.offset, self.view[at + HEADER : stop]))
+            quota -= units_of(request.length)
             head += SIMPLE
             at = stop
         try:
@@ -1403,6 +1429,7 @@ cdef class Turn(Rest):
                 self.acknowledge(request.cookie)
             else:
                 replies.append(self.refusal(be64toh(request.cookie), refused))
+            self.quota -= units_of(request.length)
             self.start += HEADER + <Py_ssize_t> request.length
         if replies:
             reply = memoryview(b"".join(replies))
@@ -1532,6 +1559,7 @@ cdef class Wait:
     cdef list again, flushing
     cdef double ready  # seconds_now() when the connections were looked at of which one is served; 0: not yet
     cdef int left  # not 0: so many turns of the loop ago, less than PUT_OFF, Python was given a request
+    cdef double round  # number of the last one in which weights differed
 
     def __init__(self, loops):
         self.loops, self.loops_fd = loops, loops.fileno()
@@ -1575,6 +1603,7 @@ cdef class Wait:
     def remove(self, Rest turn):
         """Do not serve it any more; `woken` is not called."""
         turn.wait = None
+        turn.is_kept = False
         if self.turns.pop(turn.sock, None) is not None:
             epoll_ctl(self.epoll, EPOLL_CTL_DEL, turn.sock, NULL)  # fails where the socket is closed: it is out then
         if turn.is_next:
@@ -1646,7 +1675,7 @@ cdef class Wait:
 
     def poll(self, double timeout, int most):
         """What the loop has to look at, at once if there is something, else within so many seconds."""
-        cdef double deadline, now
+        cdef double deadline, now, heaviest
         cdef int n, k, ready, milliseconds
         cdef epoll_event events[EVENTS]
         cdef bint asks = False, flushed
@@ -1693,18 +1722,73 @@ cdef class Wait:
             if flushed:
                 self.see_flushes(again)
             self.ready = 0
+            heaviest = 0
+            if len(again) > 1:
+                heaviest = self.heaviest_of(again)
+                if heaviest:
+                    self.round += 1
+                    kept = []
             for one in again:
                 turn = one
                 if turn.wait is None:  # what another one's turn brought about
+                    continue
+                if heaviest and not self.has_quota(turn, heaviest):
+                    kept.append(turn)
                     continue
                 if self.serve(turn, len(again) == 1):
                     asks = True
                     self.left = PUT_OFF
                 else:
                     last = turn if len(again) == 1 and not self.again and turn.flushing is None and turn.polls() else None
+            if heaviest and kept:
+                self.keep(kept)
             now = seconds_now()
             if ready or asks or now >= deadline:
                 return self.loops.poll(0, most)
+
+    # Where weights differ. Of exports that all have requests waiting each gets so many units a round: QUANTUM, or as much
+    # less as it is lighter than the heaviest one. It may use up more, by a part of its last request, and gets so much
+    # less later. So none gets more by having more connections, and where the others have nothing to do it has all.
+
+    cdef double heaviest_of(self, list again) noexcept:
+        """The largest weight of those that are served in this round; 0 where all have the same."""
+        cdef double least = MOST_WEIGHT, most = 0
+        cdef Rest turn
+        for one in again:
+            turn = one
+            if turn.purse != NULL:
+                least, most = min(least, turn.purse[WEIGHT]), max(most, turn.purse[WEIGHT])
+        return most if least < most else 0
+
+    cdef bint has_quota(self, Rest turn, double heaviest) noexcept:
+        """Give it what its export has left of this round. False: nothing, it has to wait for the next one."""
+        if turn.purse == NULL:
+            return True
+        if turn.purse[ROUND] != self.round:
+            turn.purse[ROUND] = self.round
+            turn.purse[CREDIT] += QUANTUM * turn.purse[WEIGHT] / heaviest
+        if turn.purse[CREDIT] <= 0:
+            if not turn.is_kept:
+                turn.is_kept, turn.ready = True, self.ready if self.ready else seconds_now()
+            return False
+        turn.quota = turn.purse[CREDIT]
+        return True
+
+    cdef void settle(self, Rest turn, bint has_more) noexcept:
+        """Take what it has used up from what its export has. An export saves nothing up."""
+        turn.purse[CREDIT] = turn.quota if has_more else min(0, turn.quota)
+        turn.quota = NO_QUOTA
+
+    cdef void keep(self, list kept) noexcept:
+        """Have these be the first of the next round."""
+        cdef Rest turn
+        first = []
+        for one in kept:
+            turn = one
+            if turn.wait is not None and not turn.is_next:
+                turn.is_next = True
+                first.append(turn)
+        self.again = first + self.again
 
     cdef int rest(self, double seconds) noexcept:
         """In milliseconds, not less."""
@@ -1746,7 +1830,9 @@ cdef class Wait:
         cdef double now = seconds_now()
         if not self.ready:
             self.ready = now
-        turn.ready = self.ready
+        if not turn.is_kept:
+            turn.ready = self.ready
+        turn.is_kept = False
         turn.soon = now - turn.asleep < turn.soon_seconds
         try:
             told = turn.run(now + turn.turn_seconds * (1 if alone else turn.turn_share))
@@ -1754,6 +1840,8 @@ cdef class Wait:
                 self.follow_flush(turn)
         except Exception as error:
             told = error
+        if turn.quota < NO_QUOTA:
+            self.settle(turn, told == YIELD)
         turn.asleep = seconds_now()
         if told == WAIT:
             return False

@@ -168,6 +168,7 @@ def parse_rate(text: str | int) -> int:
 
 
 MOST_REQUESTS = 1_000_000_000
+MOST_WEIGHT = 10_000
 """A second, or at once: more than any host serves."""
 
 
@@ -180,6 +181,18 @@ def parse_requests(text: str | int) -> int:
         return given
     raise ValueError(
         f"{str(text)[:80]!r} is no number of requests: write a whole number up to {MOST_REQUESTS}, 0 for no limit"
+    )
+
+
+def parse_weight(text: str | int) -> int:
+    """What a disk gets beside others. Raises ValueError."""
+    given = text.strip() if isinstance(text, str) else text
+    if isinstance(given, str) and given.isascii() and given.isdigit() and len(given) < 20:
+        given = int(given)
+    if isinstance(given, int) and not isinstance(given, bool) and 1 <= given <= MOST_WEIGHT:
+        return given
+    raise ValueError(
+        f"{str(text)[:80]!r} is no weight: write a whole number from 1 to {MOST_WEIGHT}; disks have 100 by default"
     )
 
 

@@ -10,11 +10,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from real.disk_fixture import ask, ask_text, wait_for
+from real.fault_fs import FaultFs
 from real.fuse_mount import FuseMount, need_fuse
 from real.gateway_process import GatewayProcess
 from real.processes import MIB, random_image
@@ -76,12 +78,14 @@ def told_of(gateway: GatewayProcess, name: str) -> dict[str, Any]:
 
 
 class Asking:
-    """A client with requests under way. `offsets` are read one after the other, without end."""
+    """A client with requests under way. It reads places that lie so far `apart`, without end."""
 
-    def __init__(self, handle: Any, depth: int) -> None:
+    def __init__(self, handle: Any, depth: int, apart: int = 4096) -> None:
         import nbd
 
         self.handle, self.done = handle, 0
+        self._apart, self._asked = apart, 0
+        self._most = 256 if apart == 4096 else 1 << 19
         self._again: list[int] = []
         self._buffers = [nbd.Buffer(4096) for _ in range(depth)]
         for n in range(depth):
@@ -94,7 +98,8 @@ class Asking:
                 self._again.append(n)
             return 1
 
-        self.handle.aio_pread(self._buffers[n], (self.done + n) % 256 * 4096, completed)
+        self._asked += 1
+        self.handle.aio_pread(self._buffers[n], self._asked % self._most * self._apart, completed)
 
     def run(self, seconds: float, most: int = 1 << 30) -> int:
         """Ask for so many seconds: how many requests were answered."""
@@ -168,9 +173,10 @@ def test_rates_are_set_raised_kept_and_given_back(
     wrong = gateway.cli("attach", "vm3", "images:b.raw", "--iops", "lots", check=False)
     assert (wrong.returncode, len(wrong.stderr.splitlines()[-1]) < 200) == (2, True)
     gateway.cli("detach", "vm2")
-    gateway.cli("attach", "vm2", "images:b.raw", "--iops", "7", "--bps", "1M")
-    assert told_of(gateway, "vm2")["iops"] == 7
-    assert " iops='7' bps='1 MiB'" in gateway.cli("xml", "vm2", "--metadata").stdout
+    rates = ["--iops", "7", "--bps", "1M", "--weight", "300"]
+    gateway.cli("attach", "vm2", "images:b.raw", *rates)
+    assert (told_of(gateway, "vm2")["iops"], told_of(gateway, "vm2")["weight"]) == (7, 300)
+    assert " iops='7' bps='1 MiB' weight='300'" in gateway.cli("xml", "vm2", "--metadata").stdout
 
 
 def test_flush_mode_and_detach_go_on_while_requests_wait(
@@ -204,6 +210,46 @@ def test_one_that_floods_its_disk_does_not_hold_up_others(
     assert sum(one.done for one in hostile) <= 10 + 20 + 120 * (time.monotonic() - began)
     assert told_of(gateway, "vm2")["throttled_waits"] == 0
     assert ask(gateway, "/gateway")["client_memory_bytes"] < MIB
+
+
+def test_where_requests_wait_for_the_store_disks_have_them_carried_out_by_weight(
+    short_path: Path, client: Connect
+) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.callback((store := FaultFs(short_path / "fs")).remove)
+        gateway = GatewayProcess({"stores.images": {"path": str(store.path), "mode": "none"}})
+        stack.callback(gateway.remove)
+        gateway.start()
+        for name in ("vm1", "vm2"):
+            with (store.backing / f"{name}.raw").open("wb") as image:
+                image.truncate(1 << 40)
+            gateway.cli("attach", name, f"images:{name}.raw", "--weight", "100")
+        store.fail("read", delay=0.01)  # so that 32 calls at a time are 3,200 a second
+        # each place once: what was read the kernel has in memory
+        floods = [Asking(client(gateway.uri(n)), 64, 1 << 20) for n in ("vm1", "vm2")]
+
+        def both(seconds: float) -> list[int]:
+            before, until = [one.done for one in floods], time.monotonic() + seconds
+            while time.monotonic() < until:
+                for one in floods:
+                    one.run(0.002)
+            return [one.done - was for one, was in zip(floods, before, strict=True)]
+
+        equal = both(0.7)
+        assert 0.5 < equal[0] / equal[1] < 2
+        gateway.cli("set", "vm1", "weight=50")
+        gateway.cli("set", "vm2", "weight=500")
+        both(0.2)
+        light, heavy = both(1.2)
+        assert 5 < heavy / light < 20
+        assert floods[0].run(1.2) > 2 * light, "alone it has everything"
+        assert [told_of(gateway, name)["weight"] for name in ("vm1", "vm2")] == [50, 500]
+        assert 'forebay_weight{disk="vm2"} 500' in ask_text(gateway, "/metrics")
+        wrong = gateway.cli("set", "vm1", "weight=0", check=False)
+        assert (wrong.returncode, "from 1 to 10000" in wrong.stderr) == (2, True)
+        gateway.cli("set", "vm1", "weight=")
+        assert told_of(gateway, "vm1")["weight"] == 100
+        gateway.kill()
 
 
 def test_files_of_the_mount_count_for_the_disk(gateway: GatewayProcess, disks: None) -> None:

@@ -114,7 +114,7 @@ ORDER: dict[str, list[str]] = {
     "forebay": [
         "errors units systemd client __init__",
         "config formats http events latency",
-        "origin/worker",
+        "origin/worker origin/sharing",
         "origin",
         "origin/virtual",
         "sidecar",

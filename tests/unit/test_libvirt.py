@@ -119,7 +119,7 @@ def test_metadata_has_the_arguments_of_attach() -> None:
             "<f:disk name='a' image='images:a.raw'/>"
             "<f:disk name='b' image='/x/b.raw' mode='wb' cache-size='1 GiB' preload='trace' overlay='yes'/>"
             "<f:disk name='c' image='nbd://h/c' read-only='true' preload='64K'/>"
-            "<f:disk name='d' image='i:d' iops='500' bps='10M' iops-burst='0' bps-burst='1G'/>"
+            "<f:disk name='d' image='i:d' iops='500' bps='10M' iops-burst='0' bps-burst='1G' weight='5'/>"
         )
     )
     assert (found.name, found.uuid) == ("vm1", "u-1")
@@ -127,7 +127,7 @@ def test_metadata_has_the_arguments_of_attach() -> None:
         WantedDisk("a", "images:a.raw"),
         WantedDisk("b", "/x/b.raw", Mode.WRITE_BACK, 1 << 30, "trace", overlay=True),
         WantedDisk("c", "nbd://h/c", preload=65536, read_only=True),
-        WantedDisk("d", "i:d", iops=500, bps=10 << 20, iops_burst=0, bps_burst=1 << 30),
+        WantedDisk("d", "i:d", iops=500, bps=10 << 20, iops_burst=0, bps_burst=1 << 30, weight=5),
     )
     assert read_domain("<domain><name>n</name><metadata/></domain>").disks == ()
 

@@ -33,6 +33,7 @@ TYPED = {
     "bps": ("100M", 100 << 20),
     "iops_burst": ("0", 0),
     "bps_burst": ("1G", GIB),
+    "weight": ("10000", 10000),
     "slow": ("0", 0.0),
 }
 """By key, what somebody writes, and what is on record then."""
@@ -68,6 +69,9 @@ def test_what_is_written_is_what_the_model_makes_of_it(key: str) -> None:
         (["mode=fast"], "not a mode"),
         (["iops=many"], "iops: 'many' is no number of requests: write a whole number"),
         (["iops=1.5"], "whole number"),
+        (["weight=0"], "weight: '0' is no weight: write a whole number from 1 to 10000"),
+        (["weight=10001"], "from 1 to 10000"),
+        (["weight=1e2"], "from 1 to 10000"),
         (["iops=-1"], "whole number"),
         (["iops=1000000001"], "up to 1000000000"),
         ([f"iops={'9' * 5000}"], "at most 64 characters"),

@@ -19,6 +19,7 @@ from forebay.units import (
     parse_preload,
     parse_requests,
     parse_size,
+    parse_weight,
 )
 
 
@@ -98,6 +99,8 @@ def _rates(parser: Parser) -> None:
     add("--iops-burst", metavar="N", type=requests, help=text)
     text = "bytes, likewise; 0: a tenth of --bps"
     add("--bps-burst", metavar="SIZE", type=SIZE, help=text)
+    text = "what it gets beside others where requests wait: 1 to 10000; default: 100"
+    add("--weight", metavar="N", type=checked(parse_weight), help=text)
 
 
 def _detach(parser: Parser) -> None:

@@ -29,6 +29,7 @@ from forebay.units import (
     parse_preload,
     parse_requests,
     parse_size,
+    parse_weight,
 )
 
 KVM = "kvm"
@@ -130,6 +131,7 @@ BytesPerSecond = Annotated[
     int, BeforeValidator(parse_bps), PlainSerializer(exact_size, when_used="json")
 ]
 Requests = Annotated[int, BeforeValidator(parse_requests)]
+Weight = Annotated[int, BeforeValidator(parse_weight)]
 Preload = Annotated[
     int | str, BeforeValidator(parse_preload), PlainSerializer(_preload_text, when_used="json")
 ]

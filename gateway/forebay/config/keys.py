@@ -21,6 +21,7 @@ from forebay.units import (
     parse_preload,
     parse_requests,
     parse_size,
+    parse_weight,
 )
 
 LONGEST_VALUE = 64
@@ -60,10 +61,11 @@ KEYS: dict[str, Key] = {
     "bps": Key(parse_bps, "bytes a second that they may read and write; 0: no limit"),
     "iops_burst": Key(parse_requests, "requests that may pass at once after a rest; 0: a tenth"),
     "bps_burst": Key(parse_size, "bytes, likewise; 0: a tenth"),
+    "weight": Key(parse_weight, "what it gets beside others where requests wait, 1 to 10000"),
 }
 
-RATES = ("iops", "bps", "iops_burst", "bps_burst")
-"""Of these, how fast the disk may be used: an attach may say it, too."""
+RATES = ("iops", "bps", "iops_burst", "bps_burst", "weight")
+"""Of these, how fast the disk may be used, alone and beside others: an attach may say it, too."""
 
 ELSEWHERE = {
     "peer": "is set with 'forebay peer'",

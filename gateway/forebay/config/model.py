@@ -35,6 +35,7 @@ from forebay.config.fields import (
     Requests,
     Size,
     StoreName,
+    Weight,
 )
 from forebay.config.parts import Merged, merged
 from forebay.config.sections import (
@@ -94,6 +95,9 @@ class DiskSettings(Section):
     """Requests that they may make at once after a rest; 0, and anything below that: a tenth of `iops`."""
     bps_burst: Size = 0
     """Bytes, likewise; 0, and anything below that: a tenth of `bps`."""
+    weight: Weight = 100
+    """What it gets beside others, from 1 to 10000: where the requests of two disks wait, for the daemon or for a store,
+    one with twice the weight has twice as many carried out. Who waits for nobody has everything."""
     peer: PeerRule = "first"
     """Which processes may use the disk, of those that may connect at all. `first`: the one that connects first has it
     until it ends, and where libvirt's hook has told user and label of the VM, only such a process. `label`: all with
@@ -120,6 +124,7 @@ class Store(Section):
     bps: BytesPerSecond | None = None
     iops_burst: Requests | None = None
     bps_burst: Size | None = None
+    weight: Weight | None = None
     peer: PeerRule | None = None
     require_locks: bool | None = None
     purge_after: Duration | None = None

@@ -30,6 +30,7 @@ from forebay.image.image import Image
 from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.latency.requests import Requests
+from forebay.origin.sharing.queue import payer
 from forebay.units import Mode, format_size
 from forebay_cache import View
 from forebay_cache.durable.sync import Begun
@@ -82,6 +83,7 @@ class Adjustable(HotPath):
         self._live = live
         self.throttle = Rates(source.size, lambda: not modes.writes_private)
         self.throttle.set(limits_of(live.now))
+        self.throttle.weight.value = live.now.weight
 
     @property
     def settings(self) -> DiskSettings:
@@ -97,6 +99,7 @@ class Adjustable(HotPath):
         self._live.now = settings
         self.set_cap()
         self.throttle.set(limits_of(settings))
+        self.throttle.weight.value = settings.weight
         self.modes.adopt_limits()
         self.source.timeout = settings.origin_timeout
         self.timing.follow(settings.slow)
@@ -309,7 +312,8 @@ class Disk(Adjustable):
     # -- clients ----------------------------------------------------------------------------------------------
 
     def opened(self) -> None:
-        """Implements Export."""
+        """Implements Export. What the connection's tasks ask of the store is on this disk's account from now on."""
+        payer.set(self.throttle.weight)
         self.on_opened()
 
     def closed(self) -> None:

@@ -10,7 +10,7 @@
     </metadata>
 
 The attributes are the arguments of `forebay attach`: name, image, mode, cache-size, preload, iops, bps, iops-burst,
-bps-burst, read-only, overlay, peer; and instance, for a disk of `forebay@INSTANCE` instead of `forebay`.
+bps-burst, weight, read-only, overlay, peer; and instance, for a disk of `forebay@INSTANCE` instead of `forebay`.
 libvirt keeps one element for each namespace (formatdomain.rst, "General metadata"), hence the one around them.
 """
 
@@ -28,6 +28,7 @@ from forebay.units import (
     parse_preload,
     parse_requests,
     parse_size,
+    parse_weight,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class WantedDisk:
     bps: int | None = None
     iops_burst: int | None = None
     bps_burst: int | None = None
+    weight: int | None = None
     read_only: bool = False
     overlay: bool = False
     peer: str | None = None
@@ -105,6 +107,7 @@ ATTRIBUTES: dict[str, Callable[[str], Any]] = {
     "bps": parse_bps,
     "iops-burst": parse_requests,
     "bps-burst": parse_size,
+    "weight": parse_weight,
     "read-only": _yes_or_no,
     "overlay": _yes_or_no,
     "peer": _peer,

@@ -21,6 +21,7 @@ from typing import Generic, TypeVar, cast
 
 import trio
 
+from forebay.origin.sharing.places import FairPlaces
 from forebay.origin.worker import syscalls
 from forebay.origin.worker.process import StoreProcess, here
 
@@ -183,7 +184,7 @@ class Place:
     def __init__(self, lanes: "Lanes", background: Background) -> None:
         self._lanes = lanes
         self._needed = background if isinstance(background, trio.Event) else None
-        self._limiter: trio.CapacityLimiter | None = None
+        self._limiter: FairPlaces | trio.CapacityLimiter | None = None
         """Where it has its place; None while it waits."""
         self._is_foreground = is_foreground(background)
         if self._is_foreground:
@@ -235,7 +236,8 @@ async def _cancel_when(needed: trio.Event, scope: trio.CancelScope) -> None:
 
 
 class Lanes:
-    """The queue in front of one store. A guest waits for foreground calls; all others let them go first.
+    """The queue in front of one store. A guest waits for foreground calls, in the order that the weights of disks give
+    them; all others let them go first.
 
     Of these, reads ahead of guests and writes behind their backs have places of their own, so that neither keeps the
     other from going on.
@@ -243,7 +245,7 @@ class Lanes:
 
     def __init__(self, foreground: int, background: int) -> None:
         """How many calls of each kind are made at a time; `background` is that of reads and of writes."""
-        self.foreground = trio.CapacityLimiter(foreground)
+        self.foreground = FairPlaces(foreground)
         self.background = trio.CapacityLimiter(background)
         self.ahead = trio.CapacityLimiter(background)
         """For calls that somebody may come to need."""
@@ -256,7 +258,7 @@ class Lanes:
     def busy(self) -> tuple[int, int]:
         """How many places are taken: (foreground, all others)."""
         others = int(self.background.borrowed_tokens) + int(self.ahead.borrowed_tokens)
-        return int(self.foreground.borrowed_tokens), others
+        return self.foreground.borrowed_tokens, others
 
     @contextlib.contextmanager
     def queue(self, background: Background) -> Iterator[Place]:

@@ -171,7 +171,9 @@ class Export(Protocol):
         """
 
     def opened(self) -> None:
-        """Called when a connection to this disk enters transmission, before its first request."""
+        """Called when a connection to this disk enters transmission, before its first request, in the task from which
+        all tasks of its requests are started: these have the context variables that are set here.
+        """
 
     def closed(self) -> None:
         """Called once for each opened(), when no request of that connection is in flight any more, however it ended.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from forebay_nbd.protocol.wire import Cmd
+from forebay_nbd.throttle.weight import Weight
 
 FREE: Final = frozenset((Cmd.FLUSH, Cmd.DISC))
 """What never has to wait: a guest that flushes wants what it has to be safe, and one that leaves, its end."""
@@ -39,6 +40,8 @@ class Throttle(Protocol):
 
     is_on: bool
     """False: nothing is limited for now, and nobody has to ask. `wake` of all is called when it changes."""
+    weight: Weight
+    """What it gets beside others, limited or not; the same one for good."""
 
     def enter(self, wake: Callable[[], None]) -> Waiter:
         """Called for each connection. `wake` is called when it is worth to look at `is_on`, and to ask, again."""

@@ -88,6 +88,7 @@ DISK_METRICS = (
         "How long at least one connection waited for them.",
         "throttled_seconds",
     ),
+    _one("weight", "gauge", "What the disk gets beside others.", "weight"),
     _one("nbd_connections", "gauge", "Clients that are connected.", "clients"),
     _one("queue_depth", "gauge", "Requests that wait for something.", "queue_depth"),
     _one("slow_requests_total", "counter", "Requests that took longer than slow.", "slow_requests"),

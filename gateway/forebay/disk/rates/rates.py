@@ -14,6 +14,7 @@ import trio
 from forebay.config.model import DiskSettings
 from forebay.disk.rates.bucket import Bucket
 from forebay_nbd.protocol.wire import Cmd
+from forebay_nbd.throttle.weight import Weight
 
 LEAST_SECONDS = 0.005
 """A wait is no shorter: to wake up for each request of a fast disk would cost more than to carry it out. What the time
@@ -50,6 +51,8 @@ class Rates:
         self.is_on = False
         """See Throttle."""
         self.limits = Limits()
+        self.weight = Weight()
+        """See Throttle."""
         self._size = size
         self._zeros_go_to_image = zeros_go_to_image
         self._requests = Bucket()
@@ -84,6 +87,7 @@ class Rates:
         """Keys of `forebay status --json`: what holds, 0 for no limit, and what came of it."""
         return {
             **asdict(self.limits),
+            "weight": self.weight.value,
             "throttled_waits": self.waits,
             "throttled_seconds": round(self.seconds, 3),
         }
