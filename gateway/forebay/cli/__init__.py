@@ -3,6 +3,13 @@
 
 """The command. Nothing here is imported before it is needed: hooks and monitoring call it often."""
 
-from forebay.cli.main import main
+import gc
+
+_looked = gc.isenabled()
+gc.disable()  # what is imported stays: the garbage collector would look through it time and again
+from forebay.cli.main import main  # noqa: E402
+
+if _looked:
+    gc.enable()
 
 __all__ = ["main"]

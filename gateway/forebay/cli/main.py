@@ -7,11 +7,13 @@
 command often, so what only some commands need is imported in them.
 """
 
+from __future__ import annotations
+
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from forebay import __version__
 from forebay.cli.arguments import COMMANDS
@@ -20,7 +22,17 @@ from forebay.cli.terminal.streams import open_closed, show_any_text
 from forebay.errors import ForebayError
 from forebay.units import printable
 
+TYPE_CHECKING = False  # `typing` takes 3 ms, on each start of the command
+if TYPE_CHECKING:
+    from typing import Any
+
 DONE, FAILED = 0, 1
+
+LASTING = ("serve", "fuse", "stager", "page", "top")
+"""Commands that go on for long: the garbage collector looks as often as always, or as they say."""
+
+MANY = 100_000
+"""Objects that the others may make before it looks; asking the daemon makes a tenth of that."""
 
 
 class _Completion(argparse.Action):
@@ -82,10 +94,22 @@ _CONFIG_HELP = "configuration (default: $FOREBAY_CONFIG, else /etc/forebay/foreb
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None: those of the process). Its exit code."""
-    words = sys.argv[1:] if argv is None else argv
+    if argv is not None:
+        return _main(argv, command_in(argv))
+    command = command_in(words := sys.argv[1:])
+    if command in LASTING:
+        return _main(words, command)
+    gc.set_threshold(MANY)
+    try:
+        return _main(words, command)
+    finally:
+        gc.freeze()  # the process ends: what it has is not looked through once more
+
+
+def _main(words: Sequence[str], command: str | None) -> int:
+    """Run `command` with all these words. The exit code."""
     open_closed()
     show_any_text()
-    command = command_in(words)
     parser = build_parser(command)
     if command == "attach":
         from forebay.cli.terminal.wait import with_wait_closed

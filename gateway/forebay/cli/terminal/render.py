@@ -6,32 +6,43 @@
 Plain aligned text; at a terminal the heading is bold, and what needs a look is coloured.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
 
 from forebay.units import HEALTHY, MIB, exact_size, format_duration, format_size, printable
+
+TYPE_CHECKING = False  # `typing` takes 3 ms, on each start of the command
+if TYPE_CHECKING:
+    from typing import Any
 
 BOLD, RED, YELLOW = "1", "31", "33"
 
 
-class Cell(NamedTuple):
+class Cell:
     """One field of a table; `colour` is used at a terminal only."""
 
-    text: str
-    colour: str = ""
+    __slots__ = ("colour", "text")
+
+    def __init__(self, text: str, colour: str = "") -> None:
+        self.text = text
+        self.colour = colour
 
 
-class Column(NamedTuple):
+class Column:
     """A heading, on which side its fields are aligned, and how narrow it may become to fit a terminal.
 
     `narrow` (characters): one width after the other is tried, in turn with the other columns.
     """
 
-    heading: str
-    right: bool = False
-    narrow: tuple[int, ...] = ()
+    __slots__ = ("heading", "narrow", "right")
+
+    def __init__(self, heading: str, right: bool = False, narrow: tuple[int, ...] = ()) -> None:
+        self.heading = heading
+        self.right = right
+        self.narrow = narrow
 
 
 STATUS_COLUMNS = (
