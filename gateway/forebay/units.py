@@ -168,8 +168,9 @@ def parse_rate(text: str | int) -> int:
 
 
 MOST_REQUESTS = 1_000_000_000
-MOST_WEIGHT = 10_000
 """A second, or at once: more than any host serves."""
+
+MOST_WEIGHT = 10_000
 
 
 def parse_requests(text: str | int) -> int:
