@@ -38,6 +38,20 @@ cdef extern from "<unistd.h>" nogil:
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events, revents
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int ppoll(pollfd *fds, unsigned long count, const timespec *timeout, void *signals)
+    short POLLIN
+
+cdef extern from "<sys/prctl.h>" nogil:
+    int prctl(int what, unsigned long value)
+    enum: PR_SET_TIMERSLACK
+
 cdef extern from "<sys/ioctl.h>" nogil:
     int ioctl(int fd, unsigned long what, int *value)
 
@@ -902,6 +916,10 @@ cdef enum:
     COPIED_AT_ONCE = 65536     # bytes of replies; more are sent without the GIL
     SMALL_REPLY = 8192         # bytes
     ENOUGH_TO_READ = 16384     # bytes in a socket, as the kernel counts them, that keep a client busy
+    MUCH_TO_READ = 65536       # and for so long that it pays to sleep meanwhile
+    NAP_NANOSECONDS = 25000
+    NAPS = 8                   # one after the other at most
+    TIMER_SLACK = 1000         # nanoseconds that the kernel may add to it
     QUANTUM = 16               # what the heaviest export gets in a round, where weights differ: so many small requests,
     UNIT_SHIFT = 14            # or as many times 16 KiB
     MOST_UNITS = 64            # a request counts no more: the lightest one has to come to its turn
@@ -1564,6 +1582,7 @@ cdef class Wait:
     def __init__(self, loops):
         self.loops, self.loops_fd = loops, loops.fileno()
         self.turns, self.again, self.flushing = {}, [], []
+        prctl(PR_SET_TIMERSLACK, TIMER_SLACK)
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
         if self.epoll < 0:
             PyErr_SetFromErrno(OSError)
@@ -1821,9 +1840,33 @@ cdef class Wait:
         It waits for nothing then. What it sends meanwhile is answered together, and costs both of them less.
         """
         cdef double limit = seconds_now() + GATHER_SECONDS
-        cdef int unread = 0
-        while ioctl(turn.sock, SIOCOUTQ, &unread) == 0 and unread > ENOUGH_TO_READ and seconds_now() < limit:
-            sched_yield()
+        cdef int unread = 0, naps = NAPS
+        while ioctl(turn.sock, SIOCOUTQ, &unread) == 0 and unread > ENOUGH_TO_READ:
+            if unread > MUCH_TO_READ and naps:
+                naps -= 1
+                if self.nap(turn):
+                    return
+            elif seconds_now() < limit:
+                sched_yield()
+            else:
+                return
+
+    cdef bint nap(self, Rest turn) noexcept nogil:
+        """Sleep for a while, or until somebody else wants something, of whom it returns True."""
+        cdef epoll_event event
+        cdef pollfd others
+        cdef timespec time
+        cdef int n
+        memset(&event, 0, sizeof(event))
+        event.data.fd = turn.sock
+        if epoll_ctl(self.epoll, EPOLL_CTL_MOD, turn.sock, &event) < 0:
+            return True
+        others.fd, others.events = self.epoll, POLLIN
+        time.tv_sec, time.tv_nsec = 0, NAP_NANOSECONDS
+        n = ppoll(&others, 1, &time, NULL)
+        event.events = turn.watched
+        epoll_ctl(self.epoll, EPOLL_CTL_MOD, turn.sock, &event)
+        return n != 0
 
     cdef bint serve(self, Rest turn, bint alone) except -1:
         """Give a connection its turn. True if Python has to go on with it: it is not at rest any more."""

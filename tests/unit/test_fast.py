@@ -199,6 +199,24 @@ async def test_a_client_that_leaves_its_replies_unread_is_answered_on() -> None:
         assert cookies == list(range(60))
 
 
+async def test_a_client_with_much_to_read_is_looked_at_again_and_so_are_others() -> None:
+    """The loop sleeps while it has, and does not look for its next request then."""
+    wait = wait_of_loop()
+    assert wait is not None
+    busy, other = Client(bytes(SECTOR)), Client(b"data")
+    with busy.ours, busy.theirs, other.ours, other.theirs:
+        async with trio.open_nursery() as nursery:
+            busy.ask(*range(24))
+            nursery.start_soon(rest, wait, busy.turn)
+            nursery.start_soon(rest, wait, other.turn)
+            await busy.has(24)
+            busy.ask(24)
+            other.ask(0)
+            await busy.has(25)
+            await other.has(1)
+            nursery.cancel_scope.cancel()
+
+
 async def test_an_export_that_breaks_ends_its_connection_and_not_the_loop() -> None:
     wait = wait_of_loop()
     assert wait is not None
@@ -230,8 +248,47 @@ class Nothing:
     _unsent: tuple[()] = ()
     timing = Timing()
 
+    def __init__(self, data: bytes = b"data") -> None:
+        self.data = data
+
     def read_now(self, offset: int, length: int) -> bytes:
-        return b"data"
+        return self.data
 
     def join_read(self, offset: int, length: int, wake: Callable[[], None]) -> bool:
         return False
+
+
+class Client:
+    """A connection whose export has `data` everywhere: both ends of its socket, and the turn that serves it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.length = SIMPLE_REPLY.size + len(data)
+        self.ours, self.theirs = socket.socketpair()
+        self.ours.setblocking(False)
+        self.turn = core.Turn(
+            RequestReader(),
+            Nothing(data),
+            Nothing(),
+            self.ours.fileno(),
+            Limits(),
+            structured=False,
+            refusal=len,
+            polling=polling,
+        )
+
+    def ask(self, *cookies: int) -> None:
+        self.theirs.send(
+            b"".join([REQUEST.pack(REQUEST_MAGIC, 0, Cmd.READ, one, 0, 4) for one in cookies])
+        )
+
+    async def has(self, replies: int) -> None:
+        """Returns when so many replies, and no more, can be read."""
+        while (found := self._can_read()) < replies * self.length:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        assert found == replies * self.length
+
+    def _can_read(self) -> int:
+        try:
+            return len(self.theirs.recv(1 << 20, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return 0
