@@ -3,6 +3,7 @@
 
 """What lies beside an image while another host asks for it: read as text that anybody may have written."""
 
+import errno
 import json
 import os
 import time
@@ -17,7 +18,8 @@ from forebay.handover.looks import Looks
 from forebay.origin.addresses import FileAddress
 from forebay.origin.file import FreshFile
 from forebay.origin.threads import StoreThreads
-from forebay.sidecar.files import Sidecar
+from forebay.origin.worker import syscalls
+from forebay.sidecar.files import Sidecar, read_owner
 from forebay.sidecar.incoming import STALE_SECONDS, Asking, Incoming, who_asks
 from forebay.sidecar.record import Owner
 
@@ -180,3 +182,34 @@ def test_a_move_that_waits_asks_quickly_at_first_and_less_often_then(
     assert 20 + 180 <= sum(found) <= 20 + 210
     now[0] += 2
     assert [looks.may() for _ in range(25)] == [True] * 20 + [False] * 5
+
+
+@pytest.mark.parametrize("what", ["owner", "incoming"])
+async def test_what_another_host_replaces_while_it_is_read_is_read_anew(
+    image: FileAddress, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """NFS says ESTALE then, of a file that was opened a moment ago."""
+    with Sidecar(image) as sidecar:
+        sidecar.make()
+        sidecar.begin(Owner.of_this_process("g1", "vm1"), None)
+    await asking(image, "g2").beat()
+    plain, stale = syscalls.read, [errno.ESTALE] * 3
+
+    def read(fd: int, length: int) -> bytes:
+        if stale:
+            raise OSError(stale.pop(), "Stale file handle")
+        return plain(fd, length)
+
+    monkeypatch.setattr(syscalls, "read", read)
+    if what == "owner":
+        owner = read_owner(image)
+        assert owner is not None
+        assert owner.gateway == "g1"
+    else:
+        asked = who_asks(image)
+        assert asked is not None
+        assert asked.gateway == "g2"
+    assert not stale
+    stale += [errno.ESTALE] * 1000
+    with pytest.raises(OSError, match="Stale file handle"):
+        read_owner(image) if what == "owner" else who_asks(image)

@@ -144,13 +144,17 @@ class Sidecar:
         The directory need not be open: it is opened anew, for only then does an NFS client ask whether it has changed.
         Raises UnreadableError and OSError.
         """
-        fd = self.open_anew()
-        if fd is None:
-            return None
-        try:
-            return tenure.find(fd, self.address, self.look_beside())
-        finally:
-            syscalls.close(fd)
+
+        def look() -> Tenure | None:
+            fd = self.open_anew()
+            if fd is None:
+                return None
+            try:
+                return tenure.find(fd, self.address, self.look_beside())
+            finally:
+                syscalls.close(fd)
+
+        return own_files.looked(look)
 
     def open_anew(self) -> int | None:
         """Another descriptor of the directory, which the caller closes; None where there is none. Raises as `find`."""

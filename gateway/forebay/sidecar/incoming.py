@@ -89,6 +89,10 @@ def read(directory: int, image: os.stat_result | None) -> Incoming | None:
 
     What does not count, or says nothing that can be, counts as nobody.
     """
+    return own_files.looked(lambda: _read(directory, image))
+
+
+def _read(directory: int, image: os.stat_result | None) -> Incoming | None:
     try:
         fd = own_files.open_existing(directory, NAME, image)
     except (FileNotFoundError, own_files.DoesNotCountError):
@@ -133,10 +137,14 @@ def _write(directory: int, mine: Incoming, image: os.stat_result | None) -> None
 
 def who_asks(address: FileAddress) -> Incoming | None:
     """Which gateway asks for the image; None if none does. Blocks; raises OSError."""
-    with Sidecar(address) as sidecar, contextlib.suppress(FileNotFoundError):
-        sidecar.open()
-        return read(sidecar.fd, sidecar.look_beside())
-    return None
+
+    def look() -> Incoming | None:
+        with Sidecar(address) as sidecar, contextlib.suppress(FileNotFoundError):
+            sidecar.open()
+            return read(sidecar.fd, sidecar.look_beside())
+        return None
+
+    return own_files.looked(look)
 
 
 class Asking:

@@ -30,7 +30,7 @@ from forebay.origin.addresses import FileAddress
 from forebay.origin.calls import Status, SystemCalls
 from forebay.origin.opening import OpenImage, look
 from forebay.origin.worker import syscalls
-from forebay.sidecar import incoming, redo, redo_header
+from forebay.sidecar import incoming, own_files, redo, redo_header
 from forebay.sidecar.files import Sidecar, lock_image
 from forebay.sidecar.incoming import Incoming
 from forebay.sidecar.record import (
@@ -200,6 +200,9 @@ class Marker:
 
     def asked_now(self) -> Incoming | None:
         """The same, when nothing else was looked at just now."""
+        return own_files.looked(self._look_who_asks)
+
+    def _look_who_asks(self) -> Incoming | None:
         fd = self._sidecar.open_anew()
         if fd is None:
             return None

@@ -15,15 +15,21 @@ import errno
 import os
 import pwd
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from forebay.errors import ForebayError
 from forebay.origin.addresses import SIDECAR, FileAddress
 from forebay.origin.worker import syscalls
 
+T = TypeVar("T")
+
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+LOOKS = 5
+"""How often a look is begun. A host that writes what is looked at does so a few times in a second, at most."""
 
 LONGEST_NAME = 255
 """Bytes of a file's name (NAME_MAX of limits.h)."""
@@ -31,6 +37,21 @@ LONGEST_NAME = 255
 
 class DoesNotCountError(ValueError):
     """A file that is not to be believed, or not to be used. The text says why, as the end of a sentence."""
+
+
+def looked(look: Callable[[], T]) -> T:
+    """What `look` returns, which opens by names what it reads; begun anew where that was replaced meanwhile.
+
+    A local file system goes on with the file of before. An NFS client is told ESTALE if another host has replaced it,
+    also right after it was opened. Raises what `look` raises; ESTALE where it is not that.
+    """
+    for _ in range(LOOKS - 1):
+        try:
+            return look()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return look()
 
 
 def open_existing(folder: int, name: str, image: os.stat_result | None) -> int:
