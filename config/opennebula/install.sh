@@ -119,7 +119,7 @@ oned_lines() {
         printf ',\n    LN_TARGET_%s = "NONE", CLONE_TARGET_%s = "SYSTEM", DISK_TYPE_%s = "FILE"' $system $system $system
     done
     printf '\n]\n'
-    for system in CACHE_MODE CACHE_SIZE PRELOAD_SIZE; do
+    for system in CACHE_MODE CACHE_SIZE PRELOAD_SIZE CACHE_WEIGHT; do
         printf 'INHERIT_IMAGE_ATTR     = "%s"\nINHERIT_DATASTORE_ATTR = "%s"\n' $system $system
     done
     echo "$END"

@@ -486,10 +486,12 @@ def test_a_deploy_finds_the_domain_in_what_it_is_given_where_the_file_is_gone(
 
 
 def test_a_persistent_disk_is_plugged_in_and_its_end_detaches_it(one: One, content: bytes) -> None:
-    done = one.attach_disk(one.persistent(RAW, ATTACH="YES", CACHE_MODE="BACK", CACHE_SIZE="8"))
+    done = one.attach_disk(
+        one.persistent(RAW, ATTACH="YES", CACHE_MODE="BACK", CACHE_SIZE="8", CACHE_WEIGHT="30")
+    )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     told = one.gateway.status("one-7-0")
-    assert (told["mode"], told["cache_size"]) == ("write-back", 8 * MIB)
+    assert (told["mode"], told["cache_size"], told["weight"]) == ("write-back", 8 * MIB, 30)
     plugged = (one.directory / "plugged").read_text()
     assert f"socket='{one.gateway.sock('one-7-0')}'" in plugged
     assert "<target dev='vdb'" in plugged

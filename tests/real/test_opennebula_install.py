@@ -114,7 +114,7 @@ def test_edit_writes_what_it_prints_once_and_uninstall_takes_it_out(front: Front
     assert '"-t 15 -d dummy,shared,qcow2,ssh,local,forebay"' in text
     assert text.count(",forebay") == text.count('NAME = "forebay"') == 1
     assert 'LN_TARGET_LOCAL = "NONE", CLONE_TARGET_LOCAL = "SYSTEM"' in text
-    assert text.count("INHERIT_DATASTORE_ATTR") == 3
+    assert text.count("INHERIT_DATASTORE_ATTR") == 4
     assert "deploy.forebay" not in text
     assert front.rc.read_text() == RC.replace('shared"', 'shared kvm-forebay qemu-forebay"')
     for _ in range(2):

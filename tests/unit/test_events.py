@@ -656,6 +656,28 @@ async def following(events: Events, given: dict[str, Any], slow: Slow) -> None:
         await control.Following(events, control.Wanted(given)).send(slow)
 
 
+async def test_no_more_follow_than_may_however_many_ask_at_once() -> None:
+    """Each was answered before any of them is sent something."""
+    events, told = Events(), list[int]()
+    answers = [control.Following(events, control.Wanted({})) for _ in range(2)]
+    events.followers = control.MOST_FOLLOWERS - 1
+    first, second = Slow(), Slow()
+
+    async def start(status: int, headers: Any) -> None:
+        told.append(status)
+
+    second.start = start  # type: ignore[method-assign]
+    second.reads = trio.Semaphore(9)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(answers[0].send, first)
+        await trio.testing.wait_all_tasks_blocked()
+        await answers[1].send(second)
+        nursery.cancel_scope.cancel()
+    assert told == [503]
+    assert b"end one of them" in b"".join(second.parts)
+    assert events.followers == control.MOST_FOLLOWERS - 1
+
+
 async def test_who_reads_slowly_holds_little_and_is_told_what_it_missed(
     nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
 ) -> None:

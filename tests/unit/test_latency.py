@@ -18,6 +18,7 @@ from forebay.cli.latency.shown import each, heading, histogram, once, totals
 from forebay.cli.latency.taken import Look, octaves_of
 from forebay.control.prometheus.latency import AT_ONCE, BOUNDS, latency_lines
 from forebay.errors import ForebayError
+from forebay.events.telling import keep_with
 from forebay.latency import requests as requests_module
 from forebay.latency import waits as waits_module
 from forebay.latency.requests import MOST_LINES, QUIET_SECONDS, Requests, SlowLog
@@ -240,12 +241,19 @@ async def test_a_slow_request_is_told_of_with_what_it_waited_for(
     read(requests, clock, 1.2, missed=False)
     assert len(lines) == 1, "a disk has one line in ten seconds"
     clock.now += QUIET_SECONDS
-    read(requests, clock, 1.0)
+    kept: list[dict[str, object]] = []
+    with keep_with(kept.append):
+        read(requests, clock, 1.0)
+        read(requests, clock, 1.0)
     assert lines[1].endswith("; 2 more since the last such line, up to 3.0s")
+    (event,) = kept
+    assert (event["kind"], event["disk"], event["untold"]) == ("slow", "vm1", 2)
+    assert event["took_seconds"] == 1.0
+    assert lines[1] == f"vm1: slow: {event['text']}"
     told = requests.status()
-    assert told["slow_requests"] == 4
+    assert told["slow_requests"] == 5
     assert told["queue_depth"] == 0
-    assert (told["latency"]["miss"]["count"], told["latency"]["hit"]["count"]) == (4, 1)
+    assert (told["latency"]["miss"]["count"], told["latency"]["hit"]["count"]) == (5, 1)
 
 
 @pytest.mark.expect_log("slow")

@@ -113,7 +113,8 @@ WORDS = "forebay_cache.format.entry"
 ORDER: dict[str, list[str]] = {
     "forebay": [
         "errors units systemd client __init__",
-        "config formats http events latency",
+        "config formats http events",
+        "latency",
         "origin/worker origin/sharing",
         "origin",
         "origin/virtual",

@@ -75,11 +75,13 @@ def rewritten(*wanted: Disk, before: str = BEFORE) -> str:
 
 
 def test_only_the_disks_that_are_meant_are_changed_and_every_other_byte_stays() -> None:
-    text = rewritten(disk(CACHE_MODE="BACK", CACHE_SIZE="2048", PRELOAD_SIZE="512"))
+    text = rewritten(
+        disk(CACHE_MODE="BACK", CACHE_SIZE="2048", PRELOAD_SIZE="512", CACHE_WEIGHT="7")
+    )
     old = BEFORE[BEFORE.index("<disk type") : BEFORE.index("</disk>") + len("</disk>")]
     told = (
         f"<disks xmlns='urn:forebay:libvirt:1'><disk name='one-7-0' image='{BASE}/100/{HASH}' mode='BACK' "
-        "cache-size='2048M' preload='512M'/></disks></metadata>"
+        "cache-size='2048M' preload='512M' weight='7'/></disks></metadata>"
     )
     assert text == BEFORE.replace(old, FIRST).replace("</metadata>", told)
 

@@ -101,6 +101,14 @@ def test_image_is_cut_in_the_middle_to_fit_a_terminal() -> None:
     assert status_table([long], width=10)[1].split()[1] == "im…aw"  # never to nothing
 
 
+def test_where_nothing_is_cut_one_long_image_does_not_widen_every_line() -> None:
+    long = "images:" + "deep/" * 500
+    heading, line, other = status_table([disk("a", image=long), disk("b", image="images:b.raw")])
+    assert long in line
+    assert len(heading) < 160
+    assert len(other) < 160
+
+
 @pytest.mark.parametrize("name", ["web1", "n" * 64])
 @pytest.mark.parametrize("state", ["ready", "pass-through"])
 @pytest.mark.parametrize("overlay", [False, True])

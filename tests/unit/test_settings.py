@@ -3,7 +3,8 @@
 
 """What can be set of a disk while it is served: the table of keys, what is refused, and what the API takes."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +16,9 @@ from forebay.config.model import Config, DiskSettings, Store
 from forebay.control.settings import SET
 from forebay.daemon.opening import check_configured
 from forebay.daemon.record import DiskRecord
+from forebay.daemon.settings import Settings
 from forebay.errors import ForebayError
+from forebay.events.telling import keep_with
 from forebay.origin.addresses import resolve
 from forebay.units import GIB, Mode
 
@@ -103,6 +106,48 @@ def test_an_empty_value_gives_back_what_is_inherited(empty: Any) -> None:
 def test_the_api_refuses_what_is_no_object_of_settings(value: Any) -> None:
     with pytest.raises(ValueError, match=r"."):
         SET["settings"](value)
+
+
+class Records:
+    """The first change is kept, the second one is not."""
+
+    def __init__(self) -> None:
+        self.changes: list[tuple[DiskRecord, DiskRecord]] = []
+
+    async def change(self, _name: str, was: DiskRecord, now: DiskRecord) -> None:
+        self.changes.append((was, now))
+        if len(self.changes) > 1:
+            raise ForebayError("the index cannot be written")
+
+
+@pytest.mark.expect_log("may be on record")
+async def test_what_cannot_be_put_back_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """The mode cannot be entered, and nor can the record be as it was: a restart would find what was refused."""
+    record, records = DiskRecord("s:a", "s:a", 0), Records()
+    adopted: list[DiskSettings] = []
+
+    async def set_mode(_mode: Mode, _progress: object) -> None:
+        raise OSError(5, "no")
+
+    modes = SimpleNamespace(check_may_enter=lambda _mode, _settings: None)
+    disk = SimpleNamespace(settings=DiskSettings(), mode=Mode.WRITE_THROUGH, modes=modes)
+    disk.adopt, disk.set_mode = adopted.append, set_mode
+    attached = SimpleNamespace(name="vm1", record=record, disk=disk, check_serves=lambda: None)
+    attached.source = SimpleNamespace(address=SimpleNamespace(store=None))
+
+    class Disks:
+        @asynccontextmanager
+        async def turn_attached(self, _name: str) -> AsyncIterator[SimpleNamespace]:
+            yield attached
+
+    settings = Settings(Config(), cast("Any", Disks()), cast("Any", records))
+    with keep_with((kept := list[dict[str, Any]]()).append), pytest.raises(OSError, match="no"):
+        await settings.set("vm1", {"mode": "none"}, lambda _done, _total: None)
+    assert records.changes[1] == (record, record)
+    assert attached.record is record
+    (event,) = kept
+    assert (event["kind"], event["disk"], event["ok"]) == ("setting", "vm1", False)
+    assert "the index cannot be written" in caplog.text
 
 
 def test_the_record_keeps_what_was_set_and_forgets_what_is_given_back() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from typing import Any, Final
 FORMAT: Final = 1
 LARGEST: Final = 1 << 20
 """Bytes of such a file at most."""
+
+_FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""What else may lie there is not waited for."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def save(path: Path, kept: Kept) -> None:
     }
     text = json.dumps(head).encode() + b"\n"
     new = path.with_name(path.name + ".new")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS
     with open(os.open(new, flags, 0o600), "wb") as file:
         file.write(
             text
@@ -60,8 +64,9 @@ def save(path: Path, kept: Kept) -> None:
 
 def load(path: Path) -> Kept:
     """What the file has. Raises OSError, or ValueError for one that does not hold what `save` writes."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with open(os.open(path, flags), "rb") as file:
+    with open(os.open(path, os.O_RDONLY | _FLAGS), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no file")
         data = file.read(LARGEST + 1)
     text, _, rest = data.partition(b"\n")
     head = json.loads(text)

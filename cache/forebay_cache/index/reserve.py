@@ -72,7 +72,8 @@ class Reserve:
             room = os.statvfs(self._file.parent)
             if room.f_bavail * room.f_frsize < SIZE + _LEFT_FREE:
                 return
-            with partial.open("wb") as made:
+            partial.unlink(missing_ok=True)
+            with partial.open("xb") as made:
                 os.posix_fallocate(made.fileno(), 0, SIZE)
             partial.rename(self._file)
         except OSError:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,10 @@ class TraceFiles:
     def _in_state(self, address: Address) -> list[tuple[Trace, str]]:
         path = self._path(address)
         try:
-            with path.open("rb") as file:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            with open(os.open(path, flags), "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise OSError(errno.EINVAL, "it is no file: remove it")
                 data = file.read(LONGEST + 1)
             return [(decoded(data, address.key), str(path))]
         except FileNotFoundError:

@@ -137,7 +137,7 @@ def _before(parts: Sequence[Part], part: Part) -> Iterator[Part]:
 def read_toml(path: str) -> tuple[str, dict[str, Any]]:
     """The text of the file, and what it holds. Raises ConfigError when it cannot be read or is not TOML."""
     try:
-        text = _read(path).decode()
+        text = content_of(path).decode()
     except FileNotFoundError:
         raise ConfigError(
             [f"{path}: no such file: create it, or name another with --config or FOREBAY_CONFIG"]
@@ -162,8 +162,8 @@ def read_toml(path: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError([f"{path}: nested too deeply: no configuration is"]) from None
 
 
-def _read(path: str) -> bytes:
-    """What is in a file. Raises OSError, and ConfigError for what is none, or too long."""
+def content_of(path: str) -> bytes:
+    """What is in a file of a configuration. Raises OSError, and ConfigError for what is none, or too long."""
     with open(path, "rb", opener=_open) as file:
         found = file.read(LONGEST + 1)
     if len(found) > LONGEST:
@@ -172,12 +172,14 @@ def _read(path: str) -> bytes:
 
 
 def _open(path: str, flags: int) -> int:
-    """A descriptor. What lies in FOLDER has to be a plain file: others may have us wait for ever."""
-    if os.path.basename(os.path.dirname(path)) == FOLDER and not stat.S_ISREG(
-        os.stat(path).st_mode
-    ):
+    """A descriptor. What lies in FOLDER has to be a plain file: others may have us wait for ever, here or for data."""
+    if os.path.basename(os.path.dirname(path)) != FOLDER:
+        return os.open(path, flags)
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
         raise ConfigError([f"{path}: is no plain file: remove it"])
-    return os.open(path, flags)
+    return fd
 
 
 def _syntax_fault(path: str, text: str, fault: str) -> str:

@@ -14,7 +14,7 @@ from forebay.control.work import Operation, in_words
 from forebay.events.held import Events
 from forebay.events.ring import Entry
 from forebay.events.telling import tell
-from forebay.http.messages import Answer, Exchange, HTTPException, HungUp, Request, Response
+from forebay.http.messages import Answer, Exchange, HungUp, JSONResponse, Request, Response
 from forebay.http.routing import Endpoint
 from forebay.image.boundary import sole_fault
 from forebay.units import parse_name, printable
@@ -56,8 +56,6 @@ class EventRoutes:
         await self._events.loaded()
         wanted = Wanted(given)
         if given.get("follow"):
-            if self._events.followers >= MOST_FOLLOWERS:
-                raise HTTPException(503, f"{MOST_FOLLOWERS} follow already: end one of them")
             return Following(self._events, wanted)
         found = wanted.of(self._events.after(wanted.after))
         return Response(b"[" + b",".join(entry.line for entry in found) + b"]")
@@ -96,7 +94,11 @@ class Following:
         self._wanted = wanted
 
     async def send(self, exchange: Exchange) -> None:
-        """Send what there is, and what comes. Raises HungUp."""
+        """Send what there is, and what comes; 503 if too many follow at this moment. Raises HungUp."""
+        if self._events.followers >= MOST_FOLLOWERS:
+            text = f"{MOST_FOLLOWERS} follow already: end one of them"
+            await JSONResponse({"error": text}, 503).send(exchange)
+            return
         self._events.followers += 1
         try:
             with sole_fault():

@@ -8,7 +8,6 @@ What can be set is the table in `forebay.config.keys`; what a disk does about a 
 become what was asked for, nothing of it holds.
 """
 
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -146,12 +145,23 @@ class Settings:
                     await attached.disk.set_mode(Mode(attached.disk.settings.mode), progress)
             except BaseException:
                 self._adopt(attached, was)
-                with trio.CancelScope(shield=True), contextlib.suppress(ForebayError):
-                    await self._records.change(name, was, was)
+                await self._put_back(attached)
                 raise
             attached.record = now
             self._tell(attached, before, changes)
         return attached.status()
+
+    async def _put_back(self, attached: Attached) -> None:
+        """Have what holds on record again, durably. Where that fails, say so: the next start finds something else."""
+        with trio.CancelScope(shield=True):
+            try:
+                await self._records.change(attached.name, attached.record, attached.record)
+            except (ForebayError, OSError) as fault:
+                text = (
+                    f"what could not be set may be on record, and holds after a restart: {fault}; "
+                    "then set it as it is meant to be"
+                )
+                tell("setting", text, attached.name, level=logging.WARNING, ok=False)
 
     def _tell(self, attached: Attached, before: Mode, changes: Mapping[str, Any]) -> None:
         mode = attached.disk.mode

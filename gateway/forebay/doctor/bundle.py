@@ -17,11 +17,12 @@ from pathlib import Path
 
 from forebay import __version__
 from forebay.config.model import Config
+from forebay.config.parts import content_of
 from forebay.doctor.daemon import Daemon
 from forebay.doctor.finding import Finding
 from forebay.doctor.host import UNIT, asked
 from forebay.doctor.secrets import without_secrets
-from forebay.errors import ForebayError, advice
+from forebay.errors import ConfigError, ForebayError, advice
 
 LONGEST = 8 << 20
 """Bytes of one file: the last ones of a log, the first ones of anything else."""
@@ -100,10 +101,10 @@ def members(
     if config is not None:
         yield "settings.toml", config.to_toml()
         for n, path in enumerate(config.files):
-            with suppress(OSError):
+            with suppress(OSError, ConfigError):
                 yield (
                     f"{path.parent.name}/{path.name}" if n else "forebay.toml",
-                    path.read_text(errors="replace"),
+                    content_of(str(path)).decode(errors="replace"),
                 )
     for what, told in daemon.told.items():
         yield f"daemon/{what}.json", json.dumps(told, indent=2)

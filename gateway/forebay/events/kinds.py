@@ -51,6 +51,11 @@ KINDS: dict[str, Kind] = {
         burst=60,
     ),
     "client": Kind("d698c8cc04204819bc498f40db55742b", "a client came, or went", is_frequent=True),
+    "slow": Kind(
+        "5d1a0c8e4b7f4f62a3be9d7c60f2e418",
+        "a request took longer than the setting slow",
+        is_frequent=True,
+    ),
     "handover": Kind(
         "ac8f685c7b1049289348752ebb1f45c7", "an image goes to another host, or comes from one"
     ),

@@ -6,6 +6,7 @@
 import json
 import math
 import os
+import stat
 import zlib
 from array import array
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ from forebay.units import parse_name
 FORMAT = 1
 LARGEST = 16 << 20
 """Bytes of such a file at most."""
+
+_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""What else may lie there is not waited for."""
 
 Copy = tuple[int, dict[str, bytes]]
 """Of a ring: its newest step, and each column as bytes."""
@@ -40,7 +44,7 @@ def save(path: Path, rings: Mapping[str, Copy]) -> None:
     body = b"".join(parts)
     head = {"format": FORMAT, "crc32": zlib.crc32(body), "rings": heads}
     new = path.with_name(path.name + ".new")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS
     with open(os.open(new, flags, 0o600), "wb") as file:
         file.write(json.dumps(head).encode() + b"\n" + body)
     new.replace(path)
@@ -48,8 +52,9 @@ def save(path: Path, rings: Mapping[str, Copy]) -> None:
 
 def load(path: Path) -> dict[str, Copy]:
     """What the file has, by name. In a thread. Raises OSError, or ValueError for one that `save` did not write."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with open(os.open(path, flags), "rb") as file:
+    with open(os.open(path, os.O_RDONLY | _FLAGS), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no file")
         data = file.read(LARGEST + 1)
     if len(data) > LARGEST:
         raise ValueError("it is too long")

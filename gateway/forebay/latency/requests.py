@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from time import perf_counter
 from typing import Any, Final
 
+from forebay.events.telling import tell
 from forebay.latency.waits import ORIGIN, OTHER, Waits, begin_request, request_of_task
 from forebay.units import format_duration, format_size
 from forebay_fast.latency import FLUSH, HIT, MISS, WRITE, Latency
@@ -136,17 +137,20 @@ class Requests(Timing):
                 )
 
     def _tell(self, seconds: float, what: str) -> None:
-        """A line in the log, unless there was one a moment ago."""
+        """An event, and a line in the log, unless there was one a moment ago."""
         now = perf_counter()
         if now - self._told_at < QUIET_SECONDS or not self._log.may_tell(now):
             self._untold += 1
             self._longest = max(self._longest, seconds)
             return
-        more = ""
+        text = what
+        more: dict[str, Any] = {"took_seconds": round(seconds, 3)}
         if self._untold:
-            more = f"; {self._untold} more since the last such line, up to {format_duration(self._longest)}"
+            text += f"; {self._untold} more since the last such line, up to {format_duration(self._longest)}"
+            more["untold"] = self._untold
         self._told_at, self._untold, self._longest = now, 0, 0.0
-        log.warning("%s: slow: %s%s", self._name, what, more)
+        line = f"{self._name}: slow: {text}"
+        tell("slow", text, self._name, level=logging.WARNING, log=log, line=line, **more)
 
 
 def _named(waits: Waits) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from forebay.storage.owner import check_is_file
 from forebay.units import parse_peer
 
 FILE = "staging.json"
@@ -24,6 +25,10 @@ MOST_PEERS = 1000
 
 LONGEST = 32 << 20
 """Bytes of the file: so many orders with so many hosts, each of the longest name, are 17 MiB."""
+
+
+_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""What else may lie there is not waited for."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,9 @@ class Report:
 def load(state: Path) -> list[Order]:
     """The orders that are kept. Blocks. Raises OSError, and ValueError for what cannot be used."""
     try:
-        with (state / FILE).open("rb") as file:
+        fd = os.open(state / FILE, os.O_RDONLY | _FLAGS)
+        with open(fd, "rb") as file:
+            check_is_file(fd, state / FILE)
             data = file.read(LONGEST + 1)
     except FileNotFoundError:
         return []
@@ -84,7 +91,7 @@ def save(state: Path, orders: Iterable[Order]) -> None:
     """Keep the orders, durably. Blocks. Raises OSError; what was kept before is kept then, whatever came in between."""
     new = state / f"{FILE}.new"
     try:
-        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS, 0o600)
         with open(fd, "wb") as file:
             file.write(json.dumps([one.told() for one in orders]).encode())
             file.flush()

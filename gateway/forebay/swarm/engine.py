@@ -9,6 +9,7 @@ daemon to decide, which compares each with the torrent itself.
 
 import ipaddress
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,8 +157,10 @@ class Engine:
             | lt.torrent_flags.disable_pex
         )
         wanted.download_limit = wanted.upload_limit = _limit(rate)
-        held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        held = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
+            if not stat.S_ISREG(os.fstat(held).st_mode):
+                raise RuntimeError("its file is none")
             handle = self._session.add_torrent(wanted)
         except BaseException as fault:
             os.close(held)

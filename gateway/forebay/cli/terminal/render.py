@@ -87,6 +87,10 @@ SERVED_COLUMNS = (
 )
 
 
+MOST_PADDED = 64
+"""Characters to which a field is filled up where nothing is cut: one long name is not to widen every line."""
+
+
 def wants_colour(terminal: bool) -> bool:
     """True if output is to be coloured: at a terminal that can, unless NO_COLOR (no-color.org) is set."""
     return terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -99,16 +103,21 @@ def table(
     colour: bool = False,
     width: int | None = None,
 ) -> list[str]:
-    """Aligned lines, heading first. `width` (characters): columns that may shrink do, to fit it."""
+    """Aligned lines, heading first. `width` (characters): columns that may shrink do, to fit it. Without it nothing is
+    cut.
+    """
     body = [[Cell(printable(cell.text), cell.colour) for cell in row] for row in rows]
     widths = [
         max(len(column.heading), *(len(row[i].text) for row in body), 0)
         for i, column in enumerate(columns)
     ]
-    if width is not None:
+    cut = width is not None
+    if width is None:
+        widths = [min(one, MOST_PADDED) for one in widths]
+    else:
         _shrink(columns, widths, width)
     heading = [Cell(column.heading, BOLD) for column in columns]
-    return [_line(columns, widths, row, colour) for row in (heading, *body)]
+    return [_line(columns, widths, row, colour, cut) for row in (heading, *body)]
 
 
 def _shrink(columns: Sequence[Column], widths: list[int], width: int) -> None:
@@ -123,11 +132,11 @@ def _shrink(columns: Sequence[Column], widths: list[int], width: int) -> None:
 
 
 def _line(
-    columns: Sequence[Column], widths: Sequence[int], row: Sequence[Cell], colour: bool
+    columns: Sequence[Column], widths: Sequence[int], row: Sequence[Cell], colour: bool, cut: bool
 ) -> str:
     fields = []
     for column, width, cell in zip(columns, widths, row, strict=True):
-        text = _middle_cut(cell.text, width)
+        text = _middle_cut(cell.text, width) if cut else cell.text
         text = text.rjust(width) if column.right else text.ljust(width)
         fields.append(f"\x1b[{cell.colour}m{text}\x1b[0m" if colour and cell.colour else text)
     return "  ".join(fields).rstrip()

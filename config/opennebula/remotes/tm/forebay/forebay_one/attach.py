@@ -71,6 +71,7 @@ def _options(disk: Disk) -> list[str]:
         "mode": disk.get("CACHE_MODE"),
         "cache-size": disk.size("CACHE_SIZE"),
         "preload": disk.size("PRELOAD_SIZE"),
+        "weight": disk.get("CACHE_WEIGHT"),
     }
     options = [f"--{key}={value}" for key, value in given.items() if value]
     return [*options, "--read-only"] if disk.is_yes("READONLY") else options

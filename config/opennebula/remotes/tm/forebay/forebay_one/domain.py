@@ -221,6 +221,7 @@ def _wanted(disk: Disk, name: str, image: str) -> str:
         "mode": disk.get("CACHE_MODE"),
         "cache-size": disk.size("CACHE_SIZE"),
         "preload": disk.size("PRELOAD_SIZE"),
+        "weight": disk.get("CACHE_WEIGHT"),
         "read-only": "yes" if disk.is_yes("READONLY") else "",
     }
     return _tag("disk", {key: value for key, value in given.items() if value}, empty=True)
