@@ -10,12 +10,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from forebay.cli.asking import Arguments, Daemon, print_json
 from forebay.cli.events.arguments import LAST_OF_FOLLOW
 from forebay.units import printable
+
+if TYPE_CHECKING:
+    from typing import Protocol
+else:
+    Protocol = object  # as Daemon has it
 
 Event = Mapping[str, Any]
 
