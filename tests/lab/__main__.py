@@ -14,14 +14,20 @@ from pathlib import Path
 from lab.build import build
 from lab.case import Case, chosen
 from lab.cases import (
+    cache_volume,
+    comparison,
     full_store,
     hung_server,
     lost_locks,
+    mounts,
     moving,
     no_holes,
+    power_cut,
+    service,
     slow_device,
     smoke,
     squashed_root,
+    store_faults,
     two_hosts,
 )
 from lab.debian import install_needed
@@ -40,6 +46,12 @@ CASES: list[Case] = [
     *slow_device.CASES,
     *two_hosts.CASES,
     *moving.CASES,
+    *mounts.CASES,
+    *store_faults.CASES,
+    *cache_volume.CASES,
+    *power_cut.CASES,
+    *service.CASES,
+    *comparison.CASES,
 ]
 
 

@@ -29,14 +29,16 @@ PACKAGES = (
     "systemd", "systemd-sysv", "udev", "dbus", "kmod", "lvm2", "nfs-kernel-server", "nfs-common", "nbd-client",
     "e2fsprogs", "iproute2", "procps", "quota", "fuse3", "make", "python3", "python3-venv", "python3-libnbd",
     "python3-pyfuse3", "qemu-utils", "ca-certificates", "gcc", "libc6-dev", "python3-dev",
+    "bcache-tools", "cachefilesd", "nbdkit",
 )  # fmt: skip
-"""What a hypervisor and a file server have, what `make install` asks for, and what it compiles the core with."""
+"""What a hypervisor and a file server have, what `make install` asks for, what it compiles the core with, and what
+Forebay is compared with."""
 
 BOOT_MODULES = ("virtio_pci", "virtio_blk", "ext4", "crc32c_generic")
 MODULES = (
     *BOOT_MODULES, "virtio_net", "virtio_console", "virtio-rng", "nfs", "nfsv4", "nfsd", "rpcsec_gss_krb5", "nbd",
     "dm-mod", "dm-flakey", "dm-delay", "fuse", "loop", "quota_v2", "autofs4", "configfs", "sch_netem",
-    "crct10dif_common",
+    "crct10dif_common", "dm-cache", "dm-cache-smq", "bcache", "cachefiles", "softdog",
 )  # fmt: skip
 """The kernel has 4000 more; these, and those that they need, make a small image."""
 

@@ -35,6 +35,10 @@ max_lag = "{lag}"
 max_dirty = "128 MiB"
 {more}"""
 
+RECONNECTS = {"ENOTCONN", "ECONNREFUSED", "ECONNRESET", "EPIPE", "ENOENT", "ESHUTDOWN", "?"}
+"""What a client hears when its connection is gone, or cannot be made; QEMU tries again by itself, and no VM hears of
+it."""
+
 AS_DAEMON = "runuser -u forebay -- "
 """Before a command that is to run as the daemon's user."""
 
@@ -79,10 +83,10 @@ class Computer:
         return answer.output
 
     def check(
-        self, where: str, seed: int, flushed: int = 0, asked: int = 1 << 40
+        self, where: str, seed: int, flushed: int = 0, asked: int = 1 << 40, skip: int = 0
     ) -> dict[str, Any]:
-        """What an image or a disk has of a writer's steps: see guest/check.py."""
-        words = f"--seed {seed} --flushed {flushed} --asked {asked}"
+        """What an image, a disk or a device has of a writer's steps: see guest/check.py."""
+        words = f"--seed {seed} --flushed {flushed} --asked {asked} --skip {skip}"
         found: dict[str, Any] = json.loads(self.do(f"python3 -m lab.guest.check {where} {words}"))
         return found
 
@@ -124,14 +128,21 @@ class Written:
     acknowledged: int
     errors: list[str]
 
+    @property
+    def heard(self) -> list[str]:
+        """The errors that a VM would have heard of, whose QEMU connects again."""
+        return [line for line in self.errors if line.split()[-1] not in RECONNECTS]
+
 
 class Writer:
-    """A client that writes to a disk, and remembers what was acknowledged: see guest/writer.py."""
+    """A client that writes to a disk's socket, a device or a file, and remembers what was acknowledged: see
+    guest/writer.py.
+    """
 
-    def __init__(self, host: "Host", disk: str, seed: int, words: str = "") -> None:
+    def __init__(self, host: "Host", where: str, seed: int, words: str = "") -> None:
         self.seed = seed
         self._job: Job = host.console.start(
-            f"exec python3 -m lab.guest.writer {host.socket(disk)} --seed {seed} {words}"
+            f"exec python3 -m lab.guest.writer {where} --seed {seed} {words}"
         )
 
     @property
@@ -199,7 +210,7 @@ class Host(Computer):
 
     def writer(self, disk: str, seed: int, words: str = "") -> Writer:
         """Start a client that writes."""
-        return Writer(self, disk, seed, words)
+        return Writer(self, self.socket(disk), seed, words)
 
     def status(self, disk: str, seconds: float = 30.0) -> dict[str, Any]:
         """The keys of `forebay status --json` for a disk; none where the daemon does not answer."""

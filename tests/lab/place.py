@@ -17,6 +17,7 @@ from lab.console import Console
 from lab.hosts import CONFIGURATION, LEASE_SECONDS, Host, Server
 from lab.machine import BOOT_SECONDS, Machine, Parts
 from lab.models import HOSTS, MODELS, WIRES, Model
+from lab.outcome import Failure
 from lab.setup import set_up_host, set_up_server
 from lab.steps import Builder, Step, digest
 from lab.wire import Wire
@@ -37,7 +38,11 @@ journalctl -b --no-pager -o short-monotonic | tail -n 400
 class Lab:
     """Running machines: what a case works with."""
 
-    def __init__(self, machines: Sequence[Machine], wires: Sequence[Wire]) -> None:
+    def __init__(
+        self, machines: Sequence[Machine], wires: Sequence[Wire], results: Path = Path("results")
+    ) -> None:
+        self.results = results
+        """A directory for what a case is to leave."""
         self.machines = {machine.name: machine for machine in machines}
         self.wires = {wire.ends[1]: wire for wire in wires}
         """By the name of the host."""
@@ -55,11 +60,15 @@ class Lab:
         return self.hosts[1]
 
     def keep_logs(self, into: Path) -> None:
-        """Keep what LOOK shows of each machine; nothing of one that hangs."""
+        """Keep what LOOK shows of each machine; nothing of one that hangs, or is gone."""
         into.mkdir(parents=True, exist_ok=True)
         for machine in self.machines.values():
-            answer = machine.console and machine.console.run(LOOK, 30.0)
-            (into / f"{machine.name}.log").write_text(answer.output if answer else "")
+            try:
+                answer = machine.console and machine.console.run(LOOK, 30.0)
+                text = answer.output if answer else ""
+            except Failure as failure:
+                text = f"{failure}\n"
+            (into / f"{machine.name}.log").write_text(text)
 
 
 @contextlib.contextmanager
@@ -82,7 +91,7 @@ def switched_on(parts: Parts, work: Path, saved: Path | None) -> Iterator[Lab]:
             for machine in machines:
                 machine.go_on()
         together(lambda machine: _console(machine).wait_awake(BOOT_SECONDS), machines)
-        yield Lab(machines, wires)
+        yield Lab(machines, wires, work.parent / "results")
     finally:
         for machine in machines:
             machine.end()

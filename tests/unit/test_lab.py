@@ -1,18 +1,21 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the lab's cases rest on: stamps, the wire that is cut after a call, steps that are kept."""
+"""What the lab's cases rest on: stamps, the wire that is cut after a call, steps that are kept, a table."""
 
+import json
 import socket
 import struct
 import time
 import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from lab.build import sources
 from lab.case import Case, chosen
+from lab.comparison_table import COLUMNS, keep
 from lab.debian import closure
 from lab.guest.stamps import (
     BLOCK,
@@ -179,3 +182,30 @@ def test_a_machine_gets_all_that_the_product_is_built_from() -> None:
     )
     assert set(ROOT.glob("requirements*.lock")) <= taken
     assert not {path for path in taken if path.suffix in {".so", ".c"}}
+
+
+class Row(NamedTuple):
+    key: str
+    title: str
+
+
+def test_what_two_cases_found_stands_in_one_table(tmp_path: Path) -> None:
+    rows = [Row("a", "one"), Row("b", "other"), Row("c", "broken")]
+    keep(tmp_path, rows, {"a": {"warm_read_ratio": 3.456, "sync_ratio": 0.5}, "c": {"fails": "no"}})
+    more = {
+        "a": {
+            "hang_before": 40, "hang_flushed": 20, "hang_errors_after": 0, "cut": {"lost": 0},
+            "alone": {"unfit": 0}, "refused": True,
+        },
+        "b": {
+            "hang_before": 40, "hang_flushed": 0, "hang_errors_after": 3, "cut": {"lost": 7},
+            "alone": {"unfit": 9}, "refused": False,
+        },
+    }  # fmt: skip
+    keep(tmp_path, rows, more)
+    assert json.loads((tmp_path / "comparison.json").read_text())["a"]["sync_ratio"] == 0.5
+    _, _, one, other, broken = (tmp_path / "comparison.md").read_text().splitlines()
+    cells = "| one | ? | 3.46 | ? | 0.50 | go on (50% of before) | all there | of one instant | refused |"
+    assert one == cells
+    assert "| stand, 3 errors | 7 blocks lost | 9 blocks fit no instant | gets it |" in other
+    assert broken.count("?") == len(COLUMNS) - 1

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Forebay developers
 # SPDX-License-Identifier: Apache-2.0
 
-"""Writes step after step of a seed (stamps.py) to a disk, and says what was acknowledged and flushed.
+"""Writes step after step of a seed (stamps.py) to a disk or a device, and says what was acknowledged and flushed.
 
 Prints "wrote K", "flushed K" and "error K WHAT ERRNO"; what had an error is asked again until it works, as a VM does
 whose QEMU was told to pause and go on. SIGTERM ends it between two requests.
@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from lab.guest.disk import Disk
+from lab.guest.device import opened
 from lab.guest.stamps import BLOCK, content, place
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("socket")
+    parser.add_argument("where", help="the socket of a disk, a block device or a file")
+    parser.add_argument("--buffered", action="store_true", help="a file by way of the page cache")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--first", type=int, default=1, help="the first step")
     parser.add_argument("--steps", type=int, default=1 << 40, help="how many")
@@ -44,7 +45,7 @@ def insist(step: int, what: str, ask: Callable[[], object]) -> None:
 def main() -> None:
     given = arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    disk = Disk(given.socket)
+    disk = opened(given.where, buffered=given.buffered)
     insist(0, "connect", disk.connect)
     blocks = disk.size // BLOCK
     for step in range(given.first, given.first + given.steps):
