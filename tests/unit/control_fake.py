@@ -344,6 +344,7 @@ class FakeStaging:
 
     def __init__(self, gateway: "FakeGateway") -> None:
         self._gateway = gateway
+        self.lacks = [[0, 4]]
 
     def status(self) -> list[dict[str, Any]]:
         return [STAGED]
@@ -357,7 +358,7 @@ class FakeStaging:
         return {"image": image, "torrent": "ZA=="}
 
     async def lacking(self, image: str) -> dict[str, Any]:
-        return {"image": image, "pieces": 9, "lacking": [[0, 4]]}
+        return {"image": image, "pieces": 9, "lacking": self.lacks}
 
     async def order(
         self, image: str, peers: Iterable[tuple[str, int]], *, source: bool, rate: int | None

@@ -198,6 +198,15 @@ async def test_as_many_hosts_and_images_are_staged_as_may_be_whatever_they_are_c
     assert (order.status, report.status) == (200, 200)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2500])
+async def test_what_an_image_lacks_is_told_in_slices_and_is_one_object(count: int) -> None:
+    gateway = FakeGateway("a")
+    gateway.staging.lacks = [[2 * n, 1] for n in range(count)]
+    async with served(gateway) as run:
+        told = (await ask(run, "GET /stages/lacking?image=images:a")).json
+    assert told == {"image": "images:a", "pieces": 9, "lacking": gateway.staging.lacks}
+
+
 async def test_who_may_use_a_disk_is_handed_on() -> None:
     gateway = FakeGateway("a")
     async with served(gateway) as run:

@@ -3,12 +3,18 @@
 
 """The routes of staging: what the command orders, and what the process asks that carries it out."""
 
+import json
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
+
+import trio
 
 from forebay.control.arguments import LONGEST_STAGING, MARK, ORDER, REPORT, arguments
 from forebay.control.work import Operation, Progress
 from forebay.http.messages import Answer, JSONResponse, Request, Response
+
+_AT_ONCE = 1000
+"""Runs of pieces that are written between two turns of others: a large image may lack tens of thousands."""
 
 Told = dict[str, Any]
 """What is told of one image: the keys of `forebay stage --json`."""
@@ -92,7 +98,13 @@ class StagingRoutes:
     async def lacking(self, request: Request) -> Response:
         """The runs of pieces that the cache lacks."""
         given = await arguments(request, MARK, ("image",))
-        return JSONResponse(await self._staging.lacking(given["image"]))
+        told = await self._staging.lacking(given["image"])
+        runs = told.pop("lacking")
+        text = json.dumps(told)[:-1] + ', "lacking": ['
+        for n in range(0, len(runs), _AT_ONCE):
+            text += (", " if n else "") + json.dumps(runs[n : n + _AT_ONCE])[1:-1]
+            await trio.lowlevel.checkpoint()
+        return Response(f"{text}]}}".encode())
 
     async def report(self, request: Request) -> Response:
         """Take in how far the orders are; answers with the orders."""
