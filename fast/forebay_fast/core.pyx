@@ -924,6 +924,17 @@ cdef enum:
     UNIT_SHIFT = 14            # or as many times 16 KiB
     MOST_UNITS = 64            # a request counts no more: the lightest one has to come to its turn
     MOST_WEIGHT = 10000        # throttle.weight.MOST
+    ON = 0                     # forebay_nbd.throttle.words
+    WAITING = 1
+    CLOCK = 2
+    MOST_BYTES = 3
+    REQUESTS = 4
+    BYTES = 8
+    WORDS = 12
+    RATE = 0
+    FULL_AT = 1
+    LEFT = 2
+    LOOKED_AT = 3
     WEIGHT = 0                 # `Weight.turns`
     CREDIT = 1
     ROUND = 2
@@ -944,6 +955,47 @@ cdef struct Request:
     uint64_t head, offset
     uint32_t length
     uint64_t cookie  # as it came
+
+
+cdef inline bint has_units(double *bucket, double units, double now) noexcept nogil:
+    """`Bucket.seconds_until` of forebay.disk.rates says 0."""
+    if not bucket[RATE]:
+        return True
+    if now > bucket[LOOKED_AT]:
+        bucket[LEFT] = min(bucket[FULL_AT], bucket[LEFT] + (now - bucket[LOOKED_AT]) * bucket[RATE])
+        bucket[LOOKED_AT] = now
+    return bucket[LEFT] >= min(units, bucket[FULL_AT])
+
+
+cdef inline void use_units(double *bucket, double units) noexcept nogil:
+    if bucket[RATE]:
+        bucket[LEFT] -= units
+
+
+cdef bint admitted(double *words, uint32_t length, double now) noexcept nogil:
+    """`Rates.admit` of a READ or a WRITE says 0.0, and has counted it. `now` is CLOCK_MONOTONIC."""
+    cdef double units = min(<double> length, words[MOST_BYTES])
+    if words[WAITING] or words[CLOCK] != words[CLOCK]:
+        return False
+    now += words[CLOCK]
+    if not has_units(words + REQUESTS, 1, now) or not has_units(words + BYTES, units, now):
+        return False
+    use_units(words + REQUESTS, 1)
+    use_units(words + BYTES, units)
+    return True
+
+
+cdef void take_back(double *words, uint32_t length) noexcept nogil:
+    """What was admitted is not carried out: whoever does it asks again."""
+    use_units(words + REQUESTS, -1)
+    use_units(words + BYTES, -min(<double> length, words[MOST_BYTES]))
+
+
+def admit(array words, uint32_t length, double now):
+    """Whether the core lets a READ of so many bytes in, for comparison. Raises ValueError if it has not all words."""
+    if len(words) < WORDS:
+        raise ValueError("words are missing")
+    return admitted(words.data.as_doubles, length, now)
 
 
 cdef inline double units_of(uint32_t length) noexcept nogil:
@@ -1057,6 +1109,8 @@ cdef class Turn(Rest):
     cdef bint is_put_off           # `waits` for others to begin a fetch
     cdef int put_off               # so often
     # how long requests took
+    cdef array throttle            # its words; None: nobody has to ask
+    cdef double *words             # these, in memory
     cdef object timing
     cdef array latency
     cdef uint64_t *times
@@ -1093,6 +1147,10 @@ cdef class Turn(Rest):
             if len(self.weight) <= ROUND:
                 raise ValueError("a weight is three numbers")
             self.purse = self.weight.data.as_doubles
+            self.throttle = throttle.words
+            if len(self.throttle) < WORDS:
+                raise ValueError("words of the throttle are missing")
+            self.words = self.throttle.data.as_doubles
 
     def may_receive(self):
         """True if nothing, or the beginning of what may be a plain request, was received and not answered."""
@@ -1255,7 +1313,12 @@ cdef class Turn(Rest):
             if not self.is_plain(&request):
                 return OTHER
             if request.head == PLAIN_READ:
+                if not self.admits(&request):
+                    self.put_off, self.is_woken = 0, False
+                    return OTHER
                 if not self.read(&request):
+                    if self.is_throttled():
+                        take_back(self.words, request.length)
                     return WAIT if self.joins(&request) else OTHER
                 self.put_off, self.has_answered = 0, True
                 if self.is_woken:
@@ -1281,6 +1344,16 @@ cdef class Turn(Rest):
                 return YIELD
             if self.count > self.batch_buffers - ROOM or self.quota <= 0:
                 return YIELD
+
+    cdef inline bint is_throttled(self) noexcept:
+        return self.words != NULL and self.words[ON] != 0 and not (PLANTS and "asks nobody" in bugs)
+
+    cdef inline bint admits(self, Request *request) noexcept:
+        """Have the throttle count a READ or a WRITE. False: that it has to wait, or who is to be asked, is for Python.
+
+        Together with whatever else came at the same time: what the time has brought since is there the next time.
+        """
+        return not self.is_throttled() or admitted(self.words, request.length, self.since)
 
     cdef bint joins(self, Request *request) except -1:
         """Have the READ at `start`, with nothing behind it, wait for what is being fetched for others, if that is so.
@@ -1420,14 +1493,22 @@ cdef class Turn(Rest):
             stop = at + HEADER + request.length
             if request.head != PLAIN_WRITE or stop > self.end or not self.is_plain(&request):
                 break
+            if not self.admits(&request):
+                break
             writes.append((request.offset, self.view[at + HEADER : stop]))
             quota -= units_of(request.length)
             head += SIMPLE
             at = stop
+        if not writes:
+            return False
         try:
             done = self.export.write_now(writes)
         except OSError:
             return False
+        finally:
+            if self.is_throttled():
+                for _, data in writes[done:]:
+                    take_back(self.words, <uint32_t> PyMemoryView_GET_BUFFER(data).len)
         self.looked = False
         if not done:
             return False

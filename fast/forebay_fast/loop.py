@@ -8,7 +8,9 @@ that serves connections meanwhile, and this module puts it there. Where trio kee
 run in guest mode, connections wait as all tasks do, and are served by turns from there.
 """
 
+import math
 import select
+import time
 from typing import Any
 
 import outcome
@@ -40,6 +42,17 @@ def epoll_of_loop() -> tuple[Any, select.epoll] | None:
     if is_guest or not isinstance(epoll, select.epoll):
         return None
     return manager, epoll
+
+
+def offset_of_clock() -> float:
+    """Seconds that trio's time is ahead of CLOCK_MONOTONIC; not a number where trio has another clock, as in tests."""
+    system = getattr(trio._core._run, "SystemClock", None)  # noqa: SLF001
+    try:
+        if type(trio.lowlevel.current_clock()) is system:
+            return trio.current_time() - time.perf_counter()
+    except RuntimeError:  # no loop
+        pass
+    return math.nan
 
 
 def _put_in_place() -> "core.Wait | None":

@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import trio
@@ -15,6 +16,7 @@ import forebay_fast
 from forebay.disk.rates.rates import Limits as Rate
 from forebay.disk.rates.rates import Rates
 from forebay_nbd import Limits, Phase
+from forebay_nbd.throttle.words import LEFT, REQUESTS
 from real.nbd_memory import MemoryExport, Running, serving
 from real.nbd_raw import Raw, request, until
 
@@ -107,6 +109,44 @@ async def test_a_flush_does_not_wait_nor_do_requests_hold_memory(
         assert await client.simple() == (0, 8, b"")
         assert export.log == ["flush"] * 3
         assert running.server._budget.used == running.server._budget.requests == 0
+
+
+async def ask_up_to_the_limit(client: Raw, export: Throttled) -> None:
+    """Of a core that serves: nothing of what it lets in is asked for in Python, and all of it is counted."""
+    rates = export.throttle
+    with mock.patch.object(rates, "admit", wraps=rates.admit) as python:
+        for cookie in range(10):
+            await ask(client)
+            await client.send(request(1, 0, 4096, cookie=cookie, payload=bytes(4096)))
+            assert await client.simple() == (0, cookie, b"")
+        assert not python.called
+        assert rates.words[REQUESTS + LEFT] < 20
+        await client.send(request(0, 0, 512, cookie=3) * 30)
+        await until(lambda: bool(rates._waiting))
+        assert python.called
+    assert rates.waits == 1
+    for _ in range(10):
+        assert (await client.simple(512))[:2] == (0, 3)
+
+
+async def test_below_its_limits_a_disk_is_served_by_the_core(short_path: Path) -> None:
+    if not forebay_fast.serves():
+        pytest.skip("this process serves without the compiled core")
+    export = Throttled(Rate(iops=1, iops_burst=30))
+    async with client_of(short_path, export) as (_, client):
+        await ask_up_to_the_limit(client, export)
+
+
+async def test_a_core_that_asks_nobody_is_found(short_path: Path) -> None:
+    if not forebay_fast.serves() or not forebay_fast.core.has_plants:
+        pytest.skip("no core, or one compiled without plants: make setup")
+    export = Throttled(Rate(iops=1, iops_burst=30))
+    async with client_of(short_path, export) as (_, client):
+        with (
+            mock.patch.object(forebay_fast.core, "bugs", frozenset({"asks nobody"})),
+            pytest.raises(AssertionError),
+        ):
+            await ask_up_to_the_limit(client, export)
 
 
 async def test_all_look_again_when_the_limit_is_raised(short_path: Path) -> None:

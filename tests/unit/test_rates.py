@@ -25,6 +25,7 @@ from forebay_nbd.server.limits import Limits as ServerLimits
 from forebay_nbd.server.polling import Turns
 from forebay_nbd.throttle.held import MOST_AT_ONCE, Held
 from forebay_nbd.throttle.turnstile import Turnstile
+from forebay_nbd.throttle.words import CLOCK, WAITING
 
 SIZE = 1 << 40
 
@@ -111,6 +112,36 @@ def test_a_new_rate_pays_for_what_was_used_before() -> None:
     assert bucket.seconds_until(1, 0.0) > 0
     bucket.set(0, 0, 0.0)
     assert bucket.seconds_until(1 << 40, 0.0) == 0.0
+
+
+@settings(deadline=None)
+@given(
+    iops=st.floats(1.0, 10_000.0) | st.just(0.0),
+    bps=st.floats(1.0, 1e7) | st.just(0.0),
+    steps=st.lists(st.tuples(pauses, st.integers(1, 1 << 25)), min_size=1, max_size=60),
+)
+def test_the_core_lets_in_and_counts_as_python_does(
+    iops: float, bps: float, steps: list[tuple[float, int]]
+) -> None:
+    core = pytest.importorskip("forebay_fast.core", reason="the core is not compiled: make setup")
+    python, twin = (Rates(1 << 24, lambda: True) for _ in range(2))
+    for one in (python, twin):
+        one._requests.set(iops, 5.0, 0.0)
+        one._bytes.set(bps, 0.0, 0.0)
+        one.words[CLOCK] = 100.0
+    now = 0.0
+    for pause, length in steps:
+        now += pause
+        units = min(length, 1 << 24)
+        wait = python._requests.seconds_until(1, now) or python._bytes.seconds_until(units, now)
+        if not wait:
+            python._requests.use(1)
+            python._bytes.use(units)
+        assert core.admit(twin.words, length, now - 100.0) == (not wait)
+        assert twin.words.tolist() == pytest.approx(python.words.tolist())
+    for word, value in ((WAITING, 1.0), (CLOCK, math.nan)):
+        twin.words[WAITING], twin.words[word] = 0.0, value
+        assert not core.admit(twin.words, 1, now + 1e9)
 
 
 # ------------------------------------------------------------------------------------------- rates

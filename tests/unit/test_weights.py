@@ -8,6 +8,7 @@ in which the compiled core serves connections, by counts of requests.
 import contextlib
 import select
 import socket
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from time import perf_counter
@@ -26,6 +27,7 @@ from forebay_nbd.protocol.requests import RequestReader
 from forebay_nbd.protocol.wire import REQUEST, REQUEST_MAGIC, SIMPLE_REPLY, Cmd
 from forebay_nbd.server import polling
 from forebay_nbd.throttle.weight import MOST, USUAL, Weight
+from forebay_nbd.throttle.words import WORDS
 
 DEPTH = 64
 
@@ -180,6 +182,7 @@ class Export:
     def __init__(self, weight: Weight) -> None:
         self.weight = weight
         self.throttle = self
+        self.words = array("d", (0.0,) * WORDS)
         self.timing = Timing()
         self.written = 0
 

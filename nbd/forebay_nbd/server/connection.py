@@ -255,19 +255,31 @@ class Connection:
                 with self._turnstile.while_open():
                     await self._serve_at_once(batch, turn)
                     return
-            if not await self._serve_in_turn(batch):
+            if not await self._serve_in_turn(batch, turn):
                 return
 
-    async def _serve_in_turn(self, batch: Batch, *, receives: bool = True) -> bool:
-        """Serves as fast as the export's throttle says: see `Turnstile.serve`. False if the client has left."""
+    async def _serve_in_turn(
+        self,
+        batch: Batch,
+        turn: "forebay_fast.core.Turn | None" = None,
+        *,
+        receives: bool = True,
+    ) -> bool:
+        """Serves as fast as the export's throttle says: see `Turnstile.serve`. False if the client has left.
+
+        Where nothing waits the core serves, and asks by itself.
+        """
 
         async def answer() -> bool:
             batch.since = perf_counter()  # what it has waited for its turn does not count
             return await self._answer_received(batch)
 
-        return await self._turnstile.serve(
-            answer, self._receive_any, self._turns, receives=receives
-        )
+        async def receive() -> bool:
+            if turn is not None and not self._reader.large_payload() and turn.may_receive():
+                return await self._serve_by_core(batch, turn)
+            return await self._receive_any()
+
+        return await self._turnstile.serve(answer, receive, self._turns, receives=receives)
 
     async def _serve_at_once(self, batch: Batch, turn: "forebay_fast.core.Turn | None") -> None:
         """Receives and answers requests, which have to ask nobody, until the client leaves."""
@@ -276,19 +288,23 @@ class Connection:
             if reader.large_payload():
                 await self._reserve_payload(reader.large_payload())
             elif turn is not None and turn.may_receive():
-                try:
-                    if not await self._serve_plain(turn):
-                        return
-                finally:
-                    self._slow.take_over(turn.take_flush())
-                    batch.since = turn.since
-                    if turn.waits and self.phase is Phase.STOPPING:  # a READ, which gets a task
-                        batch.run()
-                        self._out.send(*batch.take_replies())
+                if not await self._serve_by_core(batch, turn):
+                    return
                 continue
             if not await self._receive_more():
                 return
             batch.since = perf_counter()
+
+    async def _serve_by_core(self, batch: Batch, turn: "forebay_fast.core.Turn") -> bool:
+        """As `_serve_plain`; what the core has begun is Python's afterwards, also when this is cancelled."""
+        try:
+            return await self._serve_plain(turn)
+        finally:
+            self._slow.take_over(turn.take_flush())
+            batch.since = turn.since
+            if turn.waits and self.phase is Phase.STOPPING:  # a READ, which gets a task
+                batch.run()
+                self._out.send(*batch.take_replies())
 
     async def _receive_more(self) -> bool:
         """Receives what is there, or comes next; False if the client has left."""

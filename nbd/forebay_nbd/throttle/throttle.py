@@ -3,6 +3,7 @@
 
 """The interface between a connection and whoever says how fast an export may be used."""
 
+from array import array
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -42,6 +43,9 @@ class Throttle(Protocol):
     """False: nothing is limited for now, and nobody has to ask. `wake` of all is called when it changes."""
     weight: Weight
     """What it gets beside others, limited or not; the same one for good."""
+
+    words: "array[float]"
+    """Its numbers for the compiled core: see `throttle.words`."""
 
     def enter(self, wake: Callable[[], None]) -> Waiter:
         """Called for each connection. `wake` is called when it is worth to look at `is_on`, and to ask, again."""

@@ -97,7 +97,8 @@ class Turnstile:
         """Have requests answered as fast as the throttle says. True once nobody has to ask; False if the client left.
 
         `answer` carries out what the reader shows, which is all of it when it returns True; False: the client has left.
-        `receive` receives more, however long that takes, and returns the same. Unless it `receives`, nothing is
+        `receive` receives more, however long that takes, and returns the same; it may carry out requests meanwhile that
+        it has asked for. Unless it `receives`, nothing is
         received here, and it returns True as well when no complete request is left.
         """
         self._held.hide_all()
@@ -111,7 +112,7 @@ class Turnstile:
                 if wait is None:
                     if not receives:
                         return True
-                    self._held.space()
+                    self._held.forget()  # nothing waits, and `receive` may carry out what may be carried out
                     if self._has_ended or not await receive():
                         return False
                 elif wait and not await self._rest(wait, turn, receives=receives):

@@ -4,6 +4,7 @@
 """The rates of one disk, and the connections whose next request waits for them."""
 
 import math
+from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,8 +14,10 @@ import trio
 
 from forebay.config.model import DiskSettings
 from forebay.disk.rates.bucket import Bucket
+from forebay_fast.loop import offset_of_clock
 from forebay_nbd.protocol.wire import Cmd
 from forebay_nbd.throttle.weight import Weight
+from forebay_nbd.throttle.words import BYTES, CLOCK, ON, REQUESTS, SIZE, WAITING, WORDS
 
 LEAST_SECONDS = 0.005
 """A wait is no shorter: to wake up for each request of a fast disk would cost more than to carry it out. What the time
@@ -54,9 +57,12 @@ class Rates:
         self.weight = Weight()
         """See Throttle."""
         self._size = size
+        self.words = array("d", (0.0,) * WORDS)
+        """See Throttle."""
+        self.words[SIZE], self.words[CLOCK] = size, math.nan
         self._zeros_go_to_image = zeros_go_to_image
-        self._requests = Bucket()
-        self._bytes = Bucket()
+        self._requests = Bucket(self.words, REQUESTS)
+        self._bytes = Bucket(self.words, BYTES)
         self._waiting: deque[_Waiter] = deque()
         """Those whose next request waits. The first one may ask, the others wait for it to be served or to leave."""
         self._connections: set[_Waiter] = set()
@@ -75,6 +81,7 @@ class Rates:
         self._bytes.set(limits.bps, limits.bps_burst, now)
         self.limits = limits
         self.is_on = bool(limits.iops or limits.bps)
+        self.words[ON], self.words[CLOCK] = self.is_on, offset_of_clock()
         for one in list(self._connections):
             one.wake()
 
@@ -138,6 +145,7 @@ class Rates:
             self._since = trio.current_time()
         waiter.is_waiting, waiter.served = True, 0
         self._waiting.append(waiter)
+        self.words[WAITING] = len(self._waiting)
         self.waits += 1
 
     def pass_on(self, waiter: "_Waiter") -> None:
@@ -146,6 +154,7 @@ class Rates:
             return
         was_first = self._waiting[0] is waiter
         self._waiting.remove(waiter)
+        self.words[WAITING] = len(self._waiting)
         waiter.is_waiting, waiter.served = False, 0
         if not self._waiting:
             self._seconds += trio.current_time() - self._since
