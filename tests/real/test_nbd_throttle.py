@@ -119,11 +119,11 @@ async def ask_up_to_the_limit(client: Raw, export: Throttled) -> None:
             await ask(client)
             await client.send(request(1, 0, 4096, cookie=cookie, payload=bytes(4096)))
             assert await client.simple() == (0, cookie, b"")
-        assert not python.called
+        assert python.call_count == 0
         assert rates.words[REQUESTS + LEFT] < 20
         await client.send(request(0, 0, 512, cookie=3) * 30)
         await until(lambda: bool(rates._waiting))
-        assert python.called
+        assert python.call_count
     assert rates.waits == 1
     for _ in range(10):
         assert (await client.simple(512))[:2] == (0, 3)
