@@ -12,6 +12,7 @@ lower the rate until they are not; processor time is printed for that, Forebay's
 
 import argparse
 import contextlib
+import itertools
 import os
 import tempfile
 import time
@@ -28,6 +29,9 @@ from real.staging_bed import StagingHost, hosts, linked
 IMAGE = "images:a.raw"
 BAR, READ_BAR = 1.6, 1.1
 """The longest of all hosts against one transfer, and bytes read of the store against those of the image."""
+
+COSTS = (5, 10)
+"""Milliseconds of a processor for each MiB that a host gets: what is measured, and half of it."""
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -55,6 +59,8 @@ class Found:
     """Seconds of processor time, by what they went to; `idle` are those that nobody used."""
     sent: float | None
     """Images that the one that gives has sent, with all that the network adds; None where nobody knows."""
+    bytes: int
+    """That all hosts together got."""
 
     def line(self) -> str:
         """The same for a reader."""
@@ -62,9 +68,11 @@ class Found:
         parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in self.spent.items())
         sent = "" if self.sent is None else f"; the first one sent {self.sent:.2f} images"
         last = self.seconds[-1]
+        cost = 1000 * ours / (self.bytes / MIB)
         return (
             f"{len(self.seconds)} hosts: first {self.seconds[0]:.1f} s, last {last:.1f} s; {self.read:.2f} images read "
-            f"of the store{sent}; {ours / last:.2f} processors busy with it ({parts} s)"
+            f"of the store{sent}; {ours / last:.2f} processors busy with it ({parts} s), "
+            f"{cost:.1f} ms for each MiB that a host got"
         )
 
 
@@ -123,6 +131,7 @@ def staged(count: int, given: Given) -> Found:
                 read / given.size,
                 {what: spent[what] - before[what] for what in spent},
                 (links.sent(source.address) - sent) / given.size if links is not None else None,
+                given.size * count,
             )
 
 
@@ -162,6 +171,16 @@ def simulated() -> None:
         for way, times in ways.items():
             half, most, all_of_them = swarm.shares(times)
             print(f"{count:6}  {way:10}  {half:7.0f}  {most:7.0f}  {all_of_them:7.0f}")
+    print(
+        "\neight hosts on one machine:  processors  ms for a MiB  one  eight  ratio  holds the bar up to"
+    )
+    for processors, cost in itertools.product((2, 4, 8, 16), COSTS):
+        each = cost / 1000 / MIB
+        one, many = swarm.on_one_machine(8, processors, each, constants)
+        link = swarm.fastest_link(8, processors, each, BAR, constants)
+        print(
+            f"{processors:39}  {cost:12}  {one:3.0f}  {many:5.0f}  {many / one:5.2f}  {link:4.0f} Mbit/s"
+        )
 
 
 def main() -> int:

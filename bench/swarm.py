@@ -9,7 +9,7 @@ where each host that has all of the image copies it to one that has nothing, and
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 CHUNKS = 64
 """Parts of the image. Real pieces are smaller; a step would be too."""
@@ -112,3 +112,29 @@ def shares(times: list[float]) -> tuple[float, float, float]:
     """When 50, 95 and 100 % of the hosts have it."""
     last = len(times) - 1
     return times[last // 2], times[int(last * 0.95)], times[last]
+
+
+def on_one_machine(
+    hosts: int, processors: int, cost: float, constants: Constants
+) -> tuple[float, float]:
+    """Seconds of one transfer, and until the last of `hosts` has it, where all of them share some processors.
+
+    `cost` are seconds of a processor for each byte that a host gets, those of who gives it included. Two processors at
+    most work on one transfer: what gets it and what gives it wait for each other.
+    """
+    work = constants.size * cost
+    one = max(constants.one / constants.efficiency, work / min(processors, 2))
+    return one, max(swarm(hosts, constants)[-1], hosts * work / processors)
+
+
+def fastest_link(
+    hosts: int, processors: int, cost: float, bar: float, constants: Constants
+) -> float:
+    """Mbit/s of a link, the fastest of some, at which they hold the bar there; 0: at none."""
+    held = 0.0
+    for mbit in range(20, 1001, 20):
+        slower = replace(constants, link=constants.link * mbit / 1000)
+        one, many = on_one_machine(hosts, processors, cost, slower)
+        if many / one <= bar:
+            held = float(mbit)
+    return held

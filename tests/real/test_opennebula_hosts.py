@@ -113,6 +113,37 @@ def test_a_clone_of_a_host_that_is_lost_starts_on_another_as_it_is(
     assert (tmp_path / "seen").read_bytes() == b"\7" * (64 << 10) + content[64 << 10 :]
 
 
+def test_on_a_soft_mount_clones_are_made_and_write_back_waits_until_it_is_hard(
+    one: One, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = one.datastores / "100"
+    run("qemu-img", "convert", "-O", "qcow2", store / RAW, store / HASH)
+    one.gateway.stop()
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+        one.gateway.start(["-m", "real.soft_mount", str(store)])
+    one.vm(one.disk())
+    done = one.clone()
+    assert (done.returncode, "WARNING" in done.stderr) == (0, False), done.stderr
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 64k", one.sysdir / "disk.0")
+    run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", store / RAW, store / HASH)
+    done = one.start(CACHE_MODE="BACK")
+    assert done.returncode == 255
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ERROR: deploy.forebay: VM 7 does not start on ham0: ")
+    assert "'soft'" in last
+    assert "mount it hard" in last
+    assert disks(one) == []
+    assert not (store / f"{RAW}.forebay").exists(), "nothing is left of it"
+    assert one.start(CACHE_MODE="THRU").returncode == 0, "with it the guest hears of each error"
+    one.end()
+    one.gateway.restart()
+    assert one.start(CACHE_MODE="BACK").returncode == 0
+    write(one)
+    one.end()
+    assert begins_with(one, 7)
+
+
 def test_the_image_of_a_host_that_is_lost_is_refused_by_name_until_it_is_taken_over(
     one: One, other: One
 ) -> None:

@@ -7,10 +7,12 @@ import base64
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +240,24 @@ def test_only_what_is_right_becomes_data_of_the_image(
     assert path.read_bytes() == content
 
 
+def test_what_came_is_given_away_again_without_asking_the_daemon(
+    offered: tuple[GatewayProcess, Path, bytes],
+) -> None:
+    gateway, path, content = offered
+    file = os.open(path, os.O_RDWR)
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            write(file, content, 0, PIECE)
+            assert os.pread(file, PIECE, 8 * PIECE) == content[8 * PIECE : 9 * PIECE]
+            os.kill(gateway.pid, signal.SIGSTOP)
+            for start in (0, 8 * PIECE):
+                found = threads.submit(os.pread, file, PIECE, start).result(20)
+                assert found == content[start : start + PIECE]
+        finally:
+            os.kill(gateway.pid, signal.SIGCONT)
+            os.close(file)
+
+
 def test_what_is_offered_and_wrong_is_seen_by_no_other_reader(
     offered: tuple[GatewayProcess, Path, bytes],
 ) -> None:
@@ -268,6 +288,7 @@ def test_offers_end_when_the_image_is_changed(
         new = random_image(images / "new", len(content), 8)
         shutil.copyfile(images / "new", images / "a.raw")
         wait_for(lambda: not _takes(file, content, PIECE), "offers are refused")
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)  # as whoever stages does then
         with pytest.raises(OSError, match="Input/output"):
             os.pread(file, PIECE, 0)
     finally:
@@ -342,6 +363,22 @@ def test_a_torrent_of_other_content_is_refused_and_orders_outlive_a_kill(
     gateway.allow_log("changed|another file")
     failed = gateway.cli("stage", IMAGE, "--peers", "a", check=False)
     assert "as it was before" in failed.stderr
+
+
+def test_a_cache_that_cannot_hold_the_whole_image_takes_no_part(
+    make_gateway: Make, images: Path
+) -> None:
+    random_image(images / "a.raw", 24 * MIB, 12)
+    gateway = make_gateway({"stores.images": {"path": str(images)}, "cache": {"size": 16 * MIB}})
+    gateway.cli("stage", IMAGE, "--peers", "a", "--source")  # it has the store to give from
+    gateway.cli("stage", IMAGE, "--end")
+    failed = gateway.cli("stage", IMAGE, "--peers", "a", check=False)
+    assert failed.returncode == 1
+    assert "of the cache here, which has" in failed.stderr, (
+        "though less is lacking than it can hold"
+    )
+    assert "forebay cache extend" in failed.stderr
+    assert ask(gateway, "/stages") == []
 
 
 def test_an_order_that_cannot_be_kept_is_none_and_one_that_cannot_be_ended_stays(

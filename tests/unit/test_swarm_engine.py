@@ -79,3 +79,24 @@ def test_images_of_the_same_content_are_staged_one_after_the_other(
     engine.remove("images:a.raw")
     engine.add("images:b.raw", TORRENT, second, [], None)
     assert engine.figures("images:b.raw").received == 0
+
+
+def test_the_kernel_keeps_no_more_of_an_image_than_it_may(
+    engine: "Engine", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from forebay.swarm.engine import KEPT_BYTES, Figures
+
+    dropped: list[int] = []
+
+    def advised(fd: int, _start: int, _length: int, advice: int) -> None:
+        assert os.readlink(f"/proc/self/fd/{fd}") == str(tmp_path / "a.raw")
+        dropped.append(advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", advised)
+    engine.add("images:a.raw", TORRENT, image_in(tmp_path, "a.raw"), [], None)
+    half = KEPT_BYTES // 2
+    for received, sent, times in ((half, half, 0), (half, half + 1, 1), (2 * half, 2 * half, 1)):
+        engine.bound_memory("images:a.raw", Figures(0, 0, 1, False, received, sent))
+        assert dropped == [os.POSIX_FADV_DONTNEED] * times
+    engine.remove("images:a.raw")
+    assert len(dropped) == 2, "and nothing when it is not staged any more"

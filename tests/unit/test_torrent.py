@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forebay.errors import ForebayError
 from forebay.staging import bencode, orders
 from forebay.staging.orders import Order
 from forebay.staging.torrent import (
@@ -272,6 +273,21 @@ def test_as_many_orders_are_kept_as_may_be(tmp_path: Path) -> None:
     kept = [Order(f"images:{n}", 5, peers) for n in range(orders.MOST_ORDERS)]
     orders.save(tmp_path, kept)
     assert orders.load(tmp_path) == kept
+
+
+def test_who_stages_an_image_that_is_staged_takes_no_hosts_from_others() -> None:
+    first = Order("images:a.raw", 5, (("ham1", 1), ("ham2", 1)), source=True, rate=7)
+    second = Order("images:a.raw", 5, (("ham2", 1), ("ham3", 1)))
+    assert first.after(None) == first
+    both = second.after(first)
+    assert both.peers == (("ham1", 1), ("ham2", 1), ("ham3", 1))
+    assert (both.source, both.rate) == (True, None), "it has all of it still; the later rate counts"
+    assert second.after(both) == both, "told again, it is the same"
+    hosts = tuple((f"{n}", 1) for n in range(orders.MOST_PEERS))
+    full = Order("images:a.raw", 5, hosts)
+    assert full.after(full) == full
+    with pytest.raises(ForebayError, match="1001 hosts here already, and 1001 are the most"):
+        first.after(full)
 
 
 def test_the_hosts_of_an_order_are_not_copied_each_time_it_is_told() -> None:

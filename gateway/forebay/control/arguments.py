@@ -80,7 +80,7 @@ def _names(value: Any) -> list[str]:
 MOST_POINTS = 1000
 """Of a chart."""
 
-MOST_PEERS = 1000
+MOST_PEERS = 1001
 """Hosts that stage together, at most."""
 
 MOST_IMAGES = 1024

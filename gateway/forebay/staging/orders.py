@@ -7,10 +7,11 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from forebay.errors import ForebayError
 from forebay.storage.owner import check_is_file
 from forebay.units import parse_peer
 
@@ -20,8 +21,8 @@ FILE = "staging.json"
 MOST_ORDERS = 64
 """Images that one host stages at one time."""
 
-MOST_PEERS = 1000
-"""Hosts of one order, as the control API takes them."""
+MOST_PEERS = 1001
+"""Hosts of one order, as the control API takes them: those of one command, and the one that gives."""
 
 LONGEST = 32 << 20
 """Bytes of the file: so many orders with so many hosts, each of the longest name, are 17 MiB."""
@@ -41,6 +42,18 @@ class Order:
     source: bool = False
     rate: int | None = None
     """Most bytes a second that the host sends, and as many that it receives; None: as many as it can."""
+
+    def after(self, before: "Order | None") -> "Order":
+        """The same, with the hosts of the order before, if there is one. Raises ForebayError for too many."""
+        if before is None:
+            return self
+        peers = tuple(dict.fromkeys((*before.peers, *self.peers)))
+        if len(peers) > MOST_PEERS:
+            raise ForebayError(
+                f"{self.image} is staged with {len(before.peers)} hosts here already, and {MOST_PEERS} are the most: "
+                "wait for them, or end that with 'forebay stage IMAGE --end'"
+            )
+        return replace(self, peers=peers, source=self.source or before.source)
 
     def told(self) -> dict[str, Any]:
         """The same as JSON has it. The process that stages asks once a second: what may be long is not copied."""

@@ -113,6 +113,11 @@ class Pieces:
             await trio.lowlevel.checkpoint()
         return runs
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the device that the cache has given to the image."""
+        return self._layer.slots * BLOCK
+
     # -- reading
 
     def read_now(self, offset: int, length: int) -> Buffer | None:

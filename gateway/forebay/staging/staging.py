@@ -194,26 +194,30 @@ class Staging:
     async def order(
         self, image: str, peers: Iterable[tuple[str, int]], *, source: bool, rate: int | None
     ) -> Told:
-        """Stage an image with these hosts from now on; or go on with it, with these. What is told of it."""
+        """Stage an image with these hosts from now on; or go on with it, with these as well. What is told of it.
+
+        Two commands may stage it at one time, each to hosts of its own: neither takes those of the other away.
+        """
         await self._open()
         async with self._held(image) as held:
             await held.look_again()
             pieces = held.require_pieces()
             key, size = held.key, pieces.size
-            self._check_room(
-                key, sum(count for _, count in await pieces.lacking()), pieces.torrent.piece_length
-            )
-        order = Order(key, size, tuple(peers), source, rate)
+            lacking = sum(count for _, count in await pieces.lacking())
+            # what lacks is not to drive out what is there; who only gives has the store for that
+            there = 0 if source else pieces.stored_bytes
+            self._check_room(key, there + lacking * pieces.torrent.piece_length)
+        order = Order(key, size, tuple(peers), source, rate).after(self._orders.get(key))
         await self._keep(key, order)
         return self._told(order)
 
-    def _check_room(self, key: str, pieces: int, length: int) -> None:
-        """Raise ForebayError where the cache cannot hold what is lacking."""
+    def _check_room(self, key: str, needed: int) -> None:
+        """Raise ForebayError where the cache cannot hold so many bytes."""
         room = self._cache.device.slots * BLOCK
-        if pieces * length > room:
+        if needed > room:
             raise ForebayError(
-                f"{key} lacks {format_size(pieces * length)} here, and the cache has {format_size(room)}: "
-                "make it larger ('forebay cache extend')"
+                f"{key} needs {format_size(needed)} of the cache here, which has {format_size(room)}: make it larger "
+                "('forebay cache extend')"
             )
 
     async def end(self, image: str) -> Told:
@@ -227,11 +231,13 @@ class Staging:
     async def _keep(self, key: str, order: Order | None) -> bool:
         """Have that order for an image, or none, when that is kept; where it cannot be, all stays as it was.
 
-        False, and nothing is written, where there was none before either. Raises ForebayError.
+        False where there was none before either. What is so already is not written. Raises ForebayError.
         """
         async with self._saving:
             if order is None and key not in self._orders:
                 return False
+            if order is not None and self._orders.get(key) == order:
+                return True
             changed = {one: it for one, it in self._orders.items() if one != key}
             if order is not None:
                 changed[key] = order

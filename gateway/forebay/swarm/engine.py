@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
     "allow_multiple_connections_per_ip": True,
     "connections_limit": 400,
     "unchoke_slots_limit": 16,
-    # the daemon has the only copy, and the kernel keeps none of such a file: it is never mapped
+    # the daemon has the only copy, and what it does not take is no error to who has mapped the file: it is never mapped
     "mmap_file_size_cutoff": 1 << 30,
     "no_atime_storage": False,
     "aio_threads": 4,
@@ -54,6 +54,10 @@ SETTINGS: dict[str, Any] = {
 
 MOST_RATE = (1 << 31) - 1
 """Bytes a second: libtorrent takes no larger limit."""
+
+KEPT_BYTES = 512 << 20
+"""Of each image the kernel may keep about so much in memory, so that what came is given away without asking the daemon
+for it. It is a second copy of what the cache has, and memory of a host is for its VMs."""
 
 TROUBLE = ("file_error_alert", "torrent_error_alert", "fastresume_rejected_alert")
 """Alerts after which an image is begun anew."""
@@ -69,6 +73,8 @@ class Figures:
     is_complete: bool
     received: int
     """Bytes, since it was added."""
+    sent: int = 0
+    """The same."""
 
 
 class Engine:
@@ -89,6 +95,8 @@ class Engine:
         self._handles: dict[str, Any] = {}
         self._held: dict[str, int] = {}
         """By image, a descriptor of its file: libtorrent closes files, and the daemon is to keep the image attached."""
+        self._moved: dict[str, int] = {}
+        """By image, bytes received and sent when the kernel kept nothing of its file last."""
         self._allowed: frozenset[str] = frozenset()
         self.allow(())
 
@@ -167,11 +175,13 @@ class Engine:
             if isinstance(fault, RuntimeError):
                 raise ForebayError(f"{image} cannot be staged: {fault}") from None
             raise
-        self._held[image], self._handles[image] = held, handle
+        self._held[image], self._handles[image], self._moved[image] = held, handle, 0
 
     def remove(self, image: str) -> None:
         """Stage an image no more. Its file is closed soon."""
+        self._forget_pages(image)
         os.close(self._held.pop(image))
+        del self._moved[image]
         self._session.remove_torrent(self._handles.pop(image))
 
     def limit(self, image: str, rate: int | None) -> None:
@@ -192,7 +202,18 @@ class Engine:
             now.num_peers,
             now.is_seeding,
             now.total_payload_download,
+            now.total_payload_upload,
         )
+
+    def bound_memory(self, image: str, figures: Figures) -> None:
+        """Have the kernel keep no more of an image than it may, which has come so far."""
+        moved = figures.received + figures.sent
+        if moved - self._moved[image] > KEPT_BYTES:
+            self._forget_pages(image)
+            self._moved[image] = moved
+
+    def _forget_pages(self, image: str) -> None:
+        os.posix_fadvise(self._held[image], 0, 0, os.POSIX_FADV_DONTNEED)
 
     def troubles(self) -> list[tuple[str, str]]:
         """(image, why) of what happened since the last call and needs the image to be begun anew."""

@@ -42,6 +42,10 @@ NAME_SECONDS = 60.0
 AGAIN_SECONDS = 5.0
 """How soon an image is begun anew after trouble with it."""
 
+LONGEST_PAUSE = 320.0
+"""Seconds. The same after all of it has come and the cache did not keep it: twice as long each time, up to this, since
+it comes from other hosts once more."""
+
 STALL_SECONDS = (60.0, 180.0)
 """When nothing has come for so long, somewhere between the two, no host has what is lacking: then the store is read. At
 random, so that of many hosts one begins, and the others get it from that."""
@@ -74,6 +78,8 @@ class Job:
     """Pieces that the cache lacked when the engine had all of them, and since when it is so many."""
     left_at: float = 0.0
     warming: "Future[Any] | None" = None
+    pause: float = AGAIN_SECONDS
+    """Seconds until it is begun anew when the cache did not keep what came."""
 
     def row(self) -> dict[str, Any]:
         """What the daemon is told."""
@@ -213,6 +219,7 @@ class Stager:
                 return
             self._begin(job)
         before, job.figures = job.figures, self._engine.figures(image)
+        self._engine.bound_memory(image, job.figures)
         if job.figures.received != before.received or job.figures.is_complete:
             job.moved_at = now
         if not job.figures.connected or now - job.connected_at > CONNECT_SECONDS:
@@ -257,6 +264,8 @@ class Stager:
             self._again(
                 job, f"{left} pieces came and are not in the cache: it has no room, or was killed"
             )
+            job.not_before = now + job.pause
+            job.pause = min(2 * job.pause, LONGEST_PAUSE)
 
     def _mind_the_store(self, job: Job, now: float) -> None:
         """Read the store when no other host has given anything for a long time; then begin anew with that."""

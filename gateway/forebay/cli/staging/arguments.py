@@ -48,8 +48,8 @@ def _peer(text: str) -> str:
 def _peers(text: str) -> list[str]:
     """Hosts, each perhaps with a port."""
     found = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if len(found) > MOST_HOSTS:
-        raise ValueError(f"{len(found)} hosts are too many: name {MOST_HOSTS} at most")
+    if len(found) > MOST_HOSTS + 1:  # and the one that gives
+        raise ValueError(f"{len(found)} hosts are too many: name {MOST_HOSTS + 1} at most")
     return [_peer(name) for name in found]
 
 

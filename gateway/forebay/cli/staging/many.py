@@ -8,6 +8,7 @@ has them when it is back. Who ends this command ends nothing on the hosts; the n
 """
 
 import json
+import os
 import shlex
 import socket
 import sys
@@ -43,6 +44,9 @@ LEAST_PAUSE = 2.0
 ROUNDS = 3
 """So many rounds in a row a host may be in trouble before it is not waited for any more."""
 
+LONGEST_COMMAND = 120 << 10
+"""Bytes: the kernel takes 128 KiB for one word that a program is started with (execve(2))."""
+
 DONE = "done"
 
 _NUMBERS = ("size", "cached_bytes", "down_bytes_a_second", "up_bytes_a_second", "connected")
@@ -59,11 +63,19 @@ def stage_on(arguments: Arguments, client: Daemon, image: str) -> int:
     torrent = make_torrent(client, image)
     image = torrent["image"]
     rate = arguments.rate
-    client.post("/stages", {"image": image, "peers": peers, "source": True, "rate": rate})
     words = ["--peers", ",".join(peers), *(["--rate", str(rate)] if rate else [])]
+    command = _command(*words, image=image)
+    if len(os.fsencode(command)) > LONGEST_COMMAND:
+        raise ForebayError(
+            f"the names of {len(hosts)} hosts are too long for one command: stage to fewer at a time"
+        )
+
+    def give() -> None:
+        client.post("/stages", {"image": image, "peers": peers, "source": True, "rate": rate})
+
     with _bar(arguments, f"stage {image} to {len(hosts)} hosts") as advance:
         watch = _Watch(hosts, as_json=arguments.json, advance=advance)
-        _until_done(arguments, _command(*words, image=image), hosts, watch)
+        _until_done(arguments, give, command, hosts, watch)
     found = [watch.rows[host] for host in hosts]
     if not arguments.keep:
         _end(client, image, [one["host"] for one in found if one["state"] != OFF])
@@ -99,12 +111,22 @@ def _command(*words: str, image: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- rounds
 
 
-def _until_done(arguments: Arguments, command: str, hosts: Sequence[str], watch: "_Watch") -> None:
-    """Tell the hosts again and again, until each has all of the image, or is in trouble for too long."""
+def _until_done(
+    arguments: Arguments,
+    give: Callable[[], None],
+    command: str,
+    hosts: Sequence[str],
+    watch: "_Watch",
+) -> None:
+    """Tell the hosts again and again, until each has all of the image, or is in trouble for too long.
+
+    `give` has this host give it: again each time, since another command that stages the same image ends that.
+    """
     deadline = time.monotonic() + (arguments.timeout or float("inf"))
     troubles = dict.fromkeys(hosts, 0)
     left = list(hosts)
     while left:
+        give()
         fleet = Fleet(command, jobs=JOBS, timeout=ANSWER_SECONDS)
         with closing(fleet.run(left)) as answers:
             for ended in answers:

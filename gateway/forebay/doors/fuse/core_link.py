@@ -18,6 +18,10 @@ from forebay_nbd import Negotiated, open_export
 if TYPE_CHECKING:
     from forebay_fast import core
 
+SEND_BYTES = 1 << 20
+"""What the socket takes at once, if the system lets it: a write of the kernel is so large, and each part of it that has
+to wait for room wakes both processes."""
+
 DISCONNECT = bytes.fromhex("25609513 0000 0002") + bytes(20)
 """NBD_CMD_DISC."""
 
@@ -101,6 +105,7 @@ class CoreLink(Lasting[Line]):
         sock, negotiated, early = await open_export(
             self.path, self.export, structured=False, timeout=CONNECT_SECONDS
         )
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         if early or negotiated.minimum_block > 1:
             sock.close()
             raise ConnectionError(errno.EPROTO, f"{self.path}: this is no disk of Forebay")

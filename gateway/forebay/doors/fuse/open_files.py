@@ -83,7 +83,12 @@ class OpenFiles:
         """When what was written through this mount reached the daemon last, ns since the epoch."""
 
     def touched(self, file: OpenFile) -> None:
-        """Note that what was written has reached the daemon: the time stamps say so from now on."""
+        """Note that what was written has reached the daemon: the time stamps say so from now on.
+
+        Not those of what is staged: that is the same image before and after, and the kernel keeps its pages for that.
+        """
+        if file.path[0] == STAGE:
+            return
         self._written[file.path] = time.time_ns()
         file.found = self.dated(file.path, file.found)
 
@@ -176,7 +181,8 @@ class OpenFiles:
         found = await self._stage.look(path[1:])
         link = self._make_link(self._pieces, f"{path[1]}:{'/'.join(path[2:])}")
         await link.open()
-        return OpenFile(path, found, link, live=True)
+        # the kernel may keep what goes by: whoever writes it gives the same away again, and has checked it
+        return OpenFile(path, found, link)
 
     async def _writer(self, key: str) -> Served | None:
         """The disk that writes to the image, if there is one. Raises OSError."""
