@@ -9,7 +9,7 @@ _shtab_forebay_hosts_subparsers=(status warm flush)
 _shtab_forebay_subparsers=(serve attach detach status summary hosts stats events top page flush get set mode peer preload images stores warm tag untag pin unpin trace purge import overlays save commit revert snapshot snapshots rollback drop resolve handover evacuate xml libvirt-hook cache recover takeover fuse doctor stage stager check-config dump-config reload demo)
 
 _shtab_forebay_serve_option_strings=(-h --help --config --state --run)
-_shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --iops --bps --iops-burst --bps-burst --weight --read-only --overlay --format --keep --peer --label --user --incoming --wait --json)
+_shtab_forebay_attach_option_strings=(-h --help --config --mode --cache-size --preload --iops --bps --iops-burst --bps-burst --weight --read-only --overlay --format --keep --peer --label --user --incoming --with-data --wait --json)
 _shtab_forebay_detach_option_strings=(-h --help --config --discard --force)
 _shtab_forebay_status_option_strings=(-h --help --config --advice -x --troubled --json)
 _shtab_forebay_summary_option_strings=(-h --help --config --json --opennebula)
@@ -46,7 +46,7 @@ _shtab_forebay_snapshots_option_strings=(-h --help --config --json)
 _shtab_forebay_rollback_option_strings=(-h --help --config --drop-newer --force --json)
 _shtab_forebay_drop_option_strings=(-h --help --config --json)
 _shtab_forebay_resolve_option_strings=(-h --help --config --json --keep-mine --keep-image --save --partial --yes)
-_shtab_forebay_handover_option_strings=(-h --help --config --to --timeout --json)
+_shtab_forebay_handover_option_strings=(-h --help --config --to --with-data --timeout --json)
 _shtab_forebay_evacuate_option_strings=(-h --help --config --to --timeout --json)
 _shtab_forebay_xml_option_strings=(-h --help --config --target --libvirt --metadata)
 _shtab_forebay_libvirt_hook_option_strings=(-h --help --config)
@@ -162,6 +162,7 @@ _shtab_forebay_attach___read_only_nargs=0
 _shtab_forebay_attach___overlay_nargs=0
 _shtab_forebay_attach___keep_nargs=0
 _shtab_forebay_attach___incoming_nargs=0
+_shtab_forebay_attach___with_data_nargs=0
 _shtab_forebay_attach___wait_nargs='?'
 _shtab_forebay_attach___json_nargs=0
 _shtab_forebay_detach__h_nargs=0
@@ -310,6 +311,7 @@ _shtab_forebay_resolve___yes_nargs=0
 _shtab_forebay_handover_pos_1_nargs=+
 _shtab_forebay_handover__h_nargs=0
 _shtab_forebay_handover___help_nargs=0
+_shtab_forebay_handover___with_data_nargs=0
 _shtab_forebay_handover___json_nargs=0
 _shtab_forebay_evacuate__h_nargs=0
 _shtab_forebay_evacuate___help_nargs=0
@@ -371,7 +373,7 @@ _forebay_changes() {
   compgen -W "mode= cache_size= preload= max_lag= max_dirty= slow= origin_timeout= iops= bps= iops_burst= bps_burst= weight=" -- "$1"
 }
 _forebay_settings() {
-  compgen -W "mode cache_size preload max_lag max_dirty slow origin_timeout iops bps iops_burst bps_burst weight peer on_change require_locks" -- "$1"
+  compgen -W "mode cache_size preload max_lag max_dirty slow origin_timeout iops bps iops_burst bps_burst weight peer on_change require_locks with_data" -- "$1"
 }
 _forebay_disks() {
   local socket

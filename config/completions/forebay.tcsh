@@ -17,7 +17,7 @@ complete forebay \
         'c/--cacert=/f/' \
         'c/--format=/(raw qcow2)/' \
         'c/--bundle=/f/' \
-        'c/--/(advice all allow-http allow-other as batch bps bps-burst bundle cacert cache-size config count device discard drop-newer dry-run end evict file follow force format help histogram hosts hosts-file images incoming interval iops iops-burst jobs json keep keep-image keep-mine label last latency libvirt listen max-size metadata mode name older-than opennebula overlay partial patience peer peers preload print-completion rate read-only restart reverse run running save sha256 since size snapshot sort source state tag target timeout to traces troubled user version vg wait weight yes)/' \
+        'c/--/(advice all allow-http allow-other as batch bps bps-burst bundle cacert cache-size config count device discard drop-newer dry-run end evict file follow force format help histogram hosts hosts-file images incoming interval iops iops-burst jobs json keep keep-image keep-mine label last latency libvirt listen max-size metadata mode name older-than opennebula overlay partial patience peer peers preload print-completion rate read-only restart reverse run running save sha256 since size snapshot sort source state tag target timeout to traces troubled user version vg wait weight with-data yes)/' \
         'c/-/(- V b d f h l n r s w x)/' \
         'n/--print-completion/(bash zsh tcsh)/' \
         'n/--config/f/' \

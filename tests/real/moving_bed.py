@@ -25,6 +25,7 @@ from unittest import mock
 import trio
 
 import forebay_cache
+from forebay.carrying import arriving, leaving
 from forebay.config.model import Store
 from forebay.daemon.attached import Attached
 from forebay.daemon.gateway import Gateway
@@ -62,6 +63,16 @@ HURRIED = {
     (reach, "RETRY_MOST"): 0.1,
     (reach, "LEAST_PAUSE"): 0.02,
     (watch, "WATCH_SECONDS"): 0.05,
+    (leaving, "IDLE_SECONDS"): 0.02,
+    (leaving, "ASKED_SECONDS"): 0.02,
+    (leaving, "PREPARED_SECONDS"): 0.02,
+    (leaving, "RELEASED_SECONDS"): 0.05,
+    (leaving, "RETRY_SECONDS"): 0.05,
+    (arriving, "BEAT_SECONDS"): 0.04,
+    (arriving, "TAKE_SECONDS"): 0.01,
+    (arriving, "LATER_SECONDS"): 0.02,
+    (arriving, "LOOK_SECONDS"): 0.02,
+    (arriving, "AGAIN_SECONDS"): 2.0,
 }
 
 
@@ -70,7 +81,8 @@ class Fault:
 
     def __init__(self, number: int, kind: str, seconds: float = 0.3) -> None:
         """`kind`: `kill` or `fail`, `before` or `after` behind a space; `cut` or, of both hosts, `away`, for so many
-        seconds; `clock`: it jumps, forth or back; `again`: an operator gives a command once more.
+        seconds; `late`: it fails, and is made after so many all the same; `clock`: it jumps, forth or back; `again`: an
+        operator gives a command once more.
         """
         self.number = number
         self.kind = kind
@@ -87,7 +99,7 @@ class Host(Bed):
 
     def __init__(self, directory: Path, images: Path, mode: Mode) -> None:
         super().__init__(directory)
-        store = Store(path=images, mode=mode, origin_timeout=2.0)
+        store = Store(path=images, mode=mode, origin_timeout=2.0, with_data=True)
         self.config = self.config.model_copy(update={"stores": {"images": store}})
         self.fault = NO_FAULT
         self.cut_until = -1.0
@@ -146,6 +158,11 @@ class Host(Bed):
                         host.cut_until = trio.current_time() + fault.seconds
                     call.stop_waiting(taken=False)
                     raise OSError(errno.EIO, "cut off from the store")
+                is_ours = do.__module__.startswith("forebay.carrying")  # and holds no descriptor
+                if what == "late" and is_ours:
+                    call.stop_waiting(taken=False)
+                    self.together.nursery.start_soon(self._late, call, do)
+                    raise OSError(errno.ETIMEDOUT, "no answer")
                 if when == "after":
                     await real(threads, call, **how)
                     if call._drop_result is not None:
@@ -157,6 +174,14 @@ class Host(Bed):
                     await trio.sleep_forever()
                 raise OSError(errno.EIO, "planted: the store fails")
         return await real(threads, call, **how)
+
+    async def _late(self, call: Call[Any], do: Callable[[], Any]) -> None:
+        """What a server does with a request that it had when nobody waited any more."""
+        await trio.sleep(self.fault.seconds)
+        with suppress(OSError, ForebayError):
+            result = await trio.to_thread.run_sync(do)
+            if call._drop is not None:
+                call._drop(result)
 
     def _odd(self, what: str) -> None:
         """Nothing fails, and yet."""
@@ -211,6 +236,8 @@ class Bed2:
         self.may_be: list[set[bytes]] = [{bytes(SECTOR)} for _ in range(SECTORS)]
         """What each sector may hold: one thing, where its last write was acknowledged."""
         self.faults: list[str] = []
+        self.is_overlay = False
+        """True if the disk is an overlay, which moves with what it has."""
         self._owners: dict[int, str] = {}
         self._count = 0
         self.nursery: trio.Nursery
@@ -297,7 +324,7 @@ class Bed2:
         async def once(ended: trio.Event, killed: trio.Event) -> None:
             """What is shielded in a process that is gone is not waited for."""
             try:
-                with trio.move_on_after(3.0):
+                with trio.move_on_after(15.0 if self.is_overlay else 3.0):
                     result.append(await do())
             except (OSError, ForebayError, CacheError) as fault:
                 last[:] = [fault]
@@ -357,7 +384,7 @@ class Bed2:
         for host in (self.a, self.b):
             if host.up.is_set() and "d" in host.gateway._disks.names():
                 gateway = host.gateway
-                attach = partial(gateway.attach, "d", "images:vm.img", incoming=True, patience=0.5)
+                attach = partial(self._attach_incoming, gateway, 0.5)
                 for do in (partial(gateway.moves.prepare, "d", "", 0.5, nothing), attach):
                     self.nursery.start_soon(once, do)
                     self.nursery.start_soon(once, do)
@@ -367,9 +394,20 @@ class Bed2:
 
         async def attach() -> None:
             if "d" not in host.gateway._disks.names():
-                await host.gateway.attach("d", "images:vm.img", incoming=True, patience=2.0)
+                await self._attach_incoming(host.gateway, 2.0)
 
-        await self._until(host, attach)
+        await self._until(host, attach, 60.0 if self.is_overlay else 20.0)
+
+    async def _attach_incoming(self, gateway: Gateway, patience: float) -> None:
+        overlay, patience = self.is_overlay, patience * (5.0 if self.is_overlay else 1.0)
+        await gateway.attach(
+            "d",
+            "images:vm.img",
+            incoming=True,
+            patience=patience,
+            overlay=overlay,
+            with_data=overlay,
+        )
 
     async def detach(self, host: Host) -> None:
         async def detach() -> None:

@@ -360,16 +360,23 @@ async def test_an_image_that_its_host_has_is_looked_at_and_not_tried_for(
             nursery.cancel_scope.cancel()
 
 
-async def test_an_overlay_does_not_move_and_the_line_says_what_does(short_path: Path) -> None:
+async def test_an_overlay_does_not_move_without_its_data_and_the_line_says_what_does(
+    short_path: Path,
+) -> None:
     bed = Bed(short_path)
     bed.image("vm.img")
     async with bed.life() as gateway:
-        with pytest.raises(ForebayError, match="does not move: 'forebay save' there") as refused:
+        with pytest.raises(
+            ForebayError,
+            match="does not move: add --with-data, and it goes along; or 'forebay save' there",
+        ) as refused:
             await gateway.attach("d", "images:vm.img", overlay=True, incoming=True)
         with pytest.raises(ForebayError, match="needs no handover: attach it without --incoming"):
             await gateway.attach("d", "images:vm.img", read_only=True, incoming=True)
         await gateway.attach("d", "images:vm.img", overlay=True)
-        with pytest.raises(ForebayError, match="'forebay save d NEW' makes an image") as kept:
+        with pytest.raises(
+            ForebayError, match="add --with-data, .* 'forebay save d NEW' makes"
+        ) as kept:
             await gateway.moves.prepare("d", "", 1.0, nothing)
         assert "\n" not in str(refused.value) + str(kept.value)
         assert bed.disk("d").status()["state"] == "ready"

@@ -303,8 +303,10 @@ class FakeMoves:
     def __init__(self, gateway: "FakeGateway") -> None:
         self._gateway = gateway
 
-    async def prepare(self, name: str, to: str, patience: float, progress: Progress) -> Any:
-        self._gateway._called("prepare", name, to, patience)
+    async def prepare(
+        self, name: str, to: str, patience: float, progress: Progress, *, with_data: bool
+    ) -> Any:
+        self._gateway._called("prepare", name, to, patience, *(["with data"] if with_data else []))
         await self._gateway._work("prepare", progress)
         return self._gateway.disks[name] | {"handover": "prepared", "handover_to": to or "ham2"}
 

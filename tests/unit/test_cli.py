@@ -323,6 +323,7 @@ async def test_attach_sends_what_was_asked_for(capsys: Capture, tmp_path: Path) 
         assert told.err.startswith("forebay: 'vm1' is attached already, just so\n")
     assert gateway.calls[0][3] == {
         "incoming": False,
+        "with_data": False,
         "patience": 30.0,
         "mode": "write-back",
         "cache_size": 1 << 30,
@@ -939,6 +940,7 @@ async def test_a_handover_is_asked_for_each_disk_and_an_evacuation_tells_what_is
     async with served(gateway) as run:
         prepare = ("handover", "prepare", "a", "b", "--to", "ham2", "--timeout", "1m")
         assert await forebay(run, *prepare) == 0
+        assert await forebay(run, "handover", "prepare", "a", "--with-data") == 0
         assert await forebay(run, "handover", "abort", "a") == 0
         assert await forebay(run, "evacuate", "--to", "ham2") == 1
     told = capsys.readouterr()
@@ -946,4 +948,5 @@ async def test_a_handover_is_asked_for_each_disk_and_an_evacuation_tells_what_is
     assert "a: the image is here, and stays\nnothing was released\n" in told.out
     assert "forebay: b stays: its VM runs" in told.err
     assert gateway.calls[:2] == [("prepare", "a", "ham2", 60.0), ("prepare", "b", "ham2", 60.0)]
+    assert gateway.calls[2] == ("prepare", "a", "", 30.0, "with data")
     assert gateway.calls[-1] == ("evacuate", "ham2", 600.0)

@@ -113,7 +113,8 @@ async def test_attach_hands_checked_values_on() -> None:
     nothing = dict.fromkeys(settings) | {"rates": {}}
     settings |= {"rates": {"iops": 500, "bps_burst": 1 << 20}}
     flags = {"read_only": False, "overlay": False, "rule": Rule(), "gives_way": False}
-    flags |= {"image_format": None, "keep": False, "incoming": False, "patience": 30.0}
+    flags |= {"image_format": None, "keep": False, "incoming": False, "with_data": False}
+    flags |= {"patience": 30.0}
     rule = Rule("label", "libvirt-1", 107)
     assert gateway.calls == [
         ("attach", "vm1", "images:a.raw", settings | flags | {"overlay": True, "rule": rule}),

@@ -127,6 +127,7 @@ ORDER: dict[str, list[str]] = {
         "handover",
         "catalogue",
         "keeping",
+        "carrying",
         "doors history",
         "control/prometheus",
         "doors/fuse storage control libvirt importing stores",

@@ -106,6 +106,11 @@ class Dirty:
         self._view.private = layers[:1] + (frozen if merged is None else merged.levels)
         self._count_frozen()
 
+    def show_by(self, view: View) -> None:
+        """Have another view read through the layers from now on, and the one that did through none."""
+        before, self._view = self._view, view
+        view.private, before.private = before.private, []
+
     def decide(self, snapshots: list[Snapshot], generation: int) -> None:
         """Have it on record that the disk goes back to that generation, with these snapshots: :meth:`go_back` does.
 

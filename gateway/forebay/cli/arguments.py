@@ -89,6 +89,8 @@ def _attach(parser: Parser) -> None:
     add_rule(parser)
     text = "for a VM that is about to come: another host writes the image, and hands it over"
     add("--incoming", action="store_true", help=text)
+    text = "with --overlay --incoming: it comes with what it has"
+    add("--with-data", action="store_true", help=text)
     text = "while another host has the image, wait until it is free, or for as long as this says"
     add("--wait", metavar="TIME", type=checked(_patience), nargs="?", const=float("inf"), help=text)
     _json(parser)

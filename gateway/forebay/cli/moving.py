@@ -30,7 +30,8 @@ LONGEST_PATIENCE = 86400.0
 def incoming(arguments: Arguments) -> dict[str, Any]:
     """What `attach --incoming` tells the daemon, which waits for the other host as long as it thinks right."""
     wait = arguments.wait
-    return {"incoming": True, "patience": None if wait is None else min(wait, LONGEST_PATIENCE)}
+    patience = None if wait is None else min(wait, LONGEST_PATIENCE)
+    return {"incoming": True, "with_data": arguments.with_data, "patience": patience}
 
 
 def add_handover(
@@ -42,6 +43,8 @@ def add_handover(
     add("step", metavar="STEP", choices=("prepare", "finish", "abort"), help=help_of_step)
     add("names", metavar="NAME", type=name, nargs="+", help="the disk")
     add("--to", metavar="HOST", type=text, help="prepare: for this host alone")
+    help_of_data = "prepare: an overlay takes along what it has, through files beside its image"
+    add("--with-data", action="store_true", help=help_of_data)
     help_of_timeout = "how long the other host may take (default: 30s)"
     add(
         "--timeout",
@@ -103,6 +106,8 @@ def evacuate(arguments: Arguments) -> int:
 def _step(name: str, arguments: Arguments, client: Daemon) -> dict[str, Any]:
     """The disk's status, once the step is done."""
     content = {"step": arguments.step, "to": arguments.to, "patience": arguments.timeout}
+    if arguments.with_data:
+        content["with_data"] = True
     with progress_shown(f"{arguments.step} {name}") as progress:
         told: dict[str, Any] = client.follow("POST", f"/disks/{name}/handover", content, progress)
     return told

@@ -71,6 +71,7 @@ ELSEWHERE = {
     "peer": "is set with 'forebay peer'",
     "on_change": "is set in the configuration, for a store or in [defaults]",
     "require_locks": "is set in the configuration, for a store or in [defaults]",
+    "with_data": "is set in the configuration, for a store or in [defaults]",
 }
 """Settings of a disk that are listed with the others, and not set like them."""
 

@@ -105,6 +105,8 @@ class DiskSettings(Section):
     """
     require_locks: bool = True
     """True: an image is refused for writing where its file system has no locks that other hosts see."""
+    with_data: bool = False
+    """True: an overlay that moves to another host takes along what it has, through files beside its image."""
 
 
 class Store(Section):
@@ -127,6 +129,7 @@ class Store(Section):
     weight: Weight | None = None
     peer: PeerRule | None = None
     require_locks: bool | None = None
+    with_data: bool | None = None
     purge_after: Duration | None = None
     """Seconds after which what the cache has of an image that nobody uses is dropped; without it nothing is."""
     socket: bool = False

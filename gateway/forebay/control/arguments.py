@@ -208,9 +208,15 @@ ATTACH: dict[str, Parse] = {
     "peer_label": _label,
     "peer_user": _uid,
     "incoming": _flag,
+    "with_data": _flag,
     "patience": parse_duration,
 }
-HANDOVER: dict[str, Parse] = {"step": _step, "to": _host, "patience": parse_duration}
+HANDOVER: dict[str, Parse] = {
+    "step": _step,
+    "to": _host,
+    "patience": parse_duration,
+    "with_data": _flag,
+}
 EVACUATE: dict[str, Parse] = {"to": _host, "patience": parse_duration}
 DETACH: dict[str, Parse] = {"discard": _flag, "force": _flag}
 EXTEND: dict[str, Parse] = {"size": parse_size}

@@ -19,7 +19,9 @@ Status = dict[str, Any]
 class Moves(Protocol):
     """What these routes need of the daemon: each returns the disk's status. Everything raises ForebayError, OSError."""
 
-    async def prepare(self, name: str, to: str, patience: float, progress: Progress) -> Status:
+    async def prepare(
+        self, name: str, to: str, patience: float, progress: Progress, *, with_data: bool
+    ) -> Status:
         """Have the disk prepared for the host that asks for it."""
 
     async def finish(self, name: str, patience: float) -> Status:
@@ -59,7 +61,8 @@ class MoveRoutes:
 
         async def work(progress: Progress) -> Status:
             if step == "prepare":
-                return await self._moves.prepare(name, given.get("to", ""), patience, progress)
+                to, with_data = given.get("to", ""), given.get("with_data", False)
+                return await self._moves.prepare(name, to, patience, progress, with_data=with_data)
             if step == "finish":
                 return await self._moves.finish(name, patience)
             return await self._moves.abort(name, patience)

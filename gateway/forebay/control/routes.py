@@ -79,12 +79,13 @@ class Answers(CacheDevice, Protocol):
         gives_way: bool,
         image_format: str | None,
         incoming: bool,
+        with_data: bool,
         patience: float,
     ) -> Status:
         """Serve an image; None stands for what the store says. `gives_way`: to a disk that writes the image.
 
         `rates`: those of RATES that it is to have. `image_format`: `raw` for its bytes. `incoming`: another host is to
-        hand it over within `patience` seconds. The status says `attached_already`.
+        hand it over within `patience` seconds, an overlay `with_data` too. The status says `attached_already`.
         """
 
     async def detach(self, name: str, *, discard: bool, force: bool, progress: Progress) -> None:
@@ -268,6 +269,7 @@ class Control:
             gives_way=given.get("gives_way", False),
             image_format=given.get("format"),
             incoming=given.get("incoming", False),
+            with_data=given.get("with_data", False),
             patience=given.get("patience", PATIENCE),
         )
         return JSONResponse(status, 200 if status["attached_already"] else 201)

@@ -16,9 +16,9 @@ Told = dict[str, Any]
 
 
 def _changes(value: Any) -> dict[str, Any]:
-    """What is to be set, by key; empty, or null, for what the store says."""
-    if not isinstance(value, dict) or not 0 < len(value) <= len(KEYS):
-        raise ValueError(f"not an object with 1 to {len(KEYS)} settings")
+    """What is to be set, by key; empty, or null, for what the store says. Nothing: other commands are waited for."""
+    if not isinstance(value, dict) or len(value) > len(KEYS):
+        raise ValueError(f"not an object with at most {len(KEYS)} settings")
     return {key: parse_change(key, given) for key, given in value.items()}
 
 

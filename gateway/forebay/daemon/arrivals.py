@@ -8,7 +8,6 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import trio
 
@@ -21,7 +20,9 @@ from forebay.daemon.disks import Disks
 from forebay.daemon.opening import (
     abandoned_on_fault,
     add_handover,
+    bring_in,
     check_configured,
+    check_kinds,
     check_may_come,
     format_of,
     prepared,
@@ -102,14 +103,15 @@ class Arrivals:
 
     # -- a new disk
 
-    async def attach(self, name: str, wanted: DiskRecord, patience: float = 0.0) -> Attached:
-        """Serve an image as a disk; of `wanted`, key and size are found out here. `patience`, in seconds: how long an
-        image is waited for that another host is to hand over. Raises ForebayError and OSError.
+    async def attach(
+        self, name: str, wanted: DiskRecord, patience: float = 0.0, *, with_data: bool = False
+    ) -> Attached:
+        """Serve an image as a disk; of `wanted`, key and size are found out here. `patience`: seconds for another host
+        to hand it over, an overlay `with_data`. Raises ForebayError and OSError.
         """
         if isinstance(resolve(self._config, wanted.image), ScratchAddress):
             wanted = replace(wanted, overlay=True)  # there is no image to be written
         self._check_new(name, wanted)
-        path = socket_path(self._config.gateway.run, name)
         kept = self._kept.get(name)
         if wanted.format is None:
             source, _ = self.source(name, wanted, None)
@@ -118,21 +120,21 @@ class Arrivals:
         source, settings = self.source(name, wanted, None, comes_back=kept is not None)
         self._kept.check(name, source)
         if wanted.handover == Phase.INCOMING:
-            check_may_come(source)
+            check_may_come(source, settings, with_data=with_data, is_kept=kept is not None)
         async with self._disks.arriving(name, source, self._give_way), abandoned_on_fault(source):
             check_configured(self._config, wanted, source)
             if self._kept.get(name) != kept:
                 raise ForebayError(f"what was kept of '{name}' has changed meanwhile: try again")
             await self._returns.call_off(source)
             await prepared(source, patience)
-            if source.asking is None:
+            if source.asking is None and not source.comes:
                 wanted = wanted.coming(False)
             source.check_safe(settings.mode)
             if kept is not None:
                 await self._check_unchanged(name, wanted, kept, source)
             self._disks.check_alone(source)
             record = wanted.of_image(source.key, source.size)
-            attached = await self._opened(record, source, settings, path)
+            attached = await self._opened(record, source, settings)
             attached.listener.tenant.forget()
             await self._put_to_use(attached, kept)
         tell("attach", f"{source.key} attached, {settings.mode}", name, now=settings.mode.value)
@@ -144,10 +146,7 @@ class Arrivals:
         except ValueError as fault:
             raise ForebayError(str(fault)) from None
         self._disks.check_name_free(name)
-        if wanted.read_only and wanted.overlay:
-            raise ForebayError("a disk is either read-only or an overlay: leave one of the two out")
-        if wanted.keep and not wanted.overlay:
-            raise ForebayError("what is kept are the changes of an overlay: add --overlay")
+        check_kinds(wanted)
 
     async def _check_unchanged(
         self, name: str, wanted: DiskRecord, kept: Kept, source: Source
@@ -172,6 +171,7 @@ class Arrivals:
             self._returns.take_over(attached.source)
             self._kept.put(attached.name, None)
             await self._records.commit()
+            await bring_in(attached)
             await attached.start(self._nursery)
             if attached.fault is not None:
                 await attached.end()
@@ -275,7 +275,6 @@ class Arrivals:
         return Absent(name, record, why, partial(left_dirty, self._cache, name))
 
     async def _bring_back(self, name: str, record: DiskRecord, earlier: EarlierSockets) -> None:
-        path = socket_path(self._config.gateway.run, name)
         source, settings = self.source(name, record, record.size)
         if source.key != record.key:
             raise ForebayError(
@@ -285,7 +284,7 @@ class Arrivals:
         is_file = isinstance(source.address, FileAddress)
         if is_file and source.shown_format == RAW and source.use.shows_raw:
             self._formats.remember(source.key, source.size)
-        attached = await self._opened(record, source, settings, path)
+        attached = await self._opened(record, source, settings)
         await next_turn()
         attached.listener.tenant.recall()
         await attached.start(self._nursery, earlier.take(name))
@@ -330,7 +329,7 @@ class Arrivals:
             need_locks=settings.require_locks,
             refresh=settings.on_change == "refresh",
             as_bytes=record.format == RAW,
-            is_coming=record.handover == Phase.INCOMING and not self._left_by(name),
+            is_coming=record.comes(self._left_by(name)),
             is_base=is_base,
         )
         source = Source(
@@ -345,7 +344,7 @@ class Arrivals:
             formats=self._formats,
             servers=self._servers,
         )
-        if record.handover == Phase.RELEASED and not self._left_by(name):
+        if record.handover == Phase.RELEASED and not (record.overlay or self._left_by(name)):
             source.withheld = "it was handed over to another host"
         return source, settings
 
@@ -383,18 +382,17 @@ class Arrivals:
         """Bytes that the cache has of a disk of that name which is not attached."""
         return 0 if self._disks.is_attached(disk) else left_dirty(self._cache, disk)[0]
 
-    async def _opened(
-        self, record: DiskRecord, source: Source, settings: DiskSettings, path: Path
-    ) -> Attached:
+    async def _opened(self, record: DiskRecord, source: Source, settings: DiskSettings) -> Attached:
         disk = await Disk.open(self._images, source, settings)
         disk.adopt(record.settings(self._config, source.address.store))  # it may be another by now
         gateway = self._config.gateway
         tenant = Tenant(source.use.disk, gateway.run, record.rule(settings))
+        path = socket_path(gateway.run, source.use.disk)
         listener = Listener(disk, path, gateway, tenant, self._memory)
-        boots = None if source.withheld else self._boots  # no VM boots that comes from elsewhere
+        boots = (
+            None if source.withheld or source.kept_back else self._boots
+        )  # no VM boots that comes from elsewhere
         attached = Attached(record, source, disk, listener, boots)
-        add_handover(attached, self._records, self._detach_soon)
+        detach = lambda one: self._nursery.start_soon(self._give_way, one)  # noqa: E731
+        add_handover(attached, self._records, detach)
         return attached
-
-    def _detach_soon(self, attached: Attached) -> None:
-        self._nursery.start_soon(self._give_way, attached)

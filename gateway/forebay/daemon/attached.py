@@ -23,7 +23,7 @@ from forebay.doors.listener import Listener
 from forebay.doors.restart import Sockets
 from forebay.errors import ForebayError
 from forebay.formats.magic import RAW
-from forebay.handover.handover import Handover
+from forebay.handover.phase import Movement
 from forebay.image.boundary import Boundary, breaks_the_cache, in_short, sole_fault
 from forebay.image.source import Source
 from forebay.overview.detail import connected, settings_told
@@ -88,8 +88,8 @@ class Attached:
         self.disk = disk
         self.listener = listener
         self.boot = None if record.gives_way else boot_of(disk, boots)
-        self.handover: Handover | None = None
-        """The handover of its image; None where that cannot be."""
+        self.handover: Movement | None = None
+        """The handover of its image, or of the overlay; None where that cannot be."""
         self.busy = trio.Lock()
         """Held by what changes the disk as a whole: see `Disks.turn`."""
         self._life = Machine(LIFE, Life.ATTACHING, f"disk '{source.use.disk}'")

@@ -33,7 +33,7 @@ from forebay.image.boundary import breaks_the_cache
 from forebay.image.registry import Images
 from forebay.image.source import Source
 from forebay.keeping.kept import KeptOverlays
-from forebay.keeping.overlays import check_overlay
+from forebay.keeping.overlays import check_overlay, check_stays
 from forebay.origin.addresses import is_scratch
 from forebay.units import Mode
 
@@ -99,6 +99,7 @@ class Committing:
         """Raise ForebayError where the changes of that disk cannot be committed now."""
         disk.check_serves()
         check_overlay(disk.disk)
+        check_stays(disk.disk)
         image = disk.disk.image
         if is_scratch(image.key):
             raise ForebayError(f"'{disk.name}' has no image: 'forebay save' makes one of it")

@@ -15,13 +15,14 @@ from typing import Any
 
 import trio
 
+from forebay.carrying.handover import OverlayHandover
 from forebay.daemon.attached import Absent, Attached
 from forebay.daemon.disks import Disks
 from forebay.daemon.parallel import Progress
 from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.detach import finish_checkpoint
 from forebay.doors.returns import Returns
-from forebay.errors import ForebayError
+from forebay.errors import ForebayError, advice
 from forebay.events.telling import described, tell
 from forebay.handover.evacuation import ITS_OWN
 from forebay.image.registry import Images
@@ -105,22 +106,28 @@ class Departures:
         try:
             with trio.CancelScope(shield=True):
                 await attached.listener.shut(CLIENTS_SECONDS)
-            if spare and attached.disk.overlay and attached.disk.status()["private_bytes"]:
+            is_gone = await _leave(attached, discard)
+            if (
+                spare
+                and not is_gone
+                and attached.disk.overlay
+                and attached.disk.status()["private_bytes"]
+            ):
                 raise ForebayError(ITS_OWN)
             if not discard and attached.disk.status()["dirty_bytes"]:
                 await attached.drain(lambda _done, _total: None)
             with trio.CancelScope(shield=True):
-                await self._decide(attached, discard)
+                await self._decide(attached, discard, is_gone=is_gone)
         except BaseException:
             attached.disk.writeback.is_given_up = False
             with trio.CancelScope(shield=True):
                 await attached.accept_again()
             raise
 
-    async def _decide(self, attached: Attached, discard: bool) -> None:
+    async def _decide(self, attached: Attached, discard: bool, *, is_gone: bool) -> None:
         """Note, durably, that the disk is leaving: a start goes on with that. Raises ForebayError."""
         disk, record = attached.disk, attached.record
-        if record.keep and not discard and disk.dirty.has_changes():
+        if record.keep and not (discard or is_gone) and disk.dirty.has_changes():
             await self._keep(attached)
             return
         if discard:
@@ -193,6 +200,19 @@ class Departures:
         await self._take_off_record(disk.name)
         if source is not None:
             self._returns.give_back_later(source, drop_checkpoint=drop_checkpoint)
+
+
+async def _leave(attached: Attached, discard: bool) -> bool:
+    """See that what a moving overlay has is where it is to be: True if that is another host. Raises ForebayError."""
+    if not isinstance(attached.handover, OverlayHandover):
+        return False
+    try:
+        return await attached.handover.leave(discard=discard)
+    except OSError as fault:
+        raise ForebayError(
+            f"'{attached.name}' is about to move, and cannot be detached: {fault.strerror or fault}: "
+            f"{advice(fault, 'see that its store answers, then try again')}"
+        ) from fault
 
 
 def _check_unused(attached: Attached, force: bool) -> None:

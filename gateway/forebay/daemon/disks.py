@@ -391,7 +391,8 @@ def _usable(disk: Attached | Absent) -> Attached:
     if (why := disk.disk.image.conflict) is not None:
         raise ForebayError(f"'{disk.name}' is attached already, and is in conflict: {why}")
     if disk.handover is not None and disk.handover.phase is Phase.RELEASED:
+        why = disk.source.withheld or disk.source.kept_back
         raise ForebayError(
-            f"'{disk.name}' is attached already, and {disk.source.withheld}: 'forebay detach {disk.name}' first"
+            f"'{disk.name}' is attached already, and {why}: 'forebay detach {disk.name}' first"
         )
     return disk

@@ -192,6 +192,7 @@ class Gateway:
         gives_way: bool = False,
         image_format: str | None = None,
         incoming: bool = False,
+        with_data: bool = False,
         patience: float = 0.0,
     ) -> Status:
         """Serve an image as a disk: see `Answers.attach`."""
@@ -202,7 +203,7 @@ class Gateway:
         wanted = wanted.with_settings({"cache_size": cache_size, "preload": preload, **rates})
         wanted = replace(wanted, gives_way=gives_way, format=image_format, keep=keep)
         wanted = wanted.with_rule(rule).coming(incoming)
-        attach = partial(self._arrivals.attach, patience=patience)
+        attach = partial(self._arrivals.attach, patience=patience, with_data=with_data)
         attached, again = await attach_once(self.config, self._disks, attach, name, wanted)
         return {**attached.status(), "attached_already": again}
 

@@ -16,7 +16,10 @@ from typing import Any
 
 import trio
 
-from forebay.config.model import Config
+from forebay.carrying.arriving import Asking
+from forebay.carrying.beside import Beside
+from forebay.carrying.handover import OverlayHandover
+from forebay.config.model import Config, DiskSettings
 from forebay.daemon.attached import Attached
 from forebay.daemon.record import DiskRecord, DiskRecords
 from forebay.disk.state import DiskState
@@ -26,7 +29,7 @@ from forebay.formats.magic import RAW
 from forebay.handover.handover import handover_of
 from forebay.handover.phase import Phase
 from forebay.image.source import Source
-from forebay.origin.addresses import in_format, resolve
+from forebay.origin.addresses import FileAddress, in_format, resolve
 
 
 @contextlib.asynccontextmanager
@@ -53,6 +56,9 @@ async def prepared(source: Source, patience: float) -> None:
     """
     with _told(source):
         await source.prepare(patience)
+        if source.comes and isinstance(source.address, FileAddress):
+            beside = Beside(source.address, source.use.disk, source.use.gateway)
+            await Asking(source, beside).ask(patience)
 
 
 @contextlib.contextmanager
@@ -75,14 +81,36 @@ def check_configured(config: Config, wanted: DiskRecord, source: Source) -> None
         )
 
 
-def check_may_come(source: Source) -> None:
-    """Raise ForebayError where the image cannot be handed over to the disk."""
+def check_kinds(wanted: DiskRecord) -> None:
+    """Raise ForebayError for a disk that cannot be all that is asked for."""
+    if wanted.read_only and wanted.overlay:
+        raise ForebayError("a disk is either read-only or an overlay: leave one of the two out")
+    if wanted.keep and not wanted.overlay:
+        raise ForebayError("what is kept are the changes of an overlay: add --overlay")
+
+
+def check_may_come(
+    source: Source, settings: DiskSettings, *, with_data: bool, is_kept: bool
+) -> None:
+    """Raise ForebayError where the image cannot be handed over to the disk; `with_data`: an overlay takes along what it
+    has.
+    """
     use = source.use
-    if use.overlay:
+    if use.overlay and not (with_data or settings.with_data):
         raise ForebayError(
-            "what an overlay has lies on its own host only, and does not move: 'forebay save' there makes an image of "
-            "it, which is attached without --incoming"
+            "what an overlay has lies on its own host only, and does not move: add --with-data, and it goes along; or "
+            "'forebay save' there makes an image of it, which is attached without --incoming"
         )
+    if use.overlay and not isinstance(source.address, FileAddress):
+        raise ForebayError(
+            f"{source.key} has no store for what an overlay takes along: only overlays of image files move"
+        )
+    if use.overlay and is_kept:
+        raise ForebayError(
+            f"an overlay '{use.disk}' is kept here: 'forebay revert {use.disk}' gives that up, or choose another name"
+        )
+    if use.overlay:
+        return
     if use.read_only:
         raise ForebayError("a read-only disk needs no handover: attach it without --incoming")
     if source.asking is None or source.shown_format != RAW or not use.need_locks:
@@ -96,6 +124,19 @@ def add_handover(
     attached: Attached, records: DiskRecords, detach: Callable[[Attached], None]
 ) -> None:
     """Give the disk its handover. `detach` detaches a disk whose VM does not come."""
+    source, disk = attached.source, attached.disk
+    if source.use.overlay and isinstance(source.address, FileAddress):
+        attached.handover = OverlayHandover(
+            disk,
+            source.address,
+            lambda: attached.clients,
+            partial(_note_move, attached, records),
+            partial(_alone, attached),
+            lambda: detach(attached),
+            attached.record.move,
+            is_leaving=attached.record.handover in (Phase.PREPARED, Phase.RELEASED),
+        )
+        return
     attached.handover = handover_of(
         attached.disk,
         lambda: attached.clients,
@@ -104,18 +145,41 @@ def add_handover(
     )
 
 
+async def bring_in(attached: Attached) -> None:
+    """Have here what an overlay has that comes from another host. Raises ForebayError."""
+    if isinstance(attached.handover, OverlayHandover):
+        with _told(attached.source):
+            await attached.handover.bring_in()
+
+
 async def _note(attached: Attached, records: DiskRecords, phase: Phase) -> None:
     """Put the phase on record, durably. Raises ForebayError; OSError where something else changes the disk just now."""
-    if attached.record.handover == phase.value:
+    await _note_move(attached, records, phase, "")
+
+
+async def _note_move(attached: Attached, records: DiskRecords, phase: Phase, move: str) -> None:
+    """The same of an overlay, with the move that it is about."""
+    now = replace(attached.record, handover=phase.value, move=move)
+    if now == attached.record:
+        return
+    async with _alone(attached):
+        now = replace(attached.record, handover=phase.value, move=move)
+        await records.change(attached.name, attached.record, now)
+        attached.record = now
+
+
+@contextlib.asynccontextmanager
+async def _alone(attached: Attached) -> AsyncIterator[None]:
+    """Around what no command may change the disk during, but the one that waits for it. Raises OSError where one is."""
+    if attached.busy.statistics().owner is trio.lowlevel.current_task():
+        yield
         return
     try:
         attached.busy.acquire_nowait()
     except trio.WouldBlock:
         raise OSError(errno.EBUSY, "another command is changing the disk") from None
     try:
-        now = replace(attached.record, handover=phase.value)
-        await records.change(attached.name, attached.record, now)
-        attached.record = now
+        yield
     finally:
         attached.busy.release()
 

@@ -69,6 +69,8 @@ class DiskRecord:
     """Why the disk is kept in conflict, whatever its image looks like: until it is resolved."""
     handover: str = Phase.NONE.value
     """A `Phase`: how far the handover of the image is, where that is not the disk's own."""
+    move: str = ""
+    """Of an overlay that was prepared to be handed over: which move, as the files beside its image have it."""
     is_behind: bool = False
     """True if other disks have gone on with the image since: what the cache has of that is not this disk's."""
     said: dict[str, Any] = field(default_factory=dict)
@@ -148,6 +150,12 @@ class DiskRecord:
     def coming(self, comes: bool) -> Self:
         """The same of a disk whose image another host is to hand over, or (not `comes`) of one that is its own."""
         return replace(self, handover=(Phase.INCOMING if comes else Phase.NONE).value)
+
+    def comes(self, left: int) -> bool:
+        """True if another host is to hand it over, to a disk of which the cache has `left` bytes: those of an image are
+        its own then, and those of an overlay may be some of it.
+        """
+        return self.handover == Phase.INCOMING and (self.overlay or not left)
 
     def as_leaving(self) -> Self:
         """The same of a disk that is being forgotten."""

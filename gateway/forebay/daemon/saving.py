@@ -28,7 +28,7 @@ from forebay.image.image import Image
 from forebay.image.reach import ImageState
 from forebay.keeping.forms import FORMS, Form
 from forebay.keeping.frozen import frozen_view
-from forebay.keeping.overlays import check_overlay
+from forebay.keeping.overlays import check_overlay, check_stays
 from forebay.keeping.reading import Reader, refuse
 from forebay.origin.addresses import FileAddress, resolve
 from forebay.origin.new_image import NewImage, address_of_new, remove_left
@@ -157,6 +157,7 @@ class Saving:
         one, image = disk.disk, disk.disk.image
         reached = image.conflict is None and image.reach.state is ImageState.REACHED
         make = functools.partial(_reader, image, one.size, has_image=reached)
+        check_stays(one)
         if snapshot is not None:
             check_overlay(one)
         if one.overlay:

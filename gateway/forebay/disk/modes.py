@@ -62,6 +62,34 @@ class Policy(Protocol):
         """Make all that was acknowledged durable."""
 
 
+class Veil(Protocol):
+    """What keeps writes out while what a disk has of its own is another host's, or may be."""
+
+    async def arrive(self) -> None:
+        """Wait until it is here. Raises OSError."""
+
+
+class Veiled:
+    """The policy meanwhile: nothing is stored at once, so that each write waits. What was acknowledged is kept."""
+
+    def __init__(self, policy: Policy) -> None:
+        """`policy` takes the writes again afterwards."""
+        self.policy = policy
+        self.write, self.zero = policy.write, policy.zero
+        self.begin_flush, self.flush_now, self.flush = (
+            policy.begin_flush,
+            policy.flush_now,
+            policy.flush,
+        )
+
+    def write_now(self, _writes: list[tuple[int, memoryview]]) -> int:
+        """None of them."""
+        return 0
+
+    def answered(self) -> None:
+        """Nothing."""
+
+
 class Modes:
     """The mode of one disk, and all that follows from it.
 
@@ -86,7 +114,6 @@ class Modes:
         self._dirty = dirty
         self._writeback = writeback
         self._counters = counters
-        self._read_only = source.use.read_only
         self._overlay = source.use.overlay
         self._ranges = Ranges()
         self.gate = Gate()
@@ -100,6 +127,8 @@ class Modes:
         self.policy: Policy = self._to_origin(keep=False)
         self.is_held = False
         """True while nobody but a handover is to change the mode."""
+        self.veil: Veil | None = None
+        """See `put_behind`."""
         self.returns_to: Mode | None = None
         """The mode to go back to, where the disk is in write-through only for the handover."""
         self.on_choice: Callable[[Policy], None] = _nothing
@@ -108,12 +137,12 @@ class Modes:
     @property
     def writes_private(self) -> bool:
         """True if writes go to a private layer: in the private modes, and of overlays in all modes."""
-        return not self._read_only and (self._overlay or self.mode in PRIVATE_MODES)
+        return not self._source.use.read_only and (self._overlay or self.mode in PRIVATE_MODES)
 
     @property
     def _writes_back(self) -> bool:
         """True if private data is written to the image by itself."""
-        return self.mode is Mode.WRITE_BACK and not self._overlay and not self._read_only
+        return self.mode is Mode.WRITE_BACK and self._source.use.writes
 
     def choose(self) -> None:
         """Set up the layers, the limits and the policy of the mode; nothing may be written meanwhile."""
@@ -122,7 +151,7 @@ class Modes:
         self._writeback.automatic = self._writes_back
         self._admission.set_limits()
         self.policy = self._chosen_policy()
-        self.show_clean(shown=not self._source.withheld)
+        self.show_clean(shown=not (self._source.withheld or self._source.kept_back))
         self.on_choice(self.policy)
 
     def adopt_limits(self) -> None:
@@ -132,17 +161,24 @@ class Modes:
     def _chosen_policy(self) -> Policy:
         if not self.writes_private:
             return self._to_origin(keep=self.mode is Mode.WRITE_THROUGH)
-        to_cache = PrivateWrites(
-            self._view,
-            self._source.size,
-            self._dirty,
-            self._admission,
-            self._ranges,
-            self._counters,
-        )
+        to_cache = self.private_writes(self._view, self._counters)
         if self._overlay:
             return to_cache
         return PrivateOrOrigin(to_cache, self._past_cache, self._image, self._writeback)
+
+    def private_writes(self, view: View, counters: Counters) -> PrivateWrites:
+        """What writes to the private layers of that view, which are the disk's."""
+        size = self._source.size
+        return PrivateWrites(view, size, self._dirty, self._admission, self._ranges, counters)
+
+    def put_behind(self, veil: Veil | None) -> None:
+        """Have all writes wait for the veil from now on; None: for none any more. None is under way."""
+        self.veil = veil
+        if isinstance(self.policy, Veiled):
+            self.policy = self.policy.policy
+        if veil is not None:
+            self.policy = Veiled(self.policy)
+        self.on_choice(self.policy)
 
     def _to_origin(self, *, keep: bool) -> OriginWrites:
         return OriginWrites(self._image, self._dirty, self._ranges, self._counters, keep=keep)
@@ -173,6 +209,8 @@ class Modes:
 
         It does where the mark beside the image says already that this lacks data. Raises OSError(EIO).
         """
+        if self.veil is not None:
+            await self.veil.arrive()
         is_announced = self._overlay or self._dirty.mark.is_set
         if not (self.writes_private and is_announced):
             await arrive(self._image, self._settings.now.origin_timeout)
@@ -186,7 +224,7 @@ class Modes:
         while True:
             await self.arrive_to_write()
             async with self.gate.passing():
-                if not self._image.reach.withheld:
+                if not (self._image.reach.withheld or self.veil):
                     yield
                     return
 
@@ -246,7 +284,7 @@ class Modes:
         as `check_fits`.
         """
         if mode not in (self.mode, self.returns_to):
-            if self.is_held or self._source.withheld:
+            if self.is_held or self._source.withheld or self._source.kept_back:
                 disk = self._source.use.disk
                 raise ForebayError(
                     f"'{disk}' is being handed over to another host, or from it: 'forebay handover abort {disk}' ends "

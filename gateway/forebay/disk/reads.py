@@ -4,7 +4,7 @@
 """What a disk reads: from the layers of its view as long as they have it, from the image otherwise."""
 
 import errno
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import forebay_fast
 from forebay.checkpoint.counters import ORIGIN_READ, Counters
@@ -47,6 +47,9 @@ class Reads:
         by = forebay_fast.core.Reads(self.view) if forebay_fast.serves() else self.view
         self.read_now: Callable[[int, int], Buffer | None] = by.read_now
         """See :meth:`View.read_now`; by the compiled core, where this process serves with it."""
+        self.elsewhere: Callable[[int, int], Awaitable[Buffer]] | None = None
+        """What serves all reads, by offset and length, while what the disk has of its own is another host's, or may be.
+        The view has no layers then."""
         self.on_miss: Callable[[int, int], None] | None = None
         """Told of each range (offset, length) that a guest has to wait for, as it is not in the cache."""
 
@@ -83,7 +86,13 @@ class Reads:
         return self._ahead.note(offset, length) if self.view.clean is not None else NEVER
 
     async def _fetch(self, offset: int, length: int) -> Buffer:
-        """What the view lacks, from the image; kept in the clean layer unless the disk has none. Raises OSError."""
+        """What the view lacks. Raises OSError."""
+        if self.elsewhere is not None:
+            return await self.elsewhere(offset, length)
+        return await self.fetch(offset, length)
+
+    async def fetch(self, offset: int, length: int) -> Buffer:
+        """A range of the image; kept in the clean layer unless the disk has none. Raises OSError."""
         if self.on_miss is not None:
             self.on_miss(offset, length)
         with self._counters.errors_counted(), Waiting(ORIGIN):
@@ -113,6 +122,8 @@ class Reads:
 
         With `one` the first will do. Raises OSError.
         """
+        if self.elsewhere is not None:
+            return [(length, 0)]  # data, of which the cache has nothing
         if context in (CACHED_CONTEXT, OLD_CACHED_CONTEXT):
             return await cached(self.view, offset, length, one)
         return await allocation(self.view, self._image, offset, length, one)

@@ -52,8 +52,8 @@ class Status:
             has_conflict=self._image.conflict is not None,
             cache_has_failed=self._cache.failed is not None,
             has_private=self._dirty.private_bytes > 0,
-            is_coming=self._source.asking is not None,
-            is_given=bool(self._source.withheld),
+            is_coming=self._source.asking is not None or self._source.comes,
+            is_given=bool(self._source.withheld or self._source.kept_back),
             is_away=self._image.origin is None,
             has_failed_pass=self._writeback.error is not None
             or self._image.writes.trouble is not None,
@@ -81,8 +81,8 @@ class Status:
 
     def _passing_trouble(self) -> str | None:
         """What ends by itself."""
-        if self._source.withheld:
-            return self._source.withheld
+        if self._source.withheld or self._source.kept_back:
+            return self._source.withheld or self._source.kept_back
         if self._image.reach.unreachable is not None:
             return f"{self._image.key} cannot be reached: {self._image.reach.unreachable}; tried again by itself"
         if self._writeback.error is not None:

@@ -77,11 +77,14 @@ class Handover:
 
     # ----------------------------------------------------------------------------------------- what operators ask for
 
-    async def prepare(self, to: str, patience: float, progress: Progress) -> None:
+    async def prepare(
+        self, to: str, patience: float, progress: Progress, *, with_data: bool = False
+    ) -> None:
         """Return when the image is prepared for the host that asks, or was handed over; `to`: for that host alone.
 
         Raises ForebayError where nobody asks, or something fails, for `patience` seconds.
         """
+        del with_data  # its image has that
         giving = self.giving
         if self.phase is Phase.INCOMING:
             raise ForebayError(

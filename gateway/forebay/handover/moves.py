@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from forebay.errors import ForebayError
-from forebay.handover.handover import Handover
+from forebay.handover.phase import Movement
 from forebay.handover.wishes import Progress
 
 
@@ -19,7 +19,7 @@ class Movable(Protocol):
         """The disk's name."""
 
     @property
-    def handover(self) -> Handover | None:
+    def handover(self) -> Movement | None:
         """The handover of its image; None where that cannot be."""
 
     def check_serves(self) -> None:
@@ -44,11 +44,19 @@ class Moves:
         """Empties this host: see `Evacuation.run`."""
 
     async def prepare(
-        self, name: str, to: str, patience: float, progress: Progress
+        self,
+        name: str,
+        to: str,
+        patience: float,
+        progress: Progress,
+        *,
+        with_data: bool = False,
     ) -> dict[str, Any]:
-        """Have the disk prepared for the host that asks for it; `to`: for that host alone; empty: for any."""
+        """Have the disk prepared for the host that asks for it; `to`: for that host alone; empty: for any. `with_data`:
+        an overlay takes along what it has.
+        """
         disk, handover = self._of(name)
-        await handover.prepare(to, patience, progress)
+        await handover.prepare(to, patience, progress, with_data=with_data)
         return disk.status()
 
     async def finish(self, name: str, patience: float) -> dict[str, Any]:
@@ -63,13 +71,13 @@ class Moves:
         await handover.abort(patience)
         return disk.status()
 
-    def _of(self, name: str) -> tuple[Movable, Handover]:
+    def _of(self, name: str) -> tuple[Movable, Movement]:
         disk = self._find(name)
         disk.check_serves()
         if disk.handover is None and disk.status().get("overlay"):
             raise ForebayError(
-                f"'{name}' cannot be handed over: what an overlay has lies here only: 'forebay save {name} NEW' makes "
-                "an image of it, or shut the VM down and 'forebay commit' it"
+                f"'{name}' cannot be handed over: it has no store for what it would take along: 'forebay save {name} "
+                "NEW' makes an image of it"
             )
         if disk.handover is None:
             raise ForebayError(

@@ -3,8 +3,11 @@
 
 """How far the handover of one disk's image is, on either host, and what may follow; gateway/README.md has the table."""
 
+from contextlib import AbstractContextManager
 from enum import StrEnum
+from typing import Any, Protocol
 
+from forebay.handover.wishes import Progress
 from forebay.sidecar import record
 from forebay_cache.states import Machine, Table
 
@@ -39,3 +42,34 @@ MOVES: Table[Phase] = {
 }
 
 Phases = Machine[Phase]
+
+
+class Movement(Protocol):
+    """The handover of a disk: of the image that it writes, or of an overlay. Calls raise ForebayError and OSError."""
+
+    @property
+    def phase(self) -> Phase:
+        """How far it is."""
+
+    async def run(self) -> None:
+        """Do what others, and operators, ask for, until cancelled."""
+
+    def status(self) -> dict[str, Any]:
+        """Keys of the disk's status."""
+
+    async def prepare(
+        self, to: str, patience: float, progress: Progress, *, with_data: bool = False
+    ) -> None:
+        """Return when it is prepared for the host that asks, or was handed over; `to`: for that host alone.
+
+        `with_data`: an overlay takes along what it has.
+        """
+
+    def wish(self, to: str, progress: Progress) -> AbstractContextManager[None]:
+        """Within it the disk goes to that host alone."""
+
+    async def finish(self, patience: float) -> None:
+        """Return when it has come."""
+
+    async def abort(self, patience: float) -> None:
+        """End it: the disk stays where it is."""

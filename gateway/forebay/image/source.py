@@ -90,6 +90,12 @@ class Source:
         """True if the disk comes back after a restart, with an image that was its own: its clients are still there."""
         self.withheld = ""
         """Why the image is not to be opened now, although it could be: another host has it, or may have it."""
+        self.kept_back = ""
+        """Why what the disk has of its own, an overlay's, is not to be shown: another host has it, or may have it."""
+        self.comes = use.is_coming and not use.writes
+        """True of an overlay that comes with what it has, until that is here."""
+        if self.comes:
+            self.kept_back = "it is about to come from another host"
         self.stop_disk: Callable[[Exception], None] = lambda _fault: None
         """Stops the disk, by a fault of Forebay itself in what it shares with others on the image."""
         self.claim = _claim_for(address, label, use, threads, timeout, self.resumed)
@@ -98,7 +104,7 @@ class Source:
         """What asks for an image that another gateway hands over, until the disk has it. Else None."""
         self.fresh: FreshFile | None = None
         """How such an image is read until then."""
-        if use.is_coming and isinstance(address, FileAddress):
+        if use.is_coming and use.writes and isinstance(address, FileAddress):
             self.asking = Asking(
                 address, gateway=use.gateway, disk=use.disk, threads=threads, timeout=timeout
             )
@@ -216,6 +222,7 @@ class Source:
     def note_come(self) -> None:
         """Note that the image is the disk's own: it has come, or come back."""
         self.asking, self.fresh, self.withheld = None, None, ""
+        self.comes, self.kept_back = False, ""
 
     async def prepare_again(self) -> None:
         """The same for an image that a disk of ours has used: what keeps others from being attached does not count."""

@@ -29,7 +29,7 @@ class Use:
     """True if the bytes of the image are meant, whatever they look like: those of a qcow2 file, say."""
 
     is_coming: bool = False
-    """True if another gateway writes the image, and hands it over to the disk."""
+    """True if another gateway writes the image, or has the overlay, and hands it over to the disk."""
     is_base: bool = False
     """True if disks of others lie over it, which are spoilt when it changes: qcow2 files of QEMU's."""
 

@@ -232,6 +232,7 @@ class Overlays:
         """The layers of an overlay that works. Raises ForebayError for any other disk."""
         one.check_serves()
         check_overlay(one.disk)
+        check_stays(one.disk)
         if one.disk.image.conflict is not None:
             raise ForebayError(one.disk.image.conflict)
         return one.disk.dirty
@@ -255,6 +256,15 @@ def check_overlay(disk: Disk) -> None:
     if not disk.overlay:
         raise ForebayError(
             f"'{disk.name}' is no overlay, its writes are its image's: attach the image with --overlay"
+        )
+
+
+def check_stays(disk: Disk) -> None:
+    """Raise ForebayError for an overlay that is about to move with what it has: nothing of that is to change."""
+    if disk.overlay and (disk.modes.is_held or disk.source.kept_back):
+        raise ForebayError(
+            f"'{disk.name}' is being handed over to another host, or from it: 'forebay handover abort {disk.name}' "
+            "ends that, if it can be ended"
         )
 
 

@@ -10,7 +10,8 @@
     </metadata>
 
 The attributes are the arguments of `forebay attach`: name, image, mode, cache-size, preload, iops, bps, iops-burst,
-bps-burst, weight, read-only, overlay, peer; and instance, for a disk of `forebay@INSTANCE` instead of `forebay`.
+bps-burst, weight, read-only, overlay, with-data, peer; and instance, for a disk of `forebay@INSTANCE` instead of
+`forebay`.
 libvirt keeps one element for each namespace (formatdomain.rst, "General metadata"), hence the one around them.
 """
 
@@ -60,6 +61,7 @@ class WantedDisk:
     weight: int | None = None
     read_only: bool = False
     overlay: bool = False
+    with_data: bool = False
     peer: str | None = None
     instance: str | None = None
 
@@ -110,6 +112,7 @@ ATTRIBUTES: dict[str, Callable[[str], Any]] = {
     "weight": parse_weight,
     "read-only": _yes_or_no,
     "overlay": _yes_or_no,
+    "with-data": _yes_or_no,
     "peer": _peer,
     "instance": parse_name,
 }
@@ -167,6 +170,8 @@ def _wanted(attributes: dict[str, str]) -> WantedDisk:
     for key in ("name", "image"):
         if key not in values:
             raise ForebayError(f"{where}: '{key}' is missing")
+    if values.get("with_data") and not values.get("overlay"):
+        raise ForebayError(f"{where}: with-data is for an overlay: leave it out")
     if values.get("read_only") and values.get("overlay"):
         raise ForebayError(f"{where}: either read-only or overlay: leave one of the two out")
     return WantedDisk(**values)

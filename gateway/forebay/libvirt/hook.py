@@ -27,6 +27,7 @@ from forebay.libvirt.behind import detach_all
 from forebay.libvirt.domain import Domain, WantedDisk, read_domain
 from forebay.libvirt.free import attach_when_free
 from forebay.libvirt.hold import Hold
+from forebay.libvirt.together import attach_together
 
 PREPARE_SECONDS = 30.0
 """How long a domain's start waits for its disks. libvirt answers nothing about the domain meanwhile."""
@@ -81,8 +82,12 @@ class Daemon:
         """The hold on the disk of that name."""
         return Hold(self._run, name)
 
+    def settle(self, name: str) -> None:
+        """Wait until nothing else changes the disk. Raises ForebayError where it is gone."""
+        self.client.follow("POST", f"/disks/{name}/settings", {"settings": {}}, _silent)
+
     def set_mode(self, name: str, mode: str) -> None:
-        """Change the disk's mode, or wait until nothing else changes it. Raises ForebayError."""
+        """Change the disk's mode. Raises ForebayError."""
         self.client.follow("POST", f"/disks/{name}/mode", {"mode": mode}, _silent)
 
     def key(self, image: str) -> str:
@@ -135,11 +140,18 @@ def _attach_all(domain: Domain, config: str | None, *, comes_by: float | None = 
     (`time.monotonic`).
     """
     done: list[Held] = []
+
+    def attach(disk: WantedDisk) -> None:
+        daemon = Daemon(config, disk.instance)
+        if _attach(daemon, domain, disk, comes_by=comes_by):
+            done.append((daemon, daemon.hold(disk.name)))
+
     try:
-        for disk in domain.disks:
-            daemon = Daemon(config, disk.instance)
-            if _attach(daemon, domain, disk, comes_by=comes_by):
-                done.append((daemon, daemon.hold(disk.name)))
+        if comes_by is not None:
+            attach_together(domain.disks, attach)
+        else:
+            for disk in domain.disks:
+                attach(disk)
     except BaseException:
         if done:
             _wait(_detach_behind(done))
@@ -175,7 +187,10 @@ def _coming(disk: WantedDisk, by: float | None) -> dict[str, Any]:
     """What is told about a disk that the host has which the domain comes from: it has what is left of the time."""
     if by is None or disk.read_only:
         return {}
-    return {"incoming": True, "patience": round(max(1.0, by - time.monotonic()), 1)}
+    patience = round(max(1.0, by - time.monotonic()), 1)
+    return {"incoming": True, "patience": patience} | (
+        {"with_data": True} if disk.with_data else {}
+    )
 
 
 def _bind(name: str, config: str | None) -> None:
@@ -211,14 +226,14 @@ def _check_free(hold: Hold, domain: Domain) -> None:
 def _arguments(disk: WantedDisk) -> dict[str, Any]:
     """What the control API is told about the disk. It serves one instance, and knows of no others."""
     given = asdict(disk)
-    del given["instance"]
+    del given["instance"], given["with_data"]
     return {key: value for key, value in given.items() if value is not None or key not in RATES}
 
 
 def _settled(daemon: Daemon, found: dict[str, Any]) -> dict[str, Any] | None:
     """The disk's status once a detach that was called off has ended, one way or the other."""
     with contextlib.suppress(ForebayError):  # it may be gone
-        daemon.set_mode(found["name"], found["mode"])  # to the same: waits, and does nothing more
+        daemon.settle(found["name"])
     return daemon.disk(found["name"])
 
 
@@ -244,12 +259,6 @@ def _migrate(domain: Domain, config: str | None) -> None:
 
     Raises ForebayError where one cannot; the domain goes on where it is.
     """
-    for disk in domain.disks:
-        if disk.overlay:
-            raise ForebayError(
-                f"domain '{domain.name}' cannot come here: what it wrote to overlay '{disk.name}' "
-                "lies on its own host only"
-            )
     try:
         with _at_most(MIGRATE_SECONDS + ANSWER_SECONDS):
             _attach_all(domain, config, comes_by=time.monotonic() + MIGRATE_SECONDS)
