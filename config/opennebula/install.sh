@@ -85,6 +85,11 @@ put_files() {
     done < <(links)
 }
 
+# Not on each start of a driver, which writes nothing; for another Python than the one that runs them it is not used.
+compile_files() {
+    [ -n "$DESTDIR" ] || /usr/bin/python3 -m compileall -q "$TM/forebay_one" >/dev/null 2>&1 || true
+}
+
 own_files() {
     local to
     [ "$(id -u)" -eq 0 ] || return 0
@@ -102,6 +107,7 @@ remove_files() {
     done < <(links)
     while read -r _ _ to; do rm -f "$to"; done < <(files)
     ! cmp -s remotes/tm/forebay/driver.conf "$TM/driver.conf" || rm -f "$TM/driver.conf"
+    rm -rf "$TM/forebay_one/__pycache__"
     rmdir "$TM/forebay_one" "$TM" 2>/dev/null || true
     [ ! -e "$TM" ] || echo "install: $TM is kept, with what was changed in it"
 }
@@ -197,6 +203,7 @@ if [ "$ACTION" = uninstall ]; then
 fi
 check_version
 put_files
+compile_files
 own_files
 if [ -n "$EDIT" ]; then edit_configuration; else show_lines; fi
 [ -n "$DESTDIR" ] || echo "Now: su - $ONE_USER -c 'onehost sync --force'; systemctl restart opennebula"

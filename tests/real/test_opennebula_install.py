@@ -62,7 +62,11 @@ class FrontEnd:
 
     def tree(self) -> Mapping[str, str]:
         """All files, with what is in them; links with where they lead."""
-        found = [x for x in self.location.rglob("*") if x.is_symlink() or x.is_file()]
+        found = [
+            x
+            for x in self.location.rglob("*")
+            if x.is_symlink() or (x.is_file() and x.suffix != ".pyc")
+        ]
         return {
             str(x.relative_to(self.location)): f"-> {x.readlink()}" if x.is_symlink() else x.read_text()
             for x in found
@@ -89,6 +93,8 @@ def test_an_install_links_to_what_is_there_and_an_uninstall_leaves_no_trace(
     stock = {x.resolve().relative_to(front.remotes) for x in links} - {Path("tm/forebay/clone")}
     assert {str(x) for x in stock} <= set(STOCK)
     assert os.access(driver / "clone", os.X_OK)
+    modules = len(list((driver / "forebay_one").glob("*.py")))
+    assert len(list((driver / "forebay_one/__pycache__").iterdir())) == modules
     (driver / "driver.conf").write_text("fallback = no\n")
     assert front.install().returncode == 0
     again = {**front.tree(), "var/remotes/tm/forebay/driver.conf": ""}

@@ -115,8 +115,11 @@ class Bed:
             self.root = there
         elif image == "restored with the sidecar":
             shutil.copytree(self.root, backup, symlinks=True)
-            shutil.rmtree(self.root)
+            gone = self.root.rename(self.root.with_name("gone"))
             shutil.copytree(backup, self.root, symlinks=True)
+            shutil.rmtree(
+                gone
+            )  # only now: no file of the copy gets the number of one that was there
         elif image == "restored without it":
             shutil.rmtree(self.side)
             self.path.write_bytes(LATER)

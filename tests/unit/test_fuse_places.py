@@ -5,6 +5,8 @@
 
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,17 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give d
 DAEMON, MAIL, OTHER = 1, 8, 4242
 OURS = -1
 """Stands for the number of the process that runs the test."""
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that everybody may pass: those above `tmp_path` are pytest's, and other runs of it close them."""
+    with tempfile.TemporaryDirectory() as name:
+        found = Path(name).resolve()
+        for one in (found, *found.parents):
+            if not one.stat().st_mode & stat.S_IXOTH:
+                one.chmod(0o755)
+        yield found
 
 
 @needs_root
@@ -37,33 +50,27 @@ OURS = -1
     ],
 )
 def test_directories_above_keep_out_whom_they_did(
-    tmp_path: Path, owner: int, group: int, mode: int, left: int
+    place: Path, owner: int, group: int, mode: int, left: int
 ) -> None:
-    above = tmp_path / "above"
+    above = place / "above"
     store = above / "store"
     store.mkdir(parents=True)
-    for one in (tmp_path, *tmp_path.parents):
-        if not one.stat().st_mode & stat.S_IXOTH:
-            one.chmod(0o755)
     os.chown(above, owner, group)
     above.chmod(mode)
     assert passable(store, OTHER, MAIL, 0o555) == left
 
 
 @needs_root
-def test_a_link_on_the_way_counts_where_it_lies_and_where_it_leads(tmp_path: Path) -> None:
-    (tmp_path / "real" / "store").mkdir(parents=True)
-    (tmp_path / "links").mkdir()
-    link = tmp_path / "links" / "store"
-    link.symlink_to(tmp_path / "real" / "store")
-    for one in (tmp_path, *tmp_path.parents):
-        if not one.stat().st_mode & stat.S_IXOTH:
-            one.chmod(0o755)
+def test_a_link_on_the_way_counts_where_it_lies_and_where_it_leads(place: Path) -> None:
+    (place / "real" / "store").mkdir(parents=True)
+    (place / "links").mkdir()
+    link = place / "links" / "store"
+    link.symlink_to(place / "real" / "store")
     assert passable(link, OTHER, MAIL, 0o555) == 0o555
     for closed in ("real", "links"):
-        (tmp_path / closed).chmod(0o700)
+        (place / closed).chmod(0o700)
         assert passable(link, OTHER, MAIL, 0o555) == 0
-        (tmp_path / closed).chmod(0o755)
+        (place / closed).chmod(0o755)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,11 @@
 
 import ast
 import base64
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from urllib.parse import quote
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -15,7 +19,18 @@ from forebay.units import MIB, Mode
 from forebay_one import rank
 from forebay_one.deploy import beside, decoded
 from forebay_one.domain import directory_of, through_forebay
-from forebay_one.vm import Disk, DiskPath, Failed, disks, image_on_host, normalised, read_xml
+from forebay_one.remote import checked_host, in_uri, run, words
+from forebay_one.vm import (
+    MOST_XML,
+    OF_VM,
+    Disk,
+    DiskPath,
+    Failed,
+    disks,
+    image_on_host,
+    normalised,
+    read_xml,
+)
 
 ADDON = Path(__file__).resolve().parents[2] / "config" / "opennebula"
 
@@ -180,7 +195,8 @@ def test_a_bare_number_is_mb(text: str, size: str) -> None:
 
 def test_paths_are_those_of_the_host() -> None:
     assert normalised("//a///b/./c") == "/a/b/c"
-    assert DiskPath.read("/srv//ds/0/7/disk.3") == DiskPath("/srv/ds/0/7", 3)
+    at = DiskPath.read("/srv//ds/0/7/disk.3")
+    assert (at.directory, at.id) == ("/srv/ds/0/7", 3)
     assert image_on_host("/var/lib/one//datastores/100/x", "/srv/ds/0/7") == "/srv/ds/100/x"
     for path in ("a", "/a/../b", "/a\n/b", ""):
         with pytest.raises(Failed):
@@ -199,12 +215,65 @@ def test_what_the_driver_writes_beside_is_base64_and_may_be_plain(tmp_path: Path
 
 
 def test_a_document_type_is_refused_and_a_user_may_write_of_one() -> None:
-    with pytest.raises(Failed, match="document type"):
-        read_xml(b"<!DOCTYPE x [<!ENTITY a 'b'>]><VM>&a;</VM>")
-    vm = read_xml(
-        b"<VM><N><![CDATA[<!DOCTYPE]]></N><TEMPLATE><DISK><A>1</A></DISK></TEMPLATE></VM>"
-    )
+    for read in (read_xml, disks):
+        with pytest.raises(Failed, match="document type"):
+            read(b"<!DOCTYPE x [<!ENTITY a 'b'>]><VM>&a;</VM>")
+        with pytest.raises(Failed, match="cannot be read"):
+            read(b"<VM><TEMPLATE></VM>")
+        with pytest.raises(Failed, match="too long"):
+            read(b" " * (MOST_XML + 1))
+    vm = b"<VM><N><![CDATA[<!DOCTYPE]]></N><TEMPLATE><DISK><A>1</A></DISK></TEMPLATE></VM>"
     assert [x.attributes for x in disks(vm)] == [{"A": "1"}]
+    assert read_xml(vm).findtext("N") == "<!DOCTYPE"
+
+
+def test_disks_are_those_of_the_template_and_what_is_within_an_attribute_is_none() -> None:
+    vm = (
+        b"<VM><DISK><A>0</A></DISK><TEMPLATE><DISK/><DISK><A><![CDATA[1]]> &amp;<B>2</B>3</A><C/>4</DISK>"
+        b"<NIC><A>5</A></NIC></TEMPLATE><X><TEMPLATE><DISK><A>6</A></DISK></TEMPLATE></X></VM>"
+    )
+    expected = [{}, {"A": "1 &", "C": ""}]
+    assert [x.attributes for x in disks(vm)] == expected
+    assert [x.attributes for x in disks(b"<M>" + vm + b"</M>", ("VM", *OF_VM))] == expected
+    assert disks(b"<M>" + vm + b"</M>") == []
+
+
+IMPORTED = """
+import sys
+from forebay_one import clone, remote
+print(sorted({"re", "typing", "subprocess", "pathlib", "shlex", "xml", "urllib", "enum"} & set(sys.modules)))
+"""
+
+
+def test_a_clone_imports_little() -> None:
+    driver = ADDON / "remotes/tm/forebay"
+    done = subprocess.run(
+        [sys.executable, "-SE", "-c", IMPORTED], cwd=driver, check=True, capture_output=True
+    )
+    assert done.stdout == b"[]\n"
+
+
+@pytest.mark.parametrize(
+    "word", ["", "a", "a b", "'", "$(x)", "é", "-", "a\n", "\\", 'a"b', "~", "x=y", "*"]
+)
+def test_a_word_stays_what_it_is_for_a_shell(word: str) -> None:
+    assert words(word) == shlex.quote(word)
+    assert words("a", word) == f"a {shlex.quote(word)}"
+    assert (in_uri(word), in_uri(f"/{word}", "/")) == (quote(word, safe=""), quote(f"/{word}"))
+
+
+@pytest.mark.parametrize("host", ["", "-x", ".a", "@a", "a b", "a\n", "é", "a" * 256, "a;b", "a/b"])
+def test_what_ssh_could_take_for_something_else_is_no_host(host: str) -> None:
+    with pytest.raises(Failed, match="not the name of a host"):
+        checked_host(host)
+    assert [checked_host(x) for x in ("a", "_a-b.c", "root@a")] == ["a", "_a-b.c", "root@a"]
+
+
+def test_a_program_is_given_and_says_more_than_a_pipe_holds() -> None:
+    given = b"x" * (1 << 20)
+    assert run(["sh", "-c", "cat; cat >&2 </dev/null; exit 3"], given) == (3, given, b"")
+    with pytest.raises(FileNotFoundError):
+        run(["/nowhere/at/all"])
 
 
 # ----------------------------------------------------------------------------------------------------------------- rank

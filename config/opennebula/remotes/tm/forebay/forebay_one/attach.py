@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from forebay_one.deploy import remote_directory
 from forebay_one.remote import checked_host, pass_on, run_on, warning, words
-from forebay_one.vm import Disk, DiskPath, Failed, disk_name, disks, image_on_host, read_xml
+from forebay_one.vm import OF_VM, Disk, DiskPath, Failed, disk_name, disks, image_on_host
 
 SCRIPT = """set -o pipefail
 LIBVIRT_URI=
@@ -57,10 +57,8 @@ def main(arguments: Sequence[str]) -> int:
 def _disk(message: str) -> Disk | None:
     """The disk that is plugged in; None where the message cannot be understood."""
     try:
-        root = read_xml(base64.b64decode(message))
-        [disk] = [
-            one for vm in root.iterfind("./VM") for one in disks(vm) if one.get("ATTACH") == "YES"
-        ]
+        found = disks(base64.b64decode(message), ("VM", *OF_VM))
+        [disk] = [one for one in found if one.get("ATTACH") == "YES"]
     except (Failed, ValueError, binascii.Error):
         return None
     return disk

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from urllib.parse import quote
 
 from forebay_one.remote import (
     REMOTES,
     Settings,
     asked,
+    in_uri,
     info,
     location,
     run_on,
@@ -26,7 +25,11 @@ from forebay_one.remote import (
     warning,
     words,
 )
-from forebay_one.vm import Disk, DiskPath, Failed, disk_name, disks, normalised, read_xml
+from forebay_one.vm import Disk, DiskPath, Failed, disk_name, disks, is_number, normalised
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 NO_SOCKET = "Forebay is down there, or its configuration has no such store with socket = true"
 """What is told before the socket's path."""
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _disk(vm: str, number: int) -> Disk:
-    found = disks(read_xml(asked(["onevm", "show", "-x", vm])))
+    found = disks(asked(["onevm", "show", "-x", vm]))
     for disk in found:
         if disk.id == number:
             return disk
@@ -67,14 +70,14 @@ def _disk(vm: str, number: int) -> Disk:
 
 
 def _socket(conf: Settings, store: str) -> str:
-    if not (store.isascii() and store.isdecimal() and len(store) < 16):
+    if not is_number(store, 15):
         raise Failed(f"{store!r} is not the number of a datastore")
     return f"{conf.run}/stores/one-{int(store)}.sock"
 
 
 def script(disk: Disk, image: str, at: DiskPath, socket: str) -> str:
     """What the host is to do. If a step fails, nothing of the disk is left."""
-    uri = f"nbd+unix:///{quote(os.path.basename(image), safe='')}?socket={quote(socket)}"
+    uri = f"nbd+unix:///{in_uri(os.path.basename(image))}?socket={in_uri(socket, '/')}"
     drop = words("rm", "-rf", "--", at.path, f"{at.path}.snap")
     lines = [
         "set -e -o pipefail",
@@ -141,6 +144,6 @@ def _zeros(disk: Disk) -> list[str]:
 def _by_the_stock_script(arguments: Sequence[str]) -> int:
     """Become the script of OpenNebula's qcow2 driver."""
     suffix = ".ssh" if script_name().rpartition(".")[2] in LOCAL_SYSTEMS else ""
-    stock = REMOTES / "tm" / "qcow2" / f"clone{suffix}"
+    stock = f"{REMOTES}/tm/qcow2/clone{suffix}"
     sys.stderr.flush()
-    os.execv(stock, [str(stock), *arguments])  # noqa: S606
+    os.execv(stock, [stock, *arguments])  # noqa: S606

@@ -25,7 +25,7 @@ from forebay_one.remote import (
     warning,
     words,
 )
-from forebay_one.vm import MOST_XML, Failed, disks, read_xml
+from forebay_one.vm import MOST_XML, Failed, disks
 
 DEFAULT_REMOTE = "/var/tmp/one"  # noqa: S108  (OpenNebula's own)
 
@@ -87,7 +87,7 @@ def _domain(file: str, given: bytes) -> bytes:
 def _rewritten(domain: bytes, vm_xml: bytes, vm: str) -> bytes:
     """The domain as it is to be; as it is, with a line in the log, where that cannot be made."""
     try:
-        served = [disk for disk in disks(read_xml(vm_xml)) if disk.is_served]
+        served = [disk for disk in disks(vm_xml) if disk.is_served]
         return through_forebay(domain, vm, served, settings().run) if served else domain
     except Exception as fault:  # noqa: BLE001  (a VM that is none of ours must start)
         warning(f"VM {vm} starts without Forebay: {fault}")
@@ -116,9 +116,8 @@ def decoded(text: bytes) -> bytes:
 def remote_directory() -> str:
     """Where OpenNebula's scripts lie on the hosts: SCRIPTS_REMOTE_DIR."""
     try:
-        lines = (
-            (REMOTES.parent / "config").read_text(encoding="utf-8", errors="replace").splitlines()
-        )
+        with open(f"{REMOTES}/../config", encoding="utf-8", errors="replace") as file:
+            lines = file.read().splitlines()
     except OSError:
         return DEFAULT_REMOTE
     found = [
