@@ -36,8 +36,8 @@ Forebay is compared with."""
 
 BOOT_MODULES = ("virtio_pci", "virtio_blk", "ext4", "crc32c_generic")
 MODULES = (
-    *BOOT_MODULES, "virtio_net", "virtio_console", "virtio-rng", "nfs", "nfsv4", "nfsd", "rpcsec_gss_krb5", "nbd",
-    "dm-mod", "dm-flakey", "dm-delay", "fuse", "loop", "quota_v2", "autofs4", "configfs", "sch_netem",
+    *BOOT_MODULES, "virtio_net", "virtio_console", "virtio-rng", "nfs", "nfsv3", "nfsv4", "nfsd", "rpcsec_gss_krb5",
+    "nbd", "dm-mod", "dm-flakey", "dm-delay", "fuse", "loop", "quota_v2", "autofs4", "configfs", "sch_netem",
     "crct10dif_common", "dm-cache", "dm-cache-smq", "bcache", "cachefiles", "softdog",
 )  # fmt: skip
 """The kernel has 4000 more; these, and those that they need, make a small image."""

@@ -60,7 +60,8 @@ def export_withdrawn(lab: Lab) -> str:
     said = go_on(lab, running)
     no_errors(back, "write-back")
     through = {line.split()[-1] for line in running["through"].now.errors}
-    demand(through <= {"EIO", "ESTALE", "EACCES"}, f"write-through was told {through}")
+    # EACCES of the server is EPERM in NBD
+    demand(through <= {"EIO", "EPERM"}, f"write-through was told {through}")
     return said
 
 
