@@ -381,6 +381,19 @@ def test_a_cache_that_cannot_hold_the_whole_image_takes_no_part(
     assert ask(gateway, "/stages") == []
 
 
+def test_two_who_want_a_torrent_at_once_have_the_same_one(make_gateway: Make, images: Path) -> None:
+    gateway = make_gateway({"stores.images": {"path": str(images)}})
+    random_image(images / "a.raw", 16 * MIB, 13)
+    client = Client(str(gateway.control))
+
+    def make(_number: int) -> bool:
+        made = client.follow("POST", "/stages/torrent", {"image": IMAGE}, lambda _done, _all: None)
+        return bool(made["made"])
+
+    with ThreadPoolExecutor(3) as threads:
+        assert sorted(threads.map(make, range(3))) == [False, False, True]
+
+
 def test_an_order_that_cannot_be_kept_is_none_and_one_that_cannot_be_ended_stays(
     make_gateway: Make, images: Path
 ) -> None:

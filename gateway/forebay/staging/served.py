@@ -81,6 +81,8 @@ class StagedImage(ServedImage):
         )
         self.address = address_of(config, key)
         self.pieces: Pieces | None = None
+        self.making = trio.Lock()
+        """Held by whoever makes a torrent: another one who wants it has that one then."""
         self._why = f"there is no torrent beside {key} yet: 'forebay stage' makes one"
         """Why there are none."""
         self._threads = threads_of(self.address.store or key)

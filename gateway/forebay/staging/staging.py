@@ -119,7 +119,7 @@ class Staging:
 
     async def make(self, image: str, progress: Progress) -> Told:
         """Have a torrent beside the image that fits, made if there is none; what is told of it."""
-        async with self._held(image) as held:
+        async with self._held(image) as held, held.making:
             made = held.pieces is None or held.pieces.why_stale() is not None
             counters = Counters()
             if made:
