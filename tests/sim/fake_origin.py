@@ -363,7 +363,8 @@ class FakeSource:
         self.claim = FakeClaim(self) if self.use.writes else None
         self.resumed = resumed
         self.opened = False
-        self.withheld = ""
+        self.withheld = self.kept_back = ""
+        self.comes = False
         self.asking = self.fresh = None
         self.timeout = 5.0
 
