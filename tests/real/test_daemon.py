@@ -240,7 +240,8 @@ def test_what_cannot_be_attached_is_one_line_and_changes_nothing(
     for arguments, says in REFUSED:
         done = gateway.cli("attach", *arguments, check=False)
         one_line(done, says, code=2 if says == "is not a name" else 1)
-    assert (tree(images), gateway.cli("status", "--json").stdout) == before
+    # What a disk that was refused had on record is in the journal a moment later, and no more in memory.
+    wait_for(lambda: (tree(images), gateway.cli("status", "--json").stdout) == before)
 
 
 def test_many_may_read_what_nobody_writes(

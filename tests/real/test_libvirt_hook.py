@@ -417,7 +417,11 @@ def test_disks_of_two_instances(
 def test_an_overlay_does_not_migrate(gateway: GatewayProcess, hook: Hook) -> None:
     done = hook("migrate", "begin", domain("name='a' image='images:a.raw' overlay='yes'"))
     assert done.returncode == 1
-    assert "domain 'vm1' cannot come here: what it wrote to overlay 'a'" in done.stderr
+    assert (
+        "domain 'vm1' cannot come here: disk 'a': what an overlay has lies on its own"
+        in done.stderr
+    )
+    assert "add --with-data, and it goes along" in done.stderr
     assert names(gateway) == []
 
 
