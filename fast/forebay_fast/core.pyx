@@ -1040,7 +1040,7 @@ cdef class Rest:
     cdef array weight              # Weight.turns of what it serves; None: nobody has to share with it
     cdef double *purse             # that, in memory
     cdef double quota              # what `run` may use up: see `units_of`
-    cdef bint is_kept              # since `ready`, by `Wait.share_out`
+    cdef bint is_kept              # since `ready`, by `Wait.has_quota`
 
     def __cinit__(self):
         self.events, self.quota = EPOLLIN, NO_QUOTA

@@ -193,14 +193,20 @@ async def test_what_another_host_replaces_while_it_is_read_is_read_anew(
         sidecar.make()
         sidecar.begin(Owner.of_this_process("g1", "vm1"), None)
     await asking(image, "g2").beat()
-    plain, stale = syscalls.read, [errno.ESTALE] * 3
+    stale = [errno.ESTALE] * 3
 
-    def read(fd: int, length: int) -> bytes:
-        if stale:
-            raise OSError(stale.pop(), "Stale file handle")
-        return plain(fd, length)
+    def planted(name: str) -> None:
+        plain = getattr(syscalls, name)
 
-    monkeypatch.setattr(syscalls, "read", read)
+        def read(*arguments: int) -> bytes:
+            if stale:
+                raise OSError(stale.pop(), "Stale file handle")
+            return bytes(plain(*arguments))
+
+        monkeypatch.setattr(syscalls, name, read)
+
+    planted("read")
+    planted("pread")
     if what == "owner":
         owner = read_owner(image)
         assert owner is not None

@@ -96,9 +96,12 @@ class Beside:
         return found if isinstance(found, Offer) else None
 
     def _note(self, kind: str, parse: Callable[[bytes], "Asked | Offer"]) -> "Asked | Offer | None":
-        with contextlib.suppress(FileNotFoundError, ValueError), self._opened() as (fd, image):
-            return parse(own_files.read(fd, f"{self._disk}.{kind}", image, LONGEST))
-        return None
+        def look() -> "Asked | Offer | None":
+            with contextlib.suppress(FileNotFoundError, ValueError), self._opened() as (fd, image):
+                return parse(own_files.read(fd, f"{self._disk}.{kind}", image, LONGEST))
+            return None
+
+        return own_files.looked(look)
 
     def write(self, note: Asked | Offer) -> None:
         """Say that. Durable when this returns."""
@@ -138,9 +141,13 @@ class Beside:
 
     def tokens(self) -> dict[str, Token]:
         """The token of each move of this overlay."""
-        with contextlib.suppress(FileNotFoundError), self._opened() as (fd, _):
-            return self._tokens(fd)
-        return {}
+
+        def look() -> dict[str, Token]:
+            with contextlib.suppress(FileNotFoundError), self._opened() as (fd, _):
+                return self._tokens(fd)
+            return {}
+
+        return own_files.looked(look)
 
     def _tokens(self, fd: int) -> dict[str, Token]:
         form = (
@@ -158,8 +165,13 @@ class Beside:
         return found
 
     def token(self, move: str) -> Token | None:
-        """That of one move; None where there is none."""
-        return self.tokens().get(move)
+        """That of one move; None where there is none. A list that is made while it is renamed may lack both names, and
+        whoever misses it takes the overlay for another host's: so it is looked for more than once.
+        """
+        for _ in range(own_files.LOOKS):
+            if (found := self.tokens().get(move)) is not None:
+                return found
+        return None
 
     def begin(self, move: str) -> Token:
         """Make the token of a new move, which is this host's, durably; what is left of earlier ones of ours goes.
@@ -257,16 +269,19 @@ class Beside:
                 syscalls.close(fd)
 
     def get(self, move: str, offset: int, length: int) -> bytes:
-        """Exactly so many bytes of that file. OSError(EIO) where it has less."""
+        """Exactly so many bytes of that file. OSError(EIO) where it has less; FileNotFoundError where it is gone."""
+        data = own_files.looked(lambda: self._get(move, offset, length))
+        if len(data) != length:
+            raise OSError(errno.EIO, f"what the overlay has ends at {offset + len(data)}")
+        return data
+
+    def _get(self, move: str, offset: int, length: int) -> bytes:
         with self._opened() as (folder, image):
             try:
                 fd = own_files.open_existing(folder, f"{self._disk}.{move}.data", image)
             except own_files.DoesNotCountError as why:
                 raise OSError(errno.EIO, f"what the overlay has is {why}") from None
             try:
-                data = syscalls.pread(fd, length, offset)
+                return syscalls.pread(fd, length, offset)
             finally:
                 syscalls.close(fd)
-        if len(data) != length:
-            raise OSError(errno.EIO, f"what the overlay has ends at {offset + len(data)}")
-        return data

@@ -46,7 +46,7 @@ class Curtain:
     def draw(self, why: str, read: Read) -> None:
         """Hide the disk; `read` serves reads meanwhile. No write may be under way. A critical section."""
         disk = self._disk
-        self._lifted, self.inner = trio.Event(), self._see()
+        self._lifted, self._gone, self.inner = trio.Event(), "", self._see()
         disk.source.kept_back = why
         disk.modes.put_behind(self)
         disk.modes.show_clean(shown=False)

@@ -224,16 +224,20 @@ class Leaving:
             raise
 
     async def _call_off(self) -> None:
-        """It stays, or is back: have nothing of the move any more. Raises OSError and ForebayError; called again."""
+        """It stays, or is back: have nothing of the move any more. Raises OSError and ForebayError; called again.
+
+        The move stays on record, as one whose files are to be removed, until they are: also over a kill.
+        """
         move, disk = self._move, self._disk
         assert move is not None
-        await self._note(Phase.NONE, "")
+        await self._note(Phase.NONE, move.name)
         if self._phases.state is Phase.PREPARED:
             self._phases.become(Phase.NONE)
         self.asked = None
         disk.modes.is_held = False
-        self._move = None
         await move.end()
+        await self._note(Phase.NONE, "")
+        self._move = None
         await self._join()
 
     async def _join(self) -> None:
@@ -335,7 +339,16 @@ class Leaving:
             if self._phases.state is Phase.RELEASED:
                 return await self._leave_released(discard=discard)
             if self._move is not None:
-                await self._call_off()
+                try:
+                    await self._call_off()
+                except (
+                    OSError
+                ) as fault:  # the token is at this host, or was: nobody takes it for theirs
+                    log.warning(
+                        "%s: files of its move stay beside its image: %s",
+                        self._disk.name,
+                        fault.strerror,
+                    )
             return False
 
     async def _leave_released(self, *, discard: bool) -> bool:

@@ -89,20 +89,9 @@ def read(directory: int, image: os.stat_result | None) -> Incoming | None:
 
     What does not count, or says nothing that can be, counts as nobody.
     """
-    return own_files.looked(lambda: _read(directory, image))
-
-
-def _read(directory: int, image: os.stat_result | None) -> Incoming | None:
-    try:
-        fd = own_files.open_existing(directory, NAME, image)
-    except (FileNotFoundError, own_files.DoesNotCountError):
-        return None
-    try:
-        return Incoming.parse(syscalls.read(fd, LONGEST))
-    except ValueError:
-        return None
-    finally:
-        syscalls.close(fd)
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return Incoming.parse(own_files.read(directory, NAME, image, LONGEST))
+    return None
 
 
 def remove(directory: int, mine: Incoming, image: os.stat_result | None) -> None:

@@ -111,11 +111,15 @@ def check_can_make(folder: int, name: str, address: FileAddress) -> None:
 
 def read(folder: int, name: str, image: os.stat_result | None, longest: int) -> bytes:
     """What a file in the open directory has, so many bytes at most. Raises what `open_existing` raises."""
-    fd = open_existing(folder, name, image)
-    try:
-        return syscalls.pread(fd, longest, 0)
-    finally:
-        syscalls.close(fd)
+
+    def look() -> bytes:
+        fd = open_existing(folder, name, image)
+        try:
+            return syscalls.pread(fd, longest, 0)
+        finally:
+            syscalls.close(fd)
+
+    return looked(look)
 
 
 def keep(folder: int, name: str, new: str, data: bytes) -> None:

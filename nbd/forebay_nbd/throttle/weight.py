@@ -15,7 +15,7 @@ class Weight:
 
     def __init__(self, value: int = USUAL) -> None:
         self.turns = array("d", (0.0, 0.0, 0.0))
-        """For the compiled core (`Wait.share_out`): the weight; what the export may use up in the round that is under
+        """For the compiled core (`Wait.has_quota`): the weight; what the export may use up in the round that is under
         way, and was not used in those before; and the number of the round in which it last got something.
         """
         self.value = value
