@@ -31,6 +31,7 @@ from forebay.handover import giving, hot
 from forebay.handover.giving import Giving
 from forebay.image.reach import Reach
 from forebay.origin.addresses import FileAddress
+from forebay.sidecar import incoming
 from forebay.sidecar.files import read_owner
 from forebay.sidecar.marker import Marker
 from forebay.sidecar.record import Owner
@@ -79,9 +80,10 @@ def owner_of(bed: Bed2) -> str:
 
 async def lived(bed: Bed2, *, stays: bool, fails: bool, faults: dict[str, Fault]) -> None:
     """A guest writes on A, moves to B (or not), and back."""
-    # A host that was killed may have left its list of hot blocks, which the next one reads.
+    # A host that was killed may have left its list of hot blocks, which the next one reads, and its wish, which is removed
+    # when it has not changed for a minute.
     killed = any(fault.kind.startswith("kill") for fault in faults.values())
-    may_stay = {hot.NAME, hot.NEW} if killed else set()
+    may_stay = {hot.NAME, hot.NEW, incoming.NAME} if killed else set()
     with bed.planted():
         async with trio.open_nursery() as nursery:
             bed.nursery = nursery
