@@ -80,10 +80,10 @@ def owner_of(bed: Bed2) -> str:
 
 async def lived(bed: Bed2, *, stays: bool, fails: bool, faults: dict[str, Fault]) -> None:
     """A guest writes on A, moves to B (or not), and back."""
-    # A host that was killed may have left its list of hot blocks, which the next one reads, and its wish, which is
-    # removed when it has not changed for a minute.
-    killed = any(fault.kind.startswith("kill") for fault in faults.values())
-    may_stay = {hot.NAME, hot.NEW, incoming.NAME} if killed else set()
+    # A host that was killed or cut off may have left its list of hot blocks, which the next one reads, and its wish,
+    # which is removed when it has not changed for a minute. Never a marker, a lock or a journal.
+    hit = any(fault.kind.startswith(("kill", "cut")) for fault in faults.values())
+    may_stay = {hot.NAME, hot.NEW, incoming.NAME} if hit else set()
     with bed.planted():
         async with trio.open_nursery() as nursery:
             bed.nursery = nursery
