@@ -858,7 +858,7 @@ code = main(sys.argv[1:])
 heavy = {"pydantic", "rich", "h11", "trio", "anyio", "lmdb", "shtab", "http",
          "email", "ssl", "asyncio", "ipaddress", "forebay_nbd", "forebay_cache"}
 if "status" in sys.argv:        # which monitoring asks for often
-    heavy |= {"typing", "socket", "selectors", "tomllib", "datetime", "string", "pathlib", "shutil", "subprocess",
+    heavy |= {"socket", "selectors", "pathlib", "shutil", "subprocess",
               "inspect", "dataclasses", "ast", "tempfile", "logging", "difflib"}
 print(code, sorted(heavy & set(sys.modules)), file=sys.stderr)
 """

@@ -13,7 +13,6 @@ import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 
-from forebay.config.plain import read_plain
 from forebay.errors import ConfigError
 
 TYPE_CHECKING = False  # `typing` takes 3 ms, on each start of the command
@@ -150,9 +149,7 @@ def read_toml(path: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(
             [f"{path}: not UTF-8 text (byte {fault.start}): save it as UTF-8"]
         ) from None
-    if (plain := read_plain(text)) is not None:
-        return text, plain
-    import tomllib  # noqa: PLC0415  (not where the file is plain, or there is none)
+    import tomllib  # noqa: PLC0415  (not where there is no file)
 
     try:
         return text, tomllib.loads(text)
